@@ -1,0 +1,160 @@
+"""KVCache: every key and value the model has computed, preallocated; positions live on the device.
+
+A layer's cache is a ring: slot `p % slots` holds position p. A layer that sees everything has a slot
+for each position of the context and never wraps; a layer that sees a window of W has W slots, so
+that its memory does not grow with the context.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma_fast.config import GemmaConfig
+
+
+class KVCache:
+    """Room for `max_length` tokens in each of `batch` sequences.
+
+    keys, values  :: one [b, n, slots, d] a layer
+    next_position :: [b], int32: where each row's next token stands; negative while a row is still in
+                     its left padding
+    length        :: tokens seen by the longest row, padding included
+
+    A cache with `grows=True` doubles when it is full, up to the model's context; any other raises a
+    ValueError.
+    """
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        batch: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        grows: bool = False,
+    ) -> None:
+        self.max_length, self.grows = max_length, grows
+        self._context = config.max_position_embeddings
+        self._windows = [config.window(i) for i in range(config.num_hidden_layers)]
+        shape = (batch, config.num_key_value_heads, 0, config.head_dim)
+        empty = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = ([empty] * len(self._windows) for _ in "kv")
+        self.next_position = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.length = 0
+        self._allocate(max_length)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far, left padding included (transformers' name)."""
+        return self.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keys and values take on the device."""
+        return sum(x.nbytes for x in (*self.keys, *self.values))
+
+    def reserve(self, tokens: int) -> None:
+        """Makes sure that `tokens` more fit. ValueError: they do not, and the cache cannot grow."""
+        needed = self.length + tokens
+        if needed <= self.max_length:
+            return
+        if needed > self._context or not self.grows:
+            limit = self._context if self.grows else self.max_length
+            what = "the model's context" if self.grows else "the cache"
+            raise ValueError(
+                f"{self.length} tokens so far and {tokens} more do not fit {what} of {limit}; "
+                f"make room with KVCache(config, batch, max_length={needed}) or shorten the input"
+            )
+        self._allocate(min(max(needed, 2 * self.max_length), self._context))
+
+    def align(
+        self, tokens: int, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> None:
+        """Takes the next tokens' left padding from a mask over all columns, past and new ones.
+
+        ValueError: a mask of another shape, with holes, or that disagrees with an earlier one;
+        position_ids that do not count the tokens which the mask leaves.
+        """
+        batch, columns = self.next_position.shape[0], self.length + tokens
+        column = torch.arange(columns, device=self.next_position.device)
+        real = torch.ones(batch, columns, dtype=torch.bool, device=column.device)
+        if attention_mask is not None:
+            if attention_mask.shape != (batch, columns):
+                raise ValueError(
+                    f"attention_mask is {tuple(attention_mask.shape)}, but past and new tokens are "
+                    f"{(batch, columns)}"
+                )
+            real = attention_mask.to(column.device).bool()
+            count = real.sum(1)
+            padding = torch.where(count > 0, real.int().argmax(1), columns)
+            last = padding + count
+            whole = (column >= padding.unsqueeze(1)) & (column < last.unsqueeze(1))
+            if not torch.equal(real, whole):
+                raise ValueError("attention_mask has holes: only padding on one side is supported")
+            position = (self.length - padding).int()
+            started = self.next_position > 0
+            if not torch.equal(position[started], self.next_position[started]):
+                raise ValueError("attention_mask disagrees with the padding of the cached tokens")
+            self.next_position.copy_(position)
+        if position_ids is not None:
+            positions = self._positions(0, tokens)
+            new = real[:, -tokens:]
+            given = position_ids.to(column.device).expand_as(positions)
+            if not torch.equal(given[new], positions[new]):
+                raise ValueError(
+                    "position_ids must count on from the cache, padding left out: "
+                    f"expected {positions.tolist()}, got {position_ids.tolist()}"
+                )
+
+    def rings(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Where the next tokens' K and V go: the layer's own rings where nothing that those tokens
+        still see would be overwritten, else longer ones that begin with what they still see."""
+        keys, values = self.keys[layer], self.values[layer]
+        slots = keys.shape[2]
+        used = self.length + tokens
+        if used <= slots or tokens == 1:
+            # Up to its last used slot a ring that has not wrapped is a shorter ring.
+            return keys[:, :, : min(used, slots)], values[:, :, : min(used, slots)]
+        past = min(self.length, slots - 1)
+        b, n, _, d = keys.shape
+        longer = keys.new_empty(b, n, past + tokens, d), values.new_empty(b, n, past + tokens, d)
+        positions = self._positions(-past, 0)
+        _move(keys, longer[0], positions)
+        _move(values, longer[1], positions)
+        return longer
+
+    def keep(self, layer: int, keys: Tensor, values: Tensor, tokens: int) -> None:
+        """Brings the newest positions back from longer rings, if those are what `rings` gave."""
+        slots = self.keys[layer].shape[2]
+        if keys.shape[2] > slots:
+            positions = self._positions(tokens - slots, tokens)
+            _move(keys, self.keys[layer], positions)
+            _move(values, self.values[layer], positions)
+
+    def advance(self, tokens: int) -> None:
+        self.next_position += tokens
+        self.length += tokens
+
+    def _positions(self, first: int, last: int) -> Tensor:
+        """[b, last - first] positions, counted from each row's next one."""
+        offsets = torch.arange(first, last, device=self.next_position.device)
+        return self.next_position.unsqueeze(1) + offsets
+
+    def _allocate(self, max_length: int) -> None:
+        self.max_length = max_length
+        for layer, window in enumerate(self._windows):
+            slots = min(window or max_length, max_length)
+            for rings in (self.keys, self.values):
+                b, n, used, d = rings[layer].shape
+                if slots > used:
+                    # Zeros, because what was never written is weighted by zero: it must be finite.
+                    longer = rings[layer].new_zeros(b, n, slots, d)
+                    longer[:, :, :used] = rings[layer]
+                    rings[layer] = longer
+
+
+def _move(source: Tensor, target: Tensor, positions: Tensor) -> None:
+    """Copies positions :: [b, p] of one ring [b, n, slots, d] into another."""
+    row = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
+    target[row, :, positions % target.shape[2]] = source[row, :, positions % source.shape[2]]

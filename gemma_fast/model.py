@@ -1,0 +1,331 @@
+"""GemmaForCausalLM: the walk-through's steps on the kernels, over a KV cache.
+
+    token ids → embed → layers (attention, MLP) → final norm → logits
+
+    b batch · t new tokens · n kv heads · m query heads per kv head · d head dim
+
+Projections that read the same input are one product (`qkv_proj`, `gate_up_proj`), and a residual is
+added by the norm that reads it next. Each kernel picks Triton on a GPU, its reference elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemma_fast.cache import KVCache
+from gemma_fast.checkpoint import Checkpoint, open_checkpoint
+from gemma_fast.config import FULL, GemmaConfig
+from gemma_fast.generate import generate_tokens
+from gemma_fast.kernels.attention import attention
+from gemma_fast.kernels.geglu import geglu
+from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
+from gemma_fast.kernels.rotary import rotary_write
+
+# A layer's weights, and the checkpoint's tensors that each is made of, stacked.
+LAYER_WEIGHTS = {
+    "input_layernorm": ["input_layernorm"],
+    "qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "q_norm": ["self_attn.q_norm"],
+    "k_norm": ["self_attn.k_norm"],
+    "o_proj": ["self_attn.o_proj"],
+    "post_attention_layernorm": ["post_attention_layernorm"],
+    "pre_feedforward_layernorm": ["pre_feedforward_layernorm"],
+    "gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+    "down_proj": ["mlp.down_proj"],
+    "post_feedforward_layernorm": ["post_feedforward_layernorm"],
+}
+# Gemma 1 has only two norms a layer; the second, before its MLP, has a name that says otherwise.
+GEMMA1_WEIGHTS = {
+    "post_attention_layernorm": [],
+    "pre_feedforward_layernorm": ["post_attention_layernorm"],
+}
+
+
+class CausalLMOutput(NamedTuple):
+    logits: Tensor  # [b, t, vocab], or its last `logits_to_keep` rows
+    past_key_values: KVCache | None
+
+
+class Layer(nn.Module):
+    """One layer's weights, and its two branches off the residual stream."""
+
+    input_layernorm: Tensor
+    qkv_proj: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o_proj: Tensor
+    post_attention_layernorm: Tensor | None
+    pre_feedforward_layernorm: Tensor
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    post_feedforward_layernorm: Tensor | None
+
+    def __init__(self, config: GemmaConfig, index: int) -> None:
+        super().__init__()
+        self.config, self.index = config, index
+        shapes = config.tensor_shapes()
+        self.parts: dict[str, list[str]] = {}
+        for name, parts in (LAYER_WEIGHTS | ({} if config.post_norms else GEMMA1_WEIGHTS)).items():
+            tensors = [f"model.layers.{index}.{part}.weight" for part in parts]
+            self.parts[name] = [tensor for tensor in tensors if tensor in shapes]
+            weight = None
+            if self.parts[name]:
+                rows = sum(shapes[tensor][0] for tensor in self.parts[name])
+                weight = _frozen(rows, *shapes[self.parts[name][0]][1:])
+            self.register_parameter(name, weight)
+
+    def attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, cache: KVCache
+    ) -> Tensor:
+        """x :: [b, t, hidden], normalised → the branch's result; K and V join the cache."""
+        config, (b, t, _), d = self.config, x.shape, self.config.head_dim
+        n, heads = config.num_key_value_heads, config.num_attention_heads
+        qkv = F.linear(x, self.qkv_proj).view(b, t, heads + 2 * n, d)
+        q, k, v = qkv.split((heads, n, n), dim=2)  # [b, t, n * m | n | n, d]
+        keys, values = cache.rings(self.index, t)
+        rotary_write(k, v, keys, values, cos, sin, start, self.k_norm, config.rms_norm_eps)
+        out = attention(
+            q, keys, values, cos, sin, start, self.q_norm,
+            scale=config.query_pre_attn_scalar**-0.5, window=config.window(self.index),
+            softcap=config.attn_logit_softcapping, eps=config.rms_norm_eps,
+        )  # fmt: skip
+        cache.keep(self.index, keys, values, t)
+        x = F.linear(out.view(b, t, heads * d), self.o_proj)
+        return self._norm(x, self.post_attention_layernorm)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """x :: [b, t, hidden], normalised → the branch's result."""
+        x = F.linear(geglu(F.linear(x, self.gate_up_proj)), self.down_proj)
+        return self._norm(x, self.post_feedforward_layernorm)
+
+    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else rms_norm(x, weight, self.config.rms_norm_eps)
+
+
+class GemmaForCausalLM(nn.Module):
+    """Gemma 1, 2 or 3 (text), with the call, `generate` and result that transformers' class has.
+
+    Weights are frozen: the kernels have no backward. A new instance's weights are uninitialised;
+    see `from_pretrained` and `random`.
+    """
+
+    generate = generate_tokens
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.generation_config: Mapping[str, Any] = {}
+        self.embed_tokens = _frozen(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = _frozen(config.hidden_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+    ) -> GemmaForCausalLM:
+        """Reads a directory of safetensors, a .gguf file or a hub id.
+
+        dtype       "auto": the checkpoint's; for GGUF bf16 on a GPU and float32 on the CPU
+        device      None: the GPU if there is one, else the CPU
+        device_map  for transformers' callers: "auto", a device, or {"": device}
+
+        Config, tensor names, shapes and dtypes are checked before memory is taken for them; tensors
+        then stream, one at a time. ValueError or FileNotFoundError name the file and the tensor.
+        """
+        target = _pick_device(device, device_map)
+        checkpoint = open_checkpoint(name_or_path)
+        model = cls._empty(checkpoint.config, _pick_dtype(dtype, checkpoint, target), target)
+        model.generation_config = checkpoint.generation_config
+        model._load(checkpoint)
+        return model
+
+    @classmethod
+    def random(
+        cls,
+        config: GemmaConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> GemmaForCausalLM:
+        """A model of this config with normal(0, 0.02) weights: for tests and benchmarks."""
+        model = cls._empty(config, dtype, torch.device(device))
+        generator = torch.Generator(device).manual_seed(seed)
+        for weight in model.parameters():
+            weight.normal_(std=0.02, generator=generator)
+        return model
+
+    @classmethod
+    def _empty(cls, config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> GemmaForCausalLM:
+        _refuse_overflow(config, dtype)
+        with torch.device("meta"):
+            model = cls(config).to(dtype)
+        return model.to_empty(device=device)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        targets = {"model.embed_tokens.weight": self.embed_tokens, "model.norm.weight": self.norm}
+        for layer in self.layers:
+            for name, tensors in layer.parts.items():
+                rows = [checkpoint.shapes[tensor][0] for tensor in tensors]
+                if rows:
+                    targets |= zip(tensors, getattr(layer, name).split(rows), strict=True)
+        for tensor in _track(targets, f"Reading {checkpoint.path.name}"):
+            checkpoint.copy(tensor, targets[tensor])
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.dtype
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutput:
+        """Next-token logits after each token.
+
+        input_ids        [b, t], any integer dtype; t tokens that follow those in past_key_values
+        attention_mask   [b, past + t], 0 for padding on the left (or, of a finished text, on the
+                         right); None: no padding
+        position_ids     [b, t], for transformers' callers: what the mask says, or ValueError
+        past_key_values  the KVCache of an earlier call; it is extended in place
+        use_cache        False: return no cache. Default: return one
+        logits_to_keep   1: only the last token's logits; 0: all
+        """
+        input_ids = self.check_ids(input_ids)
+        b, t = input_ids.shape
+        cache = past_key_values
+        if cache is None:
+            cache = KVCache(self.config, b, t, dtype=self.dtype, device=self.device, grows=True)
+        cache.align(t, attention_mask, position_ids)
+        hiddens = self.hidden_states(input_ids, cache)
+        logits = self.logits(hiddens[:, -logits_to_keep:])
+        return CausalLMOutput(logits, None if use_cache is False else cache)
+
+    def hidden_states(self, input_ids: Tensor, cache: KVCache) -> Tensor:
+        """input_ids :: [b, t] → [b, t, hidden] after the final norm; the cache advances by t."""
+        t = input_ids.shape[1]
+        cache.reserve(t)
+        start = cache.next_position
+        angles = self._angles(start, t)
+        # Rounded to the model's dtype, as Gemma was trained: 25.25 for sqrt(640) in bf16.
+        scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype)
+        residual = F.embedding(input_ids, self.embed_tokens) * scale
+        eps = self.config.rms_norm_eps
+        x = rms_norm(residual, self.layers[0].input_layernorm, eps)
+        next_norms = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
+        for layer, next_norm in zip(self.layers, next_norms, strict=True):
+            x = layer.attend(x, *angles[self.config.layer_types[layer.index]], start, cache)
+            x, residual = add_rms_norm(x, residual, layer.pre_feedforward_layernorm, eps)
+            x = layer.mlp(x)
+            x, residual = add_rms_norm(x, residual, next_norm, eps)
+        cache.advance(t)
+        return x
+
+    def logits(self, hiddens: Tensor) -> Tensor:
+        """hiddens :: [..., hidden] → [..., vocab]: the embedding serves both ends."""
+        logits = F.linear(hiddens, self.embed_tokens)
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def check_ids(self, input_ids: Tensor) -> Tensor:
+        """input_ids on the model's device, or a ValueError that says what is wrong with them."""
+        _refuse_overflow(self.config, self.dtype)
+        if input_ids.ndim != 2 or input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids must be integers [batch, tokens], not {input_ids.dtype} "
+                f"{tuple(input_ids.shape)}"
+            )
+        if not input_ids.numel():
+            raise ValueError(f"the prompt is empty: input_ids is {tuple(input_ids.shape)}")
+        low, high = (int(x) for x in torch.aminmax(input_ids))
+        if low < 0 or high >= self.config.vocab_size:
+            token = low if low < 0 else high
+            raise ValueError(f"token id {token} is outside the vocabulary of {self.config.vocab_size}")
+        return input_ids.to(self.device)
+
+    def _angles(self, start: Tensor, t: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Kind of layer → cos, sin :: [b, t, d / 2], fp32, of position * theta^(-2i / d)."""
+        config, device = self.config, start.device
+        positions = (start.unsqueeze(1) + torch.arange(t, device=device)).unsqueeze(2).float()
+        i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+        angles = {}
+        for kind in set(config.layer_types):
+            full = kind == FULL
+            theta = config.rope_theta if full else config.rope_local_base_freq
+            inv_freq = 1 / theta ** (i / config.head_dim)
+            angle = positions * (inv_freq / config.rope_scaling_factor if full else inv_freq)
+            angles[kind] = angle.cos(), angle.sin()
+        return angles
+
+
+Gemma2ForCausalLM = Gemma3ForCausalLM = GemmaForCausalLM
+
+
+def _frozen(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape), requires_grad=False)
+
+
+def _track(tensors: Mapping[str, Tensor], label: str) -> Iterable[str]:
+    """The names, one by one, with a progress bar where stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    return track(list(tensors), label, console=console, disable=hidden, transient=True)
+
+
+def _refuse_overflow(config: GemmaConfig, dtype: torch.dtype) -> None:
+    if config.model_type == "gemma3" and dtype == torch.float16:
+        raise ValueError(
+            "Gemma 3's residual stream overflows float16 (it passes 65,504): use bfloat16 or float32"
+        )
+
+
+def _pick_device(
+    device: torch.device | str | None, device_map: str | Mapping[str, Any] | None
+) -> torch.device:
+    if isinstance(device_map, Mapping):
+        if list(device_map) != [""]:
+            raise ValueError(f"device_map {dict(device_map)}: the model runs on one device, {{'': …}}")
+        device_map = device_map[""]
+    device = device if device is not None else device_map
+    if device is None or device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, but this PyTorch sees no CUDA GPU")
+    return device
+
+
+def _pick_dtype(
+    dtype: torch.dtype | str, checkpoint: Checkpoint, device: torch.device
+) -> torch.dtype:
+    if dtype == "auto":
+        quantized = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return checkpoint.dtype or quantized
+    picked = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if picked not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
+    return picked

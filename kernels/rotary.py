@@ -1,0 +1,127 @@
+"""Keys and values into the cache: K normalised (Gemma 3) and rotated by its position; V as it is.
+
+    keys[:, :, slot] = rotate(rms_norm(k));  values[:, :, slot] = v;  slot = position % slots
+
+k, v         :: [b, t, n, d], bf16 | fp16 | fp32; views of the qkv product are fine
+keys, values :: [b, n, slots, d], a ring; written in place
+cos, sin     :: [b, t, d / 2], fp32, of the angles position * theta^(-2i / d)
+start        :: [b], int32: token i of a row stands at position start + i. Positions below zero are
+                left padding.
+norm_weight  :: [d] or None: no norm
+
+Rotary embedding turns channel i against channel i + d / 2, in fp32; K is rounded once, at the store.
+Of more tokens than slots, the last ones stay.
+Bound by memory: bytes = 4 * k.numel() * itemsize. Walk-through step: rotary embedding, KV cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+from triton import knobs
+
+from gemma_fast.kernels.rmsnorm import rms_norm_reference
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x :: [b, t, heads, d], turned by the angles of cos and sin :: [b, t, d / 2], in fp32."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [b, t, 1, d / 2]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def rotary_write_reference(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
+    norm_weight: Tensor | None = None, eps: float = 1e-6,
+) -> None:  # fmt: skip
+    b, t, _, _ = k.shape
+    slots = keys.shape[2]
+    if norm_weight is not None:
+        k = rms_norm_reference(k.float(), norm_weight, eps)
+    k = rotate(k, cos, sin).to(keys.dtype)
+    kept = torch.arange(max(t - slots, 0), t, device=k.device)
+    # Positions below zero land in slots that hold nothing yet: a row that has them has no past.
+    slot = (start.unsqueeze(1) + kept) % slots  # [b, kept]
+    row = torch.arange(b, device=k.device).unsqueeze(1)
+    keys[row, :, slot] = k[:, -slots:]
+    values[row, :, slot] = v[:, -slots:]
+
+
+@triton.jit
+def _rotary_write_kernel(
+    k_ptr,  # [b, t, n, d]
+    v_ptr,  # [b, t, n, d]
+    keys_ptr,  # [b, n, slots, d]
+    values_ptr,  # [b, n, slots, d]
+    cos_ptr,  # [b, t, HALF], contiguous
+    sin_ptr,  # [b, t, HALF], contiguous
+    start_ptr,  # [b]
+    norm_weight_ptr,  # [d] | None
+    k_batch_stride, k_token_stride, k_head_stride,
+    v_batch_stride, v_token_stride, v_head_stride,
+    keys_batch_stride, keys_head_stride, keys_slot_stride,
+    values_batch_stride, values_head_stride, values_slot_stride,
+    t,
+    slots,
+    EPS: tl.constexpr,
+    HALF: tl.constexpr,  # d / 2
+    BLOCK: tl.constexpr,  # tokens
+    HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.load(start_ptr + batch)
+    position = start + token
+    kept = (token < t) & (position >= 0) & (token >= t - slots)
+    mask = kept[:, None]
+    half = tl.arange(0, HALF)[None, :]
+    token = token.to(tl.int64)[:, None]
+    slot = (position % slots).to(tl.int64)[:, None]
+
+    k_ptr += batch * k_batch_stride + head * k_head_stride + token * k_token_stride
+    k1 = tl.load(k_ptr + half, mask=mask, other=0.0).to(tl.float32)
+    k2 = tl.load(k_ptr + HALF + half, mask=mask, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        square_sum = tl.sum(k1 * k1, axis=1) + tl.sum(k2 * k2, axis=1)
+        inv_rms = tl.rsqrt(square_sum / (2 * HALF) + EPS)[:, None]
+        k1 *= inv_rms * (1 + tl.load(norm_weight_ptr + half).to(tl.float32))
+        k2 *= inv_rms * (1 + tl.load(norm_weight_ptr + HALF + half).to(tl.float32))
+    angle = (batch * t + token) * HALF + half
+    cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
+    keys_ptr += batch * keys_batch_stride + head * keys_head_stride + slot * keys_slot_stride
+    tl.store(keys_ptr + half, k1 * cos - k2 * sin, mask=mask)
+    tl.store(keys_ptr + HALF + half, k2 * cos + k1 * sin, mask=mask)
+
+    v_ptr += batch * v_batch_stride + head * v_head_stride + token * v_token_stride
+    values_ptr += batch * values_batch_stride + head * values_head_stride
+    values_ptr += slot * values_slot_stride
+    tl.store(values_ptr + half, tl.load(v_ptr + half, mask=mask), mask=mask)
+    tl.store(values_ptr + HALF + half, tl.load(v_ptr + HALF + half, mask=mask), mask=mask)
+
+
+@triton_op("gemma_fast::rotary_write", mutates_args=("keys", "values"))
+def rotary_write(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
+    norm_weight: Tensor | None = None, eps: float = 1e-6,
+) -> None:  # fmt: skip
+    """Writes t tokens' K, rotated, and V into their slots. Falls back to the reference off the GPU."""
+    b, t, n, d = k.shape
+    slots = keys.shape[2]
+    assert v.shape == k.shape and keys.shape == values.shape == (b, n, slots, d)
+    assert cos.shape == sin.shape == (b, t, d // 2) and start.shape == (b,)
+    if not (k.is_cuda or knobs.runtime.interpret):
+        return rotary_write_reference(k, v, keys, values, cos, sin, start, norm_weight, eps)
+
+    assert d & (d - 1) == 0, f"head_dim must be a power of two: {d=}"
+    assert k.stride(3) == v.stride(3) == keys.stride(3) == values.stride(3) == 1
+    assert cos.is_contiguous() and sin.is_contiguous()
+    block = min(triton.next_power_of_2(t), 16)
+    wrap_triton(_rotary_write_kernel)[(triton.cdiv(t, block), n, b)](
+        k, v, keys, values, cos, sin, start, norm_weight,
+        *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3], t, slots,
+        EPS=eps, HALF=d // 2, BLOCK=block, HAS_NORM=norm_weight is not None,
+        num_warps=4,
+    )  # fmt: skip
+    return None
