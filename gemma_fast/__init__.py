@@ -1,0 +1,39 @@
+"""gemma_fast: Google's Gemma on Triton kernels, small enough to read in an afternoon.
+
+    from gemma_fast import GemmaForCausalLM, Tokenizer
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemma_fast.cache import KVCache
+    from gemma_fast.config import PRESETS, GemmaConfig
+    from gemma_fast.model import Gemma2ForCausalLM, Gemma3ForCausalLM, GemmaForCausalLM
+    from gemma_fast.reference import Reference
+    from gemma_fast.tokenizer import Tokenizer
+    from gemma_fast.streaming import TextStreamer
+
+__version__ = "0.1.0"
+
+# Imported when first asked for: defining the kernels' ops makes PyTorch load its compiler, for 1 s.
+_MODULES = {
+    "GemmaConfig": "config",
+    "GemmaForCausalLM": "model",
+    "Gemma2ForCausalLM": "model",
+    "Gemma3ForCausalLM": "model",
+    "KVCache": "cache",
+    "PRESETS": "config",
+    "Reference": "reference",
+    "TextStreamer": "streaming",
+    "Tokenizer": "tokenizer",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,242 @@
+"""gemma-fast: predict · generate · chat.
+
+    gemma-fast predict "I want to move"         the likeliest tokens after each token of the prompt
+    gemma-fast generate "I want to move" -n 30  a continuation, as it comes
+    gemma-fast chat --model path/to/gemma-it    a conversation
+
+Text goes to stdout, everything about it (progress, speed, errors) to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import torch
+
+    from gemma_fast.model import GemmaForCausalLM
+    from gemma_fast.tokenizer import Tokenizer
+
+Command = Callable[..., None]
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def apply(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+model_options = _options(
+    click.option("--model", help="Directory, .gguf file or hub id. [default: the demo weights]"),
+    click.option("--device", help="cuda, cuda:1, cpu. [default: the GPU if there is one]"),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        help="auto is the checkpoint's; for GGUF bfloat16 on a GPU, float32 on the CPU.",
+    ),
+)
+sampling_options = _options(
+    click.option("-n", "--max-new-tokens", type=int, default=256, show_default=True),
+    click.option("--sample/--greedy", default=None, help="[default: what the checkpoint says]"),
+    click.option("--temperature", type=float, help="Divides the logits; implies --sample."),
+    click.option("--top-k", type=int, help="Keep the k likeliest tokens; implies --sample."),
+    click.option("--top-p", type=float, help="Keep the likeliest that hold p; implies --sample."),
+    click.option("--min-p", type=float, help="Keep those p × the likeliest; implies --sample."),
+    click.option("--repetition-penalty", type=float, help="Above 1: say less again."),
+    click.option("--seed", type=int, help="The same seed gives the same text."),
+    click.option("--stop", "stop_strings", multiple=True, help="End at this text; repeatable."),
+)
+
+
+class _Errors(click.Group):
+    """Shows what the library reports as a message and exit status 1, not as a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ImportError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Errors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gemma_fast")
+def main() -> None:
+    """Gemma on Triton kernels."""
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="How many.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array, an object a prompt token.")
+@model_options
+def predict(prompt: str, top: int, as_json: bool, **model_kwargs: Any) -> None:
+    """The likeliest tokens after each token of PROMPT, with their probabilities."""
+    model, tokenizer = _load(**model_kwargs)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    logits = model(ids, use_cache=False).logits[0].float()
+    best = logits.softmax(-1).topk(min(top, logits.shape[-1]))
+    rows = [
+        {
+            "token": tokenizer.decode(token),
+            "id": token,
+            "next": [
+                {"token": tokenizer.decode(i), "id": i, "probability": p}
+                for p, i in zip(probabilities, ids_after, strict=True)
+            ],
+        }
+        for token, probabilities, ids_after in zip(
+            ids[0].tolist(), best.values.tolist(), best.indices.tolist(), strict=True
+        )
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, ensure_ascii=False))
+        return
+    table = Table("after", "most likely next tokens, with probabilities", show_lines=True)
+    for row in rows:
+        # Non-breaking spaces: lines end between tokens, not inside them.
+        best = [f"{x['token']!r} {x['probability']:.4f}" for x in row["next"]]
+        after = " · ".join(text.replace(" ", "\u00a0") for text in best)
+        table.add_row(repr(row["token"]), after)
+    Console().print(table)
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object when done, no streaming.")
+@model_options
+@sampling_options
+def generate(
+    prompt: str, as_json: bool, model: str, device: str, dtype: str, **sampling: Any
+) -> None:
+    """Continue PROMPT, token by token."""
+    gemma, tokenizer = _load(model, device, dtype)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    if not as_json:
+        click.echo(prompt, nl=False)
+    new, stats = _stream(gemma, tokenizer, ids, as_json, sampling)
+    if as_json:
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        click.echo(json.dumps({"prompt": prompt, "text": text, "ids": new, **stats}))
+
+
+@main.command()
+@click.option("--system", help="What the model is told first (Gemma 3 only).")
+@model_options
+@sampling_options
+def chat(system: str | None, model: str, device: str, dtype: str, **sampling: Any) -> None:
+    """Talk to a chat model. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+    gemma, tokenizer = _load(model, device, dtype)
+    eos = gemma.generation_config.get("eos_token_id", [])
+    stop = {*tokenizer.stop_token_ids, *(eos if isinstance(eos, list) else [eos])}
+    messages = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            text = click.prompt("you", prompt_suffix="> ", err=True)
+        except click.Abort:
+            click.echo(err=True)
+            return
+        messages.append({"role": "user", "content": text})
+        encoding: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt"
+        )
+        options = {**sampling, "eos_token_id": sorted(stop)}
+        new, _ = _stream(gemma, tokenizer, encoding.input_ids, False, options)
+        answer = tokenizer.decode(new, skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _load(
+    model: str | None, device: str | None, dtype: str
+) -> tuple[GemmaForCausalLM, Tokenizer]:
+    from gemma_fast.demo import demo_checkpoint
+    from gemma_fast.model import GemmaForCausalLM
+    from gemma_fast.tokenizer import Tokenizer
+
+    path = model or demo_checkpoint()
+    tokenizer = Tokenizer.from_pretrained(path)
+    return GemmaForCausalLM.from_pretrained(path, dtype=dtype, device=device), tokenizer
+
+
+class _Clock:
+    """A streamer that notes when each token came, and passes it on."""
+
+    def __init__(self, streamer: Any = None) -> None:
+        self.streamer, self.times = streamer, []
+
+    def put(self, ids: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if self.streamer:
+            self.streamer.put(ids)
+
+    def end(self) -> None:
+        if self.streamer:
+            self.streamer.end()
+
+
+def _stream(
+    model: GemmaForCausalLM,
+    tokenizer: Tokenizer,
+    ids: torch.Tensor,
+    silent: bool,
+    sampling: dict[str, Any],
+) -> tuple[list[int], dict[str, Any]]:
+    """Generates and shows text as it comes, then its speed → the new ids and the figures."""
+    from gemma_fast.streaming import TextStreamer
+
+    do_sample = sampling.pop("sample")
+    if do_sample is None and any(sampling[name] is not None for name in SAMPLING):
+        do_sample = True
+    clock = _Clock(None if silent else TextStreamer(tokenizer))
+    out = model.generate(
+        ids, do_sample=do_sample, streamer=clock, tokenizer=tokenizer, **sampling
+    )
+    stats = _speed(ids.shape[1], clock.times, model)
+    if not silent:
+        click.echo()
+        click.echo(_summary(stats), err=True)
+    return out[0, ids.shape[1] :].tolist(), stats
+
+
+def _speed(prompt: int, times: list[float], model: GemmaForCausalLM) -> dict[str, Any]:
+    """Figures of one generate(): its streamer was called with the prompt, then with each token."""
+    import torch
+
+    start, *tokens = times
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    stats: dict[str, Any] = {"prompt_tokens": prompt, "new_tokens": len(tokens)}
+    if tokens:
+        stats["time_to_first_token_s"] = tokens[0] - start
+        stats["prompt_tokens_per_s"] = prompt / (tokens[0] - start)
+    if len(tokens) > 1:
+        stats["decode_tokens_per_s"] = (len(tokens) - 1) / (tokens[-1] - tokens[0])
+    stats["peak_memory_bytes"] = (
+        torch.cuda.max_memory_allocated(model.device)
+        if model.device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    )
+    return stats
+
+
+def _summary(stats: dict[str, Any]) -> str:
+    parts = [f"{stats['prompt_tokens']} prompt tokens"]
+    if "time_to_first_token_s" in stats:
+        parts[0] += f" at {stats['prompt_tokens_per_s']:.1f} tokens/s"
+        parts.append(f"first token after {stats['time_to_first_token_s']:.3f} s")
+    parts.append(f"{stats['new_tokens']} new tokens")
+    if "decode_tokens_per_s" in stats:
+        parts[-1] += f" at {stats['decode_tokens_per_s']:.1f} tokens/s"
+    return " · ".join([*parts, f"peak memory {stats['peak_memory_bytes'] / 1e9:.2f} GB"])

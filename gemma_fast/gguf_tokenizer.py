@@ -1,0 +1,95 @@
+"""A GGUF file's vocabulary → BPE, as the tokenizer was before its conversion.
+
+GGUF keeps the pieces of a SentencePiece model and their scores, not the merges of BPE. They come
+back from the scores: SentencePiece joins the two neighbours whose joint piece scores highest, so
+every split of a piece into two pieces is a merge, and the score is its rank.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+TYPES = range(1, 7)  # then come 5, unused, and 6, a byte
+COLUMNS = {"tokens": str, "scores": float, "token_type": int}
+MAX_PIECE = 256  # characters; Gemma's longest piece has 31, and splitting one is quadratic
+
+
+def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
+    """The tokenizer in a GGUF file's `metadata`, without normalizer and decoder.
+
+    Raises ValueError, naming `source`, for anything malformed.
+    """
+    if metadata.get("tokenizer.ggml.model") != "llama":
+        model = metadata.get("tokenizer.ggml.model")
+        raise ValueError(f"{source}: tokenizer.ggml.model is {model!r}, not Gemma's 'llama'")
+    tokens, scores, types = _columns(metadata, source)
+    pieces = [
+        token.replace(" ", "▁") if type_ == USER_DEFINED else token
+        for token, type_ in zip(tokens, types, strict=True)
+    ]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    if len(vocab) != len(pieces):
+        raise ValueError(f"{source}: tokenizer.ggml.tokens holds a token twice")
+
+    backend = Backend(
+        BPE(
+            vocab,
+            _merges(vocab, scores, types),
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    backend.add_tokens(
+        [
+            AddedToken(piece, normalized=False, special=type_ != USER_DEFINED)
+            for piece, type_ in zip(pieces, types, strict=True)
+            if type_ in (UNKNOWN, CONTROL, USER_DEFINED)
+        ]
+    )
+    return backend
+
+
+def _columns(metadata: Mapping[str, object], source: str) -> list[list]:
+    columns = []
+    for name, kind in COLUMNS.items():
+        column = metadata.get(f"tokenizer.ggml.{name}")
+        if not isinstance(column, list) or set(map(type, column)) != {kind}:
+            raise ValueError(f"{source}: tokenizer.ggml.{name} is no list of {kind.__name__}")
+        columns.append(column)
+
+    tokens, scores, types = columns
+    if not len(tokens) == len(scores) == len(types):
+        raise ValueError(
+            f"{source}: {len(tokens)} tokens, {len(scores)} scores and {len(types)} token types"
+        )
+    if longest := next((token for token in tokens if len(token) > MAX_PIECE), ""):
+        raise ValueError(f"{source}: a token of {len(longest)} characters, above {MAX_PIECE}")
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(f"{source}: tokenizer.ggml.scores holds a number that is not finite")
+    if unknown := set(types).difference(TYPES):
+        raise ValueError(f"{source}: tokenizer.ggml.token_type holds {min(unknown)}")
+    return columns
+
+
+def _merges(
+    vocab: Mapping[str, int], scores: Sequence[float], types: Sequence[int]
+) -> list[tuple[str, str]]:
+    """The pairs of pieces that make a piece, best first. Equal scores: the longest left half."""
+    ranked = []
+    for piece, score, type_ in zip(vocab, scores, types, strict=True):
+        if type_ == USER_DEFINED:
+            score = 0.0  # SentencePiece takes these out of the text before it merges anything
+        elif type_ != NORMAL:
+            continue
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in vocab and right in vocab:
+                ranked.append((score, cut, len(right), left, right))
+    ranked.sort(key=itemgetter(0, 1, 2), reverse=True)
+    return [(left, right) for _, _, _, left, right in ranked]

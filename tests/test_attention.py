@@ -1,0 +1,184 @@
+"""attention and rotary_write against a plain fp64 softmax over keys by position."""
+
+import pytest
+import torch
+from conftest import interpreter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import DTYPES
+
+from gemma_fast.kernels.attention import attention
+from gemma_fast.kernels.rotary import rotary_write
+
+D = 32
+# Relative to the RMS of the result: weights and rotated queries are rounded to the dtype.
+ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def angles(start, t):
+    positions = start.unsqueeze(1) + torch.arange(t, device=start.device)
+    i = torch.arange(0, D, 2, device=start.device)
+    angle = positions.unsqueeze(2).float() * 100.0 ** (-i / D)
+    return angle.cos(), angle.sin()
+
+
+def turned(x, positions, weight):
+    """x :: [t, heads, d] at positions :: [t], normalised and rotated, in fp64."""
+    x = x.double()
+    if weight is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight.double())
+    i = torch.arange(0, D, 2, device=x.device)
+    angle = (positions.unsqueeze(1).float() * 100.0 ** (-i / D)).double().unsqueeze(1)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()), -1)
+
+
+def softmax_attention(q, k, v, q_positions, k_positions, window, softcap, scale):
+    """q :: [t, heads, d], k, v :: [s, n, d], turned already; positions say who sees whom."""
+    m = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(m, dim=1) for x in (k, v))
+    scores = torch.einsum("thd,shd->hts", q, k) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = q_positions.unsqueeze(1) - k_positions.unsqueeze(0)
+    hidden = (distance < 0) | (distance >= (window or 1 << 30))
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hts,shd->thd", weights, v)
+
+
+def check(
+    device, dtype, *, t, past=(0,), n=1, m=1, window=None, softcap=None, norm=False, spare=0, seed=0
+):
+    """Rows with `past` tokens before the t new ones, negative for left padding, through both ops."""
+    torch.manual_seed(seed)
+    b, start = len(past), torch.tensor(past, dtype=torch.int32, device=device)
+    length = max(past) + t
+    slots = window if window and t == 1 and length > window else max(length, 1) + spare
+    q_weight, k_weight = (torch.randn(D, device=device) / 2 if norm else None for _ in "qk")
+    # One token more than the rows' whole past: [b, past + t, …] by position.
+    k, v = (torch.randn(b, length, n, D, device=device).to(dtype) for _ in "kv")
+    heads = n * m
+    q = torch.randn(b, t, 3 * heads, D, device=device).to(dtype)[:, :, heads : 2 * heads]
+
+    nan = float("nan")
+    keys, values = (torch.full((b, n, slots, D), nan, dtype=dtype, device=device) for _ in "kv")
+    for row, before in enumerate(past):
+        for begin in range(0, max(before, 0), max(slots, 1)):
+            part = slice(begin, min(begin + slots, before))
+            at = torch.tensor([begin], dtype=torch.int32, device=device)
+            rows = slice(row, row + 1)
+            rotary_write(
+                k[rows, part], v[rows, part], keys[rows], values[rows],
+                *angles(at, part.stop - begin), at, k_weight,
+            )  # fmt: skip
+    cos, sin = angles(start, t)
+    new_k, new_v = (
+        torch.stack([x[row, max(before, 0) : max(before, 0) + t] if before >= 0
+                     else torch.cat((x[row, :1].expand(min(-before, t), n, D), x[row, : max(t + before, 0)]))
+                     for row, before in enumerate(past)])
+        for x in (k, v)
+    )  # fmt: skip
+    rotary_write(new_k, new_v, keys, values, cos, sin, start, k_weight)
+    scale = 0.3
+    out = attention(
+        q, keys, values, cos, sin, start, q_weight, scale=scale, window=window, softcap=softcap
+    )
+    assert out.dtype == dtype
+    assert not out.isnan().any()
+    for row, before in enumerate(past):
+        real = slice(max(-before, 0), t)
+        assert (out[row, : real.start] == 0).all(), "padding sees nothing"
+        if real.start >= t:
+            continue
+        total = before + t
+        q_positions = torch.arange(before + real.start, total, device=device)
+        k_positions = torch.arange(total, device=device)
+        expected = softmax_attention(
+            turned(q[row, real], q_positions, q_weight),
+            turned(k[row, :total], k_positions, k_weight).to(dtype), v[row, :total],
+            q_positions, k_positions, window, softcap, scale,
+        )  # fmt: skip
+        error = (out[row, real].double() - expected).abs().max() / expected.square().mean().sqrt()
+        assert error < 6 * ERROR[dtype], f"{row=}: {error=}"
+
+
+CASES = {
+    "one token": {"t": 1},
+    "prompt": {"t": 37},
+    "block edge": {"t": 32, "m": 2},
+    "past a block's edge": {"t": 33, "m": 2},
+    "multi-query": {"t": 9, "m": 4},
+    "grouped": {"t": 9, "n": 2, "m": 2},
+    "odd group": {"t": 11, "n": 2, "m": 3},
+    "multi-head": {"t": 9, "n": 4},
+    "soft cap": {"t": 20, "softcap": 1.5},
+    "q and k norm": {"t": 20, "norm": True},
+    "window smaller than a block": {"t": 50, "window": 5},
+    "window of one": {"t": 6, "window": 1},
+    "window larger than a block": {"t": 80, "window": 40},
+    "window larger than all": {"t": 10, "window": 64},
+    "after a prefix": {"t": 7, "past": (30,)},
+    "windowed chunk after a prefix": {"t": 20, "past": (30,), "window": 16},
+    "decode in a full ring": {"t": 1, "past": (45,), "window": 16, "m": 4},
+    "decode in a ring, ragged": {"t": 1, "past": (45, 3, 16, 15), "window": 16},
+    "left padding": {"t": 12, "past": (0, -5, -11), "m": 2},
+    "a row of padding only": {"t": 4, "past": (0, -4, -9)},
+    "ragged decode, spare slots": {"t": 1, "past": (3, 40, 0), "spare": 9},
+    "all at once": {
+        "t": 21, "past": (0, -3), "n": 2, "m": 3, "window": 6, "softcap": 2.0, "norm": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_attention(case, dtype, device):
+    check(device, dtype, **CASES[case])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    t=st.integers(1, 40),
+    past=st.lists(st.integers(-8, 40), min_size=1, max_size=3),
+    n=st.integers(1, 3),
+    m=st.integers(1, 5),
+    window=st.none() | st.integers(1, 48),
+    softcap=st.none() | st.just(2.0),
+    norm=st.booleans(),
+    spare=st.integers(0, 5),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(**shape):
+    shape["past"] = [max(p, -shape["t"]) for p in shape["past"]]
+    if max(shape["past"]) + shape["t"] < 1:
+        shape["past"][0] = 0
+    with interpreter():
+        check("cuda" if torch.cuda.is_available() else "cpu", torch.float32, **shape)
+
+
+def test_a_chunk_longer_than_the_ring_leaves_its_last_tokens(device):
+    slots, t = 8, 21
+    k, v = torch.randn(2, 1, t, 1, D, device=device)
+    start = torch.tensor([5], dtype=torch.int32, device=device)
+    ring, whole = (torch.zeros(2, 1, 1, s, D, device=device) for s in (slots, 64))
+    for keys, values in (ring, whole):
+        rotary_write(k, v, keys, values, *angles(start, t), start)
+    for position in range(5 + t - slots, 5 + t):
+        assert torch.equal(ring[..., position % slots, :], whole[..., position, :])
+
+
+def test_angles_are_exact_far_out(device):
+    """bf16 positions collide from 257 on; a rotation by position 300 differs from one by 301."""
+    x = torch.randn(1, 2, 1, D, device=device).to(torch.float32)
+    x[:, 1] = x[:, 0]
+    start = torch.tensor([300], dtype=torch.int32, device=device)
+    keys, values = torch.zeros(2, 1, 1, 512, D, device=device)
+    rotary_write(x, x, keys, values, *angles(start, 2), start)
+    assert (keys[0, 0, 300] - keys[0, 0, 301]).abs().max() > 0.1
+
+
+def test_wrong_shapes(device):
+    q, kv = torch.randn(1, 2, 3, D, device=device), torch.randn(1, 2, 4, D, device=device)
+    start = torch.zeros(1, dtype=torch.int32, device=device)
+    with pytest.raises(AssertionError, match="3 query heads are not a multiple of 2 kv heads"):
+        attention(q, kv, kv, *angles(start, 2), start, scale=1.0)

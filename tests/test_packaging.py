@@ -1,0 +1,85 @@
+"""`kernels/` has one import name, gemma_fast.kernels, and never hides PyPI's package `kernels`."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from shutil import copy, copytree, ignore_patterns
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = {
+    f"{folder}/{path.name}": path.read_bytes()
+    for folder in ("gemma_fast", "gemma_fast/kernels")
+    for path in (ROOT / folder).glob("*.py")
+}
+PRINT_KERNEL_FILE = "import gemma_fast.kernels.rmsnorm as module; print(module.__file__)"
+
+
+def python(*args, cwd: Path = ROOT) -> str:
+    """What Python prints in `cwd`, where imports are looked for first, as PYTHONPATH=. has it."""
+    command = [sys.executable, *map(str, args)]
+    ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory) -> Path:
+    """A folder with the sdist and the wheel made from it, built from a copy of the sources."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+    for folder in ("gemma_fast", "kernels"):
+        copytree(ROOT / folder, tree / folder, symlinks=True, ignore=ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        copy(ROOT / name, tree)
+    python("-m", "build", "--no-isolation", "--outdir", out, tree, cwd=out)
+    return out
+
+
+def test_kernels_is_reached_through_a_link():
+    assert os.readlink(ROOT / "gemma_fast/kernels") == "../kernels"
+    assert not (ROOT / "kernels/__init__.py").exists()
+    assert Path(python("-c", PRINT_KERNEL_FILE)).parent == ROOT / "gemma_fast/kernels"
+
+
+def test_wheel_holds_the_sources_as_files(dist):
+    with zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
+        held = {name: wheel.read(name) for name in wheel.namelist() if ".dist-info/" not in name}
+    assert held == SOURCES
+
+
+def test_sdist_holds_the_sources_as_files(dist):
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as sdist:
+        held = {member.name.partition("/")[2]: member for member in sdist.getmembers()}
+        assert {name: sdist.extractfile(held[name]).read() for name in SOURCES} == SOURCES
+    assert all(held[name].isreg() for name in SOURCES)
+    assert not any(name == "kernels" or name.startswith("kernels/") for name in held)
+
+
+def test_wheel_installs(dist, tmp_path):
+    wheel = next(dist.glob("*.whl"))
+    python("-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path, wheel)
+    file = Path(python("-c", PRINT_KERNEL_FILE, cwd=tmp_path))
+    assert file.parent == tmp_path / "gemma_fast/kernels"
+
+
+def test_transformers_finds_the_package_kernels_from_here():
+    classes = "GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM"
+    imports = f"import kernels; from transformers import {classes}"
+    file = python("-c", f"{imports}; print(kernels.__file__)")
+    assert file.endswith("__init__.py"), f"kernels is {file}, not the installed package"
+
+
+def test_import_is_quick_and_leaves_transformers_alone():
+    code = """
+import sys, time, torch
+start = time.perf_counter()
+import gemma_fast
+print(time.perf_counter() - start)
+assert "transformers" not in sys.modules
+"""
+    # A busy machine may be slow once, not thrice.
+    assert any(float(python("-c", code)) < 0.5 for _ in range(3))

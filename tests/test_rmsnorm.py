@@ -1,0 +1,66 @@
+"""rms_norm and add_rms_norm against fp64."""
+
+import pytest
+import torch
+from kernel_checks import DTYPES, TOLERANCE, poison_outputs, strided
+
+from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
+
+SHAPES = [(1, 640), (1, 1), (7, 48), (2, 3, 2048), (5, 1000), (0, 32)]
+
+
+def oracle(x, weight, eps=1e-6):
+    x, weight = x.double(), weight.double()
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * (1 + weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rms_norm(shape, dtype, device, poison_outputs):
+    x = torch.randn(shape, device=device).to(dtype)
+    weight = torch.randn(shape[-1], device=device).to(dtype)
+    out = rms_norm(x, weight)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), oracle(x, weight), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_add_rms_norm(shape, dtype, device, poison_outputs):
+    x, residual = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(shape[-1], device=device).to(dtype)
+    before = residual.clone()
+    out, total = add_rms_norm(x, residual, weight)
+    torch.testing.assert_close(total, x + before, rtol=0, atol=0)
+    torch.testing.assert_close(out.double(), oracle(total, weight), **TOLERANCE[dtype])
+    assert torch.equal(residual, before), "the caller's residual was overwritten"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_rows(dtype, device, poison_outputs):
+    x = strided((6, 64), dtype, device)
+    weight = torch.randn(64, device=device)
+    torch.testing.assert_close(rms_norm(x, weight).double(), oracle(x, weight), **TOLERANCE[dtype])
+    out, _ = add_rms_norm(x, x, weight)
+    torch.testing.assert_close(out.double(), oracle(x + x, weight), **TOLERANCE[dtype])
+
+
+def test_one_plus_weight_is_not_rounded(device):
+    """1 + 15.8125 and 1 + 0.00390625 need more bits than bf16 has: the sum is made in fp32."""
+    weight = torch.tensor([15.8125, 0.00390625] * 16, dtype=torch.bfloat16, device=device)
+    x = torch.randn(64, 32, device=device)
+    exact, rounded = oracle(x, weight), oracle(x, (1 + weight).double() - 1)
+    assert (exact - rounded).abs().max() > 1e-2
+    torch.testing.assert_close(rms_norm(x, weight).double(), exact, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("large", [1e-20, 1e15], ids=str)
+def test_extreme_values(large, device):
+    x = torch.full((2, 64), large, device=device)
+    expected = oracle(x, torch.zeros(64, device=device)).float()
+    torch.testing.assert_close(rms_norm(x, torch.zeros(64, device=device)), expected)
+
+
+def test_wrong_weight(device):
+    with pytest.raises(AssertionError, match=r"weight.*\(3,\).*\(2, 4\)"):
+        rms_norm(torch.randn(2, 4, device=device), torch.randn(3, device=device))

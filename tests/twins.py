@@ -1,0 +1,103 @@
+"""Tiny random Gemmas, three times over: transformers' own, this project's model, and the reference.
+
+transformers saves the checkpoint that the other two read, so each comparison covers the way from
+`config.json` and safetensors to the result. Sizes are odd on purpose: heads * head_dim is not
+hidden_size, query_pre_attn_scalar is not head_dim, windows are short, soft caps bite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from gemma_fast.config import FULL, SLIDING, GemmaConfig
+from gemma_fast.model import GemmaForCausalLM
+from gemma_fast.reference import Reference
+
+_SHARED = {
+    "vocab_size": 199, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 88,
+    "max_position_embeddings": 256, "eos_token_id": 1,
+}  # fmt: skip
+_GEMMA2 = GemmaConfig(
+    model_type="gemma2", query_pre_attn_scalar=20, sliding_window=8, sliding_window_pattern=2,
+    attn_logit_softcapping=3.0, final_logit_softcapping=2.0, **_SHARED,
+)  # fmt: skip
+_GEMMA3 = GemmaConfig(
+    model_type="gemma3", query_pre_attn_scalar=20, sliding_window=8, sliding_window_pattern=2,
+    rope_theta=1e6, rope_scaling_factor=8.0, **_SHARED,
+)  # fmt: skip
+_GEMMA1 = GemmaConfig(model_type="gemma", query_pre_attn_scalar=32, **_SHARED)
+CONFIGS = {
+    "gemma-mqa": _GEMMA1,
+    "gemma-mha": replace(_GEMMA1, num_key_value_heads=4),
+    "gemma2-gqa": replace(_GEMMA2, num_key_value_heads=2),
+    "gemma3-mqa": replace(_GEMMA3, num_hidden_layers=7, layer_types=(), sliding_window_pattern=6),
+    "gemma3-gqa": replace(_GEMMA3, num_key_value_heads=2, sliding_window=13),
+}
+
+
+@dataclass
+class Twins:
+    hf: transformers.PreTrainedModel
+    model: GemmaForCausalLM
+    reference: Reference
+    path: Path
+
+    @classmethod
+    def build(cls, config: GemmaConfig, path: Path) -> Twins:
+        hf = transformers_model(config)
+        hf.save_pretrained(path)
+        model = GemmaForCausalLM.from_pretrained(path, device="cpu")
+        assert model.config == config
+        return cls(hf, model, Reference.from_pretrained(path), path)
+
+    @property
+    def config(self) -> GemmaConfig:
+        return self.model.config
+
+    def prompt(self, batch: int, tokens: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, self.config.vocab_size, (batch, tokens), generator=generator)
+
+
+def transformers_model(config: GemmaConfig) -> transformers.PreTrainedModel:
+    """transformers' model of this config with random weights, in eval mode and with eager attention."""
+    kwargs = {
+        name: getattr(config, name)
+        for name in (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings",
+            "rms_norm_eps", "eos_token_id",
+        )
+    }  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    windowed = {
+        "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        "sliding_window": config.sliding_window,
+        "layer_types": list(config.layer_types),
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }
+    if config.model_type == "gemma":
+        hf_config = transformers.GemmaConfig(rope_parameters=rope, **kwargs)
+    elif config.model_type == "gemma2":
+        hf_config = transformers.Gemma2Config(rope_parameters=rope, **windowed, **kwargs)
+    else:
+        full = {"rope_type": "linear", "factor": config.rope_scaling_factor}
+        local = {"rope_type": "default", "rope_theta": config.rope_local_base_freq}
+        hf_config = transformers.Gemma3TextConfig(
+            rope_parameters={FULL: rope | full, SLIDING: local}, **windowed, **kwargs
+        )
+    hf_config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    hf = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in hf.named_parameters():
+        std = 0.5 if "norm" in name else 1.5 / weight.shape[-1] ** 0.5
+        weight.data.normal_(std=std, generator=generator)
+    return hf
