@@ -1,6 +1,6 @@
 """gemma_fast: Google's Gemma on Triton kernels, small enough to read in an afternoon.
 
-    from gemma_fast import GemmaForCausalLM, Tokenizer
+from gemma_fast import GemmaForCausalLM, Tokenizer
 """
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from gemma_fast.cache import KVCache
-    from gemma_fast.config import PRESETS, GemmaConfig
-    from gemma_fast.model import Gemma2ForCausalLM, Gemma3ForCausalLM, GemmaForCausalLM
-    from gemma_fast.reference import Reference
-    from gemma_fast.tokenizer import Tokenizer
-    from gemma_fast.streaming import TextStreamer
+if TYPE_CHECKING:  # `as`: exported, to a type checker
+    from gemma_fast.cache import KVCache as KVCache
+    from gemma_fast.config import PRESETS as PRESETS
+    from gemma_fast.config import GemmaConfig as GemmaConfig
+    from gemma_fast.model import Gemma2ForCausalLM as Gemma2ForCausalLM
+    from gemma_fast.model import Gemma3ForCausalLM as Gemma3ForCausalLM
+    from gemma_fast.model import GemmaForCausalLM as GemmaForCausalLM
+    from gemma_fast.reference import Reference as Reference
+    from gemma_fast.streaming import TextStreamer as TextStreamer
+    from gemma_fast.tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.1.0"
 

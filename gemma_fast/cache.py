@@ -1,8 +1,8 @@
 """KVCache: every key and value the model has computed, preallocated; positions live on the device.
 
-A layer's cache is a ring: slot `p % slots` holds position p. A layer that sees everything has a slot
-for each position of the context and never wraps; a layer that sees a window of W has W slots, so
-that its memory does not grow with the context.
+A layer's cache is a ring: slot `p % slots` holds position p. A layer that sees everything has a
+slot for each position of the context and never wraps; one that sees a window of W has W slots, so
+its memory does not grow with the context.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class KVCache:
     """Room for `max_length` tokens in each of `batch` sequences.
 
     keys, values  :: one [b, n, slots, d] a layer
-    next_position :: [b], int32: where each row's next token stands; negative while a row is still in
-                     its left padding
+    next_position :: [b], int32: where each row's next token stands; negative while a row is still
+                     in its left padding
     length        :: tokens seen by the longest row, padding included
 
     A cache with `grows=True` doubles when it is full, up to the model's context; any other raises a

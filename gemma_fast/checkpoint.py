@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma_fast.config import GemmaConfig
+from gemma_fast.config_files import config_from_json
 
 if TYPE_CHECKING:
     from gemma_fast.gguf_file import GGUFFile
@@ -96,7 +97,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, path: Path):
         self.path = path
         config_file, generation_file = path / "config.json", path / "generation_config.json"
-        self.config = parse_config(config_file, GemmaConfig.from_json, read_json(config_file))
+        self.config = parse_config(config_file, config_from_json, read_json(config_file))
         self.generation_config = read_json(generation_file) if generation_file.is_file() else {}
 
         self.shapes, self.files, self._stored_names = {}, {}, {}

@@ -159,9 +159,7 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
         messages.append({"role": "assistant", "content": answer})
 
 
-def _load(
-    model: str | None, device: str | None, dtype: str
-) -> tuple[GemmaForCausalLM, Tokenizer]:
+def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCausalLM, Tokenizer]:
     from gemma_fast.demo import demo_checkpoint
     from gemma_fast.model import GemmaForCausalLM
     from gemma_fast.tokenizer import Tokenizer
@@ -175,7 +173,8 @@ class _Clock:
     """A streamer that notes when each token came, and passes it on."""
 
     def __init__(self, streamer: Any = None) -> None:
-        self.streamer, self.times = streamer, []
+        self.streamer = streamer
+        self.times: list[float] = []
 
     def put(self, ids: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
@@ -201,9 +200,7 @@ def _stream(
     if do_sample is None and any(sampling[name] is not None for name in SAMPLING):
         do_sample = True
     clock = _Clock(None if silent else TextStreamer(tokenizer))
-    out = model.generate(
-        ids, do_sample=do_sample, streamer=clock, tokenizer=tokenizer, **sampling
-    )
+    out = model.generate(ids, do_sample=do_sample, streamer=clock, tokenizer=tokenizer, **sampling)
     stats = _speed(ids.shape[1], clock.times, model)
     if not silent:
         click.echo()

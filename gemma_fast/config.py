@@ -1,18 +1,16 @@
 """GemmaConfig: one frozen dataclass for Gemma 1, 2 and 3 (the text model).
 
-    GemmaConfig.from_json(json.load(open("config.json")))   # transformers' spelling, old and new
-    GemmaConfig.from_gguf(metadata)                         # a GGUF file's key/value pairs
-    PRESETS["gemma-2b"]                                     # the ten published sizes
+    PRESETS["gemma-2b"]  # one of the ten published sizes; config_files.py reads a checkpoint's
 
-Field names are transformers'. Every field is range-checked when a config is made: a ValueError names
-the field, its value and what is allowed, so nothing of an absurd size is ever allocated from it.
+Field names are transformers'. Every field is range-checked when a config is made: a ValueError
+names the field, its value and what is allowed, so nothing absurdly large is allocated from it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, fields, replace
+from dataclasses import InitVar, dataclass, fields
 from typing import Any
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -57,36 +55,15 @@ SHAPES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "intermediate_size",
 )  # fmt: skip
-# The shapes that transformers assumes where a config.json leaves them out.
-DEFAULT_SHAPES = {
-    "gemma": (256_000, 3072, 28, 16, 16, 256, 24576),
-    "gemma2": (256_000, 2304, 26, 8, 4, 256, 9216),
-    "gemma3": (262_208, 2304, 26, 8, 4, 256, 9216),
-}
-GGUF_KEYS = {
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "intermediate_size": "feed_forward_length",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "sliding_window": "attention.sliding_window",
-    "rope_theta": "rope.freq_base",
-    "rope_scaling_factor": "rope.scaling.factor",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GemmaConfig:
     """What a Gemma of any family is made of.
 
-    The families differ only in what is set here: Gemma 2 has soft caps; Gemma 2 and 3 mix layers that
-    see a window with layers that see everything (`layer_types`), and normalise what attention and MLP
-    give back (`post_norms`); Gemma 3 also normalises queries and keys (`qk_norm`).
+    The families differ only in what is set here: Gemma 2 has soft caps; Gemma 2 and 3 mix layers
+    that see a window with layers that see everything (`layer_types`), and normalise what attention
+    and MLP give back (`post_norms`); Gemma 3 also normalises queries and keys (`qk_norm`).
     """
 
     model_type: str  # "gemma" | "gemma2" | "gemma3"
@@ -169,7 +146,9 @@ class GemmaConfig:
             layer |= {f"{side}_feedforward_layernorm": (hidden,) for side in ("pre", "post")}
         if self.qk_norm:
             layer |= {f"self_attn.{x}_norm": (d,) for x in "qk"}
-        shapes = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, hidden)
+        }
         for i in range(self.num_hidden_layers):
             shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
         return shapes | {"model.norm.weight": (hidden,)}
@@ -178,116 +157,23 @@ class GemmaConfig:
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
-    @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> GemmaConfig:
-        """From a `config.json`. A multimodal Gemma 3 keeps the text model's under `text_config`,
-        with most fields left out. ValueError: not a Gemma, or one that this model cannot run."""
-        if not isinstance(config, Mapping):
-            raise ValueError(f"a config must be an object, not a {type(config).__name__}")
-        family = str(config.get("model_type")).removesuffix("_text")
-        if family not in FAMILIES:
-            raise ValueError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
-        given = config.get("text_config", config)
-        if not isinstance(given, Mapping):
-            raise ValueError(f"text_config must be an object, not a {type(given).__name__}")
-        _refuse_variants(given)
-        values = dict(zip(SHAPES, DEFAULT_SHAPES[family], strict=True)) | FAMILIES[family]
-        for name in {f.name for f in fields(cls)} | {"sliding_window_pattern"}:
-            value = given.get(name, given.get(f"_{name}"))
-            if value is not None or (name in given and name.endswith("softcapping")):
-                values[name] = tuple(value) if isinstance(value, list) else value
-        if family == "gemma":
-            values["query_pre_attn_scalar"] = values["head_dim"]
-        values.setdefault("query_pre_attn_scalar", 256)
-        return cls(**values | {"model_type": family} | _rope(given, family, values))
-
-    @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any]) -> GemmaConfig:
-        """From a GGUF file's metadata. What GGUF does not store follows from the architecture, as in
-        llama.cpp: the layer pattern, the local theta, query_pre_attn_scalar."""
-        family = metadata.get("general.architecture")
-        if family not in FAMILIES:
-            raise ValueError(f"general.architecture {family!r} is not one of {', '.join(FAMILIES)}")
-        tokens = metadata.get("tokenizer.ggml.tokens")
-        values = FAMILIES[family] | {"vocab_size": len(tokens) if isinstance(tokens, list) else None}
-        keys = {name: f"{family}.{key}" for name, key in GGUF_KEYS.items()}
-        keys |= {f"{x}_token_id": f"tokenizer.ggml.{x}_token_id" for x in ("bos", "eos")}
-        for name, key in keys.items():
-            value = metadata.get(key)
-            if isinstance(value, float):
-                value = float(f"{value:.7g}")  # stored as float32: 1e-6 reads 9.99999997e-07
-            if value is not None:
-                values[name] = value
-            elif name in SHAPES:
-                raise ValueError(f"the GGUF metadata has no {key}")
-        scaling = metadata.get(f"{family}.rope.scaling.type", "none")
-        if scaling not in ("none", "linear") or (scaling == "linear" and family != "gemma3"):
-            raise ValueError(f"{family}.rope.scaling.type {scaling!r} is not supported")
-        if scaling == "none":
-            values["rope_scaling_factor"] = 1.0
-        if family == "gemma2" and "rope_theta" in values:
-            values["rope_local_base_freq"] = values["rope_theta"]
-        values["query_pre_attn_scalar"] = values["head_dim"]
-        config = cls(model_type=family, **values)
-        if (family, config.num_hidden_layers) in (("gemma2", 46), ("gemma3", 62)):  # the 27B models
-            heads = config.num_attention_heads
-            return replace(config, query_pre_attn_scalar=config.hidden_size / heads)
-        return config
-
 
 def _check_ranges(values: Mapping[str, Any]) -> None:
     for name, (low, high) in (INT_RANGES | FLOAT_RANGES).items():
-        kinds = (int,) if name in INT_RANGES else (int, float)
-        optional = name.endswith(("softcapping", "window", "pattern")) and values[name] is None
-        for value in values[name] if isinstance(values[name], tuple) else [values[name]]:
+        given = values[name]
+        if given is None and name.endswith(("softcapping", "window", "pattern")):
+            continue
+        several = name == "eos_token_id" and isinstance(given, tuple)
+        kinds, kind = ((int,), "an integer") if name in INT_RANGES else ((int, float), "a number")
+        for value in given if several else [given]:
             number = isinstance(value, kinds) and not isinstance(value, bool)
-            if not (optional or (number and low <= value <= high)):
-                kind = "an integer" if kinds == (int,) else "a number"
+            if not (number and low <= value <= high):
                 raise ValueError(f"{name}={value!r} must be {kind} from {low:g} to {high:g}")
-
-
-def _refuse_variants(given: Mapping[str, Any]) -> None:
-    """Gemmas that this model would compute wrongly: better refused by name."""
-    activation = given.get("hidden_activation") or given.get("hidden_act") or "gelu"
-    # Gemma 1 configs say "gelu" where the model means its tanh approximation
-    if activation not in ("gelu", "gelu_pytorch_tanh"):
-        raise ValueError(f"hidden_activation {activation!r} is not gelu_pytorch_tanh")
-    for name, expected in VARIANTS.items():
-        if (value := given.get(name)) not in (None, expected):
-            raise ValueError(f"{name}={value!r} is not supported, only {expected}")
-
-
-VARIANTS = {"attention_bias": False, "tie_word_embeddings": True, "use_bidirectional_attention": False}
-
-
-def _rope(given: Mapping[str, Any], family: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Thetas and scaling from `rope_parameters` (new), or rope_theta, rope_local_base_freq and
-    rope_scaling (old)."""
-    new = given.get("rope_parameters") or {}
-    per_layer = isinstance(new, Mapping) and (FULL in new or SLIDING in new)
-    full = (new.get(FULL) if per_layer else new) or {}
-    local = (new.get(SLIDING) if per_layer else {}) or {}
-    scaling = given.get("rope_scaling") or full
-    for name, rope in (("rope_parameters", full), ("rope_parameters", local), ("rope_scaling", scaling)):
-        if not isinstance(rope, Mapping):
-            raise ValueError(f"{name} must be an object, not {rope!r}")
-    kind = scaling.get("rope_type", scaling.get("type")) or "default"
-    if kind not in ("default", "linear") or (kind == "linear" and family == "gemma2"):
-        raise ValueError(f"rope_type {kind!r} is not supported for {family}")
-    if local.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type {local['rope_type']!r} on {SLIDING} layers is not supported")
-    theta = full.get("rope_theta", values.get("rope_theta", 1e4))
-    local_theta = values.get("rope_local_base_freq", 1e4 if family == "gemma3" else theta)
-    return {
-        "rope_theta": theta,
-        "rope_local_base_freq": local.get("rope_theta", local_theta),
-        "rope_scaling_factor": scaling.get("factor", 1.0) if kind == "linear" else 1.0,
-    }
 
 
 def _preset(family: str, *shapes: int, **values: Any) -> GemmaConfig:
     values = FAMILIES[family] | {"query_pre_attn_scalar": 256} | values
-    return GemmaConfig(model_type=family, **dict(zip(SHAPES, shapes, strict=True)), **values)
+    return GemmaConfig(model_type=family, **values | dict(zip(SHAPES, shapes, strict=True)))
 
 
 _LONG = {"sliding_window": 1024, "rope_scaling_factor": 8.0}
@@ -297,7 +183,9 @@ PRESETS = {
     "gemma-7b": _preset("gemma", 256_000, 3072, 28, 16, 16, 256, 24576),
     "gemma-2-2b": _preset("gemma2", 256_000, 2304, 26, 8, 4, 256, 9216),
     "gemma-2-9b": _preset("gemma2", 256_000, 3584, 42, 16, 8, 256, 14336),
-    "gemma-2-27b": _preset("gemma2", 256_000, 4608, 46, 32, 16, 128, 36864, query_pre_attn_scalar=144),
+    "gemma-2-27b": _preset(
+        "gemma2", 256_000, 4608, 46, 32, 16, 128, 36864, query_pre_attn_scalar=144
+    ),
     "gemma-3-270m": _preset("gemma3", 262_144, 640, 18, 4, 1, 256, 2048, **_SHORT),
     "gemma-3-1b": _preset("gemma3", 262_144, 1152, 26, 4, 1, 256, 6912, **_SHORT),
     "gemma-3-4b": _preset("gemma3", 262_208, 2560, 34, 8, 4, 256, 10240, **_LONG),

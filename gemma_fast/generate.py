@@ -1,6 +1,6 @@
 """Prompt → text, read top to bottom:
 
-    tokenizer → prefill the cache with the prompt → choose a token → decode it → … → tokenizer
+tokenizer → prefill the cache with the prompt → choose a token → decode it → … → tokenizer
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def generate_tokens(
         "min_p": min_p, "repetition_penalty": repetition_penalty,
     }  # fmt: skip
     sampling = Sampling(**_or_defaults(given, defaults))
-    limits = _or_defaults({"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}, defaults)
+    limits = _or_defaults(
+        {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}, defaults
+    )
     new = _check_length(t, limits.get("max_new_tokens"), config.max_position_embeddings)
     eos_ids = _token_ids(limits.get("eos_token_id", config.eos_token_id))
     eos = torch.tensor(eos_ids, dtype=torch.long, device=ids.device)
@@ -78,9 +80,9 @@ def generate_tokens(
     ids = torch.cat((ids, ids.new_full((b, new), config.pad_token_id)), dim=1)
     finished = torch.zeros(b, dtype=torch.bool, device=ids.device)
     end = t
-    if streamer is not None:
-        streamer.put(ids[:, :t].cpu())
     try:
+        if streamer is not None:
+            streamer.put(ids[:, :t].cpu())
         logits = prefill(model, ids[:, :t], cache)
         while True:
             token = sampling(logits, ids[:, :end], generator)
@@ -138,8 +140,8 @@ def _token_ids(eos: Any) -> list[int]:
 
 
 def _contains_stop(generated: Tensor, stop: list[str], tokenizer: Any) -> Tensor:
-    """generated :: [b, new] → [b]: whether its text has a stop string. Every token of text is a byte
-    or more, so the last 4 * (longest stop string) tokens hold the end of any that is new."""
+    """generated :: [b, new] → [b]: whether its text has a stop string. A token of text is a byte or
+    more, so the last 4 * (longest stop string) tokens hold the end of any that is new."""
     tail = generated[:, -4 * max(map(len, stop)) :].tolist()
     texts = [tokenizer.decode(ids) for ids in tail]
     found = [any(s in text for s in stop) for text in texts]

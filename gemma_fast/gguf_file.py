@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.checkpoint import Checkpoint, parse_config
-from gemma_fast.config import GemmaConfig
+from gemma_fast.config_files import config_from_gguf
 
 try:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
@@ -154,7 +154,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def __init__(self, file: GGUFFile):
         self.path = file.path
-        self.config = parse_config(file.path, GemmaConfig.from_gguf, file.metadata)
+        self.config = parse_config(file.path, config_from_gguf, file.metadata)
         self.generation_config = {}
         self._tensors = {
             self._name(tensor.name): tensor for tensor in file.tensors if tensor.name not in IGNORED

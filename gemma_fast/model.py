@@ -11,7 +11,7 @@ added by the norm that reads it next. Each kernel picks Triton on a GPU, its ref
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,9 +80,7 @@ class Layer(nn.Module):
                 weight = _frozen(rows, *shapes[self.parts[name][0]][1:])
             self.register_parameter(name, weight)
 
-    def attend(
-        self, x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, cache: KVCache
-    ) -> Tensor:
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, cache: KVCache) -> Tensor:
         """x :: [b, t, hidden], normalised → the branch's result; K and V join the cache."""
         config, (b, t, _), d = self.config, x.shape, self.config.head_dim
         n, heads = config.num_key_value_heads, config.num_attention_heads
@@ -122,7 +120,9 @@ class GemmaForCausalLM(nn.Module):
         self.config = config
         self.generation_config: Mapping[str, Any] = {}
         self.embed_tokens = _frozen(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.layers: Sequence[Layer] = nn.ModuleList(  # type: ignore[assignment]
+            Layer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = _frozen(config.hidden_size)
 
     @classmethod
@@ -167,7 +167,9 @@ class GemmaForCausalLM(nn.Module):
         return model
 
     @classmethod
-    def _empty(cls, config: GemmaConfig, dtype: torch.dtype, device: torch.device) -> GemmaForCausalLM:
+    def _empty(
+        cls, config: GemmaConfig, dtype: torch.dtype, device: torch.device
+    ) -> GemmaForCausalLM:
         _refuse_overflow(config, dtype)
         with torch.device("meta"):
             model = cls(config).to(dtype)
@@ -261,7 +263,9 @@ class GemmaForCausalLM(nn.Module):
         low, high = (int(x) for x in torch.aminmax(input_ids))
         if low < 0 or high >= self.config.vocab_size:
             token = low if low < 0 else high
-            raise ValueError(f"token id {token} is outside the vocabulary of {self.config.vocab_size}")
+            raise ValueError(
+                f"token id {token} is outside the vocabulary of {self.config.vocab_size}"
+            )
         return input_ids.to(self.device)
 
     def _angles(self, start: Tensor, t: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -299,7 +303,7 @@ def _track(tensors: Mapping[str, Tensor], label: str) -> Iterable[str]:
 def _refuse_overflow(config: GemmaConfig, dtype: torch.dtype) -> None:
     if config.model_type == "gemma3" and dtype == torch.float16:
         raise ValueError(
-            "Gemma 3's residual stream overflows float16 (it passes 65,504): use bfloat16 or float32"
+            "Gemma 3's residual stream passes 65,504 and overflows float16: use bfloat16 or float32"
         )
 
 
@@ -308,15 +312,20 @@ def _pick_device(
 ) -> torch.device:
     if isinstance(device_map, Mapping):
         if list(device_map) != [""]:
-            raise ValueError(f"device_map {dict(device_map)}: the model runs on one device, {{'': …}}")
+            raise ValueError(
+                f"device_map {dict(device_map)}: the model runs on one device, {{'': …}}"
+            )
         device_map = device_map[""]
-    device = device if device is not None else device_map
-    if device is None or device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device} was asked for, but this PyTorch sees no CUDA GPU")
-    return device
+    asked: Any = device if device is not None else device_map
+    if asked is None or asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        picked = torch.device(asked)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {asked!r} is unknown to PyTorch: {error}") from error
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {picked} was asked for, but this PyTorch sees no CUDA GPU")
+    return picked
 
 
 def _pick_dtype(

@@ -1,4 +1,4 @@
-"""The walk-through in bare PyTorch: from token ids to next-token logits, one plain step after another.
+"""The walk-through in bare PyTorch: token ids to next-token logits, one plain step after another.
 
 It is the yardstick: every test compares with it, and it is "eager" in every benchmark. It shares
 nothing with the model and the kernels that it judges.
@@ -64,7 +64,7 @@ class Reference:
         use_cache: bool = True,
         logits_to_keep: int = 0,
     ) -> Output:
-        """input_ids :: [b, t]; attention_mask :: [b, s], 0 for padding. logits_to_keep=1: last row."""
+        """input_ids :: [b, t]; attention_mask :: [b, s], 0 for padding. logits_to_keep=0: all."""
         past = past_key_values[0][0].shape[2] if past_key_values else 0
         t = input_ids.shape[1]
         s = past + t

@@ -9,7 +9,7 @@ start        :: [b], int32: token i of a row stands at position start + i. Posit
                 left padding.
 norm_weight  :: [d] or None: no norm
 
-Rotary embedding turns channel i against channel i + d / 2, in fp32; K is rounded once, at the store.
+Rotary embedding turns channel i against i + d / 2, in fp32; K is rounded once, at the store.
 Of more tokens than slots, the last ones stay.
 Bound by memory: bytes = 4 * k.numel() * itemsize. Walk-through step: rotary embedding, KV cache.
 """
@@ -106,7 +106,7 @@ def rotary_write(
     k: Tensor, v: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
     norm_weight: Tensor | None = None, eps: float = 1e-6,
 ) -> None:  # fmt: skip
-    """Writes t tokens' K, rotated, and V into their slots. Falls back to the reference off the GPU."""
+    """Writes t tokens' K, rotated, and V to their slots. Off the GPU, the reference."""
     b, t, n, d = k.shape
     slots = keys.shape[2]
     assert v.shape == k.shape and keys.shape == values.shape == (b, n, slots, d)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemma_fast.checkpoint import Checkpoint
 from gemma_fast.config import GemmaConfig
+from gemma_fast.config_files import config_from_json
 
 FAMILIES = ("gemma", "gemma2", "gemma3")
 SIZES = {
@@ -34,9 +35,7 @@ def random_tensors(family: str, dtype: torch.dtype = torch.float32, **sizes: int
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator).to(dtype)
-        for name, shape in GemmaConfig.from_json(config_json(family, **sizes))
-        .tensor_shapes()
-        .items()
+        for name, shape in config_from_json(config_json(family, **sizes)).tensor_shapes().items()
     }
 
 
@@ -80,7 +79,7 @@ def write_gguf(
     """A file made as llama.cpp makes it: with its names, from the package's own table, and 1 added
     to the norms, which stay F32. `extra` goes in under its own names. Returns the tensors, under
     transformers' names, as they were before `quantize`."""
-    config = GemmaConfig.from_json(config_json(family, **sizes))
+    config = config_from_json(config_json(family, **sizes))
     tensors = tensors or random_tensors(family, **sizes)
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)

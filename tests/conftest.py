@@ -1,4 +1,4 @@
-"""What the tests share: the interpreter, tiny models of each family beside transformers', real weights.
+"""What the tests share: the interpreter, tiny models beside transformers', real weights.
 
 Without a GPU the kernels run in Triton's interpreter, but only in tests that ask for it (`device`,
 `interpreted`): everywhere else the ops take their reference path, as they do for a user.

@@ -49,7 +49,7 @@ def softmax_attention(q, k, v, q_positions, k_positions, window, softcap, scale)
 def check(
     device, dtype, *, t, past=(0,), n=1, m=1, window=None, softcap=None, norm=False, spare=0, seed=0
 ):
-    """Rows with `past` tokens before the t new ones, negative for left padding, through both ops."""
+    """Rows with `past` tokens before t new ones (negative: left padding), through both ops."""
     torch.manual_seed(seed)
     b, start = len(past), torch.tensor(past, dtype=torch.int32, device=device)
     length = max(past) + t
@@ -72,12 +72,10 @@ def check(
                 *angles(at, part.stop - begin), at, k_weight,
             )  # fmt: skip
     cos, sin = angles(start, t)
-    new_k, new_v = (
-        torch.stack([x[row, max(before, 0) : max(before, 0) + t] if before >= 0
-                     else torch.cat((x[row, :1].expand(min(-before, t), n, D), x[row, : max(t + before, 0)]))
-                     for row, before in enumerate(past)])
-        for x in (k, v)
-    )  # fmt: skip
+    # Padding repeats a row's first token.
+    columns = start.long().unsqueeze(1) + torch.arange(t, device=device)
+    index = columns.clamp(min=0)[..., None, None].expand(b, t, n, D)
+    new_k, new_v = k.gather(1, index), v.gather(1, index)
     rotary_write(new_k, new_v, keys, values, cos, sin, start, k_weight)
     scale = 0.3
     out = attention(

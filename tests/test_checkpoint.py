@@ -25,7 +25,7 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import save_file
 
 from gemma_fast.checkpoint import open_checkpoint, resolve
-from gemma_fast.config import GemmaConfig
+from gemma_fast.config_files import config_from_json
 
 ROOT = Path(__file__).parents[1]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -196,7 +196,7 @@ print(status("VmHWM") - before)  # not ru_maxrss, which a child takes over from 
 )
 @pytest.mark.parametrize("form", ["safetensors", "gguf"])
 def test_host_memory_stays_under_the_model_and_twice_its_largest_tensor(tmp_path, form):
-    shapes = GemmaConfig.from_json(config_json("gemma3", **BIG)).tensor_shapes()
+    shapes = config_from_json(config_json("gemma3", **BIG)).tensor_shapes()
     tensors = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
     if form == "gguf":
         path = tmp_path / "model.gguf"

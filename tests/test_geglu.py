@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_checks import DTYPES, TOLERANCE, poison_outputs, strided
+from kernel_checks import DTYPES, TOLERANCE, strided
 
 from gemma_fast.kernels.geglu import geglu
 

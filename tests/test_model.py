@@ -1,4 +1,4 @@
-"""The model against transformers' eager attention in fp32, and against itself: chunks, steps, padding."""
+"""The model against transformers' eager one in fp32, and against itself: chunks, steps, padding."""
 
 import pytest
 import torch
@@ -114,7 +114,7 @@ def test_memory_of_windowed_layers_does_not_grow(twins):
 
 def test_whole_model_in_the_interpreter(twins, interpreted):
     """The Triton kernels, in fp32, give the reference's logits and its greedy tokens."""
-    prompts, ids, mask = left_padded(twins, [19, 5])
+    _, ids, mask = left_padded(twins, [19, 5])
     expected = twins.reference(ids, attention_mask=mask).logits
     logits = twins.model(ids, attention_mask=mask).logits
     close(logits[mask.bool()], expected[mask.bool()])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_checks import DTYPES, TOLERANCE, poison_outputs, strided
+from kernel_checks import DTYPES, TOLERANCE, strided
 
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 

@@ -66,7 +66,7 @@ class Twins:
 
 
 def transformers_model(config: GemmaConfig) -> transformers.PreTrainedModel:
-    """transformers' model of this config with random weights, in eval mode and with eager attention."""
+    """transformers' model of this config: random weights, eval mode, eager attention."""
     kwargs = {
         name: getattr(config, name)
         for name in (
@@ -95,7 +95,9 @@ def transformers_model(config: GemmaConfig) -> transformers.PreTrainedModel:
         )
     hf_config._attn_implementation = "eager"
     torch.manual_seed(0)
-    hf = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").eval()
+    hf = transformers.AutoModelForCausalLM.from_config(
+        hf_config, attn_implementation="eager"
+    ).eval()
     generator = torch.Generator().manual_seed(1)
     for name, weight in hf.named_parameters():
         std = 0.5 if "norm" in name else 1.5 / weight.shape[-1] ** 0.5

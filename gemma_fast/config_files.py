@@ -1,0 +1,137 @@
+"""What a checkpoint says → GemmaConfig: config.json in its old and new spelling, and GGUF.
+
+Both are untrusted: what is missing, of a wrong type or out of range, and what this model does not
+compute, is a ValueError that names the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from gemma_fast.config import FAMILIES, FULL, SHAPES, SLIDING, GemmaConfig
+
+# The shapes that transformers assumes where a config.json leaves them out.
+DEFAULT_SHAPES = {
+    "gemma": (256_000, 3072, 28, 16, 16, 256, 24576),
+    "gemma2": (256_000, 2304, 26, 8, 4, 256, 9216),
+    "gemma3": (262_208, 2304, 26, 8, 4, 256, 9216),
+}
+GGUF_KEYS = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "sliding_window": "attention.sliding_window",
+    "rope_theta": "rope.freq_base",
+    "rope_scaling_factor": "rope.scaling.factor",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+# What a multimodal config.json may say outside its text_config.
+TOP_LEVEL = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+# Fields that would ask for another computation than the model's.
+VARIANTS = {
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "use_bidirectional_attention": False,
+}
+
+
+def config_from_json(config: Mapping[str, Any]) -> GemmaConfig:
+    """From a `config.json`. A multimodal Gemma 3 keeps the text model's under `text_config`,
+    with most fields left out. ValueError: not a Gemma, or one that this model cannot run."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"a config must be an object, not a {type(config).__name__}")
+    family = str(config.get("model_type")).removesuffix("_text")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
+    given = config.get("text_config", config)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"text_config must be an object, not a {type(given).__name__}")
+    given = {k: config[k] for k in TOP_LEVEL if k in config} | dict(given)
+    _refuse_variants(given)
+    values = dict(zip(SHAPES, DEFAULT_SHAPES[family], strict=True)) | FAMILIES[family]
+    for name in {f.name for f in fields(GemmaConfig)} | {"sliding_window_pattern"}:
+        value = given.get(name, given.get(f"_{name}"))  # _: as some versions save it
+        if value is not None or (name in given and name.endswith("softcapping")):
+            values[name] = tuple(value) if isinstance(value, list) else value
+    if family == "gemma":
+        values["query_pre_attn_scalar"] = values["head_dim"]
+    values.setdefault("query_pre_attn_scalar", 256)
+    return GemmaConfig(**values | {"model_type": family} | _rope(given, family, values))
+
+
+def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
+    """From a GGUF file's metadata. What GGUF does not store follows from the architecture, as in
+    llama.cpp: the layer pattern, the local theta, query_pre_attn_scalar."""
+    family = metadata.get("general.architecture")
+    if family not in FAMILIES:
+        raise ValueError(f"general.architecture {family!r} is not one of {', '.join(FAMILIES)}")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    values = FAMILIES[family] | {"vocab_size": len(tokens) if isinstance(tokens, list) else None}
+    keys = {name: f"{family}.{key}" for name, key in GGUF_KEYS.items()}
+    for name, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
+        keys[f"{name}_token_id"] = f"tokenizer.ggml.{key}_token_id"
+    for name, key in keys.items():
+        value = metadata.get(key)
+        if isinstance(value, float):
+            value = float(f"{value:.7g}")  # stored as float32: 1e-6 reads 9.99999997e-07
+        if value is not None:
+            values[name] = value
+        elif name in SHAPES:
+            raise ValueError(f"the GGUF metadata has no {key}")
+    scaling = metadata.get(f"{family}.rope.scaling.type", "none")
+    if scaling not in ("none", "linear") or (scaling == "linear" and family != "gemma3"):
+        raise ValueError(f"{family}.rope.scaling.type {scaling!r} is not supported")
+    if scaling == "none":
+        values["rope_scaling_factor"] = 1.0
+    if family == "gemma2" and "rope_theta" in values:
+        values["rope_local_base_freq"] = values["rope_theta"]
+    values["query_pre_attn_scalar"] = values["head_dim"]
+    config = GemmaConfig(model_type=family, **values)
+    if (family, config.num_hidden_layers) in (("gemma2", 46), ("gemma3", 62)):  # the 27B models
+        heads = config.num_attention_heads
+        return replace(config, query_pre_attn_scalar=config.hidden_size / heads)
+    return config
+
+
+def _refuse_variants(given: Mapping[str, Any]) -> None:
+    """Gemmas that this model would compute wrongly: better refused by name."""
+    activation = given.get("hidden_activation") or given.get("hidden_act") or "gelu"
+    # Gemma 1 configs say "gelu" where the model means its tanh approximation
+    if activation not in ("gelu", "gelu_pytorch_tanh"):
+        raise ValueError(f"hidden_activation {activation!r} is not gelu_pytorch_tanh")
+    for name, expected in VARIANTS.items():
+        if (value := given.get(name)) not in (None, expected):
+            raise ValueError(f"{name}={value!r} is not supported, only {expected}")
+
+
+def _rope(given: Mapping[str, Any], family: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Thetas and scaling from `rope_parameters` (new), or rope_theta, rope_local_base_freq and
+    rope_scaling (old)."""
+    new = given.get("rope_parameters") or {}
+    per_layer = isinstance(new, Mapping) and (FULL in new or SLIDING in new)
+    full = (new.get(FULL) if per_layer else new) or {}
+    local = (new.get(SLIDING) if per_layer else {}) or {}
+    scaling = given.get("rope_scaling") or full
+    for rope in (full, local, scaling):
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"rope_parameters and rope_scaling must be objects, not {rope!r}")
+    kind = scaling.get("rope_type", scaling.get("type")) or "default"
+    if kind not in ("default", "linear") or (kind == "linear" and family == "gemma2"):
+        raise ValueError(f"rope_type {kind!r} is not supported for {family}")
+    if local.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_type {local['rope_type']!r} on {SLIDING} layers is not supported")
+    theta = full.get("rope_theta", values.get("rope_theta", 1e4))
+    local_theta = values.get("rope_local_base_freq", 1e4 if family == "gemma3" else theta)
+    return {
+        "rope_theta": theta,
+        "rope_local_base_freq": local.get("rope_theta", local_theta),
+        "rope_scaling_factor": scaling.get("factor", 1.0) if kind == "linear" else 1.0,
+    }
