@@ -11,7 +11,7 @@ added by the norm that reads it next. Each kernel picks Triton on a GPU, its ref
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 from gemma_fast.kernels.rotary import rotary_write
+from gemma_fast.load import pick_device, pick_dtype, refuse_overflow, track_tensors
 
 # A layer's weights, and the checkpoint's tensors that each is made of, stacked.
 LAYER_WEIGHTS = {
@@ -143,9 +144,9 @@ class GemmaForCausalLM(nn.Module):
         Config, tensor names, shapes and dtypes are checked before memory is taken for them; tensors
         then stream, one at a time. ValueError or FileNotFoundError name the file and the tensor.
         """
-        target = _pick_device(device, device_map)
+        target = pick_device(device, device_map)
         checkpoint = open_checkpoint(name_or_path)
-        model = cls._empty(checkpoint.config, _pick_dtype(dtype, checkpoint, target), target)
+        model = cls._empty(checkpoint.config, pick_dtype(dtype, checkpoint, target), target)
         model.generation_config = checkpoint.generation_config
         model._load(checkpoint)
         return model
@@ -170,7 +171,7 @@ class GemmaForCausalLM(nn.Module):
     def _empty(
         cls, config: GemmaConfig, dtype: torch.dtype, device: torch.device
     ) -> GemmaForCausalLM:
-        _refuse_overflow(config, dtype)
+        refuse_overflow(config, dtype)
         with torch.device("meta"):
             model = cls(config).to(dtype)
         return model.to_empty(device=device)
@@ -182,7 +183,7 @@ class GemmaForCausalLM(nn.Module):
                 rows = [checkpoint.shapes[tensor][0] for tensor in tensors]
                 if rows:
                     targets |= zip(tensors, getattr(layer, name).split(rows), strict=True)
-        for tensor in _track(targets, f"Reading {checkpoint.path.name}"):
+        for tensor in track_tensors(targets, f"Reading {checkpoint.path.name}"):
             checkpoint.copy(tensor, targets[tensor])
 
     @property
@@ -229,10 +230,8 @@ class GemmaForCausalLM(nn.Module):
         cache.reserve(t)
         start = cache.next_position
         angles = self._angles(start, t)
-        # Rounded to the model's dtype, as Gemma was trained: 25.25 for sqrt(640) in bf16.
-        scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype)
-        residual = F.embedding(input_ids, self.embed_tokens) * scale
         eps = self.config.rms_norm_eps
+        residual = self.embed(input_ids)
         x = rms_norm(residual, self.layers[0].input_layernorm, eps)
         next_norms = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
         for layer, next_norm in zip(self.layers, next_norms, strict=True):
@@ -243,6 +242,12 @@ class GemmaForCausalLM(nn.Module):
         cache.advance(t)
         return x
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """input_ids :: [b, t] → [b, t, hidden], times sqrt(hidden)."""
+        # Rounded to the model's dtype, as in training: sqrt(640) is 25.25 in bf16.
+        scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype)
+        return F.embedding(input_ids, self.embed_tokens) * scale
+
     def logits(self, hiddens: Tensor) -> Tensor:
         """hiddens :: [..., hidden] → [..., vocab]: the embedding serves both ends."""
         logits = F.linear(hiddens, self.embed_tokens)
@@ -252,7 +257,7 @@ class GemmaForCausalLM(nn.Module):
 
     def check_ids(self, input_ids: Tensor) -> Tensor:
         """input_ids on the model's device, or a ValueError that says what is wrong with them."""
-        _refuse_overflow(self.config, self.dtype)
+        refuse_overflow(self.config, self.dtype)
         if input_ids.ndim != 2 or input_ids.is_floating_point():
             raise ValueError(
                 f"input_ids must be integers [batch, tokens], not {input_ids.dtype} "
@@ -288,53 +293,3 @@ Gemma2ForCausalLM = Gemma3ForCausalLM = GemmaForCausalLM
 
 def _frozen(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape), requires_grad=False)
-
-
-def _track(tensors: Mapping[str, Tensor], label: str) -> Iterable[str]:
-    """The names, one by one, with a progress bar where stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    return track(list(tensors), label, console=console, disable=hidden, transient=True)
-
-
-def _refuse_overflow(config: GemmaConfig, dtype: torch.dtype) -> None:
-    if config.model_type == "gemma3" and dtype == torch.float16:
-        raise ValueError(
-            "Gemma 3's residual stream passes 65,504 and overflows float16: use bfloat16 or float32"
-        )
-
-
-def _pick_device(
-    device: torch.device | str | None, device_map: str | Mapping[str, Any] | None
-) -> torch.device:
-    if isinstance(device_map, Mapping):
-        if list(device_map) != [""]:
-            raise ValueError(
-                f"device_map {dict(device_map)}: the model runs on one device, {{'': …}}"
-            )
-        device_map = device_map[""]
-    asked: Any = device if device is not None else device_map
-    if asked is None or asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        picked = torch.device(asked)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device {asked!r} is unknown to PyTorch: {error}") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {picked} was asked for, but this PyTorch sees no CUDA GPU")
-    return picked
-
-
-def _pick_dtype(
-    dtype: torch.dtype | str, checkpoint: Checkpoint, device: torch.device
-) -> torch.dtype:
-    if dtype == "auto":
-        quantized = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return checkpoint.dtype or quantized
-    picked = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if picked not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
-    return picked

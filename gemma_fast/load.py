@@ -1,0 +1,62 @@
+"""What from_pretrained decides before it reads: where the model goes and in which dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_fast.checkpoint import Checkpoint
+from gemma_fast.config import GemmaConfig
+
+
+def track_tensors(tensors: Mapping[str, Tensor], label: str) -> Iterable[str]:
+    """The names, one by one, with a progress bar where stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    return track(list(tensors), label, console=console, disable=hidden, transient=True)
+
+
+def refuse_overflow(config: GemmaConfig, dtype: torch.dtype) -> None:
+    if config.model_type == "gemma3" and dtype == torch.float16:
+        raise ValueError(
+            "Gemma 3's residual stream passes 65,504 and overflows float16: use bfloat16 or float32"
+        )
+
+
+def pick_device(
+    device: torch.device | str | None, device_map: str | Mapping[str, Any] | None
+) -> torch.device:
+    if isinstance(device_map, Mapping):
+        if list(device_map) != [""]:
+            raise ValueError(
+                f"device_map {dict(device_map)}: the model runs on one device, {{'': …}}"
+            )
+        device_map = device_map[""]
+    asked: Any = device if device is not None else device_map
+    if asked is None or asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        picked = torch.device(asked)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {asked!r} is unknown to PyTorch: {error}") from error
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {picked} was asked for, but this PyTorch sees no CUDA GPU")
+    return picked
+
+
+def pick_dtype(
+    dtype: torch.dtype | str, checkpoint: Checkpoint, device: torch.device
+) -> torch.dtype:
+    if dtype == "auto":
+        quantized = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return checkpoint.dtype or quantized
+    picked = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if picked not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
+    return picked
