@@ -35,7 +35,7 @@ class KVCache:
         device: torch.device | str | None = None,
         grows: bool = False,
     ) -> None:
-        self.max_length, self.grows = max_length, grows
+        self.batch, self.max_length, self.grows = batch, max_length, grows
         self._context = config.max_position_embeddings
         self._windows = [config.window(i) for i in range(config.num_hidden_layers)]
         shape = (batch, config.num_key_value_heads, 0, config.head_dim)
@@ -76,7 +76,7 @@ class KVCache:
         ValueError: a mask of another shape, with holes, or that disagrees with an earlier one;
         position_ids that do not count the tokens which the mask leaves.
         """
-        batch, columns = self.next_position.shape[0], self.length + tokens
+        batch, columns = self.batch, self.length + tokens
         column = torch.arange(columns, device=self.next_position.device)
         real = torch.ones(batch, columns, dtype=torch.bool, device=column.device)
         if attention_mask is not None:

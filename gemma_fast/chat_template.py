@@ -84,6 +84,7 @@ def read_template(directory: Path) -> JinjaTemplate | None:
 
 
 def check_template(template: object, source: str) -> JinjaTemplate | None:
+    """What a file gave as its template; None for None. ValueError for what can be none."""
     if template is None:
         return None
     if not isinstance(template, str) or len(template) > MAX_LENGTH:

@@ -219,6 +219,13 @@ class GemmaForCausalLM(nn.Module):
         cache = past_key_values
         if cache is None:
             cache = KVCache(self.config, b, t, dtype=self.dtype, device=self.device, grows=True)
+        if not isinstance(cache, KVCache):
+            kind = type(cache).__name__
+            raise ValueError(
+                f"past_key_values must be a KVCache from an earlier call, not a {kind}"
+            )
+        if cache.batch != b:
+            raise ValueError(f"input_ids are a batch of {b}, but the cache holds {cache.batch}")
         cache.align(t, attention_mask, position_ids)
         hiddens = self.hidden_states(input_ids, cache)
         logits = self.logits(hiddens[:, -logits_to_keep:])

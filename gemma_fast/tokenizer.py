@@ -141,7 +141,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`, in which the names of special tokens mean those tokens.
 
-        `add_special_tokens` puts <bos> first, unless it is there already.
+        `add_special_tokens` puts <bos> first, unless it is there already. Raises ValueError for
+        what is no str, or has half a surrogate pair in it.
         """
         ids = self._encode(text).ids
         if add_special_tokens and ids[:1] != [self.bos_token_id]:

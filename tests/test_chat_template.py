@@ -14,7 +14,7 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 HOSTILE = {
     "loops": (
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "2 s",
+        "not end within 2 s",
     ),
     "fills memory": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "512 MiB"),
     "one big string": ("{{ 'x' * 99999999999 }}", "512 MiB"),

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from tiny_tokenizer import NORMAL, TEXTS, USER_DEFINED, gguf_metadata, tiny_backend
+from tiny_tokenizer import CONTROL, NORMAL, TEXTS, USER_DEFINED, gguf_metadata, tiny_backend
 
 from gemma_fast.checkpoint import open_gguf
 from gemma_fast.gguf_tokenizer import gguf_backend
@@ -132,3 +132,13 @@ def test_names_tell_control_tokens():
     tokenizer = Tokenizer(gguf_backend(metadata, "old.gguf"), "old.gguf")
     assert tokenizer.encode("<bos>a<end_of_turn>") == [2, tokenizer.token_to_id("a"), 106]
     assert tokenizer.decode([2, 106], skip_special_tokens=True) == ""
+
+
+def test_merges_make_no_control_token():
+    metadata = gguf_metadata()
+    the = metadata["tokenizer.ggml.tokens"].index("the")
+    metadata["tokenizer.ggml.token_type"][the] = CONTROL
+    tokenizer = Tokenizer(gguf_backend(metadata, "tiny.gguf"), "tiny.gguf")
+    assert tokenizer.encode("the") == [2, the]
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "the"}]).input_ids
+    assert the not in ids

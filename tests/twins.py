@@ -14,7 +14,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from gemma_fast.config import FULL, SLIDING, GemmaConfig
+from benchmarks.rivals import transformers_config
+from gemma_fast.config import GemmaConfig
 from gemma_fast.model import GemmaForCausalLM
 from gemma_fast.reference import Reference
 
@@ -67,36 +68,8 @@ class Twins:
 
 def transformers_model(config: GemmaConfig) -> transformers.PreTrainedModel:
     """transformers' model of this config: random weights, eval mode, eager attention."""
-    kwargs = {
-        name: getattr(config, name)
-        for name in (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings",
-            "rms_norm_eps", "eos_token_id",
-        )
-    }  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    windowed = {
-        "query_pre_attn_scalar": config.query_pre_attn_scalar,
-        "sliding_window": config.sliding_window,
-        "layer_types": list(config.layer_types),
-        "attn_logit_softcapping": config.attn_logit_softcapping,
-        "final_logit_softcapping": config.final_logit_softcapping,
-    }
-    if config.model_type == "gemma":
-        hf_config = transformers.GemmaConfig(rope_parameters=rope, **kwargs)
-    elif config.model_type == "gemma2":
-        hf_config = transformers.Gemma2Config(rope_parameters=rope, **windowed, **kwargs)
-    else:
-        full = {"rope_type": "linear", "factor": config.rope_scaling_factor}
-        local = {"rope_type": "default", "rope_theta": config.rope_local_base_freq}
-        hf_config = transformers.Gemma3TextConfig(
-            rope_parameters={FULL: rope | full, SLIDING: local}, **windowed, **kwargs
-        )
-    hf_config._attn_implementation = "eager"
-    torch.manual_seed(0)
     hf = transformers.AutoModelForCausalLM.from_config(
-        hf_config, attn_implementation="eager"
+        transformers_config(config), attn_implementation="eager"
     ).eval()
     generator = torch.Generator().manual_seed(1)
     for name, weight in hf.named_parameters():

@@ -1,0 +1,135 @@
+"""What a user can do wrong with the model, and what it says."""
+
+import re
+
+import pytest
+import torch
+from twins import CONFIGS
+
+from gemma_fast.cache import KVCache
+from gemma_fast.model import GemmaForCausalLM
+
+
+@pytest.fixture(scope="module")
+def model() -> GemmaForCausalLM:
+    return GemmaForCausalLM.random(CONFIGS["gemma3-mqa"])
+
+
+def ids(tokens: int = 4) -> torch.Tensor:
+    return torch.full((1, tokens), 7)
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "message"),
+    [
+        (torch.tensor([[2, 199]]), "token id 199 is outside the vocabulary of 199"),
+        (torch.tensor([[-1, 5]]), "token id -1 is outside"),
+        (torch.zeros(1, 0, dtype=torch.long), "the prompt is empty"),
+        (torch.zeros(0, 3, dtype=torch.long), "the prompt is empty"),
+        (torch.tensor([2, 3]), r"integers \[batch, tokens\], not torch.int64 \(2,\)"),
+        (torch.ones(1, 3), r"integers \[batch, tokens\], not torch.float32"),
+    ],
+    ids=str,
+)
+def test_input_ids(model, input_ids, message):
+    with pytest.raises(ValueError, match=message):
+        model(input_ids)
+    with pytest.raises(ValueError, match=message):
+        model.generate(input_ids, max_new_tokens=2)
+
+
+def test_float16_overflows_gemma_3(model, twins):
+    if twins.config.model_type == "gemma3":
+        with pytest.raises(ValueError, match="overflows float16: use bfloat16 or float32"):
+            GemmaForCausalLM.from_pretrained(twins.path, dtype="float16")
+        half = GemmaForCausalLM.random(twins.config).half()
+        with pytest.raises(ValueError, match="overflows float16"):
+            half(ids())
+    else:
+        half = GemmaForCausalLM.from_pretrained(twins.path, dtype="float16")
+        assert half(ids()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 0, 1, 1]], "has holes"),
+        ([[1, 1, 1]], r"attention_mask is \(1, 3\), but past and new tokens are \(1, 4\)"),
+        ([[1, 1, 1, 1]] * 2, r"attention_mask is \(2, 4\)"),
+    ],
+    ids=str,
+)
+def test_attention_mask(model, mask, message):
+    with pytest.raises(ValueError, match=message):
+        model(ids(), attention_mask=torch.tensor(mask))
+
+
+def test_attention_mask_that_disagrees_with_the_cache(model):
+    cache = model(ids(), attention_mask=torch.tensor([[0, 1, 1, 1]])).past_key_values
+    with pytest.raises(ValueError, match="disagrees with the padding of the cached tokens"):
+        model(ids(1), attention_mask=torch.tensor([[0, 0, 1, 1, 1]]), past_key_values=cache)
+    assert cache.get_seq_length() == 4
+    model(ids(1), attention_mask=torch.tensor([[0, 1, 1, 1, 1]]), past_key_values=cache)
+
+
+def test_position_ids(model):
+    mask = torch.tensor([[0, 1, 1, 1]])
+    positions = torch.tensor([[1, 0, 1, 2]])
+    expected = model(ids(), attention_mask=mask).logits
+    given = model(ids(), attention_mask=mask, position_ids=positions).logits
+    assert torch.equal(given, expected)
+    message = re.escape("position_ids must count on from the cache") + ".*3, 4, 5, 6"
+    with pytest.raises(ValueError, match=message):
+        model(ids(), position_ids=torch.tensor([[3, 4, 5, 6]]))
+
+
+def test_a_full_cache_says_how_to_make_room(model):
+    cache = KVCache(model.config, 1, 5, dtype=torch.float32)
+    model(ids(4), past_key_values=cache)
+    message = r"4 tokens so far and 2 more do not fit the cache of 5; .*max_length=6"
+    with pytest.raises(ValueError, match=message):
+        model(ids(2), past_key_values=cache)
+    assert model(ids(1), past_key_values=cache).past_key_values.length == 5
+
+
+def test_a_cache_made_by_the_model_grows_up_to_its_context(model):
+    cache = model(ids(200)).past_key_values
+    assert model(ids(56), past_key_values=cache).past_key_values.max_length == 256
+    with pytest.raises(ValueError, match="256 tokens so far and 1 more do not fit the model's con"):
+        model(ids(1), past_key_values=cache)
+
+
+def test_a_cache_that_does_not_fit(model):
+    with pytest.raises(ValueError, match="must be a KVCache from an earlier call, not a tuple"):
+        model(ids(), past_key_values=())
+    cache = model(ids()).past_key_values
+    with pytest.raises(ValueError, match="a batch of 2, but the cache holds 1"):
+        model(torch.full((2, 1), 7), past_key_values=cache)
+
+
+def test_unknown_keywords_are_named(model, twins):
+    with pytest.raises(TypeError, match="output_attentions"):
+        model(ids(), output_attentions=True)
+    with pytest.raises(TypeError, match="load_in_8bit"):
+        GemmaForCausalLM.from_pretrained(twins.path, load_in_8bit=True)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"dtype": "int8"}, "dtype 'int8' is not one of auto, float32"),
+        ({"dtype": torch.int32}, "torch.int32"),
+        ({"device": "abacus"}, "device 'abacus' is unknown"),
+        ({"device_map": {"model.layers.0": 0, "": 1}}, "the model runs on one device"),
+    ],
+    ids=str,
+)
+def test_from_pretrained_arguments(twins, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        GemmaForCausalLM.from_pretrained(twins.path, **kwargs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(twins):
+    with pytest.raises(ValueError, match="device cuda was asked for"):
+        GemmaForCausalLM.from_pretrained(twins.path, device="cuda")

@@ -1,0 +1,108 @@
+"""Where re-implementations of Gemma go wrong below bf16's noise: each rule on its own."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from twins import CONFIGS, transformers_model
+
+from gemma_fast.config import FULL, SLIDING
+from gemma_fast.kernels.geglu import geglu
+from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
+from gemma_fast.model import GemmaForCausalLM
+from gemma_fast.reference import Reference
+
+
+def reference(model: GemmaForCausalLM, **weights: torch.Tensor) -> Reference:
+    names = {"embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.weight"}
+    return Reference(model.config, {names[k]: v for k, v in weights.items()})
+
+
+@pytest.mark.parametrize(
+    ("hidden", "scale"), [(640, 25.25), (1152, 34.0), (2048, 45.25), (2304, 48.0), (3072, 55.5)]
+)
+def test_embedding_scale_is_rounded_to_bf16(hidden, scale):
+    config = replace(CONFIGS["gemma-mqa"], hidden_size=hidden)
+    model = GemmaForCausalLM.random(config, dtype=torch.bfloat16)
+    ids = torch.arange(4).unsqueeze(0)
+    expected = model.embed_tokens[:4].float() * scale
+    for embed in (model.embed, reference(model, embed_tokens=model.embed_tokens).embed):
+        torch.testing.assert_close(embed(ids)[0], expected.bfloat16(), rtol=0, atol=0)
+    assert model.float().embed(ids)[0, 0, 0] == model.embed_tokens[0, 0] * hidden**0.5
+
+
+def test_one_plus_weight_is_made_in_fp32():
+    """bf16 has no 16.8125: it would become 16.75, and 2**-9 would be lost beside 1."""
+    weight = torch.tensor([15.8125, 2.0**-9] * 32, dtype=torch.bfloat16)
+    x = torch.randn(8, 64)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    exact *= 1 + weight.double()
+    model = GemmaForCausalLM.random(CONFIGS["gemma-mqa"])
+    for out in (
+        rms_norm(x, weight),
+        add_rms_norm(x, torch.zeros_like(x), weight)[0],
+        reference(model, norm=weight).rms_norm(x, "model.norm.weight"),
+    ):
+        torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_norm_is_rounded_once():
+    """Llama rounds before it scales; Gemma after."""
+    x, weight = torch.randn(64, 64).bfloat16(), torch.randn(64).bfloat16()
+    z = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    gemma = (z * (1 + weight.double())).bfloat16()
+    llama = (z.bfloat16().double() * (1 + weight.double())).bfloat16()
+    out = rms_norm(x, weight)
+    assert (out != gemma).float().mean() < 0.005  # fp32 beside fp64: a tie may fall otherwise
+    assert (out != llama).float().mean() > 0.1
+
+
+def test_gelu_is_the_tanh_approximation():
+    gate = torch.tensor([[-2.7, 1.0]])
+    exact = torch.nn.functional.gelu(gate[:, :1])
+    approximation = torch.nn.functional.gelu(gate[:, :1], approximate="tanh")
+    assert (exact - approximation).abs() > 4e-4
+    torch.testing.assert_close(geglu(gate), approximation)
+
+
+def test_gemma_1_configs_that_say_gelu_mean_its_approximation(tmp_path):
+    config = CONFIGS["gemma-mqa"]
+    hf = transformers_model(config)
+    hf.config.hidden_act = "gelu"
+    hf.save_pretrained(tmp_path)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
+    model = GemmaForCausalLM.from_pretrained(tmp_path, device="cpu")
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_angles_are_fp32_in_a_bf16_model():
+    """bf16 has no 257: neighbours would be turned alike."""
+    config = PRESETS["gemma-3-270m"]
+    models = [
+        GemmaForCausalLM.random(CONFIGS["gemma3-mqa"], dtype=d)
+        for d in (torch.bfloat16, torch.float32)
+    ]
+    start = torch.tensor([256], dtype=torch.int32)
+    for kind in (FULL, SLIDING):
+        (cos, _), (expected, _) = (model._angles(start, 4)[kind] for model in models)
+        assert cos.dtype == torch.float32
+        assert torch.equal(cos, expected)
+        assert len({float(c) for c in cos[0, :, 0]}) == 4
+
+
+def test_attention_scale_is_query_pre_attn_scalar(twins):
+    """A config with another scale gives other logits: it is not derived from head_dim."""
+    if twins.config.model_type == "gemma":
+        pytest.skip("Gemma 1 scales by head_dim")
+    other = GemmaForCausalLM.from_pretrained(twins.path, device="cpu")
+    ids = twins.prompt(1, 12)
+    before = other(ids).logits
+    config = replace(twins.config, query_pre_attn_scalar=twins.config.head_dim)
+    for module in other.modules():
+        if hasattr(module, "config"):
+            module.config = config
+    assert (other(ids).logits - before).abs().max() > 1e-2
