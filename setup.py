@@ -25,9 +25,9 @@ setup(
         "triton>=3.6; sys_platform == 'linux'",  # the kernels; torch for CUDA picks the version
         "numpy",  # torch warns without it
         "safetensors",  # reads checkpoints without running them, as a pickle would
-        "tokenizers",  # Gemma's tokenizer, and its streaming decoder
+        "tokenizers",  # Gemma's tokenizer
         "huggingface_hub",  # model ids: downloads and their cache
-        "jinja2",  # chat templates, in its sandbox
+        "jinja2>=3.1.6",  # chat templates; older sandboxes have known ways out
         "click",  # the command line
         "rich",  # its tables and progress
     ],

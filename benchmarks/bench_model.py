@@ -1,6 +1,6 @@
 """Prefill and decode of a whole model: this project's, the eager reference, and transformers.
 
-    python benchmarks/bench_model.py                      # the demo weights, on the GPU if there is one
+    python benchmarks/bench_model.py                 # the demo weights, on a GPU if there is one
     python benchmarks/bench_model.py --model path --json results.json
 
 All providers are called alike, `model(ids, past_key_values=…)`, one token after another, in turns.
@@ -38,7 +38,7 @@ from gemma_fast.checkpoint import open_checkpoint  # noqa: E402
 from gemma_fast.config import GemmaConfig  # noqa: E402
 from gemma_fast.demo import demo_checkpoint  # noqa: E402
 from gemma_fast.load import pick_device, pick_dtype  # noqa: E402
-from gemma_fast.model import GemmaForCausalLM  # noqa: E402
+from gemma_fast.model import GemmaForCausalLM, linear  # noqa: E402
 from gemma_fast.reference import Reference  # noqa: E402
 
 PROMPT, NEW, REPEATS = 512, 32, 5
@@ -69,12 +69,12 @@ def main(model: str | None, device: str | None, dtype: str, json_file: Path | No
     copy_rate, product_rate = roof(target, kind)
     times = race(providers, ids, target)
 
-    weights = checkpoint.config.num_parameters
-    token_bytes = weights * kind.itemsize
-    prompt_flops = 2 * (
-        PROMPT * (weights - embedding(checkpoint.config)) + embedding(checkpoint.config)
-    )
-    floors = {"prefill": prompt_flops / product_rate, "decode": token_bytes / copy_rate}
+    weights, embedding = sizes(checkpoint.config)
+    prompt_flops = 2 * (PROMPT * (weights - embedding) + embedding)  # logits of the last token only
+    floors = {
+        "prefill": prompt_flops / product_rate,
+        "decode": weights * kind.itemsize / copy_rate,
+    }
     report = {
         **stamp(target),
         "model": checkpoint.path.name,
@@ -92,9 +92,9 @@ def main(model: str | None, device: str | None, dtype: str, json_file: Path | No
         json_file.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def embedding(config: GemmaConfig) -> int:
-    """Weights of the embedding: of a prompt, only the last token is multiplied with it."""
-    return config.vocab_size * config.hidden_size
+def sizes(config: GemmaConfig) -> tuple[int, int]:
+    """Weights of the model and, of those, the embedding's."""
+    return config.num_parameters, config.vocab_size * config.hidden_size
 
 
 def step(provider: Callable[..., Any], ids: Tensor, past: Any = None) -> Any:
@@ -102,7 +102,7 @@ def step(provider: Callable[..., Any], ids: Tensor, past: Any = None) -> Any:
 
 
 def compare(providers: dict[str, Callable[..., Any]], ids: Tensor, tolerance: float) -> None:
-    """Raises unless all agree with the reference, after the prompt and after each of four tokens."""
+    """Exits unless all agree with the reference, after the prompt and after each of four tokens."""
     tokens = ids.split((PROMPT - 4, 1, 1, 1, 1), dim=1)
     expected: list[Tensor] = []
     for name, provider in providers.items():
@@ -136,14 +136,14 @@ def roof(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     target = torch.zeros_like(source)
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     copies = [seconds(lambda: target.copy_(source), device) for _ in range(9)][2:]
-    products = [seconds(lambda: a @ b, device) for _ in range(9)][2:]
+    products = [seconds(lambda: linear(a, b), device) for _ in range(9)][2:]
     return 2 * size / statistics.median(copies), 2 * n**3 / statistics.median(products)
 
 
 def race(
     providers: dict[str, Callable[..., Any]], ids: Tensor, device: torch.device
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each prefill and of each decoded token; providers take turns, the first is warm-up."""
+    """Seconds of each prefill and each decoded token; in turns, and the first turn is warm-up."""
     times: dict[str, dict[str, list[float]]] = {
         name: {"prefill": [], "decode": []} for name in providers
     }

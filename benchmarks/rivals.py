@@ -39,7 +39,7 @@ def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
 def transformers_model(
     checkpoint: Checkpoint, attention: str, dtype: torch.dtype, device: str
 ) -> transformers.PreTrainedModel:
-    """transformers' model with the checkpoint's weights; its own GGUF loader drops parts of some."""
+    """transformers' model with the checkpoint's weights; its GGUF loader drops parts of some."""
     config = transformers_config(checkpoint.config)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(

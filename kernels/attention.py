@@ -112,7 +112,7 @@ def _attention_kernel(
     last_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP, t - 1)
     end = start + last_token + 1
     begin = tl.maximum(start + t - slots, 0)  # the oldest position that the ring still holds
-    if WINDOW:
+    if WINDOW > 0:
         begin = tl.maximum(begin, start + first_row // GROUP - WINDOW + 1)
 
     keys_ptr += batch * keys_batch_stride + kv_head * keys_head_stride
@@ -129,10 +129,10 @@ def _attention_kernel(
         k2 = tl.load(keys_ptr + slot * keys_slot_stride + HALF + half, mask=held, other=0.0)
         scores = tl.dot(rotated1, tl.trans(k1), input_precision="ieee")
         scores = tl.dot(rotated2, tl.trans(k2), scores, input_precision="ieee") * SCALE
-        if SOFTCAP:
+        if SOFTCAP > 0:
             scores = SOFTCAP * (2 * tl.sigmoid(scores * (2 / SOFTCAP)) - 1)  # SOFTCAP * tanh
         visible = key[None, :] <= query
-        if WINDOW:
+        if WINDOW > 0:
             visible &= key[None, :] > query - WINDOW
         scores = tl.where(visible, scores * 1.4426950408889634, -1e30)  # log2(e), for exp2
 
@@ -150,11 +150,12 @@ def _attention_kernel(
     tl.store(out_ptr + channel, out, mask=mask)
 
 
-def _tile(rows: int, d: int, itemsize: int) -> tuple[int, int]:
-    """BLOCK_M, BLOCK_N: q and two stages of k and v fit in 99 KB, as on 8.6 and 8.9."""
-    block_m = 16 if rows <= 16 else 64
-    block_n = 16 if d * itemsize >= 1024 else 32
-    return min(block_m, max(16, 32768 // (d * itemsize))), block_n
+def _tile(rows: int, d: int, itemsize: int) -> dict[str, int]:
+    """Rows, keys, warps: q and two stages of k and v fit in 99 KB (8.6 and 8.9), nothing spills."""
+    wide = d * itemsize >= 1024  # 256 channels in fp32
+    block_m = 16 if rows <= 16 else 32 if wide else 64
+    num_warps = 4 if block_m == 16 and not wide else 8
+    return {"BLOCK_M": block_m, "BLOCK_N": 16 if wide else 32, "num_warps": num_warps}
 
 
 @triton_op("gemma_fast::attention", mutates_args=())
@@ -183,12 +184,12 @@ def attention(
     assert q.is_cuda or q.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     rows = t * (heads // n)
-    block_m, block_n = _tile(rows, d, q.element_size())
-    wrap_triton(_attention_kernel)[(triton.cdiv(rows, block_m), n, b)](
+    tile = _tile(rows, d, q.element_size())
+    wrap_triton(_attention_kernel)[(triton.cdiv(rows, tile["BLOCK_M"]), n, b)](
         q, keys, values, cos, sin, start, norm_weight, out,
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *out.stride()[:3], t, slots,
         SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,
         HAS_NORM=norm_weight is not None, GROUP=heads // n, HALF=d // 2,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=2,
+        **tile, num_stages=2,
     )  # fmt: skip
     return out

@@ -1,6 +1,5 @@
-"""What the kernels' tests share: dtypes, tolerances, awkward layouts, poisoned outputs."""
+"""What the kernels' tests share: dtypes, tolerances, awkward layouts."""
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -20,19 +19,3 @@ TOLERANCE = {
 def strided(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     """Random numbers in rows that lie apart."""
     return torch.randn(*shape[:-1], shape[-1] + 24, device=device).to(dtype)[..., : shape[-1]]
-
-
-@pytest.fixture
-def poison_outputs(monkeypatch):
-    """torch.empty gives NaN, so that an element that a kernel does not write is seen."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poisoned(make):
-        def wrapper(*args, **kwargs):
-            out = make(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
-
-        return wrapper
-
-    monkeypatch.setattr(torch, "empty", poisoned(empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))

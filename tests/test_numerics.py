@@ -81,11 +81,8 @@ def test_gemma_1_configs_that_say_gelu_mean_its_approximation(tmp_path):
 
 def test_angles_are_fp32_in_a_bf16_model():
     """bf16 has no 257: neighbours would be turned alike."""
-    config = PRESETS["gemma-3-270m"]
-    models = [
-        GemmaForCausalLM.random(CONFIGS["gemma3-mqa"], dtype=d)
-        for d in (torch.bfloat16, torch.float32)
-    ]
+    config, dtypes = CONFIGS["gemma3-mqa"], (torch.bfloat16, torch.float32)
+    models = [GemmaForCausalLM.random(config, dtype=dtype) for dtype in dtypes]
     start = torch.tensor([256], dtype=torch.int32)
     for kind in (FULL, SLIDING):
         (cos, _), (expected, _) = (model._angles(start, 4)[kind] for model in models)

@@ -48,9 +48,7 @@ def long_prompt(tokenizer):
 def expected(demo_gguf, long_prompt):
     """transformers' eager logits, fp32, after each of the last 64 tokens of the long prompt."""
     hf = transformers_model(open_checkpoint(demo_gguf), "eager", torch.float32, "cpu")
-    with torch.no_grad():
-        logits = hf(long_prompt, logits_to_keep=64).logits
-    return logits
+    return hf(long_prompt, logits_to_keep=64).logits
 
 
 def test_top_ten(model, tokenizer):
