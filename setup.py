@@ -36,8 +36,8 @@ setup(
         "demo": DEMO,
         "hf": ["transformers>=5.17"],  # the kernels inside a transformers model
         "bench": [
+            *DEMO,
             "pytest-benchmark",  # one suite per kernel
-            "matplotlib",  # the plots of the results
             "transformers>=5.17",  # the model to beat
         ],
         "test": [

@@ -22,6 +22,13 @@ knobs.runtime.interpret = False
 torch.set_num_threads(1)  # tiny models, and as many processes as cores
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 @contextmanager
 def interpreter():
     """Ops on CPU tensors run their Triton kernels in the interpreter."""

@@ -1,5 +1,7 @@
 """The model against transformers' eager one in fp32, and against itself: chunks, steps, padding."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -112,13 +114,14 @@ def test_memory_of_windowed_layers_does_not_grow(twins):
     assert slots == {window: window, None: 200}
 
 
-def test_whole_model_in_the_interpreter(twins, interpreted):
+def test_whole_model_on_its_kernels(twins, device):
     """The Triton kernels, in fp32, give the reference's logits and its greedy tokens."""
+    model = deepcopy(twins.model).to(device)
     _, ids, mask = left_padded(twins, [19, 5])
     expected = twins.reference(ids, attention_mask=mask).logits
-    logits = twins.model(ids, attention_mask=mask).logits
+    logits = model(ids, attention_mask=mask).logits.cpu()
     close(logits[mask.bool()], expected[mask.bool()])
-    out = twins.model.generate(ids, attention_mask=mask, max_new_tokens=4, eos_token_id=[])
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=4, eos_token_id=[]).cpu()
     for _ in range(4):
         token = twins.reference(ids, attention_mask=mask).logits[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat((ids, token), dim=1)

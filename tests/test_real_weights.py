@@ -8,6 +8,7 @@ from gemma_fast.checkpoint import open_checkpoint
 from gemma_fast.model import GemmaForCausalLM
 from gemma_fast.tokenizer import Tokenizer
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PROMPT = "I want to move"
 TOP_TEN = {
     " to": 0.1956, " my": 0.1689, " the": 0.1013, " a": 0.0812, " from": 0.0644, " this": 0.0447,
@@ -26,9 +27,9 @@ def all_cores():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def model(demo_gguf):
-    return GemmaForCausalLM.from_pretrained(demo_gguf, device="cpu")
+@pytest.fixture(scope="module", params=DEVICES)
+def model(demo_gguf, request):
+    return GemmaForCausalLM.from_pretrained(demo_gguf, dtype="float32", device=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_greedy_text(model, tokenizer):
 
 
 def test_logits_past_the_window_equal_transformers(model, long_prompt, expected):
-    logits = model(long_prompt, logits_to_keep=64).logits
+    logits = model(long_prompt, logits_to_keep=64).logits.cpu()
     assert (logits - expected).abs().max() < 2e-3  # of logits around 20; a trap costs 0.018 or more
 
 
@@ -75,11 +76,12 @@ def test_chunks_past_the_window_equal_transformers(model, long_prompt, expected)
     for chunk in long_prompt.split((300, 336, 64), dim=1):
         out = model(chunk, past_key_values=cache)
         cache = out.past_key_values
-    assert (out.logits - expected).abs().max() < 2e-3
+    assert (out.logits.cpu() - expected).abs().max() < 2e-3
 
 
-def test_bf16_stays_close_to_fp32(demo_gguf, long_prompt, expected):
-    half = GemmaForCausalLM.from_pretrained(demo_gguf, dtype="bfloat16", device="cpu")
-    difference = (half(long_prompt, logits_to_keep=64).logits.float() - expected).abs()
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_stays_close_to_fp32(demo_gguf, device, long_prompt, expected):
+    half = GemmaForCausalLM.from_pretrained(demo_gguf, dtype="bfloat16", device=device)
+    difference = (half(long_prompt, logits_to_keep=64).logits.float().cpu() - expected).abs()
     assert difference.mean() < 0.1
     assert difference.mean() > 1e-3, "bf16 that costs nothing was not bf16"
