@@ -47,8 +47,8 @@ def _geglu_kernel(
 @triton_op("gemma_fast::geglu", mutates_args=())
 def geglu(gate_up: Tensor) -> Tensor:
     """gelu(gate) * up of a fused gate+up product. Falls back to the reference off the GPU."""
-    dim, odd = divmod(gate_up.shape[-1], 2)
-    assert not odd, f"gate and up must be of one size: {tuple(gate_up.shape)=}"
+    dim = gate_up.shape[-1] // 2
+    assert gate_up.shape[-1] == 2 * dim, f"gate and up must be of one size: {tuple(gate_up.shape)=}"
     if not (gate_up.is_cuda or knobs.runtime.interpret):
         return geglu_reference(gate_up)
 

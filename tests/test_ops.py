@@ -1,0 +1,48 @@
+"""Each kernel's op under torch.library.opcheck: schema, fake tensors, tracing with dynamic shapes."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from gemma_fast.kernels.attention import attention
+from gemma_fast.kernels.geglu import geglu
+from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
+from gemma_fast.kernels.rotary import rotary_write
+
+B, T, N, M, D, SLOTS = 2, 5, 2, 2, 32, 16
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {
+        "q": torch.randn(B, T, N * M, D),
+        "k": torch.randn(B, T, N, D),
+        "v": torch.randn(B, T, N, D),
+        "keys": torch.randn(B, N, SLOTS, D),
+        "values": torch.randn(B, N, SLOTS, D),
+        "cos": torch.randn(B, T, D // 2),
+        "sin": torch.randn(B, T, D // 2),
+        "start": torch.tensor([3, -2], dtype=torch.int32),
+        "norm_weight": torch.randn(D),
+    }
+
+
+ROTARY = ("k", "v", "keys", "values", "cos", "sin", "start", "norm_weight")
+ATTENTION = ("q", "keys", "values", "cos", "sin", "start", "norm_weight")
+
+
+@pytest.mark.parametrize(
+    ("op", "names", "options"),
+    [
+        (rms_norm, ("q", "norm_weight"), {}),
+        (add_rms_norm, ("k", "v", "norm_weight"), {}),
+        (geglu, ("q",), {}),
+        (rotary_write, ROTARY, {}),
+        (rotary_write, ROTARY[:-1], {}),
+        (attention, ATTENTION, {"scale": 0.2}),
+        (attention, ATTENTION[:-1], {"scale": 0.2, "window": 4, "softcap": 3.0}),
+    ],
+    ids=lambda x: getattr(x, "_qualname", None) or str(x),
+)
+def test_op(op, names, options):
+    given = tensors()
+    opcheck(op, tuple(given[name] for name in names), options)
