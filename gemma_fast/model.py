@@ -28,6 +28,8 @@ from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 from gemma_fast.kernels.rotary import rotary_write
 from gemma_fast.load import pick_device, pick_dtype, refuse_overflow, track_tensors
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
 # A layer's weights, and the checkpoint's tensors that each is made of, stacked.
 LAYER_WEIGHTS = {
     "input_layernorm": ["input_layernorm"],
@@ -304,7 +306,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     On the CPU in float32 it is oneDNN's product, as Inductor calls it: F.linear takes MKL's, which
     reads weights at a third of the speed on processors that are not Intel's.
     """
-    if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if HAS_ONEDNN and x.is_cpu and x.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 

@@ -1,9 +1,10 @@
-"""Each kernel's op under torch.library.opcheck: schema, fake tensors, tracing with dynamic shapes."""
+"""Each kernel's op under torch.library.opcheck: schema, fake tensors, symbolic shapes."""
 
 import pytest
 import torch
 from torch.library import opcheck
 
+from gemma_fast.cache import KVCache
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
@@ -46,3 +47,16 @@ ATTENTION = ("q", "keys", "values", "cos", "sin", "start", "norm_weight")
 def test_op(op, names, options):
     given = tensors()
     opcheck(op, tuple(given[name] for name in names), options)
+
+
+def test_the_whole_model_traces_without_a_graph_break(twins):
+    model, ids = twins.model, twins.prompt(2, 12)
+
+    def step(ids, cache):
+        return model.logits(model.hidden_states(ids, cache))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        logits = compiled(ids, KVCache(twins.config, 2, 12, dtype=torch.float32))
+    torch.testing.assert_close(logits, model(ids).logits)
