@@ -1,7 +1,7 @@
 """Prefill and decode of a whole model: this project's, the eager reference, and transformers.
 
     python benchmarks/bench_model.py                 # the demo weights, on a GPU if there is one
-    python benchmarks/bench_model.py --model path --json results.json
+    python benchmarks/bench_model.py --model gemma-2b --json results.json  # random weights
 
 All providers are called alike, `model(ids, past_key_values=…)`, one token after another, in turns.
 Their logits are compared before anything is timed. Beside each time stands its share of the roof
@@ -34,10 +34,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.rivals import transformers_model  # noqa: E402
-from gemma_fast.checkpoint import open_checkpoint  # noqa: E402
-from gemma_fast.config import GemmaConfig  # noqa: E402
+from gemma_fast.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
+from gemma_fast.config import PRESETS, GemmaConfig  # noqa: E402
 from gemma_fast.demo import demo_checkpoint  # noqa: E402
-from gemma_fast.load import pick_device, pick_dtype  # noqa: E402
+from gemma_fast.load import RandomCheckpoint, pick_device, pick_dtype  # noqa: E402
 from gemma_fast.model import GemmaForCausalLM, linear  # noqa: E402
 from gemma_fast.reference import Reference  # noqa: E402
 
@@ -46,21 +46,29 @@ PROMPT, NEW, REPEATS = 512, 32, 5
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2.0, torch.float16: 0.5}
 
 
+MODEL_HELP = f"""Directory, .gguf file, hub id, or a size to run with random weights:
+{", ".join(PRESETS)}. [default: the demo weights]"""
+
+
 @click.command(help=__doc__.split("\n")[0])
-@click.option("--model", help="Directory, .gguf file or hub id. [default: the demo weights]")
+@click.option("--model", help=MODEL_HELP)
 @click.option("--device", help="[default: the GPU if there is one]")
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write figures here.")
 @torch.no_grad()
 def main(model: str | None, device: str | None, dtype: str, json_file: Path | None) -> None:
     target = pick_device(device, None)
-    checkpoint = open_checkpoint(model or demo_checkpoint())
+    checkpoint: Checkpoint
+    if model in PRESETS:
+        checkpoint = RandomCheckpoint(PRESETS[model], name=model)
+    else:
+        checkpoint = open_checkpoint(model or demo_checkpoint())
     kind = pick_dtype(dtype, checkpoint, target)
     options: dict[str, Any] = {"dtype": kind, "device": target}
     providers: dict[str, Callable[..., Any]] = {
-        "reference": Reference.from_pretrained(checkpoint.path, **options),
+        "reference": Reference.from_checkpoint(checkpoint, **options),
         "transformers (sdpa)": transformers_model(checkpoint, "sdpa", **options),
-        "gemma_fast": GemmaForCausalLM.from_pretrained(checkpoint.path, **options),
+        "gemma_fast": GemmaForCausalLM.from_checkpoint(checkpoint, **options),
     }
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, checkpoint.config.vocab_size, (1, PROMPT), generator=generator)

@@ -1,8 +1,11 @@
-"""What from_pretrained decides before it reads: where the model goes and in which dtype."""
+"""What loading a model needs besides its file: where it goes, in which dtype, with what progress;
+and a checkpoint without a file."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +13,22 @@ from torch import Tensor
 
 from gemma_fast.checkpoint import Checkpoint
 from gemma_fast.config import GemmaConfig
+
+
+class RandomCheckpoint(Checkpoint):
+    """Weights of normal(0, 0.02) that no file holds, for benchmarks at true size and for tests.
+
+    The same name, seed, shape, dtype and device give the same numbers.
+    """
+
+    def __init__(self, config: GemmaConfig, seed: int = 0, name: str = "random weights") -> None:
+        self.config, self.seed, self.path = config, seed, Path(name)
+        self.generation_config, self.files = {}, {}
+        self.shapes = config.tensor_shapes()
+
+    def _read(self, name: str, out: Tensor) -> None:
+        seed = self.seed + zlib.crc32(name.encode())
+        out.normal_(std=0.02, generator=torch.Generator(out.device).manual_seed(seed))
 
 
 def track_tensors(tensors: Mapping[str, Tensor], label: str) -> Iterable[str]:

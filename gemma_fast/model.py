@@ -112,8 +112,8 @@ class Layer(nn.Module):
 class GemmaForCausalLM(nn.Module):
     """Gemma 1, 2 or 3 (text), with the call, `generate` and result that transformers' class has.
 
-    Weights are frozen: the kernels have no backward. A new instance's weights are uninitialised;
-    see `from_pretrained` and `random`.
+    Weights are frozen: the kernels have no backward. A new instance's are uninitialised; see
+    `from_pretrained` and `from_checkpoint`.
     """
 
     generate = generate_tokens
@@ -146,37 +146,27 @@ class GemmaForCausalLM(nn.Module):
         Config, tensor names, shapes and dtypes are checked before memory is taken for them; tensors
         then stream, one at a time. ValueError or FileNotFoundError name the file and the tensor.
         """
-        target = pick_device(device, device_map)
         checkpoint = open_checkpoint(name_or_path)
-        model = cls._empty(checkpoint.config, pick_dtype(dtype, checkpoint, target), target)
+        return cls.from_checkpoint(checkpoint, dtype=dtype, device=pick_device(device, device_map))
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+    ) -> GemmaForCausalLM:
+        """The model of a checkpoint that is open already; see `load.RandomCheckpoint`."""
+        target = pick_device(device, None)
+        kind = pick_dtype(dtype, checkpoint, target)
+        refuse_overflow(checkpoint.config, kind)
+        with torch.device("meta"):
+            model = cls(checkpoint.config).to(kind)
+        model = model.to_empty(device=target)
         model.generation_config = checkpoint.generation_config
         model._load(checkpoint)
         return model
-
-    @classmethod
-    def random(
-        cls,
-        config: GemmaConfig,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        seed: int = 0,
-    ) -> GemmaForCausalLM:
-        """A model of this config with normal(0, 0.02) weights: for tests and benchmarks."""
-        model = cls._empty(config, dtype, torch.device(device))
-        generator = torch.Generator(device).manual_seed(seed)
-        for weight in model.parameters():
-            weight.normal_(std=0.02, generator=generator)
-        return model
-
-    @classmethod
-    def _empty(
-        cls, config: GemmaConfig, dtype: torch.dtype, device: torch.device
-    ) -> GemmaForCausalLM:
-        refuse_overflow(config, dtype)
-        with torch.device("meta"):
-            model = cls(config).to(dtype)
-        return model.to_empty(device=device)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         targets = {"model.embed_tokens.weight": self.embed_tokens, "model.norm.weight": self.norm}

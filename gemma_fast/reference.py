@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.checkpoint import open_checkpoint
+from gemma_fast.checkpoint import Checkpoint, open_checkpoint
 from gemma_fast.config import FULL, GemmaConfig
 
 
@@ -48,7 +48,13 @@ class Reference:
         device: torch.device | str = "cpu",
     ) -> Reference:
         """Reads any checkpoint that the model reads; the same errors."""
-        checkpoint = open_checkpoint(name_or_path)
+        return cls.from_checkpoint(open_checkpoint(name_or_path), dtype=dtype, device=device)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str
+    ) -> Reference:
+        """The model of a checkpoint that is open already."""
         weights = {}
         for name, shape in checkpoint.shapes.items():
             weights[name] = torch.empty(shape, dtype=dtype, device=device)

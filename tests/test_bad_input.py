@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from twins import CONFIGS
+from twins import CONFIGS, random_model
 
 from gemma_fast.cache import KVCache
 from gemma_fast.model import GemmaForCausalLM
@@ -12,7 +12,7 @@ from gemma_fast.model import GemmaForCausalLM
 
 @pytest.fixture(scope="module")
 def model() -> GemmaForCausalLM:
-    return GemmaForCausalLM.random(CONFIGS["gemma3-mqa"])
+    return random_model(CONFIGS["gemma3-mqa"])
 
 
 def ids(tokens: int = 4) -> torch.Tensor:
@@ -42,7 +42,7 @@ def test_float16_overflows_gemma_3(model, twins):
     if twins.config.model_type == "gemma3":
         with pytest.raises(ValueError, match="overflows float16: use bfloat16 or float32"):
             GemmaForCausalLM.from_pretrained(twins.path, dtype="float16")
-        half = GemmaForCausalLM.random(twins.config).half()
+        half = random_model(twins.config).half()
         with pytest.raises(ValueError, match="overflows float16"):
             half(ids())
     else:

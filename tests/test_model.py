@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from gemma_fast.cache import KVCache
-from gemma_fast.model import GemmaForCausalLM
 
 TOLERANCE = 1e-4  # of logits of a few units, in fp32
 
@@ -130,9 +129,9 @@ def test_whole_model_on_its_kernels(twins, device):
 
 
 def test_random_is_seeded():
-    from twins import CONFIGS
+    from twins import CONFIGS, random_model
 
-    models = [GemmaForCausalLM.random(CONFIGS["gemma3-mqa"], seed=seed) for seed in (0, 0, 1)]
+    models = [random_model(CONFIGS["gemma3-mqa"], seed=seed) for seed in (0, 0, 1)]
     logits = [model(torch.tensor([[2, 5, 9]])).logits for model in models]
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])

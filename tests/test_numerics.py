@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from twins import CONFIGS, transformers_model
+from twins import CONFIGS, random_model, transformers_model
 
 from gemma_fast.config import FULL, SLIDING
 from gemma_fast.kernels.geglu import geglu
@@ -24,7 +24,7 @@ def reference(model: GemmaForCausalLM, **weights: torch.Tensor) -> Reference:
 )
 def test_embedding_scale_is_rounded_to_bf16(hidden, scale):
     config = replace(CONFIGS["gemma-mqa"], hidden_size=hidden)
-    model = GemmaForCausalLM.random(config, dtype=torch.bfloat16)
+    model = random_model(config, dtype=torch.bfloat16)
     ids = torch.arange(4).unsqueeze(0)
     expected = model.embed_tokens[:4].float() * scale
     for embed in (model.embed, reference(model, embed_tokens=model.embed_tokens).embed):
@@ -38,7 +38,7 @@ def test_one_plus_weight_is_made_in_fp32():
     x = torch.randn(8, 64)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     exact *= 1 + weight.double()
-    model = GemmaForCausalLM.random(CONFIGS["gemma-mqa"])
+    model = random_model(CONFIGS["gemma-mqa"])
     for out in (
         rms_norm(x, weight),
         add_rms_norm(x, torch.zeros_like(x), weight)[0],
@@ -82,7 +82,7 @@ def test_gemma_1_configs_that_say_gelu_mean_its_approximation(tmp_path):
 def test_angles_are_fp32_in_a_bf16_model():
     """bf16 has no 257: neighbours would be turned alike."""
     config, dtypes = CONFIGS["gemma3-mqa"], (torch.bfloat16, torch.float32)
-    models = [GemmaForCausalLM.random(config, dtype=dtype) for dtype in dtypes]
+    models = [random_model(config, dtype=dtype) for dtype in dtypes]
     start = torch.tensor([256], dtype=torch.int32)
     for kind in (FULL, SLIDING):
         (cos, _), (expected, _) = (model._angles(start, 4)[kind] for model in models)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.rivals import transformers_config
 from gemma_fast.config import GemmaConfig
+from gemma_fast.load import RandomCheckpoint
 from gemma_fast.model import GemmaForCausalLM
 from gemma_fast.reference import Reference
 
@@ -64,6 +65,14 @@ class Twins:
     def prompt(self, batch: int, tokens: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(3, self.config.vocab_size, (batch, tokens), generator=generator)
+
+
+def random_model(
+    config: GemmaConfig, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> GemmaForCausalLM:
+    return GemmaForCausalLM.from_checkpoint(
+        RandomCheckpoint(config, seed), dtype=dtype, device="cpu"
+    )
 
 
 def transformers_model(config: GemmaConfig) -> transformers.PreTrainedModel:
