@@ -20,6 +20,7 @@ class KVCache:
     next_position :: [b], int32: where each row's next token stands; negative while a row is still
                      in its left padding
     length        :: tokens seen by the longest row, padding included
+    stale         :: None, or why it cannot be continued
 
     A cache with `grows=True` doubles when it is full, up to the model's context; any other raises a
     ValueError.
@@ -43,6 +44,8 @@ class KVCache:
         self.keys, self.values = ([empty] * len(self._windows) for _ in "kv")
         self.next_position = torch.zeros(batch, dtype=torch.int32, device=device)
         self.length = 0
+        self.stale: str | None = None
+        self._right_padded = False
         self._allocate(max_length)
 
     def get_seq_length(self) -> int:
@@ -50,23 +53,32 @@ class KVCache:
         return self.length
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.keys[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys[0].device
+
+    @property
     def nbytes(self) -> int:
         """Bytes that keys and values take on the device."""
         return sum(x.nbytes for x in (*self.keys, *self.values))
 
     def reserve(self, tokens: int) -> None:
-        """Makes sure that `tokens` more fit. ValueError: they do not, and the cache cannot grow."""
+        """Makes sure that `tokens` more fit. ValueError: they do not, or the cache is `stale`."""
+        if self.stale:
+            raise ValueError(f"this cache cannot be continued, {self.stale}: start with a new one")
         needed = self.length + tokens
-        if needed <= self.max_length:
-            return
-        if needed > self._context or not self.grows:
-            limit = self._context if self.grows else self.max_length
-            what = "the model's context" if self.grows else "the cache"
-            raise ValueError(
-                f"{self.length} tokens so far and {tokens} more do not fit {what} of {limit}; "
-                f"make room with KVCache(config, batch, max_length={needed}) or shorten the input"
-            )
-        self._allocate(min(max(needed, 2 * self.max_length), self._context))
+        sizes = f"{self.length} tokens so far and {tokens} more do not fit"
+        if needed > self._context:
+            raise ValueError(f"{sizes} the model's context of {self._context}")
+        if needed > self.max_length:
+            if not self.grows:
+                raise ValueError(
+                    f"{sizes} the cache of {self.max_length}: make one with max_length={needed}"
+                )
+            self._allocate(min(max(needed, 2 * self.max_length), self._context))
 
     def align(
         self, tokens: int, attention_mask: Tensor | None, position_ids: Tensor | None = None
@@ -74,38 +86,42 @@ class KVCache:
         """Takes the next tokens' left padding from a mask over all columns, past and new ones.
 
         ValueError: a mask of another shape, with holes, or that disagrees with an earlier one;
-        position_ids that do not count the tokens which the mask leaves.
+        position_ids that do not count the tokens which the mask leaves. The cache stays as it was.
         """
-        batch, columns = self.batch, self.length + tokens
-        column = torch.arange(columns, device=self.next_position.device)
-        real = torch.ones(batch, columns, dtype=torch.bool, device=column.device)
+        columns, device = self.length + tokens, self.next_position.device
+        position = self.next_position
+        real = torch.ones(self.batch, columns, dtype=torch.bool, device=device)
         if attention_mask is not None:
-            if attention_mask.shape != (batch, columns):
-                raise ValueError(
-                    f"attention_mask is {tuple(attention_mask.shape)}, but past and new tokens are "
-                    f"{(batch, columns)}"
-                )
-            real = attention_mask.to(column.device).bool()
-            count = real.sum(1)
-            padding = torch.where(count > 0, real.int().argmax(1), columns)
-            last = padding + count
-            whole = (column >= padding.unsqueeze(1)) & (column < last.unsqueeze(1))
-            if not torch.equal(real, whole):
-                raise ValueError("attention_mask has holes: only padding on one side is supported")
-            position = (self.length - padding).int()
-            started = self.next_position > 0
-            if not torch.equal(position[started], self.next_position[started]):
-                raise ValueError("attention_mask disagrees with the padding of the cached tokens")
-            self.next_position.copy_(position)
+            real = _check_shape("attention_mask", attention_mask, real).bool()
+            position = self._first_position(real)
         if position_ids is not None:
-            positions = self._positions(0, tokens)
+            offsets = torch.arange(tokens, device=device)
+            expected = position.unsqueeze(1) + offsets
+            given = _check_shape("position_ids", position_ids, expected)
             new = real[:, -tokens:]
-            given = position_ids.to(column.device).expand_as(positions)
-            if not torch.equal(given[new], positions[new]):
+            if not torch.equal(given[new].long(), expected[new]):
                 raise ValueError(
                     "position_ids must count on from the cache, padding left out: "
-                    f"expected {positions.tolist()}, got {position_ids.tolist()}"
+                    f"expected {expected.tolist()}, got {position_ids.tolist()}"
                 )
+        self.next_position.copy_(position)
+        self._right_padded = attention_mask is not None and not bool(real[:, -1].all())
+
+    def _first_position(self, real: Tensor) -> Tensor:
+        """real :: [b, columns], False for padding → where each row's next token stands."""
+        columns = real.shape[1]
+        column = torch.arange(columns, device=real.device)
+        count = real.sum(1)
+        padding = torch.where(count > 0, real.int().argmax(1), columns)
+        last = padding + count
+        whole = (column >= padding.unsqueeze(1)) & (column < last.unsqueeze(1))
+        if not torch.equal(real, whole):
+            raise ValueError("attention_mask has holes: only padding on one side is supported")
+        position = (self.length - padding).int()
+        started = self.next_position > 0
+        if not torch.equal(position[started], self.next_position[started]):
+            raise ValueError("attention_mask disagrees with the padding of the cached tokens")
+        return position
 
     def rings(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Where the next tokens' K and V go: the layer's own rings where nothing that those tokens
@@ -135,6 +151,7 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         self.next_position += tokens
         self.length += tokens
+        self.stale = "it holds padding on the right as tokens" if self._right_padded else None
 
     def _positions(self, first: int, last: int) -> Tensor:
         """[b, last - first] positions, counted from each row's next one."""
@@ -158,3 +175,11 @@ def _move(source: Tensor, target: Tensor, positions: Tensor) -> None:
     """Copies positions :: [b, p] of one ring [b, n, slots, d] into another."""
     row = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
     target[row, :, positions % target.shape[2]] = source[row, :, positions % source.shape[2]]
+
+
+def _check_shape(name: str, given: Tensor, like: Tensor) -> Tensor:
+    """`given` on `like`'s device, or a ValueError."""
+    shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+    if shape != like.shape:
+        raise ValueError(f"{name} must be a tensor of {tuple(like.shape)}, not {shape}")
+    return given.to(like.device)

@@ -10,15 +10,16 @@ Text goes to stdout, everything about it (progress, speed, errors) to stderr.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +71,10 @@ class _Errors(click.Group):
             return super().invoke(ctx)
         except (ValueError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            raise click.ClickException(f"{error}\nTry a smaller model or --dtype.") from error
 
 
 @click.group(cls=_Errors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -78,7 +83,7 @@ def main() -> None:
     """Gemma on Triton kernels."""
 
 
-@main.command()
+@main.command(short_help="The likeliest tokens after each token of PROMPT.")
 @click.argument("prompt")
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="How many.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON array, an object a prompt token.")
@@ -87,8 +92,9 @@ def predict(prompt: str, top: int, as_json: bool, **model_kwargs: Any) -> None:
     """The likeliest tokens after each token of PROMPT, with their probabilities."""
     model, tokenizer = _load(**model_kwargs)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    logits = model(ids, use_cache=False).logits[0].float()
-    best = logits.softmax(-1).topk(min(top, logits.shape[-1]))
+    logits = model(ids, use_cache=False).logits[0].float()  # [t, vocab]
+    best = logits.topk(min(top, logits.shape[-1]))
+    best_probabilities = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
     rows = [
         {
             "token": tokenizer.decode(token),
@@ -99,7 +105,7 @@ def predict(prompt: str, top: int, as_json: bool, **model_kwargs: Any) -> None:
             ],
         }
         for token, probabilities, ids_after in zip(
-            ids[0].tolist(), best.values.tolist(), best.indices.tolist(), strict=True
+            ids[0].tolist(), best_probabilities.tolist(), best.indices.tolist(), strict=True
         )
     ]
     if as_json:
@@ -107,10 +113,8 @@ def predict(prompt: str, top: int, as_json: bool, **model_kwargs: Any) -> None:
         return
     table = Table("after", "most likely next tokens, with probabilities", show_lines=True)
     for row in rows:
-        # Non-breaking spaces: lines end between tokens, not inside them.
-        best = [f"{x['token']!r} {x['probability']:.4f}" for x in row["next"]]
-        after = " · ".join(text.replace(" ", "\u00a0") for text in best)
-        table.add_row(repr(row["token"]), after)
+        cells = [f"{x['token']!r} {x['probability']:.4f}" for x in row["next"]]
+        table.add_row(repr(row["token"]), Columns(map(Text, cells), padding=(0, 3)))
     Console().print(table)
 
 
@@ -125,12 +129,12 @@ def generate(
     """Continue PROMPT, token by token."""
     gemma, tokenizer = _load(model, device, dtype)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    if not as_json:
-        click.echo(prompt, nl=False)
-    new, stats = _stream(gemma, tokenizer, ids, as_json, sampling)
+    new, stats = _stream(gemma, tokenizer, ids, sampling, silent=as_json)
     if as_json:
         text = tokenizer.decode(new, skip_special_tokens=True)
-        click.echo(json.dumps({"prompt": prompt, "text": text, "ids": new, **stats}))
+        click.echo(
+            json.dumps({"prompt": prompt, "text": text, "ids": new, **stats}, ensure_ascii=False)
+        )
 
 
 @main.command()
@@ -140,7 +144,7 @@ def generate(
 def chat(system: str | None, model: str, device: str, dtype: str, **sampling: Any) -> None:
     """Talk to a chat model. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
     gemma, tokenizer = _load(model, device, dtype)
-    eos = gemma.generation_config.get("eos_token_id", [])
+    eos = gemma.generation_config.get("eos_token_id") or []
     stop = {*tokenizer.stop_token_ids, *(eos if isinstance(eos, list) else [eos])}
     messages = [{"role": "system", "content": system}] if system else []
     while True:
@@ -154,19 +158,29 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
             messages, add_generation_prompt=True, return_tensors="pt"
         )
         options = {**sampling, "eos_token_id": sorted(stop)}
-        new, _ = _stream(gemma, tokenizer, encoding.input_ids, False, options)
+        try:
+            new, _ = _stream(gemma, tokenizer, encoding.input_ids, options, skip_prompt=True)
+        except ValueError as error:
+            click.echo(f"Error: {error}", err=True)
+            messages.pop()
+            continue
         answer = tokenizer.decode(new, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
 
 
 def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCausalLM, Tokenizer]:
+    import torch
+
     from gemma_fast.demo import demo_checkpoint
     from gemma_fast.model import GemmaForCausalLM
     from gemma_fast.tokenizer import Tokenizer
 
     path = model or demo_checkpoint()
     tokenizer = Tokenizer.from_pretrained(path)
-    return GemmaForCausalLM.from_pretrained(path, dtype=dtype, device=device), tokenizer
+    gemma = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device=device)
+    # The first pass loads PyTorch's compiler, and on a GPU compiles: no part of the model's speed.
+    gemma(torch.tensor([[tokenizer.bos_token_id]]))
+    return gemma, tokenizer
 
 
 class _Clock:
@@ -190,8 +204,10 @@ def _stream(
     model: GemmaForCausalLM,
     tokenizer: Tokenizer,
     ids: torch.Tensor,
-    silent: bool,
     sampling: dict[str, Any],
+    *,
+    silent: bool = False,
+    skip_prompt: bool = False,
 ) -> tuple[list[int], dict[str, Any]]:
     """Generates and shows text as it comes, then its speed → the new ids and the figures."""
     from gemma_fast.streaming import TextStreamer
@@ -199,7 +215,7 @@ def _stream(
     do_sample = sampling.pop("sample")
     if do_sample is None and any(sampling[name] is not None for name in SAMPLING):
         do_sample = True
-    clock = _Clock(None if silent else TextStreamer(tokenizer))
+    clock = _Clock(None if silent else TextStreamer(tokenizer, skip_prompt=skip_prompt))
     out = model.generate(ids, do_sample=do_sample, streamer=clock, tokenizer=tokenizer, **sampling)
     stats = _speed(ids.shape[1], clock.times, model)
     if not silent:
@@ -210,6 +226,8 @@ def _stream(
 
 def _speed(prompt: int, times: list[float], model: GemmaForCausalLM) -> dict[str, Any]:
     """Figures of one generate(): its streamer was called with the prompt, then with each token."""
+    import resource
+
     import torch
 
     start, *tokens = times

@@ -71,7 +71,7 @@ def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
     """From a GGUF file's metadata. What GGUF does not store follows from the architecture, as in
     llama.cpp: the layer pattern, the local theta, query_pre_attn_scalar."""
     family = metadata.get("general.architecture")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"general.architecture {family!r} is not one of {', '.join(FAMILIES)}")
     tokens = metadata.get("tokenizer.ggml.tokens")
     values = FAMILIES[family] | {"vocab_size": len(tokens) if isinstance(tokens, list) else None}

@@ -36,6 +36,7 @@ def generate_tokens(
     repetition_penalty: float | None = None,
     seed: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     streamer: Any = None,
@@ -44,10 +45,10 @@ def generate_tokens(
 
     input_ids       [b, t]; prompts of different lengths are padded on the left
     attention_mask  [b, t], 0 for padding; None: no padding
-    max_new_tokens  how many tokens at most; a finished row is filled up with the padding token
+    max_new_tokens  how many tokens at most
     do_sample, temperature, top_k, top_p, min_p, repetition_penalty  see `sampling.Sampling`
     seed            the same seed draws the same text; None: torch's global generator
-    eos_token_id    one or more ids that end a row
+    eos_token_id    one or more ids that end a row; pad_token_id then fills it up
     stop_strings    texts that end a row as soon as they appear in what it generated; needs
                     `tokenizer`, anything with a `decode(ids) -> str`
     streamer        gets the prompt's ids, then each token's: `put(ids)`, at last `end()`
@@ -58,26 +59,30 @@ def generate_tokens(
     """
     ids = model.check_ids(input_ids)
     b, t = ids.shape
-    config, defaults = model.config, model.generation_config
-    given = {
-        "do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "min_p": min_p, "repetition_penalty": repetition_penalty,
-    }  # fmt: skip
-    sampling = Sampling(**_or_defaults(given, defaults))
-    limits = _or_defaults(
-        {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}, defaults
+    options = _or_defaults(
+        {
+            "max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature,
+            "top_k": top_k, "top_p": top_p, "min_p": min_p, "eos_token_id": eos_token_id,
+            "repetition_penalty": repetition_penalty, "pad_token_id": pad_token_id,
+        },
+        model.generation_config,
+    )  # fmt: skip
+    new = _check_length(
+        t, options.pop("max_new_tokens", None), model.config.max_position_embeddings
     )
-    new = _check_length(t, limits.get("max_new_tokens"), config.max_position_embeddings)
-    eos_ids = _token_ids(limits.get("eos_token_id", config.eos_token_id))
-    eos = torch.tensor(eos_ids, dtype=torch.long, device=ids.device)
-    stop = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-    if stop and tokenizer is None:
-        raise ValueError("stop_strings needs tokenizer=…, to read what was generated")
-    generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+    (pad,) = _token_ids(
+        "pad_token_id", options.pop("pad_token_id", model.config.pad_token_id), model
+    )
+    eos = _token_ids("eos_token_id", options.pop("eos_token_id", model.config.eos_token_id), model)
+    ending = Ending(torch.tensor(eos, device=ids.device), stop_strings, tokenizer)
+    sampling = Sampling(**options)
+    generator = None if seed is None else torch.Generator(ids.device).manual_seed(_check_seed(seed))
 
-    cache = KVCache(config, b, t + new, dtype=model.dtype, device=model.device)
+    cache = KVCache(model.config, b, t + new, dtype=model.dtype, device=model.device)
     cache.align(t, attention_mask)
-    ids = torch.cat((ids, ids.new_full((b, new), config.pad_token_id)), dim=1)
+    if attention_mask is not None and not attention_mask[:, -1].all():
+        raise ValueError("prompts must be padded on the left: each row of the mask must end in 1")
+    ids = torch.cat((ids, ids.new_full((b, new), pad)), dim=1)
     finished = torch.zeros(b, dtype=torch.bool, device=ids.device)
     end = t
     try:
@@ -86,21 +91,20 @@ def generate_tokens(
         logits = prefill(model, ids[:, :t], cache)
         while True:
             token = sampling(logits, ids[:, :end], generator)
-            token = token.masked_fill(finished, config.pad_token_id)
+            token = token.masked_fill(finished, pad)
             ids[:, end] = token
             end += 1
             if streamer is not None:
                 streamer.put(token.cpu())
-            finished |= torch.isin(token, eos)
-            if stop:
-                finished |= _contains_stop(ids[:, t:end], stop, tokenizer)
+            finished |= ending(ids[:, t:end])
             if end == t + new or finished.all():
                 break
             logits = decode(model, token, cache)
     except KeyboardInterrupt:
         pass
-    if streamer is not None:
-        streamer.end()
+    finally:
+        if streamer is not None:
+            streamer.end()
     return ids[:, :end]
 
 
@@ -121,7 +125,34 @@ def _or_defaults(given: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str
     return {k: value for k, value in chosen.items() if value is not None}
 
 
+class Ending:
+    """Which rows are complete: they end in a token of `eos` or have a stop string in their text."""
+
+    def __init__(
+        self, eos: Tensor, stop_strings: str | Sequence[str] | None, tokenizer: Any
+    ) -> None:
+        stop = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+        if not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop_strings={stop_strings!r} must be one or more texts, none empty")
+        if stop and tokenizer is None:
+            raise ValueError("stop_strings needs tokenizer=…, to read what was generated")
+        self.eos, self.stop, self.tokenizer = eos, stop, tokenizer
+
+    def __call__(self, generated: Tensor) -> Tensor:
+        """generated :: [b, new] → [b] bool"""
+        ended = torch.isin(generated[:, -1], self.eos)
+        if self.stop:
+            # A token of text is a byte or more, so this tail holds the end of any that is new.
+            tail = generated[:, -4 * max(map(len, self.stop)) :].tolist()
+            texts = [self.tokenizer.decode(ids) for ids in tail]
+            found = [any(stop in text for stop in self.stop) for text in texts]
+            ended |= torch.tensor(found, device=ended.device)
+        return ended
+
+
 def _check_length(prompt: int, new: Any, context: int) -> int:
+    if new is None:
+        raise ValueError("pass max_new_tokens: the checkpoint's generation_config.json has none")
     if isinstance(new, bool) or not isinstance(new, int) or new < 1:
         raise ValueError(f"max_new_tokens={new!r} must be a whole number from 1")
     if prompt + new > context:
@@ -132,17 +163,17 @@ def _check_length(prompt: int, new: Any, context: int) -> int:
     return new
 
 
-def _token_ids(eos: Any) -> list[int]:
-    ids = list(eos) if isinstance(eos, list | tuple) else [eos]
-    if not all(isinstance(token, int) for token in ids):
-        raise ValueError(f"eos_token_id={eos!r} must be one or more token ids")
+def _check_seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed={seed!r} must be a whole number from 0, below 2**63")
+    return seed
+
+
+def _token_ids(name: str, given: Any, model: GemmaForCausalLM) -> list[int]:
+    ids = given.tolist() if isinstance(given, Tensor) else given
+    ids = list(ids) if isinstance(ids, list | tuple) else [ids]
+    for token in ids:
+        whole = isinstance(token, int) and not isinstance(token, bool)
+        if not (whole and 0 <= token < model.config.vocab_size):
+            raise ValueError(f"{name}={given!r} must be ids below {model.config.vocab_size}")
     return ids
-
-
-def _contains_stop(generated: Tensor, stop: list[str], tokenizer: Any) -> Tensor:
-    """generated :: [b, new] → [b]: whether its text has a stop string. A token of text is a byte or
-    more, so the last 4 * (longest stop string) tokens hold the end of any that is new."""
-    tail = generated[:, -4 * max(map(len, stop)) :].tolist()
-    texts = [tokenizer.decode(ids) for ids in tail]
-    found = [any(s in text for s in stop) for text in texts]
-    return torch.tensor(found, device=generated.device)

@@ -41,6 +41,12 @@ def track_tensors(tensors: Mapping[str, Tensor], label: str) -> Iterable[str]:
     return track(list(tensors), label, console=console, disable=hidden, transient=True)
 
 
+def refuse_head_dim(config: GemmaConfig, device: torch.device) -> None:
+    d = config.head_dim
+    if device.type == "cuda" and (d < 32 or d & (d - 1)):
+        raise ValueError(f"head_dim={d}: the kernels take a power of two from 32; use device='cpu'")
+
+
 def refuse_overflow(config: GemmaConfig, dtype: torch.dtype) -> None:
     if config.model_type == "gemma3" and dtype == torch.float16:
         raise ValueError(
@@ -64,8 +70,11 @@ def pick_device(
         picked = torch.device(asked)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device {asked!r} is unknown to PyTorch: {error}") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {picked} was asked for, but this PyTorch sees no CUDA GPU")
+    if picked.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {picked} is not supported: only cpu and cuda")
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"device {picked} was asked for, but this PyTorch sees {found} CUDA GPUs")
     return picked
 
 

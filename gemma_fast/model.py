@@ -26,7 +26,7 @@ from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 from gemma_fast.kernels.rotary import rotary_write
-from gemma_fast.load import pick_device, pick_dtype, refuse_overflow, track_tensors
+from gemma_fast.load import pick_device, pick_dtype, refuse_head_dim, refuse_overflow, track_tensors
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -113,7 +113,8 @@ class GemmaForCausalLM(nn.Module):
     """Gemma 1, 2 or 3 (text), with the call, `generate` and result that transformers' class has.
 
     Weights are frozen: the kernels have no backward. A new instance's are uninitialised; see
-    `from_pretrained` and `from_checkpoint`.
+    `from_pretrained` and `from_checkpoint`. state_dict() has the fused products, so it is for
+    another instance, not a checkpoint.
     """
 
     generate = generate_tokens
@@ -161,6 +162,7 @@ class GemmaForCausalLM(nn.Module):
         target = pick_device(device, None)
         kind = pick_dtype(dtype, checkpoint, target)
         refuse_overflow(checkpoint.config, kind)
+        refuse_head_dim(checkpoint.config, target)
         with torch.device("meta"):
             model = cls(checkpoint.config).to(kind)
         model = model.to_empty(device=target)
@@ -198,7 +200,7 @@ class GemmaForCausalLM(nn.Module):
     ) -> CausalLMOutput:
         """Next-token logits after each token.
 
-        input_ids        [b, t], any integer dtype; t tokens that follow those in past_key_values
+        input_ids        [b, t], integers; t tokens that follow those in past_key_values
         attention_mask   [b, past + t], 0 for padding on the left (or, of a finished text, on the
                          right); None: no padding
         position_ids     [b, t], for transformers' callers: what the mask says, or ValueError
@@ -216,8 +218,11 @@ class GemmaForCausalLM(nn.Module):
             raise ValueError(
                 f"past_key_values must be a KVCache from an earlier call, not a {kind}"
             )
-        if cache.batch != b:
-            raise ValueError(f"input_ids are a batch of {b}, but the cache holds {cache.batch}")
+        made, needed = (cache.batch, cache.dtype, cache.device), (b, self.dtype, self.device)
+        if made != needed:
+            raise ValueError(
+                f"the cache is for {_words(*made)}, but this call is {_words(*needed)}"
+            )
         cache.align(t, attention_mask, position_ids)
         hiddens = self.hidden_states(input_ids, cache)
         logits = self.logits(hiddens[:, -logits_to_keep:])
@@ -227,6 +232,7 @@ class GemmaForCausalLM(nn.Module):
         """input_ids :: [b, t] → [b, t, hidden] after the final norm; the cache advances by t."""
         t = input_ids.shape[1]
         cache.reserve(t)
+        cache.stale = "a pass over it did not finish"  # until advance()
         start = cache.next_position
         angles = self._angles(start, t)
         eps = self.config.rms_norm_eps
@@ -257,11 +263,12 @@ class GemmaForCausalLM(nn.Module):
     def check_ids(self, input_ids: Tensor) -> Tensor:
         """input_ids on the model's device, or a ValueError that says what is wrong with them."""
         refuse_overflow(self.config, self.dtype)
-        if input_ids.ndim != 2 or input_ids.is_floating_point():
-            raise ValueError(
-                f"input_ids must be integers [batch, tokens], not {input_ids.dtype} "
-                f"{tuple(input_ids.shape)}"
-            )
+        if not isinstance(input_ids, Tensor):
+            raise ValueError(f"input_ids must be a tensor, not a {type(input_ids).__name__}")
+        kind = input_ids.dtype
+        if input_ids.ndim != 2 or kind.is_floating_point or kind == torch.bool:
+            shape = tuple(input_ids.shape)
+            raise ValueError(f"input_ids must be integers [batch, tokens], not {kind} {shape}")
         if not input_ids.numel():
             raise ValueError(f"the prompt is empty: input_ids is {tuple(input_ids.shape)}")
         low, high = (int(x) for x in torch.aminmax(input_ids))
@@ -270,7 +277,7 @@ class GemmaForCausalLM(nn.Module):
             raise ValueError(
                 f"token id {token} is outside the vocabulary of {self.config.vocab_size}"
             )
-        return input_ids.to(self.device)
+        return input_ids.to(self.device, torch.long)
 
     def _angles(self, start: Tensor, t: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Kind of layer → cos, sin :: [b, t, d / 2], fp32, of position * theta^(-2i / d)."""
@@ -299,6 +306,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if HAS_ONEDNN and x.is_cpu and x.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
+
+
+def _words(batch: int, dtype: torch.dtype, device: torch.device) -> str:
+    return f"a batch of {batch} in {str(dtype).removeprefix('torch.')} on {device}"
 
 
 def _frozen(*shape: int) -> nn.Parameter:

@@ -17,7 +17,7 @@ class Sampling:
     """How to choose tokens. ValueError: a value out of its range.
 
     do_sample           False: the likeliest token, whatever temperature and filters say
-    temperature         > 0; logits are divided by it
+    temperature         logits are divided by it
     top_k               ≥ 1: only the k likeliest; 0: all
     top_p               in (0, 1]: only the fewest likeliest whose probabilities reach p together
     min_p               in [0, 1]: only those at least min_p times as likely as the likeliest
@@ -76,8 +76,8 @@ class Sampling:
 
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda x: 0 < x < float("inf"), "above 0 (greedy decoding is do_sample=False)"),
-    "top_k": (lambda x: x >= 0 and x == int(x), "a whole number from 0 (all tokens)"),
+    "temperature": (lambda x: 1e-3 <= x <= 1e3, "from 0.001 to 1000 (greedy is do_sample=False)"),
+    "top_k": (lambda x: isinstance(x, int) and x >= 0, "a whole number from 0 (all tokens)"),
     "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1"),
     "repetition_penalty": (lambda x: 0 < x < float("inf"), "above 0 (1 is none)"),
