@@ -25,6 +25,7 @@ from typing import Any
 import click
 import torch
 import transformers
+import triton
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -192,9 +193,16 @@ def stamp(device: torch.device) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
         "cpu": None if cuda else f"{cpu_name()}, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
+        "driver": driver() if cuda else None,
         "torch": torch.__version__,
+        "triton": triton.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
 
 
 def cpu_name() -> str:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,8 +146,9 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     return GGUFFile(path)
 
 
-def resolve(name_or_path: str | os.PathLike[str]) -> Path:
-    """The directory or .gguf file meant: the path itself, or the download of a hub id.
+def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = HUB_FILES) -> Path:
+    """The directory or .gguf file meant: the path itself, or the download of a hub id, of which
+    it fetches the files that match `patterns`.
 
     Raises ValueError for a pickle, which runs code when it is read, and for other files; OSError
     where a hub id cannot be downloaded (FileNotFoundError: nothing is there).
@@ -167,15 +168,15 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     if path.exists():
         raise ValueError(f"{path} is neither a directory of safetensors nor a .gguf file")
     if HUB_ID.fullmatch(name) and path.suffix not in (".gguf", ".safetensors"):
-        return _download(name)
+        return _download(name, patterns)
     raise FileNotFoundError(f"{path} does not exist, and is no hub id (owner/name)")
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:  # what the library's errors derive from
         raise OSError(
             f"{hub_id} is not a directory here, and could not be fetched from the Hugging Face Hub"

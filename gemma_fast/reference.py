@@ -66,6 +66,7 @@ class Reference:
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: list[tuple[Tensor, Tensor]] | None = None,
         use_cache: bool = True,
         logits_to_keep: int = 0,
@@ -76,7 +77,8 @@ class Reference:
         s = past + t
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids[:, :1]).expand(-1, s)
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # [b, t]
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # [b, t]
         target, source = torch.arange(past, s)[:, None], torch.arange(s)[None, :]
         causal = (source <= target).to(input_ids.device)
         seen = causal & attention_mask.bool()[:, None, :]  # [b, t, s]
@@ -87,7 +89,7 @@ class Reference:
             visible = seen
             if (window := self.config.window(i)) is not None:
                 visible = seen & (source > target - window).to(seen.device)
-            cos, sin = self.angles(positions, kind)
+            cos, sin = self.angles(position_ids, kind)
             key_values = past_key_values[i] if past_key_values else None
             hiddens, key_values = self.layer(i, hiddens, visible, cos, sin, key_values)
             cache.append(key_values)

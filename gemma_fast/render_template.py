@@ -1,4 +1,4 @@
-"""Renders one chat template: JSON on stdin → JSON on stdout. Run by chat.py, never imported.
+"""Renders a chat template that nobody vouches for. Run by chat_template.py as a process of its own.
 
 A checkpoint's template is a program by a stranger. Jinja's sandbox keeps it from Python's objects
 but not from looping or filling the memory, so this process has limits, and nothing to lose.

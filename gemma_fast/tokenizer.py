@@ -100,7 +100,7 @@ class Tokenizer:
         Raises ValueError, naming the file, for anything malformed, and what
         `checkpoint.resolve` raises.
         """
-        path = resolve(name_or_path)
+        path = resolve(name_or_path, patterns=["*.json", "*.jinja"])
         if path.is_file():
             metadata = open_gguf(path).metadata
             return cls(
@@ -125,13 +125,13 @@ class Tokenizer:
         text: str | Iterable[str],
         *,
         return_tensors: str | None = None,
-        padding: bool = False,
+        padding: bool | str = False,
         add_special_tokens: bool = True,
     ) -> Encoding:
         """Encode one text or several.
 
         Gives lists of ids, flat for one str; with return_tensors="pt", int64 tensors [b, t].
-        `padding` puts <pad> on the left, up to the longest. Raises ValueError where texts of
+        `padding`, True or "longest", puts <pad> on the left. Raises ValueError where texts of
         different lengths would have to fit one tensor.
         """
         texts = [text] if isinstance(text, str) else text
@@ -226,11 +226,11 @@ class Tokenizer:
         return ids
 
     def _pack(
-        self, rows: list[list[int]], return_tensors: str | None, padding: bool, flat: bool
+        self, rows: list[list[int]], return_tensors: str | None, padding: bool | str, flat: bool
     ) -> Encoding:
-        if return_tensors not in (None, "pt") or padding not in (True, False):
+        if return_tensors not in (None, "pt") or padding not in (True, False, "longest"):
             raise ValueError(
-                f'return_tensors must be None or "pt" and padding a bool, not'
+                f'return_tensors must be None or "pt", padding a bool or "longest", not'
                 f" {return_tensors!r} and {padding!r}"
             )
         lengths = [len(row) for row in rows]

@@ -21,14 +21,12 @@ bytes = 2 * b * n * positions * d * itemsize. Walk-through step: attention.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
-from triton import knobs
 
+from gemma_fast.kernels._triton import knobs, tl, triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
-from gemma_fast.kernels.rotary import rotate
+from gemma_fast.kernels.rotary import norm_rotate, rotate
 
 
 def attention_reference(
@@ -84,7 +82,7 @@ def _attention_kernel(
     BLOCK_M: tl.constexpr,  # rows: GROUP query heads of BLOCK_M / GROUP tokens
     BLOCK_N: tl.constexpr,  # keys
 ):  # fmt: skip
-    kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first_row = tl.program_id(0) * BLOCK_M
     row = first_row + tl.arange(0, BLOCK_M)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
@@ -97,17 +95,12 @@ def _attention_kernel(
     q_ptr += (token.to(tl.int64) * q_token_stride + head * q_head_stride)[:, None]
     q1 = tl.load(q_ptr + half, mask=mask, other=0.0).to(tl.float32)
     q2 = tl.load(q_ptr + HALF + half, mask=mask, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        square_sum = tl.sum(q1 * q1, axis=1) + tl.sum(q2 * q2, axis=1)
-        inv_rms = tl.rsqrt(square_sum / (2 * HALF) + EPS)[:, None]
-        q1 *= inv_rms * (1 + tl.load(norm_weight_ptr + half).to(tl.float32))
-        q2 *= inv_rms * (1 + tl.load(norm_weight_ptr + HALF + half).to(tl.float32))
     angle = (batch * t + token)[:, None] * HALF + half
     cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
     dtype = keys_ptr.dtype.element_ty
-    rotated1 = (q1 * cos - q2 * sin).to(dtype)
-    rotated2 = (q2 * cos + q1 * sin).to(dtype)
+    q1, q2 = norm_rotate(q1, q2, norm_weight_ptr, cos, sin, EPS, HALF, HAS_NORM)
+    q1, q2 = q1.to(dtype), q2.to(dtype)
 
     last_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP, t - 1)
     end = start + last_token + 1
@@ -127,8 +120,8 @@ def _attention_kernel(
         slot = (key % slots).to(tl.int64)[:, None]
         k1 = tl.load(keys_ptr + slot * keys_slot_stride + half, mask=held, other=0.0)
         k2 = tl.load(keys_ptr + slot * keys_slot_stride + HALF + half, mask=held, other=0.0)
-        scores = tl.dot(rotated1, tl.trans(k1), input_precision="ieee")
-        scores = tl.dot(rotated2, tl.trans(k2), scores, input_precision="ieee") * SCALE
+        scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee") * SCALE
         if SOFTCAP > 0:
             scores = SOFTCAP * (2 * tl.sigmoid(scores * (2 / SOFTCAP)) - 1)  # SOFTCAP * tanh
         visible = key[None, :] <= query

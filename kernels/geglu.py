@@ -12,11 +12,10 @@ Bound by memory: bytes = 3 * y.numel() * itemsize. Walk-through step: GeGLU.
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
-from triton import knobs
+
+from gemma_fast.kernels._triton import knobs, tl, triton
 
 
 def geglu_reference(gate_up: Tensor) -> Tensor:

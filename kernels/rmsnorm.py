@@ -13,11 +13,10 @@ Bound by memory: bytes = 2 (4 with the residual) * x.numel() * itemsize. Walk-th
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
-from triton import knobs
+
+from gemma_fast.kernels._triton import knobs, tl, triton
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:

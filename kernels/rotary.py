@@ -15,12 +15,10 @@ Bound by memory: bytes = 4 * k.numel() * itemsize. Walk-through step: rotary emb
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
-from triton import knobs
 
+from gemma_fast.kernels._triton import knobs, tl, triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
 
 
@@ -49,6 +47,20 @@ def rotary_write_reference(
 
 
 @triton.jit
+def norm_rotate(
+    x1, x2, norm_weight_ptr, cos, sin, EPS: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr
+):  # fmt: skip
+    """Both halves of rows, [rows, HALF] in fp32: normalised if HAS_NORM, then rotated."""
+    if HAS_NORM:
+        half = tl.arange(0, HALF)[None, :]
+        square_sum = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
+        inv_rms = tl.rsqrt(square_sum / (2 * HALF) + EPS)[:, None]
+        x1 *= inv_rms * (1 + tl.load(norm_weight_ptr + half).to(tl.float32))
+        x2 *= inv_rms * (1 + tl.load(norm_weight_ptr + HALF + half).to(tl.float32))
+    return x1 * cos - x2 * sin, x2 * cos + x1 * sin
+
+
+@triton.jit
 def _rotary_write_kernel(
     k_ptr,  # [b, t, n, d]
     v_ptr,  # [b, t, n, d]
@@ -69,7 +81,7 @@ def _rotary_write_kernel(
     BLOCK: tl.constexpr,  # tokens
     HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(start_ptr + batch)
     position = start + token
@@ -82,17 +94,13 @@ def _rotary_write_kernel(
     k_ptr += batch * k_batch_stride + head * k_head_stride + token * k_token_stride
     k1 = tl.load(k_ptr + half, mask=mask, other=0.0).to(tl.float32)
     k2 = tl.load(k_ptr + HALF + half, mask=mask, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        square_sum = tl.sum(k1 * k1, axis=1) + tl.sum(k2 * k2, axis=1)
-        inv_rms = tl.rsqrt(square_sum / (2 * HALF) + EPS)[:, None]
-        k1 *= inv_rms * (1 + tl.load(norm_weight_ptr + half).to(tl.float32))
-        k2 *= inv_rms * (1 + tl.load(norm_weight_ptr + HALF + half).to(tl.float32))
     angle = (batch * t + token) * HALF + half
     cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
     keys_ptr += batch * keys_batch_stride + head * keys_head_stride + slot * keys_slot_stride
-    tl.store(keys_ptr + half, k1 * cos - k2 * sin, mask=mask)
-    tl.store(keys_ptr + HALF + half, k2 * cos + k1 * sin, mask=mask)
+    k1, k2 = norm_rotate(k1, k2, norm_weight_ptr, cos, sin, EPS, HALF, HAS_NORM)
+    tl.store(keys_ptr + half, k1, mask=mask)
+    tl.store(keys_ptr + HALF + half, k2, mask=mask)
 
     v_ptr += batch * v_batch_stride + head * v_head_stride + token * v_token_stride
     values_ptr += batch * values_batch_stride + head * values_head_stride

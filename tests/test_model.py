@@ -91,7 +91,7 @@ def test_the_reference_with_a_cache_equals_one_forward(twins):
     past, rows = None, []
     for end in (9, 10, 21):
         begin = past[0][0].shape[2] if past else 0
-        out = twins.reference(ids[:, begin:end], mask[:, :end], past)
+        out = twins.reference(ids[:, begin:end], mask[:, :end], past_key_values=past)
         past = out.past_key_values
         rows.append(out.logits)
     close(torch.cat(rows, dim=1)[mask.bool()], expected[mask.bool()])

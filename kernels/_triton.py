@@ -1,0 +1,24 @@
+"""Triton where it is installed, as on Linux; elsewhere a stand-in that lets kernel files import.
+
+Their ops then take the PyTorch references, as they do for any tensor that is not on a GPU.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import knobs
+except ModuleNotFoundError:
+
+    class _Absent:
+        def __getattr__(self, name):  # tl.constexpr, knobs.runtime
+            return self
+
+        def __call__(self, function):  # triton.jit
+            return function
+
+        def __bool__(self):  # knobs.runtime.interpret
+            return False
+
+    triton = tl = knobs = _Absent()  # type: ignore[assignment]
+
+__all__ = ["knobs", "tl", "triton"]
