@@ -34,11 +34,9 @@ setup(
     extras_require={
         "gguf": GGUF,
         "demo": DEMO,
-        "hf": ["transformers>=5.17"],  # the kernels inside a transformers model
         "bench": [
             *DEMO,
-            "pytest-benchmark",  # one suite per kernel
-            "transformers>=5.17",  # the model to beat
+            "transformers==5.23.0",  # the model to beat
         ],
         "test": [
             *DEMO,
@@ -46,7 +44,6 @@ setup(
             "kernels",  # transformers imports it; shares its name with our folder
             "hypothesis",  # hostile checkpoints, odd shapes
             "pytest",
-            "pytest-benchmark",
             "pytest-xdist",  # PYTEST_ARGS="-n 2"
             "build",  # wheel and sdist, to look inside
             "setuptools>=77.0.3",  # for `build` without isolation, so without a network

@@ -105,7 +105,7 @@ class KVCache:
                     f"expected {expected.tolist()}, got {position_ids.tolist()}"
                 )
         self.next_position.copy_(position)
-        self._right_padded = attention_mask is not None and not bool(real[:, -1].all())
+        self._right_padded = bool((real.any(1) & ~real[:, -1]).any())
 
     def _first_position(self, real: Tensor) -> Tensor:
         """real :: [b, columns], False for padding → where each row's next token stands."""

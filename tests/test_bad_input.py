@@ -27,6 +27,8 @@ def ids(tokens: int = 4) -> torch.Tensor:
         (torch.zeros(1, 0, dtype=torch.long), "the prompt is empty"),
         (torch.zeros(0, 3, dtype=torch.long), "the prompt is empty"),
         (torch.tensor([2, 3]), r"integers \[batch, tokens\], not torch.int64 \(2,\)"),
+        (torch.ones(1, 3, dtype=torch.bool), r"integers \[batch, tokens\], not torch.bool"),
+        ([[2, 3]], "input_ids must be a tensor, not a list"),
         (torch.ones(1, 3), r"integers \[batch, tokens\], not torch.float32"),
     ],
     ids=str,
@@ -54,8 +56,8 @@ def test_float16_overflows_gemma_3(model, twins):
     ("mask", "message"),
     [
         ([[1, 0, 1, 1]], "has holes"),
-        ([[1, 1, 1]], r"attention_mask is \(1, 3\), but past and new tokens are \(1, 4\)"),
-        ([[1, 1, 1, 1]] * 2, r"attention_mask is \(2, 4\)"),
+        ([[1, 1, 1]], r"attention_mask must be a tensor of \(1, 4\), not \(1, 3\)"),
+        ([[1, 1, 1, 1]] * 2, r"attention_mask must be a tensor of \(1, 4\), not \(2, 4\)"),
     ],
     ids=str,
 )
@@ -86,7 +88,7 @@ def test_position_ids(model):
 def test_a_full_cache_says_how_to_make_room(model):
     cache = KVCache(model.config, 1, 5, dtype=torch.float32)
     model(ids(4), past_key_values=cache)
-    message = r"4 tokens so far and 2 more do not fit the cache of 5; .*max_length=6"
+    message = r"4 tokens so far and 2 more do not fit the cache of 5: .*max_length=6"
     with pytest.raises(ValueError, match=message):
         model(ids(2), past_key_values=cache)
     assert model(ids(1), past_key_values=cache).past_key_values.length == 5
@@ -103,8 +105,48 @@ def test_a_cache_that_does_not_fit(model):
     with pytest.raises(ValueError, match="must be a KVCache from an earlier call, not a tuple"):
         model(ids(), past_key_values=())
     cache = model(ids()).past_key_values
-    with pytest.raises(ValueError, match="a batch of 2, but the cache holds 1"):
+    message = "cache is for a batch of 1 in float32 on cpu, but this call is a batch of 2"
+    with pytest.raises(ValueError, match=message):
         model(torch.full((2, 1), 7), past_key_values=cache)
+    half = KVCache(model.config, 1, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"in bfloat16 on cpu, but .* in float32"):
+        model(ids(), past_key_values=half)
+
+
+def test_a_first_prompt_beyond_the_context(model):
+    with pytest.raises(ValueError, match="0 tokens so far and 257 more do not fit the model's con"):
+        model(ids(257))
+
+
+def test_a_right_padded_cache_cannot_be_continued(model):
+    cache = model(ids(), attention_mask=torch.tensor([[1, 1, 1, 0]])).past_key_values
+    with pytest.raises(ValueError, match="cannot be continued, it holds padding on the right"):
+        model(ids(1), past_key_values=cache)
+
+
+def test_a_cache_of_an_interrupted_pass_cannot_be_continued(model, monkeypatch):
+    cache = model(ids()).past_key_values
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model(ids(), past_key_values=cache)
+    with pytest.raises(ValueError, match="a pass over it did not finish: start with a new one"):
+        model(ids(), past_key_values=cache)
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was(model):
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1]])
+    cache = model(ids(), attention_mask=mask[:, :4]).past_key_values
+    wrong = torch.tensor([[9, 9]])
+    with pytest.raises(ValueError, match="position_ids must count on"):
+        model(ids(2), attention_mask=mask, position_ids=wrong, past_key_values=cache)
+    with pytest.raises(
+        ValueError, match=r"position_ids must be a tensor of \(1, 2\), not \(1, 3\)"
+    ):
+        model(ids(2), position_ids=torch.ones(1, 3), past_key_values=cache)
+    out = model(ids(2), attention_mask=mask, past_key_values=cache).logits
+    expected = model(ids(6), attention_mask=mask).logits[:, -2:]
+    torch.testing.assert_close(out, expected)
 
 
 def test_unknown_keywords_are_named(model, twins):
@@ -120,6 +162,8 @@ def test_unknown_keywords_are_named(model, twins):
         ({"dtype": "int8"}, "dtype 'int8' is not one of auto, float32"),
         ({"dtype": torch.int32}, "torch.int32"),
         ({"device": "abacus"}, "device 'abacus' is unknown"),
+        ({"device": "meta"}, "device meta is not supported"),
+        ({"device": "cuda:99"}, "cuda:99 was asked for, but this PyTorch sees"),
         ({"device_map": {"model.layers.0": 0, "": 1}}, "the model runs on one device"),
     ],
     ids=str,

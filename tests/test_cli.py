@@ -1,12 +1,13 @@
 """The command line on the demo weights and on tiny models."""
 
 import json
+from functools import cache
 
 import pytest
-import torch
 from click.testing import CliRunner
 from test_real_weights import CONTINUATION, TOP_TEN
 
+from gemma_fast import cli
 from gemma_fast.cli import main
 
 
@@ -15,10 +16,11 @@ def run(*args: str, **kwargs):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def all_cores():
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
+def load_once():
+    """Commands with the same --model, --device and --dtype share what they load."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_load", cache(cli._load))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def demo(demo_gguf) -> tuple[str, ...]:
 def test_predict_shows_the_top_ten(demo):
     result = run("predict", "I want to move", *demo)
     assert result.exit_code == 0, result.output
-    text = " ".join(result.stdout.replace("│", " ").replace("\u00a0", " ").split())
+    text = result.stdout
     for token, probability in TOP_TEN.items():
         assert f"{token!r} {probability:.4f}" in text
 

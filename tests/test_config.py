@@ -188,6 +188,7 @@ def test_a_multimodal_config_may_say_it_outside():
     ("change", "message"),
     [
         ({"general.architecture": "llama"}, "'llama' is not one of"),
+        ({"general.architecture": ["gemma3"]}, r"\['gemma3'\] is not one of"),
         ({"gemma3.embedding_length": None}, "no gemma3.embedding_length"),
         ({"gemma3.embedding_length": 1 << 40}, "hidden_size=1099511627776"),
         ({"gemma3.rope.scaling.type": "yarn"}, "yarn"),

@@ -123,6 +123,25 @@ def test_streamer_gets_the_prompt_then_each_token(twins):
     assert recorder.ended == 1
 
 
+def test_a_streamer_that_fails_is_ended_too(twins):
+    class Broken(Recorder):
+        def put(self, ids):
+            raise OSError("pipe closed")
+
+    recorder = Broken()
+    with pytest.raises(OSError, match="pipe closed"):
+        twins.model.generate(twins.prompt(1, 5), max_new_tokens=4, streamer=recorder)
+    assert recorder.ended == 1
+
+
+def test_pad_token_id_fills_finished_rows(twins):
+    ids = twins.prompt(2, 6)
+    free = twins.model.generate(ids, max_new_tokens=6, **NEVER)
+    eos = int(free[0, 6])
+    out = twins.model.generate(ids, max_new_tokens=6, eos_token_id=eos, pad_token_id=7)
+    assert (out[0, 7:] == 7).all()
+
+
 @pytest.mark.parametrize("after", [1, 2, 4], ids=str)
 def test_ctrl_c_returns_what_there_is(twins, after):
     ids, recorder = twins.prompt(1, 5), Recorder(interrupt_after=after)
@@ -150,12 +169,21 @@ def test_generation_config_gives_the_defaults(twins, monkeypatch):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({}, "max_new_tokens=None must be a whole number"),
+        ({}, "pass max_new_tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be"),
         ({"max_new_tokens": True}, "max_new_tokens=True must be"),
         ({"max_new_tokens": 252}, "prompt of 5 tokens and max_new_tokens=252 do not fit.* 256"),
         ({"max_new_tokens": 2, "top_p": 3}, "top_p=3"),
         ({"max_new_tokens": 2, "eos_token_id": "x"}, "eos_token_id='x'"),
+        ({"max_new_tokens": 2, "eos_token_id": True}, "eos_token_id=True"),
+        ({"max_new_tokens": 2, "eos_token_id": [1, 199]}, r"eos_token_id=\[1, 199\].* below 199"),
+        ({"max_new_tokens": 2, "pad_token_id": -5}, "pad_token_id=-5"),
+        ({"max_new_tokens": 2, "seed": "a"}, "seed='a' must be"),
+        ({"max_new_tokens": 2, "seed": 10**30}, r"seed=10+ must be"),
+        ({"max_new_tokens": 2, "stop_strings": ["a", ""]}, "none empty"),
+        ({"max_new_tokens": 2, "stop_strings": [5]}, r"stop_strings=\[5\]"),
+        ({"max_new_tokens": 2, "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}, "on the left"),
+        ({"max_new_tokens": 2, "attention_mask": torch.zeros(1, 5)}, "on the left"),
     ],
     ids=str,
 )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from twins import CONFIGS, random_model, transformers_model
+from twins import CONFIGS, random_model, random_transformers_model
 
 from gemma_fast.config import FULL, SLIDING
 from gemma_fast.kernels.geglu import geglu
@@ -68,7 +68,7 @@ def test_gelu_is_the_tanh_approximation():
 
 def test_gemma_1_configs_that_say_gelu_mean_its_approximation(tmp_path):
     config = CONFIGS["gemma-mqa"]
-    hf = transformers_model(config)
+    hf = random_transformers_model(config)
     hf.config.hidden_act = "gelu"
     hf.save_pretrained(tmp_path)
     ids = torch.arange(3, 40).unsqueeze(0)

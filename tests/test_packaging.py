@@ -7,6 +7,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
+from textwrap import dedent
 
 import pytest
 
@@ -83,3 +84,20 @@ assert "transformers" not in sys.modules
 """
     # A busy machine may be slow once, not thrice.
     assert any(float(python("-c", code)) < 0.5 for _ in range(3))
+
+
+def test_it_runs_without_triton():
+    """As on macOS and Windows, for which there is no Triton."""
+    code = """
+        import sys
+
+        sys.modules["triton"] = None
+        import torch
+        from twins import CONFIGS, random_model
+
+        random_model(CONFIGS["gemma3-mqa"]).generate(torch.tensor([[2, 5]]), max_new_tokens=2)
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", dedent(code)]
+    subprocess.run(command, env=environment, check=True, timeout=300)

@@ -19,14 +19,6 @@ CONTINUATION = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def all_cores():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", params=DEVICES)
 def model(demo_gguf, request):
     return GemmaForCausalLM.from_pretrained(demo_gguf, dtype="float32", device=request.param)

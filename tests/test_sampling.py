@@ -64,9 +64,10 @@ def test_draws_follow_the_probabilities():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("temperature", 0.0), ("temperature", -1), ("temperature", float("nan")),
-        ("temperature", "hot"), ("top_k", -1), ("top_k", 2.5), ("top_p", 0), ("top_p", 1.1),
-        ("min_p", -0.1), ("min_p", 2), ("repetition_penalty", 0), ("do_sample", "yes"),
+        ("temperature", 0.0), ("temperature", 1e-320), ("temperature", -1),
+        ("temperature", float("nan")), ("temperature", "hot"), ("top_k", -1), ("top_k", 2.5),
+        ("top_k", 50.0), ("top_k", float("inf")), ("top_p", 0), ("top_p", 1.1), ("min_p", -0.1),
+        ("min_p", 2), ("repetition_penalty", 0), ("do_sample", "yes"),
     ],
 )  # fmt: skip
 def test_out_of_range(name, value):

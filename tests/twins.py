@@ -52,7 +52,7 @@ class Twins:
 
     @classmethod
     def build(cls, config: GemmaConfig, path: Path) -> Twins:
-        hf = transformers_model(config)
+        hf = random_transformers_model(config)
         hf.save_pretrained(path)
         model = GemmaForCausalLM.from_pretrained(path, device="cpu")
         assert model.config == config
@@ -75,7 +75,7 @@ def random_model(
     )
 
 
-def transformers_model(config: GemmaConfig) -> transformers.PreTrainedModel:
+def random_transformers_model(config: GemmaConfig) -> transformers.PreTrainedModel:
     """transformers' model of this config: random weights, eval mode, eager attention."""
     hf = transformers.AutoModelForCausalLM.from_config(
         transformers_config(config), attn_implementation="eager"
