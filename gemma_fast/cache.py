@@ -36,8 +36,9 @@ class KVCache:
         device: torch.device | str | None = None,
         grows: bool = False,
     ) -> None:
-        self.batch, self.max_length, self.grows = batch, max_length, grows
-        self._context = config.max_position_embeddings
+        if batch < 1 or max_length < 1:
+            raise ValueError(f"a cache for {batch=} and {max_length=} holds nothing")
+        self.config, self.batch, self.grows = config, batch, grows
         self._windows = [config.window(i) for i in range(config.num_hidden_layers)]
         shape = (batch, config.num_key_value_heads, 0, config.head_dim)
         empty = torch.zeros(shape, dtype=dtype, device=device)
@@ -71,14 +72,15 @@ class KVCache:
             raise ValueError(f"this cache cannot be continued, {self.stale}: start with a new one")
         needed = self.length + tokens
         sizes = f"{self.length} tokens so far and {tokens} more do not fit"
-        if needed > self._context:
-            raise ValueError(f"{sizes} the model's context of {self._context}")
+        context = self.config.max_position_embeddings
+        if needed > context:
+            raise ValueError(f"{sizes} the model's context of {context}")
         if needed > self.max_length:
             if not self.grows:
                 raise ValueError(
                     f"{sizes} the cache of {self.max_length}: make one with max_length={needed}"
                 )
-            self._allocate(min(max(needed, 2 * self.max_length), self._context))
+            self._allocate(min(max(needed, 2 * self.max_length), context))
 
     def align(
         self, tokens: int, attention_mask: Tensor | None, position_ids: Tensor | None = None
@@ -118,8 +120,8 @@ class KVCache:
         if not torch.equal(real, whole):
             raise ValueError("attention_mask has holes: only padding on one side is supported")
         position = (self.length - padding).int()
-        started = self.next_position > 0
-        if not torch.equal(position[started], self.next_position[started]):
+        # A row still in its padding, at 0 or below, may stay there.
+        if not torch.equal(position.clamp(min=0), self.next_position.clamp(min=0)):
             raise ValueError("attention_mask disagrees with the padding of the cached tokens")
         return position
 

@@ -210,6 +210,8 @@ class GemmaForCausalLM(nn.Module):
         logits_to_keep   1: only the last token's logits; 0: all
         """
         input_ids = self.check_ids(input_ids)
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ValueError(f"{logits_to_keep=} must be a whole number from 0 (all)")
         b, t = input_ids.shape
         cache = past_key_values
         if cache is None:
@@ -219,11 +221,14 @@ class GemmaForCausalLM(nn.Module):
             raise ValueError(
                 f"past_key_values must be a KVCache from an earlier call, not a {kind}"
             )
+        if cache.config != self.config:
+            raise ValueError("past_key_values is the KVCache of a model with another config")
         made, needed = (cache.batch, cache.dtype, cache.device), (b, self.dtype, self.device)
         if made != needed:
             raise ValueError(
                 f"the cache is for {_words(*made)}, but this call is {_words(*needed)}"
             )
+        cache.reserve(t)  # before the cache learns of the padding
         cache.align(t, attention_mask, position_ids)
         hiddens = self.hidden_states(input_ids, cache)
         logits = self.logits(hiddens[:, -logits_to_keep:])

@@ -43,9 +43,12 @@ def interpreted():
         yield
 
 
-@pytest.fixture
-def device(interpreted) -> str:
-    """Where kernels are tested: the GPU, or the CPU with the interpreter."""
+@pytest.fixture(params=["kernel", "reference"])
+def device(request) -> str:
+    """Where ops are tested: GPU, or CPU with the interpreter; and on their references."""
+    if request.param == "reference":
+        return "cpu"
+    request.getfixturevalue("interpreted")
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -6,6 +6,7 @@ from conftest import interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DTYPES
+from triton import knobs
 
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.rotary import rotary_write
@@ -56,12 +57,14 @@ def check(
     slots = window if window and t == 1 and length > window else max(length, 1) + spare
     q_weight, k_weight = (torch.randn(D, device=device) / 2 if norm else None for _ in "qk")
     # One token more than the rows' whole past: [b, past + t, …] by position.
-    k, v = (torch.randn(b, length, n, D, device=device).to(dtype) for _ in "kv")
+    k, v = (torch.randn(b, length, n, x * D, device=device).to(dtype)[..., :D] for x in (1, 2))
     heads = n * m
     q = torch.randn(b, t, 3 * heads, D, device=device).to(dtype)[:, :, heads : 2 * heads]
 
-    nan = float("nan")
-    keys, values = (torch.full((b, n, slots, D), nan, dtype=dtype, device=device) for _ in "kv")
+    # The kernel reads no slot before it is written; the reference weighs it by zero.
+    poison = float("nan") if q.is_cuda or knobs.runtime.interpret else torch.finfo(dtype).max
+    keys, values = (torch.full((b, n, slots, D), poison, dtype=dtype, device=device) for _ in "kv")
+    values = values.transpose(1, 2).contiguous().transpose(1, 2)  # other strides than keys
     for row, before in enumerate(past):
         for begin in range(0, max(before, 0), max(slots, 1)):
             part = slice(begin, min(begin + slots, before))
@@ -163,6 +166,33 @@ def test_a_chunk_longer_than_the_ring_leaves_its_last_tokens(device):
         rotary_write(k, v, keys, values, *angles(start, t), start)
     for position in range(5 + t - slots, 5 + t):
         assert torch.equal(ring[..., position % slots, :], whole[..., position, :])
+
+
+def test_without_a_window_a_query_sees_what_the_ring_holds(device):
+    slots, start = 16, torch.tensor([45], dtype=torch.int32, device=device)
+    q, keys, values = torch.randn(3, 1, slots, slots, D, device=device)
+    turn = angles(start, 1)
+    out, windowed = (
+        attention(q[:, :1], keys, values, *turn, start, scale=0.3, window=window)
+        for window in (None, slots)
+    )
+    torch.testing.assert_close(out, windowed)
+
+
+def test_keys_that_are_not_seen_do_not_count(device):
+    """However large their scores: those of the future would drown the others."""
+    q, values = torch.ones(1, 2, 1, D, device=device), torch.randn(1, 1, 2, D, device=device)
+    keys = (
+        torch.tensor([-1000.0, 1000.0], device=device)
+        .view(1, 1, 2, 1)
+        .expand_as(values)
+        .contiguous()
+    )
+    cos, sin = torch.ones(1, 2, D // 2, device=device), torch.zeros(1, 2, D // 2, device=device)
+    start = torch.zeros(1, dtype=torch.int32, device=device)
+    assert torch.equal(
+        attention(q, keys, values, cos, sin, start, scale=1.0)[0, :, 0], values[0, 0]
+    )
 
 
 def test_angles_are_exact_far_out(device):

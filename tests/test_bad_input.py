@@ -1,12 +1,14 @@
 """What a user can do wrong with the model, and what it says."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from twins import CONFIGS, random_model
 
 from gemma_fast.cache import KVCache
+from gemma_fast.load import pick_device, pick_dtype
 from gemma_fast.model import GemmaForCausalLM
 
 
@@ -74,6 +76,21 @@ def test_attention_mask_that_disagrees_with_the_cache(model):
     model(ids(1), attention_mask=torch.tensor([[0, 1, 1, 1, 1]]), past_key_values=cache)
 
 
+def test_attention_mask_that_calls_cached_padding_tokens(model):
+    """A row of which only padding came so far cannot have begun before."""
+    padding = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])
+    cache = model(ids().repeat(2, 1), attention_mask=padding).past_key_values
+    with pytest.raises(ValueError, match="disagrees with the padding of the cached tokens"):
+        model(ids(1).repeat(2, 1), attention_mask=torch.ones(2, 5), past_key_values=cache)
+
+
+def test_a_refused_call_leaves_no_padding_behind(model):
+    cache = KVCache(model.config, 1, 5, dtype=torch.float32)
+    with pytest.raises(ValueError, match="do not fit"):
+        model(ids(6), attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1]]), past_key_values=cache)
+    assert torch.equal(model(ids(), past_key_values=cache).logits, model(ids()).logits)
+
+
 def test_position_ids(model):
     mask = torch.tensor([[0, 1, 1, 1]])
     positions = torch.tensor([[1, 0, 1, 2]])
@@ -83,6 +100,11 @@ def test_position_ids(model):
     message = re.escape("position_ids must count on from the cache") + ".*3, 4, 5, 6"
     with pytest.raises(ValueError, match=message):
         model(ids(), position_ids=torch.tensor([[3, 4, 5, 6]]))
+    cache = model(ids(), attention_mask=mask).past_key_values
+    mask = torch.tensor([[0, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match=message.split(".*")[0]):
+        model(ids(1), mask, position_ids=torch.tensor([[4]]), past_key_values=cache)
+    model(ids(1), mask, position_ids=torch.tensor([[3]]), past_key_values=cache)
 
 
 def test_a_full_cache_says_how_to_make_room(model):
@@ -108,6 +130,11 @@ def test_a_cache_that_does_not_fit(model):
     message = "cache is for a batch of 1 in float32 on cpu, but this call is a batch of 2"
     with pytest.raises(ValueError, match=message):
         model(torch.full((2, 1), 7), past_key_values=cache)
+    other = KVCache(CONFIGS["gemma-mqa"], 1, 8, dtype=torch.float32)
+    with pytest.raises(ValueError, match="a model with another config"):
+        model(ids(), past_key_values=other)
+    with pytest.raises(ValueError, match="max_length=-3 holds nothing"):
+        KVCache(model.config, 1, -3, dtype=torch.float32)
     half = KVCache(model.config, 1, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"in bfloat16 on cpu, but .* in float32"):
         model(ids(), past_key_values=half)
@@ -149,6 +176,11 @@ def test_a_refused_call_leaves_the_cache_as_it_was(model):
     torch.testing.assert_close(out, expected)
 
 
+def test_logits_to_keep(model):
+    with pytest.raises(ValueError, match="logits_to_keep=-1 must be"):
+        model(ids(), logits_to_keep=-1)
+
+
 def test_unknown_keywords_are_named(model, twins):
     with pytest.raises(TypeError, match="output_attentions"):
         model(ids(), output_attentions=True)
@@ -171,6 +203,18 @@ def test_unknown_keywords_are_named(model, twins):
 def test_from_pretrained_arguments(twins, kwargs, message):
     with pytest.raises(ValueError, match=message):
         GemmaForCausalLM.from_pretrained(twins.path, **kwargs)
+
+
+def test_device_and_dtype_that_are_picked():
+    cpu, first = torch.device("cpu"), torch.device("cpu:0")
+    default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert pick_device(None, None) == pick_device(None, "auto") == default
+    assert pick_device(None, {"": "cpu:0"}) == pick_device("cpu:0", "cpu") == first
+    half, gguf = SimpleNamespace(dtype=torch.bfloat16), SimpleNamespace(dtype=None)
+    assert pick_dtype("auto", half, cpu) == torch.bfloat16
+    assert pick_dtype("auto", gguf, cpu) == torch.float32
+    assert pick_dtype("auto", gguf, torch.device("cuda")) == torch.bfloat16
+    assert pick_dtype("float16", half, cpu) == pick_dtype(torch.float16, gguf, cpu) == torch.float16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

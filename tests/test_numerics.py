@@ -10,6 +10,7 @@ from twins import CONFIGS, random_model, random_transformers_model
 from gemma_fast.config import FULL, SLIDING
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
+from gemma_fast.kernels.rotary import rotate
 from gemma_fast.model import GemmaForCausalLM
 from gemma_fast.reference import Reference
 
@@ -53,9 +54,33 @@ def test_norm_is_rounded_once():
     z = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     gemma = (z * (1 + weight.double())).bfloat16()
     llama = (z.bfloat16().double() * (1 + weight.double())).bfloat16()
-    out = rms_norm(x, weight)
-    assert (out != gemma).float().mean() < 0.005  # fp32 beside fp64: a tie may fall otherwise
-    assert (out != llama).float().mean() > 0.1
+    model = random_model(CONFIGS["gemma-mqa"])
+    for out in (
+        rms_norm(x, weight),
+        reference(model, norm=weight).rms_norm(x, "model.norm.weight"),
+    ):
+        assert (out != gemma).float().mean() < 0.005  # fp32 beside fp64: a tie may fall otherwise
+        assert (out != llama).float().mean() > 0.1
+
+
+def test_the_sum_is_rounded_before_it_is_normalised():
+    x, residual = torch.randn(2, 64, 64).bfloat16()
+    weight = torch.randn(64).bfloat16()
+    out, total = add_rms_norm(x, residual, weight)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(out, rms_norm(total, weight))
+
+
+def test_rotation_is_rounded_once():
+    x = torch.randn(1, 4, 64, 32).bfloat16()
+    angle = torch.randn(1, 1, 64, 16)
+    cos, sin = angle.cos(), angle.sin()
+    x1, x2 = x.double().chunk(2, dim=-1)
+    expected = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    out = reference(random_model(CONFIGS["gemma-mqa"])).rotate(x, cos, sin)
+    assert (out != expected.bfloat16()).float().mean() < 0.005
+    turned = rotate(x.transpose(1, 2), cos[:, 0], sin[:, 0]).transpose(1, 2)
+    torch.testing.assert_close(turned.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_gelu_is_the_tanh_approximation():
@@ -85,10 +110,13 @@ def test_angles_are_fp32_in_a_bf16_model():
     models = [random_model(config, dtype=dtype) for dtype in dtypes]
     start = torch.tensor([256], dtype=torch.int32)
     for kind in (FULL, SLIDING):
-        (cos, _), (expected, _) = (model._angles(start, 4)[kind] for model in models)
-        assert cos.dtype == torch.float32
-        assert torch.equal(cos, expected)
-        assert len({float(c) for c in cos[0, :, 0]}) == 4
+        half, full = (torch.stack(model._angles(start, 4)[kind]) for model in models)
+        oracle = reference(models[0], embed_tokens=models[0].embed_tokens)
+        walk = torch.stack(oracle.angles(torch.arange(256, 260).unsqueeze(0), kind)).squeeze(2)
+        for angles in (half, walk):  # [cos | sin, 1, 4, d / 2]
+            assert angles.dtype == torch.float32
+            assert torch.equal(angles, full)
+            assert len({float(c) for c in angles[0, 0, :, 0]}) == 4
 
 
 def test_attention_scale_is_query_pre_attn_scalar(twins):

@@ -41,8 +41,9 @@ def test_strided_rows(dtype, device, poison_outputs):
     x = strided((6, 64), dtype, device)
     weight = torch.randn(64, device=device)
     torch.testing.assert_close(rms_norm(x, weight).double(), oracle(x, weight), **TOLERANCE[dtype])
-    out, _ = add_rms_norm(x, x, weight)
-    torch.testing.assert_close(out.double(), oracle(x + x, weight), **TOLERANCE[dtype])
+    for a, b in ((x, x), (x, x.contiguous()), (x.contiguous(), x)):
+        out, _ = add_rms_norm(a, b, weight)
+        torch.testing.assert_close(out.double(), oracle(x + x, weight), **TOLERANCE[dtype])
 
 
 def test_one_plus_weight_is_not_rounded(device):
@@ -61,6 +62,7 @@ def test_extreme_values(large, device):
     torch.testing.assert_close(rms_norm(x, torch.zeros(64, device=device)), expected)
 
 
+@pytest.mark.parametrize("device", ["kernel"], indirect=True)
 def test_wrong_weight(device):
     with pytest.raises(AssertionError, match=r"weight.*\(3,\).*\(2, 4\)"):
         rms_norm(torch.randn(2, 4, device=device), torch.randn(3, device=device))

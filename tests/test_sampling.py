@@ -1,5 +1,7 @@
 """Sampling against transformers' logits processors, and its ranges."""
 
+import math
+
 import pytest
 import torch
 from transformers.generation import logits_process as hf
@@ -18,8 +20,9 @@ def logits(batch: int = 4, vocab: int = 50) -> torch.Tensor:
         ({"top_k": 5}, [hf.TopKLogitsWarper(5)]),
         ({"top_k": 500}, []),
         ({"top_p": 0.6}, [hf.TopPLogitsWarper(0.6)]),
-        ({"top_p": 1e-6}, [hf.TopPLogitsWarper(1e-6)]),
+        ({"top_p": 1e-9}, [hf.TopPLogitsWarper(1e-9)]),
         ({"min_p": 0.2}, [hf.MinPLogitsWarper(0.2)]),
+        ({"min_p": 1.0}, [hf.MinPLogitsWarper(1.0)]),
         (
             {"temperature": 1.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05},
             [
@@ -40,9 +43,24 @@ def test_filters_equal_transformers(ours, theirs):
 
 
 def test_repetition_penalty_equals_transformers():
-    seen = torch.tensor([[3, 3, 9]] * 4)
-    expected = hf.RepetitionPenaltyLogitsProcessor(1.8)(seen, logits()).argmax(-1)
-    assert torch.equal(Sampling(repetition_penalty=1.8)(logits(), seen), expected)
+    for given in (logits(), logits() - 20):  # positive and negative at the top
+        seen = given.topk(3).indices
+        expected = hf.RepetitionPenaltyLogitsProcessor(1.8)(seen, given.clone()).argmax(-1)
+        assert (expected != seen[:, 0]).any()
+        assert torch.equal(Sampling(repetition_penalty=1.8)(given, seen), expected)
+
+
+def test_the_penalty_is_not_rounded_to_bf16():
+    """10 / 1.004 is 9.96, above 9.9375; in bf16 the two would be one."""
+    close = torch.tensor([[9.9375, 10.0]]).bfloat16()
+    assert Sampling(repetition_penalty=1.004)(close, torch.tensor([[1]])) == 1
+
+
+def test_top_p_keeps_no_more_than_it_needs():
+    """Half the probability is what the first token has: the second is not needed."""
+    halves = torch.tensor([[2.0, 1.0, 0.0, 0.0]]) * math.log(2)  # 1/2, 1/4, 1/8, 1/8
+    kept = Sampling(do_sample=True, top_p=0.5).filtered(halves).isfinite()
+    assert kept.tolist() == [[True, False, False, False]]
 
 
 def test_greedy_ignores_the_filters():
@@ -66,6 +84,7 @@ def test_draws_follow_the_probabilities():
     [
         ("temperature", 0.0), ("temperature", 1e-320), ("temperature", -1),
         ("temperature", float("nan")), ("temperature", "hot"), ("top_k", -1), ("top_k", 2.5),
+        ("top_k", True), ("temperature", float("inf")), ("repetition_penalty", float("inf")),
         ("top_k", 50.0), ("top_k", float("inf")), ("top_p", 0), ("top_p", 1.1), ("min_p", -0.1),
         ("min_p", 2), ("repetition_penalty", 0), ("do_sample", "yes"),
     ],

@@ -31,7 +31,7 @@ _GEMMA2 = GemmaConfig(
 )  # fmt: skip
 _GEMMA3 = GemmaConfig(
     model_type="gemma3", query_pre_attn_scalar=20, sliding_window=8, sliding_window_pattern=2,
-    rope_theta=1e6, rope_scaling_factor=8.0, **_SHARED,
+    rope_theta=1e6, rope_scaling_factor=8.0, rms_norm_eps=0.01, **_SHARED,
 )  # fmt: skip
 _GEMMA1 = GemmaConfig(model_type="gemma", query_pre_attn_scalar=32, **_SHARED)
 CONFIGS = {
