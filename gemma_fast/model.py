@@ -263,7 +263,9 @@ class GemmaForCausalLM(nn.Module):
 
     def logits(self, hiddens: Tensor) -> Tensor:
         """hiddens :: [..., hidden] → [..., vocab]: the embedding serves both ends."""
-        logits = linear(hiddens, self.embed_tokens)
+        # One matrix: of a strided batch F.linear makes a batched product and copies the weights.
+        rows = hiddens.reshape(-1, hiddens.shape[-1])
+        logits = linear(rows, self.embed_tokens).view(*hiddens.shape[:-1], -1)
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * torch.tanh(logits / cap)
         return logits
