@@ -83,7 +83,7 @@ def pick_dtype(
 ) -> torch.dtype:
     if dtype == "auto":
         quantized = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return checkpoint.dtype or quantized
+        return torch.float32 if checkpoint.dtype == torch.float64 else checkpoint.dtype or quantized
     picked = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if picked not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")

@@ -213,6 +213,7 @@ def test_device_and_dtype_that_are_picked():
     half, gguf = SimpleNamespace(dtype=torch.bfloat16), SimpleNamespace(dtype=None)
     assert pick_dtype("auto", half, cpu) == torch.bfloat16
     assert pick_dtype("auto", gguf, cpu) == torch.float32
+    assert pick_dtype("auto", SimpleNamespace(dtype=torch.float64), cpu) == torch.float32
     assert pick_dtype("auto", gguf, torch.device("cuda")) == torch.bfloat16
     assert pick_dtype("float16", half, cpu) == pick_dtype(torch.float16, gguf, cpu) == torch.float16
 
