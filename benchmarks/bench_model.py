@@ -38,8 +38,9 @@ from benchmarks.rivals import transformers_model  # noqa: E402
 from gemma_fast.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from gemma_fast.config import PRESETS, GemmaConfig  # noqa: E402
 from gemma_fast.demo import demo_checkpoint  # noqa: E402
+from gemma_fast.layer import linear  # noqa: E402
 from gemma_fast.load import RandomCheckpoint, pick_device, pick_dtype  # noqa: E402
-from gemma_fast.model import GemmaForCausalLM, linear  # noqa: E402
+from gemma_fast.model import GemmaForCausalLM  # noqa: E402
 from gemma_fast.reference import Reference  # noqa: E402
 
 PROMPT, NEW, REPEATS = 512, 32, 5
