@@ -197,18 +197,20 @@ class GemmaForCausalLM(nn.Module):
         if not isinstance(input_ids, Tensor):
             raise ValueError(f"input_ids must be a tensor, not a {type(input_ids).__name__}")
         kind = input_ids.dtype
-        if input_ids.ndim != 2 or kind.is_floating_point or kind == torch.bool:
+        not_whole = kind.is_floating_point or kind.is_complex or kind == torch.bool
+        if input_ids.ndim != 2 or not_whole:
             shape = tuple(input_ids.shape)
             raise ValueError(f"input_ids must be integers [batch, tokens], not {kind} {shape}")
         if not input_ids.numel():
             raise ValueError(f"the prompt is empty: input_ids is {tuple(input_ids.shape)}")
+        input_ids = input_ids.to(self.device, torch.long)
         low, high = (int(x) for x in torch.aminmax(input_ids))
         if low < 0 or high >= self.config.vocab_size:
             token = low if low < 0 else high
             raise ValueError(
                 f"token id {token} is outside the vocabulary of {self.config.vocab_size}"
             )
-        return input_ids.to(self.device, torch.long)
+        return input_ids
 
     def _angles(self, start: Tensor, t: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Kind of layer → cos, sin :: [b, t, d / 2], fp32, of position * theta^(-2i / d)."""

@@ -1,7 +1,7 @@
 """What the tests share: the interpreter, tiny models beside transformers', real weights.
 
-Without a GPU the kernels run in Triton's interpreter, but only in tests that ask for it (`device`,
-`interpreted`): everywhere else the ops take their reference path, as they do for a user.
+Without a GPU the kernels run in Triton's interpreter, but only in tests that ask for it (`device`):
+everywhere else the ops take their reference path, as they do for a user.
 """
 
 import os
@@ -37,19 +37,14 @@ def interpreter():
         yield
 
 
-@pytest.fixture
-def interpreted():
-    with interpreter():
-        yield
-
-
 @pytest.fixture(params=["kernel", "reference"])
-def device(request) -> str:
+def device(request):
     """Where ops are tested: GPU, or CPU with the interpreter; and on their references."""
     if request.param == "reference":
-        return "cpu"
-    request.getfixturevalue("interpreted")
-    return "cuda" if torch.cuda.is_available() else "cpu"
+        yield "cpu"
+        return
+    with interpreter():
+        yield "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture

@@ -31,6 +31,8 @@ def ids(tokens: int = 4) -> torch.Tensor:
         (torch.tensor([2, 3]), r"integers \[batch, tokens\], not torch.int64 \(2,\)"),
         (torch.ones(1, 3, dtype=torch.bool), r"integers \[batch, tokens\], not torch.bool"),
         ([[2, 3]], "input_ids must be a tensor, not a list"),
+        (torch.ones(1, 3, dtype=torch.complex64), "not torch.complex64"),
+        (torch.full((1, 3), 200, dtype=torch.uint8), "token id 200 is outside"),
         (torch.ones(1, 3), r"integers \[batch, tokens\], not torch.float32"),
     ],
     ids=str,
