@@ -15,7 +15,6 @@ from gemma_fast.cache import KVCache
 from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.geglu import geglu
-from gemma_fast.kernels.rmsnorm import rms_norm
 from gemma_fast.kernels.rotary import rotary_write
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -82,16 +81,11 @@ class Layer(nn.Module):
             softcap=config.attn_logit_softcapping, eps=config.rms_norm_eps,
         )  # fmt: skip
         cache.keep(self.index, keys, values, t)
-        x = linear(out.view(b, t, heads * d), self.o_proj)
-        return self._norm(x, self.post_attention_layernorm)
+        return linear(out.view(b, t, heads * d), self.o_proj)
 
     def mlp(self, x: Tensor) -> Tensor:
         """x :: [b, t, hidden], normalised → the branch's result."""
-        x = linear(geglu(linear(x, self.gate_up_proj)), self.down_proj)
-        return self._norm(x, self.post_feedforward_layernorm)
-
-    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        return x if weight is None else rms_norm(x, weight, self.config.rms_norm_eps)
+        return linear(geglu(linear(x, self.gate_up_proj)), self.down_proj)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -170,9 +170,14 @@ class GemmaForCausalLM(nn.Module):
             x = rms_norm(residual, self.layers[0].input_layernorm, eps)
             for layer, next_norm in zip(self.layers, next_norms, strict=True):
                 x = layer.attend(x, *angles[self.config.layer_types[layer.index]], start, cache)
-                x, residual = add_rms_norm(x, residual, layer.pre_feedforward_layernorm, eps)
+                x, residual = add_rms_norm(
+                    x, residual,
+                    layer.pre_feedforward_layernorm, layer.post_attention_layernorm, eps,
+                )  # fmt: skip
                 x = layer.mlp(x)
-                x, residual = add_rms_norm(x, residual, next_norm, eps)
+                x, residual = add_rms_norm(
+                    x, residual, next_norm, layer.post_feedforward_layernorm, eps
+                )
         cache.advance(t)
         return x
 

@@ -22,8 +22,8 @@ bytes = 2 * b * n * positions * d * itemsize. Walk-through step: attention.
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
+from gemma_fast.kernels._op import op
 from gemma_fast.kernels._triton import knobs, tl, triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
 from gemma_fast.kernels.rotary import norm_rotate, rotate
@@ -151,7 +151,7 @@ def _tile(rows: int, d: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK_M": block_m, "BLOCK_N": 16 if wide else 32, "num_warps": num_warps}
 
 
-@triton_op("gemma_fast::attention", mutates_args=())
+@op(fake=lambda q, *_, **__: torch.empty_like(q, memory_format=torch.contiguous_format))
 def attention(
     q: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
     norm_weight: Tensor | None = None, *, scale: float, window: int | None = None,
@@ -178,7 +178,7 @@ def attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     rows = t * (heads // n)
     tile = _tile(rows, d, q.element_size())
-    wrap_triton(_attention_kernel)[(triton.cdiv(rows, tile["BLOCK_M"]), n, b)](
+    _attention_kernel[(triton.cdiv(rows, tile["BLOCK_M"]), n, b)](
         q, keys, values, cos, sin, start, norm_weight, out,
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *out.stride()[:3], t, slots,
         SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,

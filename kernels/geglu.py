@@ -13,8 +13,8 @@ Bound by memory: bytes = 3 * y.numel() * itemsize. Walk-through step: GeGLU.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
+from gemma_fast.kernels._op import op
 from gemma_fast.kernels._triton import knobs, tl, triton
 
 
@@ -43,7 +43,7 @@ def _geglu_kernel(
     tl.store(out_ptr + row * DIM + cols, gelu * up, mask=mask)
 
 
-@triton_op("gemma_fast::geglu", mutates_args=())
+@op(fake=lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
 def geglu(gate_up: Tensor) -> Tensor:
     """gelu(gate) * up of a fused gate+up product. Falls back to the reference off the GPU."""
     dim = gate_up.shape[-1] // 2
@@ -56,7 +56,7 @@ def geglu(gate_up: Tensor) -> Tensor:
     out = torch.empty((rows.shape[0], dim), dtype=gate_up.dtype, device=gate_up.device)
     block = min(triton.next_power_of_2(dim), 1024)
     if rows.shape[0]:
-        wrap_triton(_geglu_kernel)[(rows.shape[0], triton.cdiv(dim, block))](
+        _geglu_kernel[(rows.shape[0], triton.cdiv(dim, block))](
             rows, out, rows.stride(0), DIM=dim, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return out.view(*gate_up.shape[:-1], dim)

@@ -16,8 +16,8 @@ Bound by memory: bytes = 4 * k.numel() * itemsize. Walk-through step: rotary emb
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
+from gemma_fast.kernels._op import op
 from gemma_fast.kernels._triton import knobs, tl, triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
 
@@ -109,7 +109,7 @@ def _rotary_write_kernel(
     tl.store(values_ptr + HALF + half, tl.load(v_ptr + HALF + half, mask=mask), mask=mask)
 
 
-@triton_op("gemma_fast::rotary_write", mutates_args=("keys", "values"))
+@op(fake=lambda *_: None, mutates_args=("keys", "values"))
 def rotary_write(
     k: Tensor, v: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
     norm_weight: Tensor | None = None, eps: float = 1e-6,
@@ -126,7 +126,7 @@ def rotary_write(
     assert k.stride(3) == v.stride(3) == keys.stride(3) == values.stride(3) == 1
     assert cos.is_contiguous() and sin.is_contiguous()
     block = min(triton.next_power_of_2(t), 8)
-    wrap_triton(_rotary_write_kernel)[(triton.cdiv(t, block), n, b)](
+    _rotary_write_kernel[(triton.cdiv(t, block), n, b)](
         k, v, keys, values, cos, sin, start, norm_weight,
         *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3], t, slots,
         EPS=eps, HALF=d // 2, BLOCK=block, HAS_NORM=norm_weight is not None,

@@ -36,17 +36,22 @@ ATTENTION = ("q", "keys", "values", "cos", "sin", "start", "norm_weight")
     [
         (rms_norm, ("q", "norm_weight"), {}),
         (add_rms_norm, ("k", "v", "norm_weight"), {}),
+        (add_rms_norm, ("k", "v", "norm_weight", "norm_weight"), {}),
         (geglu, ("q",), {}),
         (rotary_write, ROTARY, {}),
         (rotary_write, ROTARY[:-1], {}),
         (attention, ATTENTION, {"scale": 0.2}),
         (attention, ATTENTION[:-1], {"scale": 0.2, "window": 4, "softcap": 3.0}),
     ],
-    ids=lambda x: getattr(x, "_qualname", None) or str(x),
+    ids=lambda x: getattr(x, "__name__", None) or str(x),
 )
 def test_op(op, names, options):
     given = tensors()
-    opcheck(op, tuple(given[name] for name in names), options)
+    opcheck(
+        getattr(torch.ops.gemma_fast, op.__name__).default,
+        tuple(given[name] for name in names),
+        options,
+    )
 
 
 def test_the_whole_model_traces_without_a_graph_break(twins):

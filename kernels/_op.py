@@ -1,0 +1,71 @@
+"""What every kernel's launcher shares: its registration with PyTorch, and the GPU's limits."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+_library = torch.library.Library("gemma_fast", "DEF")
+
+
+def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Registers a launcher as torch.ops.gemma_fast.<its name>, for eager and for torch.compile.
+
+    fake          gives outputs of the right shape, dtype and strides, with nothing in them
+    mutates_args  the names of the tensors that are written in place
+
+    The compiler sees the op as a whole. (It can see through a `triton_op`, but that takes 8 µs a
+    call instead of 4 and imports the compiler.) A tensor that requires grad is a ValueError.
+    """
+
+    def register(launcher: F) -> F:
+        name, names = launcher.__name__, list(inspect.signature(launcher).parameters)
+        _library.define(name + torch.library.infer_schema(launcher, mutates_args=mutates_args))
+        overload = getattr(torch.ops.gemma_fast, name).default
+
+        def refuse_grad(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                for parameter, value in zip(names, args, strict=False):
+                    if isinstance(value, Tensor) and value.requires_grad:
+                        raise ValueError(
+                            f"{name} has no backward, and {parameter} requires grad: "
+                            "call it under torch.no_grad(), or detach the tensor"
+                        )
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args, **kwargs)
+
+        _library.impl(name, launcher, "CompositeExplicitAutograd")
+        _library.impl(name, refuse_grad, "Autograd")
+        torch.library.register_fake(f"gemma_fast::{name}", fake, lib=_library)
+
+        @functools.wraps(launcher)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return overload(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return register
+
+
+class Gpu(NamedTuple):
+    capability: int  # 90: compute capability 9.0
+    shared_memory: int  # bytes that one program can have
+    multiprocessors: int
+
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether it copies tiles by tensor descriptors, in hardware (TMA)."""
+        return self.capability >= 90
+
+
+@functools.cache
+def gpu(device: torch.device) -> Gpu:
+    """The limits that a launcher chooses tiles by; the smallest, for the interpreter."""
+    if device.type != "cuda":
+        return Gpu(capability=80, shared_memory=101_376, multiprocessors=2)
+    x = torch.cuda.get_device_properties(device)
+    return Gpu(10 * x.major + x.minor, x.shared_memory_per_block_optin, x.multi_processor_count)
