@@ -2,7 +2,8 @@
 
 A layer's cache is a ring: slot `p % slots` holds position p. A layer that sees everything has a
 slot for each position of the context and never wraps; one that sees a window of W has W slots, so
-its memory does not grow with the context.
+its memory does not grow with the context. Any other ring ends on a whole block, because the
+attention kernel copies blocks of keys.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from gemma_fast.config import GemmaConfig
+
+BLOCK = 128  # slots; a multiple of the kernel's blocks, a divisor of Gemma's windows
 
 
 class KVCache:
@@ -132,11 +135,13 @@ class KVCache:
         slots = keys.shape[2]
         used = self.length + tokens
         if used <= slots or tokens == 1:
-            # Up to its last used slot a ring that has not wrapped is a shorter ring.
-            return keys[:, :, : min(used, slots)], values[:, :, : min(used, slots)]
+            # Up to its last used block a ring that has not wrapped is a shorter ring.
+            used = min(_whole_blocks(used), slots)
+            return keys[:, :, :used], values[:, :, :used]
         past = min(self.length, slots - 1)
         b, n, _, d = keys.shape
-        longer = keys.new_empty(b, n, past + tokens, d), values.new_empty(b, n, past + tokens, d)
+        shape = b, n, _whole_blocks(past + tokens), d
+        longer = keys.new_zeros(shape), values.new_zeros(shape)
         positions = self._positions(-past, 0)
         _move(keys, longer[0], positions)
         _move(values, longer[1], positions)
@@ -163,7 +168,7 @@ class KVCache:
     def _allocate(self, max_length: int) -> None:
         self.max_length = max_length
         for layer, window in enumerate(self._windows):
-            slots = min(window or max_length, max_length)
+            slots = min(window or max_length, _whole_blocks(max_length))
             for rings in (self.keys, self.values):
                 b, n, used, d = rings[layer].shape
                 if slots > used:
@@ -171,6 +176,10 @@ class KVCache:
                     longer = rings[layer].new_zeros(b, n, slots, d)
                     longer[:, :, :used] = rings[layer]
                     rings[layer] = longer
+
+
+def _whole_blocks(slots: int) -> int:
+    return -(-slots // BLOCK) * BLOCK
 
 
 def _move(source: Tensor, target: Tensor, positions: Tensor) -> None:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from gemma_fast.kernels._triton import triton
+
 F = TypeVar("F", bound=Callable[..., Any])
 _library = torch.library.Library("gemma_fast", "DEF")
 
@@ -67,5 +69,6 @@ def gpu(device: torch.device) -> Gpu:
     """The limits that a launcher chooses tiles by; the smallest, for the interpreter."""
     if device.type != "cuda":
         return Gpu(capability=80, shared_memory=101_376, multiprocessors=2)
-    x = torch.cuda.get_device_properties(device)
-    return Gpu(10 * x.major + x.minor, x.shared_memory_per_block_optin, x.multi_processor_count)
+    major, minor = torch.cuda.get_device_capability(device)
+    limits = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return Gpu(10 * major + minor, limits["max_shared_mem"], limits["multiprocessor_count"])

@@ -7,6 +7,7 @@ try:
     import triton
     import triton.language as tl
     from triton import knobs
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError:
 
     class _Absent:
@@ -19,6 +20,6 @@ except ModuleNotFoundError:
         def __bool__(self):  # knobs.runtime.interpret
             return False
 
-    triton = tl = knobs = _Absent()  # type: ignore[assignment]
+    triton = tl = knobs = TensorDescriptor = _Absent()  # type: ignore[assignment]
 
-__all__ = ["knobs", "tl", "triton"]
+__all__ = ["TensorDescriptor", "knobs", "tl", "triton"]

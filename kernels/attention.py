@@ -5,7 +5,7 @@
 
 q            :: [b, t, heads, d], bf16 | fp16 | fp32, not rotated; a view of the qkv product is fine
 keys, values :: [b, n, slots, d], q.dtype, K rotated: a ring, slot `p % slots` holds position p, and
-                the newest position is that of the last query
+                the newest position is that of the last query. An unused slot holds finite numbers.
 cos, sin     :: [b, t, d / 2], fp32, of the queries' positions
 start        :: [b], int32: query i of a row stands at position start + i. Positions below zero are
                 left padding; their rows are 0.
@@ -15,18 +15,22 @@ returns      :: [b, t, heads, d], q.dtype
 
 Scores, cap, mask and softmax are in fp32; rotated queries and weights are rounded to q.dtype before
 the products. The m = heads / n query heads of a kv head share its keys: a tile of the kernel is
-tokens x m rows. The loop runs over the positions that its rows can see, and nothing else.
+tokens x m rows. It goes over the blocks of keys that all its rows see, unmasked, then over those
+that only some see (the diagonal, the window's far edge), and no others. Late tiles, with the most
+to do, start first.
 Bound by compute for prompts: FLOPs = 4 * b * heads * d * (visible pairs); by memory for one token:
 bytes = 2 * b * n * positions * d * itemsize. Walk-through step: attention.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._op import op
-from gemma_fast.kernels._triton import knobs, tl, triton
+from gemma_fast.kernels._op import Gpu, gpu, op
+from gemma_fast.kernels._triton import TensorDescriptor, knobs, tl, triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
-from gemma_fast.kernels.rotary import norm_rotate, rotate
+from gemma_fast.kernels.rotary import rotate, rotate_rows
 
 
 def attention_reference(
@@ -57,19 +61,84 @@ def attention_reference(
 
 
 @triton.jit
+def _load(
+    ring,  # [b, n, slots, d]: a tensor descriptor if DESCRIPTORS, else a pointer to a head's slots
+    slot_stride, slots, batch, kv_head,
+    block,  # the first position
+    end,
+    MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, D]: the keys or values of positions block, block + 1, …"""
+    if DESCRIPTORS:
+        return ring.load([batch, kv_head, block % slots, 0]).reshape([BLOCK_N, D])
+    else:
+        position = block + tl.arange(0, BLOCK_N)
+        slot = (position % slots).to(tl.int64)[:, None]
+        pointer = ring + slot * slot_stride + tl.arange(0, D)[None, :]
+        if MASKED:
+            return tl.load(pointer, mask=(position < end)[:, None], other=0.0)
+        else:
+            return tl.load(pointer)
+
+
+@triton.jit
+def _attend(
+    q, out, row_max, row_sum, query,
+    keys, values, slot_stride, slots, batch, kv_head,
+    block, begin, end,
+    MASKED: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """One block of keys joins the running softmax (row_max, row_sum) and its weighted sum, out."""
+    LOG2_E: tl.constexpr = 1.4426950408889634  # for exp2
+    k = _load(keys, slot_stride, slots, batch, kv_head, block, end,
+              MASKED, BLOCK_N, D, DESCRIPTORS)  # fmt: skip
+    scores = tl.dot(q, k.T, input_precision="ieee")
+    if SOFTCAP > 0:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        scores = 1 - 2 / (tl.exp2(scores * (2 * SCALE * LOG2_E / SOFTCAP)) + 1)
+        scores *= SOFTCAP * LOG2_E
+    else:
+        scores *= SCALE * LOG2_E
+    if MASKED:
+        key = block + tl.arange(0, BLOCK_N)[None, :]
+        visible = (key <= query) & (key >= begin)
+        if WINDOW > 0:
+            visible &= key > query - WINDOW
+        scores = tl.where(visible, scores, -1e30)
+
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_max[:, None])
+    if MASKED:
+        weights = tl.where(visible, weights, 0.0)  # a row that has seen nothing has a max of -1e30
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(weights, axis=1)
+    v = _load(values, slot_stride, slots, batch, kv_head, block, end,
+              MASKED, BLOCK_N, D, DESCRIPTORS)  # fmt: skip
+    out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
+    return out, new_max, row_sum
+
+
+@triton.jit
 def _attention_kernel(
     q_ptr,  # [b, t, n * GROUP, d]
-    keys_ptr,  # [b, n, slots, d]
-    values_ptr,  # [b, n, slots, d]
+    keys,  # [b, n, slots, d]: a tensor descriptor if DESCRIPTORS, else a pointer
+    values,  # like keys
     cos_ptr,  # [b, t, HALF], contiguous
     sin_ptr,  # [b, t, HALF], contiguous
     start_ptr,  # [b]
     norm_weight_ptr,  # [d] | None
-    out_ptr,  # [b, t, n * GROUP, d]
+    out_ptr,  # [b, t, n * GROUP, d], contiguous
     q_batch_stride, q_token_stride, q_head_stride,
-    keys_batch_stride, keys_head_stride, keys_slot_stride,
-    values_batch_stride, values_head_stride, values_slot_stride,
-    out_batch_stride, out_token_stride, out_head_stride,
+    batch_stride, kv_head_stride, slot_stride,  # of keys and of values
     t,
     slots,
     SCALE: tl.constexpr,
@@ -81,74 +150,90 @@ def _attention_kernel(
     HALF: tl.constexpr,  # d / 2
     BLOCK_M: tl.constexpr,  # rows: GROUP query heads of BLOCK_M / GROUP tokens
     BLOCK_N: tl.constexpr,  # keys
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    first_row = tl.program_id(0) * BLOCK_M
+    kv_head, batch = tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1) * GROUP
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     row = first_row + tl.arange(0, BLOCK_M)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     mask = (token < t)[:, None]
-    half = tl.arange(0, HALF)[None, :]
     start = tl.load(start_ptr + batch)
     query = (start + token)[:, None]
 
-    q_ptr += batch * q_batch_stride
+    # By way of memory: queries that it computes, Triton keeps in 64 registers a thread, for want of
+    # which Hopper's products run one by one; those that it loads lie in shared memory.
+    text_token = batch.to(tl.int64) * t + token  # int64: times heads * d passes 2**31
+    q_ptr += batch.to(tl.int64) * q_batch_stride
     q_ptr += (token.to(tl.int64) * q_token_stride + head * q_head_stride)[:, None]
-    q1 = tl.load(q_ptr + half, mask=mask, other=0.0).to(tl.float32)
-    q2 = tl.load(q_ptr + HALF + half, mask=mask, other=0.0).to(tl.float32)
-    angle = (batch * t + token)[:, None] * HALF + half
-    cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-    dtype = keys_ptr.dtype.element_ty
-    q1, q2 = norm_rotate(q1, q2, norm_weight_ptr, cos, sin, EPS, HALF, HAS_NORM)
-    q1, q2 = q1.to(dtype), q2.to(dtype)
-
-    last_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP, t - 1)
-    end = start + last_token + 1
-    begin = tl.maximum(start + t - slots, 0)  # the oldest position that the ring still holds
-    if WINDOW > 0:
-        begin = tl.maximum(begin, start + first_row // GROUP - WINDOW + 1)
-
-    keys_ptr += batch * keys_batch_stride + kv_head * keys_head_stride
-    values_ptr += batch * values_batch_stride + kv_head * values_head_stride
+    out_row = ((text_token * heads + head) * (2 * HALF))[:, None]
+    angle = (text_token * HALF)[:, None]
+    rotate_rows(
+        q_ptr, out_ptr + out_row, cos_ptr + angle, sin_ptr + angle, norm_weight_ptr, mask,
+        EPS, HALF, 16, HAS_NORM,
+    )  # fmt: skip
+    tl.debug_barrier()
     channel = tl.arange(0, 2 * HALF)[None, :]
+    q = tl.load(out_ptr + out_row + channel, mask=mask, other=0.0)
+
+    first_query = start + first_row // GROUP
+    last_query = start + tl.minimum((first_row + BLOCK_M - 1) // GROUP, t - 1)
+    begin = tl.maximum(start + t - slots, 0)  # the oldest position that the ring still holds
+    whole_begin, end = begin, last_query + 1
+    if WINDOW > 0:
+        whole_begin = tl.maximum(begin, last_query - WINDOW + 1)
+        begin = tl.maximum(begin, first_query - WINDOW + 1)
+    # Blocks begin at multiples of BLOCK_N; from whole_begin to whole_end all rows see them.
+    first = begin // BLOCK_N * BLOCK_N
+    whole_begin = tl.cdiv(whole_begin, BLOCK_N) * BLOCK_N
+    whole_end = tl.maximum((first_query + 1) // BLOCK_N * BLOCK_N, whole_begin)
+
+    if not DESCRIPTORS:
+        first_slot = batch.to(tl.int64) * batch_stride + kv_head.to(tl.int64) * kv_head_stride
+        keys += first_slot
+        values += first_slot
     out = tl.zeros([BLOCK_M, 2 * HALF], tl.float32)
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see nothing at all
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for block in range(begin, end, BLOCK_N):
-        key = block + tl.arange(0, BLOCK_N)
-        held = (key < end)[:, None]
-        slot = (key % slots).to(tl.int64)[:, None]
-        k1 = tl.load(keys_ptr + slot * keys_slot_stride + half, mask=held, other=0.0)
-        k2 = tl.load(keys_ptr + slot * keys_slot_stride + HALF + half, mask=held, other=0.0)
-        scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-        scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee") * SCALE
-        if SOFTCAP > 0:
-            scores = SOFTCAP * (2 * tl.sigmoid(scores * (2 / SOFTCAP)) - 1)  # SOFTCAP * tanh
-        visible = key[None, :] <= query
-        if WINDOW > 0:
-            visible &= key[None, :] > query - WINDOW
-        scores = tl.where(visible, scores * 1.4426950408889634, -1e30)  # log2(e), for exp2
-
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        weights = tl.where(visible, tl.exp2(scores - new_max[:, None]), 0.0)
-        rescale = tl.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.sum(weights, axis=1)
-        row_max = new_max
-        v = tl.load(values_ptr + slot * values_slot_stride + channel, mask=held, other=0.0)
-        out = tl.dot(weights.to(dtype), v, out * rescale[:, None], input_precision="ieee")
+    for block in range(whole_begin, whole_end, BLOCK_N):
+        out, row_max, row_sum = _attend(
+            q, out, row_max, row_sum, query,
+            keys, values, slot_stride, slots, batch, kv_head,
+            block, begin, end, False, SCALE, SOFTCAP, WINDOW, BLOCK_N, 2 * HALF, DESCRIPTORS,
+        )  # fmt: skip
+    before, after = tl.minimum(whole_begin, end) - first, tl.maximum(end - whole_end, 0)
+    for i in range(0, before + after, BLOCK_N):
+        block = tl.where(i < before, first + i, whole_end + i - before)
+        out, row_max, row_sum = _attend(
+            q, out, row_max, row_sum, query,
+            keys, values, slot_stride, slots, batch, kv_head,
+            block, begin, end, True, SCALE, SOFTCAP, WINDOW, BLOCK_N, 2 * HALF, DESCRIPTORS,
+        )  # fmt: skip
 
     out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
-    out_ptr += batch * out_batch_stride
-    out_ptr += (token.to(tl.int64) * out_token_stride + head * out_head_stride)[:, None]
-    tl.store(out_ptr + channel, out, mask=mask)
+    # Computed again from a value that the compiler cannot know, or it would keep them all along.
+    row += tl.load(start_ptr + batch) - start
+    token, head = row // GROUP, kv_head * GROUP + row % GROUP
+    out_row = (((batch.to(tl.int64) * t + token) * heads + head) * (2 * HALF))[:, None]
+    tl.store(out_ptr + out_row + channel, out, mask=(token < t)[:, None])
 
 
-def _tile(rows: int, d: int, itemsize: int) -> dict[str, int]:
-    """Rows, keys, warps: q and two stages of k and v fit in 99 KB (8.6 and 8.9), nothing spills."""
-    wide = d * itemsize >= 1024  # 256 channels in fp32
-    block_m = 16 if rows <= 16 else 32 if wide else 64
-    num_warps = 4 if block_m == 16 and not wide else 8
-    return {"BLOCK_M": block_m, "BLOCK_N": 16 if wide else 32, "num_warps": num_warps}
+def _tile(rows: int, heads: int, d: int, itemsize: int, softcap: bool, gpu: Gpu) -> dict[str, int]:
+    """Rows, keys and warps of a tile, for `rows` in each of `heads`: what fits in shared memory (q,
+    and two stages of k and v), does not spill registers, and gives every multiprocessor work."""
+    wide = max(d, 128)
+    scarce = softcap or gpu.capability >= 100  # registers
+    if itemsize == 4:  # no tensor cores
+        block_m, block_n, num_warps = 16 if rows <= 16 else 32, 16, 8
+    elif rows <= 16:
+        block_m, block_n, num_warps = 16, 32, 8
+    elif gpu.shared_memory < 200_000:
+        block_m, block_n, num_warps = 64, 8192 // wide, 8
+    elif triton.cdiv(rows, 128) * heads < 2 * gpu.multiprocessors:
+        block_m, block_n, num_warps = 64, 8192 // wide, 4  # two tiles a multiprocessor
+    else:
+        block_m, block_n, num_warps = 128, (8192 if scarce else 16384) // wide, 8
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps}
 
 
 @op(fake=lambda q, *_, **__: torch.empty_like(q, memory_format=torch.contiguous_format))
@@ -172,17 +257,26 @@ def attention(
         )  # fmt: skip
 
     assert d >= 32 and d & (d - 1) == 0, f"head_dim must be a power of two from 32: {d=}"
-    assert q.stride(3) == keys.stride(3) == values.stride(3) == 1
-    assert cos.is_contiguous() and sin.is_contiguous()
+    assert q.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()
+    assert cos.is_contiguous() and sin.is_contiguous() and scale > 0
     assert q.is_cuda or q.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     rows = t * (heads // n)
-    tile = _tile(rows, d, q.element_size())
+    limits = gpu(q.device)
+    tile = _tile(rows, n * b, d, q.element_size(), softcap is not None, limits)
+    rings: list[Any] = [keys, values]
+    descriptors = (
+        limits.has_descriptors and q.element_size() == 2 and rows > 16
+        and slots % tile["BLOCK_N"] == 0
+        and all(x.data_ptr() % 16 == 0 for x in rings)
+    )  # fmt: skip
+    if descriptors:
+        rings = [TensorDescriptor.from_tensor(x, [1, 1, tile["BLOCK_N"], d]) for x in rings]
     _attention_kernel[(triton.cdiv(rows, tile["BLOCK_M"]), n, b)](
-        q, keys, values, cos, sin, start, norm_weight, out,
-        *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *out.stride()[:3], t, slots,
+        q, *rings, cos, sin, start, norm_weight, out,
+        *q.stride()[:3], *keys.stride()[:3], t, slots,
         SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,
-        HAS_NORM=norm_weight is not None, GROUP=heads // n, HALF=d // 2,
+        HAS_NORM=norm_weight is not None, GROUP=heads // n, HALF=d // 2, DESCRIPTORS=descriptors,
         **tile, num_stages=2,
     )  # fmt: skip
     return out

@@ -1,26 +1,42 @@
-"""GeGLU: the gated activation of the MLP, on the product of both projections at once.
+"""GeGLU, the gated activation of the MLP: on the product of both projections, or within it.
 
-    y = gelu(gate) * up    with  gate, up = halves of gate_up
+    geglu          y = gelu(gate) * up    with  gate, up = halves of gate_up
+    gate_up_geglu  the same, of gate_up = x @ gate_up_projᵀ, which is never written out
     gelu(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g³)))     # the tanh approximation
 
-gate_up :: [..., 2 * dim], bf16 | fp16 | fp32; the first half of a row is the gate
-returns :: [..., dim], gate_up.dtype
+gate_up      :: [..., 2 * dim], bf16 | fp16 | fp32; the first half of a row is the gate
+x            :: [..., hidden], bf16 | fp16 | fp32
+gate_up_proj :: [2 * dim, hidden], x.dtype; the first half of the rows projects to the gate
+y            :: [..., dim], the input's dtype
 
-Computed in fp32 and rounded once. Eager PyTorch also rounds gelu(gate) to the input's dtype.
-Bound by memory: bytes = 3 * y.numel() * itemsize. Walk-through step: GeGLU.
+Computed in fp32 and rounded once. (Eager PyTorch rounds gelu(gate) too, and the product before.)
+geglu is bound by memory: bytes = 3 * y.numel() * itemsize. gate_up_geglu is bound by compute:
+FLOPs = 4 * y.numel() * hidden; it spares 4 * y.numel() * itemsize bytes. Walk-through step: GeGLU.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.kernels._op import op
-from gemma_fast.kernels._triton import knobs, tl, triton
+from gemma_fast.kernels._op import Gpu, gpu, op
+from gemma_fast.kernels._triton import TensorDescriptor, knobs, tl, triton
 
 
 def geglu_reference(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+
+def gate_up_geglu_reference(x: Tensor, gate_up_proj: Tensor) -> Tensor:
+    return geglu_reference(F.linear(x.float(), gate_up_proj.float())).to(x.dtype)
+
+
+@triton.jit
+def _geglu(gate, up):
+    z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    return gate * tl.sigmoid(2 * z) * up  # (1 + tanh(z)) / 2 == sigmoid(2 z)
 
 
 @triton.jit
@@ -38,12 +54,53 @@ def _geglu_kernel(
     gate_ptr = gate_up_ptr + row * gate_up_row_stride
     gate = tl.load(gate_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + DIM + cols, mask=mask, other=0.0).to(tl.float32)
-    z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-    gelu = gate * tl.sigmoid(2 * z)  # (1 + tanh(z)) / 2 == sigmoid(2 z)
-    tl.store(out_ptr + row * DIM + cols, gelu * up, mask=mask)
+    tl.store(out_ptr + row * DIM + cols, _geglu(gate, up), mask=mask)
 
 
-@op(fake=lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+@triton.jit
+def _gate_up_geglu_kernel(
+    x,  # [rows, HIDDEN], contiguous: a tensor descriptor if DESCRIPTORS, else a pointer
+    gate_up_proj,  # [2, DIM, HIDDEN], like x
+    out_ptr,  # [rows, DIM], contiguous
+    rows,
+    HIDDEN: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of the gate, and the same ones of up
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,  # tiles of rows that share weights while those lie in the L2 cache
+    DESCRIPTORS: tl.constexpr,
+):
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(DIM, BLOCK_N)
+    # Flattened into one loop, so that a tile's first loads overlap the epilogue of the one before.
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        group = tile // (GROUP * tiles_n) * GROUP
+        group_m = tl.minimum(tiles_m - group, GROUP)
+        row = (group + tile % (GROUP * tiles_n) % group_m) * BLOCK_M
+        col = tile % (GROUP * tiles_n) // group_m * BLOCK_N
+        m, n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+
+        # One product for both, because Hopper's is fastest when 256 columns wide.
+        gate_up = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+        for k in range(0, HIDDEN, BLOCK_K):
+            if DESCRIPTORS:
+                a = x.load([row, k])
+                b = gate_up_proj.load([0, col, k]).reshape([2 * BLOCK_N, BLOCK_K])
+            else:
+                channel = (tl.multiple_of(k, BLOCK_K) + tl.arange(0, BLOCK_K))[None, :]
+                side = tl.arange(0, 2 * BLOCK_N)
+                side = side // BLOCK_N * DIM + (col + side % BLOCK_N) % DIM
+                a_ptr = x + (m % rows).to(tl.int64)[:, None] * HIDDEN + channel
+                b_ptr = gate_up_proj + side.to(tl.int64)[:, None] * HIDDEN + channel
+                a = tl.load(a_ptr, mask=channel < HIDDEN, other=0.0)
+                b = tl.load(b_ptr, mask=channel < HIDDEN, other=0.0)
+            gate_up = tl.dot(a, b.T, gate_up, input_precision="ieee")
+        gate, up = gate_up.reshape([BLOCK_M, 2, BLOCK_N]).permute(0, 2, 1).split()
+        out = out_ptr + m.to(tl.int64)[:, None] * DIM + n[None, :]
+        tl.store(out, _geglu(gate, up), mask=(m < rows)[:, None] & (n < DIM)[None, :])
+
+
+@op(fake=lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 def geglu(gate_up: Tensor) -> Tensor:
     """gelu(gate) * up of a fused gate+up product. Falls back to the reference off the GPU."""
     dim = gate_up.shape[-1] // 2
@@ -60,3 +117,46 @@ def geglu(gate_up: Tensor) -> Tensor:
             rows, out, rows.stride(0), DIM=dim, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return out.view(*gate_up.shape[:-1], dim)
+
+
+def _tile(rows: int, itemsize: int, gpu: Gpu) -> dict[str, int]:
+    """What fits in shared memory and does not spill registers."""
+    if itemsize == 4:  # no tensor cores
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+    block_m = 64 if rows <= 64 else 128
+    if gpu.shared_memory > 200_000:
+        return {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+    return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 4}
+
+
+@op(fake=lambda x, gate_up_proj: x.new_empty(*x.shape[:-1], gate_up_proj.shape[0] // 2))
+def gate_up_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
+    """geglu(x @ gate_up_projᵀ) in one kernel. Falls back to the reference off the GPU."""
+    (double, hidden), dim = gate_up_proj.shape, gate_up_proj.shape[0] // 2
+    assert double == 2 * dim and x.shape[-1] == hidden, (
+        f"{tuple(gate_up_proj.shape)=} does not fit {tuple(x.shape)=}"
+    )
+    if not (x.is_cuda or knobs.runtime.interpret):
+        return gate_up_geglu_reference(x, gate_up_proj)
+
+    assert x.dtype == gate_up_proj.dtype and gate_up_proj.is_contiguous()
+    assert x.is_cuda or x.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
+    matrix = x.reshape(-1, hidden).contiguous()
+    rows, limits = matrix.shape[0], gpu(x.device)
+    out = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
+    tile = _tile(rows, x.element_size(), limits)
+    operands: list[Any] = [matrix, gate_up_proj.view(2, dim, hidden)]
+    programs = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(dim, tile["BLOCK_N"])
+    descriptors = (
+        limits.has_descriptors and x.element_size() == 2 and hidden % 8 == 0
+        and all(a.data_ptr() % 16 == 0 for a in operands)
+    )  # fmt: skip
+    if rows and descriptors:
+        programs = min(programs, limits.multiprocessors)
+        blocks = [tile["BLOCK_M"], tile["BLOCK_K"]], [2, tile["BLOCK_N"], tile["BLOCK_K"]]
+        operands = list(map(TensorDescriptor.from_tensor, operands, blocks))
+    if rows:
+        _gate_up_geglu_kernel[(programs,)](
+            *operands, out, rows, HIDDEN=hidden, DIM=dim, GROUP=8, DESCRIPTORS=descriptors, **tile
+        )
+    return out.view(*x.shape[:-1], dim)

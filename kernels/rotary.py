@@ -47,17 +47,36 @@ def rotary_write_reference(
 
 
 @triton.jit
-def norm_rotate(
-    x1, x2, norm_weight_ptr, cos, sin, EPS: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr
-):  # fmt: skip
-    """Both halves of rows, [rows, HALF] in fp32: normalised if HAS_NORM, then rotated."""
+def rotate_rows(
+    x_ptr,  # [rows, 1]: where each row of x begins
+    out_ptr,  # [rows, 1]
+    cos_ptr,  # [rows, 1]
+    sin_ptr,  # [rows, 1]
+    norm_weight_ptr,  # [d] | None
+    mask,  # [rows, 1]
+    EPS: tl.constexpr,
+    HALF: tl.constexpr,  # d / 2
+    CHUNK: tl.constexpr,  # channels of each half at a time: what registers can hold
+    HAS_NORM: tl.constexpr,
+):
+    """Rows from memory to memory: normalised if HAS_NORM, then rotated."""
+    chunk = tl.arange(0, CHUNK)[None, :]
     if HAS_NORM:
-        half = tl.arange(0, HALF)[None, :]
-        square_sum = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
-        inv_rms = tl.rsqrt(square_sum / (2 * HALF) + EPS)[:, None]
-        x1 *= inv_rms * (1 + tl.load(norm_weight_ptr + half).to(tl.float32))
-        x2 *= inv_rms * (1 + tl.load(norm_weight_ptr + HALF + half).to(tl.float32))
-    return x1 * cos - x2 * sin, x2 * cos + x1 * sin
+        square_sum = tl.zeros([mask.shape[0], 1], tl.float32)
+        for i in tl.static_range(0, 2 * HALF, CHUNK):
+            x = tl.load(x_ptr + i + chunk, mask=mask, other=0.0).to(tl.float32)
+            square_sum += tl.sum(x * x, axis=1, keep_dims=True)
+        inv_rms = tl.rsqrt(square_sum / (2 * HALF) + EPS)
+    for i in tl.static_range(0, HALF, CHUNK):
+        x1 = tl.load(x_ptr + i + chunk, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(x_ptr + HALF + i + chunk, mask=mask, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            x1 *= inv_rms * (1 + tl.load(norm_weight_ptr + i + chunk).to(tl.float32))
+            x2 *= inv_rms * (1 + tl.load(norm_weight_ptr + HALF + i + chunk).to(tl.float32))
+        cos = tl.load(cos_ptr + i + chunk, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + i + chunk, mask=mask, other=0.0)
+        tl.store(out_ptr + i + chunk, x1 * cos - x2 * sin, mask=mask)
+        tl.store(out_ptr + HALF + i + chunk, x2 * cos + x1 * sin, mask=mask)
 
 
 @triton.jit
@@ -78,6 +97,7 @@ def _rotary_write_kernel(
     slots,
     EPS: tl.constexpr,
     HALF: tl.constexpr,  # d / 2
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,  # tokens
     HAS_NORM: tl.constexpr,
 ):  # fmt: skip
@@ -92,15 +112,12 @@ def _rotary_write_kernel(
     slot = (position % slots).to(tl.int64)[:, None]
 
     k_ptr += batch * k_batch_stride + head * k_head_stride + token * k_token_stride
-    k1 = tl.load(k_ptr + half, mask=mask, other=0.0).to(tl.float32)
-    k2 = tl.load(k_ptr + HALF + half, mask=mask, other=0.0).to(tl.float32)
-    angle = (batch * t + token) * HALF + half
-    cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
     keys_ptr += batch * keys_batch_stride + head * keys_head_stride + slot * keys_slot_stride
-    k1, k2 = norm_rotate(k1, k2, norm_weight_ptr, cos, sin, EPS, HALF, HAS_NORM)
-    tl.store(keys_ptr + half, k1, mask=mask)
-    tl.store(keys_ptr + HALF + half, k2, mask=mask)
+    angle = (batch * t + token) * HALF
+    rotate_rows(
+        k_ptr, keys_ptr, cos_ptr + angle, sin_ptr + angle, norm_weight_ptr, mask,
+        EPS, HALF, CHUNK, HAS_NORM,
+    )  # fmt: skip
 
     v_ptr += batch * v_batch_stride + head * v_head_stride + token * v_token_stride
     values_ptr += batch * values_batch_stride + head * values_head_stride
@@ -125,11 +142,11 @@ def rotary_write(
     assert d & (d - 1) == 0, f"head_dim must be a power of two: {d=}"
     assert k.stride(3) == v.stride(3) == keys.stride(3) == values.stride(3) == 1
     assert cos.is_contiguous() and sin.is_contiguous()
-    block = min(triton.next_power_of_2(t), 8)
+    block = min(triton.next_power_of_2(t), 16)
     _rotary_write_kernel[(triton.cdiv(t, block), n, b)](
         k, v, keys, values, cos, sin, start, norm_weight,
         *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3], t, slots,
-        EPS=eps, HALF=d // 2, BLOCK=block, HAS_NORM=norm_weight is not None,
+        EPS=eps, HALF=d // 2, CHUNK=min(d // 2, 64), BLOCK=block, HAS_NORM=norm_weight is not None,
         num_warps=4,
     )  # fmt: skip
     return None

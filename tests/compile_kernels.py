@@ -1,10 +1,10 @@
-"""Compiles every kernel, as its launcher would launch it, for one GPU that need not be here.
+"""Compiles every kernel, as its launchers would launch it, for one GPU that need not be here.
 
     python tests/compile_kernels.py 90
 
-Prints a JSON object for each: kernel, registers, bytes of stack (spills) and of shared memory, and
-whether its loads are 16 bytes wide. A process of its own, because in the tests' the interpreter has
-taken the compiler's place.
+Prints a JSON object for each: kernel, registers, bytes of stack (spills) and of shared memory, how
+wide its loads are, its tensor-core instructions and what the assembler warns of. A process of its
+own, because in the tests' the interpreter has taken the compiler's place.
 """
 
 import json
@@ -12,6 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -20,14 +22,24 @@ from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gemma_fast.kernels import attention, geglu, rmsnorm, rotary
+from gemma_fast.kernels._op import Gpu
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+# An A100, A10, L4, H100, B200 and RTX 5090.
+GPUS = {
+    gpu.capability: gpu
+    for gpu in (
+        Gpu(80, 166_912, 108), Gpu(86, 101_376, 72), Gpu(89, 101_376, 58), Gpu(90, 232_448, 132),
+        Gpu(100, 232_448, 148), Gpu(120, 101_376, 170),
+    )
+}  # fmt: skip
 TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*bf16",  # launched as fp16, since off the GPU bf16 is refused
-    torch.int32: "*i32",
+    torch.float32: "fp32",
+    torch.float16: "bf16",  # launched as fp16, since off the GPU bf16 is refused
+    torch.int32: "i32",
 }
 launches: list[tuple] = []
 
@@ -42,6 +54,14 @@ class Recorder:
         return lambda *args, **kwargs: launches.append((self.kernel, args, kwargs))
 
 
+def type_of(value) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
+    if isinstance(value, Tensor):
+        return "*" + TYPES[value.dtype]
+    return "constexpr" if value is None else "i32"
+
+
 def compile_launch(kernel, args, kwargs, capability: int):
     kwargs = dict(kwargs)
     options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
@@ -50,8 +70,8 @@ def compile_launch(kernel, args, kwargs, capability: int):
         if value is None:
             signature[name], constants[name] = "constexpr", None
             continue
-        signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-        if isinstance(value, Tensor) or value % 16 == 0:
+        signature[name] = type_of(value)
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(kwargs, "constexpr")
     source = ASTSource(kernel, signature, constants, attributes)
@@ -59,62 +79,93 @@ def compile_launch(kernel, args, kwargs, capability: int):
 
 
 def launch_all(dtype: torch.dtype) -> None:
-    """Calls each op with the shapes of Gemma 1, 2 and 3, for a prompt and for one token."""
-    weight = torch.zeros(3072, dtype=dtype)
-    for dim in (640, 2048, 3072):
+    """Calls each op with the shapes of Gemma 1, 2 and 3, for prompts and for one token."""
+    weight = torch.zeros(5376, dtype=dtype)
+    for dim in (640, 2048, 2304, 3072, 5376):
         x = torch.zeros(2, dim, dtype=dtype)
         rmsnorm.rms_norm(x, weight[:dim])
         rmsnorm.add_rms_norm(x, x, weight[:dim])
-    geglu.geglu(torch.zeros(2, 32768, dtype=dtype))
-    for t, n, m, d, window, softcap, norm in (
-        (1, 1, 8, 256, None, None, False),
-        (512, 1, 8, 256, None, None, False),
-        (512, 16, 1, 256, None, None, False),
-        (1, 4, 2, 256, 4096, 50.0, False),
-        (512, 16, 2, 128, 4096, 50.0, False),
-        (1, 1, 4, 256, 512, None, True),
-        (512, 1, 4, 256, 512, None, True),
+        rmsnorm.add_rms_norm(x, x, weight[:dim], weight[:dim])
+    for rows in (1, 512):
+        geglu.geglu(torch.zeros(rows, 32768, dtype=dtype))
+        geglu.gate_up_geglu(
+            torch.zeros(rows, 2048, dtype=dtype), torch.zeros(4096, 2048, dtype=dtype)
+        )
+    for n, m, d, window, softcap, norm in (
+        (1, 8, 256, None, None, False),  # Gemma 2B
+        (16, 1, 256, None, None, False),  # 7B
+        (4, 2, 256, 4096, 50.0, False),  # Gemma 2 2B
+        (16, 2, 128, None, 50.0, False),  # 27B
+        (1, 4, 256, 512, None, True),  # Gemma 3 270M and 1B
+        (8, 2, 256, 1024, None, True),  # 12B
+        (16, 2, 128, None, None, True),  # 27B
     ):
-        qkv = torch.zeros(1, t, n * m + 2 * n, d, dtype=dtype)
-        q, k, v = qkv.split((n * m, n, n), dim=2)
-        keys, values = torch.zeros(2, 1, n, max(t, 64), d, dtype=dtype)
-        cos, sin = torch.zeros(2, 1, t, d // 2)
-        start = torch.zeros(1, dtype=torch.int32)
-        norm_weight = weight[:d] if norm else None
-        rotary.rotary_write(k, v, keys, values, cos, sin, start, norm_weight)
-        attention.attention(
-            q, keys, values, cos, sin, start, norm_weight,
-            scale=d**-0.5, window=window, softcap=softcap,
-        )  # fmt: skip
+        for t in (1, 128, 8192):
+            qkv = torch.zeros(1, t, n * m + 2 * n, d, dtype=dtype)
+            q, k, v = qkv.split((n * m, n, n), dim=2)
+            keys, values = torch.zeros(2, 1, n, max(t, 128), d, dtype=dtype)
+            cos, sin = torch.zeros(2, 1, t, d // 2)
+            start = torch.zeros(1, dtype=torch.int32)
+            norm_weight = weight[:d] if norm else None
+            rotary.rotary_write(k, v, keys, values, cos, sin, start, norm_weight)
+            attention.attention(
+                q, keys, values, cos, sin, start, norm_weight,
+                scale=d**-0.5, window=window, softcap=softcap,
+            )  # fmt: skip
+
+
+def assemble(compiled, capability: int) -> dict:
+    """Registers, stack, and the assembler's warnings that tensor-core products run one by one."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "cubin"), Path(folder, "ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [BIN / "cuobjdump", "--dump-resource-usage", cubin]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+        warnings = ""
+        if capability == 90:
+            ptx.write_text(compiled.asm["ptx"])
+            command = [BIN / "ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", cubin]
+            warnings = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "serialized": re.findall(r"Potential Performance Loss: .*", warnings),
+    }
+
+
+def report(index: int, capability: int) -> str:
+    kernel, args, kwargs = launches[index]
+    compiled = compile_launch(kernel, args, kwargs, capability)
+    ptx = compiled.asm["ptx"]
+    return json.dumps({
+        "kernel": kernel.__name__,
+        "types": [type_of(arg) for arg in args],
+        "options": kwargs,
+        **assemble(compiled, capability),
+        "shared": compiled.metadata.shared,
+        "wide_loads": bool(
+            re.search(r"ld\.global[.\w:]*\.v4|cp\.async\S* .*, 0x10|cp\.async\.bulk\.tensor", ptx)
+        ),
+        "tile_copies": "cp.async.bulk.tensor" in ptx,
+        "wgmma": "wgmma" in ptx,
+    })  # fmt: skip
 
 
 def main(capability: int) -> None:
     for module in (attention, geglu, rmsnorm, rotary):
-        module.wrap_triton = Recorder
+        module.gpu = lambda device: GPUS[capability]
+        for name, value in vars(module).copy().items():
+            if name.endswith("_kernel"):
+                setattr(module, name, Recorder(value))
     knobs.runtime.interpret = True  # CPU tensors take the launch path
-    for dtype in (torch.float16, torch.float32):
-        launch_all(dtype)
-    for kernel, args, kwargs in launches:
-        compiled = compile_launch(kernel, args, kwargs, capability)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            command = [CUOBJDUMP, "--dump-resource-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-        ptx = compiled.asm["ptx"]
-        print(
-            json.dumps({
-                "kernel": kernel.__name__,
-                "dtype": TYPES[args[0].dtype].removeprefix("*"),
-                "shape": list(args[0].shape),
-                "registers": int(registers),
-                "stack": int(stack),
-                "shared": compiled.metadata.shared,
-                "wide_loads": bool(re.search(r"ld\.global[.\w:]*\.v4|cp\.async\S* .*, 16", ptx)),
-                "wgmma": "wgmma" in ptx,
-            })
-        )  # fmt: skip
+    launch_all(torch.float16)
+    launch_all(torch.float32)
+    different = {repr((k.__name__, [type_of(a) for a in args], kwargs)): i
+                 for i, (k, args, kwargs) in enumerate(launches)}  # fmt: skip
+    with get_context("fork").Pool() as pool:  # forked: it has the launches
+        for line in pool.imap(partial(report, capability=capability), different.values()):
+            print(line)
 
 
 if __name__ == "__main__":

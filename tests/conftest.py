@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 from triton import knobs
-from twins import CONFIGS, Twins  # imports the kernels
+from twins import CONFIGS, Twins
+
+from gemma_fast.kernels import attention, geglu
+from gemma_fast.kernels._op import Gpu
 
 knobs.runtime.interpret = False
 torch.set_num_threads(1)  # tiny models, and as many processes as cores
@@ -27,6 +30,11 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
 
 
 @contextmanager
@@ -43,6 +51,21 @@ def device(request):
     if request.param == "reference":
         yield "cpu"
         return
+    with interpreter():
+        yield "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# Tensor descriptors; one multiprocessor, for the largest tiles, or so many that tiles are halved.
+HOPPERS = {"one": Gpu(90, 232_448, 1), "132": Gpu(90, 232_448, 132)}
+
+
+@pytest.fixture(params=HOPPERS)
+def hopper(request, monkeypatch):
+    """Where kernels are launched as on Hopper: on such a GPU, or in the interpreter."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs tensor descriptors")
+    for module in (attention, geglu):
+        monkeypatch.setattr(module, "gpu", lambda device: HOPPERS[request.param])
     with interpreter():
         yield "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,13 +1,15 @@
 """attention and rotary_write against a plain fp64 softmax over keys by position."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DTYPES
-from triton import knobs
 
+from gemma_fast.kernels import attention as attention_file
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.rotary import rotary_write
 
@@ -48,23 +50,35 @@ def softmax_attention(q, k, v, q_positions, k_positions, window, softcap, scale)
 
 
 def check(
-    device, dtype, *, t, past=(0,), n=1, m=1, window=None, softcap=None, norm=False, spare=0, seed=0
+    device,
+    dtype,
+    *,
+    t,
+    past=(0,),
+    n=1,
+    m=1,
+    window=None,
+    softcap=None,
+    norm=False,
+    spare=0,
+    multiple=1,
+    seed=0,
 ):
     """Rows with `past` tokens before t new ones (negative: left padding), through both ops."""
     torch.manual_seed(seed)
     b, start = len(past), torch.tensor(past, dtype=torch.int32, device=device)
     length = max(past) + t
     slots = window if window and t == 1 and length > window else max(length, 1) + spare
+    slots = -(-slots // multiple) * multiple
     q_weight, k_weight = (torch.randn(D, device=device) / 2 if norm else None for _ in "qk")
     # One token more than the rows' whole past: [b, past + t, …] by position.
     k, v = (torch.randn(b, length, n, x * D, device=device).to(dtype)[..., :D] for x in (1, 2))
     heads = n * m
     q = torch.randn(b, t, 3 * heads, D, device=device).to(dtype)[:, :, heads : 2 * heads]
 
-    # The kernel reads no slot before it is written; the reference weighs it by zero.
-    poison = float("nan") if q.is_cuda or knobs.runtime.interpret else torch.finfo(dtype).max
-    keys, values = (torch.full((b, n, slots, D), poison, dtype=dtype, device=device) for _ in "kv")
-    values = values.transpose(1, 2).contiguous().transpose(1, 2)  # other strides than keys
+    # What a slot holds before it is written is weighed by zero, and so need only be finite.
+    shape, unwritten = (2, b, slots, n, D), torch.finfo(dtype).max
+    keys, values = torch.full(shape, unwritten, dtype=dtype, device=device).transpose(2, 3)
     for row, before in enumerate(past):
         for begin in range(0, max(before, 0), max(slots, 1)):
             part = slice(begin, min(begin + slots, before))
@@ -128,6 +142,11 @@ CASES = {
     "all at once": {
         "t": 21, "past": (0, -3), "n": 2, "m": 3, "window": 6, "softcap": 2.0, "norm": True,
     },
+    # Past several blocks of every tile:
+    "long": {"t": 300, "past": (90, 0), "m": 2},
+    "long, windowed": {"t": 300, "past": (0, 200), "m": 3, "window": 130},
+    "long, padded": {"t": 290, "past": (0, -140), "m": 4, "window": 256, "softcap": 2.0},
+    "block edges": {"t": 129, "past": (127, 128), "m": 1},
 }  # fmt: skip
 
 
@@ -135,6 +154,23 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_attention(case, dtype, device):
     check(device, dtype, **CASES[case])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_attention_by_descriptors(case, dtype, hopper):
+    check(hopper, dtype, **{"multiple": 128, **CASES[case]})
+
+
+def test_descriptors_are_used(hopper, monkeypatch):
+    made = []
+    make = attention_file.TensorDescriptor.from_tensor
+    noted = SimpleNamespace(from_tensor=lambda *args: made.append(args) or make(*args))
+    monkeypatch.setattr(attention_file, "TensorDescriptor", noted)
+    check(hopper, torch.float16, t=64, multiple=128)
+    assert len(made) == 2
+    check(hopper, torch.float16, t=64, multiple=1, spare=1)
+    assert len(made) == 2, "a ring that does not end at a block's edge"
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

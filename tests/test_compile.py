@@ -1,4 +1,4 @@
-"""Every kernel, as it would be launched, compiled for each generation of GPUs."""
+"""Every kernel, in every way its launchers launch it, compiled for each generation of GPUs."""
 
 import json
 import os
@@ -7,29 +7,44 @@ import sys
 from pathlib import Path
 
 import pytest
-
-# Bytes of shared memory that a block may have.
-SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+from compile_kernels import GPUS
 
 
-@pytest.mark.parametrize("capability", SHARED, ids=str)
-def test_kernels_compile(capability):
+@pytest.fixture(scope="module", params=GPUS, ids=str)
+def compiled(request):
+    """Capability, and what compile_kernels.py says of each kernel."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_kernels.py")
-    run = subprocess.run(
-        [sys.executable, script, str(capability)], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, script, str(request.param)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    return request.param, [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_kernels_fit(compiled):
+    capability, kernels = compiled
     assert {k["kernel"] for k in kernels} == {
-        "_attention_kernel", "_geglu_kernel", "_rms_norm_kernel", "_rotary_write_kernel",
+        "_attention_kernel", "_gate_up_geglu_kernel", "_geglu_kernel", "_rms_norm_kernel",
+        "_rotary_write_kernel",
     }  # fmt: skip
     for kernel in kernels:
-        assert kernel["stack"] == 0, f"spills registers: {kernel}"
-        assert kernel["shared"] <= SHARED[capability], f"too much shared memory: {kernel}"
-        one_token = kernel["shape"][1] == 1
-        if not (kernel["kernel"] == "_rotary_write_kernel" and one_token):  # a row a program
-            assert kernel["wide_loads"], f"loads less than 16 bytes at a time: {kernel}"
-        prompt = kernel["kernel"] == "_attention_kernel" and not one_token
-        if capability == 90 and kernel["dtype"] == "bf16" and prompt:
-            assert kernel["wgmma"], f"not on Hopper's tensor cores: {kernel}"
+        # In float32, which is for exactness, the assembler may trade two registers for occupancy.
+        spills = 8 if "*fp32" in kernel["types"][0] else 0
+        assert kernel["stack"] <= spills, f"spills registers: {kernel}"
+        assert kernel["shared"] <= GPUS[capability].shared_memory, f"shared memory: {kernel}"
+        one_token = kernel["kernel"] == "_rotary_write_kernel" and kernel["options"]["BLOCK"] == 1
+        assert kernel["wide_loads"] or one_token, f"loads less than 16 bytes at a time: {kernel}"
+
+
+def test_hopper_runs_prompts_on_its_tensor_cores(compiled):
+    capability, kernels = compiled
+    prompts = [
+        k for k in kernels
+        if k["kernel"] in ("_attention_kernel", "_gate_up_geglu_kernel")
+        and k["options"]["BLOCK_M"] > 16 and "fp32" not in k["types"][0]
+    ]  # fmt: skip
+    assert {k["options"]["BLOCK_M"] for k in prompts} >= ({64, 128} if capability == 90 else {64})
+    for kernel in prompts:
+        assert kernel["tile_copies"] == kernel["options"]["DESCRIPTORS"] == (capability >= 90)
+        assert kernel["wgmma"] == (capability == 90), f"not on the tensor cores: {kernel}"
+        assert not kernel["serialized"], kernel["serialized"]

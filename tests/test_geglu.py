@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import DTYPES, TOLERANCE, strided
 
-from gemma_fast.kernels.geglu import geglu
+from gemma_fast.kernels.geglu import gate_up_geglu, geglu
 
 
 def oracle(gate_up):
@@ -44,3 +44,41 @@ def test_large_gates_do_not_overflow(device):
 def test_odd_width(device):
     with pytest.raises(AssertionError, match=r"one size.*\(2, 5\)"):
         geglu(torch.randn(2, 5, device=device))
+
+
+GATE_UP_SHAPES = [
+    ((1, 64), 32), ((3, 5, 48), 40), ((65, 128), 130), ((129, 72), 64), ((300, 32), 257),
+    ((0, 16), 8),
+]  # fmt: skip
+
+
+def check_product(shape, dim, dtype, device):
+    x = torch.randn(shape, device=device).to(dtype)
+    weight = (torch.randn(2 * dim, shape[-1], device=device) / shape[-1] ** 0.5).to(dtype)
+    out = gate_up_geglu(x, weight)
+    assert out.dtype == dtype and out.shape == (*shape[:-1], dim)
+    expected = oracle(x.double() @ weight.double().T)
+    torch.testing.assert_close(out.double(), expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "dim"), GATE_UP_SHAPES, ids=str)
+def test_gate_up_geglu(shape, dim, dtype, device, poison_outputs):
+    check_product(shape, dim, dtype, device)
+
+
+@pytest.mark.parametrize(("shape", "dim"), GATE_UP_SHAPES, ids=str)
+def test_gate_up_geglu_by_descriptors(shape, dim, hopper, poison_outputs):
+    check_product(shape, dim, torch.float16, hopper)
+
+
+def test_gate_up_geglu_of_strided_rows(device, poison_outputs):
+    x, weight = strided((5, 64), torch.float32, device), torch.randn(6, 64, device=device)
+    expected = oracle(x.double() @ weight.double().T)
+    out = gate_up_geglu(x, weight).double()
+    torch.testing.assert_close(out, expected, rtol=3e-6, atol=1e-4)  # of numbers to 300
+
+
+def test_a_weight_that_does_not_fit(device):
+    with pytest.raises(AssertionError, match=r"\(6, 8\).*\(2, 9\)"):
+        gate_up_geglu(torch.randn(2, 9, device=device), torch.randn(6, 8, device=device))
