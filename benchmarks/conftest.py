@@ -1,0 +1,8 @@
+import torch
+
+from benchmarks.report import NOTHING
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not torch.cuda.is_available():
+        terminalreporter.write_line(NOTHING)

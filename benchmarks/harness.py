@@ -1,0 +1,213 @@
+"""One op, one size, every provider: checked against the oracle, then timed, or listed with why not.
+
+    SUITE = Suite("rms_norm", …, providers={"eager": …, "gemma_fast": …})
+    for result in run(SUITE, "8192 x 2048", device, torch.bfloat16, roof): …
+
+A provider is called with one set of inputs, imports and prepares what shall not be timed, and
+returns a call without arguments, which gives the outputs in the oracle's layout. What it raises
+becomes its status: ImportError "not installed", NotImplementedError "cannot", anything else
+"failed"; an output off the oracle's is "wrong", and is not timed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import Roof, Work
+from benchmarks.timing import Call, Times, device_times, in_turns
+
+Size = dict[str, Any]
+Provider = Callable[..., Call]
+
+EAGER, OURS = "eager", "gemma_fast"
+COPY = "copy of the same bytes (yardstick)"
+NOT_MEASURED = "ok, not measured"
+# RMS of the error over RMS of the oracle's output: one rounding to bf16 gives 1.7e-3, to fp16
+# 2.1e-4, and rivals may round in between.
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """An op, its sizes, and who computes it.
+
+    bound      "memory": a plain copy of as many bytes runs beside the providers, to show what any
+               kernel could reach at that size; "compute": it does not
+    sizes      name → keywords of `inputs` and `work`; tiny: the same, where there is no GPU
+    inputs     inputs(device, dtype, **size) → tuple, from torch's seeded generators, never zeros
+    oracle     oracle(*inputs upcast to fp32) → the output or outputs, in fp32
+    work       work(itemsize, **size) → the least bytes and FLOPs
+    tolerance  by dtype; see `error`
+    clock      "graph": replays of a CUDA graph; "wall": a synchronised clock, providers in turns
+    """
+
+    name: str
+    about: str
+    bound: str
+    sizes: Mapping[str, Size]
+    tiny: Mapping[str, Size]
+    inputs: Callable[..., tuple[Any, ...]]
+    oracle: Callable[..., Tensor | tuple[Tensor, ...]]
+    work: Callable[..., Work]
+    providers: Mapping[str, Provider]
+    tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
+    clock: str = "graph"
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.providers, *([COPY] if self.bound == "memory" else [])]
+
+
+@dataclass(frozen=True)
+class Result:
+    suite: str
+    size: str
+    provider: str
+    status: str
+    work: Work
+    error: float | None = None  # see `error`
+    times: Times | None = None  # None: not measured
+    graph: bool | None = None  # whether the times are a CUDA graph's
+
+    def figures(self, roof: Roof | None) -> dict[str, Any]:
+        """Of a measured result: times, rates, and the share of the roof that bounds this size."""
+        if self.times is None or roof is None:
+            return {}
+        median, p20, p80 = self.times
+        return {
+            "median_us": median * 1e6, "p20_us": p20 * 1e6, "p80_us": p80 * 1e6,
+            "bytes": self.work.bytes, "flops": self.work.flops,
+            "GB_per_s": self.work.bytes / median / 1e9,
+            "TFLOP_per_s": self.work.flops / median / 1e12,
+            "bound": roof.bound(self.work), "share_of_roof": roof.floor(self.work) / median,
+            "graph": self.graph,
+        }  # fmt: skip
+
+
+class Wrong(Exception):
+    """An output that is not the oracle's."""
+
+
+@torch.no_grad()
+def run(
+    suite: Suite, size: str, device: torch.device, dtype: torch.dtype, roof: Roof | None,
+    names: list[str] | None = None,
+) -> Iterator[Result]:  # fmt: skip
+    """Results of `names` (default: all) at one size; without a roof checked, and not timed."""
+    keywords = (suite.sizes if roof else suite.tiny)[size]
+    work = suite.work(dtype.itemsize, **keywords)
+    expected = cache(lambda: truth(suite, keywords, device, dtype))
+    racers: dict[str, tuple[Result, Call]] = {}
+    for name in names or suite.names:
+        own = work._replace(flops=0) if name == COPY else work
+        result = Result(suite.name, size, name, "ok", own)
+        try:
+            if name != COPY:
+                found = check(suite, name, keywords, device, dtype, expected())
+                result = replace(result, error=found)
+            if roof is None:
+                result = replace(result, status=NOT_MEASURED)
+            elif suite.clock == "wall":
+                racers[name] = result, calls(suite, name, keywords, device, dtype)[0]
+                continue
+            else:
+                times, graph = device_times(calls(suite, name, keywords, device, dtype))
+                result = replace(result, times=times, graph=graph)
+        except Exception as problem:  # a rival may fail in any way: it is listed, and the rest runs
+            result = replace(result, status=verdict(problem))
+        yield result
+    if racers:
+        raced = in_turns({name: call for name, (_, call) in racers.items()})
+        for name, (result, _) in racers.items():
+            yield replace(result, times=raced[name], graph=False)
+
+
+def verdict(problem: Exception) -> str:
+    text = str(problem).strip().split("\n")[0] or type(problem).__name__
+    kinds = {Wrong: "wrong", ImportError: "not installed", NotImplementedError: "cannot"}
+    word = next((word for kind, word in kinds.items() if isinstance(problem, kind)), "failed")
+    return f"{word}: {text}"
+
+
+def make_inputs(
+    suite: Suite, size: Size, device: torch.device, dtype: torch.dtype, seed: int
+) -> tuple[Any, ...]:
+    torch.manual_seed(seed)
+    return suite.inputs(device, dtype, **size)
+
+
+def truth(suite: Suite, size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The oracle's outputs for the inputs of seed 0, upcast."""
+
+    def upcast(x: Any) -> Any:
+        floating = isinstance(x, Tensor) and x.is_floating_point()
+        return x.to(torch.float32, copy=True) if floating else x
+
+    return _outputs(suite.oracle(*map(upcast, make_inputs(suite, size, device, dtype, 0))))
+
+
+def check(
+    suite: Suite, name: str, size: Size, device: torch.device, dtype: torch.dtype,
+    expected: tuple[Tensor, ...],
+) -> float:  # fmt: skip
+    """The provider's error on the inputs of seed 0. Raises Wrong, or what the provider raises."""
+    torch.compiler.reset()  # Dynamo stops after eight sizes of one function
+    call = suite.providers[name](*make_inputs(suite, size, device, dtype, 0))
+    found = _outputs(call())
+    kinds = [(x.dtype, tuple(x.shape)) for x in found]
+    due = [(dtype, tuple(x.shape)) for x in expected]
+    if kinds != due:
+        raise Wrong(f"gives {kinds}, not {due}")
+    worst = max(map(error, found, expected), key=lambda x: math.inf if math.isnan(x) else x)
+    if not worst <= suite.tolerance[dtype]:
+        raise Wrong(f"error {worst:.2g}, more than {suite.tolerance[dtype]:g}")
+    return worst
+
+
+def _outputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (x,) if isinstance(x, Tensor) else tuple(x)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """RMS(found − expected) / RMS(expected); NaN or infinite where `found` is."""
+    norm = torch.linalg.vector_norm
+    return float(norm(found.float() - expected.float()) / norm(expected.float()))
+
+
+def calls(
+    suite: Suite, name: str, size: Size, device: torch.device, dtype: torch.dtype
+) -> list[Call]:
+    """The provider's calls with inputs that together pass twice the L2 cache; by wall, one call."""
+    first = make_inputs(suite, size, device, dtype, 1)
+    sets = 1
+    if suite.clock == "graph":
+        held = sum(x.nbytes for x in first if isinstance(x, Tensor))
+        sets += 2 * torch.cuda.get_device_properties(device).L2_cache_size // held
+    if name == COPY:
+        half = int(suite.work(dtype.itemsize, **size).bytes) // 2
+        return [copy_of(half, device) for _ in range(sets)]
+    provider = suite.providers[name]
+    others = (make_inputs(suite, size, device, dtype, seed) for seed in range(2, sets + 1))
+    return [provider(*first), *(provider(*inputs) for inputs in others)]
+
+
+def copy_of(size: int, device: torch.device) -> Call:
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+@cache  # Dynamo knows a compiled function by identity
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile at its best: autotuned, for one size; the harness captures the graph itself."""
+    if torch.cuda.is_available():
+        mode = "max-autotune-no-cudagraphs"
+        return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
+    return torch.compile(function, backend="aot_eager", dynamic=False, fullgraph=True)

@@ -1,0 +1,92 @@
+"""The machine: what it is (stamp), and what it can do at best (roof), measured in the same run."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.timing import event_seconds, wall_seconds
+from gemma_fast.layer import linear
+
+
+class Work(NamedTuple):
+    """What an op must do: bytes read once and written once; additions and multiplications."""
+
+    bytes: float
+    flops: float
+
+
+class Roof(NamedTuple):
+    copy: float  # bytes/s, read + written, of a large copy
+    product: float  # FLOP/s of a large matrix product
+
+    def floor(self, work: Work) -> float:
+        """Seconds below which no implementation gets: its bytes' or its FLOPs', the longer."""
+        return max(work.bytes / self.copy, work.flops / self.product)
+
+    def bound(self, work: Work) -> str:
+        return "memory" if work.bytes / self.copy >= work.flops / self.product else "compute"
+
+
+def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
+    """A copy of 1 GiB and a product of 8192³ (on a CPU 2048³), random data; medians of seven."""
+    cuda = device.type == "cuda"
+    n = 8192 if cuda else 2048
+    source = torch.empty(1 << 27, dtype=torch.int64, device=device).random_()
+    target = torch.empty_like(source)
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    seconds = []
+    for work in (lambda: target.copy_(source), lambda: linear(a, b)):
+        times = event_seconds(work, 9) if cuda else [wall_seconds(work) for _ in range(9)]
+        seconds.append(statistics.median(times[2:]))
+    return Roof(2 * source.nbytes / seconds[0], 2 * n**3 / seconds[1])
+
+
+def stamp(device: torch.device, dtype: torch.dtype, commit: str | None = None) -> dict[str, Any]:
+    """Where, when and with what it was measured. `commit`: what git does not know here."""
+    root = str(Path(__file__).parent)
+    git = ("git", "-C", root, "describe", "--always", "--dirty", "--exclude=*")
+    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    cuda = device.type == "cuda"
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit or _output(*git),
+        "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        "cpu": None if cuda else f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "driver": _output(*driver) if cuda else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _output(*command: str) -> str | None:
+    """The first line that a command prints; None where there is no such command."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip().split("\n")[0] or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,123 @@
+"""What a run found, as results.json and results.md: a table a suite, and why who is not in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import EAGER, NOT_MEASURED, Result
+from benchmarks.machine import Roof
+
+NOTHING = "No CUDA GPU: shapes were tiny, results were checked, nothing was measured."
+COLUMNS = ("size", "provider", "median (p20 … p80)", "rate", "of roof", "× eager")
+FOOTNOTE = "\\* timed call by call, not as the replay of a CUDA graph."
+
+
+def speedups(results: Iterable[Result]) -> dict[tuple[str, str, str], float]:
+    """suite, size, provider → how many times eager's speed; measured ones, where eager is."""
+    times = {(r.suite, r.size, r.provider): r.times.median for r in results if r.times}
+    return {
+        (suite, size, provider): times[suite, size, EAGER] / median
+        for (suite, size, provider), median in times.items()
+        if (suite, size, EAGER) in times
+    }
+
+
+def nothing_measured(results: Sequence[Result]) -> bool:
+    return any(r.status == NOT_MEASURED for r in results) and not any(r.times for r in results)
+
+
+def rows(results: Iterable[Result], roof: Roof | None) -> list[tuple[str, ...]]:
+    """A line of COLUMNS for each result."""
+    results = list(results)
+    factors = speedups(results)
+    lines: list[tuple[str, ...]] = []
+    for r in results:
+        x = r.figures(roof)
+        if not x:
+            lines.append((r.size, r.provider, r.status, "", "", ""))
+            continue
+        memory = x["bound"] == "memory"
+        rate = _round(x["GB_per_s"]) + " GB/s" if memory else _round(x["TFLOP_per_s"]) + " TFLOP/s"
+        factor = factors.get((r.suite, r.size, r.provider))
+        lines.append((
+            r.size,
+            r.provider if r.graph else f"{r.provider} *",
+            _time(x["median_us"], x["p20_us"], x["p80_us"]),
+            rate,
+            f"{x['share_of_roof']:.2f}",
+            "" if factor is None else f"{factor:.2f}",
+        ))  # fmt: skip
+    return lines
+
+
+def _time(*microseconds: float) -> str:
+    unit, scale = ("ms", 1e3) if microseconds[0] >= 1e4 else ("µs", 1)
+    median, p20, p80 = (f"{x / scale:.1f}" for x in microseconds)
+    return f"{median} {unit} ({p20} … {p80})"
+
+
+def _round(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def heading(stamp: Mapping[str, Any], roof: Roof | None) -> str:
+    versions = [f"{name} {stamp[name]}" for name in ("torch", "triton", "python") if stamp[name]]
+    driver = [f"driver {stamp['driver']}"] if stamp["driver"] else []
+    where = ", ".join([stamp["gpu"] or stamp["cpu"], *driver, *versions, stamp["dtype"]])
+    text = f"{where}; commit {stamp['commit']}, {stamp['date']}."
+    if roof:
+        text += f" Roof of this run: copy {_round(roof.copy / 1e9)} GB/s, read + written; "
+        text += f"product {_round(roof.product / 1e12)} TFLOP/s."
+    return text
+
+
+def markdown(
+    stamp: Mapping[str, Any], roof: Roof | None, results: Iterable[Result], about: Mapping[str, str]
+) -> str:
+    """about: suite → what it is, in a line."""
+    results = list(results)
+    parts = [heading(stamp, roof)]
+    if nothing_measured(results):
+        parts.append(NOTHING)
+    for suite, group in groupby(results, lambda r: r.suite):
+        lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(group, roof)]
+        table = "\n".join(f"| {' | '.join(_escape(x) for x in line)} |" for line in lines)
+        parts += [f"## {suite}", about[suite], table]
+    if any(r.graph is False for r in results):
+        parts.append(FOOTNOTE)
+    return "\n\n".join(parts) + "\n"
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("*", "\\*")
+
+
+def write(
+    folder: Path, stamp: Mapping[str, Any], roof: Roof | None, results: Iterable[Result],
+    about: Mapping[str, str],
+) -> None:  # fmt: skip
+    """results.json and results.md; again after each suite, so that a run cut short keeps some."""
+    results = list(results)
+    factors = speedups(results)
+    entries = []
+    for r in results:
+        entry = {
+            "suite": r.suite, "size": r.size, "provider": r.provider, "status": r.status,
+            "error": r.error, **r.figures(roof),
+        }  # fmt: skip
+        if (key := (r.suite, r.size, r.provider)) in factors:
+            entry["x_eager"] = factors[key]
+        entries.append(entry)
+    roofs = roof and {
+        "copy_GB_per_s": roof.copy / 1e9, "product_TFLOP_per_s": roof.product / 1e12,
+    }  # fmt: skip
+    report = {"stamp": stamp, "roof": roofs, "results": entries}
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    (folder / "results.json").write_text(text, encoding="utf-8")
+    table = markdown(stamp, roof, results, about)
+    (folder / "results.md").write_text(table, encoding="utf-8")

@@ -1,0 +1,116 @@
+"""Time per call: device events around replays of a CUDA graph, over caches that hold nothing of it.
+
+Kernels that take microseconds are replayed from a graph, so that no launch is timed. The graph
+calls each of several providers' calls in turn, every one with inputs of its own; together they pass
+twice the L2 cache (see harness.calls), and each call's outputs live until the capture ends, so none
+is written to memory that a cache still holds. What takes milliseconds and cannot be captured, as a
+whole model, is timed by a synchronised clock.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+Call = Callable[[], Any]
+
+REPLAYS, REPLAY_SECONDS = 50, 1e-3  # a replay lasts at least this long
+TURNS, TURNS_SECONDS = (5, 40), 30.0  # at least and at most; what they may take together
+
+
+class Times(NamedTuple):
+    """Seconds of one call."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def summary(times: Sequence[float]) -> Times:
+    p20, *_, p80 = statistics.quantiles(times, n=5)
+    return Times(statistics.median(times), p20, p80)
+
+
+def device_times(calls: Sequence[Call]) -> tuple[Times, bool]:
+    """Times of the current GPU, and whether they are of a graph: not every call can be captured."""
+    _warm_up(calls)
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves its own
+            return summary(_replay_seconds(calls)), True
+    except RuntimeError:  # what PyTorch raises for a capture that something in it forbids
+        torch.cuda.synchronize()
+        rounds = event_seconds(lambda: [call() for call in calls], REPLAYS)
+        return summary([seconds / len(calls) for seconds in rounds]), False
+
+
+def event_seconds(work: Call, repeats: int) -> list[float]:
+    """Seconds that each of `repeats` times work() takes the current GPU."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def _warm_up(calls: Sequence[Call]) -> None:
+    """Compilers, autotuners and handles are done after it; on a side stream, as capture asks."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in [*calls[:1], *calls, *calls]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+
+
+def _replay_seconds(calls: Sequence[Call]) -> list[float]:
+    """Seconds a call, one figure a replay."""
+    graph = _capture(calls)
+    cycles = math.ceil(REPLAY_SECONDS / min(event_seconds(graph.replay, 3)))
+    if cycles > 1:
+        graph = _capture([*calls] * cycles)
+    event_seconds(graph.replay, 3)
+    return [s / (cycles * len(calls)) for s in event_seconds(graph.replay, REPLAYS)]
+
+
+def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call() for call in calls]
+    del outputs  # not before the capture's end: each call has memory of its own
+    return graph
+
+
+def clock() -> float:
+    """Seconds, once the GPU has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def wall_seconds(call: Call) -> float:
+    start = clock()
+    call()
+    return clock() - start
+
+
+def in_turns(calls: Mapping[str, Call]) -> dict[str, Times]:
+    """One after another, so that what slows the machine slows all; two turns are warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+
+    def turn() -> None:
+        for name, call in calls.items():
+            times[name].append(wall_seconds(call))
+
+    turn()
+    turns = int(TURNS_SECONDS / max(wall_seconds(turn), 1e-9))
+    for _ in range(min(max(turns, TURNS[0]), TURNS[1])):
+        turn()
+    return {name: summary(seconds[2:]) for name, seconds in times.items()}
