@@ -167,7 +167,7 @@ def _attention_kernel(
     out_row = ((text_token * heads + head) * (2 * HALF))[:, None]
     angle = (text_token * HALF)[:, None]
     rotate_rows(
-        q_ptr, out_ptr + out_row, cos_ptr + angle, sin_ptr + angle, norm_weight_ptr, mask,
+        q_ptr, out_ptr + out_row, cos_ptr + angle, sin_ptr + angle, norm_weight_ptr, mask, mask,
         EPS, HALF, 16, HAS_NORM,
     )  # fmt: skip
     tl.debug_barrier()

@@ -11,7 +11,8 @@ norm_weight  :: [d] or None: no norm
 
 Rotary embedding turns channel i against i + d / 2, in fp32; K is rounded once, at the store.
 Of more tokens than slots, the last ones stay.
-Bound by memory: bytes = 4 * k.numel() * itemsize. Walk-through step: rotary embedding, KV cache.
+Bound by memory: bytes = 4 * k.numel() * itemsize + 4 * b * t * d. Walk-through step: rotary
+embedding, KV cache.
 """
 
 import torch
@@ -53,7 +54,8 @@ def rotate_rows(
     cos_ptr,  # [rows, 1]
     sin_ptr,  # [rows, 1]
     norm_weight_ptr,  # [d] | None
-    mask,  # [rows, 1]
+    mask,  # [rows, 1]: which rows there are
+    kept,  # [rows, 1]: of those, which are written
     EPS: tl.constexpr,
     HALF: tl.constexpr,  # d / 2
     CHUNK: tl.constexpr,  # channels of each half at a time: what registers can hold
@@ -75,8 +77,8 @@ def rotate_rows(
             x2 *= inv_rms * (1 + tl.load(norm_weight_ptr + HALF + i + chunk).to(tl.float32))
         cos = tl.load(cos_ptr + i + chunk, mask=mask, other=0.0)
         sin = tl.load(sin_ptr + i + chunk, mask=mask, other=0.0)
-        tl.store(out_ptr + i + chunk, x1 * cos - x2 * sin, mask=mask)
-        tl.store(out_ptr + HALF + i + chunk, x2 * cos + x1 * sin, mask=mask)
+        tl.store(out_ptr + i + chunk, x1 * cos - x2 * sin, mask=kept)
+        tl.store(out_ptr + HALF + i + chunk, x2 * cos + x1 * sin, mask=kept)
 
 
 @triton.jit
@@ -97,33 +99,29 @@ def _rotary_write_kernel(
     slots,
     EPS: tl.constexpr,
     HALF: tl.constexpr,  # d / 2
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,  # tokens
     HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    start = tl.load(start_ptr + batch)
-    position = start + token
-    kept = (token < t) & (position >= 0) & (token >= t - slots)
-    mask = kept[:, None]
-    half = tl.arange(0, HALF)[None, :]
-    token = token.to(tl.int64)[:, None]
-    slot = (position % slots).to(tl.int64)[:, None]
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    channel = tl.arange(0, 2 * HALF)[None, :]
+    mask = token < t
+    position = tl.load(start_ptr + batch) + token
+    kept = mask & (position >= 0) & (token >= t - slots)
+    slot = (position % slots).to(tl.int64)
+    token = token.to(tl.int64)
 
+    v_ptr += batch * v_batch_stride + head * v_head_stride + token * v_token_stride
+    v = tl.load(v_ptr + channel, mask=mask)  # now, and kept or not, so that all loads wait at once
     k_ptr += batch * k_batch_stride + head * k_head_stride + token * k_token_stride
     keys_ptr += batch * keys_batch_stride + head * keys_head_stride + slot * keys_slot_stride
     angle = (batch * t + token) * HALF
     rotate_rows(
-        k_ptr, keys_ptr, cos_ptr + angle, sin_ptr + angle, norm_weight_ptr, mask,
-        EPS, HALF, CHUNK, HAS_NORM,
+        k_ptr, keys_ptr, cos_ptr + angle, sin_ptr + angle, norm_weight_ptr, mask, kept,
+        EPS, HALF, HALF, HAS_NORM,
     )  # fmt: skip
-
-    v_ptr += batch * v_batch_stride + head * v_head_stride + token * v_token_stride
     values_ptr += batch * values_batch_stride + head * values_head_stride
-    values_ptr += slot * values_slot_stride
-    tl.store(values_ptr + half, tl.load(v_ptr + half, mask=mask), mask=mask)
-    tl.store(values_ptr + HALF + half, tl.load(v_ptr + HALF + half, mask=mask), mask=mask)
+    tl.store(values_ptr + slot * values_slot_stride + channel, v, mask=kept)
 
 
 @op(fake=lambda *_: None, mutates_args=("keys", "values"))
@@ -142,11 +140,11 @@ def rotary_write(
     assert d & (d - 1) == 0, f"head_dim must be a power of two: {d=}"
     assert k.stride(3) == v.stride(3) == keys.stride(3) == values.stride(3) == 1
     assert cos.is_contiguous() and sin.is_contiguous()
-    block = min(triton.next_power_of_2(t), 16)
+    block = min(triton.next_power_of_2(t), 8)
     _rotary_write_kernel[(triton.cdiv(t, block), n, b)](
         k, v, keys, values, cos, sin, start, norm_weight,
         *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3], t, slots,
-        EPS=eps, HALF=d // 2, CHUNK=min(d // 2, 64), BLOCK=block, HAS_NORM=norm_weight is not None,
+        EPS=eps, HALF=d // 2, BLOCK=block, HAS_NORM=norm_weight is not None,
         num_warps=4,
     )  # fmt: skip
     return None
