@@ -20,8 +20,8 @@ def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable
     fake          gives outputs of the right shape, dtype and strides, with nothing in them
     mutates_args  the names of the tensors that are written in place
 
-    The compiler sees the op as a whole. (It could see through a `triton_op`, which costs 8 µs a call
-    instead of 3, and imports the compiler.) A tensor that requires grad is a ValueError.
+    The compiler sees the op as a whole. (It could see through a `triton_op`, which costs 8 µs a
+    call instead of 3, and imports the compiler.) A tensor that requires grad is a ValueError.
     """
 
     def register(launcher: F) -> F:

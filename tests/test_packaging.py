@@ -78,9 +78,9 @@ def test_import_is_quick_and_leaves_transformers_alone():
     code = """
 import sys, time, torch
 start = time.perf_counter()
-import gemma_fast
+import gemma_fast.model
 print(time.perf_counter() - start)
-assert "transformers" not in sys.modules
+assert not {"transformers", "torch._dynamo"} & set(sys.modules)
 """
     # A busy machine may be slow once, not thrice.
     assert any(float(python("-c", code)) < 0.5 for _ in range(3))
