@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # `as`: exported, to a type checker
 
 __version__ = "0.1.0"
 
-# Imported when first asked for: defining the kernels' ops makes PyTorch load its compiler, for 1 s.
+# Imported when first asked for: a kernel alone needs neither checkpoints nor a tokenizer.
 _MODULES = {
     "GemmaConfig": "config",
     "GemmaForCausalLM": "model",

@@ -58,10 +58,13 @@ class Gpu(NamedTuple):
     shared_memory: int  # bytes that one program can have
     multiprocessors: int
 
-    @property
-    def has_descriptors(self) -> bool:
-        """Whether it copies tiles by tensor descriptors, in hardware (TMA)."""
-        return self.capability >= 90
+    def can_describe(self, *tensors: Tensor) -> bool:
+        """Whether tensor descriptors can copy tiles of them, in hardware (TMA), to tensor cores."""
+        return self.capability >= 90 and all(
+            x.element_size() == 2
+            and all(n % 16 == 0 for n in (x.data_ptr(), *(2 * s for s in x.stride()[:-1])))
+            for x in tensors
+        )
 
 
 @functools.cache

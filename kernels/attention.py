@@ -263,11 +263,8 @@ def attention(
     limits = gpu(q.device)
     tile = _tile(rows, n * b, d, q.element_size(), softcap is not None, limits)
     rings: list[Any] = [keys, values]
-    descriptors = (
-        limits.has_descriptors and q.element_size() == 2 and rows > 16
-        and slots % tile["BLOCK_N"] == 0
-        and all(x.data_ptr() % 16 == 0 for x in rings)
-    )  # fmt: skip
+    whole_blocks = slots % tile["BLOCK_N"] == 0  # else one would straddle the ring's ends
+    descriptors = rows > 16 and whole_blocks and limits.can_describe(keys, values)
     if descriptors:
         rings = [TensorDescriptor.from_tensor(x, [1, 1, tile["BLOCK_N"], d]) for x in rings]
     _attention_kernel[(triton.cdiv(rows, tile["BLOCK_M"]), n, b)](

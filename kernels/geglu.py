@@ -147,10 +147,7 @@ def gate_up_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
     tile = _tile(rows, x.element_size(), limits)
     operands: list[Any] = [matrix, gate_up_proj.view(2, dim, hidden)]
     programs = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(dim, tile["BLOCK_N"])
-    descriptors = (
-        limits.has_descriptors and x.element_size() == 2 and hidden % 8 == 0
-        and all(a.data_ptr() % 16 == 0 for a in operands)
-    )  # fmt: skip
+    descriptors = limits.can_describe(*operands)
     if rows and descriptors:
         programs = min(programs, limits.multiprocessors)
         blocks = [tile["BLOCK_M"], tile["BLOCK_K"]], [2, tile["BLOCK_N"], tile["BLOCK_K"]]

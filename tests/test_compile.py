@@ -28,8 +28,8 @@ def test_kernels_fit(compiled):
         "_rotary_write_kernel",
     }  # fmt: skip
     for kernel in kernels:
-        # In float32, which is for exactness, the assembler may trade two registers for occupancy.
-        spills = 8 if "*fp32" in kernel["types"][0] else 0
+        # The assembler itself may spill two registers, so that twice as many programs fit.
+        spills = 8 if kernel["registers"] <= 128 else 0
         assert kernel["stack"] <= spills, f"spills registers: {kernel}"
         assert kernel["shared"] <= GPUS[capability].shared_memory, f"shared memory: {kernel}"
         one_token = kernel["kernel"] == "_rotary_write_kernel" and kernel["options"]["BLOCK"] == 1
