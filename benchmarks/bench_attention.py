@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.bench_rotary import Tensors, angles
-from benchmarks.harness import EAGER, OURS, Call, Suite, compiled
+from benchmarks.harness import EAGER, OURS, OURS_BY_POINTERS, Call, Suite, by_pointers, compiled
 from benchmarks.machine import Work
+from gemma_fast.kernels import attention as attention_file
 from gemma_fast.kernels.attention import attention, attention_reference
 from gemma_fast.kernels.rotary import rotate
 
@@ -184,6 +185,7 @@ ATTENTION = Suite(
         "FlexAttention": flex_attention,
         "flash-attn-4": flash_attn_4,
         "flashinfer": flashinfer_attention,
+        OURS_BY_POINTERS: by_pointers(attention_file, ours(attention)),
         OURS: ours(attention),
     },
 )

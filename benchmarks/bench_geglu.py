@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import EAGER, OURS, Call, Suite, compiled
+from benchmarks.harness import EAGER, OURS, OURS_BY_POINTERS, Call, Suite, by_pointers, compiled
 from benchmarks.machine import Work
+from gemma_fast.kernels import geglu as geglu_file
 from gemma_fast.kernels.geglu import gate_up_geglu, geglu, geglu_reference
 
 
@@ -76,6 +77,10 @@ def quack_product(x: Tensor, gate_up_proj: Tensor) -> Call:
     return lambda: gemm_gated(x, weight, activation="geglu", store_preact=False)[1]
 
 
+def ours(x: Tensor, gate_up_proj: Tensor) -> Call:
+    return lambda: gate_up_geglu(x, gate_up_proj)
+
+
 GEGLU = Suite(
     name="geglu",
     about="gelu(gate) * up of [rows, 2 * dim]",
@@ -114,6 +119,7 @@ GATE_UP_GEGLU = Suite(
         "cuBLAS + compiled epilogue": cublas_compiled,
         "cuBLAS + geglu": cublas_geglu,
         "quack": quack_product,
-        OURS: lambda *inputs: lambda: gate_up_geglu(*inputs),
+        OURS_BY_POINTERS: by_pointers(geglu_file, ours),
+        OURS: ours,
     },
 )

@@ -15,18 +15,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from benchmarks.machine import Roof, Work
 from benchmarks.timing import Call, Times, device_times, in_turns
+from gemma_fast.kernels._op import Gpu, gpu
 
 Size = dict[str, Any]
 Provider = Callable[..., Call]
 
-EAGER, OURS = "eager", "gemma_fast"
+EAGER, OURS, OURS_BY_POINTERS = "eager", "gemma_fast", "gemma_fast, no descriptors"
 COPY = "copy of the same bytes (yardstick)"
 NOT_MEASURED = "ok, not measured"
 # RMS of the error over RMS of the oracle's output: one rounding to bf16 gives 1.7e-3, to fp16
@@ -202,6 +205,24 @@ def copy_of(size: int, device: torch.device) -> Call:
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def by_pointers(module: ModuleType, op: Provider) -> Provider:
+    """Our op, its tiles copied by pointers where it would copy them by tensor descriptors."""
+
+    def older(device: torch.device) -> Gpu:
+        return gpu(device)._replace(capability=89)
+
+    def provider(*inputs: Any) -> Call:
+        call = op(*inputs)
+
+        def run() -> Any:
+            with patch.object(module, "gpu", older):
+                return call()
+
+        return run
+
+    return provider
 
 
 @cache  # Dynamo knows a compiled function by identity
