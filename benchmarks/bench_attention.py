@@ -1,7 +1,8 @@
 """Prefill attention: t causal queries over the t keys that were just written.
 
 The rivals are given q rotated, which is preparation and not timed; gemma_fast rotates it inside the
-op. That errs against gemma_fast. torch.compile's way to do attention is FlexAttention.
+op. That errs against gemma_fast. torch.compile's way to do attention is FlexAttention, which takes
+up to a minute a size to tune. The soft cap is not Gemma 2's 50, which random scores do not reach.
 """
 
 from __future__ import annotations
@@ -63,6 +64,29 @@ def rotated(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate(q, cos, sin).to(q.dtype)
 
 
+def eager(
+    q: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
+    options: dict[str, Any],
+) -> Call:  # fmt: skip
+    """Products in the inputs' dtype, softmax in fp32, as in reference.py."""
+    t, group = q.shape[1], q.shape[2] // keys.shape[1]
+    q = rotated(q, cos, sin).transpose(1, 2)  # [1, heads, t, d]
+    i = torch.arange(t, device=q.device)
+    hidden = i > i[:, None]
+    if window := options["window"]:
+        hidden |= i <= i[:, None] - window
+
+    def call() -> Tensor:
+        k, v = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+        scores = q @ k.mT * options["scale"]
+        if softcap := options["softcap"]:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32)
+        return (weights.to(q.dtype) @ v).transpose(1, 2)
+
+    return call
+
+
 def sdpa(backend: SDPBackend) -> Callable[..., Call]:
     def provider(
         q: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
@@ -70,6 +94,8 @@ def sdpa(backend: SDPBackend) -> Callable[..., Call]:
     ) -> Call:  # fmt: skip
         if options["softcap"] or options["window"]:
             raise NotImplementedError("no soft cap" if options["softcap"] else "no window")
+        if q.is_cpu and backend != SDPBackend.FLASH_ATTENTION:
+            raise NotImplementedError("only on a GPU")
         q = rotated(q, cos, sin).transpose(1, 2)  # [1, heads, t, d]
         if backend == SDPBackend.EFFICIENT_ATTENTION:  # knows only one kv head for each query head
             group = q.shape[1] // keys.shape[1]
@@ -111,11 +137,11 @@ def flex_attention(
     q: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
     options: dict[str, Any],
 ) -> Call:  # fmt: skip
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention import flex_attention as flex
 
     masks = flex_masks(q.shape[1], options["window"], options["softcap"], q.device)
     q = rotated(q, cos, sin).transpose(1, 2)
-    run = compiled(flex_attention)
+    run = compiled(flex.flex_attention)
     safe = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}  # no row sees nothing
     keywords = {"scale": options["scale"], "enable_gqa": True, "kernel_options": safe, **masks}
     return lambda: run(q, keys, values, **keywords).transpose(1, 2)
@@ -165,20 +191,22 @@ def _sizes(*rows: tuple[int, ...]) -> dict[str, dict[str, Any]]:
 ATTENTION = Suite(
     name="attention",
     about="Causal attention of a prompt of t tokens; query / kv heads. Rivals get q rotated",
-    bound="compute",
+    yardstick=False,
     sizes=_sizes(
         *((t, 8, 1, 256) for t in (512, 2048, 8192, 16384)),
-        (2048, 16, 16, 256),
         (8192, 16, 16, 256),
-        (8192, 32, 16, 128, 4096, 50),
+        (8192, 32, 16, 128, 4096, 5),
         (8192, 4, 1, 256, 512),
     ),
     tiny=_sizes((24, 4, 1, 32), (24, 4, 2, 32, 8), (24, 4, 2, 32, 8, 5)),
     inputs=inputs,
     oracle=lambda *inputs: ours(attention_reference)(*inputs)(),
     work=work,
+    # Scores rounded before the soft cap and the softmax, as in eager: 6.7e-3. A window off by one:
+    # 1.4e-2.
+    tolerance={torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5},
     providers={
-        EAGER: ours(attention_reference),
+        EAGER: eager,
         "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
         "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
         "SDPA efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),

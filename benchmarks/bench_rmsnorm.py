@@ -18,9 +18,7 @@ from gemma_fast.kernels.rmsnorm import (
 )
 
 EPS = 1e-6
-SHAPES = [
-    (512, 2048), (2048, 2048), (8192, 2048), (32768, 2048), (8192, 640), (8192, 2304), (8192, 3072),
-]  # fmt: skip
+SHAPES = [(512, 2048), (8192, 2048), (32768, 2048), (8192, 640), (8192, 2304)]
 SIZES = {f"{rows} x {dim}": {"rows": rows, "dim": dim} for rows, dim in SHAPES}
 TINY = {"5 x 48": {"rows": 5, "dim": 48}}
 
@@ -115,7 +113,8 @@ def quack_add(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor | None =
 
 
 def flashinfer_add(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor | None = None) -> Call:
-    """In place: y where x was (or the post norm's output), h where residual was."""
+    """In place: y where x was (or the post norm's output), h where residual was. Replayed, it sums
+    its own sums, which stay finite in bf16."""
     from flashinfer.norm import gemma_fused_add_rmsnorm
 
     norm = (lambda: x) if post is None else flashinfer_norm(x, post)
@@ -131,7 +130,7 @@ def flashinfer_add(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor | N
 RMS_NORM = Suite(
     name="rms_norm",
     about="RMSNorm of [rows, dim]",
-    bound="memory",
+    yardstick=True,
     sizes=SIZES,
     tiny=TINY,
     inputs=norm_inputs,
@@ -160,7 +159,7 @@ ADD_PROVIDERS = {
 ADD_RMS_NORM = Suite(
     name="add_rms_norm",
     about="The residual add and the RMSNorm after it, of [rows, dim]",
-    bound="memory",
+    yardstick=True,
     sizes=SIZES,
     tiny=TINY,
     inputs=add_inputs,
@@ -171,8 +170,8 @@ ADD_RMS_NORM = Suite(
 ADD_RMS_NORM_POST = Suite(
     name="add_rms_norm_post",
     about="The same, where x is normalised before it is added; the libraries take two calls",
-    bound="memory",
-    sizes=SIZES,
+    yardstick=True,
+    sizes={name: size for name, size in SIZES.items() if size["dim"] != 2048},
     tiny=TINY,
     inputs=post_inputs,
     oracle=add_rms_norm_reference,

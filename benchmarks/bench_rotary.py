@@ -55,11 +55,10 @@ def writing(op: Callable[..., None]) -> Callable[..., Call]:
 ROTARY_WRITE = Suite(
     name="rotary_write",
     about="K rotated and written to the cache, V written; t tokens, n kv heads, d 256",
-    bound="memory",
+    yardstick=True,
     sizes={
         "t 2048, n 1": {"t": 2048, "n": 1, "d": 256},
         "t 8192, n 1": {"t": 8192, "n": 1, "d": 256},
-        "t 32768, n 1": {"t": 32768, "n": 1, "d": 256},
         "t 8192, n 16": {"t": 8192, "n": 16, "d": 256},
         "t 8192, n 1, norm": {"t": 8192, "n": 1, "d": 256, "norm": True},
     },

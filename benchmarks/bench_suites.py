@@ -1,7 +1,8 @@
 """pytest benchmarks/: every suite, size and provider as a test, on pytest-benchmark.
 
 Its clock waits for the GPU, so it reads launches too; the device's own times, as the command gives
-them, are in extra_info. Without a GPU, tiny sizes are checked and nothing is measured.
+them, are in extra_info: a cell is measured twice. Without a GPU, tiny sizes are checked and nothing
+is measured.
 """
 
 import itertools
@@ -30,6 +31,8 @@ def roof() -> Roof | None:
     return measure_roof(DEVICE, DTYPE) if CUDA else None
 
 
+@pytest.mark.usefixtures("benchmark")  # by name, so that --benchmark-only knows
+@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize(("suite", "size", "provider"), CELLS)
 def test_provider(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import subprocess
+from collections.abc import Iterable
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.timing import event_seconds, wall_seconds
+from benchmarks.timing import event_seconds, settle, wall_seconds
 from gemma_fast.layer import linear
 
 
@@ -36,7 +37,7 @@ class Roof(NamedTuple):
 
 
 def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
-    """A copy of 1 GiB and a product of 8192³ (on a CPU 2048³), random data; medians of seven."""
+    """A copy of 1 GiB and a product of 8192³ (on a CPU 2048³), random data; medians."""
     cuda = device.type == "cuda"
     n = 8192 if cuda else 2048
     source = torch.empty(1 << 27, dtype=torch.int64, device=device).random_()
@@ -44,13 +45,19 @@ def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     seconds = []
     for work in (lambda: target.copy_(source), lambda: linear(a, b)):
-        times = event_seconds(work, 9) if cuda else [wall_seconds(work) for _ in range(9)]
-        seconds.append(statistics.median(times[2:]))
+        if cuda:
+            settle(work, 0.5)
+            times = event_seconds(work, 50)
+        else:
+            times = [wall_seconds(work) for _ in range(9)][2:]
+        seconds.append(statistics.median(times))
     return Roof(2 * source.nbytes / seconds[0], 2 * n**3 / seconds[1])
 
 
-def stamp(device: torch.device, dtype: torch.dtype, commit: str | None = None) -> dict[str, Any]:
-    """Where, when and with what it was measured. `commit`: what git does not know here."""
+def stamp(
+    device: torch.device, dtype: torch.dtype, rivals: Iterable[str], commit: str | None = None
+) -> dict[str, Any]:
+    """Where, when and with what it was measured. rivals: packages; commit: if git does not know."""
     root = str(Path(__file__).parent)
     git = ("git", "-C", root, "describe", "--always", "--dirty", "--exclude=*")
     driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -63,8 +70,10 @@ def stamp(device: torch.device, dtype: torch.dtype, commit: str | None = None) -
         "python": platform.python_version(),
         "driver": _output(*driver) if cuda else None,
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "triton": installed_version("triton"),
+        "rivals": {name: version for name in rivals if (version := installed_version(name))},
         "dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -78,7 +87,7 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip().split("\n")[0] or None
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

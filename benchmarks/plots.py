@@ -18,7 +18,6 @@ def plot(folder: Path, roof: Roof, results: Sequence[Result], title: str) -> Non
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
-    folder.mkdir(parents=True, exist_ok=True)
     if speedups(results):
         _save(_speedup(results), title, folder / "speedup.png")
     _save(_roofline(roof, results), title, folder / "roofline.png")

@@ -12,7 +12,7 @@ from benchmarks.harness import EAGER, NOT_MEASURED, Result
 from benchmarks.machine import Roof
 
 NOTHING = "No CUDA GPU: shapes were tiny, results were checked, nothing was measured."
-COLUMNS = ("size", "provider", "median (p20 … p80)", "rate", "of roof", "× eager")
+COLUMNS = ("size", "provider", "median (p20 … p80)", "GB/s", "TFLOP/s", "of roof", "× eager")
 FOOTNOTE = "\\* timed call by call, not as the replay of a CUDA graph."
 
 
@@ -38,17 +38,16 @@ def rows(results: Iterable[Result], roof: Roof | None) -> list[tuple[str, ...]]:
     for r in results:
         x = r.figures(roof)
         if not x:
-            lines.append((r.size, r.provider, r.status, "", "", ""))
+            lines.append((r.size, r.provider, r.status, *[""] * (len(COLUMNS) - 3)))
             continue
-        memory = x["bound"] == "memory"
-        rate = _round(x["GB_per_s"]) + " GB/s" if memory else _round(x["TFLOP_per_s"]) + " TFLOP/s"
         factor = factors.get((r.suite, r.size, r.provider))
         lines.append((
             r.size,
             r.provider if r.graph else f"{r.provider} *",
             _time(x["median_us"], x["p20_us"], x["p80_us"]),
-            rate,
-            f"{x['share_of_roof']:.2f}",
+            _round(x["GB_per_s"]),
+            _round(x["TFLOP_per_s"]),
+            f"{x['share_of_roof']:.2f} ({x['bound']})",
             "" if factor is None else f"{factor:.2f}",
         ))  # fmt: skip
     return lines
@@ -61,11 +60,13 @@ def _time(*microseconds: float) -> str:
 
 
 def _round(x: float) -> str:
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+    return f"{x:.0f}" if x >= 100 else f"{x:.2g}" if x < 1 else f"{x:.3g}"
 
 
 def heading(stamp: Mapping[str, Any], roof: Roof | None) -> str:
-    versions = [f"{name} {stamp[name]}" for name in ("torch", "triton", "python") if stamp[name]]
+    names = ("cuda", "cudnn", "torch", "triton", "python")
+    versions = [f"{name} {stamp[name]}" for name in names if stamp[name]]
+    versions += [f"{name} {version}" for name, version in stamp["rivals"].items()]
     driver = [f"driver {stamp['driver']}"] if stamp["driver"] else []
     where = ", ".join([stamp["gpu"] or stamp["cpu"], *driver, *versions, stamp["dtype"]])
     text = f"{where}; commit {stamp['commit']}, {stamp['date']}."
@@ -100,7 +101,7 @@ def write(
     folder: Path, stamp: Mapping[str, Any], roof: Roof | None, results: Iterable[Result],
     about: Mapping[str, str],
 ) -> None:  # fmt: skip
-    """results.json and results.md; again after each suite, so that a run cut short keeps some."""
+    """results.json and results.md, of what there is so far; the folder exists."""
     results = list(results)
     factors = speedups(results)
     entries = []
@@ -115,9 +116,8 @@ def write(
     roofs = roof and {
         "copy_GB_per_s": roof.copy / 1e9, "product_TFLOP_per_s": roof.product / 1e12,
     }  # fmt: skip
-    report = {"stamp": stamp, "roof": roofs, "results": entries}
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    found = {"stamp": stamp, "roof": roofs, "results": entries}
+    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
     (folder / "results.json").write_text(text, encoding="utf-8")
     table = markdown(stamp, roof, results, about)
     (folder / "results.md").write_text(table, encoding="utf-8")

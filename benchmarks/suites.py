@@ -1,12 +1,11 @@
 """Every suite by its name, and the libraries that the rivals need."""
 
-from importlib.util import find_spec
-
 from benchmarks.bench_attention import ATTENTION
 from benchmarks.bench_geglu import GATE_UP_GEGLU, GEGLU
 from benchmarks.bench_model import MODEL
 from benchmarks.bench_rmsnorm import ADD_RMS_NORM, ADD_RMS_NORM_POST, RMS_NORM
 from benchmarks.bench_rotary import ROTARY_WRITE
+from benchmarks.machine import installed_version
 
 SUITES = {
     suite.name: suite
@@ -16,18 +15,18 @@ SUITES = {
     )
 }  # fmt: skip
 
-# provider → package on PyPI, module
-LIBRARIES = {
-    "liger": ("liger-kernel", "liger_kernel"),
-    "liger (CuTe)": ("liger-kernel", "liger_kernel"),
-    "quack": ("quack-kernels", "quack"),
-    "flashinfer": ("flashinfer-python", "flashinfer"),
-    "flash-attn-4": ("flash-attn-4", "flash_attn"),
-    "transformers (sdpa)": ("transformers", "transformers"),
+# What providers need beside torch: distributions, as pip calls them.
+PACKAGES = {
+    "liger": ["liger-kernel"],
+    "liger (CuTe)": ["liger-kernel", "nvidia-cutlass-dsl"],
+    "quack": ["quack-kernels"],
+    "flashinfer": ["flashinfer-python"],
+    "flash-attn-4": ["flash-attn-4"],
+    "transformers (sdpa)": ["transformers"],
 }
+RIVALS = sorted({package for packages in PACKAGES.values() for package in packages})
 
 
-def missing(provider: str) -> str | None:
-    """The package that a provider lacks here."""
-    package, module = LIBRARIES.get(provider, ("torch", "torch"))
-    return None if find_spec(module) else package
+def missing(provider: str) -> list[str]:
+    """The packages that a provider lacks here."""
+    return [x for x in PACKAGES.get(provider, []) if installed_version(x) is None]

@@ -1,10 +1,10 @@
 """Time per call: device events around replays of a CUDA graph, over caches that hold nothing of it.
 
 Kernels that take microseconds are replayed from a graph, so that no launch is timed. The graph
-calls each of several providers' calls in turn, every one with inputs of its own; together they pass
-twice the L2 cache (see harness.calls), and each call's outputs live until the capture ends, so none
-is written to memory that a cache still holds. What takes milliseconds and cannot be captured, as a
-whole model, is timed by a synchronised clock.
+holds one provider's calls, each with inputs of its own; together these pass four times the L2 cache
+(see harness.calls), and each call's outputs live until the capture ends, so none is written to
+memory that a cache still holds. What takes milliseconds and cannot be captured, as a whole model,
+is timed by a synchronised clock.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 Call = Callable[[], Any]
 
 REPLAYS, REPLAY_SECONDS = 50, 1e-3  # a replay lasts at least this long
+SETTLE = 0.1  # seconds of load before a time counts, so that clocks and power have settled
 TURNS, TURNS_SECONDS = (5, 40), 30.0  # at least and at most; what they may take together
 
 
@@ -43,7 +44,7 @@ def device_times(calls: Sequence[Call]) -> tuple[Times, bool]:
         with torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves its own
             return summary(_replay_seconds(calls)), True
     except RuntimeError:  # what PyTorch raises for a capture that something in it forbids
-        torch.cuda.synchronize()
+        _forget_capture()
         rounds = event_seconds(lambda: [call() for call in calls], REPLAYS)
         return summary([seconds / len(calls) for seconds in rounds]), False
 
@@ -57,6 +58,20 @@ def event_seconds(work: Call, repeats: int) -> list[float]:
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def settle(work: Call, seconds: float = SETTLE) -> None:
+    """Keeps the current GPU at the work for so long."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        event_seconds(work, 3)
+
+
+def _forget_capture() -> None:
+    """Some versions leave the generator of random numbers as if the failed capture went on."""
+    torch.cuda.synchronize()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(torch.Generator("cuda"))
 
 
 def _warm_up(calls: Sequence[Call]) -> None:
@@ -76,13 +91,14 @@ def _replay_seconds(calls: Sequence[Call]) -> list[float]:
     cycles = math.ceil(REPLAY_SECONDS / min(event_seconds(graph.replay, 3)))
     if cycles > 1:
         graph = _capture([*calls] * cycles)
-    event_seconds(graph.replay, 3)
+    settle(graph.replay)
     return [s / (cycles * len(calls)) for s in event_seconds(graph.replay, REPLAYS)]
 
 
 def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # thread_local: calls of other threads, a compiler's for one, do not end the capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = [call() for call in calls]
     del outputs  # not before the capture's end: each call has memory of its own
     return graph
@@ -101,16 +117,22 @@ def wall_seconds(call: Call) -> float:
     return clock() - start
 
 
-def in_turns(calls: Mapping[str, Call]) -> dict[str, Times]:
-    """One after another, so that what slows the machine slows all; two turns are warm-up."""
+def in_turns(calls: Mapping[str, Call]) -> dict[str, Times | Exception]:
+    """One after another, so that what slows the machine slows all; two turns are warm-up. A call
+    that raises is out of the race, and what it raised is its result."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    failed: dict[str, Times | Exception] = {}
 
     def turn() -> None:
         for name, call in calls.items():
-            times[name].append(wall_seconds(call))
+            if name not in failed:
+                try:
+                    times[name].append(wall_seconds(call))
+                except Exception as problem:
+                    failed[name] = problem
 
     turn()
     turns = int(TURNS_SECONDS / max(wall_seconds(turn), 1e-9))
     for _ in range(min(max(turns, TURNS[0]), TURNS[1])):
         turn()
-    return {name: summary(seconds[2:]) for name, seconds in times.items()}
+    return {name: failed.get(name) or summary(times[name][2:]) for name in calls}

@@ -79,16 +79,16 @@ class Reference:
             attention_mask = torch.ones_like(input_ids[:, :1]).expand(-1, s)
         if position_ids is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # [b, t]
-        target, source = torch.arange(past, s)[:, None], torch.arange(s)[None, :]
-        causal = (source <= target).to(input_ids.device)
-        seen = causal & attention_mask.bool()[:, None, :]  # [b, t, s]
+        source = torch.arange(s, device=input_ids.device)[None, :]
+        target = source[:, past:].mT  # [t, 1]
+        seen = (source <= target) & attention_mask.bool()[:, None, :]  # [b, t, s]
 
         hiddens = self.embed(input_ids)
         cache = []
         for i, kind in enumerate(self.config.layer_types):
             visible = seen
             if (window := self.config.window(i)) is not None:
-                visible = seen & (source > target - window).to(seen.device)
+                visible = seen & (source > target - window)
             cos, sin = self.angles(position_ids, kind)
             key_values = past_key_values[i] if past_key_values else None
             hiddens, key_values = self.layer(i, hiddens, visible, cos, sin, key_values)

@@ -1,0 +1,80 @@
+"""Every suite: its inputs, its formulas, and that it runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness
+from benchmarks.bench_model import find
+from benchmarks.harness import EAGER, OURS, run
+from benchmarks.suites import SUITES
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+CASES = [(name, size) for name, suite in SUITES.items() for size in suite.tiny]
+
+
+@pytest.mark.parametrize(("name", "size"), CASES, ids=str)
+def test_tiny_sizes_run(name, size):
+    results = list(run(SUITES[name], size, CPU, FP32, None, [EAGER, OURS]))
+    assert [r.status for r in results] == ["ok, not measured"] * 2
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_have_inputs_for_every_size_and_no_zeros(name):
+    suite = SUITES[name]
+    for size in suite.tiny.values():
+        inputs = harness.make_inputs(suite, size, CPU, FP32, seed=0)
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        assert all(x.abs().sum() > 0 for x in tensors)
+        again = harness.make_inputs(suite, size, CPU, FP32, seed=0)
+        assert all(torch.equal(a, b) for a, b in zip(inputs, again, strict=True)
+                   if isinstance(a, torch.Tensor))  # fmt: skip
+    assert all(min(suite.work(2, **size)) > 0 for size in suite.sizes.values())
+
+
+def work(name, size):
+    return SUITES[name].work(2, **SUITES[name].sizes[size])
+
+
+def test_work_by_hand():
+    m = 1 << 20
+    assert work("rms_norm", "512 x 2048") == (4 * m, 4 * m)  # 1 Mi elements, in and out
+    assert work("add_rms_norm", "512 x 2048") == (8 * m, 5 * m)
+    assert work("add_rms_norm_post", "8192 x 640") == (40 * m, 45 * m)
+    assert work("geglu", "512 x 2*16384") == (3 * 8 * m * 2, 10 * 8 * m)
+    # k, v, keys, values of 0.5 Mi elements; cos and sin of 0.25 Mi floats each
+    assert work("rotary_write", "t 2048, n 1") == (4 * m + 2 * m, 3 * m // 2)
+    # q and out of 1 Mi elements, keys and values of 1/8; cos and sin of 1/16 Mi floats each
+    pairs = 512 * 513 // 2
+    found = work("attention", "t 512, 8/1 heads, d 256")
+    assert found == (2 * (2 * m + m // 4) + m // 2, 4 * 8 * 256 * pairs)
+    # the first 512 queries see 1 … 512 keys, the other 7680 see 512
+    found = work("attention", "t 8192, 4/1 heads, d 256, window 512")
+    assert found.flops == 4 * 4 * 256 * (pairs + 7680 * 512)
+    found = work("gate_up_geglu", "m 512, k 2048, dim 16384")
+    assert found == (2 * (m + 64 * m + 8 * m), 2 * 512 * 2048 * 32768)
+
+
+def test_work_of_a_model_by_hand():
+    config = find("gemma-2b").config
+    embedding, layer = 256_000 * 2048, 2048 * (256 * (8 + 2) + 256 * 8 + 3 * 16384 + 2)
+    assert config.num_parameters == embedding + 18 * layer + 2048
+    cache = 2 * 256 * 512 * 18
+    decode = work("model", "gemma-2b, decode 512")
+    assert decode.bytes == 2 * (config.num_parameters + cache)
+    assert decode.flops == 2 * config.num_parameters + 18 * 4 * 8 * 256 * 512
+    prefill = work("model", "gemma-2b, prefill 512")
+    products = 2 * (512 * (18 * layer + 2048) + embedding)
+    assert prefill.flops == products + 18 * 4 * 8 * 256 * 512 * 513 // 2
+
+
+def test_they_run_under_pytest_benchmark(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-only"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "nothing was measured" in done.stdout and " passed" in done.stdout

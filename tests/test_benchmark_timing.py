@@ -1,0 +1,110 @@
+"""How the benchmarks time, with something that stands in for a GPU."""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from example_suite import SUITE
+
+from benchmarks import harness, timing
+from benchmarks.harness import COPY, OURS
+from benchmarks.timing import Times
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+
+
+def test_turns_time_each_provider_as_often(monkeypatch):
+    called = []
+    monkeypatch.setattr(timing, "TURNS", (5, 6))
+    work = {name: lambda name=name: called.append(name) for name in "ab"}
+    times = timing.in_turns(work)
+    assert called == ["a", "b"] * 8  # two turns are warm-up
+    assert all(0 < x.p20 <= x.median <= x.p80 for x in times.values())
+
+
+def test_who_fails_in_a_later_turn_is_out_and_the_others_race_on(monkeypatch):
+    monkeypatch.setattr(timing, "TURNS", (5, 6))
+    left = iter(range(2))
+    times = timing.in_turns({"a": lambda: None, "b": lambda: next(left)})
+    assert isinstance(times["a"], Times) and isinstance(times["b"], StopIteration)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """Stands in for torch.cuda: a call takes 2^-17 s in a graph, and 2^-13 with its launch."""
+    gpu = SimpleNamespace(now=0.0, capturing=False, refuses=False, captured=[])
+
+    def call():
+        gpu.captured[-1] += gpu.capturing
+        gpu.now += 0 if gpu.capturing else 2**-13
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = gpu.now
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3  # ms
+
+    class CUDAGraph:
+        def replay(self):
+            gpu.now += 2**-17 * self.calls
+
+    @contextmanager
+    def graph(made, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        gpu.captured.append(0)
+        gpu.capturing = True
+        yield
+        gpu.capturing, made.calls = False, gpu.captured[-1]
+        if gpu.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    gpu.call, gpu.captured, gpu.forgotten = call, [0], 0
+
+    def forget(state):
+        gpu.forgotten += 1
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph, "synchronize": lambda: None,
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": nullcontext,
+        "current_device": lambda: 0,
+        "default_generators": [SimpleNamespace(graphsafe_set_state=forget)],
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1000),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "Generator", lambda device: None)
+    monkeypatch.setattr(timing, "SETTLE", 0)
+    return gpu
+
+
+def test_graph_cycles_until_a_replay_is_long_enough(fake_gpu):
+    times, graph = timing.device_times([fake_gpu.call] * 4)
+    assert graph and times == pytest.approx((2**-17,) * 3)
+    assert fake_gpu.captured == [0, 4, 4 * 33]  # 33 / 2^15 of a second
+
+
+def test_what_cannot_be_captured_is_timed_with_its_launches(fake_gpu):
+    fake_gpu.refuses = True
+    times, graph = timing.device_times([fake_gpu.call] * 4)
+    assert not graph and times == pytest.approx((2**-13,) * 3)
+    assert fake_gpu.forgotten == 1
+
+
+@pytest.mark.usefixtures("fake_gpu")
+@pytest.mark.parametrize("name", [OURS, COPY])
+def test_sets_of_inputs_pass_four_times_the_l2_cache(name):
+    seen = []
+    providers = {OURS: lambda x: lambda: seen.append(x)}
+    made = harness.calls(replace(SUITE, providers=providers), name, {"n": 64}, CPU, FP32)
+    assert len(made) == 16  # 256 bytes each: 4096, more than 4000
+    outputs = [call() for call in made]
+    tensors = seen if name == OURS else outputs
+    assert len({x.data_ptr() for x in tensors}) == 16
+    assert sum(x.nbytes for x in tensors) == 4096
