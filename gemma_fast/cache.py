@@ -168,7 +168,8 @@ class KVCache:
     def _allocate(self, max_length: int) -> None:
         self.max_length = max_length
         for layer, window in enumerate(self._windows):
-            slots = min(window or max_length, _whole_blocks(max_length))
+            whole = _whole_blocks(max_length)
+            slots = min(window or whole, whole)
             for rings in (self.keys, self.values):
                 b, n, used, d = rings[layer].shape
                 if slots > used:

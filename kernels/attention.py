@@ -256,7 +256,8 @@ def attention(
 
     assert d >= 32 and d & (d - 1) == 0, f"head_dim must be a power of two from 32: {d=}"
     assert q.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()
-    assert cos.is_contiguous() and sin.is_contiguous() and scale > 0
+    assert cos.is_contiguous() and sin.is_contiguous() and start.is_contiguous()
+    assert scale > 0 and window != 0 and softcap != 0
     assert q.is_cuda or q.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     rows = t * (heads // n)

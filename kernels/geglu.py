@@ -106,7 +106,7 @@ def geglu(gate_up: Tensor) -> Tensor:
     dim = gate_up.shape[-1] // 2
     assert gate_up.shape[-1] == 2 * dim, f"gate and up must be of one size: {tuple(gate_up.shape)=}"
     if not (gate_up.is_cuda or knobs.runtime.interpret):
-        return geglu_reference(gate_up)
+        return geglu_reference(gate_up).contiguous()
 
     assert gate_up.stride(-1) == 1, "rows must be contiguous"
     rows = gate_up.reshape(-1, 2 * dim)

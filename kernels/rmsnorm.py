@@ -106,7 +106,7 @@ def _like(x: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """Gemma's RMSNorm of the last axis. Falls back to the reference off the GPU."""
     if not (x.is_cuda or knobs.runtime.interpret):
-        return rms_norm_reference(x, weight, eps)
+        return rms_norm_reference(x, weight, eps).contiguous()
     return _launch(x, None, weight, None, eps)[0]
 
 
@@ -117,7 +117,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The residual add, after x's own norm if it has one, and the next RMSNorm: (y, h)."""
     if not (x.is_cuda or knobs.runtime.interpret):
-        return add_rms_norm_reference(x, residual, weight, post_weight, eps)
+        y, h = add_rms_norm_reference(x, residual, weight, post_weight, eps)
+        return y.contiguous(), h.contiguous()
     y, h = _launch(x, residual, weight, post_weight, eps)
     assert h is not None
     return y, h

@@ -139,7 +139,7 @@ def rotary_write(
 
     assert d & (d - 1) == 0, f"head_dim must be a power of two: {d=}"
     assert k.stride(3) == v.stride(3) == keys.stride(3) == values.stride(3) == 1
-    assert cos.is_contiguous() and sin.is_contiguous()
+    assert cos.is_contiguous() and sin.is_contiguous() and start.is_contiguous()
     block = min(triton.next_power_of_2(t), 8)
     _rotary_write_kernel[(triton.cdiv(t, block), n, b)](
         k, v, keys, values, cos, sin, start, norm_weight,

@@ -72,18 +72,24 @@ def hopper(request, monkeypatch):
 
 @pytest.fixture
 def poison_outputs(monkeypatch):
-    """torch.empty gives NaN, so that an element that a kernel does not write is seen."""
-    empty, empty_like = torch.empty, torch.empty_like
+    """torch.empty gives NaN with more behind it: what a kernel leaves out, or passes, is seen."""
+    empty, empty_like, beyond = torch.empty, torch.empty_like, []
 
     def poisoned(make):
         def wrapper(*args, **kwargs):
             out = make(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
+            if not out.is_floating_point():
+                return out
+            whole = empty(out.numel() + 256, dtype=out.dtype, device=out.device)
+            beyond.append(whole.fill_(float("nan"))[out.numel() :])
+            return whole.as_strided(out.shape, out.stride())
 
         return wrapper
 
     monkeypatch.setattr(torch, "empty", poisoned(empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+    yield
+    assert all(x.isnan().all() for x in beyond), "a kernel wrote past the end of its output"
 
 
 @pytest.fixture(scope="session", params=list(CONFIGS))

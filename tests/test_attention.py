@@ -18,10 +18,10 @@ D = 32
 ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def angles(start, t):
+def angles(start, t, d=D):
     positions = start.unsqueeze(1) + torch.arange(t, device=start.device)
-    i = torch.arange(0, D, 2, device=start.device)
-    angle = positions.unsqueeze(2).float() * 100.0 ** (-i / D)
+    i = torch.arange(0, d, 2, device=start.device)
+    angle = positions.unsqueeze(2).float() * 100.0 ** (-i / d)
     return angle.cos(), angle.sin()
 
 
@@ -30,8 +30,8 @@ def turned(x, positions, weight):
     x = x.double()
     if weight is not None:
         x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight.double())
-    i = torch.arange(0, D, 2, device=x.device)
-    angle = (positions.unsqueeze(1).float() * 100.0 ** (-i / D)).double().unsqueeze(1)
+    i, d = torch.arange(0, x.shape[-1], 2, device=x.device), x.shape[-1]
+    angle = (positions.unsqueeze(1).float() * 100.0 ** (-i / d)).double().unsqueeze(1)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()), -1)
 
@@ -62,22 +62,25 @@ def check(
     norm=False,
     spare=0,
     multiple=1,
+    d=D,
     seed=0,
 ):
     """Rows with `past` tokens before t new ones (negative: left padding), through both ops."""
     torch.manual_seed(seed)
     b, start = len(past), torch.tensor(past, dtype=torch.int32, device=device)
     length = max(past) + t
-    slots = window if window and t == 1 and length > window else max(length, 1) + spare
+    slots = max(length, 1) + spare
+    if window:  # as long as it need be, so that it wraps
+        slots = min(slots, window + t - 1)
     slots = -(-slots // multiple) * multiple
-    q_weight, k_weight = (torch.randn(D, device=device) / 2 if norm else None for _ in "qk")
+    q_weight, k_weight = (torch.randn(d, device=device) / 2 if norm else None for _ in "qk")
     # One token more than the rows' whole past: [b, past + t, …] by position.
-    k, v = (torch.randn(b, length, n, x * D, device=device).to(dtype)[..., :D] for x in (1, 2))
+    k, v = (torch.randn(b, length, n, x * d, device=device).to(dtype)[..., :d] for x in (1, 2))
     heads = n * m
-    q = torch.randn(b, t, 3 * heads, D, device=device).to(dtype)[:, :, heads : 2 * heads]
+    q = torch.randn(b, t, 3 * heads, d, device=device).to(dtype)[:, :, heads : 2 * heads]
 
     # What a slot holds before it is written is weighed by zero, and so need only be finite.
-    shape, unwritten = (2, b, slots, n, D), torch.finfo(dtype).max
+    shape, unwritten = (2, b, slots, n, d), torch.finfo(dtype).max
     keys, values = torch.full(shape, unwritten, dtype=dtype, device=device).transpose(2, 3)
     for row, before in enumerate(past):
         for begin in range(0, max(before, 0), max(slots, 1)):
@@ -86,12 +89,12 @@ def check(
             rows = slice(row, row + 1)
             rotary_write(
                 k[rows, part], v[rows, part], keys[rows], values[rows],
-                *angles(at, part.stop - begin), at, k_weight,
+                *angles(at, part.stop - begin, d), at, k_weight,
             )  # fmt: skip
-    cos, sin = angles(start, t)
+    cos, sin = angles(start, t, d)
     # Padding repeats a row's first token.
     columns = start.long().unsqueeze(1) + torch.arange(t, device=device)
-    index = columns.clamp(min=0)[..., None, None].expand(b, t, n, D)
+    index = columns.clamp(min=0)[..., None, None].expand(b, t, n, d)
     new_k, new_v = k.gather(1, index), v.gather(1, index)
     rotary_write(new_k, new_v, keys, values, cos, sin, start, k_weight)
     scale = 0.3
@@ -128,6 +131,7 @@ CASES = {
     "multi-head": {"t": 9, "n": 4},
     "soft cap": {"t": 20, "softcap": 1.5},
     "q and k norm": {"t": 20, "norm": True},
+    "wide heads": {"t": 20, "norm": True, "d": 128},
     "window smaller than a block": {"t": 50, "window": 5},
     "window of one": {"t": 6, "window": 1},
     "window larger than a block": {"t": 80, "window": 40},
@@ -146,20 +150,37 @@ CASES = {
     "long": {"t": 300, "past": (90, 0), "m": 2},
     "long, windowed": {"t": 300, "past": (0, 200), "m": 3, "window": 130},
     "long, padded": {"t": 290, "past": (0, -140), "m": 4, "window": 256, "softcap": 2.0},
+    "chunk in a ring that wraps": {"t": 20, "past": (300, 7), "window": 40, "m": 2},
+    "long chunk in a ring that wraps": {"t": 90, "past": (700, 655), "window": 150, "m": 2},
     "block edges": {"t": 129, "past": (127, 128), "m": 1},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_attention(case, dtype, device):
+def test_attention(case, dtype, device, poison_outputs):
     check(device, dtype, **CASES[case])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_attention_by_descriptors(case, dtype, hopper):
+def test_attention_by_descriptors(case, dtype, hopper, poison_outputs):
     check(hopper, dtype, **{"multiple": 128, **CASES[case]})
+
+
+@pytest.mark.parametrize(("offset", "extra"), [(1, 0), (0, 4)], ids=str)
+def test_rings_that_descriptors_cannot_read(offset, extra, hopper):
+    """Their base or their strides are no multiples of 16 bytes."""
+    size = 2 * 128 * (D + extra)
+    memory = torch.randn(size + 1, device=hopper).half()[offset : size + offset]
+    rings = memory.view(2, 1, 1, 128, D + extra)[..., :D]
+    copies = rings.clone(memory_format=torch.contiguous_format)
+    q = torch.randn(1, 20, 1, D, device=hopper).half()
+    start = torch.zeros(1, dtype=torch.int32, device=hopper)
+    out, expected = (
+        attention(q, *x, *angles(start, 20), start, scale=0.3) for x in (rings, copies)
+    )
+    torch.testing.assert_close(out, expected)
 
 
 def test_descriptors_are_used(hopper, monkeypatch):
@@ -224,11 +245,12 @@ def test_without_a_window_a_query_sees_what_the_ring_holds(device):
     slots, start = 16, torch.tensor([45], dtype=torch.int32, device=device)
     q, keys, values = torch.randn(3, 1, slots, slots, D, device=device)
     turn = angles(start, 1)
-    out, windowed = (
+    out, longer, windowed = (
         attention(q[:, :1], keys, values, *turn, start, scale=0.3, window=window)
-        for window in (None, slots)
+        for window in (None, slots + 9, slots)
     )
     torch.testing.assert_close(out, windowed)
+    torch.testing.assert_close(longer, windowed)
 
 
 def test_keys_that_are_not_seen_do_not_count(device):

@@ -48,7 +48,7 @@ def test_odd_width(device):
 
 GATE_UP_SHAPES = [
     ((1, 64), 32), ((3, 5, 48), 40), ((65, 128), 130), ((129, 72), 64), ((300, 32), 257),
-    ((0, 16), 8),
+    ((0, 16), 8), ((1300, 8), 130), ((40, 20), 24),
 ]  # fmt: skip
 
 
@@ -77,6 +77,15 @@ def test_gate_up_geglu_of_strided_rows(device, poison_outputs):
     expected = oracle(x.double() @ weight.double().T)
     out = gate_up_geglu(x, weight).double()
     torch.testing.assert_close(out, expected, rtol=3e-6, atol=1e-4)  # of numbers to 300
+
+
+def test_gate_up_geglu_of_rows_that_descriptors_cannot_read(hopper):
+    """Not at a multiple of 16 bytes."""
+    x = torch.randn(65 * 32 + 1, device=hopper).half()[1:].view(65, 32)
+    weight = (torch.randn(48, 32, device=hopper) / 6).half()
+    expected = oracle(x.double() @ weight.double().T)
+    out = gate_up_geglu(x, weight).double()
+    torch.testing.assert_close(out, expected, **TOLERANCE[torch.float16])
 
 
 def test_a_weight_that_does_not_fit(device):

@@ -121,6 +121,20 @@ def test_memory_of_windowed_layers_does_not_grow(twins):
     assert cache.nbytes == positions * per_position
 
 
+def test_rings_end_on_whole_blocks(twins):
+    """Or at the window: the attention kernel copies blocks of keys."""
+    for past, tokens, full, windowed in (
+        (0, 5, 128, None), (3, 5, 128, None), (0, 128, 128, 128), (0, 129, 256, 256),
+        (100, 20, 128, 128), (120, 1, 128, None), (128, 1, 256, None),
+    ):  # fmt: skip
+        cache = KVCache(twins.config, 1, 200, dtype=torch.float32)
+        cache.advance(past)
+        for layer in range(twins.config.num_hidden_layers):
+            slots = cache.rings(layer, tokens)[0].shape[2]
+            window = twins.config.window(layer)
+            assert slots == (windowed or window if window else full)
+
+
 def test_a_cache_that_grows_doubles(twins):
     cache = twins.model(twins.prompt(1, 20)).past_key_values
     twins.model(twins.prompt(1, 1), past_key_values=cache)

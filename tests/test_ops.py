@@ -59,6 +59,26 @@ def test_op(op, names, options):
 
 
 @pytest.mark.parametrize(
+    ("op", "names", "options"),
+    [
+        (rms_norm, ("q", "norm_weight"), {}),
+        (add_rms_norm, ("k", "v", "norm_weight"), {}),
+        (add_rms_norm, ("k", "v", "norm_weight", "norm_weight"), {}),
+        (geglu, ("q",), {}),
+        (gate_up_geglu, ("q", "gate_up_proj"), {}),
+        (attention, ATTENTION, {"scale": 0.2}),
+    ],
+    ids=lambda x: getattr(x, "__name__", None) or str(x),
+)
+def test_outputs_are_contiguous_whatever_the_inputs(op, names, options, device):
+    given = {name: x.to(device) for name, x in tensors().items()}
+    for name in ("q", "k", "v"):
+        given[name] = given[name].transpose(1, 2).contiguous().transpose(1, 2)
+    overload = getattr(torch.ops.gemma_fast, op.__name__).default
+    opcheck(overload, tuple(given[name] for name in names), options)
+
+
+@pytest.mark.parametrize(
     ("op", "names"),
     [
         (rms_norm, ("q", "norm_weight")),
