@@ -73,6 +73,8 @@ def test_work_of_a_model_by_hand():
 
 def test_they_run_under_pytest_benchmark(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the kernels themselves, not their references
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark heeds it
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-only"]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
