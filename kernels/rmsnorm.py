@@ -117,8 +117,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The residual add, after x's own norm if it has one, and the next RMSNorm: (y, h)."""
     if not (x.is_cuda or knobs.runtime.interpret):
-        y, h = add_rms_norm_reference(x, residual, weight, post_weight, eps)
-        return y.contiguous(), h.contiguous()
+        normed, total = add_rms_norm_reference(x, residual, weight, post_weight, eps)
+        return normed.contiguous(), total.contiguous()
     y, h = _launch(x, residual, weight, post_weight, eps)
     assert h is not None
     return y, h
