@@ -67,8 +67,8 @@ def compile_launch(kernel, args, kwargs, capability: int):
     options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
     signature, constants, attributes = {}, dict(kwargs), {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        if value is None:
-            signature[name], constants[name] = "constexpr", None
+        if value is None or (isinstance(value, int) and value == 1):  # as the launcher has it
+            signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = type_of(value)
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
