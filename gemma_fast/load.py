@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemma_fast.checkpoint import Checkpoint
 from gemma_fast.config import GemmaConfig
+from gemma_fast.kernels.attention import HEAD_DIMS
 
 
 class RandomCheckpoint(Checkpoint):
@@ -43,8 +44,8 @@ def track_tensors(tensors: Mapping[str, Tensor], label: str) -> Iterable[str]:
 
 def refuse_head_dim(config: GemmaConfig, device: torch.device) -> None:
     d = config.head_dim
-    if device.type == "cuda" and (d < 32 or d & (d - 1)):
-        raise ValueError(f"head_dim={d}: the kernels take a power of two from 32; use device='cpu'")
+    if device.type == "cuda" and d not in HEAD_DIMS:
+        raise ValueError(f"head_dim={d}: the kernels take one of {HEAD_DIMS}; use device='cpu'")
 
 
 def refuse_overflow(config: GemmaConfig, dtype: torch.dtype) -> None:

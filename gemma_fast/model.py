@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -165,19 +164,17 @@ class GemmaForCausalLM(nn.Module):
         eps = self.config.rms_norm_eps
         residual = self.embed(input_ids)
         next_norms = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
-        # Triton launches on the current GPU, whichever its tensors are on.
-        with torch.cuda.device(residual.device) if residual.is_cuda else nullcontext():
-            x = rms_norm(residual, self.layers[0].input_layernorm, eps)
-            for layer, next_norm in zip(self.layers, next_norms, strict=True):
-                x = layer.attend(x, *angles[self.config.layer_types[layer.index]], start, cache)
-                x, residual = add_rms_norm(
-                    x, residual,
-                    layer.pre_feedforward_layernorm, layer.post_attention_layernorm, eps,
-                )  # fmt: skip
-                x = layer.mlp(x)
-                x, residual = add_rms_norm(
-                    x, residual, next_norm, layer.post_feedforward_layernorm, eps
-                )
+        x = rms_norm(residual, self.layers[0].input_layernorm, eps)
+        for layer, next_norm in zip(self.layers, next_norms, strict=True):
+            x = layer.attend(x, *angles[self.config.layer_types[layer.index]], start, cache)
+            x, residual = add_rms_norm(
+                x, residual,
+                layer.pre_feedforward_layernorm, layer.post_attention_layernorm, eps,
+            )  # fmt: skip
+            x = layer.mlp(x)
+            x, residual = add_rms_norm(
+                x, residual, next_norm, layer.post_feedforward_layernorm, eps
+            )
         cache.advance(t)
         return x
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from gemma_fast.kernels._triton import triton
 
@@ -20,8 +22,9 @@ def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable
     fake          gives outputs of the right shape, dtype and strides, with nothing in them
     mutates_args  the names of the tensors that are written in place
 
-    The compiler sees the op as a whole. (It could see through a `triton_op`, which costs 8 µs a
-    call instead of 3, and imports the compiler.) A tensor that requires grad is a ValueError.
+    It runs on the GPU of its first tensor. The compiler sees the op as a whole. (It could see
+    through a `triton_op`, which costs 8 µs a call instead of 3, and imports the compiler.) A tensor
+    that is to be differentiated, backward or forward, is a ValueError.
     """
 
     def register(launcher: F) -> F:
@@ -29,19 +32,27 @@ def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable
         _library.define(name + torch.library.infer_schema(launcher, mutates_args=mutates_args))
         overload = getattr(torch.ops.gemma_fast, name).default
 
-        def refuse_grad(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled():
-                for parameter, value in zip(names, args, strict=False):
-                    if isinstance(value, Tensor) and value.requires_grad:
-                        raise ValueError(
-                            f"{name} has no backward, and {parameter} requires grad: "
-                            "call it under torch.no_grad(), or detach the tensor"
-                        )
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            device = args[0].device
+            if device.type != "cuda" or device.index == torch.cuda.current_device():
+                return launcher(*args, **kwargs)
+            with torch.cuda.device(device):  # Triton launches on the current one
+                return launcher(*args, **kwargs)
+
+        def without_autograd(*args: Any, **kwargs: Any) -> Any:
+            for parameter, value in zip(names, args, strict=False):
+                if isinstance(value, Tensor) and _differentiated(value):
+                    raise ValueError(
+                        f"{name} has no derivative, and {parameter} requires grad: "
+                        "call it under torch.no_grad(), or detach the tensor"
+                    )
+                if parameter in mutates_args:
+                    increment_version(value)  # so that autograd knows, if it saved the tensor
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*args, **kwargs)
 
-        _library.impl(name, launcher, "CompositeExplicitAutograd")
-        _library.impl(name, refuse_grad, "Autograd")
+        _library.impl(name, launch, "CompositeExplicitAutograd")
+        _library.impl(name, without_autograd, "Autograd")
         torch.library.register_fake(f"gemma_fast::{name}", fake, lib=_library)
 
         @functools.wraps(launcher)
@@ -51,6 +62,12 @@ def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable
         return call  # type: ignore[return-value]
 
     return register
+
+
+def _differentiated(x: Tensor) -> bool:
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 class Gpu(NamedTuple):

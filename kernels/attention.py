@@ -16,8 +16,8 @@ returns      :: [b, t, heads, d], q.dtype
 Scores, cap, mask and softmax are in fp32; rotated queries and weights are rounded to q.dtype before
 the products. The m = heads / n query heads of a kv head share its keys: a tile of the kernel is
 tokens x m rows. It goes over the blocks of keys that all its rows see, unmasked, then over those
-that only some see (the diagonal, the window's far edge), and no others. Late tiles, with the most
-to do, start first.
+that only some see (the diagonal, the window's far edge), and no others. Of a kv head's tiles the
+late ones, with the most to do, start first.
 Bound by compute for prompts: FLOPs = 4 * b * heads * d * (visible pairs); by memory for one token:
 bytes = 2 * b * n * positions * d * itemsize. Walk-through step: attention.
 """
@@ -31,6 +31,8 @@ from gemma_fast.kernels._op import Gpu, gpu, op
 from gemma_fast.kernels._triton import TensorDescriptor, knobs, tl, triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
 from gemma_fast.kernels.rotary import rotate, rotate_rows
+
+HEAD_DIMS = (32, 64, 128, 256)  # of those, a tile fits in registers and shared memory
 
 
 def attention_reference(
@@ -159,16 +161,16 @@ def _attention_kernel(
     start = tl.load(start_ptr + batch)
     query = (start + token)[:, None]
 
-    # By way of memory: queries that it computes, Triton keeps in 64 registers a thread, for want of
-    # which Hopper's products run one by one; those that it loads lie in shared memory.
-    text_token = batch.to(tl.int64) * t + token  # int64: times heads * d passes 2**31
+    # By way of memory: loaded queries lie in shared memory, but computed ones Triton would hold in
+    # 64 registers a thread, for want of which ptxas makes Hopper's products wait for each other.
+    batch_token = batch.to(tl.int64) * t + token  # int64: times heads * d passes 2**31
     q_ptr += batch.to(tl.int64) * q_batch_stride
-    q_ptr += (token.to(tl.int64) * q_token_stride + head * q_head_stride)[:, None]
-    out_row = ((text_token * heads + head) * (2 * HALF))[:, None]
-    angle = (text_token * HALF)[:, None]
+    q_row = token.to(tl.int64) * q_token_stride + head.to(tl.int64) * q_head_stride
+    out_row = ((batch_token * heads + head) * (2 * HALF))[:, None]
+    angle = (batch_token * HALF)[:, None]
     rotate_rows(
-        q_ptr, out_ptr + out_row, cos_ptr + angle, sin_ptr + angle, norm_weight_ptr, mask, mask,
-        EPS, HALF, 16, HAS_NORM,
+        q_ptr + q_row[:, None], out_ptr + out_row, cos_ptr + angle, sin_ptr + angle,
+        norm_weight_ptr, mask, mask, EPS, HALF, 16, HAS_NORM,
     )  # fmt: skip
     tl.debug_barrier()
     channel = tl.arange(0, 2 * HALF)[None, :]
@@ -209,7 +211,8 @@ def _attention_kernel(
         )  # fmt: skip
 
     out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
-    # Computed again from a value that the compiler cannot know, or it would keep them all along.
+    # Computed again: kept through the loops, these addresses would spill. `start` is loaded again
+    # so that the compiler cannot know them to be the same.
     row = first_row + tl.load(start_ptr + batch) - start + tl.arange(0, BLOCK_M)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     out_row = (((batch.to(tl.int64) * t + token) * heads + head) * (2 * HALF))[:, None]
@@ -248,18 +251,22 @@ def attention(
     )
     assert heads % n == 0, f"{heads} query heads are not a multiple of {n} kv heads"
     assert cos.shape == sin.shape == (b, t, d // 2) and start.shape == (b,)
+    assert q.dtype == keys.dtype == values.dtype, f"{q.dtype=}, {keys.dtype=}, {values.dtype=}"
+    assert cos.dtype == sin.dtype == torch.float32 and start.dtype == torch.int32
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if not out.numel():
+        return out
     if not (q.is_cuda or knobs.runtime.interpret):
         return attention_reference(
             q, keys, values, cos, sin, start, norm_weight,
             scale=scale, window=window, softcap=softcap, eps=eps,
         )  # fmt: skip
 
-    assert d >= 32 and d & (d - 1) == 0, f"head_dim must be a power of two from 32: {d=}"
+    assert d in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}: {d=}"
     assert q.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()
     assert cos.is_contiguous() and sin.is_contiguous() and start.is_contiguous()
     assert scale > 0 and window != 0 and softcap != 0
     assert q.is_cuda or q.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     rows = t * (heads // n)
     limits = gpu(q.device)
     tile = _tile(rows, n * b, d, q.element_size(), softcap is not None, limits)

@@ -93,8 +93,7 @@ def _rotary_write_kernel(
     norm_weight_ptr,  # [d] | None
     k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride,
-    keys_batch_stride, keys_head_stride, keys_slot_stride,
-    values_batch_stride, values_head_stride, values_slot_stride,
+    batch_stride, head_stride, slot_stride,  # of keys and of values
     t,
     slots,
     EPS: tl.constexpr,
@@ -114,14 +113,13 @@ def _rotary_write_kernel(
     v_ptr += batch * v_batch_stride + head * v_head_stride + token * v_token_stride
     v = tl.load(v_ptr + channel, mask=mask)  # now, and kept or not, so that all loads wait at once
     k_ptr += batch * k_batch_stride + head * k_head_stride + token * k_token_stride
-    keys_ptr += batch * keys_batch_stride + head * keys_head_stride + slot * keys_slot_stride
+    ring = batch * batch_stride + head * head_stride + slot * slot_stride
     angle = (batch * t + token) * HALF
     rotate_rows(
-        k_ptr, keys_ptr, cos_ptr + angle, sin_ptr + angle, norm_weight_ptr, mask, kept,
+        k_ptr, keys_ptr + ring, cos_ptr + angle, sin_ptr + angle, norm_weight_ptr, mask, kept,
         EPS, HALF, HALF, HAS_NORM,
     )  # fmt: skip
-    values_ptr += batch * values_batch_stride + head * values_head_stride
-    tl.store(values_ptr + slot * values_slot_stride + channel, v, mask=kept)
+    tl.store(values_ptr + ring + channel, v, mask=kept)
 
 
 @op(fake=lambda *_: None, mutates_args=("keys", "values"))
@@ -134,16 +132,20 @@ def rotary_write(
     slots = keys.shape[2]
     assert v.shape == k.shape and keys.shape == values.shape == (b, n, slots, d)
     assert cos.shape == sin.shape == (b, t, d // 2) and start.shape == (b,)
+    assert k.dtype == v.dtype == keys.dtype == values.dtype, f"{k.dtype=}, {keys.dtype=}"
+    assert cos.dtype == sin.dtype == torch.float32 and start.dtype == torch.int32
+    if not k.numel():
+        return None
     if not (k.is_cuda or knobs.runtime.interpret):
         return rotary_write_reference(k, v, keys, values, cos, sin, start, norm_weight, eps)
 
     assert d & (d - 1) == 0, f"head_dim must be a power of two: {d=}"
-    assert k.stride(3) == v.stride(3) == keys.stride(3) == values.stride(3) == 1
+    assert k.stride(3) == v.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()
     assert cos.is_contiguous() and sin.is_contiguous() and start.is_contiguous()
     block = min(triton.next_power_of_2(t), 8)
     _rotary_write_kernel[(triton.cdiv(t, block), n, b)](
         k, v, keys, values, cos, sin, start, norm_weight,
-        *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3], t, slots,
+        *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], t, slots,
         EPS=eps, HALF=d // 2, BLOCK=block, HAS_NORM=norm_weight is not None,
         num_warps=4,
     )  # fmt: skip

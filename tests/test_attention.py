@@ -279,6 +279,13 @@ def test_angles_are_exact_far_out(device):
     assert (keys[0, 0, 300] - keys[0, 0, 301]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("device", ["kernel"], indirect=True)
+def test_head_dims(device):
+    q, start = torch.randn(1, 1, 1, 512, device=device), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(AssertionError, match=r"one of \(32, 64, 128, 256\): d=512"):
+        attention(q, q, q, *angles(start.to(device), 1, 512), start.to(device), scale=1.0)
+
+
 def test_wrong_shapes(device):
     q, kv = torch.randn(1, 2, 3, D, device=device), torch.randn(1, 2, 4, D, device=device)
     start = torch.zeros(1, dtype=torch.int32, device=device)

@@ -98,11 +98,45 @@ def test_an_input_that_requires_grad(op, names):
         if name == "start":  # integers have no gradient
             continue
         given[i].requires_grad_()
-        message = f"{op.__name__} has no backward, and {parameters[i]} requires grad"
+        message = f"{op.__name__} has no derivative, and {parameters[i]} requires grad"
         with pytest.raises(ValueError, match=message):
             op(*given, **options)
         with torch.no_grad():
             op(*given, **options)
+
+
+def test_forward_differentiation():
+    x, weight = torch.randn(2, 8), torch.randn(8)
+    with pytest.raises(ValueError, match="rms_norm has no derivative, and x requires grad"):
+        torch.func.jvp(lambda x: rms_norm(x, weight), (x,), (x,))
+
+
+def test_autograd_knows_what_was_overwritten(device):
+    given = {name: x.to(device) for name, x in tensors().items()}
+    weight = torch.ones((), device=device, requires_grad=True)
+    loss = (weight * given["keys"]).sum()
+    rotary_write(*(given[name] for name in ROTARY))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["keys", "cos", "start"])
+def test_wrong_dtypes(name, device):
+    given = {name: x.to(device) for name, x in tensors().items()}
+    given[name] = given[name].double()
+    for op, names in ((rotary_write, ROTARY), (attention, ATTENTION)):
+        options = {"scale": 0.2} if op is attention else {}
+        with pytest.raises(AssertionError):
+            op(*(given[name] for name in names), **options)
+
+
+def test_no_tokens(device):
+    given = {name: x.to(device) for name, x in tensors().items()}
+    for name in ("q", "k", "v", "cos", "sin"):
+        given[name] = given[name][:, :0]
+    rotary_write(*(given[name] for name in ROTARY))
+    out = attention(*(given[name] for name in ATTENTION), scale=0.2)
+    assert out.shape == given["q"].shape
 
 
 def test_the_whole_model_traces_without_a_graph_break(twins):
