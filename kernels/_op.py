@@ -23,7 +23,7 @@ def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable
     mutates_args  the names of the tensors that are written in place
 
     It runs on the GPU of its first tensor. The compiler sees the op as a whole. (It could see
-    through a `triton_op`, which costs 8 µs a call instead of 3, and imports the compiler.) A tensor
+    through a `triton_op`, which costs 8 µs a call instead of 4, and imports the compiler.) A tensor
     that is to be differentiated, backward or forward, is a ValueError.
     """
 

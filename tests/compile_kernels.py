@@ -38,7 +38,7 @@ GPUS = {
 }  # fmt: skip
 TYPES = {
     torch.float32: "fp32",
-    torch.float16: "bf16",  # launched as fp16, since off the GPU bf16 is refused
+    torch.float16: "bf16",  # launched as fp16, since off the GPU bf16 is refused; see `report`
     torch.int32: "i32",
 }
 launches: list[tuple] = []
@@ -88,6 +88,8 @@ def launch_all(dtype: torch.dtype) -> None:
         rmsnorm.add_rms_norm(x, x, weight[:dim], weight[:dim])
     for rows in (1, 512):
         geglu.geglu(torch.zeros(rows, 32768, dtype=dtype))
+        apart = torch.zeros(rows * 2048 + 1, dtype=dtype)[1:].view(rows, 2048)  # no descriptors
+        geglu.gate_up_geglu(apart, torch.zeros(4096, 2048, dtype=dtype))
         geglu.gate_up_geglu(
             torch.zeros(rows, 2048, dtype=dtype), torch.zeros(4096, 2048, dtype=dtype)
         )
@@ -99,11 +101,13 @@ def launch_all(dtype: torch.dtype) -> None:
         (1, 4, 256, 512, None, True),  # Gemma 3 270M and 1B
         (8, 2, 256, 1024, None, True),  # 12B
         (16, 2, 128, None, None, True),  # 27B
+        (1, 4, 64, None, None, False),
+        (1, 4, 32, None, None, False),
     ):
-        for t in (1, 128, 8192):
+        for t, spare in ((1, 0), (128, 0), (128, 8), (8192, 0), (8192, 8)):
             qkv = torch.zeros(1, t, n * m + 2 * n, d, dtype=dtype)
             q, k, v = qkv.split((n * m, n, n), dim=2)
-            keys, values = torch.zeros(2, 1, n, max(t, 128), d, dtype=dtype)
+            keys, values = torch.zeros(2, 1, n, max(t, 128) + spare, d, dtype=dtype)
             cos, sin = torch.zeros(2, 1, t, d // 2)
             start = torch.zeros(1, dtype=torch.int32)
             norm_weight = weight[:d] if norm else None
@@ -134,7 +138,8 @@ def assemble(compiled, capability: int) -> dict:
     }
 
 
-def report(index: int, capability: int) -> str:
+def report(job: tuple[int, str], capability: int) -> str:
+    index, TYPES[torch.float16] = job
     kernel, args, kwargs = launches[index]
     compiled = compile_launch(kernel, args, kwargs, capability)
     ptx = compiled.asm["ptx"]
@@ -147,6 +152,7 @@ def report(index: int, capability: int) -> str:
         "wide_loads": bool(
             re.search(r"ld\.global[.\w:]*\.v4|cp\.async\S* .*, 0x10|cp\.async\.bulk\.tensor", ptx)
         ),
+        "narrow_loads": len(re.findall(r"ld\.global(?!\S*\.v4)\S* ", ptx)),
         "tile_copies": "cp.async.bulk.tensor" in ptx,
         "wgmma": "wgmma" in ptx,
     })  # fmt: skip
@@ -161,10 +167,13 @@ def main(capability: int) -> None:
     knobs.runtime.interpret = True  # CPU tensors take the launch path
     launch_all(torch.float16)
     launch_all(torch.float32)
-    different = {repr((k.__name__, [type_of(a) for a in args], kwargs)): i
-                 for i, (k, args, kwargs) in enumerate(launches)}  # fmt: skip
+    different, first = {}, {}
+    for i, (kernel, args, kwargs) in enumerate(launches):
+        different[repr((kernel.__name__, [type_of(a) for a in args], kwargs))] = i
+        first.setdefault((kernel.__name__, kwargs.get("DESCRIPTORS")), i)
+    jobs = [(i, "bf16") for i in different.values()] + [(i, "fp16") for i in first.values()]
     with get_context("fork").Pool() as pool:  # forked: it has the launches
-        for line in pool.imap(partial(report, capability=capability), different.values()):
+        for line in pool.imap(partial(report, capability=capability), jobs):
             print(line)
 
 
