@@ -8,7 +8,6 @@ from torch import Tensor
 
 from benchmarks.harness import EAGER, OURS, OURS_BY_POINTERS, Call, Suite, by_pointers, compiled
 from benchmarks.machine import Work
-from gemma_fast.kernels import geglu as geglu_file
 from gemma_fast.kernels.geglu import gate_up_geglu, geglu, geglu_reference
 
 
@@ -125,7 +124,7 @@ GATE_UP_GEGLU = Suite(
         "cuBLAS + compiled epilogue": cublas_compiled,
         "cuBLAS + geglu": cublas_geglu,
         "quack": quack_product,
-        OURS_BY_POINTERS: by_pointers(geglu_file, ours),
+        OURS_BY_POINTERS: by_pointers(ours),
         OURS: ours,
     },
 )

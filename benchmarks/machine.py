@@ -37,7 +37,8 @@ class Roof(NamedTuple):
 
 
 def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
-    """A copy of 1 GiB and a product of 8192³ (on a CPU 2048³), random data; medians."""
+    """A copy of 1 GiB and a product of 8192³ (on a CPU 2048³), random data; medians. The product is
+    the best at hand: on a CPU in float32 `linear` is oneDNN's."""
     cuda = device.type == "cuda"
     n = 8192 if cuda else 2048
     source = torch.empty(1 << 27, dtype=torch.int64, device=device).random_()

@@ -71,9 +71,15 @@ def heading(stamp: Mapping[str, Any], roof: Roof | None) -> str:
     where = ", ".join([stamp["gpu"] or stamp["cpu"], *driver, *versions, stamp["dtype"]])
     text = f"{where}; commit {stamp['commit']}, {stamp['date']}."
     if roof:
-        text += f" Roof of this run: copy {_round(roof.copy / 1e9)} GB/s, read + written; "
-        text += f"product {_round(roof.product / 1e12)} TFLOP/s."
+        text += f" Roof of this run: {_rates(roof)}, a copy's bytes read + written."
+    if "roof_at_the_end" in stamp:
+        text += f" At its end: {_rates(Roof(**stamp['roof_at_the_end']))}."
     return text
+
+
+def _rates(roof: Roof) -> str:
+    product = f"product {_round(roof.product / 1e12)} TFLOP/s"
+    return f"copy {_round(roof.copy / 1e9)} GB/s, {product}"
 
 
 def markdown(
@@ -113,10 +119,7 @@ def write(
         if (key := (r.suite, r.size, r.provider)) in factors:
             entry["x_eager"] = factors[key]
         entries.append(entry)
-    roofs = roof and {
-        "copy_GB_per_s": roof.copy / 1e9, "product_TFLOP_per_s": roof.product / 1e12,
-    }  # fmt: skip
-    found = {"stamp": stamp, "roof": roofs, "results": entries}
+    found = {"stamp": stamp, "roof": roof and roof._asdict(), "results": entries}
     text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
     (folder / "results.json").write_text(text, encoding="utf-8")
     table = markdown(stamp, roof, results, about)

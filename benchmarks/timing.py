@@ -68,7 +68,7 @@ def settle(work: Call, seconds: float = SETTLE) -> None:
 
 
 def _forget_capture() -> None:
-    """Some versions leave the generator of random numbers as if the failed capture went on."""
+    """A failed capture may leave the generator of random numbers capturing: randn would raise."""
     torch.cuda.synchronize()
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     generator.graphsafe_set_state(torch.Generator("cuda"))

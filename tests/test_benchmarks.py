@@ -144,12 +144,13 @@ def test_files_of_made_up_results(tmp_path):
         result(OURS, 2e-3, suite="attention", size="a", flops=1e11),
     ]  # fmt: skip
     about = {"rms_norm": "RMSNorm", "attention": "Attention"}
-    report.write(tmp_path, STAMP, ROOF, results, about)
+    stamp = STAMP | {"roof_at_the_end": {"copy": 1.9e12, "product": 9e14}}
+    report.write(tmp_path, stamp, ROOF, results, about)
     plot(tmp_path, ROOF, results, "GPU")
 
     saved = json.loads((tmp_path / "results.json").read_text())
-    assert saved["stamp"] == STAMP
-    assert saved["roof"] == {"copy_GB_per_s": 2000, "product_TFLOP_per_s": 1000}
+    assert saved["stamp"] == stamp
+    assert saved["roof"] == {"copy": 2e12, "product": 1e15}
     assert [x["provider"] for x in saved["results"]] == [r.provider for r in results]
     assert saved["results"][1]["x_eager"] == pytest.approx(2)
     assert saved["results"][2]["graph"] is False
@@ -161,7 +162,10 @@ def test_files_of_made_up_results(tmp_path):
     assert "| quack \\* | 50.0 µs" in text and report.FOOTNOTE in text
     assert "| liger | not installed: No module named 'liger_kernel' |" in text
     assert "## attention" in text and report.NOTHING not in text
-    assert "commit abc" in text and "copy 2000 GB/s" in text and "quack-kernels 0.6" in text
+    assert "commit abc" in text and "copy 2000 GB/s, product 1000 TFLOP/s" in text
+    assert (
+        "At its end: copy 1900 GB/s, product 900 TFLOP/s." in text and "quack-kernels 0.6" in text
+    )
     for name in ("speedup.png", "roofline.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) <= 8
