@@ -92,9 +92,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weightᵀ: [..., in], [out, in] → [..., out].
 
     On the CPU in float32 it is oneDNN's product, as Inductor calls it: F.linear takes MKL's, which
-    reads weights 2.6 times slower on an AMD processor (benchmarks/LOG.md).
+    reads weights 2.6 times slower on an AMD processor (benchmarks/LOG.md). Inductor itself cannot
+    compile that call.
     """
-    if HAS_ONEDNN and x.is_cpu and x.dtype == torch.float32:
+    eager = HAS_ONEDNN and not torch.compiler.is_compiling()
+    if eager and x.is_cpu and x.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 

@@ -1,10 +1,12 @@
 """Each kernel's op under torch.library.opcheck: schema, fake tensors, symbolic shapes."""
 
 import inspect
+import shutil
 
 import pytest
 import torch
 from torch.library import opcheck
+from twins import CONFIGS, random_model
 
 from gemma_fast.cache import KVCache
 from gemma_fast.kernels.attention import attention
@@ -139,14 +141,23 @@ def test_no_tokens(device):
     assert out.shape == given["q"].shape
 
 
-def test_the_whole_model_traces_without_a_graph_break(twins):
-    model, ids = twins.model, twins.prompt(2, 12)
+def check_compiled(model, backend):
+    ids = torch.randint(3, model.config.vocab_size, (2, 12))
 
     def step(ids, cache):
         return model.logits(model.hidden_states(ids, cache))
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
     with torch.no_grad():
-        logits = compiled(ids, KVCache(twins.config, 2, 12, dtype=torch.float32))
+        logits = compiled(ids, KVCache(model.config, 2, 12, dtype=torch.float32))
     torch.testing.assert_close(logits, model(ids).logits)
+
+
+def test_the_whole_model_traces_without_a_graph_break(twins):
+    check_compiled(twins.model, "aot_eager")
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
+def test_inductor_compiles_the_whole_model():
+    check_compiled(random_model(CONFIGS["gemma3-mqa"]), "inductor")
