@@ -141,7 +141,7 @@ class KVCache:
         past = min(self.length, slots - 1)
         b, n, _, d = keys.shape
         shape = b, n, _whole_blocks(past + tokens), d
-        longer = keys.new_zeros(shape), values.new_zeros(shape)  # padding's slots stay as they are
+        longer = keys.new_zeros(shape), values.new_zeros(shape)  # finite: see _allocate
         positions = self._positions(-past, 0)
         _move(keys, longer[0], positions)
         _move(values, longer[1], positions)
