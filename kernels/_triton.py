@@ -14,8 +14,8 @@ except ModuleNotFoundError:
         def __getattr__(self, name):  # tl.constexpr, knobs.runtime
             return self
 
-        def __call__(self, function):  # triton.jit
-            return function
+        def __call__(self, function=None, **options):  # triton.jit, with and without options
+            return function or self
 
         def __bool__(self):  # knobs.runtime.interpret
             return False

@@ -87,7 +87,7 @@ def _load(
 
 
 @triton.jit
-def _attend(
+def attend(
     q, out, row_max, row_sum, query,
     keys, values, slot_stride, slots, batch, kv_head,
     block, begin, end,
@@ -127,7 +127,7 @@ def _attend(
     return out, new_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t", "slots"])
 def _attention_kernel(
     q_ptr,  # [b, t, n * GROUP, d]
     keys,  # [b, n, slots, d]: a tensor descriptor if DESCRIPTORS, else a pointer
@@ -196,7 +196,7 @@ def _attention_kernel(
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see nothing at all
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for block in range(whole_begin, whole_end, BLOCK_N):
-        out, row_max, row_sum = _attend(
+        out, row_max, row_sum = attend(
             q, out, row_max, row_sum, query,
             keys, values, slot_stride, slots, batch, kv_head,
             block, begin, end, False, SCALE, SOFTCAP, WINDOW, BLOCK_N, 2 * HALF, DESCRIPTORS,
@@ -204,7 +204,7 @@ def _attention_kernel(
     before, after = tl.minimum(whole_begin, end) - first, tl.maximum(end - whole_end, 0)
     for i in range(0, before + after, BLOCK_N):
         block = tl.where(i < before, first + i, whole_end + i - before)
-        out, row_max, row_sum = _attend(
+        out, row_max, row_sum = attend(
             q, out, row_max, row_sum, query,
             keys, values, slot_stride, slots, batch, kv_head,
             block, begin, end, True, SCALE, SOFTCAP, WINDOW, BLOCK_N, 2 * HALF, DESCRIPTORS,

@@ -34,7 +34,7 @@ def gate_up_geglu_reference(x: Tensor, gate_up_proj: Tensor) -> Tensor:
 
 
 @triton.jit
-def _geglu(gate, up):
+def geglu_tile(gate, up):
     z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
     return gate * tl.sigmoid(2 * z) * up  # (1 + tanh(z)) / 2 == sigmoid(2 z)
 
@@ -54,10 +54,10 @@ def _geglu_kernel(
     gate_ptr = gate_up_ptr + row * gate_up_row_stride
     gate = tl.load(gate_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + DIM + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * DIM + cols, _geglu(gate, up), mask=mask)
+    tl.store(out_ptr + row * DIM + cols, geglu_tile(gate, up), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gate_up_geglu_kernel(
     x,  # [rows, HIDDEN], contiguous: a tensor descriptor if DESCRIPTORS, else a pointer
     gate_up_proj,  # [2, DIM, HIDDEN], like x
@@ -97,7 +97,7 @@ def _gate_up_geglu_kernel(
             gate_up = tl.dot(a, b.T, gate_up, input_precision="ieee")
         gate, up = gate_up.reshape([BLOCK_M, 2, BLOCK_N]).permute(0, 2, 1).split()
         out = out_ptr + m.to(tl.int64)[:, None] * DIM + n[None, :]
-        tl.store(out, _geglu(gate, up), mask=(m < rows)[:, None] & (n < DIM)[None, :])
+        tl.store(out, geglu_tile(gate, up), mask=(m < rows)[:, None] & (n < DIM)[None, :])
 
 
 @op(fake=lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2))

@@ -81,7 +81,7 @@ def rotate_rows(
         tl.store(out_ptr + HALF + i + chunk, x2 * cos + x1 * sin, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t", "slots"])
 def _rotary_write_kernel(
     k_ptr,  # [b, t, n, d]
     v_ptr,  # [b, t, n, d]

@@ -8,10 +8,12 @@ own, because in the tests' the interpreter has taken the compiler's place.
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,7 +26,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gemma_fast.kernels import attention, geglu, rmsnorm, rotary
+from gemma_fast.config import PRESETS, GemmaConfig
+from gemma_fast.kernels import (
+    attention,
+    choose,
+    decode_attention,
+    embed,
+    geglu,
+    lm_head,
+    matvec,
+    rmsnorm,
+    rotary,
+)
 from gemma_fast.kernels._op import Gpu
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -40,7 +53,14 @@ TYPES = {
     torch.float32: "fp32",
     torch.float16: "bf16",  # launched as fp16, since off the GPU bf16 is refused; see `report`
     torch.int32: "i32",
+    torch.int64: "i64",
 }
+MODULES = (
+    attention, choose, decode_attention, embed, geglu, lm_head, matvec, rmsnorm, rotary
+)  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")  # of the compiler, not of the kernel
+LOAD = re.compile(r"ld\.global\S* ")
+NARROW_LOAD = re.compile(r"ld\.global(?!\S*\.v4)\S* ")
 launches: list[tuple] = []
 
 
@@ -62,24 +82,75 @@ def type_of(value) -> str:
     return "constexpr" if value is None else "i32"
 
 
-def compile_launch(kernel, args, kwargs, capability: int):
-    kwargs = dict(kwargs)
-    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+def specialised(kernel, args, kwargs) -> tuple[dict, dict, dict]:
+    """Signature, constants and attributes that Triton's launcher would compile a kernel for."""
     signature, constants, attributes = {}, dict(kwargs), {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):  # as the launcher has it
+    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
+        name, is_int = parameter.name, isinstance(value, int)
+        if value is None or (is_int and value == 1 and not parameter.do_not_specialize):
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = type_of(value)
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        divisible = is_int and value % 16 == 0 and not parameter.do_not_specialize
+        if divisible or (isinstance(value, Tensor) and value.data_ptr() % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(kwargs, "constexpr")
-    source = ASTSource(kernel, signature, constants, attributes)
+    return signature | dict.fromkeys(kwargs, "constexpr"), constants, attributes
+
+
+def compile_launch(kernel, args, kwargs, capability: int):
+    kwargs = dict(kwargs)
+    options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
+    source = ASTSource(kernel, *specialised(kernel, args, kwargs))
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def launch_all(dtype: torch.dtype) -> None:
     """Calls each op with the shapes of Gemma 1, 2 and 3, for prompts and for one token."""
+    launch_prompts(dtype)
+    memory = torch.empty(256_000 * 2304, dtype=dtype)  # never touched
+
+    def blank(*shape: int) -> Tensor:
+        return memory[: math.prod(shape)].view(shape)
+
+    for name in ("gemma-2b", "gemma-2-2b", "gemma-3-270m")[2 * (dtype == torch.float32) :]:
+        for batch in (1, 8):
+            launch_step(PRESETS[name], batch, blank)
+
+
+def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -> None:
+    """The kernels of a decode step."""
+    dim, ffn, d = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, n = config.num_attention_heads, config.num_key_value_heads
+    x, norm, vocab = blank(batch, dim), blank(dim), blank(config.vocab_size, dim)
+    post_norm = norm if config.post_norms else None
+    token, position = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, dtype=torch.int32)
+    arrived, drawn = torch.zeros(64, dtype=torch.int32), (torch.ones(1), torch.ones(1).long())
+    embed.embed(token.unsqueeze(1), vocab, dim**0.5, prefetch=True)
+    for out, geglu_too in (((heads + 2 * n) * d, False), (2 * ffn, True)):
+        matvec.norm_linear(
+            x, x, norm, post_norm, blank(out, dim), geglu=geglu_too, prefetch=True
+        )  # fmt: skip
+    for columns in (heads * d, ffn):
+        matvec.linear(blank(batch, columns), blank(dim, columns), prefetch=True)
+    for choice in ((), drawn):
+        lm_head.next_token(
+            x, x, norm, post_norm, vocab, position, token, arrived, *choice,
+            softcap=config.final_logit_softcapping, prefetch=True,
+        )  # fmt: skip
+        choose.choose_token(
+            torch.zeros(batch, config.vocab_size), position, token, arrived, *choice
+        )
+    qk_norm = blank(d) if config.qk_norm else None
+    for slots in (512, 8192):
+        ring = blank(batch, n, slots, d)
+        decode_attention.decode_attention(
+            blank(batch, heads + 2 * n, d), ring, ring, *torch.zeros(2, slots, d // 2), position,
+            arrived, qk_norm, qk_norm, scale=1.0, window=config.window(0),
+            softcap=config.attn_logit_softcapping, prefetch=True,
+        )  # fmt: skip
+
+
+def launch_prompts(dtype: torch.dtype) -> None:
     weight = torch.zeros(5376, dtype=dtype)
     for dim in (640, 2048, 2304, 3072, 5376):
         x = torch.zeros(2, dim, dtype=dtype)
@@ -104,7 +175,7 @@ def launch_all(dtype: torch.dtype) -> None:
         (1, 4, 64, None, None, False),
         (1, 4, 32, None, None, False),
     ):
-        for t, spare in ((1, 0), (128, 0), (128, 8), (8192, 0), (8192, 8)):
+        for t, spare in ((2, 0), (128, 0), (128, 8), (8192, 0), (8192, 8)):
             qkv = torch.zeros(1, t, n * m + 2 * n, d, dtype=dtype)
             q, k, v = qkv.split((n * m, n, n), dim=2)
             keys, values = torch.zeros(2, 1, n, max(t, 128) + spare, d, dtype=dtype)
@@ -143,6 +214,7 @@ def report(job: tuple[int, str], capability: int) -> str:
     kernel, args, kwargs = launches[index]
     compiled = compile_launch(kernel, args, kwargs, capability)
     ptx = compiled.asm["ptx"]
+    before_wait, wait, _ = ptx.partition("griddepcontrol.wait")
     return json.dumps({
         "kernel": kernel.__name__,
         "types": [type_of(arg) for arg in args],
@@ -152,19 +224,25 @@ def report(job: tuple[int, str], capability: int) -> str:
         "wide_loads": bool(
             re.search(r"ld\.global[.\w:]*\.v4|cp\.async\S* .*, 0x10|cp\.async\.bulk\.tensor", ptx)
         ),
-        "narrow_loads": len(re.findall(r"ld\.global(?!\S*\.v4)\S* ", ptx)),
+        "narrow_loads": len(NARROW_LOAD.findall(ptx)),
+        "loads_before_wait": len(LOAD.findall(before_wait)) if wait else None,
         "tile_copies": "cp.async.bulk.tensor" in ptx,
         "wgmma": "wgmma" in ptx,
     })  # fmt: skip
 
 
-def main(capability: int) -> None:
-    for module in (attention, geglu, rmsnorm, rotary):
-        module.gpu = lambda device: GPUS[capability]
+def record_launches(on: Gpu) -> None:
+    """Ops note what they would launch on such a GPU, and launch nothing."""
+    for module in MODULES:
+        module.gpu = lambda device: on
         for name, value in vars(module).copy().items():
             if name.endswith("_kernel"):
                 setattr(module, name, Recorder(value))
     knobs.runtime.interpret = True  # CPU tensors take the launch path
+
+
+def main(capability: int) -> None:
+    record_launches(GPUS[capability])
     launch_all(torch.float16)
     launch_all(torch.float32)
     different, first = {}, {}

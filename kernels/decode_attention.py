@@ -1,0 +1,249 @@
+"""Attention of one new token a sequence over the cache, into which its K and V are written.
+
+    q, k = rotate(rms_norm(q)), rotate(rms_norm(k));  slot = position % slots
+    keys[:, :, slot] = k;  values[:, :, slot] = v
+    out = softmax(cap(scale * q @ keysᵀ)) @ values, over the visible keys
+
+qkv          :: [b, n * m + 2 * n, d], bf16 | fp16 | fp32: query heads, then keys, then values
+keys, values :: [b, n, slots, d], qkv.dtype, K rotated: the whole ring, written in place; slot
+                `p % slots` holds position p. An unused slot holds finite numbers.
+cos, sin     :: [positions, d / 2], fp32: row p is of position p
+position     :: [b], int32, of the new token. Below zero: padding, its output 0, nothing written
+arrived      :: [at least b * n], int32, zeros, and left so: counts programs
+q_norm, k_norm :: [d] or None: no norm (Gemma 3 normalises q and k before it rotates them)
+window       :: the token sees the keys position - window + 1 … position; None: all in the ring
+prefetch     :: start while the kernel before still runs, where the GPU can (programmatic dependent
+                launch): then position, cos, sin and norms must be older than that kernel
+returns      :: [b, n * m, d], qkv.dtype
+
+Numerics as in attention.py; partial results are in fp32, joined in a fixed order. A kv head's keys
+are dealt out to programs, whose tile has its m query heads as rows; the last to be done joins all.
+Their shares are computed on the GPU, from position, so that a CUDA graph holds for every position.
+Bound by memory: bytes = 2 * b * n * visible keys * d * itemsize. Walk-through step: attention.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gemma_fast.kernels._op import Gpu, gpu, op
+from gemma_fast.kernels._triton import knobs, tl, triton
+from gemma_fast.kernels.attention import HEAD_DIMS, attend, attention_reference
+from gemma_fast.kernels.rotary import rotary_write_reference
+
+
+def decode_attention_reference(
+    qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, *, scale: float,
+    window: int | None = None, softcap: float | None = None, eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    b, heads, _ = qkv.shape
+    n, slots = keys.shape[1:3]
+    q, k, v = qkv.unsqueeze(1).split((heads - 2 * n, n, n), dim=2)  # [b, 1, heads, d]
+    cos, sin = (x[position.clamp(min=0).long()].unsqueeze(1) for x in (cos, sin))  # [b, 1, d / 2]
+    slot = torch.arange(b, device=qkv.device), slice(None), position.long() % slots
+    before = keys[slot], values[slot]  # copies: padding is not to be written
+    rotary_write_reference(k, v, keys, values, cos, sin, position, k_norm, eps)
+    for ring, old in zip((keys, values), before, strict=True):
+        ring[slot] = torch.where((position < 0)[:, None, None], old, ring[slot])
+    return attention_reference(
+        q, keys, values, cos, sin, position, q_norm,
+        scale=scale, window=window, softcap=softcap, eps=eps,
+    ).squeeze(1)  # fmt: skip
+
+
+@triton.jit
+def _combine(
+    partial_ptr,  # [splits, GROUP, D]
+    stats_ptr,  # [splits, 2, GROUP]: maxima and sums
+    out_ptr,  # [GROUP, D]
+    active,  # of the splits
+    GROUP: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr,  # GROUP rounded up to a power of two
+    CHUNK: tl.constexpr,  # splits at a time: what registers can hold
+):  # fmt: skip
+    row, channel = tl.arange(0, ROWS), tl.arange(0, D)
+    out = tl.zeros([ROWS, D], tl.float32)
+    row_max = tl.full([ROWS], -1e30, tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    for first in range(0, active, CHUNK):
+        split = first + tl.arange(0, CHUNK)[:, None]
+        mask = (split < active) & (row < GROUP)[None, :]  # [CHUNK, ROWS]
+        stats = stats_ptr + split * (2 * GROUP) + row[None, :]
+        part_row = ((split * GROUP + row[None, :]) * D)[:, :, None]
+        part = tl.load(partial_ptr + part_row + channel[None, None, :], mask[:, :, None], other=0.0)
+        part_max = tl.load(stats, mask, other=-1e30)
+        part_sum = tl.load(stats + GROUP, mask, other=0.0)
+
+        new_max = tl.maximum(row_max, tl.max(part_max, axis=0))
+        weights = tl.exp2(part_max - new_max[None, :])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(weights * part_sum, axis=0)
+        out = out * rescale[:, None] + tl.sum(weights[:, :, None] * part, axis=0)
+        row_max = new_max
+    out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]  # 0: rows beyond GROUP
+    tl.store(out_ptr + row[:, None] * D + channel[None, :], out, mask=(row < GROUP)[:, None])
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _decode_attention_kernel(
+    qkv_ptr,  # [b, n * GROUP + 2 * n, d]
+    keys_ptr, values_ptr,  # [b, n, slots, d]
+    cos_ptr, sin_ptr,  # [positions, HALF], contiguous
+    position_ptr,  # [b]
+    arrived_ptr,  # [b * n]
+    q_norm_ptr, k_norm_ptr,  # [d] | None
+    partial_ptr,  # [b, n, splits, GROUP, d], contiguous
+    stats_ptr,  # [b, n, splits, 2, GROUP], contiguous
+    out_ptr,  # [b, n * GROUP, d], contiguous
+    qkv_batch_stride, qkv_head_stride,
+    batch_stride, kv_head_stride, slot_stride,  # of keys and of values
+    slots,
+    SCALE: tl.constexpr, EPS: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,  # 0: none
+    HAS_NORM: tl.constexpr, PREFETCH: tl.constexpr,
+    GROUP: tl.constexpr, HALF: tl.constexpr,  # query heads per kv head; d / 2
+    BLOCK_M: tl.constexpr,  # rows: GROUP query heads and the new key
+    BLOCK_N: tl.constexpr,  # keys
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    D: tl.constexpr = 2 * HALF
+    kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    split, splits, n = tl.program_id(0), tl.num_programs(0), tl.num_programs(1)
+    position = tl.load(position_ptr + batch)
+    end = position + 1
+    begin = tl.maximum(end - (tl.minimum(slots, WINDOW) if WINDOW > 0 else slots), 0)
+    blocks = tl.maximum(tl.cdiv(end - begin, BLOCK_N), 1)  # one for padding, too: it stores zeros
+    blocks_per_split = tl.cdiv(blocks, splits)
+    active = tl.cdiv(blocks, blocks_per_split)
+    if split >= active:
+        return
+
+    # The new key is a row of the queries' tile: it is turned as they are, and its scores are lost.
+    row = tl.arange(0, BLOCK_M)[:, None]
+    channel, half = tl.arange(0, D)[None, :], tl.arange(0, HALF)[None, :]
+    mask, is_query = row <= GROUP, row < GROUP
+    angle = tl.maximum(position, 0).to(tl.int64) * HALF + half
+    cos, sin = tl.load(cos_ptr + angle), tl.load(sin_ptr + angle)
+    if HAS_NORM:
+        q_norm_ptr, k_norm_ptr = q_norm_ptr + half, k_norm_ptr + half
+        weight1 = tl.where(is_query, tl.load(q_norm_ptr), tl.load(k_norm_ptr))
+        weight2 = tl.where(is_query, tl.load(q_norm_ptr + HALF), tl.load(k_norm_ptr + HALF))
+    if PREFETCH:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+    qkv_ptr += batch * qkv_batch_stride
+    head = tl.where(is_query, kv_head * GROUP + row, n * GROUP + kv_head)
+    x_ptr = qkv_ptr + head * qkv_head_stride + half
+    x1 = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(qkv_ptr + (n * GROUP + n + kv_head) * qkv_head_stride + channel)
+    if HAS_NORM:
+        inv_rms = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / D + EPS)
+        x1 *= inv_rms * (1 + weight1.to(tl.float32))
+        x2 *= inv_rms * (1 + weight2.to(tl.float32))
+    q = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin).permute(0, 2, 1).reshape(BLOCK_M, D)
+    q = q.to(qkv_ptr.dtype.element_ty)
+
+    keys_ptr += batch * batch_stride + kv_head * kv_head_stride
+    values_ptr += batch * batch_stride + kv_head * kv_head_stride
+    slot = (position % slots).to(tl.int64) * slot_stride
+    newest = (split == active - 1) & (position >= 0)
+    tl.store(keys_ptr + slot + 0 * row + channel, q, mask=(row == GROUP) & newest)
+    tl.store(values_ptr + slot + channel, v, mask=newest)
+    tl.debug_barrier()  # this program, and no other, reads them now
+
+    out = tl.zeros([BLOCK_M, D], tl.float32)
+    row_max = tl.full([BLOCK_M], -1e30, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    first = begin + split * blocks_per_split * BLOCK_N
+    for block in range(first, tl.minimum(first + blocks_per_split * BLOCK_N, end), BLOCK_N):
+        out, row_max, row_sum = attend(
+            q, out, row_max, row_sum, position, keys_ptr, values_ptr, slot_stride, slots, 0, 0,
+            block, begin, end, True, SCALE, SOFTCAP, 0, BLOCK_N, D, False,
+        )  # fmt: skip
+
+    pair = batch * n + kv_head
+    out_ptr += pair * (GROUP * D)
+    cell = row * D + channel
+    if active == 1:
+        out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+        tl.store(out_ptr + cell, out, mask=is_query)
+    else:
+        partial_ptr += pair * splits * (GROUP * D)
+        stats_ptr += pair * splits * (2 * GROUP)
+        tl.store(partial_ptr + split * (GROUP * D) + cell, out, mask=is_query)
+        stats = stats_ptr + split * (2 * GROUP) + row
+        tl.store(stats, row_max[:, None], mask=is_query)
+        tl.store(stats + GROUP, row_sum[:, None], mask=is_query)
+        tl.debug_barrier()  # all threads have stored: one of them announces it
+        before = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel", scope="gpu")
+        if before == active - 1:
+            _combine(partial_ptr, stats_ptr, out_ptr, active, GROUP, D, ROWS, CHUNK)
+            tl.store(arrived_ptr + pair, 0)
+
+
+def _tile(group: int, d: int, itemsize: int, gpu: Gpu) -> dict[str, int]:
+    """Of a program: rows, keys and warps; rows and splits that it joins at a time."""
+    rows, num_warps = triton.next_power_of_2(group), 8 if d * itemsize >= 512 else 4
+    block_n = 16 if itemsize == 4 else 32 if d == 256 and gpu.shared_memory < 160_000 else 64
+    chunk = min(max(num_warps * 2048 // (rows * d), 1), 16)  # 64 registers a thread
+    tile = {"BLOCK_M": max(16, triton.next_power_of_2(group + 1)), "BLOCK_N": block_n}
+    return tile | {"ROWS": rows, "CHUNK": chunk, "num_warps": num_warps}
+
+
+@op(
+    fake=lambda qkv, keys, *_, **__: qkv.new_empty(
+        qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1], qkv.shape[2]
+    ),
+    mutates_args=("keys", "values", "arrived"),
+)
+def decode_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor,
+    arrived: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None, *, scale: float,
+    window: int | None = None, softcap: float | None = None, eps: float = 1e-6,
+    prefetch: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention of one new token a sequence, which joins the cache. Off the GPU, the reference."""
+    n, slots = keys.shape[1:3]
+    b, heads, d = qkv.shape[0], qkv.shape[1] - 2 * n, qkv.shape[2]
+    assert keys.shape == values.shape == (b, n, slots, d), f"{tuple(keys.shape)=}, {qkv.shape=}"
+    assert heads > 0 and heads % n == 0, f"{heads} query heads are not a multiple of {n} kv heads"
+    assert cos.shape == sin.shape == (cos.shape[0], d // 2) and position.shape == (b,)
+    assert qkv.dtype == keys.dtype == values.dtype, f"{qkv.dtype=}, {keys.dtype=}, {values.dtype=}"
+    assert cos.dtype == sin.dtype == torch.float32
+    assert position.dtype == arrived.dtype == torch.int32 and arrived.numel() >= b * n
+    assert (q_norm is None) == (k_norm is None), "norm q and k, or neither"
+    out = torch.empty(b, heads, d, dtype=qkv.dtype, device=qkv.device)
+    if not out.numel():
+        return out
+    if not (qkv.is_cuda or knobs.runtime.interpret):
+        used = min(max(int(position.max()) + 1, 1), slots)  # until it wraps, a ring is its begin
+        return decode_attention_reference(
+            qkv, keys[:, :, :used], values[:, :, :used], cos, sin, position, q_norm, k_norm,
+            scale=scale, window=window, softcap=softcap, eps=eps,
+        )  # fmt: skip
+
+    assert d in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}: {d=}"
+    assert qkv.stride(2) == keys.stride(3) == 1 and keys.stride() == values.stride()
+    assert all(x.is_contiguous() for x in (cos, sin, position, arrived))
+    assert scale > 0 and window != 0 and softcap != 0
+    assert qkv.is_cuda or qkv.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
+    limits, visible = gpu(qkv.device), min(slots, window or slots)
+    tile = _tile(heads // n, d, qkv.element_size(), limits)
+    # To join a split takes about as long as eight of its keys: the sum of both is least near this.
+    best, room = round(math.sqrt(visible / 8)), triton.cdiv(2 * limits.multiprocessors, b * n)
+    splits = max(1, min(best, room, triton.cdiv(visible, tile["BLOCK_N"])))
+    partial = torch.empty(b, n, splits, heads // n, d, dtype=torch.float32, device=qkv.device)
+    stats = torch.empty(b, n, splits, 2, heads // n, dtype=torch.float32, device=qkv.device)
+    prefetch = prefetch and limits.capability >= 90
+    _decode_attention_kernel[(splits, n, b)](
+        qkv, keys, values, cos, sin, position, arrived, q_norm, k_norm, partial, stats, out,
+        *qkv.stride()[:2], *keys.stride()[:3], slots,
+        SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,
+        HAS_NORM=q_norm is not None, GROUP=heads // n, HALF=d // 2, PREFETCH=prefetch,
+        **tile, num_stages=3, **({"launch_pdl": True} if prefetch else {}),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,71 @@
+"""Embedding: rows of the table, scaled.
+
+    y = weight[ids] * scale
+
+ids    :: [b, t], int64; below zero, a token that was refused: row 0
+weight :: [vocab, dim], bf16 | fp16 | fp32
+y      :: [b, t, dim], weight.dtype
+
+Gemma's scale, sqrt(dim), is rounded to the weight's dtype before it multiplies, and so is scale
+here; the product is rounded once.
+Bound by memory: bytes = 2 * y.numel() * itemsize. Walk-through step: embed.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemma_fast.kernels._op import gpu, op
+from gemma_fast.kernels._triton import knobs, tl, triton
+from gemma_fast.kernels.matvec import wait_for_kernel_ahead
+
+
+def embed_reference(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
+    return F.embedding(ids.clamp(min=0), weight) * torch.tensor(scale, dtype=weight.dtype)
+
+
+@triton.jit
+def _embed_kernel(
+    ids_ptr,  # [tokens]
+    weight_ptr,  # [vocab, DIM]
+    out_ptr,  # [tokens, DIM]
+    SCALE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_kernel_ahead(PREFETCH)
+    row = tl.maximum(tl.load(ids_ptr + token), 0)
+    hidden = tl.load(weight_ptr + row * DIM + cols, mask=cols < DIM).to(tl.float32) * SCALE
+    tl.store(out_ptr + token * DIM + cols, hidden, mask=cols < DIM)
+
+
+@functools.cache
+def _rounded(scale: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(scale, dtype=dtype))
+
+
+@op(fake=lambda ids, weight, *_, **__: weight.new_empty(*ids.shape, weight.shape[1]))
+def embed(ids: Tensor, weight: Tensor, scale: float, *, prefetch: bool = False) -> Tensor:
+    """The scaled rows of ids, contiguous. Off the GPU, the reference.
+
+    prefetch: this may be launched while the kernel ahead, which wrote ids, still runs.
+    """
+    assert ids.dtype == torch.int64 and weight.is_contiguous()
+    if not (weight.is_cuda or knobs.runtime.interpret):
+        return embed_reference(ids, weight, scale)
+    ids, dim = ids.contiguous(), weight.shape[1]
+    out = torch.empty(*ids.shape, dim, dtype=weight.dtype, device=weight.device)
+    block = min(triton.next_power_of_2(dim), 1024)
+    overlap = prefetch and gpu(weight.device).capability >= 90
+    if out.numel():
+        _embed_kernel[(ids.numel(), triton.cdiv(dim, block))](
+            ids, weight, out,
+            SCALE=_rounded(scale, weight.dtype), DIM=dim, BLOCK=block,
+            PREFETCH=overlap, num_warps=4, **({"launch_pdl": True} if overlap else {}),
+        )  # fmt: skip
+    return out

@@ -1,0 +1,169 @@
+"""The next token in one launch: last norm, product with the tied embedding, soft cap, choice.
+
+    logits = cap(norm_linear(x, residual, norm_weight, post_norm_weight, weight)), see matvec.py
+    cap(l) = softcap * tanh(l / softcap);   token = choose_token(logits, …), see choose.py
+
+x, residual      :: [b, dim], bf16 | fp16 | fp32; residual and norm weights as in norm_linear
+weight           :: [vocab, dim], x.dtype
+position, token, arrived, temperature, seed: as in choose_token
+
+Up to MAX_ROWS rows, logits are in fp32 and never written: each program keeps its best token of
+each row, and the last one to be done compares them. Above, logits are rounded to x.dtype.
+Bound by memory: bytes = weight.numel() * itemsize. Walk-through steps: last norm, lm_head, choose.
+"""
+
+import torch
+from torch import Tensor
+
+from gemma_fast.kernels._op import gpu, op
+from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels.choose import (
+    PARTIALS,
+    best_of,
+    check_choice,
+    choose_token,
+    choose_token_reference,
+    compare,
+    partials,
+    scores_of,
+)
+from gemma_fast.kernels.matvec import (
+    is_matvec,
+    load_weight,
+    norm_linear,
+    norm_scales,
+    product,
+    tile,
+    wait_for_kernel_ahead,
+)
+
+# Of the weight, for a program with one row: its norm and its part in comparing then cost little.
+BYTES = 131_072
+
+
+def _cap(logits: Tensor, softcap: float | None) -> Tensor:
+    """In fp32; what is not finite stays as it is."""
+    logits = logits.float()
+    if softcap is None:
+        return logits
+    return torch.where(logits.isfinite(), softcap * torch.tanh(logits / softcap), logits)
+
+
+def next_token_reference(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, post_norm_weight: Tensor | None,
+    weight: Tensor, position: Tensor, temperature: Tensor | None = None,
+    seed: Tensor | None = None, *, softcap: float | None = None, eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    logits, _ = norm_linear(x, residual, norm_weight, post_norm_weight, weight, eps=eps)
+    return choose_token_reference(_cap(logits, softcap), position, temperature, seed)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _next_token_kernel(
+    x_ptr,  # [rows, DIM]
+    residual_ptr,  # [rows, DIM] | None
+    norm_weight_ptr,  # [DIM]
+    post_norm_weight_ptr,  # [DIM] | None
+    weight_ptr,  # [VOCAB, DIM]
+    position_ptr,  # [rows]
+    token_ptr,  # [rows]
+    arrived_ptr,  # [1]
+    temperature_ptr,  # [1] | None
+    seed_ptr,  # [1] | None
+    best_ptr,  # [rows, programs]
+    best_token_ptr,  # [rows, programs]
+    rows,
+    SOFTCAP: tl.constexpr,  # 0: none
+    EPS: tl.constexpr,
+    DIM: tl.constexpr,
+    VOCAB: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of BLOCK_N tokens, a program
+    BLOCK_B: tl.constexpr,  # rows, rounded up
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_POST_NORM: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    first, row = tl.program_id(0) * (BLOCKS * BLOCK_N), tl.arange(0, BLOCK_B)[None, :]
+    token = first + tl.arange(0, BLOCK_N)
+    weight = load_weight(weight_ptr, token % VOCAB, 0, DIM, BLOCK_K)
+    wait_for_kernel_ahead(PREFETCH)
+    scale, post_scale = norm_scales(
+        x_ptr, residual_ptr, post_norm_weight_ptr, None, rows, False,
+        EPS, DIM, BLOCK_B, BLOCK_K, HAS_RESIDUAL, HAS_POST_NORM,
+    )  # fmt: skip
+    best = tl.full([BLOCK_N, BLOCK_B], float("-inf"), tl.float32)
+    best_token = tl.full([BLOCK_N, BLOCK_B], -1, tl.int32)
+    for block in range(BLOCKS):
+        next_weight = weight
+        if block + 1 < BLOCKS:  # on its way while this block is multiplied
+            next_weight = load_weight(weight_ptr, (token + BLOCK_N) % VOCAB, 0, DIM, BLOCK_K)
+        logits = product(
+            weight, weight_ptr, token % VOCAB,
+            x_ptr, residual_ptr, norm_weight_ptr, post_norm_weight_ptr, scale, post_scale, rows,
+            DIM, BLOCK_B, BLOCK_K, STAGES, True, HAS_RESIDUAL, HAS_POST_NORM,
+        )  # fmt: skip
+        if SOFTCAP > 0:
+            capped = SOFTCAP * (2 * tl.sigmoid(2 / SOFTCAP * logits) - 1)
+            logits = tl.where(tl.abs(logits) < float("inf"), capped, logits)
+        scores = scores_of(
+            logits, token[:, None], row, rows, position_ptr, temperature_ptr, seed_ptr,
+            VOCAB, SAMPLE,
+        )  # fmt: skip
+        best_token = tl.where(scores > best, token[:, None], best_token)
+        best = tl.maximum(best, scores)
+        token += BLOCK_N
+        weight = next_weight
+    best, best_token = best_of(best, best_token)
+    compare(
+        best, best_token, row, rows, best_ptr, best_token_ptr, arrived_ptr, token_ptr,
+        BLOCK_B, CHUNK,
+    )  # fmt: skip
+
+
+@op(fake=lambda *_, **__: None, mutates_args=("token", "arrived"))
+def next_token(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, post_norm_weight: Tensor | None,
+    weight: Tensor, position: Tensor, token: Tensor, arrived: Tensor,
+    temperature: Tensor | None = None, seed: Tensor | None = None, *,
+    softcap: float | None = None, eps: float = 1e-6, prefetch: bool = False,
+) -> None:  # fmt: skip
+    """The next token of each row, into `token`. Off the GPU, and for more than MAX_ROWS rows, the
+    logits and then the choice.
+
+    prefetch: weights that no kernel is still writing may be read while the kernel ahead runs.
+    """
+    (rows, dim), vocab = x.shape, weight.shape[0]
+    check_choice(rows, position, token, arrived, temperature, seed)
+    assert softcap is None or softcap > 0
+    if not is_matvec(x, dim):
+        y, _ = norm_linear(x, residual, norm_weight, post_norm_weight, weight, eps=eps)
+        choose_token(_cap(y, softcap), position, token, arrived, temperature, seed)
+        return
+
+    assert norm_weight.shape == (dim,) == weight.shape[1:]
+    assert residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    assert residual is not None or post_norm_weight is None, "a post-norm needs a residual"
+    assert x.dtype == weight.dtype and weight.is_contiguous(), f"{x.dtype=}, {weight.dtype=}"
+    assert x.is_cuda or rows == 1 or x.dtype != torch.bfloat16, (
+        "the interpreter multiplies bf16 as integers"
+    )
+    blocks = tile(rows, vocab, dim, x.element_size())
+    per_program = triton.cdiv(BYTES, blocks["BLOCK_N"] * weight[0].nbytes) if rows == 1 else 1
+    programs = triton.cdiv(vocab, per_program * blocks["BLOCK_N"])
+    best, best_token = partials(rows, programs, x.device)
+    overlap = prefetch and gpu(x.device).capability >= 90
+    _next_token_kernel[(programs,)](
+        x.contiguous(), None if residual is None else residual.contiguous(),
+        norm_weight, post_norm_weight, weight, position, token, arrived, temperature, seed,
+        best, best_token, rows,
+        SOFTCAP=softcap or 0.0, EPS=eps, DIM=dim, VOCAB=vocab, BLOCKS=per_program,
+        CHUNK=PARTIALS * blocks["num_warps"] // blocks["BLOCK_B"],
+        HAS_RESIDUAL=residual is not None, HAS_POST_NORM=post_norm_weight is not None,
+        SAMPLE=temperature is not None, PREFETCH=overlap, **blocks,
+        **({"launch_pdl": True} if overlap else {}),
+    )  # fmt: skip

@@ -1,0 +1,265 @@
+"""decode_attention against a plain fp64 softmax over keys by position."""
+
+import pytest
+import torch
+from conftest import interpreter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import DTYPES, TOLERANCE
+from test_attention import ERROR, angles, softmax_attention, turned
+
+from gemma_fast.kernels import decode_attention as file
+from gemma_fast.kernels._op import Gpu
+from gemma_fast.kernels.attention import attention
+from gemma_fast.kernels.decode_attention import decode_attention
+from gemma_fast.kernels.rotary import rotary_write
+
+D, SCALE = 32, 0.3
+MANY = Gpu(80, 232_448, 132)  # below 90: the interpreter knows no prefetch
+
+
+@pytest.fixture(params=["kernel", "kernel, 132 multiprocessors", "reference"])
+def device(request, monkeypatch):
+    """Few splits, many splits, and the reference."""
+    if request.param == "reference":
+        yield "cpu"
+        return
+    if "132" in request.param and not torch.cuda.is_available():
+        monkeypatch.setattr(file, "gpu", lambda device: MANY)
+    with interpreter():
+        yield "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def table(positions, d, device):
+    """cos, sin :: [positions, d / 2]"""
+    start = torch.zeros(1, dtype=torch.int32, device=device)
+    return (x[0].contiguous() for x in angles(start, positions, d))
+
+
+class Case:
+    """A ring with what stood before `past`, and the op's inputs for the tokens at `past`."""
+
+    def __init__(
+        self, device, dtype, past, *, n=1, m=1, d=D, slots=None, spare=0, window=None,
+        softcap=None, norm=False, stale=None, seed=0,
+    ):  # fmt: skip
+        torch.manual_seed(seed)
+        self.b, self.n, self.m, self.past = len(past), n, m, past
+        length = max(*past, 0) + 1
+        self.slots = slots or length + spare
+        make = {"device": device, "dtype": dtype}
+        self.norms = [torch.randn(d, **make) / 2 if norm else None for _ in "qk"]
+        # The new token is the last of a row's: [b, length, n, d] by position.
+        self.k, self.v = torch.randn(2, self.b, length, n, d, **make)
+        self.q = torch.randn(self.b, 1, n * m, d, **make)
+        new = torch.tensor([max(p, 0) for p in past])
+        rows = torch.arange(self.b)
+        heads = self.q[:, 0], self.k[rows, new], self.v[rows, new]
+        apart = torch.randn(self.b, n * m + 2 * n + 3, d, **make)
+        self.qkv = apart[:, 1:-2].copy_(torch.cat(heads, dim=1))
+        # What a slot holds before it is written is weighed by zero, and so need only be finite.
+        stale = torch.finfo(dtype).max if stale is None else stale
+        self.keys, self.values = torch.full((2, self.b, self.slots, n, d), stale, **make)
+        for row, p in enumerate(past):
+            old = torch.arange(max(p - self.slots, 0), max(p, 0), device=device)
+            k = turned(self.k[row, old], old, self.norms[1]).to(dtype)
+            self.keys[row, old % self.slots] = k
+            self.values[row, old % self.slots] = self.v[row, old]
+        self.keys, self.values = self.keys.transpose(1, 2), self.values.transpose(1, 2)
+        self.position = torch.tensor(past, dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(self.b * n + 1, dtype=torch.int32, device=device)
+        self.cos, self.sin = table(length, d, device)
+        self.options = {"scale": SCALE, "window": window, "softcap": softcap}
+
+    def run(self, **options):
+        out = decode_attention(
+            self.qkv, self.keys, self.values, self.cos, self.sin, self.position, self.arrived,
+            *self.norms, **self.options, **options,
+        )  # fmt: skip
+        assert not self.arrived.any(), "counters are left as they were"
+        return out
+
+    def check(self):
+        before = self.keys.clone(), self.values.clone()
+        out = self.run()
+        dtype = self.qkv.dtype
+        assert out.dtype == dtype and out.is_contiguous() and not out.isnan().any()
+        for row, p in enumerate(self.past):
+            if p < 0:
+                assert (out[row] == 0).all(), "padding sees nothing"
+                continue
+            slot, new = p % self.slots, torch.tensor([p], device=out.device)
+            k = turned(self.k[row, new], new, self.norms[1])[0]
+            found = self.keys[row, :, slot]
+            torch.testing.assert_close(found.double(), k, **TOLERANCE[dtype])
+            assert torch.equal(self.values[row, :, slot], self.v[row, p])
+            before[0][row, :, slot], before[1][row, :, slot] = found, self.v[row, p]
+
+            seen = min(self.slots, self.options["window"] or self.slots)
+            positions = torch.arange(max(p - seen + 1, 0), p + 1, device=out.device)
+            expected = softmax_attention(
+                turned(self.q[row], new, self.norms[0]),
+                turned(self.k[row, positions], positions, self.norms[1]).to(dtype),
+                self.v[row, positions], new, positions, None, self.options["softcap"], SCALE,
+            )  # fmt: skip
+            error = (out[row].double() - expected[0]).abs().max() / expected.square().mean().sqrt()
+            assert error < 6 * ERROR[dtype], f"{row=}: {error=}"
+        rings = self.keys, self.values
+        assert all(map(torch.equal, rings, before)), "only the new token's slot is written"
+
+
+CASES = {
+    "first token": {"past": [0]},
+    "second token": {"past": [1], "m": 8},
+    "multi-query": {"past": [150], "m": 8},
+    "grouped": {"past": [70], "n": 2, "m": 2},
+    "odd group": {"past": [70], "n": 2, "m": 3},
+    "multi-head": {"past": [70], "n": 4},
+    "as many heads as rows of a tile": {"past": [40], "m": 16},
+    "d 64": {"past": [70], "m": 2, "d": 64, "norm": True},
+    "d 128": {"past": [70], "m": 2, "d": 128, "norm": True},
+    "d 256": {"past": [70], "m": 8, "d": 256},
+    "soft cap": {"past": [70], "softcap": 1.5},
+    "q and k norm": {"past": [70], "m": 4, "norm": True},
+    "block's end": {"past": [63], "m": 2},
+    "past a block's end": {"past": [64], "m": 2},
+    "window of one": {"past": [70], "window": 1},
+    "window smaller than a block": {"past": [70], "window": 5, "slots": 13},
+    "window larger than a block": {"past": [170], "window": 100},
+    "window larger than all": {"past": [30], "window": 64},
+    "window is the ring": {"past": [299], "window": 128, "slots": 128, "m": 4},
+    "ring that wraps": {"past": [200, 128, 127], "slots": 128},
+    "odd ring that wraps": {"past": [200, 5, 12, 13, 14], "slots": 13, "m": 2},
+    "ring of one": {"past": [7, 0], "slots": 1},
+    "one of many slots": {"past": [0, 3], "spare": 700, "m": 2},
+    "ragged": {"past": [3, 90, 0, 41], "spare": 9, "m": 4},
+    "left padding": {"past": [-1, 80, -7], "m": 2, "n": 2},
+    "padding only": {"past": [-3, -1]},
+    "many splits": {"past": [999, 400], "m": 2, "spare": 25},
+    "more splits than are joined at a time": {"past": [340], "m": 16, "d": 256},
+    "all at once": {
+        "past": [300, -2, 7, 129], "n": 2, "m": 3, "window": 90, "slots": 101, "softcap": 2.0,
+        "norm": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_decode_attention(case, dtype, device, poison_outputs):
+    Case(device, dtype, **CASES[case]).check()
+
+
+SHAPES = {
+    "past": st.lists(
+        st.integers(-3, 40) | st.integers(120, 135) | st.integers(0, 700), min_size=1, max_size=3
+    ),
+    "n": st.integers(1, 3),
+    "m": st.integers(1, 5),
+    "slots": st.none() | st.integers(1, 200) | st.sampled_from([64, 128, 512]),
+    "window": st.none() | st.integers(1, 150),
+    "softcap": st.none() | st.just(2.0),
+    "norm": st.booleans(),
+    "spare": st.integers(0, 5),
+    "seed": st.integers(0, 99),
+}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(shape=st.fixed_dictionaries(SHAPES), many=st.booleans())
+def test_any_shape(shape, many):
+    with interpreter(), pytest.MonkeyPatch.context() as patch:
+        if many and not torch.cuda.is_available():
+            patch.setattr(file, "gpu", lambda device: MANY)
+        Case("cuda" if torch.cuda.is_available() else "cpu", torch.float32, **shape).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_agrees_with_prefill(dtype, device):
+    """A prompt, token by token, in a ring that wraps."""
+    t, n, m, slots = 30, 2, 2, 13
+    qkv = torch.randn(1, t, n * m + 2 * n, D, device=device).to(dtype)
+    q, k, v = qkv.split((n * m, n, n), dim=2)
+    q_norm, k_norm = torch.randn(2, D, device=device) / 2
+    options = {"scale": SCALE, "window": slots}
+    start = torch.zeros(1, dtype=torch.int32, device=device)
+    keys, values = torch.zeros(2, 1, n, t, D, device=device, dtype=dtype)
+    turn = angles(start, t)
+    rotary_write(k, v, keys, values, *turn, start, k_norm)
+    expected = attention(q, keys, values, *turn, start, q_norm, **options)[0]
+
+    cos, sin = table(t, D, device)
+    ring, arrived = torch.zeros(2, 1, n, slots, D, device=device, dtype=dtype), start.repeat(n)
+    out = torch.cat([
+        decode_attention(qkv[:, i], *ring, cos, sin, start + i, arrived, q_norm, k_norm, **options)
+        for i in range(t)
+    ])  # fmt: skip
+    error = (out - expected).double().abs().max() / expected.double().square().mean().sqrt()
+    assert error < 6 * ERROR[dtype]
+    torch.testing.assert_close(ring[0][:, :, (t - 1) % slots], keys[:, :, -1], **TOLERANCE[dtype])
+
+
+def test_what_unused_slots_hold_does_not_count(device):
+    shape = {"past": [20, 300, 0, -1], "slots": 400, "n": 2, "m": 2, "norm": True}
+    outs = [Case(device, torch.float32, stale=x, **shape).run() for x in (1e4, -1e4, 0.0)]
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_what_the_window_left_does_not_count(device):
+    case, other = (
+        Case(device, torch.float32, [300, 90], slots=400, window=50, m=2) for _ in range(2)
+    )
+    other.keys[0, :, :251], other.values[0, :, :251] = 1e4, -1e4
+    assert torch.equal(case.run(), other.run())
+
+
+def test_gives_the_same_bits_again(device):
+    case = Case(device, torch.float32, [700, 650, 31], spare=5, n=2, m=4, norm=True)
+    first, keys = case.run(), case.keys.clone()
+    for options in ({}, {"prefetch": True}, {}):
+        assert torch.equal(case.run(**options), first) and torch.equal(case.keys, keys)
+
+
+def test_empty_batch(device):
+    qkv, ring = torch.zeros(0, 6, D, device=device), torch.zeros(0, 1, 8, D, device=device)
+    none = torch.zeros(0, dtype=torch.int32, device=device)
+    out = decode_attention(qkv, ring, ring.clone(), *table(4, D, device), none, none, scale=1.0)
+    assert out.shape == (0, 4, D)
+
+
+@pytest.mark.gpu
+def test_prefetch_waits_for_the_kernel_before():
+    """The product that makes qkv is still running when the op starts."""
+    case = Case("cuda", torch.float16, [4000] * 4, spare=96, m=8, d=256)
+    x, weight = torch.randn(4, 8192, device="cuda"), torch.randn(8192, 2560, device="cuda")
+    for i in range(50):
+        for prefetch in (False, True):
+            product = (x * (i + 1) / 800) @ weight
+            case.qkv = product.half().view(4, 10, 256)
+            out = case.run(prefetch=prefetch)
+            if not prefetch:
+                expected = out
+        assert torch.equal(out, expected)
+
+
+def test_wrong_input(device):
+    keys, values = torch.randn(2, 1, 2, 4, D, device=device)
+    cos, sin = table(4, D, device)
+    position, arrived = torch.zeros(2, 1, dtype=torch.int32, device=device)
+
+    def call(heads, norms=()):
+        qkv = torch.randn(1, heads + 4, D, device=device)
+        more = arrived.repeat(2)
+        return decode_attention(qkv, keys, values, cos, sin, position, more, *norms, scale=1.0)
+
+    assert call(4).shape == (1, 4, D)
+    with pytest.raises(AssertionError, match="3 query heads are not a multiple of 2 kv heads"):
+        call(3)
+    with pytest.raises(AssertionError, match="norm q and k, or neither"):
+        call(4, [torch.ones(D, device=device)])
+
+
+@pytest.mark.parametrize("device", ["kernel"], indirect=True)
+def test_head_dims(device):
+    with pytest.raises(AssertionError, match=r"one of \(32, 64, 128, 256\): d=512"):
+        Case(device, torch.float32, [0], d=512).run()

@@ -1,0 +1,232 @@
+"""choose_token and next_token: kernel against reference, noise against Random123 and softmax."""
+
+import pytest
+import torch
+from conftest import interpreter
+from kernel_checks import DTYPES
+
+from gemma_fast.kernels import choose
+from gemma_fast.kernels.choose import choose_token, gumbel_reference, philox_reference
+from gemma_fast.kernels.lm_head import next_token
+
+INF, NAN = float("inf"), float("nan")
+
+
+def sampled(temperature=0.7, seed=(5 << 40) + 77, device="cpu"):
+    return torch.full((1,), temperature, device=device), torch.tensor([seed], device=device)
+
+
+def chosen(op, *given, b, device, position=None, **options):
+    """The tokens that an op chooses; `given` ends before `position`."""
+    token = torch.full((b,), -7, device=device)
+    arrived = torch.zeros(b + 1, dtype=torch.int32, device=device)
+    if position is None:
+        position = torch.arange(3, 3 + b, dtype=torch.int32, device=device)
+    op(*given, position, token, arrived, **options)
+    assert not arrived.any(), "the counter is not as it was found"
+    return token
+
+
+def choose_from(logits, temperature=None, seed=None, position=None):
+    return chosen(
+        choose_token, logits, b=len(logits), device=logits.device, position=position,
+        temperature=temperature, seed=seed,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, -1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)  # fmt: skip
+def test_random123_known_answers(counter, key, expected):
+    found = philox_reference(tuple(torch.tensor([c]) for c in counter), torch.tensor([key]))
+    assert tuple(int(x) for x in found) == expected
+
+
+def test_noise_is_number_v_mod_4_of_counter_v_div_4():
+    seed, position = torch.tensor([(3 << 32) + 1]), torch.tensor([9, 11], dtype=torch.int32)
+    noise = gumbel_reference(seed, position, 11)
+    for row, v in ((0, 0), (0, 10), (1, 3), (1, 4)):
+        counter = (v // 4, int(position[row]), row, 0)
+        drawn = philox_reference(tuple(torch.tensor([c]) for c in counter), seed)[v % 4]
+        u = (drawn.double() + 0.5) / 2**32
+        torch.testing.assert_close(noise[row, v], -(-torch.log1p(-u)).log().float().squeeze())
+
+
+def test_noise_is_gumbel_to_its_tails():
+    noise = gumbel_reference(torch.tensor([1]), torch.zeros(8, dtype=torch.int32), 262_144)
+    assert noise.isfinite().all()
+    for x in (-2.0, -1.0, 0.0, 1.0, 3.0, 8.0, 11.0):  # P(noise ≤ x) = exp(-exp(-x))
+        x = torch.tensor(x, dtype=torch.float64)
+        due = -torch.expm1(-torch.exp(-x))  # of noise above x
+        spread = (due * (1 - due) / noise.numel()).sqrt()
+        assert ((noise > x).double().mean() - due).abs() < 5 * spread
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("b", "vocab"), [(1, 199), (3, 1000), (2, 4099), (9, 5), (0, 7)], ids=str)
+def test_choose_token(b, vocab, dtype, poison_outputs):
+    logits = torch.randn(b, vocab).to(dtype)
+    logits[:, ::3] = -INF
+    for options in ((), sampled()):
+        expected = choose_from(logits, *options)
+        assert (expected % 3 != 0).all()
+        with interpreter():
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            given = [x.to(device) for x in (logits, *options)]
+            assert torch.equal(choose_from(*given).cpu(), expected)
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0], ids=["greedy", "sampled"])
+def test_not_finite(temperature, device):
+    logits = torch.randn(5, 2100, device=device)
+    logits[0, 1500], logits[1, 3], logits[2] = NAN, INF, -INF
+    logits[3, 1:] = -INF
+    options = () if temperature is None else sampled(temperature, device=device)
+    token = choose_from(logits, *options).tolist()
+    assert token[:4] == [-1, -1, -1, 0] and token[4] >= 0
+
+
+def test_of_equal_logits_the_lowest_id(device, monkeypatch):
+    monkeypatch.setattr(choose, "PARTIALS", 2)  # programs are compared in more than one round
+    logits = torch.zeros(3, 5000, device=device)
+    logits[1, [1023, 1024, 4999]] = 1.0
+    logits[2, [3500, 4999]], logits[2, 7] = 1.0, -0.0
+    assert choose_from(logits).tolist() == [0, 1023, 3500]
+
+
+def test_draws_follow_the_probabilities():
+    """Chi-square with 7 degrees of freedom: above 24.3 one time in a thousand."""
+    logits, draws = torch.randn(1, 8), 40_000
+    position = torch.full((draws,), 12, dtype=torch.int32)
+    token = choose_from(logits.expand(draws, -1), *sampled(1.5), position)
+    due = draws * (logits[0].double() / 1.5).softmax(-1)
+    assert ((token.bincount(minlength=8) - due).square() / due).sum() < 24.3
+
+
+def test_noise_depends_on_seed_row_and_position(device):
+    logits = torch.zeros(6, 500, device=device)
+    position = torch.tensor([0, 1, 2, 3, 3, 3], dtype=torch.int32, device=device)
+    first = choose_from(logits, *sampled(device=device), position)
+    assert torch.equal(choose_from(logits, *sampled(device=device), position), first)
+    assert len(set(first.tolist())) >= 5
+    for other in (1, 77, (4 << 40) + 77):  # its low and its high half
+        again = choose_from(logits, *sampled(seed=other, device=device), position)
+        assert (again != first).sum() >= 5
+
+
+def inputs(b, dim, vocab, dtype=torch.float32, residual=True, post_norm=True):
+    x, hidden = torch.randn(2, b, dim).to(dtype)
+    norm, post = 0.3 * torch.randn(2, dim).to(dtype)
+    weight = torch.randn(vocab, dim).to(dtype)
+    return [x, hidden if residual else None, norm, post if post_norm else None, weight]
+
+
+def exact_logits(x, residual, norm_weight, post_norm_weight, weight, softcap=None):
+    def norm(x, weight):
+        x = x.double()
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + weight.double())
+
+    h = x.double() if post_norm_weight is None else norm(x, post_norm_weight)
+    h = h if residual is None else h + residual.double()
+    logits = norm(h, norm_weight) @ weight.double().T
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+CASES = [
+    # b, dim, vocab, residual, post-norm, softcap
+    (1, 64, 199, True, False, None),
+    (1, 640, 200, True, True, None),
+    (3, 72, 199, True, True, 30.0),
+    (8, 64, 1000, False, False, 5.0),
+    (8, 72, 2083, True, False, 30.0),
+    (9, 64, 1000, True, True, 5.0),  # too many rows for one launch
+]
+
+
+@pytest.mark.parametrize(("b", "dim", "vocab", "residual", "post_norm", "softcap"), CASES, ids=str)
+def test_next_token(b, dim, vocab, residual, post_norm, softcap, poison_outputs):
+    given = inputs(b, dim, vocab, residual=residual, post_norm=post_norm)
+    found = []
+    for options in ({}, dict(zip(("temperature", "seed"), sampled(30.0), strict=True))):
+        expected = chosen(next_token, *given, b=b, device="cpu", softcap=softcap, **options)
+        with interpreter():
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            theirs = [None if x is None else x.to(device) for x in given]
+            options = {name: x.to(device) for name, x in options.items()}
+            token = chosen(next_token, *theirs, b=b, device=device, softcap=softcap, **options)
+        assert torch.equal(token.cpu(), expected)
+        found.append(expected)
+    assert torch.equal(found[0], exact_logits(*given).argmax(-1))
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("b", [1, 8, 9])
+def test_half_precision(b, dtype, device):
+    """The token's exact logit is the highest, but for what rounding the inputs' norm can cost."""
+    given = inputs(b, 128, 500, dtype)
+    theirs = [x.to(device) for x in given]
+    token = chosen(next_token, *theirs, b=b, device=device).cpu()
+    exact = exact_logits(*given)
+    lost = exact.max(-1).values - exact.gather(1, token[:, None]).squeeze(1)
+    assert (lost <= 4 * torch.finfo(dtype).eps * exact.abs().max()).all()
+
+
+def test_the_soft_cap_changes_draws_as_it_changes_logits(device):
+    """Capped at 1, half of the tokens are alike, and rows of the same hiddens differ."""
+    given = [x.to(device) for x in inputs(1, 64, 500)]
+    given[:2] = (x.expand(8, -1) for x in given[:2])
+    given[-1] *= 0.5
+    temperature, seed = sampled(0.3, device=device)
+    for softcap, different in ((1.0, (7, 8)), (100.0, (1, 2))):
+        token = chosen(
+            next_token, *given, b=8, device=device, temperature=temperature, seed=seed,
+            softcap=softcap,
+        )  # fmt: skip
+        assert len(set(token.tolist())) in different
+
+
+@pytest.mark.parametrize("b", [1, 3, 9])
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=str)
+def test_rows_that_are_not_finite(b, softcap, device):
+    x, residual, norm, post, weight = (t.to(device) for t in inputs(b, 64, 50))
+    x[-1, 5] = NAN
+    for options in ({}, dict(zip(("temperature", "seed"), sampled(device=device), strict=True))):
+        token = chosen(
+            next_token, x, residual, norm, post, weight, b=b, device=device, softcap=softcap,
+            **options,
+        )  # fmt: skip
+        assert token[-1] == -1 and (token[:-1] >= 0).all()
+    weight[7] = INF  # one logit is inf or -inf: it is not capped to a number
+    norm.fill_(0)
+    x[-1, 5] = 0.0
+    x.abs_(), residual.abs_()
+    token = chosen(
+        next_token, x, residual, norm, post.fill_(0), weight, b=b, device=device, softcap=softcap
+    )
+    assert (token == -1).all()
+
+
+def test_what_does_not_fit(device):
+    logits = torch.randn(3, 10, device=device)
+    position = torch.zeros(3, dtype=torch.int32, device=device)
+    token, arrived = torch.zeros(3, dtype=torch.int64, device=device), torch.zeros_like(position)
+    temperature, seed = sampled(device=device)
+    choose_token(logits, position, token, arrived, temperature, seed)
+    for wrong in (
+        (position[:2], token, arrived), (position, token.int(), arrived),
+        (position.long(), token, arrived), (position, token, arrived[:2]),
+        (position, token, arrived, temperature), (position, token, arrived, None, seed),
+        (position, token, arrived, temperature.double(), seed),
+    ):  # fmt: skip
+        with pytest.raises(AssertionError):
+            choose_token(logits, *wrong)

@@ -1,0 +1,101 @@
+"""linear and norm_linear against fp64."""
+
+import pytest
+import torch
+from kernel_checks import DTYPES, strided
+from test_geglu import oracle as geglu_oracle
+
+from gemma_fast.kernels import matvec
+from gemma_fast.kernels.matvec import MAX_ROWS, linear, norm_linear
+from gemma_fast.kernels.rmsnorm import add_rms_norm
+
+# Of numbers around 1, by as many roundings as there are: of h, of its norm, of the sum.
+TOLERANCE = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.float16: {"rtol": 2e-3, "atol": 4e-3},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 3e-2},
+}
+EPS = 1e-2  # large enough to be seen
+# Columns: less than a block, of several blocks, not of whole blocks, nor of 16 bytes.
+SHAPES = [(48, 88), (640, 40), (1160, 30), (2304, 20), (20, 34), (36, 6)]
+
+
+def weight_of(out, dim, dtype, device):
+    return (torch.randn(out, dim, device=device) / dim**0.5).to(dtype)
+
+
+def norm(x, weight):
+    x, weight = x.double(), weight.double()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * (1 + weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, MAX_ROWS, MAX_ROWS + 1], ids=str)
+@pytest.mark.parametrize(("dim", "out"), SHAPES, ids=str)
+def test_linear(dim, out, rows, dtype, device, poison_outputs):
+    x, weight = torch.randn(rows, dim, device=device).to(dtype), weight_of(out, dim, dtype, device)
+    y = linear(x, weight)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().T, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geglu", [False, True], ids=["plain", "geglu"])
+@pytest.mark.parametrize("stream", ["x alone", "residual", "residual, post-norm"])
+@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS, MAX_ROWS + 1], ids=str)
+@pytest.mark.parametrize(("dim", "out"), SHAPES, ids=str)
+def test_norm_linear(dim, out, rows, stream, geglu, dtype, device, poison_outputs):
+    x = 3 * torch.randn(rows, dim, device=device).to(dtype)
+    residual = torch.randn(rows, dim, device=device).to(dtype) if "residual" in stream else None
+    post_weight = torch.randn(dim, device=device).to(dtype) if "post-norm" in stream else None
+    norm_weight, weight = torch.randn(dim, device=device), weight_of(out, dim, dtype, device)
+    y, h = norm_linear(x, residual, norm_weight, post_weight, weight, geglu=geglu, eps=EPS)
+
+    expected = x.double() if post_weight is None else norm(x, post_weight)
+    expected = expected if residual is None else expected + residual.double()
+    assert h.dtype == y.dtype == dtype
+    torch.testing.assert_close(h.double(), expected, **TOLERANCE[dtype])
+    product = norm(h, norm_weight) @ weight.double().T
+    product = geglu_oracle(product) if geglu else product
+    torch.testing.assert_close(y.double(), product, **TOLERANCE[dtype])
+
+
+def test_the_stream_is_rounded_as_by_add_rms_norm(device):
+    """Post-norm to float16, then the sum to float16: the same residual by either way."""
+    x, residual = torch.randn(2, 5, 640, device=device).half()
+    post_weight, weight = torch.randn(640, device=device), weight_of(16, 640, torch.half, device)
+    _, expected = add_rms_norm(x, residual, post_weight, post_weight)
+    _, h = norm_linear(x, residual, post_weight, post_weight, weight)
+    assert (h != expected).float().mean() < 1e-3  # a sum in another order may round otherwise
+
+
+def test_tokens_of_a_batch_and_rows_that_lie_apart(device, poison_outputs):
+    x, weight = strided((2, 3, 64), torch.float32, device), torch.randn(6, 64, device=device)
+    expected = x.double() @ weight.double().T
+    torch.testing.assert_close(linear(x, weight).double(), expected, rtol=1e-5, atol=1e-4)
+    y, h = norm_linear(x, x, torch.zeros(64, device=device), None, weight)
+    assert y.shape == (2, 3, 6) and torch.equal(h, x + x)
+
+
+def test_no_rows(device):
+    x, weight = torch.randn(0, 8, device=device), torch.randn(6, 8, device=device)
+    y, h = norm_linear(x, None, weight[0], None, weight, geglu=True)
+    assert linear(x, weight).shape == (0, 6) and y.shape == (0, 3) and h.shape == (0, 8)
+
+
+def test_up_to_max_rows_it_is_one_launch(device, monkeypatch):
+    launches = []
+    monkeypatch.setattr(matvec, "_launch", lambda x, *_: launches.append(x.shape) or (x, x))
+    weight = torch.randn(4, 16, device=device)
+    for shape in ((1, 1, 16), (1, MAX_ROWS, 16), (2, MAX_ROWS // 2, 16), (1, MAX_ROWS + 1, 16)):
+        linear(torch.randn(shape, device=device), weight)
+    on_kernels = device == "cuda" or bool(matvec.knobs.runtime.interpret)
+    assert len(launches) == (3 if on_kernels else 0)
+
+
+def test_a_weight_that_does_not_fit(device):
+    weight = torch.randn(6, 8, device=device)
+    with pytest.raises(AssertionError, match=r"\(6, 8\).*\(2, 9\)"):
+        linear(torch.randn(2, 9, device=device), weight)
+    with pytest.raises(AssertionError, match=r"\(6, 8\).*\(2, 9\)"):
+        norm_linear(torch.randn(2, 9, device=device), None, weight[0], None, weight)
