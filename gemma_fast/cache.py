@@ -8,10 +8,12 @@ attention kernel copies blocks of keys.
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
-from gemma_fast.config import GemmaConfig
+from gemma_fast.config import FULL, GemmaConfig
 
 BLOCK = 128  # slots; a multiple of the kernel's blocks, a divisor of Gemma's windows
 
@@ -24,6 +26,8 @@ class KVCache:
                      in its left padding
     length        :: tokens seen by the longest row, padding included
     stale         :: None, or why it cannot be continued
+    angles        :: kind of layer → cos, sin :: [max_length, d / 2], fp32, of a position's angles
+    arrived       :: [b * n] zeros, int32: kernels count their programs there
 
     A cache with `grows=True` doubles when it is full, up to the model's context; any other raises a
     ValueError.
@@ -47,6 +51,7 @@ class KVCache:
         empty = torch.zeros(shape, dtype=dtype, device=device)
         self.keys, self.values = ([empty] * len(self._windows) for _ in "kv")
         self.next_position = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
         self.length = 0
         self.stale: str | None = None
         self._right_padded = False
@@ -68,6 +73,33 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes that keys and values take on the device."""
         return sum(x.nbytes for x in (*self.keys, *self.values))
+
+    @staticmethod
+    def bytes_needed(config: GemmaConfig, batch: int, max_length: int, dtype: torch.dtype) -> int:
+        """What `nbytes` of such a cache would be."""
+        windows = (config.window(i) for i in range(config.num_hidden_layers))
+        slots = sum(_slots(window, max_length) for window in windows)
+        return 2 * batch * config.num_key_value_heads * slots * config.head_dim * dtype.itemsize
+
+    def clear(self) -> None:
+        """Ready for new texts. What it held stays where it was, and is seen by nobody."""
+        self.next_position.zero_()
+        self.length, self.stale, self._right_padded = 0, None, False
+
+    def first_rows(self, batch: int) -> KVCache:
+        """A cache of the first rows, in the same memory; this one's `length` does not follow."""
+        part = copy(self)
+        part.batch, part.next_position = batch, self.next_position[:batch]
+        part.keys = [keys[:batch] for keys in self.keys]
+        part.values = [values[:batch] for values in self.values]
+        return part
+
+    def angles_of(self, tokens: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Kind of layer → cos, sin of the next tokens, [b, t, d / 2]; of one token, the table."""
+        if tokens == 1:
+            return self.angles
+        position = self._positions(0, tokens).clamp(min=0)
+        return {kind: (cos[position], sin[position]) for kind, (cos, sin) in self.angles.items()}
 
     def reserve(self, tokens: int) -> None:
         """Makes sure that `tokens` more fit. ValueError: they do not, or the cache is `stale`."""
@@ -134,7 +166,7 @@ class KVCache:
         keys, values = self.keys[layer], self.values[layer]
         slots = keys.shape[2]
         used = self.length + tokens
-        if used <= slots or tokens == 1:
+        if used <= slots:
             # Up to its last used block a ring that has not wrapped is a shorter ring.
             used = min(_whole_blocks(used), slots)
             return keys[:, :, :used], values[:, :, :used]
@@ -167,9 +199,9 @@ class KVCache:
 
     def _allocate(self, max_length: int) -> None:
         self.max_length = max_length
+        self.angles = _angles(self.config, max_length, self.next_position.device)
         for layer, window in enumerate(self._windows):
-            whole = _whole_blocks(max_length)
-            slots = min(window or whole, whole)
+            slots = _slots(window, max_length)
             for rings in (self.keys, self.values):
                 b, n, used, d = rings[layer].shape
                 if slots > used:
@@ -177,6 +209,27 @@ class KVCache:
                     longer = rings[layer].new_zeros(b, n, slots, d)
                     longer[:, :, :used] = rings[layer]
                     rings[layer] = longer
+
+
+def _angles(
+    config: GemmaConfig, positions: int, device: torch.device
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Kind of layer → cos, sin :: [positions, d / 2], fp32, of position * theta^(-2i / d)."""
+    position = torch.arange(positions, device=device).unsqueeze(1).float()
+    i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    angles = {}
+    for kind in set(config.layer_types):
+        full = kind == FULL
+        theta = config.rope_theta if full else config.rope_local_base_freq
+        inv_freq = 1 / theta ** (i / config.head_dim)
+        angle = position * (inv_freq / config.rope_scaling_factor if full else inv_freq)
+        angles[kind] = angle.cos(), angle.sin()
+    return angles
+
+
+def _slots(window: int | None, max_length: int) -> int:
+    whole = _whole_blocks(max_length)
+    return min(window or whole, whole)
 
 
 def _whole_blocks(slots: int) -> int:

@@ -1,24 +1,23 @@
 """Prompt → text, read top to bottom:
 
 tokenizer → prefill the cache with the prompt → choose a token → decode it → … → tokenizer
+
+What happens between two tokens is decoder.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gemma_fast.cache import KVCache
+from gemma_fast.decoder import Decoder as Decoder
 from gemma_fast.sampling import Sampling
 
 if TYPE_CHECKING:
     from gemma_fast.model import GemmaForCausalLM
-
-# A prompt is read in chunks of this many tokens, which bounds the memory its activations take.
-PREFILL_CHUNK = 2048
 
 
 @torch.no_grad()
@@ -47,7 +46,7 @@ def generate_tokens(
     attention_mask  [b, t], 0 for padding; None: no padding
     max_new_tokens  how many tokens at most
     do_sample, temperature, top_k, top_p, min_p, repetition_penalty  see `sampling.Sampling`
-    seed            the same seed draws the same text; None: torch's global generator
+    seed            the same seed draws the same text; None: one from torch's global generator
     eos_token_id    one or more ids that end a row; pad_token_id then fills it up
     stop_strings    texts that end a row as soon as they appear in what it generated; needs
                     `tokenizer`, anything with a `decode(ids) -> str`
@@ -55,7 +54,8 @@ def generate_tokens(
 
     What is None is what the checkpoint's generation_config.json says, if anything. Ctrl-C ends
     generation and returns what there is. ValueError: an empty prompt, an id outside the vocabulary,
-    more tokens than the model's context, a sampling value out of range.
+    more tokens than the model's context, a sampling value out of range, logits that are not finite.
+    torch.OutOfMemoryError: no room for the cache. The model stays usable.
     """
     ids = model.check_ids(input_ids)
     b, t = ids.shape
@@ -74,50 +74,67 @@ def generate_tokens(
         "pad_token_id", options.pop("pad_token_id", model.config.pad_token_id), model
     )
     eos = _token_ids("eos_token_id", options.pop("eos_token_id", model.config.eos_token_id), model)
-    ending = Ending(torch.tensor(eos, device=ids.device), stop_strings, tokenizer)
+    ending = Ending(torch.tensor(eos), stop_strings, tokenizer)
     sampling = Sampling(**options)
-    generator = None if seed is None else torch.Generator(ids.device).manual_seed(_check_seed(seed))
-
-    cache = KVCache(model.config, b, t + new, dtype=model.dtype, device=model.device)
-    cache.align(t, attention_mask)
-    if attention_mask is not None and not attention_mask[:, -1].all():
+    if seed is not None:
+        _check_seed(seed)
+    elif sampling.do_sample:
+        seed = int(torch.randint(1 << 62, ()))
+    if isinstance(attention_mask, Tensor) and not attention_mask[..., -1:].all():
         raise ValueError("prompts must be padded on the left: each row of the mask must end in 1")
-    ids = torch.cat((ids, ids.new_full((b, new), pad)), dim=1)
-    finished = torch.zeros(b, dtype=torch.bool, device=ids.device)
-    end = t
+
+    decoder = model.decoders.take(model, b, t + new)
+    generated = torch.full((b, new), pad)
+    finished = torch.zeros(b, dtype=torch.bool)
+    end = 0
     try:
         if streamer is not None:
-            streamer.put(ids[:, :t].cpu())
-        logits = prefill(model, ids[:, :t], cache)
-        while True:
-            token = sampling(logits, ids[:, :end], generator)
+            streamer.put(ids.cpu())
+        decoder.prefill(ids, attention_mask, sampling, seed or 0)
+        for token in tokens(decoder, new):
+            refuse_not_finite(token, t + end)
             token = token.masked_fill(finished, pad)
-            ids[:, end] = token
+            generated[:, end] = token
             end += 1
             if streamer is not None:
-                streamer.put(token.cpu())
-            finished |= ending(ids[:, t:end])
-            if end == t + new or finished.all():
+                streamer.put(token)
+            finished |= ending(generated[:, :end])
+            if finished.all():
                 break
-            logits = decode(model, token, cache)
     except KeyboardInterrupt:
         pass
     finally:
         if streamer is not None:
             streamer.end()
-    return ids[:, :end]
+    model.decoders.give_back(decoder)
+    return torch.cat((ids, generated[:, :end].to(ids.device)), dim=1)
 
 
-def prefill(model: GemmaForCausalLM, ids: Tensor, cache: KVCache) -> Tensor:
-    """Reads a prompt, ids :: [b, t], into the cache → logits :: [b, vocab] after its last token."""
-    for chunk in ids.split(PREFILL_CHUNK, dim=1):
-        hiddens = model.hidden_states(chunk, cache)
-    return model.logits(hiddens[:, -1])
+def tokens(decoder: Decoder, count: int) -> Iterator[Tensor]:
+    """The next `count` tokens of each text, [b] on the host. While the caller looks at one, a GPU
+    is at the next one already."""
+    ahead = decoder.asynchronous
+    read = decoder.read()
+    for left in reversed(range(count)):
+        if left and ahead:
+            decoder.step()
+            read_next = decoder.read()
+        yield read()
+        if not left:
+            return
+        if not ahead:
+            decoder.step()
+            read_next = decoder.read()
+        read = read_next
 
 
-def decode(model: GemmaForCausalLM, token: Tensor, cache: KVCache) -> Tensor:
-    """One more token in each row, [b] → logits :: [b, vocab] after it."""
-    return model.logits(model.hidden_states(token.unsqueeze(1), cache)[:, -1])
+def refuse_not_finite(token: Tensor, tokens: int) -> None:
+    rows = (token < 0).nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(
+            f"the logits after {tokens} tokens are not finite, in rows {rows}: the weights are "
+            "damaged, or overflow this dtype; try dtype='float32'"
+        )
 
 
 def _or_defaults(given: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

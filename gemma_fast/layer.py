@@ -1,5 +1,8 @@
 """One layer of Gemma on the kernels: its weights, and its two branches off the residual stream.
 
+norm, qkv product · attention · output product · norm, gate+up product, GeGLU · down product: of one
+new token each is one kernel.
+
     b batch · t new tokens · n kv heads · m query heads per kv head · d head dim
 
 Projections that read the same input are one product: `qkv_proj`, `gate_up_proj`.
@@ -7,17 +10,17 @@ Projections that read the same input are one product: `qkv_proj`, `gate_up_proj`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_fast.cache import KVCache
 from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.attention import attention
-from gemma_fast.kernels.geglu import geglu
+from gemma_fast.kernels.decode_attention import decode_attention
+from gemma_fast.kernels.matvec import linear, norm_linear
 from gemma_fast.kernels.rotary import rotary_write
-
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 # A layer's weights, and the checkpoint's tensors that each is made of, stacked.
 LAYER_WEIGHTS = {
@@ -40,7 +43,7 @@ GEMMA1_WEIGHTS = {
 
 
 class Layer(nn.Module):
-    """Weights under their checkpoint's names, fused; `attend` and `mlp` are called by the model."""
+    """Weights under their checkpoint's names, fused."""
 
     input_layernorm: Tensor
     qkv_proj: Tensor
@@ -67,38 +70,55 @@ class Layer(nn.Module):
                 weight = frozen(rows, *shapes[self.parts[name][0]][1:])
             self.register_parameter(name, weight)
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, cache: KVCache) -> Tensor:
-        """x :: [b, t, hidden], normalised → the branch's result; K and V join the cache."""
-        config, (b, t, _), d = self.config, x.shape, self.config.head_dim
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        post_norm: Tensor | None,
+        angles: Mapping[str, tuple[Tensor, Tensor]],
+        start: Tensor,
+        cache: KVCache,
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual :: [b, t, hidden]: what the layer before gives, which `post_norm` normalises
+        and the residual stream takes up, → the same of this layer. K and V join the cache."""
+        options = {"eps": self.config.rms_norm_eps, "prefetch": True}
+        qkv, residual = norm_linear(
+            x, residual, self.input_layernorm, post_norm, self.qkv_proj, **options
+        )
+        x = linear(self.attend(qkv, angles, start, cache), self.o_proj, prefetch=True)
+        x, residual = norm_linear(
+            x, residual, self.pre_feedforward_layernorm, self.post_attention_layernorm,
+            self.gate_up_proj, geglu=True, **options,
+        )  # fmt: skip
+        return linear(x, self.down_proj, prefetch=True), residual
+
+    def attend(
+        self,
+        qkv: Tensor,
+        angles: Mapping[str, tuple[Tensor, Tensor]],
+        start: Tensor,
+        cache: KVCache,
+    ) -> Tensor:
+        """qkv :: [b, t, (n * m + 2 * n) * d] → [b, t, n * m * d]"""
+        config, (b, t, _), d = self.config, qkv.shape, self.config.head_dim
         n, heads = config.num_key_value_heads, config.num_attention_heads
-        qkv = linear(x, self.qkv_proj).view(b, t, heads + 2 * n, d)
-        q, k, v = qkv.split((heads, n, n), dim=2)  # [b, t, n * m | n | n, d]
+        options = {
+            "scale": config.query_pre_attn_scalar**-0.5, "window": config.window(self.index),
+            "softcap": config.attn_logit_softcapping, "eps": config.rms_norm_eps,
+        }  # fmt: skip
+        cos, sin = angles[config.layer_types[self.index]]
+        if t == 1:
+            out = decode_attention(
+                qkv.view(b, heads + 2 * n, d), cache.keys[self.index], cache.values[self.index],
+                cos, sin, start, cache.arrived, self.q_norm, self.k_norm, prefetch=True, **options,
+            )  # fmt: skip
+            return out.view(b, 1, heads * d)
+        q, k, v = qkv.view(b, t, heads + 2 * n, d).split((heads, n, n), dim=2)
         keys, values = cache.rings(self.index, t)
         rotary_write(k, v, keys, values, cos, sin, start, self.k_norm, config.rms_norm_eps)
-        out = attention(
-            q, keys, values, cos, sin, start, self.q_norm,
-            scale=config.query_pre_attn_scalar**-0.5, window=config.window(self.index),
-            softcap=config.attn_logit_softcapping, eps=config.rms_norm_eps,
-        )  # fmt: skip
+        out = attention(q, keys, values, cos, sin, start, self.q_norm, **options)
         cache.keep(self.index, keys, values, t)
-        return linear(out.view(b, t, heads * d), self.o_proj)
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """x :: [b, t, hidden], normalised → the branch's result."""
-        return linear(geglu(linear(x, self.gate_up_proj)), self.down_proj)
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weightᵀ: [..., in], [out, in] → [..., out].
-
-    On the CPU in float32 it is oneDNN's product, as Inductor calls it: F.linear takes MKL's, which
-    reads weights 2.6 times slower on an AMD processor (benchmarks/LOG.md). Inductor itself cannot
-    compile that call.
-    """
-    eager = HAS_ONEDNN and not torch.compiler.is_compiling()
-    if eager and x.is_cpu and x.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight)
+        return out.view(b, t, heads * d)
 
 
 def frozen(*shape: int) -> nn.Parameter:

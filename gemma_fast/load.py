@@ -4,7 +4,8 @@ and a checkpoint without a file."""
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,24 @@ def track_tensors(tensors: Mapping[str, Tensor], label: str) -> Iterable[str]:
     console = Console(stderr=True)
     hidden = not console.is_terminal
     return track(list(tensors), label, console=console, disable=hidden, transient=True)
+
+
+@contextmanager
+def out_of_memory(what: str, size: int, device: torch.device, way_out: str) -> Iterator[None]:
+    """Says of a lack of memory what it was for, `size` bytes, what was free, and the way out."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        needed = f" takes {size / 1e9:.2f} GB" if size else ""
+        free = ""
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            free = f", {torch.cuda.mem_get_info(device)[0] / 1e9:.2f} GB are free"
+        raise torch.OutOfMemoryError(
+            f"out of memory: {what}{needed}{free} on {device}; try {way_out}"
+        ) from error
 
 
 def refuse_head_dim(config: GemmaConfig, device: torch.device) -> None:

@@ -13,16 +13,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_fast.cache import KVCache
 from gemma_fast.checkpoint import Checkpoint, open_checkpoint
-from gemma_fast.config import FULL, GemmaConfig
+from gemma_fast.config import GemmaConfig
+from gemma_fast.decoder import Decoders
 from gemma_fast.generate import generate_tokens
-from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
-from gemma_fast.layer import Layer, frozen, linear
-from gemma_fast.load import pick_device, pick_dtype, refuse_head_dim, refuse_overflow, track_tensors
+from gemma_fast.kernels.embed import embed
+from gemma_fast.kernels.lm_head import next_token
+from gemma_fast.kernels.matvec import norm_linear
+from gemma_fast.layer import Layer, frozen
+from gemma_fast.load import (
+    out_of_memory,
+    pick_device,
+    pick_dtype,
+    refuse_head_dim,
+    refuse_overflow,
+    track_tensors,
+)
 
 
 class CausalLMOutput(NamedTuple):
@@ -44,6 +53,7 @@ class GemmaForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.generation_config: Mapping[str, Any] = {}
+        self.decoders = Decoders()
         self.embed_tokens = frozen(config.vocab_size, config.hidden_size)
         self.layers: Sequence[Layer] = nn.ModuleList(  # type: ignore[assignment]
             Layer(config, i) for i in range(config.num_hidden_layers)
@@ -86,7 +96,10 @@ class GemmaForCausalLM(nn.Module):
         refuse_head_dim(checkpoint.config, target)
         with torch.device("meta"):
             model = cls(checkpoint.config).to(kind)
-        model = model.to_empty(device=target)
+        size = checkpoint.config.num_parameters * kind.itemsize
+        what = f"{checkpoint.path.name} in {str(kind).removeprefix('torch.')}"
+        with out_of_memory(what, size, target, "dtype='bfloat16' or a smaller model"):
+            model = model.to_empty(device=target)
         model.generation_config = checkpoint.generation_config
         model._load(checkpoint)
         return model
@@ -108,6 +121,20 @@ class GemmaForCausalLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.dtype
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device: weights, and what `generate` keeps for its next call, caches and
+        CUDA graphs. `free_memory` frees the latter two."""
+        kept = [decoder.memory() for decoder in self.decoders.values()]
+        return {
+            "weights": sum(weight.nbytes for weight in self.parameters()),
+            "cache": sum(int(x["cache"]) for x in kept),
+            "graph": sum(int(x["graph"]) for x in kept),
+        }
+
+    def free_memory(self) -> None:
+        """Drops the caches and CUDA graphs that `generate` keeps."""
+        self.decoders.clear()
 
     @torch.no_grad()
     def forward(
@@ -150,48 +177,55 @@ class GemmaForCausalLM(nn.Module):
             )
         cache.reserve(t)  # before the cache learns of the padding
         cache.align(t, attention_mask, position_ids)
-        hiddens = self.hidden_states(input_ids, cache)
-        logits = self.logits(hiddens[:, -logits_to_keep:])
+        x, residual = self.hidden_states(input_ids, cache)
+        logits = self.logits(x[:, -logits_to_keep:], residual[:, -logits_to_keep:])
         return CausalLMOutput(logits, None if use_cache is False else cache)
 
-    def hidden_states(self, input_ids: Tensor, cache: KVCache) -> Tensor:
-        """input_ids :: [b, t] → [b, t, hidden] after the final norm; the cache advances by t."""
+    def hidden_states(self, input_ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """input_ids :: [b, t] → x, residual :: [b, t, hidden], whose sum, x normalised first where
+        there are post-norms, is what the final norm takes; the cache advances by t."""
         t = input_ids.shape[1]
         cache.reserve(t)
         cache.stale = "a pass over it did not finish"  # until advance()
-        start = cache.next_position
-        angles = self._angles(start, t)
-        eps = self.config.rms_norm_eps
-        residual = self.embed(input_ids)
-        next_norms = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
-        x = rms_norm(residual, self.layers[0].input_layernorm, eps)
-        for layer, next_norm in zip(self.layers, next_norms, strict=True):
-            x = layer.attend(x, *angles[self.config.layer_types[layer.index]], start, cache)
-            x, residual = add_rms_norm(
-                x, residual,
-                layer.pre_feedforward_layernorm, layer.post_attention_layernorm, eps,
-            )  # fmt: skip
-            x = layer.mlp(x)
-            x, residual = add_rms_norm(
-                x, residual, next_norm, layer.post_feedforward_layernorm, eps
-            )
+        start, angles = cache.next_position, cache.angles_of(t)
+        x = embed(input_ids, self.embed_tokens, self.config.hidden_size**0.5, prefetch=True)
+        residual = post_norm = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, post_norm, angles, start, cache)
+            post_norm = layer.post_feedforward_layernorm
+        assert residual is not None
         cache.advance(t)
-        return x
+        return x, residual
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """input_ids :: [b, t] → [b, t, hidden], times sqrt(hidden)."""
-        # Rounded to the model's dtype, as in training: sqrt(640) is 25.25 in bf16.
-        scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype)
-        return F.embedding(input_ids, self.embed_tokens) * scale
-
-    def logits(self, hiddens: Tensor) -> Tensor:
-        """hiddens :: [..., hidden] → [..., vocab]: the embedding serves both ends."""
-        # One matrix: of a strided batch F.linear makes a batched product and copies the weights.
-        rows = hiddens.reshape(-1, hiddens.shape[-1])
-        logits = linear(rows, self.embed_tokens).view(*hiddens.shape[:-1], -1)
+    def logits(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual :: [..., hidden] → [..., vocab]: the embedding serves both ends."""
+        logits, _ = norm_linear(
+            x, residual, *self._final_norms, self.embed_tokens, eps=self.config.rms_norm_eps
+        )
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * torch.tanh(logits / cap)
         return logits
+
+    def next_token(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        position: Tensor,
+        token: Tensor,
+        arrived: Tensor,
+        temperature: Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> None:
+        """x, residual :: [b, hidden] → token :: [b], in place: the likeliest, or one drawn."""
+        next_token(
+            x, residual, *self._final_norms, self.embed_tokens, position, token, arrived,
+            temperature, seed, softcap=self.config.final_logit_softcapping,
+            eps=self.config.rms_norm_eps, prefetch=True,
+        )  # fmt: skip
+
+    @property
+    def _final_norms(self) -> tuple[Tensor, Tensor | None]:
+        return self.norm, self.layers[-1].post_feedforward_layernorm
 
     def check_ids(self, input_ids: Tensor) -> Tensor:
         """input_ids on the model's device, or a ValueError that says what is wrong with them."""
@@ -213,20 +247,6 @@ class GemmaForCausalLM(nn.Module):
                 f"token id {token} is outside the vocabulary of {self.config.vocab_size}"
             )
         return input_ids
-
-    def _angles(self, start: Tensor, t: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Kind of layer → cos, sin :: [b, t, d / 2], fp32, of position * theta^(-2i / d)."""
-        config, device = self.config, start.device
-        positions = (start.unsqueeze(1) + torch.arange(t, device=device)).unsqueeze(2).float()
-        i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-        angles = {}
-        for kind in set(config.layer_types):
-            full = kind == FULL
-            theta = config.rope_theta if full else config.rope_local_base_freq
-            inv_freq = 1 / theta ** (i / config.head_dim)
-            angle = positions * (inv_freq / config.rope_scaling_factor if full else inv_freq)
-            angles[kind] = angle.cos(), angle.sin()
-        return angles
 
 
 Gemma2ForCausalLM = Gemma3ForCausalLM = GemmaForCausalLM

@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_model import left_padded
 
-from gemma_fast import generate as generation
+from gemma_fast import decoder
+from gemma_fast.sampling import Sampling
 
 NEVER = {"eos_token_id": []}
 
@@ -96,7 +97,7 @@ def test_prefill_in_chunks_gives_the_same(twins, monkeypatch):
         return hidden_states(ids, cache)
 
     monkeypatch.setattr(twins.model, "hidden_states", spy)
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(decoder, "PREFILL_CHUNK", 7)
     assert torch.equal(twins.model.generate(ids, **options), expected)
     assert sizes == [7, 7, 7, 7, 2] + 7 * [1]
 
@@ -150,17 +151,19 @@ def test_a_stop_string_of_many_tokens(twins):
 
 
 def test_the_repetition_penalty_sees_prompt_and_text(twins, monkeypatch):
-    """And nothing of the room for what is still to come."""
-    seen = []
+    """And nothing of the row beside, nor of the text before."""
+    seen, penalised = [], Sampling.penalised
 
-    def choose(self, logits, ids, generator):
-        seen.append(ids.clone())
-        return logits.argmax(-1)
+    def spy(self, logits, mask):
+        seen.append([set(row.nonzero().flatten().tolist()) for row in mask])
+        return penalised(self, logits, mask)
 
-    monkeypatch.setattr(generation.Sampling, "__call__", choose)
-    out = twins.model.generate(twins.prompt(2, 5), max_new_tokens=4, **NEVER)
-    assert [x.shape[1] for x in seen] == [5, 6, 7, 8]
-    assert all(torch.equal(x, out[:, : x.shape[1]]) for x in seen)
+    monkeypatch.setattr(Sampling, "penalised", spy)
+    for seed in (0, 1):
+        seen.clear()
+        ids = twins.prompt(2, 5, seed)
+        out = twins.model.generate(ids, max_new_tokens=4, repetition_penalty=1.2, **NEVER)
+        assert seen == [[set(row[:t].tolist()) for row in out] for t in (5, 6, 7, 8)]
 
 
 def test_a_stop_string_in_the_prompt_does_not_stop(twins):

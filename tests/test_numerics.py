@@ -7,7 +7,9 @@ import torch
 import transformers
 from twins import CONFIGS, random_model, random_transformers_model
 
+from gemma_fast.cache import KVCache
 from gemma_fast.config import FULL, SLIDING
+from gemma_fast.kernels.embed import embed
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 from gemma_fast.kernels.rotary import rotate
@@ -27,10 +29,12 @@ def test_embedding_scale_is_rounded_to_bf16(hidden, scale):
     config = replace(CONFIGS["gemma-mqa"], hidden_size=hidden)
     model = random_model(config, dtype=torch.bfloat16)
     ids = torch.arange(4).unsqueeze(0)
-    expected = model.embed_tokens[:4].float() * scale
-    for embed in (model.embed, reference(model, embed_tokens=model.embed_tokens).embed):
-        torch.testing.assert_close(embed(ids)[0], expected.bfloat16(), rtol=0, atol=0)
-    assert model.float().embed(ids)[0, 0, 0] == model.embed_tokens[0, 0] * hidden**0.5
+    expected = (model.embed_tokens[:4].float() * scale).bfloat16()
+    walk = reference(model, embed_tokens=model.embed_tokens).embed(ids)
+    for embedded in (walk, embed(ids, model.embed_tokens, hidden**0.5)):
+        torch.testing.assert_close(embedded[0], expected, rtol=0, atol=0)
+    full = model.embed_tokens.float()
+    assert embed(ids, full, hidden**0.5)[0, 0, 0] == full[0, 0] * hidden**0.5
 
 
 def test_one_plus_weight_is_made_in_fp32():
@@ -107,15 +111,17 @@ def test_gemma_1_configs_that_say_gelu_mean_its_approximation(tmp_path):
 def test_angles_are_fp32_in_a_bf16_model():
     """bf16 has no 257: neighbours would be turned alike."""
     config, dtypes = CONFIGS["gemma3-mqa"], (torch.bfloat16, torch.float32)
-    models = [random_model(config, dtype=dtype) for dtype in dtypes]
-    start = torch.tensor([256], dtype=torch.int32)
+    half, full = (KVCache(config, 1, 260, dtype=dtype) for dtype in dtypes)
+    for cache in (half, full):
+        cache.advance(256)
+    model = random_model(config, dtype=torch.bfloat16)
     for kind in (FULL, SLIDING):
-        half, full = (torch.stack(model._angles(start, 4)[kind]) for model in models)
-        oracle = reference(models[0], embed_tokens=models[0].embed_tokens)
+        half_angles, full_angles = (torch.stack(x.angles_of(4)[kind]) for x in (half, full))
+        oracle = reference(model, embed_tokens=model.embed_tokens)
         walk = torch.stack(oracle.angles(torch.arange(256, 260).unsqueeze(0), kind)).squeeze(2)
-        for angles in (half, walk):  # [cos | sin, 1, 4, d / 2]
+        for angles in (half_angles, walk):  # [cos | sin, 1, 4, d / 2]
             assert angles.dtype == torch.float32
-            assert torch.equal(angles, full)
+            assert torch.equal(angles, full_angles)
             assert len({float(c) for c in angles[0, 0, :, 0]}) == 4
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.rivals import transformers_model
+from gemma_fast.benchmarks.rivals import transformers_model
 from gemma_fast.checkpoint import open_checkpoint
 from gemma_fast.model import GemmaForCausalLM
 from gemma_fast.tokenizer import Tokenizer
