@@ -1,6 +1,7 @@
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 GGUF = ["gguf==0.19.0"]  # reads and dequantizes GGUF; exact, because its reader is subclassed
 # Gemma 3 270M, under the Gemma Terms of Use; exact, because gemma_fast.demo checks its SHA-256.
@@ -15,6 +16,15 @@ BENCH = [
     "matplotlib",  # plots
 ]
 
+
+class BuildPy(build_py):
+    """Leaves what pytest collects in benchmarks/ to the clone."""
+
+    def find_package_modules(self, package, package_dir):
+        found = super().find_package_modules(package, package_dir)
+        return [module for module in found if module[1] not in ("bench_suites", "conftest")]
+
+
 setup(
     name="gemma_fast",
     version="0.1.0",
@@ -24,7 +34,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # By hand: find_packages() passes over a folder without __init__.py.
-    packages=["gemma_fast", "gemma_fast.kernels"],
+    packages=["gemma_fast", "gemma_fast.kernels", "gemma_fast.benchmarks"],
+    cmdclass={"build_py": BuildPy},
     entry_points={"console_scripts": ["gemma-fast = gemma_fast.cli:main"]},
     install_requires=[
         "torch>=2.11",  # tensors and torch.compile

@@ -1,9 +1,9 @@
 """Benchmarks: each op and the whole model beside their rivals, as a share of this machine's roof.
 
-    python -m benchmarks                             # everything
+    python -m benchmarks                             # everything: each kernel, then the model
     python -m benchmarks rms_norm geglu --out DIR    # results.json, results.md, plots
     python -m benchmarks attention --only eager --only gemma_fast
-    python -m benchmarks model --model demo          # also on a CPU
+    python -m benchmarks model --model demo -d 0,512 # also on a CPU; as gemma-fast bench
 
 Exit status 1 if a result was wrong, or gemma_fast failed; what rivals lack is only listed.
 """
@@ -13,68 +13,85 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import report
-from benchmarks.bench_model import find, model_suite
-from benchmarks.harness import OURS, Result, Suite, run
-from benchmarks.machine import Roof, measure_roof, stamp
-from benchmarks.suites import RIVALS, SUITES, missing
-from gemma_fast.config import PRESETS
+from gemma_fast.benchmarks import model_command, report
+from gemma_fast.benchmarks.harness import OURS, Result, Suite, run
+from gemma_fast.benchmarks.machine import Roof, measure_roof, stamp
+from gemma_fast.benchmarks.model_providers import PROVIDERS
+from gemma_fast.benchmarks.suites import RIVALS, SUITES, missing
 
-MODEL_HELP = f"""What the suite `model` runs: demo (the demo weights), a size with random weights
-(tiny, {", ".join(PRESETS)}), a directory, a .gguf file, a hub id. Given, it is measured on a CPU
-too. [default: gemma-2b on a GPU]"""
+MODEL = "model"
 
 
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("names", nargs=-1, metavar="[SUITE]...")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write figures here.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="[default: bfloat16 on a GPU, float32 on a CPU]",
-)
-@click.option("--only", multiple=True, metavar="PROVIDER", help="Only these; may be repeated.")
-@click.option("--model", help=MODEL_HELP)
-@click.option("--commit", help="What to stamp where git does not know.")
+@model_command.options
 @click.option("--list", "listing", is_flag=True, help="Suites, providers, what is installed.")
 @click.pass_context
-def main(
-    context: click.Context, names: tuple[str, ...], out: Path | None, dtype: str | None,
-    only: tuple[str, ...], model: str | None, commit: str | None, listing: bool,
-) -> None:  # fmt: skip
-    suites = pick(names)
-    if model is not None:
-        suites["model"] = pick_model(model, suites)
-    refuse_unknown(only, suites.values())
+def main(context: click.Context, names: tuple[str, ...], listing: bool, **options: Any) -> None:
+    suites, only, out = pick(names), options["only"], options["out"]
+    with_model = not names or MODEL in names
+    if not with_model:
+        refuse_model_options(context)
+    known = [name for suite in suites.values() for name in suite.names]
+    known += PROVIDERS if with_model else []
+    model_command.refuse_unknown(only, dict.fromkeys(known))
+    if suites and options["output"] == "json":
+        raise click.UsageError(f"-o json is for the suite {MODEL} alone; --out writes all as JSON")
     if listing:
-        show_list(suites)
+        show_list(suites, with_model)
         return
-    if out:
-        make_folder(out)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    kind = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
-    roof = measure_roof(device, kind) if cuda or model else None
-    head = stamp(device, kind, RIVALS, commit)
+    model_command.make_folder(out)
+    well, roof = run_kernels(suites, options) if suites else (True, None)
+    if with_model and (not only or any(name in PROVIDERS for name in only)):
+        folder = out / MODEL if out and suites else out
+        model_command.make_folder(folder)
+        well &= model_command.run_model(**options | {"out": folder}, roof=roof)
+    context.exit(0 if well else 1)
+
+
+def pick(names: Iterable[str]) -> dict[str, Suite]:
+    """The kernels' suites among the names."""
+    if unknown := [name for name in names if name not in (*SUITES, MODEL)]:
+        choices = ", ".join((*SUITES, MODEL))
+        raise click.UsageError(f"no suite {', '.join(unknown)}: choose from {choices}")
+    return {name: SUITES[name] for name in SUITES if name in names or not names}
+
+
+def refuse_model_options(context: click.Context) -> None:
+    for name in ("prompts", "new", "depths", "batches", "repeats", "model", "output"):
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            option = next(x.opts[0] for x in context.command.params if x.name == name)
+            raise click.UsageError(
+                f"{option} is for the suite {MODEL}, which is not among those named"
+            )
+
+
+def run_kernels(suites: Mapping[str, Suite], options: Mapping[str, Any]) -> tuple[bool, Any]:
+    """Whether all is well, and the roof, which is measured on a GPU."""
+    only, out = options["only"], options["out"]
+    device, kind = model_command.pick_device(options["dtype"])
+    roof = measure_roof(device, kind) if device.type == "cuda" else None
+    head = stamp(device, kind, RIVALS, options["commit"])
     about = {name: suite.about for name, suite in suites.items()}
     results: list[Result] = []
     for suite in suites.values():
-        suite_roof = roof if cuda or suite.clock == "wall" else None
         before = len(results)
-        for found in measure(suite, only, device, kind, suite_roof):
+        for found in measure(suite, only, device, kind, roof):
             results += found
             if out:  # after each size, so that a run cut short keeps what it has
                 report.write(out, head, roof, results, about)
-        show(suite, results[before:], suite_roof)
-    if cuda:
+        show(suite, results[before:], roof)
+    if roof:
         head["roof_at_the_end"] = measure_roof(device, kind)._asdict()
         if out:
             report.write(out, head, roof, results, about)
@@ -85,37 +102,7 @@ def main(
         write_plots(out, head["gpu"] or head["cpu"], roof, results)
     wrong = any(r.status.startswith("wrong") for r in results)
     ours = all(r.status.startswith("ok") for r in results if r.provider == OURS)
-    context.exit(0 if ours and not wrong else 1)
-
-
-def make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.ClickException(f"--out {out}: {error}") from error
-
-
-def refuse_unknown(only: Iterable[str], suites: Iterable[Suite]) -> None:
-    known = list(dict.fromkeys(name for suite in suites for name in suite.names))
-    if unknown := [name for name in only if name not in known]:
-        choices = ", ".join(known)
-        raise click.UsageError(f"no provider {', '.join(unknown)}: choose from {choices}")
-
-
-def pick(names: Iterable[str]) -> dict[str, Suite]:
-    if unknown := [name for name in names if name not in SUITES]:
-        raise click.UsageError(f"no suite {', '.join(unknown)}: choose from {', '.join(SUITES)}")
-    return {name: SUITES[name] for name in SUITES if name in names or not names}
-
-
-def pick_model(model: str, suites: Mapping[str, Suite]) -> Suite:
-    if "model" not in suites:
-        raise click.UsageError("--model is for the suite model, which is not among those named")
-    try:
-        find(model)
-    except (ValueError, OSError, ImportError) as error:
-        raise click.ClickException(str(error)) from error
-    return model_suite(model, (512, 8192) if torch.cuda.is_available() else (512,))
+    return ours and not wrong, roof
 
 
 def measure(
@@ -134,7 +121,7 @@ def measure(
                 done = f"{suite.name}, {size}: {result.provider}"
                 progress.console.print(Text(f"{done}: {result.status}"))
                 progress.update(task, advance=1, description=done)
-            yield sorted(results, key=lambda result: names.index(result.provider))
+            yield results
 
 
 def show(suite: Suite, results: list[Result], roof: Roof | None) -> None:
@@ -145,10 +132,13 @@ def show(suite: Suite, results: list[Result], roof: Roof | None) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def show_list(suites: Mapping[str, Suite]) -> None:
-    for suite in suites.values():
-        click.echo(f"{suite.name}: {suite.about}")
-        for name in suite.names:
+def show_list(suites: Mapping[str, Suite], with_model: bool) -> None:
+    listed = {f"{name}: {suite.about}": suite.names for name, suite in suites.items()}
+    if with_model:
+        listed[f"{MODEL}: A whole model, reading a prompt and writing"] = [*PROVIDERS]
+    for about, names in listed.items():
+        click.echo(about)
+        for name in names:
             packages = ", ".join(missing(name))
             click.echo(f"    {name}" + (f" (not installed: {packages})" if packages else ""))
 
@@ -158,7 +148,7 @@ def write_plots(out: Path, where: str, roof: Roof | None, results: list[Result])
         click.echo(f"{out}: results.json, results.md. No plots: nothing was measured.")
         return
     try:
-        from benchmarks.plots import plot
+        from gemma_fast.benchmarks.plots import plot
 
         plot(out, roof, results, where)
     except ImportError as error:

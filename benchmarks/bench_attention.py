@@ -16,9 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.bench_rotary import Tensors, angles
-from benchmarks.harness import EAGER, OURS, OURS_BY_POINTERS, Call, Suite, by_pointers, compiled
-from benchmarks.machine import Work
+from gemma_fast.benchmarks.bench_rotary import Tensors, angles
+from gemma_fast.benchmarks.harness import (
+    EAGER,
+    OURS,
+    OURS_BY_POINTERS,
+    Call,
+    Suite,
+    by_pointers,
+    compiled,
+)
+from gemma_fast.benchmarks.machine import Work
 from gemma_fast.kernels.attention import attention, attention_reference
 from gemma_fast.kernels.rotary import rotate
 
@@ -28,7 +36,7 @@ def inputs(
     window: int | None = None, softcap: float | None = None,
 ) -> Tensors:  # fmt: skip
     """q :: [1, t, heads, d], not rotated; keys, values :: [1, n, t, d]; … ; the op's keywords."""
-    make = {"device": device, "dtype": dtype}
+    make: dict[str, Any] = {"device": device, "dtype": dtype}
     q = torch.randn(1, t, heads, d, **make)
     keys, values = torch.randn(2, 1, n, t, d, **make)
     start = torch.zeros(1, dtype=torch.int32, device=device)
@@ -118,9 +126,7 @@ def sdpa(backend: SDPBackend) -> Callable[..., Call]:
 
 
 @cache  # one for all sets of inputs: Dynamo compiles again for another function
-def flex_masks(
-    t: int, window: int | None, softcap: float | None, device: torch.device
-) -> dict[str, Any]:
+def flex_masks(t: int, window: Any, softcap: Any, device: torch.device) -> dict[str, Any]:
     from torch.nn.attention.flex_attention import create_block_mask
 
     def causal(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

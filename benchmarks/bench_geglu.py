@@ -6,8 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import EAGER, OURS, OURS_BY_POINTERS, Call, Suite, by_pointers, compiled
-from benchmarks.machine import Work
+from gemma_fast.benchmarks.harness import (
+    EAGER,
+    OURS,
+    OURS_BY_POINTERS,
+    Call,
+    Suite,
+    by_pointers,
+    compiled,
+)
+from gemma_fast.benchmarks.machine import Work
 from gemma_fast.kernels.geglu import gate_up_geglu, geglu, geglu_reference
 
 

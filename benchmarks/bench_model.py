@@ -1,142 +1,201 @@
-"""Prefill and decode of a whole model: this project's, the eager reference, and transformers'.
+"""How fast a whole model reads a prompt (pp) and writes tokens (tg), named as llama-bench does.
 
-    python -m benchmarks model                    # Gemma 2B with random weights, on a GPU
-    python -m benchmarks model --model demo       # the demo weights, also on a CPU
+    pp512          a prompt of 512 tokens, up to the choice of a token
+    tg128          128 tokens, one after another
+    tg128 @ d4096  the same, after 4096 tokens that the cache holds already; see model_cases.py
 
-All are called alike, `model(ids, past_key_values=…)`. Not all can be captured in a CUDA graph, so
-they are timed by a synchronised clock, in turns. The oracle is the reference in the run's dtype
-(random weights are drawn in it): what differs is rounding, over as many layers as there are.
+Each repeat is timed as a whole, by a clock that waits for the device before and after; tokens are
+not read back between. How long single tokens took comes from one more pass: an event recorded on
+the device after each step (on a CPU the clock), so that who launches ahead is not made to wait.
+
+First each provider is checked. In float32 every token that it chooses must be the reference's; in
+16 bits the reference, in float32 over the same weights, must find them nearly as good as its own,
+and this project must be no further from it than transformers. A wrong provider is not timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, lru_cache, partial
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.bench_attention import visible_pairs
-from benchmarks.harness import EAGER, OURS, Call, Suite
-from benchmarks.machine import Work
-from gemma_fast.checkpoint import Checkpoint, open_checkpoint
-from gemma_fast.config import PRESETS, GemmaConfig
-from gemma_fast.demo import demo_checkpoint
-from gemma_fast.load import RandomCheckpoint
-from gemma_fast.model import GemmaForCausalLM
-from gemma_fast.reference import Reference
-
-Model = Callable[..., Any]
-
-TINY = GemmaConfig(
-    model_type="gemma3", vocab_size=199, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=32, intermediate_size=88, max_position_embeddings=16384,
-    query_pre_attn_scalar=20, sliding_window=8, sliding_window_pattern=2,
-)  # fmt: skip
+from gemma_fast.benchmarks.harness import NOT_MEASURED, Wrong, verdict
+from gemma_fast.benchmarks.machine import Roof, Work
+from gemma_fast.benchmarks.model_cases import NEW, PROMPT, Case
+from gemma_fast.benchmarks.model_check import Judge
+from gemma_fast.benchmarks.model_providers import PROVIDERS, Provider
+from gemma_fast.benchmarks.timing import clock
+from gemma_fast.checkpoint import Checkpoint
 
 
-@cache
-def find(model: str) -> Checkpoint:
-    """`tiny` or a preset's name: random weights; `demo`; else a directory, .gguf file or hub id."""
-    if model in (presets := {"tiny": TINY, **PRESETS}):
-        return RandomCheckpoint(presets[model], name=model)
-    return open_checkpoint(demo_checkpoint() if model == "demo" else model)
+@dataclass(frozen=True)
+class Result:
+    """seconds: of each repeat; token_seconds: of each step of one more pass."""
+
+    case: Case
+    provider: str
+    status: str
+    work: Work
+    error: float | None = None  # see model_check.Judge
+    seconds: tuple[float, ...] = ()
+    token_seconds: tuple[float, ...] = ()
+    peak_bytes: int | None = None  # on a GPU: with the weights, without the judge
+    memory: dict[str, float] = field(default_factory=dict)
+
+    def figures(self, roof: Roof | None) -> dict[str, Any]:
+        """Of a measured result; a batch counts all its tokens."""
+        if not self.seconds or roof is None:
+            return {}
+        case, mean = self.case, statistics.fmean(self.seconds)
+        rates = [case.batch * case.tokens / seconds for seconds in self.seconds]
+        figures = {
+            "tokens_per_s": statistics.fmean(rates),
+            "tokens_per_s_sd": statistics.stdev(rates) if len(rates) > 1 else None,
+        }
+        if case.kind == PROMPT:
+            return figures | {
+                "time_to_first_token_s": mean,
+                "bytes": self.work.bytes, "flops": self.work.flops,
+                "mfu": self.work.flops / mean / roof.product,
+            }  # fmt: skip
+        return figures | {
+            "token_p50_s": statistics.median(self.token_seconds),
+            "token_p99_s": percentile(self.token_seconds, 99),
+            "bytes_per_step": self.work.bytes / case.tokens,
+            "mbu": self.work.bytes / mean / roof.copy,
+        }
 
 
-def _transformers(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Model:
-    from benchmarks.rivals import transformers_model
-
-    if checkpoint.config.attn_logit_softcapping:
-        raise NotImplementedError("no soft cap")
-    return transformers_model(checkpoint, "sdpa", dtype=dtype, device=device)
+def percentile(values: Sequence[float], percent: int) -> float:
+    doubled = [*values, *values[:1]] if len(values) == 1 else values
+    return statistics.quantiles(doubled, n=100, method="inclusive")[percent - 1]
 
 
-LOADERS: dict[str, Callable[..., Model]] = {
-    EAGER: Reference.from_checkpoint,
-    "transformers (sdpa)": _transformers,
-    OURS: GemmaForCausalLM.from_checkpoint,
-}
+@torch.no_grad()
+def run(
+    checkpoint: Checkpoint, cases: Sequence[Case], device: torch.device, dtype: torch.dtype,
+    roof: Roof | None, repeats: int, names: Sequence[str],
+    judge: Judge,
+) -> Iterator[Result]:  # fmt: skip
+    """Results provider by provider, in the order of PROVIDERS, which races this project last;
+    without a roof checked, and not timed."""
+    for name in (name for name in PROVIDERS if name in names):
+        clear()
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        results = [
+            Result(case, name, "ok", case.work(checkpoint.config, dtype.itemsize)) for case in cases
+        ]
+        try:
+            provider = PROVIDERS[name](checkpoint, dtype, device)
+        except Exception as problem:  # a rival may fail in any way: it is listed, the rest runs
+            status = verdict(problem)
+            yield from (replace(result, status=status) for result in results)
+            continue
+        for _, group in groupby(results, lambda r: (r.case.batch, r.case.depth)):
+            yield from session(provider, list(group), device, before, roof, repeats, judge)
+        del provider
 
 
-@lru_cache(maxsize=len(LOADERS))  # they are large: one of each
-def load(model: str, dtype: torch.dtype, device: torch.device, provider: str) -> Model:
-    return LOADERS[provider](find(model), dtype=dtype, device=device)
+def session(
+    provider: Provider, results: list[Result], device: torch.device, before: int,
+    roof: Roof | None, repeats: int, judge: Judge,
+) -> Iterator[Result]:  # fmt: skip
+    """The results of one batch and depth, which share a cache."""
+    case = results[0].case
+    clear()
+    try:
+        provider.start(case.batch, max(judge.room, *(r.case.room for r in results)))
+        found = judge.check(results[0].provider, provider, case.batch, case.depth)
+    except Exception as problem:
+        status = verdict(problem)
+        yield from (replace(result, status=status) for result in results)
+        return
+    for result in results:
+        result = replace(result, error=found)
+        if roof is None:
+            yield replace(result, status=NOT_MEASURED)
+            continue
+        try:
+            yield measure(provider, result, device, judge.vocab_size, before, repeats, roof)
+        except Exception as problem:
+            yield replace(result, status=verdict(problem))
 
 
-def inputs(
-    device: torch.device, dtype: torch.dtype, model: str, phase: str, tokens: int
-) -> tuple[Any, ...]:
-    """How to load a provider's model, the phase, ids :: [1, tokens + 1]"""
-    ids = torch.randint(3, find(model).config.vocab_size, (1, tokens + 1)).to(device)
-    return partial(load, model, dtype, device), phase, ids
+def measure(
+    provider: Provider, result: Result, device: torch.device, vocab_size: int, before: int,
+    repeats: int, roof: Roof,
+) -> Result:  # fmt: skip
+    case, cuda = result.case, device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, vocab_size, (case.batch, case.room), generator=generator).to(device)
+    work = read if case.kind == PROMPT else write
+    for _ in range(2 if cuda else 1):  # compilers, graphs, clocks
+        fill(provider, case, ids)
+        work(provider, case, ids)
+    seconds = []
+    for _ in range(repeats):
+        fill(provider, case, ids)
+        start = clock()
+        work(provider, case, ids)
+        seconds.append(clock() - start)
+    token_seconds: list[float] = []
+    if case.kind == NEW:
+        fill(provider, case, ids)
+        token_seconds = step_seconds(provider.step, case.tokens, cuda)
+    peak = torch.cuda.max_memory_allocated() - before if cuda else None
+    times = (floor := roof.floor(result.work)) / statistics.fmean(seconds)
+    if cuda and times > 1.25:  # a graph that captured nothing, a clock that did not wait
+        raise Wrong(f"{times:.2g} times as fast as the roof, {floor:.2g} s")
+    return replace(
+        result, seconds=tuple(seconds), token_seconds=tuple(token_seconds), peak_bytes=peak,
+        memory=provider.memory(),
+    )  # fmt: skip
 
 
-def prefill(model: Model, ids: Tensor) -> Call:
-    """All but the last token, into a new cache."""
-    return lambda: model(ids[:, :-1], use_cache=True, logits_to_keep=1).logits
+def fill(provider: Provider, case: Case, ids: Tensor) -> None:
+    """What the cache holds before the clock starts."""
+    if case.before:
+        provider.prefill(ids[:, : case.before])
 
 
-def decode(model: Model, ids: Tensor) -> Call:
-    """The last token after all before it; each further call is one more, over a longer cache."""
-    past = model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-
-    def step() -> Tensor:
-        nonlocal past
-        out = model(ids[:, -1:], past_key_values=past, use_cache=True, logits_to_keep=1)
-        past = out.past_key_values
-        return out.logits
-
-    return step
+def read(provider: Provider, case: Case, ids: Tensor) -> None:
+    (provider.extend if case.before else provider.prefill)(ids[:, case.before :])
 
 
-PHASES = {"prefill": prefill, "decode": decode}
+def write(provider: Provider, case: Case, ids: Tensor) -> None:
+    for _ in range(case.tokens):
+        provider.step()
 
 
-def run(provider: str, load: Callable[[str], Model], phase: str, ids: Tensor) -> Call:
-    return PHASES[phase](load(provider), ids)
+def step_seconds(step: Callable[[], Tensor], steps: int, cuda: bool) -> list[float]:
+    """How long after the one before each step was done, on the device."""
+    if not cuda:
+        marks = [time.perf_counter()]
+        for _ in range(steps):
+            step()
+            marks.append(time.perf_counter())
+        return [end - start for start, end in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
 
 
-def work(itemsize: int, model: str, phase: str, tokens: int) -> Work:
-    """Each weight is read once, and 2 FLOPs a token; but of the embedding only the last token's
-    logits, and its row for each token, which is not counted. Attention: 4 FLOPs a head, channel and
-    visible pair, on each layer. Keys and values are written (prefill), or read (decode), once."""
-    config = find(model).config
-    weights, embedding = config.num_parameters, config.vocab_size * config.hidden_size
-    heads, n, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    windows = [config.window(i) for i in range(config.num_hidden_layers)]
-    held = sum(min(tokens, window or tokens) for window in windows)  # positions, of all layers
-    if phase == "prefill":
-        pairs = sum(visible_pairs(tokens, window) for window in windows)
-        products = 2 * (tokens * (weights - embedding) + embedding)
-    else:
-        pairs, products = held, 2 * weights
-    return Work((weights + 2 * n * d * held) * itemsize, products + 4 * heads * d * pairs)
-
-
-def model_suite(model: str, prompts: tuple[int, ...] = (512, 8192)) -> Suite:
-    """A suite of one model: prefill of each prompt, and decode after 512 tokens."""
-    phases = [("prefill", tokens) for tokens in prompts] + [("decode", 512)]
-    providers = {name: partial(run, name) for name in LOADERS}
-    return Suite(
-        name="model",
-        about="A whole model, called eagerly: prefill of a prompt, a token after it; batch 1",
-        yardstick=False,
-        sizes={
-            f"{model}, {phase} {tokens}": {"model": model, "phase": phase, "tokens": tokens}
-            for phase, tokens in phases
-        },
-        tiny={
-            f"tiny, {phase} 20": {"model": "tiny", "phase": phase, "tokens": 20} for phase in PHASES
-        },
-        inputs=inputs,
-        oracle=lambda *inputs: providers[EAGER](*inputs)(),
-        work=work,
-        # Without rotary embedding it is 0.46; by rounding 0.03 (Gemma 2B), 0.048 (Gemma 3 270M).
-        tolerance={torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4},
-        providers=providers,
-        clock="wall",
-    )
-
-
-MODEL = model_suite("gemma-2b")
+def clear() -> None:
+    """What one provider needed is not another's lack: memory, and Dynamo's few tries."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import EAGER, OURS, Call, Suite, compiled
-from benchmarks.machine import Work
+from gemma_fast.benchmarks.harness import EAGER, OURS, Call, Suite, compiled
+from gemma_fast.benchmarks.machine import Work
 from gemma_fast.kernels.rmsnorm import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -25,7 +25,7 @@ TINY = {"5 x 48": {"rows": 5, "dim": 48}}
 
 def norm_inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Any, ...]:
     """x :: [rows, dim], weight :: [dim]"""
-    make = {"device": device, "dtype": dtype}
+    make: dict[str, Any] = {"device": device, "dtype": dtype}
     return torch.randn(rows, dim, **make), torch.randn(dim, **make) / 2
 
 

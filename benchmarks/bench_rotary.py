@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import EAGER, OURS, Call, Suite, compiled
-from benchmarks.machine import Work
+from gemma_fast.benchmarks.harness import EAGER, OURS, Call, Suite, compiled
+from gemma_fast.benchmarks.machine import Work
 from gemma_fast.kernels.rotary import rotary_write, rotary_write_reference
 
 Tensors = tuple[Any, ...]
@@ -27,7 +27,7 @@ def inputs(
     device: torch.device, dtype: torch.dtype, t: int, n: int, d: int, norm: bool = False
 ) -> Tensors:
     """k, v :: [1, t, n, d]; keys, values :: [1, n, t, d], full of what must be overwritten."""
-    make = {"device": device, "dtype": dtype}
+    make: dict[str, Any] = {"device": device, "dtype": dtype}
     k, v = torch.randn(2, 1, t, n, d, **make)
     keys, values = torch.randn(2, 1, n, t, d, **make)
     start = torch.zeros(1, dtype=torch.int32, device=device)

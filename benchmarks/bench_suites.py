@@ -10,10 +10,10 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.harness import OURS, Suite, calls, run
-from benchmarks.machine import Roof, measure_roof
-from benchmarks.suites import SUITES
-from benchmarks.timing import clock
+from gemma_fast.benchmarks.harness import OURS, Suite, calls, run
+from gemma_fast.benchmarks.machine import Roof, measure_roof
+from gemma_fast.benchmarks.suites import SUITES
+from gemma_fast.benchmarks.timing import clock
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -22,8 +22,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.machine import Roof, Work
-from benchmarks.timing import Call, Times, device_times, in_turns
+from gemma_fast.benchmarks.machine import Roof, Work
+from gemma_fast.benchmarks.timing import Call, Times, device_times
 from gemma_fast.kernels._op import Gpu
 
 Size = dict[str, Any]
@@ -47,7 +47,6 @@ class Suite:
     oracle     oracle(*inputs upcast to fp32) → the output or outputs, in fp32
     work       work(itemsize, **size) → the least bytes and FLOPs
     tolerance  by dtype; see `error`
-    clock      "graph": replays of a CUDA graph; "wall": a synchronised clock, providers in turns
     """
 
     name: str
@@ -60,7 +59,6 @@ class Suite:
     work: Callable[..., Work]
     providers: Mapping[str, Provider]
     tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
-    clock: str = "graph"
 
     @property
     def names(self) -> list[str]:
@@ -112,7 +110,6 @@ def run(
         status = verdict(problem)
         yield from (Result(suite.name, size, name, status, work) for name in names)
         return
-    racers: dict[str, tuple[Result, Call]] = {}
     for name in names:
         torch.cuda.empty_cache()  # what one provider needed is not another's lack
         own = work._replace(flops=0) if name == COPY else work
@@ -123,9 +120,6 @@ def run(
                 result = replace(result, error=found)
             if roof is None:
                 result = replace(result, status=NOT_MEASURED)
-            elif suite.clock == "wall":
-                racers[name] = result, calls(suite, name, keywords, device, dtype)[0]
-                continue
             else:
                 times, graph = device_times(calls(suite, name, keywords, device, dtype))
                 if name != COPY and times.median < 0.8 * roof.floor(work):
@@ -134,12 +128,6 @@ def run(
         except Exception as problem:  # a rival may fail in any way: it is listed, and the rest runs
             result = replace(result, status=verdict(problem))
         yield result
-    for name, times in in_turns({name: call for name, (_, call) in racers.items()}).items():
-        result, _ = racers[name]
-        if isinstance(times, Exception):
-            yield replace(result, status=verdict(times))
-        else:
-            yield replace(result, times=times, graph=False)
 
 
 def verdict(problem: Exception) -> str:
@@ -202,13 +190,11 @@ def error(found: Tensor, expected: Tensor) -> float:
 def calls(
     suite: Suite, name: str, size: Size, device: torch.device, dtype: torch.dtype
 ) -> list[Call]:
-    """The provider's calls, with inputs that together pass four times the L2; by wall, one."""
+    """The provider's calls, with inputs that together pass four times the L2."""
     first = make_inputs(suite, size, device, dtype, 1)
-    sets = 1
-    if suite.clock == "graph":
-        held = sum(x.nbytes for x in first if isinstance(x, Tensor))
-        l2 = torch.cuda.get_device_properties(device).L2_cache_size
-        sets = max(2, 1 + 4 * l2 // held)
+    held = sum(x.nbytes for x in first if isinstance(x, Tensor))
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    sets = max(2, 1 + 4 * l2 // held)
     if name == COPY:
         half = int(suite.work(dtype.itemsize, **size).bytes) // 2
         return [copy_of(half, device) for _ in range(sets)]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.timing import event_seconds, settle, wall_seconds
+from gemma_fast.benchmarks.timing import event_seconds, settle, wall_seconds
 from gemma_fast.layer import linear
 
 

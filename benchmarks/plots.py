@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import COPY, OURS, Result
-from benchmarks.machine import Roof
-from benchmarks.report import speedups
+from gemma_fast.benchmarks.harness import COPY, OURS, Result
+from gemma_fast.benchmarks.machine import Roof
+from gemma_fast.benchmarks.report import speedups
 
 
 def plot(folder: Path, roof: Roof, results: Sequence[Result], title: str) -> None:
@@ -19,16 +19,16 @@ def plot(folder: Path, roof: Roof, results: Sequence[Result], title: str) -> Non
 
     matplotlib.use("Agg")  # no display needed
     if speedups(results):
-        _save(_speedup(results), title, folder / "speedup.png")
-    _save(_roofline(roof, results), title, folder / "roofline.png")
+        save(_speedup(results), title, folder / "speedup.png")
+    save(_roofline(roof, results), title, folder / "roofline.png")
 
 
-def _save(figure: Any, title: str, file: Path) -> None:
+def save(figure: Any, title: str, file: Path) -> None:
     figure.suptitle(title, fontsize="small", wrap=True)
     figure.savefig(file, dpi=120)
 
 
-def _style(provider: str) -> dict[str, Any]:
+def style(provider: str) -> dict[str, Any]:
     """Our line stands out, the yardstick is no rival."""
     if provider == OURS:
         return {"linewidth": 2.5, "color": "black", "zorder": 3}
@@ -52,7 +52,7 @@ def _speedup(results: Sequence[Result]) -> Any:
             found = [size for size in sizes if (suite, size, provider) in factors]
             at = [sizes.index(size) for size in found]
             ys = [factors[suite, size, provider] for size in found]
-            panel.plot(at, ys, marker="o", label=provider, **_style(provider))
+            panel.plot(at, ys, marker="o", label=provider, **style(provider))
         panel.set_xticks(range(len(sizes)), sizes, rotation=20, ha="right", fontsize="x-small")
         panel.set(title=suite, ylabel="× eager", ylim=(0, None))
         panel.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))

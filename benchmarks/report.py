@@ -8,8 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import EAGER, NOT_MEASURED, Result
-from benchmarks.machine import Roof
+from gemma_fast.benchmarks.harness import EAGER, NOT_MEASURED, Result
+from gemma_fast.benchmarks.machine import Roof
 
 NOTHING = "No CUDA GPU: shapes were tiny, results were checked, nothing was measured."
 COLUMNS = ("size", "provider", "median (p20 … p80)", "GB/s", "TFLOP/s", "of roof", "× eager")
@@ -92,14 +92,14 @@ def markdown(
         parts.append(NOTHING)
     for suite, group in groupby(results, lambda r: r.suite):
         lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(group, roof)]
-        table = "\n".join(f"| {' | '.join(_escape(x) for x in line)} |" for line in lines)
+        table = "\n".join(f"| {' | '.join(escape(x) for x in line)} |" for line in lines)
         parts += [f"## {suite}", about[suite], table]
     if any(r.graph is False for r in results):
         parts.append(FOOTNOTE)
     return "\n\n".join(parts) + "\n"
 
 
-def _escape(cell: str) -> str:
+def escape(cell: str) -> str:
     return cell.replace("|", "\\|").replace("*", "\\*")
 
 

@@ -20,6 +20,8 @@ def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
     same = {name: getattr(config, name) for name in SAME}
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.model_type == "gemma":
+        # Spelled out: some releases compute Gemma 1 with another gelu by default.
+        same["hidden_act"] = "gelu_pytorch_tanh"
         return transformers.GemmaConfig(rope_parameters=rope, **same)
     same |= {
         "query_pre_attn_scalar": config.query_pre_attn_scalar,
@@ -37,7 +39,7 @@ def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
 
 
 def transformers_model(
-    checkpoint: Checkpoint, attention: str, dtype: torch.dtype, device: str
+    checkpoint: Checkpoint, attention: str, dtype: torch.dtype, device: torch.device | str
 ) -> transformers.PreTrainedModel:
     """transformers' model with the checkpoint's weights; its GGUF loader drops parts of some."""
     config = transformers_config(checkpoint.config)

@@ -1,17 +1,15 @@
-"""Every suite by its name, and the libraries that the rivals need."""
+"""Every kernel's suite by its name, and the libraries that the rivals need."""
 
-from benchmarks.bench_attention import ATTENTION
-from benchmarks.bench_geglu import GATE_UP_GEGLU, GEGLU
-from benchmarks.bench_model import MODEL
-from benchmarks.bench_rmsnorm import ADD_RMS_NORM, ADD_RMS_NORM_POST, RMS_NORM
-from benchmarks.bench_rotary import ROTARY_WRITE
-from benchmarks.machine import installed_version
+from gemma_fast.benchmarks.bench_attention import ATTENTION
+from gemma_fast.benchmarks.bench_geglu import GATE_UP_GEGLU, GEGLU
+from gemma_fast.benchmarks.bench_rmsnorm import ADD_RMS_NORM, ADD_RMS_NORM_POST, RMS_NORM
+from gemma_fast.benchmarks.bench_rotary import ROTARY_WRITE
+from gemma_fast.benchmarks.machine import installed_version
 
 SUITES = {
     suite.name: suite
     for suite in (
         RMS_NORM, ADD_RMS_NORM, ADD_RMS_NORM_POST, GEGLU, ROTARY_WRITE, ATTENTION, GATE_UP_GEGLU,
-        MODEL,
     )
 }  # fmt: skip
 
@@ -22,11 +20,11 @@ PACKAGES = {
     "quack": ["quack-kernels"],
     "flashinfer": ["flashinfer-python"],
     "flash-attn-4": ["flash-attn-4"],
-    "transformers (sdpa)": ["transformers"],
 }
 RIVALS = sorted({package for packages in PACKAGES.values() for package in packages})
 
 
 def missing(provider: str) -> list[str]:
     """The packages that a provider lacks here."""
-    return [x for x in PACKAGES.get(provider, []) if installed_version(x) is None]
+    needed = ["transformers"] if provider.startswith("transformers") else PACKAGES.get(provider, [])
+    return [x for x in needed if installed_version(x) is None]

@@ -3,8 +3,7 @@
 Kernels that take microseconds are replayed from a graph, so that no launch is timed. The graph
 holds one provider's calls, each with inputs of its own; together these pass four times the L2 cache
 (see harness.calls), and each call's outputs live until the capture ends, so none is written to
-memory that a cache still holds. What takes milliseconds and cannot be captured, as a whole model,
-is timed by a synchronised clock.
+memory that a cache still holds.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ Call = Callable[[], Any]
 
 REPLAYS, REPLAY_SECONDS = 50, 1e-3  # a replay lasts at least this long
 SETTLE = 0.1  # seconds of load before a time counts, so that clocks and power have settled
-TURNS, TURNS_SECONDS = (5, 40), 30.0  # at least and at most; what they may take together
 
 
 class Times(NamedTuple):
@@ -115,24 +113,3 @@ def wall_seconds(call: Call) -> float:
     start = clock()
     call()
     return clock() - start
-
-
-def in_turns(calls: Mapping[str, Call]) -> dict[str, Times | Exception]:
-    """One after another, so that what slows the machine slows all; two turns are warm-up. A call
-    that raises is out of the race, and what it raised is its result."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    failed: dict[str, Times | Exception] = {}
-
-    def turn() -> None:
-        for name, call in calls.items():
-            if name not in failed:
-                try:
-                    times[name].append(wall_seconds(call))
-                except Exception as problem:
-                    failed[name] = problem
-
-    turn()
-    turns = int(TURNS_SECONDS / max(wall_seconds(turn), 1e-9))
-    for _ in range(min(max(turns, TURNS[0]), TURNS[1])):
-        turn()
-    return {name: failed.get(name) or summary(times[name][2:]) for name in calls}

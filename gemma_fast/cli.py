@@ -1,8 +1,9 @@
-"""gemma-fast: predict · generate · chat.
+"""gemma-fast: predict · generate · chat · bench.
 
     gemma-fast predict "I want to move"         the likeliest tokens after each token of the prompt
     gemma-fast generate "I want to move" -n 30  a continuation, as it comes
     gemma-fast chat --model path/to/gemma-it    a conversation
+    gemma-fast bench --model demo               its speed, beside PyTorch's and transformers'
 
 Text goes to stdout, everything about it (progress, speed, errors) to stderr.
 """
@@ -20,6 +21,8 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from gemma_fast.benchmarks.model_command import bench  # itself imports nothing large
 
 if TYPE_CHECKING:
     import torch
@@ -166,6 +169,9 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
             continue
         answer = tokenizer.decode(new, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
+
+
+main.add_command(bench)
 
 
 def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCausalLM, Tokenizer]:

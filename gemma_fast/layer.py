@@ -81,14 +81,14 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x, residual :: [b, t, hidden]: what the layer before gives, which `post_norm` normalises
         and the residual stream takes up, → the same of this layer. K and V join the cache."""
-        options = {"eps": self.config.rms_norm_eps, "prefetch": True}
+        eps = self.config.rms_norm_eps
         qkv, residual = norm_linear(
-            x, residual, self.input_layernorm, post_norm, self.qkv_proj, **options
+            x, residual, self.input_layernorm, post_norm, self.qkv_proj, eps=eps, prefetch=True
         )
         x = linear(self.attend(qkv, angles, start, cache), self.o_proj, prefetch=True)
         x, residual = norm_linear(
             x, residual, self.pre_feedforward_layernorm, self.post_attention_layernorm,
-            self.gate_up_proj, geglu=True, **options,
+            self.gate_up_proj, geglu=True, eps=eps, prefetch=True,
         )  # fmt: skip
         return linear(x, self.down_proj, prefetch=True), residual
 

@@ -142,6 +142,8 @@ def gate_up_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
     assert x.dtype == gate_up_proj.dtype and gate_up_proj.is_contiguous()
     assert x.is_cuda or x.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
     matrix = x.reshape(-1, hidden).contiguous()
+    if matrix.data_ptr() % 16:  # neither descriptors nor wide loads could read it
+        matrix = matrix.clone()
     rows, limits = matrix.shape[0], gpu(x.device)
     out = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
     tile = _tile(rows, x.element_size(), limits)

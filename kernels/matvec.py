@@ -66,13 +66,13 @@ def norm_scales(
     row, offset = tl.arange(0, BLOCK_B)[:, None], tl.arange(0, BLOCK)[None, :]
     post_scale = tl.zeros([BLOCK_B, 1], tl.float32)
     if HAS_POST_NORM:
-        for k in tl.static_range(0, DIM, BLOCK):
+        for k in range(0, DIM, BLOCK):
             mask = (row < rows) & (k + offset < DIM)
             x = tl.load(x_ptr + row * DIM + k + offset, mask=mask, other=0.0).to(tl.float32)
             post_scale += tl.sum(x * x, axis=1, keep_dims=True)
         post_scale = tl.rsqrt(post_scale / DIM + EPS)
     scale = tl.zeros([BLOCK_B, 1], tl.float32)
-    for k in tl.static_range(0, DIM, BLOCK):
+    for k in range(0, DIM, BLOCK):
         mask = (row < rows) & (k + offset < DIM)
         h = _load_stream(
             x_ptr, residual_ptr, post_norm_weight_ptr, post_scale, row, k + offset, mask,

@@ -2,8 +2,8 @@
 
 import torch
 
-from benchmarks.harness import EAGER, OURS, Suite
-from benchmarks.machine import Work
+from gemma_fast.benchmarks.harness import EAGER, OURS, Suite
+from gemma_fast.benchmarks.machine import Work
 
 
 def missing(x):

@@ -8,27 +8,10 @@ import pytest
 import torch
 from example_suite import SUITE
 
-from benchmarks import harness, timing
-from benchmarks.harness import COPY, OURS
-from benchmarks.timing import Times
+from gemma_fast.benchmarks import harness, timing
+from gemma_fast.benchmarks.harness import COPY, OURS
 
 CPU, FP32 = torch.device("cpu"), torch.float32
-
-
-def test_turns_time_each_provider_as_often(monkeypatch):
-    called = []
-    monkeypatch.setattr(timing, "TURNS", (5, 6))
-    work = {name: lambda name=name: called.append(name) for name in "ab"}
-    times = timing.in_turns(work)
-    assert called == ["a", "b"] * 8  # two turns are warm-up
-    assert all(0 < x.p20 <= x.median <= x.p80 for x in times.values())
-
-
-def test_who_fails_in_a_later_turn_is_out_and_the_others_race_on(monkeypatch):
-    monkeypatch.setattr(timing, "TURNS", (5, 6))
-    left = iter(range(2))
-    times = timing.in_turns({"a": lambda: None, "b": lambda: next(left)})
-    assert isinstance(times["a"], Times) and isinstance(times["b"], StopIteration)
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import pytest
 import torch
 from example_suite import PROVIDERS, SUITE
 
-from benchmarks import harness, report
-from benchmarks.harness import COPY, EAGER, OURS, Result, run
-from benchmarks.machine import Roof, Work
-from benchmarks.plots import plot
-from benchmarks.timing import Times
+from gemma_fast.benchmarks import harness, report
+from gemma_fast.benchmarks.harness import COPY, EAGER, OURS, Result, run
+from gemma_fast.benchmarks.machine import Roof, Work
+from gemma_fast.benchmarks.plots import plot
+from gemma_fast.benchmarks.timing import Times
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 ROOF = Roof(copy=2e12, product=1e15)
@@ -55,8 +55,7 @@ def test_an_oracle_that_fails_is_listed_for_all():
     assert found == {EAGER: "failed: too large", OURS: "failed: too large"}
 
 
-@pytest.mark.parametrize("clock", ["graph", "wall"])
-def test_wrong_provider_is_not_timed(monkeypatch, clock):
+def test_wrong_provider_is_not_timed(monkeypatch):
     timed = []
 
     def calls(suite, name, *_):
@@ -66,10 +65,10 @@ def test_wrong_provider_is_not_timed(monkeypatch, clock):
     times = Times(1e-3, 1e-3, 1e-3)
     monkeypatch.setattr(harness, "calls", calls)
     monkeypatch.setattr(harness, "device_times", lambda calls: (times, True))
-    results = list(run(replace(SUITE, clock=clock), "large", CPU, FP32, ROOF))
+    results = list(run(SUITE, "large", CPU, FP32, ROOF))
     assert timed == [EAGER, OURS, COPY]
     assert sorted(r.provider for r in results if r.times) == sorted(timed)
-    assert all(r.graph == (clock == "graph") for r in results if r.times)
+    assert all(r.graph for r in results if r.times)
 
 
 def test_oracle_sees_its_own_fp32_copies():

@@ -95,6 +95,10 @@ def test_chat_keeps_the_conversation(demo):
         (("generate", "a", "-n", "40000"), "do not fit the model's context of 32768"),
         (("generate", "a", "--temperature", "0"), "temperature=0.0 is out of range"),
         (("write", "a"), "No such command 'write'"),
+        (("bench", "-p", "8,x"), "'8,x' is not whole numbers"),
+        (("bench", "-b", "0"), "0 is less than 1"),
+        (("bench", "--only", "vllm"), "no provider vllm: choose from eager, transformers"),
+        (("bench", "-d", "40000"), "more than the context of"),
     ],
     ids=str,
 )

@@ -1,4 +1,5 @@
-"""`kernels/` has one import name, gemma_fast.kernels, and never hides PyPI's package `kernels`."""
+"""`kernels/` and `benchmarks/` have one import name each, in gemma_fast, and never hide PyPI's
+package `kernels`."""
 
 import os
 import subprocess
@@ -11,11 +12,15 @@ from textwrap import dedent
 
 import pytest
 
+from gemma_fast.benchmarks.harness import OURS
+
 ROOT = Path(__file__).resolve().parents[1]
+FOR_THE_CLONE = ("bench_suites.py", "conftest.py")  # pytest's, in benchmarks/
 SOURCES = {
     f"{folder}/{path.name}": path.read_bytes()
-    for folder in ("gemma_fast", "gemma_fast/kernels")
+    for folder in ("gemma_fast", "gemma_fast/kernels", "gemma_fast/benchmarks")
     for path in (ROOT / folder).glob("*.py")
+    if path.name not in FOR_THE_CLONE
 }
 PRINT_KERNEL_FILE = "import gemma_fast.kernels.rmsnorm as module; print(module.__file__)"
 
@@ -32,7 +37,7 @@ def python(*args, cwd: Path = ROOT) -> str:
 def dist(tmp_path_factory) -> Path:
     """A folder with the sdist and the wheel made from it, built from a copy of the sources."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
-    for folder in ("gemma_fast", "kernels"):
+    for folder in ("gemma_fast", "kernels", "benchmarks"):
         copytree(ROOT / folder, tree / folder, symlinks=True, ignore=ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         copy(ROOT / name, tree)
@@ -40,8 +45,9 @@ def dist(tmp_path_factory) -> Path:
     return out
 
 
-def test_kernels_is_reached_through_a_link():
-    assert os.readlink(ROOT / "gemma_fast/kernels") == "../kernels"
+def test_folders_are_reached_through_links():
+    for folder in ("kernels", "benchmarks"):
+        assert os.readlink(ROOT / "gemma_fast" / folder) == f"../{folder}"
     assert not (ROOT / "kernels/__init__.py").exists()
     assert Path(python("-c", PRINT_KERNEL_FILE)).parent == ROOT / "gemma_fast/kernels"
 
@@ -57,7 +63,7 @@ def test_sdist_holds_the_sources_as_files(dist):
         held = {member.name.partition("/")[2]: member for member in sdist.getmembers()}
         assert {name: sdist.extractfile(held[name]).read() for name in SOURCES} == SOURCES
     assert all(held[name].isreg() for name in SOURCES)
-    assert not any(name == "kernels" or name.startswith("kernels/") for name in held)
+    assert not any(name.split("/")[0] in ("kernels", "benchmarks") for name in held)
 
 
 def test_wheel_installs(dist, tmp_path):
@@ -65,6 +71,20 @@ def test_wheel_installs(dist, tmp_path):
     python("-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path, wheel)
     file = Path(python("-c", PRINT_KERNEL_FILE, cwd=tmp_path))
     assert file.parent == tmp_path / "gemma_fast/kernels"
+    assert OURS in python("-m", "gemma_fast.benchmarks", "--list", cwd=tmp_path)
+
+
+def test_benchmarks_run_from_the_clone_without_a_second_name():
+    code = """
+import runpy, sys
+sys.argv[1:] = ["--list"]
+try:
+    runpy.run_module("benchmarks", run_name="__main__")
+except SystemExit as done:
+    assert not done.code
+assert not [name for name in sys.modules if name.startswith("benchmarks.")]
+"""
+    assert OURS in python("-c", code)
 
 
 def test_transformers_finds_the_package_kernels_from_here():

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from benchmarks.rivals import transformers_config
+from gemma_fast.benchmarks.rivals import transformers_config
 from gemma_fast.config import GemmaConfig
 from gemma_fast.load import RandomCheckpoint
 from gemma_fast.model import GemmaForCausalLM

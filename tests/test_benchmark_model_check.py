@@ -1,0 +1,141 @@
+"""Who the whole model's benchmark finds wrong, and that every provider computes the model."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from click.testing import CliRunner
+from twins import CONFIGS
+
+from gemma_fast.benchmarks import model_command, model_providers
+from gemma_fast.benchmarks.bench_model import run
+from gemma_fast.benchmarks.harness import EAGER, OURS
+from gemma_fast.benchmarks.machine import Roof
+from gemma_fast.benchmarks.model_cases import TINY, Case, find
+from gemma_fast.benchmarks.model_check import Judge
+from gemma_fast.benchmarks.model_providers import PROVIDERS, Eager
+from gemma_fast.benchmarks.model_report import serious
+from gemma_fast.load import RandomCheckpoint
+from gemma_fast.reference import Reference
+
+CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
+ROOF = Roof(copy=2e12, product=1e15)
+QUICK = partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
+
+
+def provider(change):
+    """The reference in a provider's clothes, its weights changed in place."""
+
+    def load(checkpoint, dtype, device):
+        reference = Reference.from_checkpoint(checkpoint, dtype=dtype, device=device)
+        change(reference)
+        return Eager(reference)
+
+    return load
+
+
+def noise(share):
+    def change(reference):
+        for weight in reference.weights.values():
+            weight.mul_(1 + share * torch.randn_like(weight))
+
+    return provider(change)
+
+
+def without_rotary(reference):
+    reference.rotate = lambda x, cos, sin: x
+
+
+class Repeating(Eager):
+    """Reads each token rightly and says it again."""
+
+    def step(self):
+        said = self.token
+        super().step()
+        return said
+
+
+class Forgetting(Eager):
+    """Does not keep what it decodes: tokens of random weights need not show it, the cache does."""
+
+    def step(self):
+        past = self.past
+        token = super().step()
+        self.past = past
+        return token
+
+
+def absent(checkpoint, dtype, device):
+    raise ModuleNotFoundError("No module named 'rival'", name="rival")
+
+
+def kind(eager):
+    return lambda *where: eager(Reference.from_checkpoint(where[0], dtype=where[1], device=CPU))
+
+
+def judged(monkeypatch, dtype, providers):
+    """provider → status, of the tiny model, with a roof: so a right one would be timed."""
+    for name in list(PROVIDERS):
+        monkeypatch.delitem(PROVIDERS, name)
+    for name, load in providers.items():
+        monkeypatch.setitem(PROVIDERS, name, load)
+    checkpoint, one = RandomCheckpoint(TINY), [Case("tg", 2)]
+    judge = Judge(checkpoint, dtype, CPU)
+    found = list(run(checkpoint, one, CPU, dtype, ROOF, 1, list(providers), judge))
+    assert all(bool(r.seconds) == (r.status == "ok") for r in found)
+    assert serious(found, OURS) == any(r.status.startswith("wrong") for r in found)
+    return {r.provider: r.status for r in found}
+
+
+def test_wrong_provider_is_not_timed(monkeypatch):
+    found = judged(monkeypatch, FP32, {
+        EAGER: kind(Eager), "rotary": provider(without_rotary), "repeating": kind(Repeating),
+        "forgetting": kind(Forgetting), "absent": absent,
+    })  # fmt: skip
+    assert found[EAGER] == "ok"
+    assert found["rotary"].startswith("wrong: error ")
+    assert found["repeating"].startswith("wrong: ")
+    assert found["forgetting"].startswith("wrong: error ")
+    assert found["absent"] == "not installed: No module named 'rival'"
+
+
+def test_in_16_bits_we_are_no_further_from_float32_than_transformers(monkeypatch):
+    found = judged(monkeypatch, BF16, {
+        "rotary": provider(without_rotary), "transformers (eager)": kind(Eager), OURS: kind(Eager),
+    })  # fmt: skip
+    assert found["rotary"].startswith("wrong: error ")
+    assert found[OURS] == found["transformers (eager)"] == "ok"
+    found = judged(monkeypatch, BF16, {"transformers (eager)": kind(Eager), OURS: noise(0.02)})
+    assert found["transformers (eager)"] == "ok"
+    assert found[OURS].startswith("wrong: error ") and "transformers' is" in found[OURS]
+    assert judged(monkeypatch, BF16, {OURS: noise(0.02)}) == {OURS: "ok"}
+
+
+def test_where_float32_does_not_fit_the_reference_keeps_its_dtype(monkeypatch):
+    monkeypatch.setattr("gemma_fast.benchmarks.model_check.free_bytes", lambda device: 0)
+    judge = Judge(find("tiny"), BF16, CPU)
+    assert judge.about.endswith("the reference in bfloat16, as float32 does not fit.")
+    assert judge.reference.weights["model.norm.weight"].dtype == BF16
+
+
+def test_exit_status_of_a_wrong_result(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(PROVIDERS, OURS, provider(without_rotary))
+    done = CliRunner().invoke(model_command.bench, ["-p", "4", "--only", OURS])
+    assert done.exit_code == 1 and "wrong: error" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["gemma-mqa", "gemma2-gqa"])  # Gemma 3: the command's tiny one
+def test_every_provider_chooses_the_references_tokens(name, monkeypatch):
+    """Past the window, whatever the family, with the static cache and its compiled step: that it
+    is one graph and right; Inductor would take minutes."""
+    monkeypatch.setattr(model_providers, "compiled_step", QUICK)
+    checkpoint = RandomCheckpoint(replace(CONFIGS[name], max_position_embeddings=1024))
+    judge = Judge(checkpoint, FP32, CPU)
+    found = run(checkpoint, [Case("pp", 4, batch=2)], CPU, FP32, None, 1, list(PROVIDERS), judge)
+    statuses = {r.provider: r.status for r in found}
+    assert list(statuses) == list(PROVIDERS)
+    if name == "gemma2-gqa":
+        assert statuses.pop("transformers (sdpa)") == "cannot: no soft cap"
+    assert set(statuses.values()) == {"ok, not measured"}
