@@ -38,15 +38,14 @@ def decode_attention_reference(
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, *, scale: float,
     window: int | None = None, softcap: float | None = None, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
-    b, heads, _ = qkv.shape
-    n, slots = keys.shape[1:3]
+    heads, n = qkv.shape[1], keys.shape[1]
     q, k, v = qkv.unsqueeze(1).split((heads - 2 * n, n, n), dim=2)  # [b, 1, heads, d]
     cos, sin = (x[position.clamp(min=0).long()].unsqueeze(1) for x in (cos, sin))  # [b, 1, d / 2]
-    slot = torch.arange(b, device=qkv.device), slice(None), position.long() % slots
-    before = keys[slot], values[slot]  # copies: padding is not to be written
+    padding = position < 0
+    before = (keys[padding], values[padding]) if padding.any() else None  # copies
     rotary_write_reference(k, v, keys, values, cos, sin, position, k_norm, eps)
-    for ring, old in zip((keys, values), before, strict=True):
-        ring[slot] = torch.where((position < 0)[:, None, None], old, ring[slot])
+    if before:
+        keys[padding], values[padding] = before
     return attention_reference(
         q, keys, values, cos, sin, position, q_norm,
         scale=scale, window=window, softcap=softcap, eps=eps,
