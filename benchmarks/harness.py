@@ -144,7 +144,10 @@ def make_inputs(
     suite: Suite, size: Size, device: torch.device, dtype: torch.dtype, seed: int
 ) -> tuple[Any, ...]:
     torch.manual_seed(seed)
-    return suite.inputs(device, dtype, **size)
+    given = suite.inputs(device, dtype, **size)
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # at rest: a kernel may then prefetch its weights
+    return given
 
 
 def truth(suite: Suite, size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:

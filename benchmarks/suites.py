@@ -1,7 +1,10 @@
 """Every kernel's suite by its name, and the libraries that the rivals need."""
 
 from gemma_fast.benchmarks.bench_attention import ATTENTION
+from gemma_fast.benchmarks.bench_decode_attention import DECODE_ATTENTION
 from gemma_fast.benchmarks.bench_geglu import GATE_UP_GEGLU, GEGLU
+from gemma_fast.benchmarks.bench_lm_head import LM_HEAD
+from gemma_fast.benchmarks.bench_matvec import LINEAR, NORM_LINEAR
 from gemma_fast.benchmarks.bench_rmsnorm import ADD_RMS_NORM, ADD_RMS_NORM_POST, RMS_NORM
 from gemma_fast.benchmarks.bench_rotary import ROTARY_WRITE
 from gemma_fast.benchmarks.machine import installed_version
@@ -10,6 +13,7 @@ SUITES = {
     suite.name: suite
     for suite in (
         RMS_NORM, ADD_RMS_NORM, ADD_RMS_NORM_POST, GEGLU, ROTARY_WRITE, ATTENTION, GATE_UP_GEGLU,
+        NORM_LINEAR, DECODE_ATTENTION, LINEAR, LM_HEAD,
     )
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from gemma_fast.kernels._triton import triton
+from gemma_fast.kernels._triton import tl, triton
 
 F = TypeVar("F", bound=Callable[..., Any])
 _library = torch.library.Library("gemma_fast", "DEF")
@@ -82,6 +82,21 @@ class Gpu(NamedTuple):
             and all(n % 16 == 0 for n in (x.data_ptr(), *(2 * s for s in x.stride()[:-1])))
             for x in tensors
         )
+
+    def overlap(self, prefetch: bool) -> dict[str, bool]:
+        """Options of a kernel that begins with `wait_for_kernel_ahead`."""
+        if prefetch and self.capability >= 90:
+            return {"PREFETCH": True, "launch_pdl": True}
+        return {"PREFETCH": False}
+
+
+@triton.jit
+def wait_for_kernel_ahead(PREFETCH: tl.constexpr):
+    """Programmatic dependent launch: what comes before runs beside the kernel ahead."""
+    if PREFETCH:
+        tl.extra.cuda.gdc_wait()
+        # Only now: a kernel then starts when the one before the one ahead of it is done.
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @functools.cache

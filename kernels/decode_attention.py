@@ -27,7 +27,7 @@ import math
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._op import Gpu, gpu, op
+from gemma_fast.kernels._op import Gpu, gpu, op, wait_for_kernel_ahead
 from gemma_fast.kernels._triton import knobs, tl, triton
 from gemma_fast.kernels.attention import HEAD_DIMS, attend, attention_reference
 from gemma_fast.kernels.rotary import rotary_write_reference
@@ -129,9 +129,7 @@ def _decode_attention_kernel(
         q_norm_ptr, k_norm_ptr = q_norm_ptr + half, k_norm_ptr + half
         weight1 = tl.where(is_query, tl.load(q_norm_ptr), tl.load(k_norm_ptr))
         weight2 = tl.where(is_query, tl.load(q_norm_ptr + HALF), tl.load(k_norm_ptr + HALF))
-    if PREFETCH:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_kernel_ahead(PREFETCH)
 
     qkv_ptr += batch * qkv_batch_stride
     head = tl.where(is_query, kv_head * GROUP + row, n * GROUP + kv_head)
@@ -237,12 +235,11 @@ def decode_attention(
     splits = max(1, min(best, room, triton.cdiv(visible, tile["BLOCK_N"])))
     partial = torch.empty(b, n, splits, heads // n, d, dtype=torch.float32, device=qkv.device)
     stats = torch.empty(b, n, splits, 2, heads // n, dtype=torch.float32, device=qkv.device)
-    prefetch = prefetch and limits.capability >= 90
     _decode_attention_kernel[(splits, n, b)](
         qkv, keys, values, cos, sin, position, arrived, q_norm, k_norm, partial, stats, out,
         *qkv.stride()[:2], *keys.stride()[:3], slots,
         SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,
-        HAS_NORM=q_norm is not None, GROUP=heads // n, HALF=d // 2, PREFETCH=prefetch,
-        **tile, num_stages=3, **({"launch_pdl": True} if prefetch else {}),
+        HAS_NORM=q_norm is not None, GROUP=heads // n, HALF=d // 2,
+        **tile, **limits.overlap(prefetch), num_stages=3,
     )  # fmt: skip
     return out

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.kernels._op import gpu, op
+from gemma_fast.kernels._op import gpu, op, wait_for_kernel_ahead
 from gemma_fast.kernels._triton import knobs, tl, triton
-from gemma_fast.kernels.matvec import wait_for_kernel_ahead
 
 
 def embed_reference(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
@@ -61,11 +60,10 @@ def embed(ids: Tensor, weight: Tensor, scale: float, *, prefetch: bool = False) 
     ids, dim = ids.contiguous(), weight.shape[1]
     out = torch.empty(*ids.shape, dim, dtype=weight.dtype, device=weight.device)
     block = min(triton.next_power_of_2(dim), 1024)
-    overlap = prefetch and gpu(weight.device).capability >= 90
     if out.numel():
         _embed_kernel[(ids.numel(), triton.cdiv(dim, block))](
             ids, weight, out,
             SCALE=_rounded(scale, weight.dtype), DIM=dim, BLOCK=block,
-            PREFETCH=overlap, num_warps=4, **({"launch_pdl": True} if overlap else {}),
+            num_warps=4, **gpu(weight.device).overlap(prefetch),
         )  # fmt: skip
     return out

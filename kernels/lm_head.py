@@ -15,7 +15,7 @@ Bound by memory: bytes = weight.numel() * itemsize. Walk-through steps: last nor
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._op import gpu, op
+from gemma_fast.kernels._op import gpu, op, wait_for_kernel_ahead
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.choose import (
     PARTIALS,
@@ -34,7 +34,6 @@ from gemma_fast.kernels.matvec import (
     norm_scales,
     product,
     tile,
-    wait_for_kernel_ahead,
 )
 
 # Of the weight, for a program with one row: its norm and its part in comparing then cost little.
@@ -156,7 +155,6 @@ def next_token(
     per_program = triton.cdiv(BYTES, blocks["BLOCK_N"] * weight[0].nbytes) if rows == 1 else 1
     programs = triton.cdiv(vocab, per_program * blocks["BLOCK_N"])
     best, best_token = partials(rows, programs, x.device)
-    overlap = prefetch and gpu(x.device).capability >= 90
     _next_token_kernel[(programs,)](
         x.contiguous(), None if residual is None else residual.contiguous(),
         norm_weight, post_norm_weight, weight, position, token, arrived, temperature, seed,
@@ -164,6 +162,5 @@ def next_token(
         SOFTCAP=softcap or 0.0, EPS=eps, DIM=dim, VOCAB=vocab, BLOCKS=per_program,
         CHUNK=PARTIALS * blocks["num_warps"] // blocks["BLOCK_B"],
         HAS_RESIDUAL=residual is not None, HAS_POST_NORM=post_norm_weight is not None,
-        SAMPLE=temperature is not None, PREFETCH=overlap, **blocks,
-        **({"launch_pdl": True} if overlap else {}),
+        SAMPLE=temperature is not None, **blocks, **gpu(x.device).overlap(prefetch),
     )  # fmt: skip

@@ -21,21 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.kernels._op import gpu, op
+from gemma_fast.kernels._op import gpu, op, wait_for_kernel_ahead
 from gemma_fast.kernels._triton import knobs, tl, triton
 from gemma_fast.kernels.geglu import geglu as geglu_of
 from gemma_fast.kernels.geglu import geglu_tile
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 
 MAX_ROWS = 8
-
-
-@triton.jit
-def wait_for_kernel_ahead(PREFETCH: tl.constexpr):
-    if PREFETCH:
-        tl.extra.cuda.gdc_wait()
-        # Only now: a kernel then starts when the one before the one ahead of it is done.
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -253,13 +245,11 @@ def _launch(
     if residual is not None:
         residual = residual.reshape(-1, dim).contiguous()
     blocks = tile(rows, weight.shape[0], dim, x.element_size())
-    overlap = prefetch and gpu(x.device).capability >= 90
     _matvec_kernel[(triton.cdiv(out_dim, blocks["BLOCK_N"] // (1 + geglu)),)](
         flat, residual, norm_weight, post_norm_weight, weight, out, total, rows,
         EPS=eps, DIM=dim, OUT=out_dim, GEGLU=geglu,
         HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
-        HAS_POST_NORM=post_norm_weight is not None, PREFETCH=overlap,
-        **blocks, **({"launch_pdl": True} if overlap else {}),
+        HAS_POST_NORM=post_norm_weight is not None, **blocks, **gpu(x.device).overlap(prefetch),
     )  # fmt: skip
     return out.view(*x.shape[:-1], out_dim), None if total is None else total.view(x.shape)
 

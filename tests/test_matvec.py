@@ -42,8 +42,8 @@ def test_linear(dim, out, rows, dtype, device, poison_outputs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("geglu", [False, True], ids=["plain", "geglu"])
 @pytest.mark.parametrize("stream", ["x alone", "residual", "residual, post-norm"])
-@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS, MAX_ROWS + 1], ids=str)
-@pytest.mark.parametrize(("dim", "out"), SHAPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS + 1], ids=str)
+@pytest.mark.parametrize(("dim", "out"), SHAPES[::2], ids=str)
 def test_norm_linear(dim, out, rows, stream, geglu, dtype, device, poison_outputs):
     x = 3 * torch.randn(rows, dim, device=device).to(dtype)
     residual = torch.randn(rows, dim, device=device).to(dtype) if "residual" in stream else None

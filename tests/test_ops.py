@@ -10,14 +10,19 @@ from twins import CONFIGS, random_model
 
 from gemma_fast.cache import KVCache
 from gemma_fast.kernels.attention import attention
+from gemma_fast.kernels.choose import choose_token
+from gemma_fast.kernels.decode_attention import decode_attention
+from gemma_fast.kernels.embed import embed
 from gemma_fast.kernels.geglu import gate_up_geglu, geglu
+from gemma_fast.kernels.lm_head import next_token
+from gemma_fast.kernels.matvec import linear, norm_linear
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 from gemma_fast.kernels.rotary import rotary_write
 
 B, T, N, M, D, SLOTS = 2, 5, 2, 2, 32, 16
 
 
-def tensors() -> dict[str, torch.Tensor]:
+def tensors() -> dict[str, torch.Tensor | None]:
     return {
         "q": torch.randn(B, T, N * M, D),
         "k": torch.randn(B, T, N, D),
@@ -29,10 +34,35 @@ def tensors() -> dict[str, torch.Tensor]:
         "start": torch.tensor([3, -2], dtype=torch.int32),
         "norm_weight": torch.randn(D),
         "gate_up_proj": torch.randn(6, D),
+        "x": torch.randn(B, T, D),
+        "residual": torch.randn(B, T, D),
+        "post_norm_weight": torch.randn(D),
+        "no_tensor": None,
+        "rows": torch.randn(B, D),
+        "residual_rows": torch.randn(B, D),
+        "embedding": torch.randn(7, D),
+        "ids": torch.tensor([[1, 6, 0], [2, 2, 3]]),
+        "logits": torch.randn(B, 7),
+        "qkv": torch.randn(B, N * M + 2 * N, D),
+        "cos_table": torch.randn(SLOTS, D // 2),
+        "sin_table": torch.randn(SLOTS, D // 2),
+        "k_norm": torch.randn(D),
+        "arrived": torch.zeros(B * N, dtype=torch.int32),
+        "token": torch.zeros(B, dtype=torch.int64),
+        "temperature": torch.ones(1),
+        "seed": torch.ones(1, dtype=torch.int64),
     }
 
 
+def tensors_on(device: str) -> dict[str, torch.Tensor | None]:
+    return {name: x if x is None else x.to(device) for name, x in tensors().items()}
+
+
 ROTARY = ("k", "v", "keys", "values", "cos", "sin", "start", "norm_weight")
+NORM_LINEAR = ("x", "residual", "norm_weight", "post_norm_weight", "gate_up_proj")
+DECODE = ("qkv", "keys", "values", "cos_table", "sin_table", "start", "arrived")
+CHOICE = ("start", "token", "arrived", "temperature", "seed")
+NEXT = ("rows", "residual_rows", "norm_weight", "post_norm_weight", "embedding", *CHOICE)
 ATTENTION = ("q", "keys", "values", "cos", "sin", "start", "norm_weight")
 
 
@@ -48,15 +78,28 @@ ATTENTION = ("q", "keys", "values", "cos", "sin", "start", "norm_weight")
         (rotary_write, ROTARY[:-1], {}),
         (attention, ATTENTION, {"scale": 0.2}),
         (attention, ATTENTION[:-1], {"scale": 0.2, "window": 4, "softcap": 3.0}),
+        (linear, ("x", "gate_up_proj"), {}),
+        (norm_linear, NORM_LINEAR, {}),
+        (
+            norm_linear,
+            ("x", "no_tensor", "norm_weight", "no_tensor", "gate_up_proj"),
+            {"geglu": True},
+        ),
+        (embed, ("ids", "embedding"), {"scale": 2.0}),
+        (decode_attention, DECODE, {"scale": 0.2, "window": 4, "softcap": 3.0}),
+        (decode_attention, (*DECODE, "norm_weight", "k_norm"), {"scale": 0.2}),
+        (choose_token, ("logits", *CHOICE), {}),
+        (choose_token, ("logits", *CHOICE[:-2]), {}),
+        (next_token, NEXT, {"softcap": 30.0}),
     ],
     ids=lambda x: getattr(x, "__name__", None) or str(x),
 )
 @pytest.mark.parametrize("permuted", [False, True], ids=["as made", "permuted"])
 def test_op(op, names, options, permuted, device):
     """Outputs are contiguous whatever the inputs: the fake ones say so to the compiler."""
-    given = {name: x.to(device) for name, x in tensors().items()}
-    for name in ("q", "k", "v") if permuted else ():
-        given[name] = given[name].transpose(1, 2).contiguous().transpose(1, 2)
+    given = tensors_on(device)
+    for name in ("q", "k", "v", "x") if permuted else ():
+        given[name] = given[name].transpose(0, 1).contiguous().transpose(0, 1)
     overload = getattr(torch.ops.gemma_fast, op.__name__).default
     opcheck(overload, tuple(given[name] for name in names), options)
 
@@ -70,15 +113,21 @@ def test_op(op, names, options, permuted, device):
         (gate_up_geglu, ("q", "gate_up_proj")),
         (rotary_write, ROTARY),
         (attention, ATTENTION),
+        (linear, ("x", "gate_up_proj")),
+        (norm_linear, NORM_LINEAR),
+        (embed, ("ids", "embedding")),
+        (decode_attention, (*DECODE, "norm_weight", "k_norm")),
+        (choose_token, ("logits", *CHOICE)),
+        (next_token, NEXT),
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )
 def test_an_input_that_requires_grad(op, names):
-    options = {"scale": 0.2} if op is attention else {}
+    options = {"scale": 0.2} if op in (attention, decode_attention, embed) else {}
     parameters = list(inspect.signature(op).parameters)
-    for i, name in enumerate(names):
+    for i in range(len(names)):
         given = [tensors()[n] for n in names]
-        if name == "start":  # integers have no gradient
+        if not given[i].is_floating_point():  # integers have no gradient
             continue
         given[i].requires_grad_()
         message = f"{op.__name__} has no derivative, and {parameters[i]} requires grad"
@@ -95,7 +144,7 @@ def test_forward_differentiation():
 
 
 def test_autograd_knows_what_was_overwritten(device):
-    given = {name: x.to(device) for name, x in tensors().items()}
+    given = tensors_on(device)
     weight = torch.ones((), device=device, requires_grad=True)
     loss = (weight * given["keys"]).sum()
     rotary_write(*(given[name] for name in ROTARY))
@@ -105,7 +154,7 @@ def test_autograd_knows_what_was_overwritten(device):
 
 @pytest.mark.parametrize("name", ["keys", "cos", "start"])
 def test_wrong_dtypes(name, device):
-    given = {name: x.to(device) for name, x in tensors().items()}
+    given = tensors_on(device)
     given[name] = given[name].double()
     for op, names in ((rotary_write, ROTARY), (attention, ATTENTION)):
         options = {"scale": 0.2} if op is attention else {}
@@ -114,7 +163,7 @@ def test_wrong_dtypes(name, device):
 
 
 def test_no_tokens(device):
-    given = {name: x.to(device) for name, x in tensors().items()}
+    given = tensors_on(device)
     for name in ("q", "k", "v", "cos", "sin"):
         given[name] = given[name][:, :0]
     rotary_write(*(given[name] for name in ROTARY))
