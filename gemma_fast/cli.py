@@ -244,6 +244,7 @@ def _speed(prompt: int, times: list[float], model: GemmaForCausalLM) -> dict[str
         stats["prompt_tokens_per_s"] = prompt / (tokens[0] - start)
     if len(tokens) > 1:
         stats["decode_tokens_per_s"] = (len(tokens) - 1) / (tokens[-1] - tokens[0])
+    stats["memory_bytes"] = model.memory()
     stats["peak_memory_bytes"] = (
         torch.cuda.max_memory_allocated(model.device)
         if model.device.type == "cuda"
@@ -260,4 +261,5 @@ def _summary(stats: dict[str, Any]) -> str:
     parts.append(f"{stats['new_tokens']} new tokens")
     if "decode_tokens_per_s" in stats:
         parts[-1] += f" at {stats['decode_tokens_per_s']:.1f} tokens/s"
-    return " · ".join([*parts, f"peak memory {stats['peak_memory_bytes'] / 1e9:.2f} GB"])
+    kept = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in stats["memory_bytes"].items())
+    return " · ".join([*parts, f"peak memory {stats['peak_memory_bytes'] / 1e9:.2f} GB ({kept})"])

@@ -52,7 +52,7 @@ def test_generate_streams_text_and_reports_its_speed(demo):
     assert "5 prompt tokens at " in result.stderr
     assert "30 new tokens at " in result.stderr
     assert "first token after " in result.stderr
-    assert "peak memory " in result.stderr
+    assert "peak memory " in result.stderr and "GB (weights 1.07, cache 0.0" in result.stderr
 
 
 def test_generate_as_json(demo):
@@ -61,6 +61,7 @@ def test_generate_as_json(demo):
     assert result["text"] == " to a new country"
     assert result["new_tokens"] == 4
     assert result["decode_tokens_per_s"] > 0
+    assert result["memory_bytes"].keys() == {"weights", "cache", "graph"}
     drawn = [json.loads(run(*args, "--top-k", "50", "--seed", s).stdout)["ids"] for s in "334"]
     assert drawn[0] == drawn[1] != drawn[2]
 
