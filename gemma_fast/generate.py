@@ -92,8 +92,8 @@ def generate_tokens(
             streamer.put(ids.cpu())
         decoder.prefill(ids, attention_mask, sampling, seed or 0)
         for token in tokens(decoder, new):
-            refuse_not_finite(token, t + end)
             token = token.masked_fill(finished, pad)
+            refuse_not_finite(token, t + end)
             generated[:, end] = token
             end += 1
             if streamer is not None:
