@@ -82,8 +82,9 @@ class KVCache:
         return 2 * batch * config.num_key_value_heads * slots * config.head_dim * dtype.itemsize
 
     def clear(self) -> None:
-        """Ready for new texts. What it held stays where it was, and is seen by nobody."""
-        self.next_position.zero_()
+        """Ready for new texts. Zeros, because what it held need not be finite: see _allocate."""
+        for x in (self.next_position, *self.keys, *self.values):
+            x.zero_()
         self.length, self.stale, self._right_padded = 0, None, False
 
     def first_rows(self, batch: int) -> KVCache:

@@ -77,7 +77,7 @@ class _Errors(click.Group):
         except RuntimeError as error:
             if "out of memory" not in str(error):
                 raise
-            raise click.ClickException(f"{error}\nTry a smaller model or --dtype.") from error
+            raise click.ClickException(str(error)) from error
 
 
 @click.group(cls=_Errors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -184,8 +184,9 @@ def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCa
     path = model or demo_checkpoint()
     tokenizer = Tokenizer.from_pretrained(path)
     gemma = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device=device)
-    # The first pass loads PyTorch's compiler, and on a GPU compiles: no part of the model's speed.
-    gemma(torch.tensor([[tokenizer.bos_token_id]]))
+    # On a GPU the first text compiles kernels, and captures a graph: no part of the model's speed.
+    bos = torch.tensor([[tokenizer.bos_token_id]])
+    gemma.generate(bos, max_new_tokens=3, do_sample=False, eos_token_id=[])
     return gemma, tokenizer
 
 

@@ -4,14 +4,17 @@
 
 On a GPU the step is captured in a CUDA graph, embedding to choice, and then replayed: the host
 launches one thing a token. The first step of a kind runs as it is, so that its kernels are
-compiled; the second is captured. What may differ between replays, tokens, positions, temperature
-and seed, lies on the device.
+compiled; the second is captured. What may differ between replays, tokens so far, positions,
+temperature and seed, lies on the device.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +27,11 @@ from gemma_fast.sampling import Sampling
 if TYPE_CHECKING:
     from gemma_fast.model import GemmaForCausalLM
 
-# A prompt is read in chunks of this many tokens, which bounds the memory its activations take.
+# Prompts are read in chunks of this many tokens, of all rows, which bounds what activations take.
 PREFILL_CHUNK = 2048
 ROUND_UP = 256  # tokens: a slightly longer text needs no new cache, and no new graph
+MAX_GRAPHS = 8  # of a decoder: one for each way to choose
+_capturing = threading.Lock()
 
 
 class Decoder:
@@ -41,7 +46,7 @@ class Decoder:
 
     def __init__(self, model: GemmaForCausalLM, batch: int, max_length: int) -> None:
         self.model = model
-        self.weights = model.embed_tokens.data_ptr()
+        self._weights = _addresses(model)
         length = min(-(-max_length // ROUND_UP) * ROUND_UP, model.config.max_position_embeddings)
         bucket, device = bucket_of(batch), model.device
         size = KVCache.bytes_needed(model.config, bucket, length, model.dtype)
@@ -61,15 +66,13 @@ class Decoder:
         self.asynchronous = device.type == "cuda"
         self._sampling = Sampling()
         self._rows = batch
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._warm_for: Any = None  # the graph key of the step that ran last
-        self._graph_bytes, self._capture_seconds = 0, 0.0
+        self._warm: set[Hashable] = set()  # graph keys of steps that ran
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._graph_bytes, self.capture_seconds = 0, 0.0
 
     def fits(self, model: GemmaForCausalLM, max_length: int) -> bool:
         """Whether it is for this model as it is now, and for texts of this length."""
-        same = (self.weights, self.cache.device, self.cache.dtype)
-        now = (model.embed_tokens.data_ptr(), model.device, model.dtype)
-        return same == now and max_length <= self.cache.max_length
+        return self._weights == _addresses(model) and max_length <= self.cache.max_length
 
     @property
     def token(self) -> Tensor:
@@ -83,6 +86,8 @@ class Decoder:
         seed: int = 0,
     ) -> None:
         """Starts anew: reads prompts, ids :: [b, t], and chooses the first token of each."""
+        if len(ids) > self.cache.batch:
+            raise ValueError(f"{len(ids)} texts do not fit a decoder for {self.cache.batch}")
         self._sampling = sampling or Sampling()
         self._seed.fill_(seed)
         self._temperature.fill_(self._sampling.temperature)
@@ -90,9 +95,10 @@ class Decoder:
         self._token.zero_()
         self.cache.clear()
         if self._sampling.penalises:
-            vocab = self.model.config.vocab_size
             if not self._seen.numel():
-                self._seen = self._seen.new_zeros(len(self._token), vocab)
+                with torch.inference_mode(False):
+                    vocab = self.model.config.vocab_size
+                    self._seen = self._seen.new_zeros(len(self._token), vocab)
             self._seen.zero_()
         self.extend(ids, attention_mask)
 
@@ -101,26 +107,31 @@ class Decoder:
         part = self.cache.first_rows(self._rows)
         part.reserve(ids.shape[1])
         part.align(ids.shape[1], attention_mask)
+        self.cache.stale = "a prompt was not read to its end"
         if self._sampling.penalises:
             self._seen[: self._rows].scatter_(1, ids, True)
-        for chunk in ids.split(PREFILL_CHUNK, dim=1):
-            x, residual = self.model.hidden_states(chunk, part)
+        with self._memory_for(f"reading {self._rows} x {ids.shape[1]} tokens"):
+            for chunk in ids.split(max(PREFILL_CHUNK // self._rows, 1), dim=1):
+                x, residual = self.model.hidden_states(chunk, part)
+            self._choose(x[:, -1], residual[:, -1], self._rows)
         self.cache.length, self.cache.stale = part.length, part.stale
-        self._choose(x[:, -1], residual[:, -1], self._rows)
 
     def step(self) -> None:
         """Decodes `token` and chooses the next one."""
         self.cache.reserve(1)
+        key = self._sampling.graph_key
         if not self.asynchronous:
             self._step()
-        elif self._warm_for != self._sampling.graph_key:
-            self._graph = None
-            self._step()
-            self._warm_for = self._sampling.graph_key
+        elif key not in self._warm:
+            with self._memory_for("a decode step"):
+                self._step()
+            self._warm.add(key)
         else:
-            if self._graph is None:
-                self._graph = self._capture()
-            self._graph.replay()
+            if key not in self._graphs:
+                if len(self._graphs) == MAX_GRAPHS:
+                    del self._graphs[next(iter(self._graphs))]  # the oldest
+                self._graphs[key] = self._capture()
+            self._graphs[key].replay()
             self.cache.length += 1
 
     def read(self) -> Callable[[], Tensor]:
@@ -128,7 +139,7 @@ class Decoder:
         if not self.asynchronous:
             token = self.token.clone()
             return lambda: token
-        host = torch.empty(self._rows, dtype=torch.int64, pin_memory=True)
+        host = torch.empty(self._rows, dtype=torch.int64, device="cpu", pin_memory=True)
         host.copy_(self.token, non_blocking=True)
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(self._token.device))
@@ -139,13 +150,18 @@ class Decoder:
 
         return wait
 
-    def memory(self) -> dict[str, float]:
-        """What it takes on the device, in bytes, and how long its graph took to capture."""
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device: the cache with what goes with it, and the graphs."""
+        beside = [self._seen, *(x for pair in self.cache.angles.values() for x in pair)]
         return {
-            "cache": self.cache.nbytes,
+            "cache": self.cache.nbytes + sum(x.nbytes for x in beside),
             "graph": self._graph_bytes,
-            "capture_s": self._capture_seconds,
         }
+
+    def wait(self) -> None:
+        """Returns when the device has done all steps."""
+        if self._token.is_cuda:
+            torch.cuda.current_stream(self._token.device).synchronize()
 
     def _step(self) -> None:
         ids = self._token.unsqueeze(1)
@@ -170,21 +186,30 @@ class Decoder:
             self.model.next_token(x, residual, position, token, cache.arrived)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        start, length = time.perf_counter(), self.cache.length
+        start, length, device = time.perf_counter(), self.cache.length, self._token.device
         graph = torch.cuda.CUDAGraph()
-        before = torch.cuda.memory_reserved()
         with (
-            out_of_memory(
-                "the CUDA graph of a decode step", 0, self._token.device, "a smaller batch"
-            ),
-            torch.cuda.device(self._token.device),
-            torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            _capturing,
+            self._memory_for("the CUDA graph of a decode step"),
+            torch.cuda.device(device),
+            # Its end brings the current stream back, also if the capture fails.
+            torch.cuda.stream(torch.cuda.current_stream(device)),
         ):
-            self._step()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
+            # By default the stream is the one of the device that captured first.
+            stream = _capture_stream(device)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._step()
+            self._graph_bytes += max(torch.cuda.memory_reserved() - before, 0)
         self.cache.length = length  # a capture runs nothing
-        self._graph_bytes = max(torch.cuda.memory_reserved() - before, 0)
-        self._capture_seconds = time.perf_counter() - start
+        self.capture_seconds += time.perf_counter() - start
         return graph
+
+    def _memory_for(self, what: str) -> AbstractContextManager[None]:
+        way_out = "a smaller batch, or model.free_memory()"
+        return out_of_memory(what, 0, self._token.device, way_out)
 
 
 class Decoders(dict[int, Decoder]):
@@ -194,11 +219,20 @@ class Decoders(dict[int, Decoder]):
         """One that fits, for this caller alone until it is given back."""
         kept = self.pop(bucket_of(batch), None)
         if kept is not None and kept.fits(model, max_length):
+            kept.model = model
             return kept
         del kept  # its memory first
+        try:
+            return Decoder(model, batch, max_length)
+        except torch.OutOfMemoryError:
+            if not self:
+                raise
+        self.clear()  # what other batches left
         return Decoder(model, batch, max_length)
 
     def give_back(self, decoder: Decoder) -> None:
+        decoder.wait()
+        del decoder.model  # which would else live until cycles are collected
         self[decoder.cache.batch] = decoder
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoders:
@@ -209,4 +243,15 @@ class Decoders(dict[int, Decoder]):
 
 
 def bucket_of(batch: int) -> int:
-    return 1 << (batch - 1).bit_length()
+    """1, 2, 4, 8, and above a multiple of 8."""
+    return 1 << (batch - 1).bit_length() if batch <= 8 else -(-batch // 8) * 8
+
+
+def _addresses(model: GemmaForCausalLM) -> list[int]:
+    """Where the weights lie: a graph reads them there."""
+    return [weight.data_ptr() for weight in model.parameters()]
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

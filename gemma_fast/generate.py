@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gemma_fast.decoder import Decoder as Decoder
+from gemma_fast.decoder import Decoder
 from gemma_fast.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -74,18 +74,18 @@ def generate_tokens(
         "pad_token_id", options.pop("pad_token_id", model.config.pad_token_id), model
     )
     eos = _token_ids("eos_token_id", options.pop("eos_token_id", model.config.eos_token_id), model)
-    ending = Ending(torch.tensor(eos), stop_strings, tokenizer)
+    ending = Ending(torch.tensor(eos, device="cpu"), stop_strings, tokenizer)
     sampling = Sampling(**options)
     if seed is not None:
         _check_seed(seed)
     elif sampling.do_sample:
-        seed = int(torch.randint(1 << 62, ()))
-    if isinstance(attention_mask, Tensor) and not attention_mask[..., -1:].all():
-        raise ValueError("prompts must be padded on the left: each row of the mask must end in 1")
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
+    if attention_mask is not None:
+        _check_mask(attention_mask, ids)
 
     decoder = model.decoders.take(model, b, t + new)
-    generated = torch.full((b, new), pad)
-    finished = torch.zeros(b, dtype=torch.bool)
+    generated = torch.full((b, new), pad, device="cpu")
+    finished = torch.zeros(b, dtype=torch.bool, device="cpu")
     end = 0
     try:
         if streamer is not None:
@@ -163,7 +163,7 @@ class Ending:
             tail = generated[:, -4 * max(map(len, self.stop)) :].tolist()
             texts = [self.tokenizer.decode(ids) for ids in tail]
             found = [any(stop in text for stop in self.stop) for text in texts]
-            ended |= torch.tensor(found, device=ended.device)
+            ended |= torch.tensor(found, device="cpu")
         return ended
 
 
@@ -178,6 +178,17 @@ def _check_length(prompt: int, new: Any, context: int) -> int:
             f"of {context}"
         )
     return new
+
+
+def _check_mask(mask: Any, ids: Tensor) -> None:
+    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if shape != ids.shape:
+        raise ValueError(f"attention_mask must be a tensor of {tuple(ids.shape)}, not {shape}")
+    real = mask.bool()
+    if not real[:, -1].all():
+        raise ValueError("prompts must be padded on the left: each row of the mask must end in 1")
+    if (real[:, :-1] & ~real[:, 1:]).any():
+        raise ValueError("attention_mask has holes: only padding on one side is supported")
 
 
 def _check_seed(seed: Any) -> int:

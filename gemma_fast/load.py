@@ -3,6 +3,8 @@ and a checkpoint without a file."""
 
 from __future__ import annotations
 
+import re
+import traceback
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,9 +50,10 @@ def out_of_memory(what: str, size: int, device: torch.device, way_out: str) -> I
     """Says of a lack of memory what it was for, `size` bytes, what was free, and the way out."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except RuntimeError as error:  # PyTorch's, the driver's, cuBLAS', the CPU's
+        if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold what was made so far
         needed = f" takes {size / 1e9:.2f} GB" if size else ""
         free = ""
         if device.type == "cuda":

@@ -122,14 +122,18 @@ class GemmaForCausalLM(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.dtype
 
+    def _apply(self, fn: Any, recurse: bool = True) -> GemmaForCausalLM:
+        self.decoders.clear()  # graphs know weights by their addresses
+        return super()._apply(fn, recurse)
+
     def memory(self) -> dict[str, int]:
         """Bytes on the device: weights, and what `generate` keeps for its next call, caches and
         CUDA graphs. `free_memory` frees the latter two."""
         kept = [decoder.memory() for decoder in self.decoders.values()]
         return {
             "weights": sum(weight.nbytes for weight in self.parameters()),
-            "cache": sum(int(x["cache"]) for x in kept),
-            "graph": sum(int(x["graph"]) for x in kept),
+            "cache": sum(x["cache"] for x in kept),
+            "graph": sum(x["graph"] for x in kept),
         }
 
     def free_memory(self) -> None:

@@ -142,7 +142,7 @@ def rotary_write(
     assert d & (d - 1) == 0, f"head_dim must be a power of two: {d=}"
     assert k.stride(3) == v.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()
     assert cos.is_contiguous() and sin.is_contiguous() and start.is_contiguous()
-    block = min(triton.next_power_of_2(t), 2048 // d)  # 128 threads load 16 bytes of each half
+    block = max(2048 // d, 1)  # 128 threads load 16 bytes of each half; of any t: one kernel
     _rotary_write_kernel[(triton.cdiv(t, block), n, b)](
         k, v, keys, values, cos, sin, start, norm_weight,
         *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], t, slots,

@@ -2,8 +2,9 @@
 
     python tests/launches.py gemma3-mqa 1
 
-Prints a JSON object: launches of a decode step, Triton's and PyTorch's, and the kernels that a
-second text, of other length, would compile anew. Kernels are noted, not run: all tokens are 0. A
+Prints a JSON object: launches of a decode step, Triton's and PyTorch's, and the kernels that other
+texts, by the length of their prompts, would compile anew. Kernels are noted, not run: all tokens
+are 0. A
 process of its own, as compile_kernels.py.
 """
 
@@ -62,8 +63,9 @@ def main(config: str, batch: int) -> None:
 
     decoder = Decoder(model, batch, 40)
     decoder.prefill(torch.ones(batch, 19, dtype=torch.long))
-    first, second = compiled(text(19)), compiled(text(32))
-    print(json.dumps({"step": launched(decoder.step), "compiled": sorted(second - first)}))
+    first = compiled(text(19))
+    others = {tokens: sorted(compiled(text(tokens)) - first) for tokens in (32, 33, 130, 200)}
+    print(json.dumps({"step": launched(decoder.step), "compiled": others}))
 
 
 if __name__ == "__main__":

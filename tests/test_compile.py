@@ -52,8 +52,6 @@ def test_kernels_bound_by_memory_load_16_bytes_at_a_time(compiled):
     for kernel in kernels:
         options, narrow = kernel["options"], NARROW.get(kernel["kernel"])
         if kernel["kernel"] == "_rotary_write_kernel":
-            if options["BLOCK"] == 2:  # two tokens: less than 16 bytes a thread
-                continue
             narrow = 3 if options["HAS_NORM"] else 1  # start; the norm's weights, once a program
         if narrow is not None:
             assert kernel["wide_loads"] and kernel["narrow_loads"] <= narrow, kernel

@@ -97,7 +97,7 @@ def test_prefill_in_chunks_gives_the_same(twins, monkeypatch):
         return hidden_states(ids, cache)
 
     monkeypatch.setattr(twins.model, "hidden_states", spy)
-    monkeypatch.setattr(decoder, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(decoder, "PREFILL_CHUNK", 14)  # of two rows
     assert torch.equal(twins.model.generate(ids, **options), expected)
     assert sizes == [7, 7, 7, 7, 2] + 7 * [1]
 
@@ -115,6 +115,8 @@ def test_the_same_seed_draws_the_same_text(twins):
     first = draw()
     torch.manual_seed(3)
     assert torch.equal(draw(), first)
+    torch.manual_seed(4)
+    assert not torch.equal(draw(), first)
     greedy = twins.model.generate(twins.prompt(2, 5), max_new_tokens=12, **NEVER)
     for filters in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
         assert torch.equal(draw(seed=7, **filters), greedy)
@@ -183,6 +185,12 @@ def test_streamer_gets_the_prompt_then_each_token(twins):
     assert recorder.ended == 1
 
 
+def test_a_streamer_gets_all_rows(twins):
+    ids, recorder = twins.prompt(2, 5), Recorder()
+    out = twins.model.generate(ids, max_new_tokens=3, streamer=recorder, **NEVER)
+    assert torch.equal(torch.cat([p.view(2, -1) for p in recorder.puts], dim=1), out)
+
+
 def test_a_streamer_that_fails_is_ended_too(twins):
     class Broken(Recorder):
         def put(self, ids):
@@ -244,6 +252,9 @@ def test_generation_config_gives_the_defaults(twins, monkeypatch):
         ({"max_new_tokens": 2, "stop_strings": [5]}, r"stop_strings=\[5\]"),
         ({"max_new_tokens": 2, "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}, "on the left"),
         ({"max_new_tokens": 2, "attention_mask": torch.zeros(1, 5)}, "on the left"),
+        ({"max_new_tokens": 2, "attention_mask": torch.tensor(1)}, r"tensor of \(1, 5\), not \(\)"),
+        ({"max_new_tokens": 2, "attention_mask": torch.ones(1, 4)}, r"\(1, 5\), not \(1, 4\)"),
+        ({"max_new_tokens": 2, "attention_mask": torch.tensor([[1, 0, 1, 1, 1]])}, "has holes"),
     ],
     ids=str,
 )
