@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import click
@@ -24,9 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_fast.benchmarks import model_command, report
-from gemma_fast.benchmarks.harness import OURS, Result, Suite, run
-from gemma_fast.benchmarks.machine import Roof, measure_roof, stamp
+from gemma_fast.benchmarks.harness import Result, Suite, run, serious
+from gemma_fast.benchmarks.machine import Roof, measure_again, measure_roof, stamp
 from gemma_fast.benchmarks.model_providers import PROVIDERS
+from gemma_fast.benchmarks.plots import plot
 from gemma_fast.benchmarks.suites import RIVALS, SUITES, missing
 
 MODEL = "model"
@@ -92,17 +92,16 @@ def run_kernels(suites: Mapping[str, Suite], options: Mapping[str, Any]) -> tupl
                 report.write(out, head, roof, results, about)
         show(suite, results[before:], roof)
     if roof:
-        head["roof_at_the_end"] = measure_roof(device, kind)._asdict()
+        measure_again(head, device, kind)
         if out:
             report.write(out, head, roof, results, about)
     click.echo(report.heading(head, roof))
     if report.nothing_measured(results):
         click.echo(report.NOTHING)
     if out:
-        write_plots(out, head["gpu"] or head["cpu"], roof, results)
-    wrong = any(r.status.startswith("wrong") for r in results)
-    ours = all(r.status.startswith("ok") for r in results if r.provider == OURS)
-    return ours and not wrong, roof
+        measured = roof if any(r.times for r in results) else None
+        model_command.write_plots(plot, out, measured, results, head["gpu"] or head["cpu"])
+    return not serious(results), roof
 
 
 def measure(
@@ -141,18 +140,6 @@ def show_list(suites: Mapping[str, Suite], with_model: bool) -> None:
         for name in names:
             packages = ", ".join(missing(name))
             click.echo(f"    {name}" + (f" (not installed: {packages})" if packages else ""))
-
-
-def write_plots(out: Path, where: str, roof: Roof | None, results: list[Result]) -> None:
-    if roof is None or not any(r.times for r in results):
-        click.echo(f"{out}: results.json, results.md. No plots: nothing was measured.")
-        return
-    try:
-        from gemma_fast.benchmarks.plots import plot
-
-        plot(out, roof, results, where)
-    except ImportError as error:
-        click.echo(f"No plots: {error}", err=True)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def ours(
             x, residual, norm_weight, None, weight, position, token, arrived, temperature, seed,
             eps=EPS, prefetch=True,
         )  # fmt: skip
-        return F.embedding(token, weight)
+        return F.embedding(token.clamp(min=0), weight)  # -1: logits that are not finite
 
     return call
 

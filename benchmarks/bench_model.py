@@ -4,13 +4,15 @@
     tg128          128 tokens, one after another
     tg128 @ d4096  the same, after 4096 tokens that the cache holds already; see model_cases.py
 
-Each repeat is timed as a whole, by a clock that waits for the device before and after; tokens are
-not read back between. How long single tokens took comes from one more pass: an event recorded on
-the device after each step (on a CPU the clock), so that who launches ahead is not made to wait.
+Each repeat is timed as a whole, by a clock that waits for the device before and after, once the
+device's own clocks have settled; tokens are not read back between. How long single tokens took
+comes from one more pass: an event recorded on the device after each step (on a CPU the clock), so
+that who launches ahead is not made to wait.
 
-First each provider is checked. In float32 every token that it chooses must be the reference's; in
-16 bits the reference, in float32 over the same weights, must find them nearly as good as its own,
-and this project must be no further from it than transformers. A wrong provider is not timed.
+First each provider is checked, with as much in its cache as the test has. In float32 every token
+that it chooses must be the reference's; in 16 bits the reference, in float32 over the same weights,
+must find them nearly as good as its own, and this project must be no further from it than
+transformers. A wrong provider is not timed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,8 +33,10 @@ from gemma_fast.benchmarks.machine import Roof, Work
 from gemma_fast.benchmarks.model_cases import NEW, PROMPT, Case
 from gemma_fast.benchmarks.model_check import Judge
 from gemma_fast.benchmarks.model_providers import PROVIDERS, Provider
-from gemma_fast.benchmarks.timing import clock
+from gemma_fast.benchmarks.timing import clock, repeated, settle_rounds
 from gemma_fast.checkpoint import Checkpoint
+
+WITHOUT_GRAPHS = "ok, Inductor skipped CUDA graphs"
 
 
 @dataclass(frozen=True)
@@ -46,29 +50,29 @@ class Result:
     error: float | None = None  # see model_check.Judge
     seconds: tuple[float, ...] = ()
     token_seconds: tuple[float, ...] = ()
-    peak_bytes: int | None = None  # on a GPU: with the weights, without the judge
+    peak_bytes: int | None = None  # reserved on a GPU: with weights and graphs, without the judge
     memory: dict[str, float] = field(default_factory=dict)
 
     def figures(self, roof: Roof | None) -> dict[str, Any]:
         """Of a measured result; a batch counts all its tokens."""
         if not self.seconds or roof is None:
             return {}
-        case, mean = self.case, statistics.fmean(self.seconds)
-        rates = [case.batch * case.tokens / seconds for seconds in self.seconds]
+        mean, tokens = statistics.fmean(self.seconds), self.case.batch * self.case.tokens
+        rates = [tokens / seconds for seconds in self.seconds]
         figures = {
-            "tokens_per_s": statistics.fmean(rates),
+            "tokens_per_s": tokens / mean,
             "tokens_per_s_sd": statistics.stdev(rates) if len(rates) > 1 else None,
-        }
-        if case.kind == PROMPT:
+            "bytes": self.work.bytes, "flops": self.work.flops,
+            "bytes_per_token": self.work.bytes / tokens,
+        }  # fmt: skip
+        if self.case.kind == PROMPT:
             return figures | {
                 "time_to_first_token_s": mean,
-                "bytes": self.work.bytes, "flops": self.work.flops,
                 "mfu": self.work.flops / mean / roof.product,
-            }  # fmt: skip
+            }
         return figures | {
             "token_p50_s": statistics.median(self.token_seconds),
             "token_p99_s": percentile(self.token_seconds, 99),
-            "bytes_per_step": self.work.bytes / case.tokens,
             "mbu": self.work.bytes / mean / roof.copy,
         }
 
@@ -86,46 +90,44 @@ def run(
 ) -> Iterator[Result]:  # fmt: skip
     """Results provider by provider, in the order of PROVIDERS, which races this project last;
     without a roof checked, and not timed."""
+    config = checkpoint.config
     for name in (name for name in PROVIDERS if name in names):
-        clear()
-        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         results = [
-            Result(case, name, "ok", case.work(checkpoint.config, dtype.itemsize)) for case in cases
+            Result(case, name, case.status(config), case.work(config, dtype.itemsize))
+            for case in cases
         ]
         try:
+            clear()
+            before = torch.cuda.memory_reserved() if device.type == "cuda" else 0
             provider = PROVIDERS[name](checkpoint, dtype, device)
         except Exception as problem:  # a rival may fail in any way: it is listed, the rest runs
             status = verdict(problem)
             yield from (replace(result, status=status) for result in results)
             continue
-        for _, group in groupby(results, lambda r: (r.case.batch, r.case.depth)):
-            yield from session(provider, list(group), device, before, roof, repeats, judge)
+        for result in results:
+            fits = result.status == "ok"
+            yield race(provider, result, device, before, roof, repeats, judge) if fits else result
         del provider
 
 
-def session(
-    provider: Provider, results: list[Result], device: torch.device, before: int,
-    roof: Roof | None, repeats: int, judge: Judge,
-) -> Iterator[Result]:  # fmt: skip
-    """The results of one batch and depth, which share a cache."""
-    case = results[0].case
-    clear()
+def race(
+    provider: Provider, result: Result, device: torch.device, before: int, roof: Roof | None,
+    repeats: int, judge: Judge,
+) -> Result:  # fmt: skip
+    """One test, checked and timed. before: bytes reserved without the provider."""
+    case = result.case
     try:
-        provider.start(case.batch, max(judge.room, *(r.case.room for r in results)))
-        found = judge.check(results[0].provider, provider, case.batch, case.depth)
-    except Exception as problem:
-        status = verdict(problem)
-        yield from (replace(result, status=status) for result in results)
-        return
-    for result in results:
-        result = replace(result, error=found)
+        clear()
+        skipped = skipped_graphs()
+        provider.start(case.batch, max(judge.room(case), case.room), case.kind)
+        result = replace(result, error=judge.check(result.provider, provider, case))
         if roof is None:
-            yield replace(result, status=NOT_MEASURED)
-            continue
-        try:
-            yield measure(provider, result, device, judge.vocab_size, before, repeats, roof)
-        except Exception as problem:
-            yield replace(result, status=verdict(problem))
+            return replace(result, status=NOT_MEASURED)
+        result = measure(provider, result, device, judge.vocab_size, before, repeats, roof)
+        skips = skipped_graphs() > skipped
+        return replace(result, status=WITHOUT_GRAPHS) if skips else result
+    except Exception as problem:
+        return replace(result, status=verdict(problem))
 
 
 def measure(
@@ -134,24 +136,28 @@ def measure(
 ) -> Result:  # fmt: skip
     case, cuda = result.case, device.type == "cuda"
     if cuda:
+        torch.cuda.empty_cache()  # of the judge
         torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocab_size, (case.batch, case.room), generator=generator).to(device)
     work = read if case.kind == PROMPT else write
-    for _ in range(2 if cuda else 1):  # compilers, graphs, clocks
-        fill(provider, case, ids)
-        work(provider, case, ids)
-    seconds = []
-    for _ in range(repeats):
+
+    def once() -> float:
         fill(provider, case, ids)
         start = clock()
         work(provider, case, ids)
-        seconds.append(clock() - start)
+        return clock() - start
+
+    if cuda:
+        settle_rounds(once)
+    else:
+        once()
+    seconds = repeated(once, repeats)
     token_seconds: list[float] = []
     if case.kind == NEW:
         fill(provider, case, ids)
         token_seconds = step_seconds(provider.step, case.tokens, cuda)
-    peak = torch.cuda.max_memory_allocated() - before if cuda else None
+    peak = torch.cuda.max_memory_reserved() - before if cuda else None
     times = (floor := roof.floor(result.work)) / statistics.fmean(seconds)
     if cuda and times > 1.25:  # a graph that captured nothing, a clock that did not wait
         raise Wrong(f"{times:.2g} times as fast as the roof, {floor:.2g} s")
@@ -199,3 +205,10 @@ def clear() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def skipped_graphs() -> int:
+    """How often Inductor has compiled without the CUDA graph that it was asked for."""
+    from torch._dynamo.utils import counters
+
+    return counters["inductor"]["cudagraph_skips"]

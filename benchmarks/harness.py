@@ -111,10 +111,10 @@ def run(
         yield from (Result(suite.name, size, name, status, work) for name in names)
         return
     for name in names:
-        torch.cuda.empty_cache()  # what one provider needed is not another's lack
         own = work._replace(flops=0) if name == COPY else work
         result = Result(suite.name, size, name, "ok", own)
         try:
+            torch.cuda.empty_cache()  # what one provider needed is not another's lack
             if name != COPY:
                 found = check(suite, name, keywords, device, dtype, expected)
                 result = replace(result, error=found)
@@ -138,6 +138,14 @@ def verdict(problem: Exception) -> str:
     if word == "failed":
         traceback.print_exception(problem)
     return f"{word}: {text}"
+
+
+def serious(results: Iterable[Any]) -> bool:
+    """Whether a result was wrong, or this project's failed."""
+    return any(
+        r.status.startswith("wrong") or (r.provider == OURS and not r.status.startswith("ok"))
+        for r in results
+    )
 
 
 def make_inputs(
@@ -193,14 +201,13 @@ def error(found: Tensor, expected: Tensor) -> float:
 def calls(
     suite: Suite, name: str, size: Size, device: torch.device, dtype: torch.dtype
 ) -> list[Call]:
-    """The provider's calls, with inputs that together pass four times the L2."""
+    """The provider's calls, which together touch more than four times the L2."""
     first = make_inputs(suite, size, device, dtype, 1)
-    held = sum(x.nbytes for x in first if isinstance(x, Tensor))
+    touched = int(suite.work(dtype.itemsize, **size).bytes)
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    sets = max(2, 1 + 4 * l2 // held)
+    sets = max(2, 1 + 4 * l2 // touched)
     if name == COPY:
-        half = int(suite.work(dtype.itemsize, **size).bytes) // 2
-        return [copy_of(half, device) for _ in range(sets)]
+        return [copy_of(touched // 2, device) for _ in range(sets)]
     provider = suite.providers[name]
     others = (make_inputs(suite, size, device, dtype, seed) for seed in range(2, sets + 1))
     return [provider(*first), *(provider(*inputs) for inputs in others)]

@@ -50,6 +50,15 @@ class Case:
     def room(self) -> int:
         return self.before + self.tokens
 
+    def fits(self, config: GemmaConfig) -> bool:
+        return self.room <= config.max_position_embeddings
+
+    def status(self, config: GemmaConfig) -> str:
+        """Of who has not run it yet."""
+        if self.fits(config):
+            return "ok"
+        return f"cannot: {self.room} tokens, the context is {config.max_position_embeddings}"
+
     def work(self, config: GemmaConfig, itemsize: int) -> Work:
         """Of all its tokens: one pass (pp), or as many as tokens (tg)."""
         if self.kind == PROMPT:
@@ -81,7 +90,7 @@ def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens
     for layer in range(config.num_hidden_layers):
         window = config.window(layer)
         limit = window or depth + tokens
-        positions += min(depth, limit - 1 if window else depth) + min(tokens, limit)
+        positions += min(depth, limit - 1) + min(tokens, limit)
         pairs += visible_pairs(depth + tokens, window) - visible_pairs(depth, window)
     products = 2 * (tokens * (weights - embedding) + embedding) + 4 * heads * d * pairs
     return Work((weights + batch * 2 * n * d * positions) * itemsize, batch * products)

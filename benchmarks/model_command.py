@@ -129,27 +129,38 @@ def run_model(
     out: Path | None, commit: str | None, roof: Roof | None = None,
 ) -> bool:  # fmt: skip
     """Measures, prints and writes; whether all is well. roof: measured already."""
+    import torch
+
     from gemma_fast.benchmarks.bench_model import Result, run
-    from gemma_fast.benchmarks.harness import OURS
-    from gemma_fast.benchmarks.machine import measure_roof, stamp
+    from gemma_fast.benchmarks.harness import serious
+    from gemma_fast.benchmarks.machine import measure_again, measure_roof, stamp
     from gemma_fast.benchmarks.model_cases import cases, find
     from gemma_fast.benchmarks.model_check import Judge
+    from gemma_fast.benchmarks.model_plots import plot
     from gemma_fast.benchmarks.model_providers import PROVIDERS
-    from gemma_fast.benchmarks.model_report import Report, serious
+    from gemma_fast.benchmarks.model_report import Report
     from gemma_fast.load import refuse_overflow
 
     device, kind = pick_device(dtype)
     cuda = device.type == "cuda"
     name = model or ("gemma-2b" if cuda else "tiny")
+    tests = cases(prompts, new, depths, batches)
+    if not tests:
+        raise click.UsageError("nothing to test: -p and -n are 0")
     try:
         checkpoint = find(name)
         refuse_overflow(checkpoint.config, kind)
     except (ValueError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error
-    tests = cases(prompts, new, depths, batches)
-    refuse_long(max((case.room for case in tests), default=0), name, checkpoint.config)
+    fitting = [case for case in tests if case.fits(checkpoint.config)]
+    if not fitting:
+        context = checkpoint.config.max_position_embeddings
+        raise click.UsageError(f"no test fits the context of {name}, {context} tokens")
     roof = roof or (measure_roof(device, kind) if model or cuda else None)
-    judge = Judge(checkpoint, kind, device)
+    try:
+        judge = Judge(checkpoint, kind, device)
+    except torch.OutOfMemoryError as error:
+        raise click.ClickException(f"no memory for the reference that judges: {error}") from error
     head = stamp(device, kind, ["transformers"], commit)
     about = {
         "model": name, "params": checkpoint.config.num_parameters, "dtype": head["dtype"],
@@ -160,6 +171,7 @@ def run_model(
     report = Report(head, roof, about, results)
     for result in run(checkpoint, tests, device, kind, roof, repeats, names, judge):
         results.append(result)
+        about["checked"] = judge.about
         case = result.case
         told = f"{case.name}, batch {case.batch}: {result.provider}: {result.status}"
         if rate := result.figures(roof).get("tokens_per_s"):
@@ -168,28 +180,24 @@ def run_model(
         if out:  # so that a run cut short keeps what it has
             report.write(out)
     if roof:
-        head["roof_at_the_end"] = measure_roof(device, kind)._asdict()
+        measure_again(head, device, kind)
     if out:
         report.write(out)
-        write_plots(out, head["gpu"] or head["cpu"], roof, report.results)
+        title = f"{name}, {head['dtype']}, {head['gpu'] or head['cpu']}"
+        measured = roof if any(r.seconds for r in results) else None
+        write_plots(plot, out, measured, report.results, title)
     click.echo(report.json() if output == "json" else report.markdown(), nl=False)
-    return not serious(results, OURS)
+    return not serious(r for r in results if r.case in fitting)
 
 
-def refuse_long(longest: int, model: str, config: Any) -> None:
-    if longest > (context := config.max_position_embeddings):
-        raise click.UsageError(
-            f"a test needs {longest} tokens at once, more than the context of {model}, {context}"
-        )
-
-
-def write_plots(out: Path, where: str, roof: Roof | None, results: Sequence[Any]) -> None:
-    if roof is None or not any(result.seconds for result in results):
-        click.echo(f"{out}: results.json, results.md. No plots: nothing measured.", err=True)
+def write_plots(
+    plot: Callable[..., None], out: Path, roof: Roof | None, results: Sequence[Any], title: str
+) -> None:
+    """Without a roof nothing was measured."""
+    if roof is None:
+        click.echo(f"{out}: results.json, results.md. No plots: nothing was measured.", err=True)
         return
     try:
-        from gemma_fast.benchmarks.model_plots import plot
-
-        plot(out, roof, results, where)
+        plot(out, roof, results, title)
     except ImportError as error:
         click.echo(f"No plots: {error}", err=True)

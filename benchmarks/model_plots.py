@@ -1,4 +1,4 @@
-"""Figures of whole models: tokens/s by provider; a token's time against depth, and against batch,
+"""Figures of whole models: tokens/s by provider; a step's time against depth, and against batch,
 over the roof's."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def plot(folder: Path, roof: Roof, results: Sequence[Result], title: str) -> Non
         if len({x(r.case) for r in written}) > 1:
             least = min((other(r.case), r.case.tokens) for r in written)
             chosen = [r for r in written if (other(r.case), r.case.tokens) == least]
-            figure = _token_time(roof, chosen, name, x)
+            figure = _step_time(roof, chosen, name, x)
             save(figure, title, folder / f"{name}.png")
 
 
@@ -69,8 +69,8 @@ def _speed(roof: Roof, results: Sequence[Result]) -> Any:
     return figure
 
 
-def _token_time(roof: Roof, results: Sequence[Result], name: str, x: Callable[[Case], int]) -> Any:
-    """A token's mean time upwards, a line a provider; below, what the roof allows."""
+def _step_time(roof: Roof, results: Sequence[Result], name: str, x: Callable[[Case], int]) -> Any:
+    """A step's mean time upwards, a line a provider; below, what the roof allows."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -86,7 +86,13 @@ def _token_time(roof: Roof, results: Sequence[Result], name: str, x: Callable[[C
     panel.plot(
         *zip(*sorted(floors.items()), strict=True), color="grey", linestyle="--", label="roof"
     )
-    panel.set(xlabel=name, ylabel="ms a token", ylim=(0, None))
+    values = sorted(floors)
+    panel.set_xscale("symlog", base=2, linthresh=min(value for value in values if value))  # has 0
+    panel.set_xticks(values, [str(value) for value in values])
+    panel.minorticks_off()
+    panel.set_yscale("log")
+    several = any(r.case.batch > 1 for r in results)
+    panel.set(xlabel=name, ylabel="ms a step" if several else "ms a token")
     panel.legend(fontsize="x-small")
     panel.grid(alpha=0.3)
     return figure

@@ -1,7 +1,7 @@
 """Who runs a whole model: each reads a prompt and decodes greedily, in a way of its own.
 
     provider = PROVIDERS["gemma_fast"](checkpoint, torch.bfloat16, device)
-    provider.start(batch=1, max_length=640)
+    provider.start(batch=1, max_length=640, kind=NEW)
     token = provider.prefill(ids)  # ids :: [b, t] → [b]
     token = provider.step()  # the next one; on a GPU nobody waits for it
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from gemma_fast.benchmarks.harness import EAGER, OURS
+from gemma_fast.benchmarks.model_cases import PROMPT
 from gemma_fast.checkpoint import Checkpoint
+from gemma_fast.decoder import Decoder
 from gemma_fast.model import GemmaForCausalLM
 from gemma_fast.reference import Reference
 
@@ -25,8 +27,9 @@ from gemma_fast.reference import Reference
 class Provider(Protocol):
     """A model on a device, and one cache. Tokens are [b], and stay on the device."""
 
-    def start(self, batch: int, max_length: int) -> None:
-        """A cache for so many tokens a sequence; what is compiled or captured is so for these."""
+    def start(self, batch: int, max_length: int, kind: str) -> None:
+        """A cache for so many tokens a sequence; what is compiled or captured is so for these.
+        kind: what shall be timed, a model_cases.PROMPT or NEW."""
 
     def prefill(self, ids: Tensor) -> Tensor:
         """Empties the cache, reads ids :: [b, t] into it, and chooses a token."""
@@ -50,7 +53,7 @@ class Eager:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def start(self, batch: int, max_length: int) -> None:
+    def start(self, batch: int, max_length: int, kind: str) -> None:
         self.past: Any = None
 
     def prefill(self, ids: Tensor) -> Tensor:
@@ -77,9 +80,11 @@ class Static(Eager):
     """transformers' fastest: a StaticCache, and the step of one token by torch.compile, in a CUDA
     graph. Prompts are not compiled, as in transformers' generate()."""
 
-    def start(self, batch: int, max_length: int) -> None:
+    def start(self, batch: int, max_length: int, kind: str) -> None:
         from transformers import StaticCache
 
+        if kind == PROMPT:
+            raise NotImplementedError("prompts are not compiled; see sdpa")
         self.past = None  # its memory first
         self.past = StaticCache(config=self.model.config, max_cache_len=max_length)
         self.next = compiled_step(self._next)
@@ -135,14 +140,12 @@ def compiled_step(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Ours:
-    """This project's: gemma_fast.generate.Decoder, one step a replay of a CUDA graph."""
+    """This project's: gemma_fast.decoder.Decoder, one step a replay of a CUDA graph."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.model = GemmaForCausalLM.from_checkpoint(checkpoint, dtype=dtype, device=device)
 
-    def start(self, batch: int, max_length: int) -> None:
-        from gemma_fast.generate import Decoder
-
+    def start(self, batch: int, max_length: int, kind: str) -> None:
         self.batch = batch
         self.decoder: Any = None  # the old one's memory first
         self.decoder = Decoder(self.model, batch, max_length)

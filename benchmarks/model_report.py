@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_fast.benchmarks.bench_model import Result
+from gemma_fast.benchmarks.bench_model import WITHOUT_GRAPHS, Result
 from gemma_fast.benchmarks.harness import EAGER
 from gemma_fast.benchmarks.machine import Roof
 from gemma_fast.benchmarks.model_cases import PROMPT
@@ -17,13 +17,18 @@ from gemma_fast.benchmarks.report import NOTHING, escape, heading
 COLUMNS = {
     "model": "---", "size": "---:", "params": "---:", "backend": "---", "provider": "---",
     "test": "---:", "batch": "---:", "t/s": "---:", "first token": "---:",
-    "p50 / p99 of a token": "---:", "memory": "---:", "of roof": "---:", "× eager": "---:",
+    "p50 / p99 of a token": "---:", "bytes a token": "---:", "memory": "---:", "of roof": "---:",
+    "× eager": "---:",
 }  # fmt: skip
 FOOTNOTE = (
-    "t/s: tokens of the whole batch, mean ± sd of the repeats. First token: a prompt until a token "
-    "is chosen. Of roof: the bytes that steps must read, weights and visible keys and values, over "
-    "the copy (MBU); a prompt's FLOPs over the product (MFU)."
+    "t/s: tokens of the whole batch over the mean of the repeats, ± sd of the repeats' rates; "
+    "first token, of roof and × eager come from that mean, p50 and p99 from one more pass. Steps "
+    "are timed without reading tokens back; generate() reads them one step behind. First token: a "
+    "prompt until a token is chosen. Bytes a token: weights and visible keys and values, over the "
+    "tokens of the whole batch. Of roof: those bytes over the copy (MBU), whose roof reads alone "
+    "can pass; a prompt's FLOPs over the product (MFU)."
 )
+NO_GRAPHS = "\\* Inductor skipped CUDA graphs."
 
 
 class Report:
@@ -85,7 +90,10 @@ class Report:
         parts = [heading(self.stamp, self.roof) + " " + self.about["checked"]]
         if self.roof is None:
             return "\n\n".join([*parts, NOTHING, table]) + "\n"
-        return "\n\n".join([*parts, table, FOOTNOTE]) + "\n"
+        parts += [table, FOOTNOTE]
+        if any(row["status"] == WITHOUT_GRAPHS for row in rows):
+            parts.append(NO_GRAPHS)
+        return "\n\n".join(parts) + "\n"
 
     def write(self, folder: Path) -> None:
         """results.json and results.md, of what there is so far; the folder exists."""
@@ -115,6 +123,8 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
     else:
         line["p50 / p99 of a token"] = f"{_ms(row['token_p50_s'])} / {_ms(row['token_p99_s'])}"
         line["of roof"] = f"{row['mbu']:.1%} MBU"
+    line["bytes a token"] = _size(row["bytes_per_token"])
+    line["provider"] += " *" * (row["status"] == WITHOUT_GRAPHS)
     line["memory"] = "" if memory is None else _size(memory)
     line["× eager"] = "" if factor is None else f"{factor:.2f}"
     return line
@@ -130,11 +140,3 @@ def _size(count: float) -> str:
 
 def _params(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e7 else f"{count / 1e6:.2f} M"
-
-
-def serious(results: Iterable[Result], ours: str) -> bool:
-    """Whether a result was wrong, or this project's failed."""
-    return any(
-        r.status.startswith("wrong") or (r.provider == ours and not r.status.startswith("ok"))
-        for r in results
-    )

@@ -69,7 +69,7 @@ def heading(stamp: Mapping[str, Any], roof: Roof | None) -> str:
     versions += [f"{name} {version}" for name, version in stamp["rivals"].items()]
     driver = [f"driver {stamp['driver']}"] if stamp["driver"] else []
     where = ", ".join([stamp["gpu"] or stamp["cpu"], *driver, *versions, stamp["dtype"]])
-    text = f"{where}; commit {stamp['commit']}, {stamp['date']}."
+    text = f"{where}; commit {stamp['commit'] or 'unknown'}, {stamp['date']}."
     if roof:
         text += f" Roof of this run: {_rates(roof)}, a copy's bytes read + written."
     if "roof_at_the_end" in stamp:

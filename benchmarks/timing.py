@@ -1,9 +1,9 @@
 """Time per call: device events around replays of a CUDA graph, over caches that hold nothing of it.
 
 Kernels that take microseconds are replayed from a graph, so that no launch is timed. The graph
-holds one provider's calls, each with inputs of its own; together these pass four times the L2 cache
-(see harness.calls), and each call's outputs live until the capture ends, so none is written to
-memory that a cache still holds.
+holds one provider's calls, each with inputs of its own; together they touch more than four times
+the L2 cache (see harness.calls), and each call's outputs live until the capture ends, so none is
+written to memory that a cache still holds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ Call = Callable[[], Any]
 
 REPLAYS, REPLAY_SECONDS = 50, 1e-3  # a replay lasts at least this long
 SETTLE = 0.1  # seconds of load before a time counts, so that clocks and power have settled
+ENOUGH, PATIENCE = 0.2, 2.0  # seconds: short work is repeated until so many are timed, or passed
 
 
 class Times(NamedTuple):
@@ -63,6 +64,24 @@ def settle(work: Call, seconds: float = SETTLE) -> None:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         event_seconds(work, 3)
+
+
+def settle_rounds(once: Call) -> None:
+    """Two rounds at least; of load SETTLE seconds, not counting the first: it may compile."""
+    once()
+    end = clock() + SETTLE
+    once()
+    while clock() < end:
+        once()
+
+
+def repeated(once: Callable[[], float], repeats: int) -> list[float]:
+    """The seconds that once() gives, `repeats` times; short ones more often, see ENOUGH."""
+    end = clock() + PATIENCE
+    seconds: list[float] = []
+    while len(seconds) < repeats or (sum(seconds) < ENOUGH and clock() < end):
+        seconds.append(once())
+    return seconds
 
 
 def _forget_capture() -> None:

@@ -114,7 +114,9 @@ def _decode_attention_kernel(
     end = position + 1
     begin = tl.maximum(end - (tl.minimum(slots, WINDOW) if WINDOW > 0 else slots), 0)
     blocks = tl.maximum(tl.cdiv(end - begin, BLOCK_N), 1)  # one for padding, too: it stores zeros
-    blocks_per_split = tl.cdiv(blocks, splits)
+    # To join a split costs about as much as GROUP keys: with so many in each, the sum is least.
+    balanced = tl.sqrt((GROUP * tl.maximum(end - begin, 0)).to(tl.float32)) / BLOCK_N
+    blocks_per_split = tl.maximum(tl.cdiv(blocks, splits), (balanced + 0.5).to(tl.int32))
     active = tl.cdiv(blocks, blocks_per_split)
     if split >= active:
         return
@@ -182,10 +184,12 @@ def _decode_attention_kernel(
             tl.store(arrived_ptr + pair, 0)
 
 
-def _tile(group: int, d: int, itemsize: int, gpu: Gpu) -> dict[str, int]:
-    """Of a program: rows, keys and warps; rows and splits that it joins at a time."""
+def _tile(group: int, d: int, itemsize: int, gpu: Gpu, crowded: bool) -> dict[str, int]:
+    """Of a program: rows, keys and warps; rows and splits that it joins at a time. Where there are
+    more programs than multiprocessors, two of them are to fit in shared memory."""
     rows, num_warps = triton.next_power_of_2(group), 8 if d * itemsize >= 512 else 4
-    block_n = 16 if itemsize == 4 else 32 if d == 256 and gpu.shared_memory < 160_000 else 64
+    narrow = d == 256 and (crowded or gpu.shared_memory < 160_000)
+    block_n = 16 if itemsize == 4 else 32 if narrow else 64
     chunk = min(max(num_warps * 2048 // (rows * d), 1), 16)  # 64 registers a thread
     tile = {"BLOCK_M": max(16, triton.next_power_of_2(group + 1)), "BLOCK_N": block_n}
     return tile | {"ROWS": rows, "CHUNK": chunk, "num_warps": num_warps}
@@ -213,6 +217,7 @@ def decode_attention(
     assert cos.dtype == sin.dtype == torch.float32
     assert position.dtype == arrived.dtype == torch.int32 and arrived.numel() >= b * n
     assert (q_norm is None) == (k_norm is None), "norm q and k, or neither"
+    assert all(x is None or (x.shape == (d,) and x.stride(0) == 1) for x in (q_norm, k_norm))
     out = torch.empty(b, heads, d, dtype=qkv.dtype, device=qkv.device)
     if not out.numel():
         return out
@@ -229,10 +234,11 @@ def decode_attention(
     assert scale > 0 and window != 0 and softcap != 0
     assert qkv.is_cuda or qkv.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
     limits, visible = gpu(qkv.device), min(slots, window or slots)
-    tile = _tile(heads // n, d, qkv.element_size(), limits)
-    # To join a split takes about as long as eight of its keys: the sum of both is least near this.
-    best, room = round(math.sqrt(visible / 8)), triton.cdiv(2 * limits.multiprocessors, b * n)
-    splits = max(1, min(best, room, triton.cdiv(visible, tile["BLOCK_N"])))
+    # At most two programs a multiprocessor.
+    splits = min(2 * limits.multiprocessors // (b * n), triton.cdiv(visible, 64))
+    splits = max(1, min(splits, round(math.sqrt(visible * n / heads))))
+    crowded = b * n * splits > limits.multiprocessors
+    tile = _tile(heads // n, d, qkv.element_size(), limits, crowded)
     partial = torch.empty(b, n, splits, heads // n, d, dtype=torch.float32, device=qkv.device)
     stats = torch.empty(b, n, splits, 2, heads // n, dtype=torch.float32, device=qkv.device)
     _decode_attention_kernel[(splits, n, b)](

@@ -16,6 +16,14 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import gpu, op, wait_for_kernel_ahead
+from gemma_fast.kernels._product import (
+    check_product,
+    first_weight,
+    is_matvec,
+    norm_scales,
+    product,
+    tile,
+)
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.choose import (
     PARTIALS,
@@ -27,14 +35,7 @@ from gemma_fast.kernels.choose import (
     partials,
     scores_of,
 )
-from gemma_fast.kernels.matvec import (
-    is_matvec,
-    load_weight,
-    norm_linear,
-    norm_scales,
-    product,
-    tile,
-)
+from gemma_fast.kernels.matvec import norm_linear
 
 # Of the weight, for a program with one row: its norm and its part in comparing then cost little.
 BYTES = 131_072
@@ -89,7 +90,8 @@ def _next_token_kernel(
 ):
     first, row = tl.program_id(0) * (BLOCKS * BLOCK_N), tl.arange(0, BLOCK_B)[None, :]
     token = first + tl.arange(0, BLOCK_N)
-    weight = load_weight(weight_ptr, token % VOCAB, 0, DIM, BLOCK_K)
+    weight_row = tl.minimum(token, VOCAB - 1)
+    weight = first_weight(weight_ptr, weight_row, DIM, BLOCK_B, BLOCK_K, PREFETCH)
     wait_for_kernel_ahead(PREFETCH)
     scale, post_scale = norm_scales(
         x_ptr, residual_ptr, post_norm_weight_ptr, None, rows, False,
@@ -98,11 +100,11 @@ def _next_token_kernel(
     best = tl.full([BLOCK_N, BLOCK_B], float("-inf"), tl.float32)
     best_token = tl.full([BLOCK_N, BLOCK_B], -1, tl.int32)
     for block in range(BLOCKS):
-        next_weight = weight
+        next_weight, next_row = weight, tl.minimum(token + BLOCK_N, VOCAB - 1)
         if block + 1 < BLOCKS:  # on its way while this block is multiplied
-            next_weight = load_weight(weight_ptr, (token + BLOCK_N) % VOCAB, 0, DIM, BLOCK_K)
+            next_weight = first_weight(weight_ptr, next_row, DIM, BLOCK_B, BLOCK_K, False)
         logits = product(
-            weight, weight_ptr, token % VOCAB,
+            weight, weight_ptr, weight_row,
             x_ptr, residual_ptr, norm_weight_ptr, post_norm_weight_ptr, scale, post_scale, rows,
             DIM, BLOCK_B, BLOCK_K, STAGES, True, HAS_RESIDUAL, HAS_POST_NORM,
         )  # fmt: skip
@@ -116,7 +118,7 @@ def _next_token_kernel(
         best_token = tl.where(scores > best, token[:, None], best_token)
         best = tl.maximum(best, scores)
         token += BLOCK_N
-        weight = next_weight
+        weight, weight_row = next_weight, next_row
     best, best_token = best_of(best, best_token)
     compare(
         best, best_token, row, rows, best_ptr, best_token_ptr, arrived_ptr, token_ptr,
@@ -139,19 +141,15 @@ def next_token(
     (rows, dim), vocab = x.shape, weight.shape[0]
     check_choice(rows, position, token, arrived, temperature, seed)
     assert softcap is None or softcap > 0
-    if not is_matvec(x, dim):
+    check_product(x, residual, norm_weight, post_norm_weight, weight)
+    if not is_matvec(x, weight):
         y, _ = norm_linear(x, residual, norm_weight, post_norm_weight, weight, eps=eps)
         choose_token(_cap(y, softcap), position, token, arrived, temperature, seed)
         return
 
-    assert norm_weight.shape == (dim,) == weight.shape[1:]
-    assert residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    assert residual is not None or post_norm_weight is None, "a post-norm needs a residual"
-    assert x.dtype == weight.dtype and weight.is_contiguous(), f"{x.dtype=}, {weight.dtype=}"
-    assert x.is_cuda or rows == 1 or x.dtype != torch.bfloat16, (
-        "the interpreter multiplies bf16 as integers"
-    )
     blocks = tile(rows, vocab, dim, x.element_size())
+    if rows == 1:
+        blocks["BLOCK_N"] = 4  # of 8, with the next ones on their way, two programs would fit
     per_program = triton.cdiv(BYTES, blocks["BLOCK_N"] * weight[0].nbytes) if rows == 1 else 1
     programs = triton.cdiv(vocab, per_program * blocks["BLOCK_N"])
     best, best_token = partials(rows, programs, x.device)

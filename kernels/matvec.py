@@ -22,138 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.kernels._op import gpu, op, wait_for_kernel_ahead
-from gemma_fast.kernels._triton import knobs, tl, triton
+from gemma_fast.kernels._product import (
+    MAX_ROWS as MAX_ROWS,
+)
+from gemma_fast.kernels._product import (
+    check_product,
+    first_weight,
+    is_matvec,
+    norm_scales,
+    product,
+    tile,
+)
+from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.geglu import geglu as geglu_of
 from gemma_fast.kernels.geglu import geglu_tile
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
-
-MAX_ROWS = 8
-
-
-@triton.jit
-def _load_stream(
-    x_ptr, residual_ptr, post_norm_weight_ptr, post_scale, row, col, mask,
-    DIM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_POST_NORM: tl.constexpr,
-):  # fmt: skip
-    """h at [row, col], rounded, in fp32."""
-    dtype = x_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row * DIM + col, mask=mask, other=0.0)
-    if HAS_POST_NORM:
-        weight = tl.load(post_norm_weight_ptr + col, mask=col < DIM, other=0.0).to(tl.float32)
-        x = (x.to(tl.float32) * post_scale * (1 + weight)).to(dtype)
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + row * DIM + col, mask=mask, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def norm_scales(
-    x_ptr, residual_ptr, post_norm_weight_ptr, sum_ptr, rows, first,
-    EPS: tl.constexpr, DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_POST_NORM: tl.constexpr,
-):  # fmt: skip
-    """1 / rms of h :: [BLOCK_B, 1], and of x if it has a norm; h is written if `first`."""
-    BLOCK: tl.constexpr = 4 * BLOCK_K if BLOCK_B == 1 else 2 * BLOCK_K
-    row, offset = tl.arange(0, BLOCK_B)[:, None], tl.arange(0, BLOCK)[None, :]
-    post_scale = tl.zeros([BLOCK_B, 1], tl.float32)
-    if HAS_POST_NORM:
-        for k in range(0, DIM, BLOCK):
-            mask = (row < rows) & (k + offset < DIM)
-            x = tl.load(x_ptr + row * DIM + k + offset, mask=mask, other=0.0).to(tl.float32)
-            post_scale += tl.sum(x * x, axis=1, keep_dims=True)
-        post_scale = tl.rsqrt(post_scale / DIM + EPS)
-    scale = tl.zeros([BLOCK_B, 1], tl.float32)
-    for k in range(0, DIM, BLOCK):
-        mask = (row < rows) & (k + offset < DIM)
-        h = _load_stream(
-            x_ptr, residual_ptr, post_norm_weight_ptr, post_scale, row, k + offset, mask,
-            DIM, HAS_RESIDUAL, HAS_POST_NORM,
-        )  # fmt: skip
-        scale += tl.sum(h * h, axis=1, keep_dims=True)
-        if sum_ptr is not None:
-            tl.store(sum_ptr + row * DIM + k + offset, h, mask=mask & first)
-    return tl.rsqrt(scale / DIM + EPS), post_scale
-
-
-@triton.jit
-def load_weight(weight_ptr, row, k, DIM: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_N, BLOCK_K] of a weight; read once, it need not stay in the cache."""
-    col = k + tl.arange(0, BLOCK_K)[None, :]
-    pointer = weight_ptr + row.to(tl.int64)[:, None] * DIM + col
-    if DIM % BLOCK_K == 0:
-        return tl.load(pointer, eviction_policy="evict_first")
-    else:
-        return tl.load(pointer, mask=col < DIM, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _load_x(
-    x_ptr, residual_ptr, norm_weight_ptr, post_norm_weight_ptr, scale, post_scale, rows, k,
-    DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_POST_NORM: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_B, BLOCK_K]: what the weight is multiplied with, from column k on."""
-    row, col = tl.arange(0, BLOCK_B)[:, None], k + tl.arange(0, BLOCK_K)[None, :]
-    mask = (row < rows) & (col < DIM)
-    if HAS_NORM:
-        h = _load_stream(
-            x_ptr, residual_ptr, post_norm_weight_ptr, post_scale, row, col, mask,
-            DIM, HAS_RESIDUAL, HAS_POST_NORM,
-        )  # fmt: skip
-        norm_weight = tl.load(norm_weight_ptr + col, mask=col < DIM, other=0.0).to(tl.float32)
-        return (h * scale * (1 + norm_weight)).to(x_ptr.dtype.element_ty)
-    else:
-        return tl.load(x_ptr + row * DIM + col, mask=mask, other=0.0)
-
-
-@triton.jit
-def _add_product(out, weight, x):
-    """out + weight @ xᵀ; of one row, out is summed over a thread's columns only."""
-    BLOCK_B: tl.constexpr = x.shape[0]
-    if BLOCK_B == 1:
-        products = weight.to(tl.float32) * x.to(tl.float32)
-        split: tl.constexpr = [out.shape[0], out.shape[1], weight.shape[1] // out.shape[1]]
-        return out + tl.sum(products.reshape(split), axis=2)
-    else:
-        return tl.dot(weight, x.T, out, input_precision="ieee")
-
-
-@triton.jit
-def product(
-    weight, weight_ptr, weight_row,
-    x_ptr, residual_ptr, norm_weight_ptr, post_norm_weight_ptr, scale, post_scale, rows,
-    DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_POST_NORM: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_N, BLOCK_B] in fp32: rows of the weight, of which the first block of columns is
-    `weight`, times x, normalised by norm_scales' scale and post_scale if HAS_NORM."""
-    BLOCK_N: tl.constexpr = weight.shape[0]
-    VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # of a thread's load
-    if BLOCK_B == 1:
-        out = tl.zeros([BLOCK_N, BLOCK_K // VECTOR], tl.float32)
-        first_x = _load_x(
-            x_ptr, residual_ptr, norm_weight_ptr, post_norm_weight_ptr, scale, post_scale, rows, 0,
-            DIM, BLOCK_B, BLOCK_K, HAS_NORM, HAS_RESIDUAL, HAS_POST_NORM,
-        )  # fmt: skip
-    else:
-        out = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-    # The first block, which lies in registers, is multiplied last: the others set out before.
-    for k in tl.range(BLOCK_K, DIM, BLOCK_K, num_stages=STAGES):
-        x = _load_x(
-            x_ptr, residual_ptr, norm_weight_ptr, post_norm_weight_ptr, scale, post_scale, rows, k,
-            DIM, BLOCK_B, BLOCK_K, HAS_NORM, HAS_RESIDUAL, HAS_POST_NORM,
-        )  # fmt: skip
-        out = _add_product(out, load_weight(weight_ptr, weight_row, k, DIM, BLOCK_K), x)
-    if BLOCK_B > 1:  # not before: it would take registers that the loop needs
-        first_x = _load_x(
-            x_ptr, residual_ptr, norm_weight_ptr, post_norm_weight_ptr, scale, post_scale, rows, 0,
-            DIM, BLOCK_B, BLOCK_K, HAS_NORM, HAS_RESIDUAL, HAS_POST_NORM,
-        )  # fmt: skip
-    out = _add_product(out, weight, first_x)
-    if BLOCK_B == 1:
-        out = tl.sum(out, axis=1, keep_dims=True)
-    return out
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -182,7 +65,7 @@ def _matvec_kernel(
     COLS: tl.constexpr = BLOCK_N // 2 if GEGLU else BLOCK_N  # of the output
     program, n = tl.program_id(0), tl.arange(0, BLOCK_N)
     weight_row = (program * COLS + n % COLS) % OUT + n // COLS * OUT
-    weight = load_weight(weight_ptr, weight_row, 0, DIM, BLOCK_K)
+    weight = first_weight(weight_ptr, weight_row, DIM, BLOCK_B, BLOCK_K, PREFETCH)
     wait_for_kernel_ahead(PREFETCH)
     scale, post_scale = 0.0, 0.0
     if HAS_NORM:
@@ -202,44 +85,13 @@ def _matvec_kernel(
     tl.store(out_ptr + row * OUT + col, out, mask=(col < OUT) & (row < rows))
 
 
-def tile(rows: int, out: int, dim: int, itemsize: int) -> dict[str, int]:
-    """Rows and columns of the weight at a time, and how many such blocks. 64 to 128 bytes a thread
-    are under way before the first is used, in programs enough for every multiprocessor."""
-    if rows > 1:
-        block_n = 32 if out > 4096 and itemsize == 2 else 16
-        return {
-            "BLOCK_B": MAX_ROWS,
-            "BLOCK_N": block_n,
-            "BLOCK_K": 512 // itemsize,
-            "STAGES": 3,
-            "num_warps": 4,
-        }
-    wide = 16384 // itemsize
-    # The block that leaves fewer columns over; 512 bytes of a row for each warp.
-    block_k = min(wide // 8, wide // 16, key=lambda block: (-dim % block, -block))
-    block_n = 4 if out <= 4096 else 8
-    num_warps = block_k * itemsize // 512
-    return {
-        "BLOCK_B": 1,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "STAGES": 4,
-        "num_warps": num_warps,
-    }
-
-
 def _launch(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor | None,
     post_norm_weight: Tensor | None, weight: Tensor, geglu: bool, eps: float, prefetch: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     out_dim, dim = weight.shape[0] // (1 + geglu), weight.shape[1]
-    assert x.dtype == weight.dtype, f"{x.dtype=}, {weight.dtype=}"
-    assert weight.is_contiguous()
     flat = x.reshape(-1, dim).contiguous()
     rows = flat.shape[0]
-    assert x.is_cuda or rows == 1 or x.dtype != torch.bfloat16, (
-        "the interpreter multiplies bf16 as integers"
-    )
     out = torch.empty((rows, out_dim), dtype=x.dtype, device=x.device)
     total = None if norm_weight is None else torch.empty_like(flat)
     if residual is not None:
@@ -254,26 +106,22 @@ def _launch(
     return out.view(*x.shape[:-1], out_dim), None if total is None else total.view(x.shape)
 
 
-def is_matvec(x: Tensor, dim: int) -> bool:
-    return (x.is_cuda or bool(knobs.runtime.interpret)) and 0 < x.numel() <= MAX_ROWS * dim
-
-
 @op(fake=lambda x, weight, **_: x.new_empty(*x.shape[:-1], weight.shape[0]))
 def linear(x: Tensor, weight: Tensor, *, prefetch: bool = False) -> Tensor:
     """x @ weightᵀ. Off the GPU, and for more than MAX_ROWS rows, PyTorch's product.
 
     prefetch: weights that no kernel is still writing may be read while the kernel ahead runs.
     """
-    dim = weight.shape[1]
-    assert x.shape[-1] == dim, f"{tuple(weight.shape)=} does not fit {tuple(x.shape)=}"
-    if is_matvec(x, dim):
+    check_product(x, None, None, None, weight)
+    if is_matvec(x, weight):
         return _launch(x, None, None, None, weight, False, 0.0, prefetch)[0]
     if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         # F.linear takes MKL's product, which reads weights 2.6 times slower on an AMD processor
         # (benchmarks/LOG.md); this is oneDNN's, as Inductor calls it.
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     # One matrix: of a strided batch F.linear makes a batched product and copies the weights.
-    return F.linear(x.reshape(-1, dim), weight).view(*x.shape[:-1], -1)
+    rows = x.reshape(-1, x.shape[-1])
+    return F.linear(rows, weight).view(*x.shape[:-1], weight.shape[0])
 
 
 def _fake_norm_linear(
@@ -292,13 +140,8 @@ def norm_linear(
 
     prefetch: weights that no kernel is still writing may be read while the kernel ahead runs.
     """
-    dim = weight.shape[1]
-    assert norm_weight.shape == (dim,) == x.shape[-1:], (
-        f"{tuple(weight.shape)=}, {tuple(norm_weight.shape)=}, {tuple(x.shape)=}"
-    )
-    assert residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    assert residual is not None or post_norm_weight is None, "a post-norm needs a residual"
-    if is_matvec(x, dim):
+    check_product(x, residual, norm_weight, post_norm_weight, weight)
+    if is_matvec(x, weight):
         y, h = _launch(
             x, residual, norm_weight, post_norm_weight, weight, geglu, eps, prefetch
         )  # fmt: skip

@@ -225,6 +225,7 @@ def report(job: tuple[int, str], capability: int) -> str:
         ),
         "narrow_loads": len(NARROW_LOAD.findall(ptx)),
         "loads_before_wait": len(LOAD.findall(before_wait)) if wait else None,
+        "prefetches_before_wait": before_wait.count("prefetch.global.L2"),
         "wide_loads_before_wait": len(WIDE_LOAD.findall(before_wait)),
         "tile_copies": "cp.async.bulk.tensor" in ptx,
         "wgmma": "wgmma" in ptx,

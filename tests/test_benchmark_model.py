@@ -2,6 +2,7 @@
 that runs on a CPU."""
 
 import json
+import subprocess
 from dataclasses import replace
 from functools import partial
 
@@ -10,13 +11,14 @@ import torch
 from click.testing import CliRunner
 
 from gemma_fast import cli
-from gemma_fast.benchmarks import bench_model, model_command, model_providers
-from gemma_fast.benchmarks.bench_model import Result, percentile
+from gemma_fast.benchmarks import bench_model, machine, model_command, model_providers, timing
+from gemma_fast.benchmarks.bench_model import WITHOUT_GRAPHS, Result, percentile
 from gemma_fast.benchmarks.harness import EAGER, OURS
 from gemma_fast.benchmarks.machine import Roof
-from gemma_fast.benchmarks.model_cases import TINY, Case, cases, pass_work
+from gemma_fast.benchmarks.model_cases import TINY, Case, cases, find, pass_work
+from gemma_fast.benchmarks.model_check import Judge
 from gemma_fast.benchmarks.model_plots import plot
-from gemma_fast.benchmarks.model_providers import PROVIDERS
+from gemma_fast.benchmarks.model_providers import PROVIDERS, STATIC
 from gemma_fast.benchmarks.model_report import Report
 from gemma_fast.config import PRESETS
 
@@ -76,11 +78,11 @@ def test_figures_of_made_up_times():
     case = Case("tg", 100, depth=512, batch=2)
     steps = (0.002,) * 98 + (0.003, 0.004)
     x = result(case, OURS, (0.2, 0.25), token_seconds=steps).figures(ROOF)
-    assert x["tokens_per_s"] == pytest.approx((1000 + 800) / 2)
+    assert x["tokens_per_s"] == pytest.approx(200 / 0.225)  # of one mean, as all its row
     assert x["tokens_per_s_sd"] == pytest.approx(100 * 2**0.5)
     assert x["token_p50_s"] == 0.002 and 0.003 <= x["token_p99_s"] < 0.004
     held = 2 * 18_432 * sum(range(513, 613)) / 100
-    assert x["bytes_per_step"] == pytest.approx(5_012_344_832 + held)
+    assert x["bytes_per_token"] == pytest.approx((5_012_344_832 + held) / 2)
     assert x["mbu"] == pytest.approx(100 * (5_012_344_832 + held) / 0.225 / 2e12)
     x = result(Case("pp", 512), OURS, (0.01,)).figures(ROOF)
     assert x["tokens_per_s"] == pytest.approx(51_200) and x["tokens_per_s_sd"] is None
@@ -111,22 +113,27 @@ def test_files_of_made_up_results(tmp_path):
         result(write, "transformers (sdpa)", status="not installed: No module named 'x'"),
     ]  # fmt: skip
     results[3] = replace(results[3], peak_bytes=5_300_000_000)
+    results.append(replace(result(deep, STATIC, (0.64,), WITHOUT_GRAPHS), token_seconds=steps))
     report = Report(STAMP, ROOF, ABOUT, results)
     report.write(tmp_path)
     text = (tmp_path / "results.md").read_text()
     start = "| gemma-2b | 5.01 GB | 2.51 B | GPU | "
-    assert f"{start}gemma_fast | pp512 | 51200.00 ± 0.00 | 10 ms |  |  | 20.5% MFU | 2.00 |" in text
     assert (
-        f"{start}gemma_fast | tg128 | 400.00 ± 0.00 |  | 2.5 ms / 2.5 ms | 5.30 GB | 100.3% MBU "
-        "| 4.00 |"
+        f"{start}gemma_fast | pp512 | 51200.00 ± 0.00 | 10 ms |  | 9.81 MB |  | 20.5% MFU | 2.00 |"
+        in text
+    )
+    assert (
+        f"{start}gemma_fast | tg128 | 400.00 ± 0.00 |  | 2.5 ms / 2.5 ms | 5.01 GB | 5.30 GB "
+        "| 100.3% MBU | 4.00 |"
     ) in text
     assert "| transformers (sdpa) | tg128 | not installed: No module named 'x' |" in text
+    assert text.endswith("\\* Inductor skipped CUDA graphs.\n")
     assert "copy 2000 GB/s" in text and "commit abc" in text and "batch |" not in text
     order = [line.split(" | ")[4:6] for line in text.splitlines() if line.startswith(start)]
     assert order == [
         [EAGER, "pp512"], [OURS, "pp512"],
         [EAGER, "tg128"], ["transformers (sdpa)", "tg128"], [OURS, "tg128"],
-        [OURS, "tg128 @ d4096"],
+        [f"{STATIC} \\*", "tg128 @ d4096"], [OURS, "tg128 @ d4096"],
     ]  # fmt: skip
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["stamp"] == STAMP and saved["roof"] == ROOF._asdict()
@@ -151,6 +158,7 @@ def test_command_measures_every_provider_on_a_cpu(tmp_path, monkeypatch):
     """The compiled step by Dynamo alone: Inductor would take minutes."""
     quick = partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
     monkeypatch.setattr(model_providers, "compiled_step", quick)
+    monkeypatch.setattr(timing, "ENOUGH", 0)
     options = "-p 8 -n 4 -d 0,5 -b 1,2 -r 2 -o json"
     arguments = ["bench", "--model", "tiny", *options.split(), "--out", str(tmp_path)]
     done = CliRunner().invoke(cli.main, arguments)
@@ -161,6 +169,9 @@ def test_command_measures_every_provider_on_a_cpu(tmp_path, monkeypatch):
     rows = found["results"]
     assert [row["test"] for row in rows[::5]] == ["pp8", "tg4", "pp8 @ d5", "tg4 @ d5"] * 2
     assert [row["provider"] for row in rows] == list(PROVIDERS) * 8
+    unable = [row for row in rows if row["provider"] == STATIC and row["kind"] == "pp"]
+    assert {x["status"] for x in unable} == {"cannot: prompts are not compiled; see sdpa"}
+    rows = [row for row in rows if row not in unable]
     assert all(row["status"] == "ok" and len(row["samples_s"]) == 2 for row in rows)
     assert all(row["x_eager"] == 1 for row in rows if row["provider"] == EAGER)
     for row in rows:
@@ -178,6 +189,52 @@ def test_without_a_model_on_a_cpu_nothing_is_measured():
     assert "| eager | pp4 | ok, not measured |" in done.stdout
     assert done.stdout.count("ok, not measured") == 1
     assert "nothing was measured" in done.stdout
+
+
+@pytest.mark.usefixtures("roof")
+def test_a_test_over_the_context_is_listed_and_the_rest_runs():
+    options = f"-p 8,16384 -n 0 -d 0,8 --only {EAGER} --only {OURS}".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Judge, "prefix", lambda *_: 0)  # 16384 tokens would take minutes
+        done = CliRunner().invoke(model_command.bench, options)
+    assert done.exit_code == 0, done.output
+    for name in (EAGER, OURS):
+        long = f"| {name} | pp16384 @ d8 | cannot: 16392 tokens, the context is 16384 |"
+        assert long in done.stdout and f"| {name} | pp8 @ d8 | ok, not measured |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("-p 0 -n 0", "nothing to test: -p and -n are 0"),
+        ("-d 16384", "no test fits the context of tiny, 16384 tokens"),
+    ],
+)
+@pytest.mark.usefixtures("roof")
+def test_nothing_to_test(options, complaint):
+    done = CliRunner().invoke(model_command.bench, options.split())
+    assert done.exit_code == 2 and complaint in done.output
+
+
+def test_a_fault_is_the_providers(monkeypatch):
+    """After a CUDA fault every call raises; the run lists it, and goes on to its end."""
+
+    def fault(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(bench_model, "clear", fault)
+    where = torch.device("cpu"), torch.float32, None, 1, [EAGER, OURS], None
+    found = list(bench_model.run(find("tiny"), [Case("tg", 1)], *where))
+    assert len(found) == 2 and all(r.status.startswith("failed: CUDA error") for r in found)
+    monkeypatch.setattr(machine, "measure_roof", fault)
+    machine.measure_again(head := {}, torch.device("cpu"), torch.float32)
+    assert not head
+
+
+def test_commit_of_another_repository_is_not_ours(tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "machine.py").touch()
+    assert machine._commit(tmp_path / "machine.py") is None
 
 
 def test_time_of_a_step_is_that_of_the_step():

@@ -6,21 +6,22 @@ from functools import partial
 import pytest
 import torch
 from click.testing import CliRunner
+from torch._dynamo.utils import counters
 from twins import CONFIGS
 
-from gemma_fast.benchmarks import model_command, model_providers
-from gemma_fast.benchmarks.bench_model import run
-from gemma_fast.benchmarks.harness import EAGER, OURS
+from gemma_fast.benchmarks import model_command, model_providers, timing
+from gemma_fast.benchmarks.bench_model import WITHOUT_GRAPHS, run
+from gemma_fast.benchmarks.harness import EAGER, OURS, serious
 from gemma_fast.benchmarks.machine import Roof
 from gemma_fast.benchmarks.model_cases import TINY, Case, find
 from gemma_fast.benchmarks.model_check import Judge
 from gemma_fast.benchmarks.model_providers import PROVIDERS, Eager
-from gemma_fast.benchmarks.model_report import serious
 from gemma_fast.load import RandomCheckpoint
 from gemma_fast.reference import Reference
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 ROOF = Roof(copy=2e12, product=1e15)
+TG2 = Case("tg", 2)
 QUICK = partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
 
 
@@ -66,6 +67,16 @@ class Forgetting(Eager):
         return token
 
 
+class Short(Eager):
+    """Right until it holds more than 100 tokens; then they are noise."""
+
+    def extend(self, ids):
+        token = super().extend(ids)
+        if self.past[0][0].shape[2] > 100:
+            self.past = [(torch.randn_like(k), torch.randn_like(v)) for k, v in self.past]
+        return token
+
+
 def absent(checkpoint, dtype, device):
     raise ModuleNotFoundError("No module named 'rival'", name="rival")
 
@@ -74,17 +85,18 @@ def kind(eager):
     return lambda *where: eager(Reference.from_checkpoint(where[0], dtype=where[1], device=CPU))
 
 
-def judged(monkeypatch, dtype, providers):
+def judged(monkeypatch, dtype, providers, case=TG2):
     """provider → status, of the tiny model, with a roof: so a right one would be timed."""
+    monkeypatch.setattr(timing, "ENOUGH", 0)
     for name in list(PROVIDERS):
         monkeypatch.delitem(PROVIDERS, name)
     for name, load in providers.items():
         monkeypatch.setitem(PROVIDERS, name, load)
-    checkpoint, one = RandomCheckpoint(TINY), [Case("tg", 2)]
+    checkpoint = RandomCheckpoint(TINY)
     judge = Judge(checkpoint, dtype, CPU)
-    found = list(run(checkpoint, one, CPU, dtype, ROOF, 1, list(providers), judge))
-    assert all(bool(r.seconds) == (r.status == "ok") for r in found)
-    assert serious(found, OURS) == any(r.status.startswith("wrong") for r in found)
+    found = list(run(checkpoint, [case], CPU, dtype, ROOF, 1, list(providers), judge))
+    assert all(bool(r.seconds) == r.status.startswith("ok") for r in found)
+    assert serious(found) == any(r.status.startswith("wrong") for r in found)
     return {r.provider: r.status for r in found}
 
 
@@ -98,6 +110,66 @@ def test_wrong_provider_is_not_timed(monkeypatch):
     assert found["repeating"].startswith("wrong: ")
     assert found["forgetting"].startswith("wrong: error ")
     assert found["absent"] == "not installed: No module named 'rival'"
+
+
+def test_check_is_as_deep_as_the_test(monkeypatch):
+    providers = {EAGER: kind(Eager), "short": kind(Short)}
+    for case in (Case("tg", 4, depth=300), Case("pp", 300), Case("pp", 4, depth=300, batch=6)):
+        found = judged(monkeypatch, FP32, providers, case)
+        assert found[EAGER] == "ok" and found["short"].startswith("wrong: error "), case
+    assert judged(monkeypatch, FP32, providers) == {EAGER: "ok", "short": "ok"}
+
+
+def test_skipped_cuda_graphs_are_told(monkeypatch):
+    class Skipping(Eager):
+        def start(self, *given):
+            super().start(*given)
+            counters["inductor"]["cudagraph_skips"] += 1
+
+    found = judged(monkeypatch, FP32, {EAGER: kind(Eager), "static": kind(Skipping)})
+    assert found == {EAGER: "ok", "static": WITHOUT_GRAPHS}
+
+
+def test_the_reference_reads_a_prefix_once(monkeypatch):
+    judge, read = Judge(RandomCheckpoint(TINY), FP32, CPU), []
+    forward = judge.reference.forward
+
+    def reference(ids, **options):
+        read.append(ids.shape[1])
+        return forward(ids, **options)
+
+    monkeypatch.setattr(judge, "reference", reference)
+    deep = Eager(Reference.from_checkpoint(RandomCheckpoint(TINY), dtype=FP32, device=CPU))
+    for _ in range(2):
+        deep.start(1, 0, "tg")
+        judge.check(EAGER, deep, Case("tg", 4, depth=1100))
+    assert read == [1024, 76, 48, 48]
+    assert judge.prefix(Case("pp", 16384)) == 16384 - 48  # the trial is within the context, too
+
+
+def test_a_judge_without_memory_says_so(monkeypatch):
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Judge, "judge", too_much)
+    found = judged(monkeypatch, BF16, {EAGER: kind(Eager)})
+    assert found == {EAGER: "cannot: no memory for the reference that judges"}
+
+
+def test_a_wrong_rival_does_not_excuse_us(monkeypatch):
+    providers = {"transformers (eager)": kind(Eager), "transformers (sdpa)": noise(0.5)}
+    found = judged(monkeypatch, BF16, {**providers, OURS: noise(0.02)})
+    assert found["transformers (sdpa)"].startswith("wrong: error ")
+    assert found[OURS].startswith("wrong: error ") and "transformers' is" in found[OURS]
+
+
+def test_whether_we_were_compared_is_told():
+    judge = Judge(RandomCheckpoint(TINY), BF16, CPU)
+    judge.compare(OURS, 0.01, [])
+    assert judge.about.endswith("gemma_fast's error was not compared to transformers'.")
+    judge.compare("transformers (eager)", 0.01, rivals := [])
+    judge.compare(OURS, 0.01, rivals)
+    assert judge.about.endswith("gemma_fast's error was compared to transformers'.")
 
 
 def test_in_16_bits_we_are_no_further_from_float32_than_transformers(monkeypatch):
@@ -115,7 +187,7 @@ def test_in_16_bits_we_are_no_further_from_float32_than_transformers(monkeypatch
 def test_where_float32_does_not_fit_the_reference_keeps_its_dtype(monkeypatch):
     monkeypatch.setattr("gemma_fast.benchmarks.model_check.free_bytes", lambda device: 0)
     judge = Judge(find("tiny"), BF16, CPU)
-    assert judge.about.endswith("the reference in bfloat16, as float32 does not fit.")
+    assert "the reference in bfloat16, as float32 does not fit." in judge.about
     assert judge.reference.weights["model.norm.weight"].dtype == BF16
 
 
@@ -133,7 +205,7 @@ def test_every_provider_chooses_the_references_tokens(name, monkeypatch):
     monkeypatch.setattr(model_providers, "compiled_step", QUICK)
     checkpoint = RandomCheckpoint(replace(CONFIGS[name], max_position_embeddings=1024))
     judge = Judge(checkpoint, FP32, CPU)
-    found = run(checkpoint, [Case("pp", 4, batch=2)], CPU, FP32, None, 1, list(PROVIDERS), judge)
+    found = run(checkpoint, [Case("tg", 4, batch=2)], CPU, FP32, None, 1, list(PROVIDERS), judge)
     statuses = {r.provider: r.status for r in found}
     assert list(statuses) == list(PROVIDERS)
     if name == "gemma2-gqa":

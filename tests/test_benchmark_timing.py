@@ -2,6 +2,8 @@
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
+from itertools import chain, repeat
 from types import SimpleNamespace
 
 import pytest
@@ -86,8 +88,53 @@ def test_sets_of_inputs_pass_four_times_the_l2_cache(name):
     seen = []
     providers = {OURS: lambda x: lambda: seen.append(x)}
     made = harness.calls(replace(SUITE, providers=providers), name, {"n": 64}, CPU, FP32)
-    assert len(made) == 16  # 256 bytes each: 4096, more than 4000
+    assert len(made) == 8  # 512 bytes each, read and written: 4096, more than 4000
     outputs = [call() for call in made]
     tensors = seen if name == OURS else outputs
-    assert len({x.data_ptr() for x in tensors}) == 16
-    assert sum(x.nbytes for x in tensors) == 4096
+    assert len({x.data_ptr() for x in tensors}) == 8
+    assert sum(x.nbytes for x in tensors) == 4096 / 2
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_what_is_held_and_not_touched_does_not_count():
+    """As the rotary table is, of which a step reads one row."""
+    table = lambda device, dtype, n: (torch.randn(n, 100),)  # noqa: E731
+    made = harness.calls(replace(SUITE, inputs=table), OURS, {"n": 64}, CPU, FP32)
+    assert len(made) == 8
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """Runs rounds of so many seconds by a clock of their own → how many there were."""
+
+    def run(measure, seconds):
+        now, seen = [0.0], []
+
+        def once():
+            seen.append(next(seconds))
+            now[0] += seen[-1]
+            return seen[-1]
+
+        monkeypatch.setattr(timing, "clock", lambda: now[0])
+        measure(once)
+        return len(seen)
+
+    return run
+
+
+def test_clocks_settle_before_a_time_counts(rounds):
+    assert rounds(timing.settle_rounds, repeat(1.0)) == 2
+    assert rounds(timing.settle_rounds, chain([60.0], repeat(2**-5))) == 1 + 4  # 0.125 s
+
+
+def test_short_work_is_repeated_more_often(rounds):
+    five = partial(timing.repeated, repeats=5)
+    assert rounds(five, repeat(1.0)) == 5
+    assert rounds(five, repeat(2**-6)) == 13  # 0.203 s
+    assert rounds(five, repeat(0.0625)) == 5
+
+
+def test_repeats_end_where_all_else_takes_long(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(timing, "clock", lambda: next(now))
+    assert len(timing.repeated(lambda: 1e-3, 2)) == 3

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from conftest import interpreter
 from kernel_checks import DTYPES
 
 from gemma_fast.kernels import choose
-from gemma_fast.kernels.choose import choose_token, gumbel_reference, philox_reference
+from gemma_fast.kernels.choose import choose_token, gumbel, gumbel_reference, philox_reference
 from gemma_fast.kernels.lm_head import next_token
 
 INF, NAN = float("inf"), float("nan")
@@ -61,6 +63,35 @@ def test_noise_is_number_v_mod_4_of_counter_v_div_4():
         torch.testing.assert_close(noise[row, v], -(-torch.log1p(-u)).log().float().squeeze())
 
 
+with interpreter():  # asked for when a kernel is defined, too
+
+    @triton.jit
+    def _noise_kernel(token_ptr, noise_ptr, seed, TOKENS: tl.constexpr):
+        place, zero = tl.arange(0, TOKENS)[:, None], tl.zeros([1, 1], tl.int32)
+        tl.store(noise_ptr + place, gumbel(seed, zero, zero, tl.load(token_ptr + place)))
+
+
+def test_the_kernels_noise_is_exact_to_its_tails():
+    """Of u in fp32. Two far tokens draw 3 and 2**32 - 9, which would be 1."""
+    token, zero = torch.tensor([*range(1022), 66929077, 8036761]), torch.tensor([0])
+    drawn = philox_reference((token // 4, zero, zero, zero), torch.tensor([5]))
+    r = torch.stack(drawn, dim=-1).gather(1, token[:, None] % 4)
+    assert r[-2:].tolist() == [[3], [2**32 - 9]]
+    u = ((r.float() + 0.5) * 2**-32).clamp(max=1 - 2**-24).double()
+    with interpreter():
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        noise = torch.empty(1024, 1, device=device)
+        _noise_kernel[(1,)](token.int().to(device), noise, 5, TOKENS=1024)
+    expected = -(-torch.log1p(-u)).log()
+    torch.testing.assert_close(noise.cpu().double(), expected, rtol=1e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("drawn", [0, 2**32 - 1])
+def test_noise_of_the_least_and_the_largest_number_is_finite(drawn, monkeypatch):
+    monkeypatch.setattr(choose, "philox_reference", lambda *_: 4 * (torch.full((1, 2), drawn),))
+    assert gumbel_reference(torch.tensor([1]), torch.tensor([0]), 8).isfinite().all()
+
+
 def test_noise_is_gumbel_to_its_tails():
     noise = gumbel_reference(torch.tensor([1]), torch.zeros(8, dtype=torch.int32), 262_144)
     assert noise.isfinite().all()
@@ -96,7 +127,7 @@ def test_not_finite(temperature, device):
 
 
 def test_of_equal_logits_the_lowest_id(device, monkeypatch):
-    monkeypatch.setattr(choose, "PARTIALS", 2)  # programs are compared in more than one round
+    monkeypatch.setattr(choose, "PARTIALS", 1)  # 4 of the 5 programs are compared in a round
     logits = torch.zeros(3, 5000, device=device)
     logits[1, [1023, 1024, 4999]] = 1.0
     logits[2, [3500, 4999]], logits[2, 7] = 1.0, -0.0
@@ -152,21 +183,47 @@ CASES = [
 ]
 
 
+def on_kernels(given, b, softcap, options):
+    with interpreter():
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        given = [None if x is None else x.to(device) for x in given]
+        options = {name: x.to(device) for name, x in options.items()}
+        return chosen(next_token, *given, b=b, device=device, softcap=softcap, **options).cpu()
+
+
 @pytest.mark.parametrize(("b", "dim", "vocab", "residual", "post_norm", "softcap"), CASES, ids=str)
 def test_next_token(b, dim, vocab, residual, post_norm, softcap, poison_outputs):
     given = inputs(b, dim, vocab, residual=residual, post_norm=post_norm)
     found = []
     for options in ({}, dict(zip(("temperature", "seed"), sampled(30.0), strict=True))):
         expected = chosen(next_token, *given, b=b, device="cpu", softcap=softcap, **options)
-        with interpreter():
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            theirs = [None if x is None else x.to(device) for x in given]
-            options = {name: x.to(device) for name, x in options.items()}
-            token = chosen(next_token, *theirs, b=b, device=device, softcap=softcap, **options)
-        assert torch.equal(token.cpu(), expected)
+        assert torch.equal(on_kernels(given, b, softcap, options), expected)
         found.append(expected)
     assert torch.equal(found[0], exact_logits(*given).argmax(-1))
     assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("b", [1, 8])
+def test_post_norm_soft_cap_and_noise_together(b):
+    """Logits around 1: a cap of another slope draws other tokens."""
+    given, drawn = inputs(b, 512, 64), set()
+    given[-1] /= 512**0.5
+    for seed in range(8):
+        options = dict(zip(("temperature", "seed"), sampled(0.3, seed), strict=True))
+        expected = chosen(next_token, *given, b=b, device="cpu", softcap=5.0, **options)
+        assert torch.equal(on_kernels(given, b, 5.0, options), expected)
+        drawn.add(int(expected[0]))
+    assert len(drawn) > 1
+
+
+@pytest.mark.parametrize("b", [1, 8])
+@pytest.mark.parametrize("same", [(1, 5, 37), (9, 21)], ids=["in a program", "in two"])
+def test_of_equal_rows_of_the_weight_the_lowest_id(same, b, device):
+    """Of one row, a program takes 16 tokens, four at a time."""
+    x, norm, weight = (torch.zeros(n, 2048, device=device) for n in (b, 1, 40))
+    x[:, 3], weight[same, 3] = 2.0, 1.0
+    token = chosen(next_token, x, None, norm[0], None, weight, b=b, device=device)
+    assert (token == same[0]).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

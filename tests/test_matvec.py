@@ -4,10 +4,11 @@ import pytest
 import torch
 from kernel_checks import DTYPES, strided
 from test_geglu import oracle as geglu_oracle
+from triton import knobs
 
 from gemma_fast.kernels import matvec
 from gemma_fast.kernels.matvec import MAX_ROWS, linear, norm_linear
-from gemma_fast.kernels.rmsnorm import add_rms_norm
+from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 
 # Of numbers around 1, by as many roundings as there are: of h, of its norm, of the sum.
 TOLERANCE = {
@@ -69,6 +70,14 @@ def test_the_stream_is_rounded_as_by_add_rms_norm(device):
     assert (h != expected).float().mean() < 1e-3  # a sum in another order may round otherwise
 
 
+@pytest.mark.parametrize("rows", [1, 6])
+def test_the_normalised_row_is_rounded_once_as_by_rms_norm(rows, device):
+    """Multiplied with one, it is seen as it is; rounded before it is scaled, a quarter differs."""
+    x, norm_weight = torch.randn(rows, 256, device=device).half(), torch.randn(256, device=device)
+    y, h = norm_linear(x, x, norm_weight, None, torch.eye(256, device=device).half())
+    assert (y != rms_norm(h, norm_weight)).float().mean() < 5e-3
+
+
 def test_tokens_of_a_batch_and_rows_that_lie_apart(device, poison_outputs):
     x, weight = strided((2, 3, 64), torch.float32, device), torch.randn(6, 64, device=device)
     expected = x.double() @ weight.double().T
@@ -77,19 +86,20 @@ def test_tokens_of_a_batch_and_rows_that_lie_apart(device, poison_outputs):
     assert y.shape == (2, 3, 6) and torch.equal(h, x + x)
 
 
-def test_no_rows(device):
-    x, weight = torch.randn(0, 8, device=device), torch.randn(6, 8, device=device)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows(dtype, device):
+    x, weight = torch.randn(6, 8, device=device).to(dtype).split((0, 6))
     y, h = norm_linear(x, None, weight[0], None, weight, geglu=True)
     assert linear(x, weight).shape == (0, 6) and y.shape == (0, 3) and h.shape == (0, 8)
 
 
-def test_up_to_max_rows_it_is_one_launch(device, monkeypatch):
+def test_up_to_max_rows_it_is_one_launch_and_of_no_rows_none(device, monkeypatch):
     launches = []
     monkeypatch.setattr(matvec, "_launch", lambda x, *_: launches.append(x.shape) or (x, x))
     weight = torch.randn(4, 16, device=device)
-    for shape in ((1, 1, 16), (1, MAX_ROWS, 16), (2, MAX_ROWS // 2, 16), (1, MAX_ROWS + 1, 16)):
-        linear(torch.randn(shape, device=device), weight)
-    on_kernels = device == "cuda" or bool(matvec.knobs.runtime.interpret)
+    for shape in ((1, 1), (1, MAX_ROWS), (2, MAX_ROWS // 2), (1, MAX_ROWS + 1), (1, 0)):
+        linear(torch.randn(*shape, 16, device=device), weight)
+    on_kernels = device == "cuda" or bool(knobs.runtime.interpret)
     assert len(launches) == (3 if on_kernels else 0)
 
 
