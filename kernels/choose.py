@@ -83,7 +83,7 @@ def scores_of(
     if SAMPLE:
         position = tl.load(position_ptr + row, mask=row < rows, other=0)
         noise = gumbel(tl.load(seed_ptr), position, row, token)
-        scores = tl.where(logits > -inf, logits / tl.load(temperature_ptr) + noise, -inf)
+        scores = logits / tl.load(temperature_ptr) + noise
     mask = (token < VOCAB) & (row < rows)
     return tl.where(mask, tl.where(logits < inf, scores, inf), -inf)
 

@@ -12,8 +12,9 @@ position     :: [b], int32, of the new token. Below zero: padding, its output 0,
 arrived      :: [at least b * n], int32, zeros, and left so: counts programs
 q_norm, k_norm :: [d] or None: no norm (Gemma 3 normalises q and k before it rotates them)
 window       :: the token sees the keys position - window + 1 … position; None: all in the ring
-prefetch     :: start while the kernel before still runs, where the GPU can (programmatic dependent
-                launch): then position, cos, sin and norms must be older than that kernel
+prefetch     :: start while the kernel ahead still runs, where the GPU can (programmatic dependent
+                launch). position, cos, sin and norms are older than that kernel, and it starts
+                others only when it has itself waited for the one ahead of it
 returns      :: [b, n * m, d], qkv.dtype
 
 Numerics as in attention.py; partial results are in fp32, joined in a fixed order. A kv head's keys

@@ -20,6 +20,7 @@ from twins import CONFIGS, random_model
 
 from gemma_fast import cache as cache_module
 from gemma_fast.decoder import Decoder, bucket_of
+from gemma_fast.kernels._op import Gpu
 from gemma_fast.load import RandomCheckpoint
 from gemma_fast.model import GemmaForCausalLM
 from gemma_fast.sampling import Sampling
@@ -49,21 +50,27 @@ def test_a_token_is_five_launches_a_layer_and_three(config, batch):
     assert not any(found["compiled"].values()), found["compiled"]
 
 
-@pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
-def test_kernels_give_the_references_tokens(twins, options):
+def check_kernels(model, ids, **options):
+    expected = model.generate(ids, **options, **NEVER)
+    with interpreter():
+        assert torch.equal(model.generate(ids, **options, **NEVER), expected)
+
+
+def test_kernels_give_the_references_tokens(twins):
     """A batch of three, in a decoder for four; past the windows."""
     _, ids, mask = left_padded(twins, [11, 3, 6])
-    options = {"attention_mask": mask, "max_new_tokens": 10, **options, **NEVER}
-    expected = twins.model.generate(ids, **options)
-    with interpreter():
-        assert torch.equal(twins.model.generate(ids, **options), expected)
+    check_kernels(twins.model, ids, attention_mask=mask, max_new_tokens=4)
 
 
-def test_one_text_on_kernels(twins):
-    ids = twins.prompt(1, 5)
-    expected = twins.model.generate(ids, max_new_tokens=12, **NEVER)
-    with interpreter():
-        assert torch.equal(twins.model.generate(ids, max_new_tokens=12, **NEVER), expected)
+@pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
+def test_kernels_give_the_references_choice(options):
+    ids = torch.arange(3, 17).view(2, 7)
+    check_kernels(random_model(CONFIGS["gemma2-gqa"]), ids, max_new_tokens=4, **options)
+
+
+@pytest.mark.parametrize("config", ["gemma-mqa", "gemma2-gqa", "gemma3-gqa"])
+def test_kernels_give_the_references_tokens_of_one_text(config):
+    check_kernels(random_model(CONFIGS[config]), torch.arange(3, 9).unsqueeze(0), max_new_tokens=4)
 
 
 def test_rows_do_not_see_each_other(twins):
@@ -382,17 +389,22 @@ def test_no_memory_for_the_weights(monkeypatch):
 @pytest.mark.parametrize("batch", [1, 3, 8, 20], ids=str)
 @pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
 @pytest.mark.parametrize("config", list(CONFIGS))
-def test_graphs_give_the_tokens_of_eager_steps(config, options, batch):
+def test_graphs_give_the_tokens_of_eager_steps(config, options, batch, monkeypatch):
+    """Of which each kernel waits for the one ahead."""
     model = random_model(CONFIGS[config]).cuda()
     ids = torch.randint(3, 199, (batch, 5), device="cuda")
     decoder = Decoder(model, batch, 40)
     decoder.asynchronous = False
-    decoder.prefill(ids, sampling=Sampling(**{k: v for k, v in options.items() if k != "seed"}),
-                    seed=options.get("seed", 0))  # fmt: skip
-    expected = [decoder.token.clone()]
-    for _ in range(11):
-        decoder.step()
-        expected.append(decoder.token.clone())
+    with monkeypatch.context() as patch:
+        patch.setattr(Gpu, "overlap", lambda self, prefetch: {"PREFETCH": False})
+        decoder.prefill(
+            ids, None, Sampling(**{k: v for k, v in options.items() if k != "seed"}),
+            options.get("seed", 0),
+        )  # fmt: skip
+        expected = [decoder.token.clone()]
+        for _ in range(11):
+            decoder.step()
+            expected.append(decoder.token.clone())
     for _ in range(2):
         out = model.generate(ids, max_new_tokens=12, **options, **NEVER)
         assert torch.equal(out[:, 5:], torch.stack(expected, dim=1))
