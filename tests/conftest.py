@@ -15,9 +15,11 @@ if not torch.cuda.is_available():
 from pathlib import Path
 
 import pytest
+from decoder_checks import Graph
 from triton import knobs
 from twins import CONFIGS, Twins
 
+from gemma_fast.decoder import Decoder
 from gemma_fast.kernels import attention, geglu
 from gemma_fast.kernels._op import Gpu, gpu
 
@@ -105,3 +107,29 @@ def demo_gguf() -> Path:
     from gemma_fast.demo import demo_checkpoint
 
     return demo_checkpoint()
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[Graph]:
+    """Decoders on the CPU go about as on a GPU."""
+    made: list[Graph] = []
+
+    def capture(self):
+        self._graph_bytes += 7
+        made.append(Graph(self))
+        return made[-1]
+
+    init = Decoder.__init__
+
+    def asynchronous(self, *args):
+        init(self, *args)
+        self.asynchronous = True
+
+    def read(self):
+        token = self.token.clone()
+        return lambda: token
+
+    monkeypatch.setattr(Decoder, "_capture", capture)
+    monkeypatch.setattr(Decoder, "__init__", asynchronous)
+    monkeypatch.setattr(Decoder, "read", read)
+    return made
