@@ -99,7 +99,7 @@ def test_chat_keeps_the_conversation(demo):
         (("bench", "-p", "8,x"), "'8,x' is not whole numbers"),
         (("bench", "-b", "0"), "0 is less than 1"),
         (("bench", "--only", "vllm"), "no provider vllm: choose from eager, transformers"),
-        (("bench", "-d", "40000"), "more than the context of"),
+        (("bench", "-d", "40000"), "no test fits the context of"),
     ],
     ids=str,
 )
