@@ -37,7 +37,7 @@ from gemma_fast.kernels.choose import (
 )
 from gemma_fast.kernels.matvec import norm_linear
 
-# Of the weight, for a program with one row: its norm and its part in comparing then cost little.
+# Of the weight, for a program with one row: several blocks, for which it computes its norm once.
 BYTES = 131_072
 
 
@@ -149,7 +149,9 @@ def next_token(
 
     blocks = tile(rows, vocab, dim, x.element_size())
     if rows == 1:
-        blocks["BLOCK_N"] = 4  # of 8, with the next ones on their way, two programs would fit
+        blocks["BLOCK_N"] = (
+            4  # of 8, and the next ones on their way, registers hold half as many programs
+        )
     per_program = triton.cdiv(BYTES, blocks["BLOCK_N"] * weight[0].nbytes) if rows == 1 else 1
     programs = triton.cdiv(vocab, per_program * blocks["BLOCK_N"])
     best, best_token = partials(rows, programs, x.device)

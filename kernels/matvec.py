@@ -10,10 +10,10 @@ norm_weight      :: [dim], any float; post_norm_weight :: the same, or None
 y                :: [..., out], with geglu [..., out / 2]; h :: [..., dim]; both x.dtype
 
 The norm, h and the normalised row are rounded as rmsnorm.py rounds them, sums are in fp32. Up to
-MAX_ROWS rows are one launch: each program reads all of x, whose norm is one number, and some rows
-of the weight; the first writes h. Its first weights are on their way before the kernel ahead is
-done (prefetch). One row is multiplied elementwise, more by the tensor cores. Above MAX_ROWS, the
-norm, the library's product and geglu follow each other.
+MAX_ROWS rows (_product.py) are one launch: each program reads all of x, whose norm is one number a
+row, and some rows of the weight; the first writes h. Its first weights are on their way before the
+kernel ahead is done (prefetch). One row is multiplied elementwise, more by the tensor cores. Above
+MAX_ROWS, the norm, the library's product and geglu follow each other.
 Bound by memory: bytes = weight.numel() * itemsize. Walk-through steps: project to Q, K, V; MLP.
 """
 
@@ -22,9 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.kernels._op import gpu, op, wait_for_kernel_ahead
-from gemma_fast.kernels._product import (
-    MAX_ROWS as MAX_ROWS,
-)
 from gemma_fast.kernels._product import (
     check_product,
     first_weight,

@@ -7,7 +7,8 @@ from test_geglu import oracle as geglu_oracle
 from triton import knobs
 
 from gemma_fast.kernels import matvec
-from gemma_fast.kernels.matvec import MAX_ROWS, linear, norm_linear
+from gemma_fast.kernels._product import MAX_ROWS
+from gemma_fast.kernels.matvec import linear, norm_linear
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 
 # Of numbers around 1, by as many roundings as there are: of h, of its norm, of the sum.
