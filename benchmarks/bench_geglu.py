@@ -74,7 +74,7 @@ def product_then_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
 
 
 def cublas_geglu(x: Tensor, gate_up_proj: Tensor) -> Call:
-    return lambda: geglu(F.linear(x, gate_up_proj))
+    return lambda: geglu(*F.linear(x, gate_up_proj).chunk(2, dim=-1))
 
 
 def cublas_compiled(x: Tensor, gate_up_proj: Tensor) -> Call:
@@ -104,7 +104,7 @@ GEGLU = Suite(
     },
     tiny={"5 x 2*48": {"rows": 5, "dim": 48}},
     inputs=inputs,
-    oracle=geglu_reference,
+    oracle=lambda x: geglu_reference(*x.chunk(2, dim=-1)),
     work=work,
     providers={
         EAGER: lambda x: lambda: eager(x),
@@ -112,7 +112,7 @@ GEGLU = Suite(
         "liger": liger_geglu,
         "liger (CuTe)": liger_cute_geglu,
         "flashinfer": flashinfer_geglu,
-        OURS: lambda x: lambda: geglu(x),
+        OURS: lambda x: lambda: geglu(*x.chunk(2, dim=-1)),
     },
 )
 GATE_UP_GEGLU = Suite(

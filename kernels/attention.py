@@ -6,9 +6,9 @@
 q            :: [b, t, heads, d], bf16 | fp16 | fp32, not rotated; a view of the qkv product is fine
 keys, values :: [b, n, slots, d], q.dtype, K rotated: a ring, slot `p % slots` holds position p, and
                 the newest position is that of the last query. An unused slot holds finite numbers.
-cos, sin     :: [b, t, d / 2], fp32, of the queries' positions
-start        :: [b], int32: query i of a row stands at position start + i. Positions below zero are
-                left padding; their rows are 0.
+cos, sin     :: [b, t, d / 2], fp32, of the queries' positions; None: q is rotated already
+start        :: [b], int32: query i of a row stands at position start + i
+first        :: [b], int32: positions below it are left padding, whose rows are 0; None: below zero
 norm_weight  :: [d] or None: no norm (Gemma 3 normalises queries before it rotates them)
 window       :: a query at p sees the keys p - window + 1 … p; None: 0 … p
 returns      :: [b, t, heads, d], q.dtype
@@ -36,9 +36,9 @@ HEAD_DIMS = (32, 64, 128, 256)  # of those, a tile fits in registers and shared 
 
 
 def attention_reference(
-    q: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
-    norm_weight: Tensor | None = None, *, scale: float, window: int | None = None,
-    softcap: float | None = None, eps: float = 1e-6,
+    q: Tensor, keys: Tensor, values: Tensor, cos: Tensor | None, sin: Tensor | None, start: Tensor,
+    norm_weight: Tensor | None = None, *, scale: float, first: Tensor | None = None,
+    window: int | None = None, softcap: float | None = None, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
     b, t, heads, d = q.shape
     n, slots = keys.shape[1:3]
@@ -46,12 +46,14 @@ def attention_reference(
     last = query[:, -1:]
     key = last - (last - torch.arange(slots, device=q.device)) % slots  # [b, slots] positions
     query, key = query.unsqueeze(2), key.unsqueeze(1)
-    visible = (key >= 0) & (key <= query)  # [b, t, slots]
+    oldest = 0 if first is None else first.clamp(min=0).view(b, 1, 1)
+    visible = (key >= oldest) & (key <= query)  # [b, t, slots]
     if window is not None:
         visible &= key > query - window
 
     q = q.float() if norm_weight is None else rms_norm_reference(q.float(), norm_weight, eps)
-    q = rotate(q, cos, sin).view(b, t, n, heads // n, d).permute(0, 2, 3, 1, 4)  # [b, n, m, t, d]
+    q = q if cos is None or sin is None else rotate(q, cos, sin)
+    q = q.view(b, t, n, heads // n, d).permute(0, 2, 3, 1, 4)  # [b, n, m, t, d]
     scores = q.reshape(b, n, -1, d) @ keys.float().transpose(2, 3) * scale  # [b, n, m * t, slots]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -132,9 +134,10 @@ def _attention_kernel(
     q_ptr,  # [b, t, n * GROUP, d]
     keys,  # [b, n, slots, d]: a tensor descriptor if DESCRIPTORS, else a pointer
     values,  # like keys
-    cos_ptr,  # [b, t, HALF], contiguous
-    sin_ptr,  # [b, t, HALF], contiguous
+    cos_ptr,  # [b, t, HALF], contiguous | None: q is rotated
+    sin_ptr,  # [b, t, HALF], contiguous | None
     start_ptr,  # [b]
+    first_ptr,  # [b] | None
     norm_weight_ptr,  # [d] | None
     out_ptr,  # [b, t, n * GROUP, d], contiguous
     q_batch_stride, q_token_stride, q_head_stride,
@@ -161,24 +164,31 @@ def _attention_kernel(
     start = tl.load(start_ptr + batch)
     query = (start + token)[:, None]
 
-    # By way of memory: loaded queries lie in shared memory, but computed ones Triton would hold in
-    # 64 registers a thread, for want of which ptxas makes Hopper's products wait for each other.
+    # By way of memory: what is loaded from where it was stored lies in shared memory, but computed
+    # queries Triton would hold in 64 registers a thread, for want of which ptxas makes Hopper's
+    # products wait for each other; and addresses of the queries' would be kept through the loops.
     batch_token = batch.to(tl.int64) * t + token  # int64: times heads * d passes 2**31
     q_ptr += batch.to(tl.int64) * q_batch_stride
-    q_row = token.to(tl.int64) * q_token_stride + head.to(tl.int64) * q_head_stride
+    q_row = (token.to(tl.int64) * q_token_stride + head.to(tl.int64) * q_head_stride)[:, None]
     out_row = ((batch_token * heads + head) * (2 * HALF))[:, None]
-    angle = (batch_token * HALF)[:, None]
-    rotate_rows(
-        q_ptr + q_row[:, None], out_ptr + out_row, cos_ptr + angle, sin_ptr + angle,
-        norm_weight_ptr, mask, mask, EPS, HALF, 16, HAS_NORM,
-    )  # fmt: skip
-    tl.debug_barrier()
     channel = tl.arange(0, 2 * HALF)[None, :]
+    if cos_ptr is None:
+        q = tl.load(q_ptr + q_row + channel, mask=mask, other=0.0)
+        tl.store(out_ptr + out_row + channel, q, mask=mask)
+    else:
+        angle = (batch_token * HALF)[:, None]
+        rotate_rows(
+            q_ptr + q_row, out_ptr + out_row, cos_ptr + angle, sin_ptr + angle,
+            norm_weight_ptr, mask, mask, EPS, HALF, 16, HAS_NORM,
+        )  # fmt: skip
+    tl.debug_barrier()
     q = tl.load(out_ptr + out_row + channel, mask=mask, other=0.0)
 
     first_query = start + first_row // GROUP
     last_query = start + tl.minimum((first_row + BLOCK_M - 1) // GROUP, t - 1)
     begin = tl.maximum(start + t - slots, 0)  # the oldest position that the ring still holds
+    if first_ptr is not None:
+        begin = tl.maximum(begin, tl.load(first_ptr + batch))
     whole_begin, end = begin, last_query + 1
     if WINDOW > 0:
         whole_begin = tl.maximum(begin, last_query - WINDOW + 1)
@@ -239,9 +249,9 @@ def _tile(rows: int, heads: int, d: int, itemsize: int, softcap: bool, gpu: Gpu)
 
 @op(fake=lambda q, *_, **__: torch.empty_like(q, memory_format=torch.contiguous_format))
 def attention(
-    q: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
-    norm_weight: Tensor | None = None, *, scale: float, window: int | None = None,
-    softcap: float | None = None, eps: float = 1e-6,
+    q: Tensor, keys: Tensor, values: Tensor, cos: Tensor | None, sin: Tensor | None, start: Tensor,
+    norm_weight: Tensor | None = None, *, scale: float, first: Tensor | None = None,
+    window: int | None = None, softcap: float | None = None, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
     """Causal attention of t queries over a cache. Falls back to the reference off the GPU."""
     b, t, heads, d = q.shape
@@ -250,21 +260,24 @@ def attention(
         f"{tuple(keys.shape)=}, {tuple(q.shape)=}"
     )
     assert heads % n == 0, f"{heads} query heads are not a multiple of {n} kv heads"
-    assert cos.shape == sin.shape == (b, t, d // 2) and start.shape == (b,)
+    for angles in (cos, sin):
+        assert angles is None or (angles.shape == (b, t, d // 2) and angles.dtype == torch.float32)
+        assert angles is None or angles.is_contiguous()
+    assert (cos is None) == (sin is None) and (norm_weight is None or cos is not None)
+    for bound in (start, start if first is None else first):
+        assert bound.shape == (b,) and bound.dtype == torch.int32 and bound.is_contiguous()
     assert q.dtype == keys.dtype == values.dtype, f"{q.dtype=}, {keys.dtype=}, {values.dtype=}"
-    assert cos.dtype == sin.dtype == torch.float32 and start.dtype == torch.int32
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():
         return out
     if not (q.is_cuda or knobs.runtime.interpret):
         return attention_reference(
             q, keys, values, cos, sin, start, norm_weight,
-            scale=scale, window=window, softcap=softcap, eps=eps,
+            scale=scale, first=first, window=window, softcap=softcap, eps=eps,
         )  # fmt: skip
 
     assert d in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}: {d=}"
     assert q.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()
-    assert cos.is_contiguous() and sin.is_contiguous() and start.is_contiguous()
     assert scale > 0 and window != 0 and softcap != 0
     assert q.is_cuda or q.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
     rows = t * (heads // n)
@@ -276,7 +289,7 @@ def attention(
     if descriptors:
         rings = [TensorDescriptor.from_tensor(x, [1, 1, tile["BLOCK_N"], d]) for x in rings]
     _attention_kernel[(triton.cdiv(rows, tile["BLOCK_M"]), n, b)](
-        q, *rings, cos, sin, start, norm_weight, out,
+        q, *rings, cos, sin, start, first, norm_weight, out,
         *q.stride()[:3], *keys.stride()[:3], t, slots,
         SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,
         HAS_NORM=norm_weight is not None, GROUP=heads // n, HALF=d // 2, DESCRIPTORS=descriptors,

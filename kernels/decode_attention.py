@@ -1,14 +1,18 @@
-"""Attention of one new token a sequence over the cache, into which its K and V are written.
+"""Attention of one new token a sequence over the cache.
 
+    decode_attention  its K and V are written into the cache:
     q, k = rotate(rms_norm(q)), rotate(rms_norm(k));  slot = position % slots
     keys[:, :, slot] = k;  values[:, :, slot] = v
-    out = softmax(cap(scale * q @ keysᵀ)) @ values, over the visible keys
+    split_attention   q is rotated, and the cache holds its K and V, already
+    both: out = softmax(cap(scale * q @ keysᵀ)) @ values, over the visible keys
 
 qkv          :: [b, n * m + 2 * n, d], bf16 | fp16 | fp32: query heads, then keys, then values
+q            :: [b, n * m, d], likewise
 keys, values :: [b, n, slots, d], qkv.dtype, K rotated: the whole ring, written in place; slot
                 `p % slots` holds position p. An unused slot holds finite numbers.
 cos, sin     :: [positions, d / 2], fp32: row p is of position p
 position     :: [b], int32, of the new token. Below zero: padding, its output 0, nothing written
+first        :: [b], int32: positions below it are left padding, which none sees; None: below zero
 arrived      :: [at least b * n], int32, zeros, and left so: counts programs
 q_norm, k_norm :: [d] or None: no norm (Gemma 3 normalises q and k before it rotates them)
 window       :: the token sees the keys position - window + 1 … position; None: all in the ring
@@ -23,12 +27,11 @@ Their shares are computed on the GPU, from position, so that a CUDA graph holds 
 Bound by memory: bytes = 2 * b * n * visible keys * d * itemsize. Walk-through step: attention.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._op import Gpu, gpu, op, wait_for_kernel_ahead
+from gemma_fast.kernels._op import gpu, op, wait_for_kernel_ahead
+from gemma_fast.kernels._splits import count_splits, join_splits, split_tile
 from gemma_fast.kernels._triton import knobs, tl, triton
 from gemma_fast.kernels.attention import HEAD_DIMS, attend, attention_reference
 from gemma_fast.kernels.rotary import rotary_write_reference
@@ -54,44 +57,44 @@ def decode_attention_reference(
 
 
 @triton.jit
-def _combine(
-    partial_ptr,  # [splits, GROUP, D]
-    stats_ptr,  # [splits, 2, GROUP]: maxima and sums
-    out_ptr,  # [GROUP, D]
-    active,  # of the splits
-    GROUP: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr,  # GROUP rounded up to a power of two
-    CHUNK: tl.constexpr,  # splits at a time: what registers can hold
+def _turn(
+    qkv_ptr, head_stride, cos_ptr, sin_ptr, position, q_norm_ptr, k_norm_ptr,
+    row, kv_head, n,
+    EPS: tl.constexpr, HAS_NORM: tl.constexpr, PREFETCH: tl.constexpr,
+    GROUP: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    row, channel = tl.arange(0, ROWS), tl.arange(0, D)
-    out = tl.zeros([ROWS, D], tl.float32)
-    row_max = tl.full([ROWS], -1e30, tl.float32)
-    row_sum = tl.zeros([ROWS], tl.float32)
-    for first in range(0, active, CHUNK):
-        split = first + tl.arange(0, CHUNK)[:, None]
-        mask = (split < active) & (row < GROUP)[None, :]  # [CHUNK, ROWS]
-        stats = stats_ptr + split * (2 * GROUP) + row[None, :]
-        part_row = ((split * GROUP + row[None, :]) * D)[:, :, None]
-        part = tl.load(partial_ptr + part_row + channel[None, None, :], mask[:, :, None], other=0.0)
-        part_max = tl.load(stats, mask, other=-1e30)
-        part_sum = tl.load(stats + GROUP, mask, other=0.0)
+    """A kv head's queries and, as row GROUP, its key, normalised and rotated; and its value."""
+    D: tl.constexpr = 2 * HALF
+    channel, half = tl.arange(0, D)[None, :], tl.arange(0, HALF)[None, :]
+    mask, is_query = row <= GROUP, row < GROUP
+    angle = tl.maximum(position, 0).to(tl.int64) * HALF + half
+    cos, sin = tl.load(cos_ptr + angle), tl.load(sin_ptr + angle)
+    if HAS_NORM:
+        q_norm_ptr, k_norm_ptr = q_norm_ptr + half, k_norm_ptr + half
+        weight1 = tl.where(is_query, tl.load(q_norm_ptr), tl.load(k_norm_ptr))
+        weight2 = tl.where(is_query, tl.load(q_norm_ptr + HALF), tl.load(k_norm_ptr + HALF))
+    wait_for_kernel_ahead(PREFETCH)
 
-        new_max = tl.maximum(row_max, tl.max(part_max, axis=0))
-        weights = tl.exp2(part_max - new_max[None, :])
-        rescale = tl.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.sum(weights * part_sum, axis=0)
-        out = out * rescale[:, None] + tl.sum(weights[:, :, None] * part, axis=0)
-        row_max = new_max
-    out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]  # 0: rows beyond GROUP
-    tl.store(out_ptr + row[:, None] * D + channel[None, :], out, mask=(row < GROUP)[:, None])
+    head = tl.where(is_query, kv_head * GROUP + row, n * GROUP + kv_head)
+    x_ptr = qkv_ptr + head * head_stride + half
+    x1 = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(qkv_ptr + (n * GROUP + n + kv_head) * head_stride + channel)
+    if HAS_NORM:
+        inv_rms = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / D + EPS)
+        x1 *= inv_rms * (1 + weight1.to(tl.float32))
+        x2 *= inv_rms * (1 + weight2.to(tl.float32))
+    turned = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin).permute(0, 2, 1)
+    return turned.reshape(mask.shape[0], D).to(qkv_ptr.dtype.element_ty), v
 
 
 @triton.jit(do_not_specialize=["slots"])
 def _decode_attention_kernel(
     qkv_ptr,  # [b, n * GROUP + 2 * n, d]
     keys_ptr, values_ptr,  # [b, n, slots, d]
-    cos_ptr, sin_ptr,  # [positions, HALF], contiguous
+    cos_ptr, sin_ptr,  # [positions, HALF], contiguous | None: only queries, that are rotated
     position_ptr,  # [b]
+    first_ptr,  # [b] | None
     arrived_ptr,  # [b * n]
     q_norm_ptr, k_norm_ptr,  # [d] | None
     partial_ptr,  # [b, n, splits, GROUP, d], contiguous
@@ -114,6 +117,8 @@ def _decode_attention_kernel(
     position = tl.load(position_ptr + batch)
     end = position + 1
     begin = tl.maximum(end - (tl.minimum(slots, WINDOW) if WINDOW > 0 else slots), 0)
+    if first_ptr is not None:
+        begin = tl.maximum(begin, tl.load(first_ptr + batch))
     blocks = tl.maximum(tl.cdiv(end - begin, BLOCK_N), 1)  # one for padding, too: it stores zeros
     # To join a split costs about as much as GROUP keys: with so many in each, the sum is least.
     balanced = tl.sqrt((GROUP * tl.maximum(end - begin, 0)).to(tl.float32)) / BLOCK_N
@@ -122,44 +127,32 @@ def _decode_attention_kernel(
     if split >= active:
         return
 
-    # The new key is a row of the queries' tile: it is turned as they are, and its scores are lost.
-    row = tl.arange(0, BLOCK_M)[:, None]
-    channel, half = tl.arange(0, D)[None, :], tl.arange(0, HALF)[None, :]
-    mask, is_query = row <= GROUP, row < GROUP
-    angle = tl.maximum(position, 0).to(tl.int64) * HALF + half
-    cos, sin = tl.load(cos_ptr + angle), tl.load(sin_ptr + angle)
-    if HAS_NORM:
-        q_norm_ptr, k_norm_ptr = q_norm_ptr + half, k_norm_ptr + half
-        weight1 = tl.where(is_query, tl.load(q_norm_ptr), tl.load(k_norm_ptr))
-        weight2 = tl.where(is_query, tl.load(q_norm_ptr + HALF), tl.load(k_norm_ptr + HALF))
-    wait_for_kernel_ahead(PREFETCH)
-
+    row, channel = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, D)[None, :]
+    is_query = row < GROUP
     qkv_ptr += batch * qkv_batch_stride
-    head = tl.where(is_query, kv_head * GROUP + row, n * GROUP + kv_head)
-    x_ptr = qkv_ptr + head * qkv_head_stride + half
-    x1 = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(x_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(qkv_ptr + (n * GROUP + n + kv_head) * qkv_head_stride + channel)
-    if HAS_NORM:
-        inv_rms = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / D + EPS)
-        x1 *= inv_rms * (1 + weight1.to(tl.float32))
-        x2 *= inv_rms * (1 + weight2.to(tl.float32))
-    q = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin).permute(0, 2, 1).reshape(BLOCK_M, D)
-    q = q.to(qkv_ptr.dtype.element_ty)
-
     keys_ptr += batch * batch_stride + kv_head * kv_head_stride
     values_ptr += batch * batch_stride + kv_head * kv_head_stride
-    slot = (position % slots).to(tl.int64) * slot_stride
-    newest = (split == active - 1) & (position >= 0)
-    tl.store(keys_ptr + slot + 0 * row + channel, q, mask=(row == GROUP) & newest)
-    tl.store(values_ptr + slot + channel, v, mask=newest)
-    tl.debug_barrier()  # this program, and no other, reads them now
+    if cos_ptr is None:
+        wait_for_kernel_ahead(PREFETCH)
+        q_ptr = qkv_ptr + (kv_head * GROUP + row) * qkv_head_stride + channel
+        q = tl.load(q_ptr, mask=is_query, other=0.0)
+    else:
+        # The new key is a row of the queries' tile: it is turned as they are, its scores are lost.
+        q, v = _turn(
+            qkv_ptr, qkv_head_stride, cos_ptr, sin_ptr, position, q_norm_ptr, k_norm_ptr,
+            row, kv_head, n, EPS, HAS_NORM, PREFETCH, GROUP, HALF,
+        )  # fmt: skip
+        slot = (position % slots).to(tl.int64) * slot_stride
+        newest = (split == active - 1) & (position >= 0)
+        tl.store(keys_ptr + slot + 0 * row + channel, q, mask=(row == GROUP) & newest)
+        tl.store(values_ptr + slot + channel, v, mask=newest)
+        tl.debug_barrier()  # this program, and no other, reads them now
 
     out = tl.zeros([BLOCK_M, D], tl.float32)
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    first = begin + split * blocks_per_split * BLOCK_N
-    for block in range(first, tl.minimum(first + blocks_per_split * BLOCK_N, end), BLOCK_N):
+    share = begin + split * blocks_per_split * BLOCK_N
+    for block in range(share, tl.minimum(share + blocks_per_split * BLOCK_N, end), BLOCK_N):
         out, row_max, row_sum = attend(
             q, out, row_max, row_sum, position, keys_ptr, values_ptr, slot_stride, slots, 0, 0,
             block, begin, end, True, SCALE, SOFTCAP, 0, BLOCK_N, D, False,
@@ -181,19 +174,40 @@ def _decode_attention_kernel(
         tl.debug_barrier()  # all threads have stored: one of them announces it
         before = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel", scope="gpu")
         if before == active - 1:
-            _combine(partial_ptr, stats_ptr, out_ptr, active, GROUP, D, ROWS, CHUNK)
+            join_splits(partial_ptr, stats_ptr, out_ptr, active, GROUP, D, ROWS, CHUNK)
             tl.store(arrived_ptr + pair, 0)
 
 
-def _tile(group: int, d: int, itemsize: int, gpu: Gpu, crowded: bool) -> dict[str, int]:
-    """Of a program: rows, keys and warps; rows and splits that it joins at a time. Where there are
-    more programs than multiprocessors, two of them are to fit in shared memory."""
-    rows, num_warps = triton.next_power_of_2(group), 8 if d * itemsize >= 512 else 4
-    narrow = d == 256 and (crowded or gpu.shared_memory < 160_000)
-    block_n = 16 if itemsize == 4 else 32 if narrow else 64
-    chunk = min(max(num_warps * 2048 // (rows * d), 1), 16)  # 64 registers a thread
-    tile = {"BLOCK_M": max(16, triton.next_power_of_2(group + 1)), "BLOCK_N": block_n}
-    return tile | {"ROWS": rows, "CHUNK": chunk, "num_warps": num_warps}
+def _launch(
+    qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor | None, sin: Tensor | None,
+    position: Tensor, first: Tensor | None, arrived: Tensor, q_norm: Tensor | None,
+    k_norm: Tensor | None, *, scale: float, window: int | None, softcap: float | None,
+    eps: float, prefetch: bool,
+) -> Tensor:  # fmt: skip
+    (b, n, slots, d), heads = keys.shape, qkv.shape[1]
+    if cos is not None:
+        heads -= 2 * n
+    out = torch.empty(b, heads, d, dtype=qkv.dtype, device=qkv.device)
+    assert d in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}: {d=}"
+    assert qkv.stride(2) == keys.stride(3) == 1 and keys.stride() == values.stride()
+    assert all(x is None or x.is_contiguous() for x in (cos, sin, position, first, arrived))
+    assert scale > 0 and window != 0 and softcap != 0
+    assert qkv.is_cuda or qkv.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
+    limits, visible = gpu(qkv.device), min(slots, window or slots)
+    splits = count_splits(b * n, heads // n, visible, limits)
+    crowded = b * n * splits > limits.multiprocessors
+    tile = split_tile(heads // n, d, qkv.element_size(), limits, crowded)
+    partial = torch.empty(b, n, splits, heads // n, d, dtype=torch.float32, device=qkv.device)
+    stats = torch.empty(b, n, splits, 2, heads // n, dtype=torch.float32, device=qkv.device)
+    _decode_attention_kernel[(splits, n, b)](
+        qkv, keys, values, cos, sin, position, first, arrived, q_norm, k_norm,
+        partial, stats, out,
+        *qkv.stride()[:2], *keys.stride()[:3], slots,
+        SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,
+        HAS_NORM=q_norm is not None, GROUP=heads // n, HALF=d // 2,
+        **tile, **limits.overlap(prefetch), num_stages=3,
+    )  # fmt: skip
+    return out
 
 
 @op(
@@ -219,9 +233,8 @@ def decode_attention(
     assert position.dtype == arrived.dtype == torch.int32 and arrived.numel() >= b * n
     assert (q_norm is None) == (k_norm is None), "norm q and k, or neither"
     assert all(x is None or (x.shape == (d,) and x.stride(0) == 1) for x in (q_norm, k_norm))
-    out = torch.empty(b, heads, d, dtype=qkv.dtype, device=qkv.device)
-    if not out.numel():
-        return out
+    if not qkv.numel():
+        return qkv.new_empty(b, heads, d)
     if not (qkv.is_cuda or knobs.runtime.interpret):
         used = min(max(int(position.max()) + 1, 1), slots)  # until it wraps, a ring is its begin
         return decode_attention_reference(
@@ -229,24 +242,34 @@ def decode_attention(
             scale=scale, window=window, softcap=softcap, eps=eps,
         )  # fmt: skip
 
-    assert d in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}: {d=}"
-    assert qkv.stride(2) == keys.stride(3) == 1 and keys.stride() == values.stride()
-    assert all(x.is_contiguous() for x in (cos, sin, position, arrived))
-    assert scale > 0 and window != 0 and softcap != 0
-    assert qkv.is_cuda or qkv.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
-    limits, visible = gpu(qkv.device), min(slots, window or slots)
-    # At most two programs a multiprocessor.
-    splits = min(2 * limits.multiprocessors // (b * n), triton.cdiv(visible, 64))
-    splits = max(1, min(splits, round(math.sqrt(visible * n / heads))))
-    crowded = b * n * splits > limits.multiprocessors
-    tile = _tile(heads // n, d, qkv.element_size(), limits, crowded)
-    partial = torch.empty(b, n, splits, heads // n, d, dtype=torch.float32, device=qkv.device)
-    stats = torch.empty(b, n, splits, 2, heads // n, dtype=torch.float32, device=qkv.device)
-    _decode_attention_kernel[(splits, n, b)](
-        qkv, keys, values, cos, sin, position, arrived, q_norm, k_norm, partial, stats, out,
-        *qkv.stride()[:2], *keys.stride()[:3], slots,
-        SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,
-        HAS_NORM=q_norm is not None, GROUP=heads // n, HALF=d // 2,
-        **tile, **limits.overlap(prefetch), num_stages=3,
+    return _launch(
+        qkv, keys, values, cos, sin, position, None, arrived, q_norm, k_norm,
+        scale=scale, window=window, softcap=softcap, eps=eps, prefetch=prefetch,
     )  # fmt: skip
-    return out
+
+
+@op(fake=lambda q, *_, **__: q.new_empty(q.shape), mutates_args=("arrived",))
+def split_attention(
+    q: Tensor, keys: Tensor, values: Tensor, position: Tensor, first: Tensor | None,
+    arrived: Tensor, *, scale: float, window: int | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of one query a sequence over a cache that holds its key. Off the GPU, the
+    reference of attention.py."""
+    (b, heads, d), (n, slots) = q.shape, keys.shape[1:3]
+    assert keys.shape == values.shape == (b, n, slots, d), f"{tuple(keys.shape)=}, {q.shape=}"
+    assert heads % n == 0, f"{heads} query heads are not a multiple of {n} kv heads"
+    for bound in (position, position if first is None else first):
+        assert bound.shape == (b,) and bound.dtype == torch.int32
+    assert arrived.dtype == torch.int32 and arrived.numel() >= b * n
+    assert q.dtype == keys.dtype == values.dtype, f"{q.dtype=}, {keys.dtype=}, {values.dtype=}"
+    if not q.numel():
+        return q.new_empty(q.shape)
+    if not (q.is_cuda or knobs.runtime.interpret):
+        return attention_reference(
+            q.unsqueeze(1), keys, values, None, None, position,
+            scale=scale, first=first, window=window, softcap=softcap,
+        ).squeeze(1)  # fmt: skip
+    return _launch(
+        q, keys, values, None, None, position, first, arrived, None, None,
+        scale=scale, window=window, softcap=softcap, eps=0.0, prefetch=False,
+    )  # fmt: skip

@@ -1,10 +1,10 @@
 """GeGLU, the gated activation of the MLP: on the product of both projections, or within it.
 
-    geglu          y = gelu(gate) * up    with  gate, up = halves of gate_up
-    gate_up_geglu  the same, of gate_up = x @ gate_up_projᵀ, which is never written out
+    geglu          y = gelu(gate) * up
+    gate_up_geglu  the same, of gate, up = halves of x @ gate_up_projᵀ, which is never written out
     gelu(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g³)))     # the tanh approximation
 
-gate_up      :: [..., 2 * dim], bf16 | fp16 | fp32; the first half of a row is the gate
+gate, up     :: [..., dim], bf16 | fp16 | fp32; halves of one product are fine
 x            :: [..., hidden], bf16 | fp16 | fp32
 gate_up_proj :: [2 * dim, hidden], x.dtype; the first half of the rows projects to the gate
 y            :: [..., dim], the input's dtype
@@ -24,13 +24,13 @@ from gemma_fast.kernels._op import Gpu, gpu, op
 from gemma_fast.kernels._triton import TensorDescriptor, knobs, tl, triton
 
 
-def geglu_reference(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    return (F.gelu(gate.float(), approximate="tanh") * up.float()).to(gate.dtype)
 
 
 def gate_up_geglu_reference(x: Tensor, gate_up_proj: Tensor) -> Tensor:
-    return geglu_reference(F.linear(x.float(), gate_up_proj.float())).to(x.dtype)
+    gate_up = F.linear(x.float(), gate_up_proj.float())
+    return geglu_reference(*gate_up.chunk(2, dim=-1)).to(x.dtype)
 
 
 @triton.jit
@@ -41,9 +41,11 @@ def geglu_tile(gate, up):
 
 @triton.jit
 def _geglu_kernel(
-    gate_up_ptr,  # [rows, 2 * DIM]
+    gate_ptr,  # [rows, DIM]
+    up_ptr,  # [rows, DIM]
     out_ptr,  # [rows, DIM], contiguous
-    gate_up_row_stride,
+    gate_row_stride,
+    up_row_stride,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -51,9 +53,10 @@ def _geglu_kernel(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < DIM
 
-    gate_ptr = gate_up_ptr + row * gate_up_row_stride
+    gate_ptr += row * gate_row_stride
+    up_ptr += row * up_row_stride
     gate = tl.load(gate_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptr + DIM + cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * DIM + cols, geglu_tile(gate, up), mask=mask)
 
 
@@ -100,23 +103,25 @@ def _gate_up_geglu_kernel(
         tl.store(out, geglu_tile(gate, up), mask=(m < rows)[:, None] & (n < DIM)[None, :])
 
 
-@op(fake=lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2))
-def geglu(gate_up: Tensor) -> Tensor:
-    """gelu(gate) * up of a fused gate+up product. Falls back to the reference off the GPU."""
-    dim = gate_up.shape[-1] // 2
-    assert gate_up.shape[-1] == 2 * dim, f"gate and up must be of one size: {tuple(gate_up.shape)=}"
-    if not (gate_up.is_cuda or knobs.runtime.interpret):
-        return geglu_reference(gate_up).contiguous()
+@op(fake=lambda gate, up: torch.empty_like(gate, memory_format=torch.contiguous_format))
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up. Falls back to the reference off the GPU."""
+    assert gate.shape == up.shape and gate.dtype == up.dtype, (
+        f"gate {tuple(gate.shape)} {gate.dtype} does not fit up {tuple(up.shape)} {up.dtype}"
+    )
+    if not (gate.is_cuda or knobs.runtime.interpret):
+        return geglu_reference(gate, up).contiguous()
 
-    assert gate_up.stride(-1) == 1, "rows must be contiguous"
-    rows = gate_up.reshape(-1, 2 * dim)
-    out = torch.empty((rows.shape[0], dim), dtype=gate_up.dtype, device=gate_up.device)
+    assert gate.stride(-1) == up.stride(-1) == 1, "rows must be contiguous"
+    dim = gate.shape[-1]
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    gate, up = gate.reshape(-1, dim), up.reshape(-1, dim)
     block = min(triton.next_power_of_2(dim), 1024)
-    if rows.shape[0]:
-        _geglu_kernel[(rows.shape[0], triton.cdiv(dim, block))](
-            rows, out, rows.stride(0), DIM=dim, BLOCK=block, num_warps=4,
+    if gate.shape[0]:
+        _geglu_kernel[(gate.shape[0], triton.cdiv(dim, block))](
+            gate, up, out, gate.stride(0), up.stride(0), DIM=dim, BLOCK=block, num_warps=4,
         )  # fmt: skip
-    return out.view(*gate_up.shape[:-1], dim)
+    return out
 
 
 def _tile(rows: int, itemsize: int, gpu: Gpu) -> dict[str, int]:

@@ -149,4 +149,4 @@ def norm_linear(
     else:
         normed, h = add_rms_norm(x, residual, norm_weight, post_norm_weight, eps)
     y = linear(normed, weight)
-    return geglu_of(y) if geglu else y, h
+    return geglu_of(*y.chunk(2, dim=-1)) if geglu else y, h

@@ -149,6 +149,11 @@ def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -
             arrived, qk_norm, qk_norm, scale=1.0, window=config.window(0),
             softcap=config.attn_logit_softcapping, prefetch=True,
         )  # fmt: skip
+        for first in (None, position):
+            decode_attention.split_attention(
+                blank(batch, heads, d), ring, ring, position, first, arrived, scale=1.0,
+                window=config.window(0), softcap=config.attn_logit_softcapping,
+            )  # fmt: skip
 
 
 def launch_prompts(dtype: torch.dtype) -> None:
@@ -159,7 +164,8 @@ def launch_prompts(dtype: torch.dtype) -> None:
         rmsnorm.add_rms_norm(x, x, weight[:dim])
         rmsnorm.add_rms_norm(x, x, weight[:dim], weight[:dim])
     for rows in (1, 512):
-        geglu.geglu(torch.zeros(rows, 32768, dtype=dtype))
+        geglu.geglu(*torch.zeros(rows, 32768, dtype=dtype).chunk(2, dim=-1))
+        geglu.geglu(*torch.zeros(2, rows, 6912, dtype=dtype))
         geglu.gate_up_geglu(
             torch.zeros(rows, 2048, dtype=dtype), torch.zeros(4096, 2048, dtype=dtype)
         )
@@ -185,6 +191,10 @@ def launch_prompts(dtype: torch.dtype) -> None:
             attention.attention(
                 q, keys, values, cos, sin, start, norm_weight,
                 scale=d**-0.5, window=window, softcap=softcap,
+            )  # fmt: skip
+            attention.attention(  # within a transformers model: rotated, perhaps padded
+                q, keys, values, None, None, start,
+                scale=d**-0.5, first=start, window=window, softcap=softcap,
             )  # fmt: skip
 
 

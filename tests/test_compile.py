@@ -60,10 +60,15 @@ def test_kernels_bound_by_memory_load_16_bytes_at_a_time(compiled):
 ATTENTION_LOADS = {False: 5, True: 9}  # position, cos, sin; norms
 
 
+def only_queries(kernel) -> bool:
+    """Whether it is split_attention's, which transformers' layers call: it waits for no kernel."""
+    return kernel["kernel"] == "_decode_attention_kernel" and kernel["types"][3] == "constexpr"
+
+
 def test_weights_set_out_before_the_wait_for_the_kernel_ahead(compiled):
     """64 bytes a thread or more, and nothing that the kernel ahead may write."""
     capability, kernels = compiled
-    steps = [k for k in kernels if "PREFETCH" in k["options"]]
+    steps = [k for k in kernels if "PREFETCH" in k["options"] and not only_queries(k)]
     assert len({k["kernel"] for k in steps}) == 4
     for kernel in steps:
         waits = kernel["loads_before_wait"] is not None

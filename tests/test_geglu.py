@@ -15,35 +15,54 @@ def oracle(gate_up):
     return gate / 2 * (1 + torch.tanh(z)) * up
 
 
+def of_halves(gate_up):
+    return geglu(*gate_up.chunk(2, dim=-1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 2), (3, 2048), (2, 5, 88), (4, 3000), (0, 64)], ids=str)
 def test_geglu(shape, dtype, device, poison_outputs):
     gate_up = (3 * torch.randn(shape, device=device)).to(dtype)
-    out = geglu(gate_up)
+    out = of_halves(gate_up)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), oracle(gate_up), **TOLERANCE[dtype])
 
 
 def test_strided_rows(device, poison_outputs):
     gate_up = strided((5, 128), torch.float32, device)
-    torch.testing.assert_close(geglu(gate_up).double(), oracle(gate_up), **TOLERANCE[torch.float32])
+    torch.testing.assert_close(
+        of_halves(gate_up).double(), oracle(gate_up), **TOLERANCE[torch.float32]
+    )
 
 
 def test_it_is_the_tanh_approximation(device):
     gate_up = torch.tensor([[-2.7, 1.0]], device=device)
     exact = torch.nn.functional.gelu(gate_up[:, :1])
-    assert (geglu(gate_up) - exact).abs() > 4e-4
-    assert (geglu(gate_up) - oracle(gate_up)).abs() < 1e-6
+    assert (of_halves(gate_up) - exact).abs() > 4e-4
+    assert (of_halves(gate_up) - oracle(gate_up)).abs() < 1e-6
 
 
 def test_large_gates_do_not_overflow(device):
     gate_up = torch.tensor([[60.0, -60.0, 2.0, 3.0]], device=device, dtype=torch.float16)
-    assert geglu(gate_up).tolist() == [[120.0, 0.0]]
+    assert of_halves(gate_up).tolist() == [[120.0, 0.0]]
 
 
-def test_odd_width(device):
-    with pytest.raises(AssertionError, match=r"one size.*\(2, 5\)"):
-        geglu(torch.randn(2, 5, device=device))
+@pytest.mark.parametrize("layout", ["apart", "of other strides"])
+def test_gate_and_up_apart(layout, device, poison_outputs):
+    gate, up = torch.randn(2, 3, 5, 40, device=device)
+    if layout == "of other strides":
+        gate, up = strided((3, 5, 40), torch.float32, device), up.transpose(0, 1).contiguous()
+        up = up.transpose(0, 1)
+    expected = oracle(torch.cat((gate, up), dim=-1))
+    torch.testing.assert_close(geglu(gate, up).double(), expected, **TOLERANCE[torch.float32])
+
+
+def test_different_widths(device):
+    gate, up = torch.randn(2, 3, device=device), torch.randn(2, 2, device=device)
+    with pytest.raises(
+        AssertionError, match=r"gate \(2, 3\) torch.float32 does not fit up \(2, 2\)"
+    ):
+        geglu(gate, up)
 
 
 GATE_UP_SHAPES = [

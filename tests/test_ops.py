@@ -72,7 +72,7 @@ ATTENTION = ("q", "keys", "values", "cos", "sin", "start", "norm_weight")
         (rms_norm, ("q", "norm_weight"), {}),
         (add_rms_norm, ("k", "v", "norm_weight"), {}),
         (add_rms_norm, ("k", "v", "norm_weight", "norm_weight"), {}),
-        (geglu, ("q",), {}),
+        (geglu, ("q", "q"), {}),
         (gate_up_geglu, ("q", "gate_up_proj"), {}),
         (rotary_write, ROTARY, {}),
         (rotary_write, ROTARY[:-1], {}),
@@ -109,7 +109,7 @@ def test_op(op, names, options, permuted, device):
     [
         (rms_norm, ("q", "norm_weight")),
         (add_rms_norm, ("k", "v", "norm_weight", "norm_weight")),
-        (geglu, ("q",)),
+        (geglu, ("q", "q")),
         (gate_up_geglu, ("q", "gate_up_proj")),
         (rotary_write, ROTARY),
         (attention, ATTENTION),
