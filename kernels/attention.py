@@ -35,6 +35,19 @@ from gemma_fast.kernels.rotary import rotate, rotate_rows
 HEAD_DIMS = (32, 64, 128, 256)  # of those, a tile fits in registers and shared memory
 
 
+def visible_keys(
+    start: Tensor, first: Tensor | None, t: int, slots: int, window: int | None
+) -> Tensor:
+    """[b, t, slots], whether a query sees what a slot of the ring holds."""
+    query = start.unsqueeze(1) + torch.arange(t, device=start.device)  # [b, t] positions
+    last = query[:, -1:]
+    key = last - (last - torch.arange(slots, device=start.device)) % slots  # [b, slots] positions
+    query, key = query.unsqueeze(2), key.unsqueeze(1)
+    oldest = 0 if first is None else first.clamp(min=0).view(-1, 1, 1)
+    visible = (key >= oldest) & (key <= query)
+    return visible if window is None else visible & (key > query - window)
+
+
 def attention_reference(
     q: Tensor, keys: Tensor, values: Tensor, cos: Tensor | None, sin: Tensor | None, start: Tensor,
     norm_weight: Tensor | None = None, *, scale: float, first: Tensor | None = None,
@@ -42,15 +55,7 @@ def attention_reference(
 ) -> Tensor:  # fmt: skip
     b, t, heads, d = q.shape
     n, slots = keys.shape[1:3]
-    query = start.unsqueeze(1) + torch.arange(t, device=q.device)  # [b, t] positions
-    last = query[:, -1:]
-    key = last - (last - torch.arange(slots, device=q.device)) % slots  # [b, slots] positions
-    query, key = query.unsqueeze(2), key.unsqueeze(1)
-    oldest = 0 if first is None else first.clamp(min=0).view(b, 1, 1)
-    visible = (key >= oldest) & (key <= query)  # [b, t, slots]
-    if window is not None:
-        visible &= key > query - window
-
+    visible = visible_keys(start, first, t, slots, window)
     q = q.float() if norm_weight is None else rms_norm_reference(q.float(), norm_weight, eps)
     q = q if cos is None or sin is None else rotate(q, cos, sin)
     q = q.view(b, t, n, heads // n, d).permute(0, 2, 3, 1, 4)  # [b, n, m, t, d]

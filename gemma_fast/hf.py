@@ -1,0 +1,167 @@
+"""The kernels inside a transformers model: two lines, the same model, the same words.
+
+    from gemma_fast.hf import accelerate
+    accelerate(model)                      # GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM
+
+Norms, MLPs and attention of the model run on the kernels from then on; class, config file, weights,
+`generate`, caches, adapters stay what they were. What the kernels do not take, transformers' own
+code does, and says so once: `explain` lists it. On the CPU the kernels' references run.
+Extra `hf`; transformers from 5.17.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from gemma_fast._transformers import (
+    AutoModelForCausalLM,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    GemmaForCausalLM,
+    PreTrainedModel,
+)
+from gemma_fast.hf_attention import PREFIX, Run, register
+from gemma_fast.hf_cache import GemmaFastCache
+from gemma_fast.hf_layers import FAST, ORIGINAL, Fast, why_not
+
+__all__ = ["FastGemma", "GemmaFastCache", "accelerate", "accelerated", "explain", "restore"]
+
+M = TypeVar("M", bound=nn.Module)
+PARTS = ("norm", "mlp", "attention")
+
+
+def accelerate(
+    model: M, *, norm: bool = True, attention: bool = True, mlp: bool = True, strict: bool = False
+) -> M:
+    """Puts the kernels into this model, and returns it.
+
+    norm, attention, mlp  which parts
+    strict                whatever the kernels cannot take is a RuntimeError that says why
+
+    The kernels have no backward: training, and calls that record gradients, run transformers' code;
+    so do masks with more than padding on the left, dropout, and `output_attentions`.
+    ValueError, and the model as it was: another architecture, a device other than cuda or cpu, a
+    GPU before compute capability 8.0, modules whose forward another library has replaced.
+    """
+    text = _text_model(model)
+    _refuse(text)
+    restore(model)
+    wanted = {"norm": norm, "mlp": mlp, "attention": attention}
+    for module in text.modules():
+        if _part(module) in wanted and wanted[_part(module)] and not why_not(module):
+            module.__class__ = FAST[type(module)]
+            module.strict = strict  # type: ignore[assignment]
+    if attention:
+        text.config._attn_implementation = register(text.config._attn_implementation)
+    return model
+
+
+def restore(model: M) -> M:
+    """Takes the kernels out again, and returns the model as it was before `accelerate`."""
+    text = _text_model(model)
+    for module in text.modules():
+        if isinstance(module, Fast):
+            module.__class__ = ORIGINAL[type(module)]
+            for attribute in ("strict", "run"):
+                module.__dict__.pop(attribute, None)
+    name = str(text.config._attn_implementation)
+    if name.startswith(PREFIX):
+        text.config._attn_implementation = name.removeprefix(PREFIX)
+    return model
+
+
+@contextmanager
+def accelerated(model: M, **options: bool) -> Iterator[M]:
+    """`with accelerated(model):` — accelerate's options; restored at the end."""
+    try:
+        yield accelerate(model, **options)
+    finally:
+        restore(model)
+
+
+class FastGemma:
+    """`FastGemma.from_pretrained(…)` instead of `AutoModelForCausalLM.from_pretrained(…)`: the same
+    arguments, the same object, accelerated."""
+
+    @staticmethod
+    @functools.wraps(AutoModelForCausalLM.from_pretrained)
+    def from_pretrained(*args: Any, **kwargs: Any) -> PreTrainedModel:
+        return accelerate(AutoModelForCausalLM.from_pretrained(*args, **kwargs))
+
+
+class Line(NamedTuple):
+    module: str  # "model.layers.0.mlp"
+    part: str  # "norm", "mlp" or "attention"
+    path: str  # "triton", "reference" (the kernel's, in PyTorch) or "transformers"
+    why: str
+
+
+def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Line]:
+    """Which path each norm, MLP and attention takes, and why, in one call of the model.
+
+    inputs  what the model is called with, as in a call of yours; none: two tokens under no_grad, as
+            `generate` calls it
+    strict  a path that is not the kernels' is a RuntimeError
+    """
+    text = _text_model(model)
+    for module in text.modules():
+        if isinstance(module, Fast):
+            module.run = None
+    with nullcontext() if inputs else torch.no_grad():
+        model(**inputs or {"input_ids": torch.full((1, 2), 2, device=text.device)})
+    lines = []
+    for name, module in model.named_modules():
+        if (part := _part(module)) and any(module is x for x in text.modules()):
+            unused = why_not(module) or f"accelerate(model, {part}=False), or not called yet"
+            run = module.run if isinstance(module, Fast) else Run("transformers", unused)
+            if run:
+                lines.append(Line(name, part, *run))
+    left = [f"{line.module}: {line.why}" for line in lines if line.path == "transformers"]
+    if strict and left:
+        raise RuntimeError("not on the kernels, which strict=True demands: " + "; ".join(left))
+    return lines
+
+
+def _part(module: nn.Module) -> str | None:
+    """Which part of a Gemma the module is, whoever's it is."""
+    for original, fast in FAST.items():
+        if isinstance(module, original):
+            return fast.part
+    return None
+
+
+def _text_model(model: nn.Module) -> PreTrainedModel:
+    """The decoder, which has the norms, MLPs and attentions."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft
+    if isinstance(inner, (GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM)):
+        return inner.model
+    if isinstance(inner, Gemma3ForConditionalGeneration):
+        return inner.model.language_model
+    raise ValueError(
+        f"{type(inner).__name__} cannot be accelerated: only transformers' GemmaForCausalLM, "
+        "Gemma2ForCausalLM, Gemma3ForCausalLM, and the text part of Gemma3ForConditionalGeneration"
+    )
+
+
+def _refuse(text: PreTrainedModel) -> None:
+    for device in {weight.device for weight in text.parameters()}:
+        if device.type not in ("cuda", "cpu"):
+            raise ValueError(
+                f"the model lies on {device}: the kernels run on cuda, their references on cpu"
+            )
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            raise ValueError(f"{device} is of compute capability {found}: the kernels need 8.0")
+    for name, module in text.named_modules():
+        if _part(module) and "forward" in module.__dict__:
+            raise ValueError(
+                f"another library has replaced the forward of {name} (accelerate does, for a model "
+                "spread over devices): load the model on one device"
+            )

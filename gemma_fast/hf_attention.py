@@ -1,0 +1,225 @@
+"""Attention of a transformers model on the kernels: transformers calls the two functions here, one
+to make its masks and one to attend, by the name that its config holds, `gemma_fast+sdpa`.
+
+A mask that says no more than causality, a window and left padding is not made: in its place comes
+`bounds` :: [2, b, 1, 1], int32, the kernels' `start` and `first`, as slots of the keys. Any other
+mask is the original's, `sdpa` in that name, and so are the layers that it masks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gemma_fast._transformers import (
+    ALL_ATTENTION_FUNCTIONS,
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionInterface,
+    AttentionMaskInterface,
+    is_tracing,
+    logging,
+)
+from gemma_fast.kernels._triton import knobs
+from gemma_fast.kernels.attention import HEAD_DIMS, attention, visible_keys
+from gemma_fast.kernels.decode_attention import split_attention
+
+PREFIX = "gemma_fast+"
+RINGS = (
+    "GemmaFastCache takes a causal mask with padding on the left, and no other: use a "
+    "DynamicCache or a StaticCache"
+)
+logger = logging.get_logger(__name__)
+
+
+class Run(NamedTuple):
+    """How a module ran."""
+
+    path: str  # "triton", "reference" or "transformers"
+    why: str
+
+
+def hands_over(module: nn.Module, part: str, x: Tensor, why: str | None) -> bool:
+    """Whether transformers' own code is to run, `why`; said once, noted for `explain`."""
+    if why and getattr(module, "strict", False):
+        raise RuntimeError(f"{part} cannot run on the kernels, which strict=True demands: {why}")
+    if not torch.compiler.is_compiling():
+        if why:
+            logger.warning_once(
+                f"gemma_fast leaves {part} to transformers: {why}. gemma_fast.hf.explain(model, …) "
+                "says where."
+            )
+            module.run = Run("transformers", why)  # type: ignore[assignment]
+        elif x.is_cuda or knobs.runtime.interpret:
+            module.run = Run("triton", str(x.dtype))  # type: ignore[assignment]
+        else:
+            module.run = Run("reference", f"on {x.device} there is no Triton")  # type: ignore[assignment]
+    return why is not None
+
+
+def reason(module: nn.Module, x: Tensor) -> str | None:
+    """Why the kernels cannot take x of this module, or None."""
+    if module.training:
+        return "training mode; model.eval() leaves it"
+    if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in module.parameters())):
+        return "gradients are recorded, and the kernels have none; call it under torch.no_grad()"
+    if x.device.type not in ("cuda", "cpu"):
+        return f"device {x.device}: the kernels run on cuda"
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"dtype {x.dtype}: the kernels take bfloat16, float16, float32"
+    return None
+
+
+def make_mask(
+    original: str,
+    *,
+    batch_size: int,
+    q_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **rest: Any,
+) -> Tensor | None:
+    """transformers' mask interface; attention_mask :: [b, past + t], bool."""
+    # What is more than causality and window comes through vmap, or forbids the skip; so does, of
+    # one token, a cache that is compiled. Both directions: a keyword of their own.
+    plain = not use_vmap and "allow_is_bidirectional_skip" not in rest
+    plain = plain and (allow_is_causal_skip or q_length == 1)
+    ring = isinstance(kv_offset, Tensor)
+    first = torch.zeros(batch_size, dtype=torch.long, device=device)
+    if plain and attention_mask is not None:
+        first, whole = left_padding(attention_mask, q_offset + q_length)
+        if not is_tracing(attention_mask):
+            plain = bool(whole)
+        elif ring:
+            torch._assert_async(whole, RINGS)
+        else:
+            plain = False
+    if not plain:
+        if ring:
+            raise ValueError(RINGS)
+        return ALL_MASK_ATTENTION_FUNCTIONS[fallback(original)](
+            batch_size=batch_size, q_length=q_length, q_offset=q_offset, kv_offset=kv_offset,
+            attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip,
+            use_vmap=use_vmap, device=device, **rest,
+        )  # fmt: skip
+    start = torch.zeros_like(first) + (q_offset - kv_offset)
+    bounds = torch.stack((start, (first - kv_offset).clamp(min=0)))
+    return bounds.int().view(2, batch_size, 1, 1)
+
+
+def left_padding(mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
+    """mask :: [b, positions] → each row's first token, and whether nothing is hidden after it; of
+    positions from `end` on the mask does not matter."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    seen = mask | (positions >= end)
+    first = seen.int().argmax(dim=1)
+    whole = (seen.sum(dim=1) == mask.shape[1] - first).all() & (end <= mask.shape[1])
+    return first, whole
+
+
+def attend(
+    original: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface. query :: [b, n * m, t, d]; key, value :: [b, n, s, d], the
+    cache's, both rotated → [b, t, n * m, d] and no weights."""
+    bounds = attention_mask if _is_bounds(attention_mask) else None
+    why = reason(module, query) or _reason(module, query, key, value, bounds, dropout, rest)
+    if hands_over(module, "attention", query, why):
+        if bounds is not None:
+            attention_mask = _mask(original, query, key, bounds, sliding_window)
+        caps = {} if softcap is None else {"softcap": softcap}
+        return _original(original, module)(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, **caps, **rest,
+        )  # fmt: skip
+    assert bounds is not None
+    (b, heads, t, d), n = query.shape, key.shape[1]
+    start, first = bounds.view(2, b)
+    if key.stride() != value.stride() or key.stride(3) != 1:
+        key, value = key.contiguous(), value.contiguous()
+    options = {"scale": scaling, "window": sliding_window, "softcap": softcap}
+    if t == 1:
+        arrived = torch.zeros(b * n, dtype=torch.int32, device=query.device)
+        out = split_attention(query[:, :, 0], key, value, start, first, arrived, **options)
+        return out.view(b, 1, heads, d), None
+    query = query.transpose(1, 2)
+    return attention(query, key, value, None, None, start, first=first, **options), None
+
+
+def _is_bounds(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype == torch.int32 and mask.shape[2:] == (1, 1)
+
+
+def _reason(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor | None,
+    dropout: float,
+    rest: dict[str, Any],
+) -> str | None:
+    if bounds is None:
+        return "a mask that is more than causal with padding on the left, or is read while compiled"
+    if dropout:
+        return f"dropout {dropout}"
+    if rest.get("output_attentions") or module.config.output_attentions:  # type: ignore[union-attr]
+        return "output_attentions asks for the weights, which the kernels never hold"
+    if not query.dtype == key.dtype == value.dtype:
+        return f"queries, keys and values are {query.dtype}, {key.dtype}, {value.dtype}"
+    if query.is_cuda and query.shape[3] not in HEAD_DIMS:
+        return f"head_dim {query.shape[3]}: the kernels take one of {HEAD_DIMS}"
+    return None
+
+
+def fallback(original: str) -> str:
+    """The way for what the kernels do not take: of those that take any mask, the original or eager."""
+    return original if original == "sdpa" else "eager"
+
+
+def _original(original: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    of_transformers = next(x for x in type(module).__mro__ if x.__module__.startswith("transformers"))
+    eager = sys.modules[of_transformers.__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS.get_interface(fallback(original), eager)
+
+
+def _mask(
+    original: str, query: Tensor, key: Tensor, bounds: Tensor, window: int | None
+) -> Tensor:
+    """[b, 1, t, s], what `bounds` stand for, as the original takes it."""
+    start, first = bounds.view(2, -1)
+    visible = visible_keys(start, first, query.shape[2], key.shape[2], window).unsqueeze(1)
+    if fallback(original) == "sdpa":
+        return visible
+    lowest = torch.finfo(query.dtype).min
+    return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, lowest)
+
+
+def register(original: str) -> str:
+    """The name of attention on the kernels with `original` for the rest; known to transformers."""
+    name = PREFIX + original
+    AttentionInterface.register(name, partial(attend, original))
+    AttentionMaskInterface.register(name, partial(make_mask, original))
+    return name
+
+
+for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):  # an unpickled model needs its own
+    register(name)

@@ -1,0 +1,80 @@
+"""GemmaFastCache: a static cache for accelerated models whose windowed layers are rings.
+
+transformers' own static layers shift and copy a whole window for each token once it is full, and
+compile to one graph before and another after. In a ring a token takes the slot of the one that
+leaves the window, `position % slots`, and all that changes lies in tensors: one graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_fast._transformers import PreTrainedConfig, StaticCache, StaticSlidingWindowLayer
+from gemma_fast.hf_attention import PREFIX
+
+
+class GemmaFastCache(StaticCache):
+    """StaticCache(config, max_cache_len) with rings. Give it to `generate` or to the model as
+    `past_key_values`.
+
+    The model must be accelerated, with its attention: no other attention knows where a ring begins,
+    so that any other is a ValueError. `reset()` empties it for the next text.
+    """
+
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int, **options: Any) -> None:
+        super().__init__(config, max_cache_len, **options)
+        self.config = config.get_text_config(decoder=True)
+        self.layers = [
+            Ring(layer.max_cache_len, layer.max_cache_len)
+            if isinstance(layer, StaticSlidingWindowLayer)
+            else layer
+            for layer in self.layers
+        ]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        name = self.config._attn_implementation
+        if not str(name).startswith(PREFIX):
+            raise ValueError(
+                f"GemmaFastCache is for accelerated models, and this one's attention is {name!r}: "
+                "call gemma_fast.hf.accelerate(model), or take transformers' StaticCache"
+            )
+        return super().get_mask_sizes(query_length, layer_idx)
+
+
+class Ring(StaticSlidingWindowLayer):
+    """keys, values :: [b, n, slots, d]: slot `position % slots` holds that position.
+
+    One token's attention is over the ring as it lies; that of more, over a copy in their order of
+    the window before them, and themselves.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        t, slots = key_states.shape[2], self.max_cache_len
+        keys, values = self.keys, self.values
+        if t > 1:
+            past = torch.arange(1 - slots, 0, device=self.device) + self.cumulative_length
+            keys = torch.cat((keys[:, :, past % slots], key_states), dim=2)
+            values = torch.cat((values[:, :, past % slots], value_states), dim=2)
+        new = torch.arange(max(t - slots, 0), t, device=self.device) + self.cumulative_length
+        self.keys.index_copy_(2, new % slots, key_states[:, :, -slots:])
+        self.values.index_copy_(2, new % slots, value_states[:, :, -slots:])
+        self.cumulative_length.add_(t)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
+        """Length, and the position of the first key: a tensor, by which hf_attention.py knows that
+        these are rings; of the whole ring 0, since positions are slots."""
+        if query_length == 1:
+            return self.max_cache_len, torch.zeros_like(self.cumulative_length)
+        before = self.max_cache_len - 1
+        return before + query_length, self.cumulative_length - before
+
+    def get_seq_length(self) -> Tensor | int:
+        return self.cumulative_length if self.is_initialized else 0

@@ -1,0 +1,113 @@
+"""transformers' Gemma layers with a forward on the kernels.
+
+An accelerated module is of a subclass of its own class: same parameters, same submodules, which it
+calls, so that adapters and hooks on them stay in force.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemma_fast._transformers import (
+    Gemma2Attention,
+    Gemma2MLP,
+    Gemma2RMSNorm,
+    Gemma3Attention,
+    Gemma3MLP,
+    Gemma3RMSNorm,
+    GemmaAttention,
+    GemmaMLP,
+    GemmaRMSNorm,
+)
+from gemma_fast.hf_attention import Run, hands_over, reason
+from gemma_fast.kernels.geglu import geglu
+from gemma_fast.kernels.rmsnorm import rms_norm
+
+
+class Fast(nn.Module):
+    part: ClassVar[str]
+    strict: bool = False
+    run: Run | None = None  # the last one, but for compiled ones
+
+
+class FastNorm(Fast):
+    part = "norm"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hands_over(self, self.part, x, reason(self, x)):
+            return super().forward(x)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class FastMLP(Fast):
+    part = "mlp"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hands_over(self, self.part, x, reason(self, x)):
+            return super().forward(x)
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class FastAttention(Fast):
+    """Its forward is transformers', which calls hf_attention.py by the name in the config."""
+
+    part = "attention"
+
+
+class FastGemmaRMSNorm(FastNorm, GemmaRMSNorm): ...
+
+
+class FastGemma2RMSNorm(FastNorm, Gemma2RMSNorm): ...
+
+
+class FastGemma3RMSNorm(FastNorm, Gemma3RMSNorm): ...
+
+
+class FastGemmaMLP(FastMLP, GemmaMLP): ...
+
+
+class FastGemma2MLP(FastMLP, Gemma2MLP): ...
+
+
+class FastGemma3MLP(FastMLP, Gemma3MLP): ...
+
+
+class FastGemmaAttention(FastAttention, GemmaAttention): ...
+
+
+class FastGemma2Attention(FastAttention, Gemma2Attention): ...
+
+
+class FastGemma3Attention(FastAttention, Gemma3Attention): ...
+
+
+FAST: dict[type[nn.Module], type[Fast]] = {
+    GemmaRMSNorm: FastGemmaRMSNorm,
+    Gemma2RMSNorm: FastGemma2RMSNorm,
+    Gemma3RMSNorm: FastGemma3RMSNorm,
+    GemmaMLP: FastGemmaMLP,
+    Gemma2MLP: FastGemma2MLP,
+    Gemma3MLP: FastGemma3MLP,
+    GemmaAttention: FastGemmaAttention,
+    Gemma2Attention: FastGemma2Attention,
+    Gemma3Attention: FastGemma3Attention,
+}
+ORIGINAL = {fast: original for original, fast in FAST.items()}
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why this module keeps its forward, whatever it is called with; None: it need not."""
+    if type(module) not in FAST:
+        return f"{type(module).__name__} is not transformers' own class"
+    if FAST[type(module)].part == "mlp" and not _is_tanh_gelu(module.act_fn):
+        return f"its activation is {module.act_fn}, not the GELU's tanh approximation"
+    return None
+
+
+def _is_tanh_gelu(activation: Any) -> bool:
+    x = torch.linspace(-4, 4, 33)
+    return torch.allclose(activation(x), F.gelu(x, approximate="tanh"), rtol=0, atol=1e-5)
