@@ -119,8 +119,8 @@ def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Li
     lines = []
     for name, module in model.named_modules():
         if (part := _part(module)) and any(module is x for x in text.modules()):
-            unused = why_not(module) or f"accelerate(model, {part}=False), or not called yet"
-            run = module.run if isinstance(module, Fast) else Run("transformers", unused)
+            plain = Run("transformers", why_not(module) or f"not accelerated: {part}=False")
+            run = module.run if isinstance(module, Fast) else plain
             if run:
                 lines.append(Line(name, part, *run))
     left = [f"{line.module}: {line.why}" for line in lines if line.path == "transformers"]

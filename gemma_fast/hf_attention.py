@@ -65,7 +65,9 @@ def reason(module: nn.Module, x: Tensor) -> str | None:
     """Why the kernels cannot take x of this module, or None."""
     if module.training:
         return "training mode; model.eval() leaves it"
-    if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in module.parameters())):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(w.requires_grad for w in module.parameters())
+    ):
         return "gradients are recorded, and the kernels have none; call it under torch.no_grad()"
     if x.device.type not in ("cuda", "cpu"):
         return f"device {x.device}: the kernels run on cuda"
@@ -120,7 +122,7 @@ def left_padding(mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
     positions from `end` on the mask does not matter."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     seen = mask | (positions >= end)
-    first = seen.int().argmax(dim=1)
+    first = (~seen).cumprod(dim=1).sum(dim=1)
     whole = (seen.sum(dim=1) == mask.shape[1] - first).all() & (end <= mask.shape[1])
     return first, whole
 
@@ -196,14 +198,14 @@ def fallback(original: str) -> str:
 
 
 def _original(original: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    of_transformers = next(x for x in type(module).__mro__ if x.__module__.startswith("transformers"))
+    of_transformers = next(
+        x for x in type(module).__mro__ if x.__module__.startswith("transformers")
+    )
     eager = sys.modules[of_transformers.__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS.get_interface(fallback(original), eager)
 
 
-def _mask(
-    original: str, query: Tensor, key: Tensor, bounds: Tensor, window: int | None
-) -> Tensor:
+def _mask(original: str, query: Tensor, key: Tensor, bounds: Tensor, window: int | None) -> Tensor:
     """[b, 1, t, s], what `bounds` stand for, as the original takes it."""
     start, first = bounds.view(2, -1)
     visible = visible_keys(start, first, query.shape[2], key.shape[2], window).unsqueeze(1)

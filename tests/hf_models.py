@@ -1,0 +1,29 @@
+"""Tiny transformers models for the tests of gemma_fast.hf, and calls of them before and after."""
+
+import torch
+from twins import CONFIGS, random_transformers_model
+
+FAMILIES = ["gemma-mqa", "gemma2-gqa", "gemma3-gqa"]
+B, T = 2, 30  # longer than the windows
+
+
+def make(family, attention="eager"):
+    """attention: Gemma 2's soft cap is eager's alone."""
+    model = random_transformers_model(CONFIGS[family])
+    model.config._attn_implementation = attention
+    return model
+
+
+def prompt(b=B, t=T, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 199, (b, t), generator=generator)
+
+
+def padded(ids, *padding):
+    """A mask that hides so many first tokens of each row."""
+    return (torch.arange(ids.shape[1]) >= torch.tensor(padding).unsqueeze(1)).long()
+
+
+@torch.no_grad()
+def logits(model, ids, mask=None, **options):
+    return model(input_ids=ids, attention_mask=mask, **options).logits

@@ -1,0 +1,212 @@
+"""gemma_fast.hf: an accelerated transformers model says what it said, and is what it was."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+import transformers
+from conftest import interpreter
+from hf_models import FAMILIES, logits, make, padded, prompt
+
+from gemma_fast import hf, hf_attention, hf_layers
+from gemma_fast.hf import accelerate, accelerated, explain, restore
+
+NEWER = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)
+TIGHT = {"rtol": 0, "atol": 3e-5}  # of logits about 3 large, in float32
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return make(request.param)
+
+
+def test_same_logits(model):
+    ids = prompt()
+    mask = padded(ids, 7, 0)
+    before, plain = logits(model, ids, mask), logits(model, ids)
+    accelerate(model, strict=True)
+    real = mask.bool()
+    torch.testing.assert_close(logits(model, ids, mask)[real], before[real], **TIGHT)
+    torch.testing.assert_close(logits(model, ids), plain, **TIGHT)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_logits_by_the_triton_kernels(family):
+    """In the interpreter, or on a GPU: a prompt, then tokens one by one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, ids = make(family).to(device), prompt(t=20).to(device)
+    mask = padded(ids.cpu(), 5, 0).to(device)
+    expected = logits(model, ids, mask)
+    accelerate(model, strict=True)
+    with interpreter():
+        assert {line.path for line in explain(model)} == {"triton"}
+        cache = transformers.DynamicCache(config=model.config)
+        found = [logits(model, ids[:, :14], mask[:, :14], past_key_values=cache)]
+        for i in range(14, 20):
+            part = ids[:, i : i + 1]
+            found.append(logits(model, part, mask[:, : i + 1], past_key_values=cache))
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(found, dim=1)[real], expected[real], **TIGHT)
+
+
+@pytest.mark.parametrize("part", ["norm", "mlp", "attention"])
+def test_each_part_alone(model, part):
+    ids, parts = prompt(), dict.fromkeys(("norm", "mlp", "attention"), False)
+    expected = logits(model, ids)
+    accelerate(model, **parts | {part: True})
+    torch.testing.assert_close(logits(model, ids), expected, **TIGHT)
+    ours = {line.part for line in explain(model) if line.path != "transformers"}
+    assert ours == {part}
+
+
+KERNELS = [(hf_layers, "rms_norm"), (hf_layers, "geglu"), (hf_attention, "attention")]
+
+
+@pytest.mark.parametrize(("module", "name"), KERNELS)
+def test_a_mistake_in_a_kernel_shows(model, monkeypatch, module, name):
+    ids, kernel = prompt(), getattr(module, name)
+    expected = logits(model, ids)
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: kernel(*args, **kwargs).roll(1, -1))
+    assert (logits(accelerate(model), ids) - expected).abs().max() > 0.01
+
+
+def test_it_stays_the_same_model(model):
+    kind, config, weights = type(model), model.config, model.state_dict()
+    settings = copy.deepcopy(config.to_dict())
+    assert accelerate(model) is model
+    assert type(model) is kind and model.config is config and config.to_dict() == settings
+    after = model.state_dict()
+    assert list(after) == list(weights)
+    assert all(after[name].data_ptr() == weights[name].data_ptr() for name in weights)
+    for original, fast in hf_layers.FAST.items():
+        assert issubclass(fast, original)
+
+
+def test_restore(model):
+    ids = prompt()
+    expected = logits(model, ids)
+    classes, attributes = [[f(m) for m in model.modules()] for f in (type, lambda m: set(vars(m)))]
+    accelerate(model, strict=True)
+    logits(model, ids)
+    assert restore(model) is model
+    assert [type(m) for m in model.modules()] == classes
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(logits(model, ids), expected)
+    assert restore(model) is model
+
+
+def test_accelerating_again_says_anew_which_parts(model):
+    accelerate(model)
+    accelerate(model, attention=False, norm=False)
+    assert model.config._attn_implementation == "eager"
+    assert {line.part for line in explain(model) if line.path != "transformers"} == {"mlp"}
+
+
+def test_as_a_context(model):
+    with accelerated(model, mlp=False) as inside:
+        assert inside is model and model.config._attn_implementation == "gemma_fast+eager"
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(RuntimeError, match="strict"), accelerated(model, strict=True):
+        model(prompt())
+    assert model.config._attn_implementation == "eager"
+    assert not any(isinstance(m, hf_layers.Fast) for m in model.modules())
+
+
+def test_saved_and_loaded(model, tmp_path):
+    ids = prompt()
+    expected = logits(accelerate(model), ids)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any(isinstance(m, hf_layers.Fast) for m in loaded.modules())
+    fast = hf.FastGemma.from_pretrained(tmp_path, attn_implementation="eager", dtype="float32")
+    assert type(fast) is type(model) and torch.equal(logits(fast, ids), expected)
+    assert all(line.path == "reference" for line in explain(fast))
+
+
+def test_from_pretrained_has_transformers_signature():
+    theirs = transformers.AutoModelForCausalLM.from_pretrained
+    assert inspect.signature(hf.FastGemma.from_pretrained) == inspect.signature(theirs)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_accelerated(model, copied):
+    ids = prompt()
+    expected = logits(accelerate(model, strict=True), ids)
+    other = copied(model)
+    assert torch.equal(logits(other, ids), expected)
+    assert all(line.path == "reference" for line in explain(other))
+    restore(other)
+    assert all(line.path == "reference" for line in explain(model)), "they are two models"
+
+
+def test_an_unpickled_model_in_a_fresh_process(model, tmp_path):
+    import subprocess
+    import sys
+
+    ids = prompt()
+    expected = logits(accelerate(model, norm=False, mlp=False), ids)
+    torch.save((model, ids, expected), tmp_path / "model.pt")
+    code = (
+        "import sys, torch\n"
+        "model, ids, expected = torch.load(sys.argv[1], weights_only=False)\n"
+        "with torch.no_grad(): found = model(ids).logits\n"
+        "assert (found - expected).abs().max() < 3e-5\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
+    subprocess.run(command, check=True, timeout=300)
+
+
+@pytest.mark.parametrize("first", ["accelerated", "moved"])
+def test_moved_to_another_dtype(model, first):
+    """bfloat16 is as near to float32 as transformers' own is, whichever comes first."""
+    ids = prompt()
+    exact = logits(model, ids)
+    theirs = (logits(copy.deepcopy(model).bfloat16(), ids) - exact).square().mean().sqrt()
+    ours = accelerate(model).bfloat16() if first == "accelerated" else accelerate(model.bfloat16())
+    found = logits(ours, ids)
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).square().mean().sqrt() < 1.1 * theirs
+    restored = logits(ours.float(), ids)
+    assert {line.path for line in explain(ours)} == {"reference"} and not restored.isnan().any()
+
+
+@pytest.mark.gpu
+def test_moved_between_devices(model):
+    ids = prompt()
+    expected = logits(accelerate(model, strict=True), ids)
+    found = logits(model.cuda(), ids.cuda()).cpu()
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)
+    assert torch.equal(logits(model.cpu(), ids), expected)
+
+
+def test_two_families_at_once():
+    ids, models = prompt(), [make(family) for family in FAMILIES]
+    expected = [logits(model, ids) for model in models]
+    for model in models:
+        accelerate(model, strict=True)
+    for _ in range(2):
+        for model, right in zip(models, expected, strict=True):
+            torch.testing.assert_close(logits(model, ids), right, **TIGHT)
+    restore(models[0])
+    assert torch.equal(logits(models[0], ids), expected[0])
+    torch.testing.assert_close(logits(models[2], ids), expected[2], **TIGHT)
+
+
+def test_sdpa_as_the_original():
+    ids, model = prompt(), make("gemma3-gqa", "sdpa")
+    mask = padded(ids, 7, 0)
+    expected = logits(model, ids, mask)[mask.bool()]
+    found = logits(accelerate(model, strict=True), ids, mask)[mask.bool()]
+    torch.testing.assert_close(found, expected, **TIGHT)
+    assert model.config._attn_implementation == "gemma_fast+sdpa"
+    assert restore(model).config._attn_implementation == "sdpa"
+
+
+def test_both_interfaces_know_the_name():
+    """Without the second, transformers leaves masks out, padding and all, without a word."""
+    for original in ("eager", "sdpa", "flex_attention", "flash_attention_2"):
+        assert hf_attention.PREFIX + original in transformers.AttentionInterface._global_mapping
+        assert hf_attention.PREFIX + original in transformers.AttentionMaskInterface._global_mapping

@@ -1,0 +1,93 @@
+"""gemma_fast.hf under torch.compile: one whole graph, and no more graphs than without."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hf_models import padded, prompt
+from transformers import CompileConfig, DynamicCache, StaticCache
+from twins import CONFIGS, random_transformers_model
+
+from gemma_fast.hf import GemmaFastCache, accelerate
+
+
+def two_layers():
+    """One with a window of 13, one without."""
+    config, layers = CONFIGS["gemma3-gqa"], ("sliding_attention", "full_attention")
+    return random_transformers_model(replace(config, num_hidden_layers=2, layer_types=layers))
+
+
+@pytest.fixture
+def graphs():
+    torch._dynamo.reset()
+    return []
+
+
+def keeper(graphs):
+    """A backend of torch.compile that notes each graph and runs it as it is."""
+
+    def backend(graph, inputs, **options):
+        graphs.append(graph)
+        return graph.forward
+
+    return backend
+
+
+def tokens_by_compiled(model, cache, mask_too):
+    """Token after token through one compiled forward → tokens, number of graphs."""
+    torch._dynamo.reset()
+    graphs, ids, tokens = [], prompt(t=6), []
+    forward = torch.compile(model.forward, fullgraph=True, backend=keeper(graphs))
+    with torch.no_grad():
+        token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        for i in range(16):
+            mask = torch.ones(2, 7 + i, dtype=torch.long) if mask_too else None
+            out = forward(token, past_key_values=cache, attention_mask=mask)
+            token = out.logits[:, -1:].argmax(-1)
+            tokens.append(token)
+    return torch.cat(tokens, dim=1), len(graphs)
+
+
+@pytest.mark.parametrize("mask_too", [False, True], ids=["no mask", "mask"])
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache, GemmaFastCache])
+def test_compiled_whole_in_as_many_graphs(kind, mask_too):
+    model = two_layers()
+
+    def cache(kind):
+        if kind is DynamicCache:
+            return kind(config=model.config)
+        return kind(model.config, 40)
+
+    theirs = StaticCache if kind is GemmaFastCache else kind
+    expected, most = tokens_by_compiled(model, cache(theirs), mask_too)
+    accelerate(model, strict=not mask_too)
+    found, graphs = tokens_by_compiled(model, cache(kind), mask_too)
+    assert torch.equal(found, expected) and graphs <= most
+    if kind is GemmaFastCache and not mask_too:
+        assert graphs == 1 < most
+
+
+def test_generate_compiles_rings_once(graphs):
+    """As `generate` does by itself on a GPU, where it makes the masks outside the graph."""
+    model, ids = two_layers(), prompt(t=6)
+    mask = padded(ids, 2, 0)
+    options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
+    expected = model.generate(ids, **options)
+    accelerate(model, strict=True)
+    config = CompileConfig(backend=keeper(graphs), fullgraph=True)
+    config._compile_all_devices = True  # what transformers calls "even on a CPU"
+    cache = GemmaFastCache(model.config, 60)
+    found = model.generate(ids, past_key_values=cache, compile_config=config, **options)
+    assert torch.equal(found, expected) and len(graphs) == 1
+
+
+def test_a_compiled_mask_that_rings_cannot_take(graphs):
+    model = accelerate(two_layers())
+    cache, ids = GemmaFastCache(model.config, 40), prompt(t=6)
+    forward = torch.compile(model.forward, fullgraph=True, backend=keeper(graphs))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        mask = torch.ones(2, 7, dtype=torch.long)
+        mask[0, 3] = 0
+        with pytest.raises(RuntimeError, match="padding on the left, and no other"):
+            forward(ids[:, :1], past_key_values=cache, attention_mask=mask)

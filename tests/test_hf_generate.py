@@ -1,0 +1,158 @@
+"""gemma_fast.hf: `generate` of an accelerated model writes the tokens it wrote before, whatever the
+cache, the search, the adapters."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers
+from hf_models import FAMILIES, T, logits, make, padded, prompt
+from transformers import DynamicCache, StaticCache
+
+from gemma_fast.hf import GemmaFastCache, accelerate, explain, restore
+
+NEWER = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)
+NEW = 24  # tokens, with which the caches pass the windows
+TIGHT = {"rtol": 0, "atol": 3e-5}
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return make(request.param)
+
+
+def generate(model, ids, mask=None, **options):
+    mask = torch.ones_like(ids) if mask is None else mask
+    torch.manual_seed(7)
+    options = {"max_new_tokens": NEW, "do_sample": False} | options
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+WAYS = {
+    "dynamic cache": {},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "beams": {"num_beams": 3},
+    "beams over a static cache": {"num_beams": 3, "cache_implementation": "static"},
+    "sampling": {"do_sample": True, "top_k": 20, "num_return_sequences": 2},
+    "prefill in chunks": {"prefill_chunk_size": 7},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_same_tokens(model, way):
+    ids = prompt()
+    expected = generate(model, ids, padded(ids, 7, 0), **WAYS[way])
+    accelerate(model, strict=True)
+    assert torch.equal(generate(model, ids, padded(ids, 7, 0), **WAYS[way]), expected)
+
+
+@pytest.mark.parametrize("way", ["assisted", "prompt lookup"])
+def test_same_tokens_of_guessed_ones(model, way):
+    """Several tokens at a time are checked, and some taken back from the cache."""
+    if way == "assisted" and model.config.model_type == "gemma3" and not NEWER:
+        pytest.skip("transformers 5.17 itself fails")
+    assistant = copy.deepcopy(model)
+    for weight in assistant.parameters():  # it guesses well, but not always
+        weight.data += 0.02 * torch.randn_like(weight)
+    options = {"assistant_model": assistant} if way == "assisted" else {}
+    if way == "prompt lookup":
+        options["prompt_lookup_num_tokens"] = 3
+    ids = prompt(b=1, t=15).repeat(1, 2)
+    expected = generate(model, ids, **options)
+    accelerate(model, strict=True)
+    accelerate(assistant, strict=True)
+    assert torch.equal(generate(model, ids, **options), expected)
+
+
+@pytest.mark.parametrize("length", [T, 3], ids=["longer than the window", "shorter"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_rings(model, options, length):
+    ids = prompt(t=length)
+    mask = padded(ids, 2, 0)
+    expected = generate(model, ids, mask, **options)
+    accelerate(model, strict=True)
+    cache = GemmaFastCache(model.config, T + NEW)
+    assert torch.equal(generate(model, ids, mask, past_key_values=cache, **options), expected)
+    if not options:
+        cache.reset()
+        assert torch.equal(generate(model, ids, mask, past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 11, 13, 20])
+def test_rings_by_chunks(chunk):
+    """Logits over a text that passes the window several times, in chunks of any length."""
+    model, ids = make("gemma3-gqa"), prompt(t=60)
+    mask = padded(ids, 17, 0)
+    expected = logits(model, ids, mask)
+    accelerate(model, strict=True)
+    for cache in (GemmaFastCache(model.config, 60), DynamicCache(config=model.config)):
+        found = torch.cat([
+            logits(model, ids[:, i : i + chunk], mask[:, : i + chunk], past_key_values=cache)
+            for i in range(0, 60, chunk)
+        ], dim=1)  # fmt: skip
+        real = mask.bool()
+        torch.testing.assert_close(found[real], expected[real], **TIGHT)
+
+
+def test_a_ring_moves_nothing():
+    """A token writes its own slot; transformers' static layer, once full, the whole window."""
+    model, ids = accelerate(make("gemma3-gqa"), strict=True), prompt(t=T)
+    cache = GemmaFastCache(model.config, 60)
+    logits(model, ids, past_key_values=cache)
+    ring = next(layer for layer in cache.layers if layer.is_sliding)
+    before, where = ring.keys.clone(), ring.keys.data_ptr()
+    logits(model, ids[:, :1], past_key_values=cache)
+    changed = (ring.keys != before).any(dim=3).any(dim=1).any(dim=0)
+    assert changed.nonzero().tolist() == [[T % model.config.sliding_window]]
+    assert ring.keys.shape[2] == model.config.sliding_window and ring.keys.data_ptr() == where
+
+
+def test_a_static_cache_longer_than_the_window_and_one_shorter(model):
+    for room in (T + NEW, 200):
+        ids = prompt(t=5)
+        restore(model)
+        expected = generate(model, ids, past_key_values=StaticCache(model.config, room))
+        accelerate(model, strict=True)
+        for cache in (StaticCache, GemmaFastCache):
+            found = generate(model, ids, past_key_values=cache(model.config, room))
+            assert torch.equal(found, expected)
+
+
+def test_batched_equals_single_with_left_padding(model):
+    accelerate(model, strict=True)
+    ids = prompt(b=3)
+    mask = padded(ids, 0, 4, 21)
+    together = logits(model, ids, mask)
+    texts = generate(model, ids, mask)
+    for row, padding in enumerate((0, 4, 21)):
+        alone = ids[row : row + 1, padding:]
+        torch.testing.assert_close(logits(model, alone)[0], together[row, padding:], **TIGHT)
+        assert torch.equal(generate(model, alone)[0, T - padding :], texts[row, T:])
+
+
+@pytest.mark.parametrize("first", ["accelerated", "adapted"])
+def test_lora(model, first):
+    """On the projections, trained and merged, before or after acceleration."""
+    ids = prompt()
+    if first == "accelerated":
+        accelerate(model)
+    projections = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=projections))
+    if first == "adapted":
+        assert accelerate(lora) is lora
+    lora(input_ids=ids, labels=ids).loss.backward()
+    trained = [(n, w) for n, w in lora.named_parameters() if w.requires_grad]
+    assert len(trained) == 10 * model.config.num_hidden_layers
+    assert all(w.grad is not None and "lora" in n for n, w in trained)
+    for _, weight in trained:
+        weight.data.normal_(std=0.1)
+    lora.eval()
+    assert {line.path for line in explain(lora)} == {"reference"}
+    found, text = logits(lora, ids), generate(lora, ids)
+    restore(lora)
+    torch.testing.assert_close(found, logits(lora, ids), **TIGHT)
+    assert torch.equal(text, generate(lora, ids))
+    accelerate(lora)
+    torch.testing.assert_close(logits(lora.merge_and_unload(), ids), found, rtol=0, atol=1e-4)
