@@ -11,7 +11,7 @@ from twins import CONFIGS, random_model
 from gemma_fast.cache import KVCache
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.choose import choose_token
-from gemma_fast.kernels.decode_attention import decode_attention
+from gemma_fast.kernels.decode_attention import decode_attention, split_attention
 from gemma_fast.kernels.embed import embed
 from gemma_fast.kernels.geglu import gate_up_geglu, geglu
 from gemma_fast.kernels.lm_head import next_token
@@ -25,6 +25,8 @@ B, T, N, M, D, SLOTS = 2, 5, 2, 2, 32, 16
 def tensors() -> dict[str, torch.Tensor | None]:
     return {
         "q": torch.randn(B, T, N * M, D),
+        "query": torch.randn(B, N * M, D),
+        "first": torch.tensor([0, 2], dtype=torch.int32),
         "k": torch.randn(B, T, N, D),
         "v": torch.randn(B, T, N, D),
         "keys": torch.randn(B, N, SLOTS, D),
@@ -63,6 +65,8 @@ NORM_LINEAR = ("x", "residual", "norm_weight", "post_norm_weight", "gate_up_proj
 DECODE = ("qkv", "keys", "values", "cos_table", "sin_table", "start", "arrived")
 CHOICE = ("start", "token", "arrived", "temperature", "seed")
 NEXT = ("rows", "residual_rows", "norm_weight", "post_norm_weight", "embedding", *CHOICE)
+ROTATED = ("q", "keys", "values", "no_tensor", "no_tensor", "start")
+SPLIT = ("query", "keys", "values", "start", "first", "arrived")
 ATTENTION = ("q", "keys", "values", "cos", "sin", "start", "norm_weight")
 
 
@@ -78,6 +82,8 @@ ATTENTION = ("q", "keys", "values", "cos", "sin", "start", "norm_weight")
         (rotary_write, ROTARY[:-1], {}),
         (attention, ATTENTION, {"scale": 0.2}),
         (attention, ATTENTION[:-1], {"scale": 0.2, "window": 4, "softcap": 3.0}),
+        (attention, ROTATED, {"scale": 0.2, "window": 4}),
+        (split_attention, SPLIT, {"scale": 0.2}),
         (linear, ("x", "gate_up_proj"), {}),
         (norm_linear, NORM_LINEAR, {}),
         (
@@ -113,6 +119,7 @@ def test_op(op, names, options, permuted, device):
         (gate_up_geglu, ("q", "gate_up_proj")),
         (rotary_write, ROTARY),
         (attention, ATTENTION),
+        (split_attention, SPLIT),
         (linear, ("x", "gate_up_proj")),
         (norm_linear, NORM_LINEAR),
         (embed, ("ids", "embedding")),
@@ -123,7 +130,8 @@ def test_op(op, names, options, permuted, device):
     ids=lambda x: getattr(x, "__name__", None),
 )
 def test_an_input_that_requires_grad(op, names):
-    options = {"scale": 0.2} if op in (attention, decode_attention, embed) else {}
+    scaled = attention, decode_attention, split_attention, embed
+    options = {"scale": 0.2} if op in scaled else {}
     parameters = list(inspect.signature(op).parameters)
     for i in range(len(names)):
         given = [tensors()[n] for n in names]

@@ -1,0 +1,115 @@
+"""gemma_fast.hf: where faster Gemmas elsewhere have gone wrong; and Gemma 3 with its eyes."""
+
+import pytest
+import torch
+import transformers
+from conftest import interpreter
+from hf_models import FAMILIES, logits, make, prompt
+
+from gemma_fast.hf import accelerate, explain, restore
+from gemma_fast.hf_layers import FAST
+
+TIGHT = {"rtol": 0, "atol": 3e-5}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kernel", [False, True], ids=["reference", "kernel"])
+def test_one_plus_weight_is_summed_in_fp32(family, kernel):
+    """1 + 15.8125 needs more bits than bfloat16 has, 1 + 2**-11 more than float16."""
+    dtype = torch.float16 if kernel else torch.bfloat16
+    norm = make(family).to(dtype).model.layers[0].input_layernorm.eval()
+    weight = torch.tensor([15.8125, 2**-9 + 1, 2**-11] * 16, dtype=dtype)
+    norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+    x = torch.randn(64, 48, dtype=dtype)
+    normed = x.double() / (x.double().square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    exact = normed * (1 + weight.double())
+    norm.__class__ = FAST[type(norm)]
+    with interpreter() if kernel else torch.no_grad():
+        found = norm(x)
+
+    def far(y):
+        return (
+            (y.double() - exact).abs() > 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-7
+        ).any()
+
+    assert not far(found)
+    assert far((normed * (1 + weight)).to(dtype)), "the mistake would show"
+
+
+@pytest.mark.parametrize("kernel", [False, True], ids=["reference", "kernel"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_caller_holds_is_left_alone(family, kernel):
+    """The residual, each norm's and MLP's input, inputs_embeds, the cache's older keys."""
+    model = accelerate(make(family), strict=True)
+    held = []
+
+    def keep(module, args, output):
+        held.append((args[0], args[0].clone(), output))
+
+    for module in model.modules():
+        if getattr(module, "part", None) in ("norm", "mlp"):
+            module.register_forward_hook(keep)
+    embeds = model.get_input_embeddings()(prompt(t=9))
+    before = embeds.clone()
+    with torch.inference_mode(), interpreter() if kernel else torch.no_grad():
+        cache = model(inputs_embeds=embeds).past_key_values
+        layer = cache.layers[-1]
+        keys, copies = layer.keys, layer.keys.clone()
+        model(input_ids=prompt(t=1), past_key_values=cache)
+    assert torch.equal(embeds, before) and torch.equal(keys, copies)
+    assert len(held) > 2 * model.config.num_hidden_layers
+    for given, copied, output in held:
+        assert torch.equal(given, copied)
+        assert given.untyped_storage().data_ptr() != output.untyped_storage().data_ptr()
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    """A Gemma 3 with a vision tower: images of 4 tokens."""
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 8,
+        "num_attention_heads": 2, "patch_size": 2,
+    }  # fmt: skip
+    text = make("gemma3-gqa").config.to_dict()
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=7,
+        boi_token_index=5, eoi_token_index=6, image_token_id=7,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    torch.manual_seed(3)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    for weight in model.parameters():
+        weight.data.normal_(std=0.2)
+    return model
+
+
+def test_multimodal_text(seeing):
+    ids = prompt(t=20).clamp(min=8)
+    expected = logits(seeing, ids)
+    text = seeing.generate(ids, max_new_tokens=8, do_sample=False)
+    accelerate(seeing, strict=True)
+    torch.testing.assert_close(logits(seeing, ids), expected, **TIGHT)
+    assert torch.equal(seeing.generate(ids, max_new_tokens=8, do_sample=False), text)
+    modules = dict(seeing.named_modules())
+    assert all("language_model" in line.module for line in explain(seeing))
+    assert not any(hasattr(m, "part") for n, m in modules.items() if "language_model" not in n)
+    restore(seeing)
+
+
+def test_multimodal_image(seeing):
+    """Image tokens see each other, both ways: such a mask is transformers' to apply."""
+    ids = prompt(b=1, t=20).clamp(min=8)
+    ids[0, 5:9] = 7
+    inputs = {
+        "input_ids": ids, "token_type_ids": (ids == 7).long(),
+        "pixel_values": torch.randn(1, 3, 8, 8), "attention_mask": torch.ones_like(ids),
+    }  # fmt: skip
+    with torch.no_grad():
+        expected = seeing(**inputs).logits
+        text = seeing.generate(**inputs, max_new_tokens=8, do_sample=False)
+        accelerate(seeing)
+        torch.testing.assert_close(seeing(**inputs).logits, expected, **TIGHT)
+        assert torch.equal(seeing.generate(**inputs, max_new_tokens=8, do_sample=False), text)
+        paths = {(line.part, line.path) for line in explain(seeing, **inputs)}
+    assert ("attention", "transformers") in paths and ("norm", "reference") in paths
+    restore(seeing)
