@@ -2,6 +2,8 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 BIN := .venv/bin
+# Over the newest transformers, for the second run of gemma_fast.hf's tests.
+OLDEST := .venv/oldest-transformers
 
 .PHONY: demo test lint bench
 
@@ -9,8 +11,9 @@ demo: .venv/demo.stamp
 	@$(BIN)/gemma-fast predict "I want to move"
 	@$(BIN)/gemma-fast generate "I want to move" --max-new-tokens 30
 
-test: .venv/test.stamp
+test: .venv/test.stamp $(OLDEST)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(PYTEST_ARGS) $(wildcard tests/test_hf*.py)
 
 lint: .venv/test.stamp
 	@$(BIN)/ruff check
@@ -24,6 +27,11 @@ bench: .venv/bench.stamp
 .venv/%.stamp: setup.py pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing gemma_fast[$*] into .venv (the first time takes minutes)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	@touch $@
+
+$(OLDEST): tests/oldest.txt .venv/test.stamp
+	@rm -rf $@
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ -r $<
 	@touch $@
 
 $(BIN)/pip:

@@ -25,6 +25,8 @@ class BuildPy(build_py):
         return [module for module in found if module[1] not in ("bench_suites", "conftest")]
 
 
+HF = "transformers>=5.17,<6"  # gemma_fast.hf; tested at both ends
+
 setup(
     name="gemma_fast",
     version="0.1.0",
@@ -34,7 +36,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # By hand: find_packages() passes over a folder without __init__.py.
-    packages=["gemma_fast", "gemma_fast.kernels", "gemma_fast.benchmarks"],
+    packages=["gemma_fast", "gemma_fast.hf", "gemma_fast.kernels", "gemma_fast.benchmarks"],
     cmdclass={"build_py": BuildPy},
     entry_points={"console_scripts": ["gemma-fast = gemma_fast.cli:main"]},
     install_requires=[
@@ -51,6 +53,8 @@ setup(
     extras_require={
         "gguf": GGUF,
         "demo": DEMO,
+        "hf": [HF],
+        "lm-eval": ["lm_eval>=0.4.13"],  # gemma_fast.lm_harness
         "bench": [
             *DEMO,
             *BENCH,
@@ -59,6 +63,9 @@ setup(
         "test": [
             *DEMO,
             "transformers==5.23.0",  # the oracle; older ones compute Gemma 1 and 2 differently
+            "peft",  # adapters on accelerated models
+            "lm_eval",  # the harness that gemma_fast.lm_harness is for
+            "accelerate",  # lm_eval's own model, and device_map, want it
             "kernels",  # transformers imports it; shares its name with our folder
             "hypothesis",  # hostile checkpoints, odd shapes
             *BENCH,

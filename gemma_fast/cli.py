@@ -1,9 +1,10 @@
-"""gemma-fast: predict · generate · chat · bench.
+"""gemma-fast: predict · generate · chat · bench · verify.
 
     gemma-fast predict "I want to move"         the likeliest tokens after each token of the prompt
     gemma-fast generate "I want to move" -n 30  a continuation, as it comes
     gemma-fast chat --model path/to/gemma-it    a conversation
     gemma-fast bench --model demo               its speed, beside PyTorch's and transformers'
+    gemma-fast verify                           a certificate of its fidelity on this machine
 
 Text goes to stdout, everything about it (progress, speed, errors) to stderr.
 """
@@ -43,15 +44,21 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return apply
 
 
+_model = click.option(
+    "--model", help="Directory, .gguf file or hub id. [default: the demo weights]"
+)
+_device = click.option("--device", help="cuda, cuda:1, cpu. [default: the GPU if there is one]")
+
+
+def _dtype(help: str) -> Callable[[Command], Command]:
+    choice = click.Choice(["auto", "float32", "bfloat16", "float16"])
+    return click.option("--dtype", type=choice, default="auto", help=help)
+
+
 model_options = _options(
-    click.option("--model", help="Directory, .gguf file or hub id. [default: the demo weights]"),
-    click.option("--device", help="cuda, cuda:1, cpu. [default: the GPU if there is one]"),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        default="auto",
-        help="auto is the checkpoint's; for GGUF bfloat16 on a GPU, float32 on the CPU.",
-    ),
+    _model,
+    _device,
+    _dtype("auto is the checkpoint's; for GGUF bfloat16 on a GPU, float32 on the CPU."),
 )
 sampling_options = _options(
     click.option("-n", "--max-new-tokens", type=int, default=256, show_default=True),
@@ -172,6 +179,23 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
 
 
 main.add_command(bench)
+
+
+@main.command(short_help="A certificate of fidelity for this machine.")
+@click.option(
+    "--tokens", type=click.IntRange(1), default=256, show_default=True, help="Of greedy text."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, with every figure.")
+@_options(_model, _device, _dtype("Of the model. auto: each that the device is for."))
+@click.pass_context
+def verify(context: click.Context, **chosen: Any) -> None:
+    """The error of every kernel against float64, and of the model against its reference in
+    float32, each beside eager PyTorch's and transformers'. Exit status 1 if one is worse than
+    eager by more than its margin, which is stated. --model also takes a size with random weights,
+    as bench does."""
+    from gemma_fast.verify import certify
+
+    context.exit(0 if certify(**chosen) else 1)
 
 
 def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCausalLM, Tokenizer]:

@@ -7,13 +7,22 @@ What happens between two tokens is decoder.py's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gemma_fast.decoder import Decoder
+from gemma_fast.keywords import GENERATE, check_keywords
+from gemma_fast.options import (
+    SAMPLING,
+    check_mask,
+    choose_options,
+    choose_seed,
+    new_tokens,
+    token_ids,
+)
 from gemma_fast.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -23,10 +32,11 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def generate_tokens(
     model: GemmaForCausalLM,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
     max_new_tokens: int | None = None,
+    max_length: int | None = None,
     do_sample: bool | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -39,49 +49,54 @@ def generate_tokens(
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     streamer: Any = None,
+    generation_config: Any = None,
+    inputs: Tensor | None = None,
+    **others: Any,
 ) -> Tensor:
     """Continues prompts: [b, t] ids → [b, t + new], prompt included, as transformers gives it.
 
     input_ids       [b, t]; prompts of different lengths are padded on the left
     attention_mask  [b, t], 0 for padding; None: no padding
-    max_new_tokens  how many tokens at most
+    max_new_tokens  how many tokens at most; max_length counts the prompt along. Neither: 20
     do_sample, temperature, top_k, top_p, min_p, repetition_penalty  see `sampling.Sampling`
     seed            the same seed draws the same text; None: one from torch's global generator
     eos_token_id    one or more ids that end a row; pad_token_id then fills it up
     stop_strings    texts that end a row as soon as they appear in what it generated; needs
                     `tokenizer`, anything with a `decode(ids) -> str`
     streamer        gets the prompt's ids, then each token's: `put(ids)`, at last `end()`
+    generation_config  these options as a mapping, or as transformers' object
+    inputs, others  input_ids' other name; keywords of transformers' that change nothing here, see
+                    `keywords.GENERATE`. TypeError: one that is unknown, or would
 
-    What is None is what the checkpoint's generation_config.json says, if anything. Ctrl-C ends
-    generation and returns what there is. ValueError: an empty prompt, an id outside the vocabulary,
-    more tokens than the model's context, a sampling value out of range, logits that are not finite.
-    torch.OutOfMemoryError: no room for the cache. The model stays usable.
+    What is None is what generation_config says, or the checkpoint's generation_config.json, if
+    anything. Ctrl-C ends generation and returns what there is. ValueError: an empty prompt, an id
+    outside the vocabulary, more tokens than the model's context, a sampling value out of range,
+    logits that are not finite. torch.OutOfMemoryError: no room for the cache. The model stays
+    usable.
     """
-    ids = model.check_ids(input_ids)
+    check_keywords("generate()", others, GENERATE)
+    if inputs is not None and input_ids is not None:
+        raise TypeError("generate() got input_ids and inputs, which name the same")
+    ids = model.check_ids(inputs if input_ids is None else input_ids)
     b, t = ids.shape
-    options = _or_defaults(
+    options = choose_options(
         {
-            "max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature,
-            "top_k": top_k, "top_p": top_p, "min_p": min_p, "eos_token_id": eos_token_id,
-            "repetition_penalty": repetition_penalty, "pad_token_id": pad_token_id,
+            "max_new_tokens": max_new_tokens, "max_length": max_length, "do_sample": do_sample,
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+            "repetition_penalty": repetition_penalty, "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id, "stop_strings": stop_strings,
         },
+        generation_config,
         model.generation_config,
     )  # fmt: skip
-    new = _check_length(
-        t, options.pop("max_new_tokens", None), model.config.max_position_embeddings
-    )
-    (pad,) = _token_ids(
-        "pad_token_id", options.pop("pad_token_id", model.config.pad_token_id), model
-    )
-    eos = _token_ids("eos_token_id", options.pop("eos_token_id", model.config.eos_token_id), model)
-    ending = Ending(torch.tensor(eos, device="cpu"), stop_strings, tokenizer)
-    sampling = Sampling(**options)
-    if seed is not None:
-        _check_seed(seed)
-    elif sampling.do_sample:
-        seed = int(torch.randint(1 << 62, (), device="cpu"))
+    new = new_tokens(t, options, model.config.max_position_embeddings)
+    (pad,) = token_ids("pad_token_id", options, model.config)
+    eos = token_ids("eos_token_id", options, model.config)
+    ending = Ending(torch.tensor(eos, device="cpu"), options.get("stop_strings"), tokenizer)
+    sampling = Sampling(**{k: v for k, v in options.items() if k in SAMPLING})
+    seed = choose_seed(seed, sampling.do_sample)
     if attention_mask is not None:
-        _check_mask(attention_mask, ids)
+        check_mask(attention_mask, ids)
 
     decoder = model.decoders.take(model, b, t + new)
     generated = torch.full((b, new), pad, device="cpu")
@@ -90,7 +105,7 @@ def generate_tokens(
     try:
         if streamer is not None:
             streamer.put(ids.cpu())
-        decoder.prefill(ids, attention_mask, sampling, seed or 0)
+        decoder.prefill(ids, attention_mask, sampling, seed)
         for token in tokens(decoder, new):
             token = token.masked_fill(finished, pad)
             refuse_not_finite(token, t + end)
@@ -137,11 +152,6 @@ def refuse_not_finite(token: Tensor, tokens: int) -> None:
         )
 
 
-def _or_defaults(given: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    chosen = {k: defaults.get(k) if value is None else value for k, value in given.items()}
-    return {k: value for k, value in chosen.items() if value is not None}
-
-
 class Ending:
     """Which rows are complete: they end in a token of `eos` or have a stop string in their text."""
 
@@ -165,43 +175,3 @@ class Ending:
             found = [any(stop in text for stop in self.stop) for text in texts]
             ended |= torch.tensor(found, device="cpu")
         return ended
-
-
-def _check_length(prompt: int, new: Any, context: int) -> int:
-    if new is None:
-        raise ValueError("pass max_new_tokens: the checkpoint's generation_config.json has none")
-    if isinstance(new, bool) or not isinstance(new, int) or new < 1:
-        raise ValueError(f"max_new_tokens={new!r} must be a whole number from 1")
-    if prompt + new > context:
-        raise ValueError(
-            f"a prompt of {prompt} tokens and max_new_tokens={new} do not fit the model's context "
-            f"of {context}"
-        )
-    return new
-
-
-def _check_mask(mask: Any, ids: Tensor) -> None:
-    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    if shape != ids.shape:
-        raise ValueError(f"attention_mask must be a tensor of {tuple(ids.shape)}, not {shape}")
-    real = mask.bool()
-    if not real[:, -1].all():
-        raise ValueError("prompts must be padded on the left: each row of the mask must end in 1")
-    if (real[:, :-1] & ~real[:, 1:]).any():
-        raise ValueError("attention_mask has holes: only padding on one side is supported")
-
-
-def _check_seed(seed: Any) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed={seed!r} must be a whole number from 0, below 2**63")
-    return seed
-
-
-def _token_ids(name: str, given: Any, model: GemmaForCausalLM) -> list[int]:
-    ids = given.tolist() if isinstance(given, Tensor) else given
-    ids = list(ids) if isinstance(ids, list | tuple) else [ids]
-    for token in ids:
-        whole = isinstance(token, int) and not isinstance(token, bool)
-        if not (whole and 0 <= token < model.config.vocab_size):
-            raise ValueError(f"{name}={given!r} must be ids below {model.config.vocab_size}")
-    return ids

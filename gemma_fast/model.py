@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from gemma_fast.cache import KVCache
 from gemma_fast.checkpoint import Checkpoint, open_checkpoint
+from gemma_fast.checks import check_cache, check_ids, check_logits_to_keep
 from gemma_fast.config import GemmaConfig
 from gemma_fast.decoder import Decoders
+from gemma_fast.from_transformers import build_from_transformers
 from gemma_fast.generate import generate_tokens
 from gemma_fast.kernels.embed import embed
 from gemma_fast.kernels.lm_head import next_token
 from gemma_fast.kernels.matvec import norm_linear
+from gemma_fast.keywords import FORWARD, FROM_PRETRAINED, check_keywords
 from gemma_fast.layer import Layer, frozen
 from gemma_fast.load import (
     out_of_memory,
@@ -32,6 +35,7 @@ from gemma_fast.load import (
     refuse_overflow,
     track_tensors,
 )
+from gemma_fast.options import GenerationConfig
 
 
 class CausalLMOutput(NamedTuple):
@@ -52,7 +56,7 @@ class GemmaForCausalLM(nn.Module):
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.config = config
-        self.generation_config: Mapping[str, Any] = {}
+        self.generation_config = GenerationConfig()
         self.decoders = Decoders()
         self.embed_tokens = frozen(config.vocab_size, config.hidden_size)
         self.layers: Sequence[Layer] = nn.ModuleList(  # type: ignore[assignment]
@@ -65,19 +69,26 @@ class GemmaForCausalLM(nn.Module):
         cls,
         name_or_path: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | str = "auto",
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        **others: Any,
     ) -> GemmaForCausalLM:
         """Reads a directory of safetensors, a .gguf file or a hub id.
 
-        dtype       "auto": the checkpoint's; for GGUF bf16 on a GPU and float32 on the CPU
+        dtype       None or "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
         device      None: the GPU if there is one, else the CPU
-        device_map  for transformers' callers: "auto", a device, or {"": device}
+        device_map  for transformers' callers: "auto", a device, or {"": device}; torch_dtype is
+                    dtype's older name, `keywords.FROM_PRETRAINED` lists the others that are taken
 
         Config, tensor names, shapes and dtypes are checked before memory is taken for them; tensors
         then stream, one at a time. ValueError or FileNotFoundError name the file and the tensor.
         """
+        check_keywords("from_pretrained()", others, FROM_PRETRAINED)
+        if dtype is not None and torch_dtype is not None:
+            raise TypeError("from_pretrained() got dtype and torch_dtype, which name the same")
+        dtype = dtype or torch_dtype or "auto"
         checkpoint = open_checkpoint(name_or_path)
         return cls.from_checkpoint(checkpoint, dtype=dtype, device=pick_device(device, device_map))
 
@@ -100,9 +111,14 @@ class GemmaForCausalLM(nn.Module):
         what = f"{checkpoint.path.name} in {str(kind).removeprefix('torch.')}"
         with out_of_memory(what, size, target, "dtype='bfloat16' or a smaller model"):
             model = model.to_empty(device=target)
-        model.generation_config = checkpoint.generation_config
+        model.generation_config = GenerationConfig(checkpoint.generation_config)
         model._load(checkpoint)
         return model
+
+    @classmethod
+    def from_transformers(cls, model: nn.Module) -> GemmaForCausalLM:
+        """The same model as a Gemma of transformers', on its weights; see from_transformers.py."""
+        return build_from_transformers(cls, model)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         targets = {"model.embed_tokens.weight": self.embed_tokens, "model.norm.weight": self.norm}
@@ -149,6 +165,7 @@ class GemmaForCausalLM(nn.Module):
         past_key_values: KVCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        **others: Any,
     ) -> CausalLMOutput:
         """Next-token logits after each token.
 
@@ -159,26 +176,16 @@ class GemmaForCausalLM(nn.Module):
         past_key_values  the KVCache of an earlier call; it is extended in place
         use_cache        False: return no cache. Default: return one
         logits_to_keep   1: only the last token's logits; 0: all
+        others           `keywords.FORWARD`: transformers' that change nothing here
         """
+        check_keywords("forward()", others, FORWARD)
         input_ids = self.check_ids(input_ids)
-        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-            raise ValueError(f"{logits_to_keep=} must be a whole number from 0 (all)")
+        check_logits_to_keep(logits_to_keep)
         b, t = input_ids.shape
-        cache = past_key_values
-        if cache is None:
+        if past_key_values is None:
             cache = KVCache(self.config, b, t, dtype=self.dtype, device=self.device, grows=True)
-        if not isinstance(cache, KVCache):
-            kind = type(cache).__name__
-            raise ValueError(
-                f"past_key_values must be a KVCache from an earlier call, not a {kind}"
-            )
-        if cache.config != self.config:
-            raise ValueError("past_key_values is the KVCache of a model with another config")
-        made, needed = (cache.batch, cache.dtype, cache.device), (b, self.dtype, self.device)
-        if made != needed:
-            raise ValueError(
-                f"the cache is for {_words(*made)}, but this call is {_words(*needed)}"
-            )
+        else:
+            cache = check_cache(past_key_values, self.config, b, self.dtype, self.device)
         cache.reserve(t)  # before the cache learns of the padding
         cache.align(t, attention_mask, position_ids)
         x, residual = self.hidden_states(input_ids, cache)
@@ -231,30 +238,10 @@ class GemmaForCausalLM(nn.Module):
     def _final_norms(self) -> tuple[Tensor, Tensor | None]:
         return self.norm, self.layers[-1].post_feedforward_layernorm
 
-    def check_ids(self, input_ids: Tensor) -> Tensor:
+    def check_ids(self, input_ids: Tensor | None) -> Tensor:
         """input_ids on the model's device, or a ValueError that says what is wrong with them."""
         refuse_overflow(self.config, self.dtype)
-        if not isinstance(input_ids, Tensor):
-            raise ValueError(f"input_ids must be a tensor, not a {type(input_ids).__name__}")
-        kind = input_ids.dtype
-        not_whole = kind.is_floating_point or kind.is_complex or kind == torch.bool
-        if input_ids.ndim != 2 or not_whole:
-            shape = tuple(input_ids.shape)
-            raise ValueError(f"input_ids must be integers [batch, tokens], not {kind} {shape}")
-        if not input_ids.numel():
-            raise ValueError(f"the prompt is empty: input_ids is {tuple(input_ids.shape)}")
-        input_ids = input_ids.to(self.device, torch.long)
-        low, high = (int(x) for x in torch.aminmax(input_ids))
-        if low < 0 or high >= self.config.vocab_size:
-            token = low if low < 0 else high
-            raise ValueError(
-                f"token id {token} is outside the vocabulary of {self.config.vocab_size}"
-            )
-        return input_ids
+        return check_ids(input_ids, self.config, self.device)
 
 
-Gemma2ForCausalLM = Gemma3ForCausalLM = GemmaForCausalLM
-
-
-def _words(batch: int, dtype: torch.dtype, device: torch.device) -> str:
-    return f"a batch of {batch} in {str(dtype).removeprefix('torch.')} on {device}"
+AutoModelForCausalLM = Gemma2ForCausalLM = Gemma3ForCausalLM = GemmaForCausalLM

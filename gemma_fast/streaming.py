@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from queue import Queue
 
 from torch import Tensor
 
@@ -56,6 +57,42 @@ class TextStreamer:
         if text := self._text():
             self.write(text)
         self._held.clear()
+
+
+class TextIteratorStreamer(TextStreamer):
+    """An iterator over the same pieces, for a thread beside the one that generates.
+
+    Made as transformers' is: the prompt and special tokens are shown unless they are skipped;
+    queue.Empty is raised where no piece comes for `timeout` seconds, None: never.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_prompt: bool = False,
+        timeout: float | None = None,
+        *,
+        skip_special_tokens: bool = False,
+    ):
+        self.timeout = timeout
+        self._pieces: Queue[str | None] = Queue()
+        super().__init__(
+            tokenizer, self._pieces.put, skip_prompt=skip_prompt,
+            skip_special_tokens=skip_special_tokens,
+        )  # fmt: skip
+
+    def end(self) -> None:
+        super().end()
+        self._pieces.put(None)
+
+    def __iter__(self) -> "TextIteratorStreamer":
+        return self
+
+    def __next__(self) -> str:
+        piece = self._pieces.get(timeout=self.timeout)
+        if piece is None:
+            raise StopIteration
+        return piece
 
 
 def _print(text: str) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-import torch
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
@@ -22,26 +21,14 @@ from torch import Tensor
 from gemma_fast.chat import GemmaTurns, Template, check_messages, render_pieces
 from gemma_fast.chat_template import check_template, read_template
 from gemma_fast.checkpoint import open_gguf, read_json, resolve
+from gemma_fast.encoding import Encoding, pack
 from gemma_fast.gguf_tokenizer import gguf_backend
+from gemma_fast.keywords import TOKENIZER, check_keywords
 
 CORE = ("<pad>", "<eos>", "<bos>", "<unk>")
 TURNS = ("<start_of_turn>", "<end_of_turn>")
 IMAGES = ("<start_of_image>", "<end_of_image>")
 GEMMA_3_END_OF_TURN = 106  # 107 in Gemma 1 and 2
-
-
-class Encoding(dict[str, Any]):
-    """`input_ids` and `attention_mask` (1: a token, 0: padding), as items and as attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"an Encoding has no {name!r}, only {', '.join(self)}") from None
-
-    def to(self, device: torch.device | str) -> "Encoding":
-        """The same on `device`. Lists stay lists."""
-        return Encoding({k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.items()})
 
 
 class Tokenizer:
@@ -50,8 +37,12 @@ class Tokenizer:
     bos_token_id, eos_token_id, pad_token_id, unk_token_id :: int
     stop_token_ids :: list[int], <eos> and, where there is one, <end_of_turn>
     vocab_size     :: int, also len(tokenizer)
+    pad_token      :: str; as in transformers, setting it chooses what pads
+    padding_side   :: "left"
     chat           renders messages; None without a template and without turn tokens
     """
+
+    bos_token, eos_token, unk_token = "<bos>", "<eos>", "<unk>"
 
     def __init__(
         self,
@@ -94,12 +85,14 @@ class Tokenizer:
             self.chat = GemmaTurns(model_type.startswith("gemma3") if model_type else gemma_3)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str]) -> "Tokenizer":
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **others: Any) -> "Tokenizer":
         """Load tokenizer.json from a directory or the hub, or rebuild the tokenizer of a .gguf.
 
+        `others` are keywords of transformers' that change nothing here, see `keywords.TOKENIZER`.
         Raises ValueError, naming the file, for anything malformed, and what
         `checkpoint.resolve` raises.
         """
+        check_keywords("from_pretrained()", others, TOKENIZER)
         path = resolve(name_or_path, patterns=["*.json", "*.jinja"])
         if path.is_file():
             metadata = open_gguf(path).metadata
@@ -120,6 +113,25 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.vocab_size
 
+    @property
+    def pad_token(self) -> str:
+        return self.backend.id_to_token(self.pad_token_id) or ""
+
+    @pad_token.setter
+    def pad_token(self, token: str) -> None:
+        token_id = self.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"pad_token={token!r} is not in the vocabulary")
+        self.pad_token_id = token_id
+
+    @property
+    def padding_side(self) -> str:
+        return "left"
+
+    @padding_side.setter
+    def padding_side(self, side: str) -> None:
+        check_keywords("the tokenizer", {"padding_side": side}, TOKENIZER)
+
     def __call__(
         self,
         text: str | Iterable[str],
@@ -135,19 +147,20 @@ class Tokenizer:
         different lengths would have to fit one tensor.
         """
         texts = [text] if isinstance(text, str) else text
-        rows = [self.encode(text, add_special_tokens) for text in texts]
-        return self._pack(rows, return_tensors, padding, flat=isinstance(text, str))
+        rows = [self._ids(text, add_special_tokens) for text in texts]
+        return pack(rows, self.pad_token_id, return_tensors, padding, flat=isinstance(text, str))
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`, in which the names of special tokens mean those tokens.
+    def encode(
+        self, text: str, add_special_tokens: bool = True, *, return_tensors: str | None = None
+    ) -> Any:
+        """The ids of `text`, in which the names of special tokens mean those tokens: a list, or
+        with return_tensors="pt" a tensor [1, t].
 
         `add_special_tokens` puts <bos> first, unless it is there already. Raises ValueError for
         what is no str, or has half a surrogate pair in it.
         """
-        ids = self._encode(text).ids
-        if add_special_tokens and ids[:1] != [self.bos_token_id]:
-            ids.insert(0, self.bos_token_id)
-        return ids
+        ids = self._ids(text, add_special_tokens)
+        return pack([ids], self.pad_token_id, return_tensors, False, flat=True).input_ids
 
     def decode(self, ids: int | Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
         """The text of one row of ids. Ids past the vocabulary have none."""
@@ -177,14 +190,16 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Sequence[Any],
         *,
         add_generation_prompt: bool = False,
         tokenize: bool = True,
         return_tensors: str | None = None,
         return_dict: bool = True,
-    ) -> Encoding | Tensor | list[int] | str:
-        """A conversation as a prompt, by the checkpoint's template or else by Gemma's own turns.
+        padding: bool | str = False,
+    ) -> Any:
+        """A conversation, or a list of them, as a prompt, by the checkpoint's template or else by
+        Gemma's own turns.
 
         Gives what `tokenizer(text)` gives; its input_ids alone without `return_dict`. Control
         tokens come from the template only: their names in a message are encoded as plain text.
@@ -194,16 +209,32 @@ class Tokenizer:
         """
         if self.chat is None:
             raise ValueError(f"{self.source} has no chat template, and no {' and '.join(TURNS)}")
-        checked = check_messages(messages)
+        several = isinstance(messages, list | tuple) and isinstance([*messages, 0][0], list | tuple)
+        chats = [check_messages(chat) for chat in (messages if several else [messages])]
         if not tokenize:
-            return self.chat.render(checked, add_generation_prompt)
-
-        pieces = render_pieces(self.chat, checked, add_generation_prompt, self._find_control_tokens)
-        ids = self.encode(pieces[0])
-        for token, text in zip(pieces[1::2], pieces[2::2], strict=True):
-            ids += self._encode_plain(token) + self.encode(text, add_special_tokens=False)
-        encoding = self._pack([ids], return_tensors, padding=False, flat=True)
+            texts = [self.chat.render(chat, add_generation_prompt) for chat in chats]
+            return texts if several else texts[0]
+        rows = [self._chat_ids(chat, add_generation_prompt) for chat in chats]
+        encoding = pack(rows, self.pad_token_id, return_tensors, padding, flat=not several)
         return encoding if return_dict else encoding.input_ids
+
+    def _chat_ids(
+        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool
+    ) -> list[int]:
+        assert self.chat is not None
+        pieces = render_pieces(
+            self.chat, messages, add_generation_prompt, self._find_control_tokens
+        )
+        ids = self._ids(pieces[0])
+        for token, text in zip(pieces[1::2], pieces[2::2], strict=True):
+            ids += self._encode_plain(token) + self._ids(text, add_special_tokens=False)
+        return ids
+
+    def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids = self._encode(text).ids
+        if add_special_tokens and ids[:1] != [self.bos_token_id]:
+            ids.insert(0, self.bos_token_id)
+        return ids
 
     def _encode(self, text: str) -> tokenizers.Encoding:
         try:
@@ -225,30 +256,6 @@ class Tokenizer:
             raise ValueError(f"{self.source}: its merges make a control token of {text!r}")
         return ids
 
-    def _pack(
-        self, rows: list[list[int]], return_tensors: str | None, padding: bool | str, flat: bool
-    ) -> Encoding:
-        if return_tensors not in (None, "pt") or padding not in (True, False, "longest"):
-            raise ValueError(
-                f'return_tensors must be None or "pt", padding a bool or "longest", not'
-                f" {return_tensors!r} and {padding!r}"
-            )
-        lengths = [len(row) for row in rows]
-        if return_tensors and len(set(lengths)) != 1 and not (padding and rows):
-            raise ValueError(
-                f"texts of {lengths} tokens do not fit one tensor: pass padding=True"
-                if rows
-                else "no texts to make a tensor of"
-            )
-        pads = [max(lengths) - length if padding else 0 for length in lengths]
-        ids: Any = [[self.pad_token_id] * n + row for n, row in zip(pads, rows, strict=True)]
-        mask: Any = [[0] * n + [1] * len(row) for n, row in zip(pads, rows, strict=True)]
-        if return_tensors:
-            ids, mask = torch.tensor(ids, dtype=torch.int64), torch.tensor(mask)
-        elif flat:
-            ids, mask = ids[0], mask[0]
-        return Encoding(input_ids=ids, attention_mask=mask)
-
 
 def _load(file: Path) -> Backend:
     if not file.is_file():
@@ -257,3 +264,6 @@ def _load(file: Path) -> Backend:
         return Backend.from_file(str(file))
     except Exception as error:  # tokenizers raises the bare class
         raise ValueError(f"{file} is not a readable tokenizer: {error}") from error
+
+
+AutoTokenizer = GemmaTokenizer = Tokenizer

@@ -237,7 +237,6 @@ def test_generation_config_gives_the_defaults(twins, monkeypatch):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({}, "pass max_new_tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be"),
         ({"max_new_tokens": True}, "max_new_tokens=True must be"),
         ({"max_new_tokens": 252}, "prompt of 5 tokens and max_new_tokens=252 do not fit.* 256"),

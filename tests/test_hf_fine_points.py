@@ -7,7 +7,7 @@ from conftest import interpreter
 from hf_models import FAMILIES, logits, make, prompt
 
 from gemma_fast.hf import accelerate, explain, restore
-from gemma_fast.hf_layers import FAST
+from gemma_fast.hf.layers import FAST
 
 TIGHT = {"rtol": 0, "atol": 3e-5}
 

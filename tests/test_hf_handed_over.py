@@ -9,8 +9,8 @@ import transformers
 from hf_models import FAMILIES, logits, make, padded, prompt
 from transformers.masking_utils import create_causal_mask
 
-from gemma_fast import hf_attention
 from gemma_fast.hf import GemmaFastCache, accelerate, explain
+from gemma_fast.hf import attention as hf_attention
 
 TIGHT = {"rtol": 0, "atol": 3e-5}
 

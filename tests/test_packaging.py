@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOR_THE_CLONE = ("bench_suites.py", "conftest.py")  # pytest's, in benchmarks/
 SOURCES = {
     f"{folder}/{path.name}": path.read_bytes()
-    for folder in ("gemma_fast", "gemma_fast/kernels", "gemma_fast/benchmarks")
+    for folder in ("gemma_fast", "gemma_fast/hf", "gemma_fast/kernels", "gemma_fast/benchmarks")
     for path in (ROOT / folder).glob("*.py")
     if path.name not in FOR_THE_CLONE
 }

@@ -1,13 +1,4 @@
-"""The kernels inside a transformers model: two lines, the same model, the same words.
-
-    from gemma_fast.hf import accelerate
-    accelerate(model)                      # GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM
-
-Norms, MLPs and attention of the model run on the kernels from then on; class, config file, weights,
-`generate`, caches, adapters stay what they were. What the kernels do not take, transformers' own
-code does, and says so once: `explain` lists it. On the CPU the kernels' references run.
-Extra `hf`; transformers from 5.17.
-"""
+"""Puts the kernels into a transformers model, takes them out, and tells which path runs."""
 
 from __future__ import annotations
 
@@ -18,8 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
-
-from gemma_fast._transformers import (
+from transformers import (
     AutoModelForCausalLM,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -27,14 +17,11 @@ from gemma_fast._transformers import (
     GemmaForCausalLM,
     PreTrainedModel,
 )
-from gemma_fast.hf_attention import PREFIX, Run, register
-from gemma_fast.hf_cache import GemmaFastCache
-from gemma_fast.hf_layers import FAST, ORIGINAL, Fast, why_not
 
-__all__ = ["FastGemma", "GemmaFastCache", "accelerate", "accelerated", "explain", "restore"]
+from gemma_fast.hf.attention import PREFIX, Run, register
+from gemma_fast.hf.layers import FAST, ORIGINAL, Fast, why_not
 
 M = TypeVar("M", bound=nn.Module)
-PARTS = ("norm", "mlp", "attention")
 
 
 def accelerate(
@@ -55,7 +42,8 @@ def accelerate(
     restore(model)
     wanted = {"norm": norm, "mlp": mlp, "attention": attention}
     for module in text.modules():
-        if _part(module) in wanted and wanted[_part(module)] and not why_not(module):
+        part = _part(module)
+        if part and wanted[part] and not why_not(module):
             module.__class__ = FAST[type(module)]
             module.strict = strict  # type: ignore[assignment]
     if attention:
@@ -68,7 +56,7 @@ def restore(model: M) -> M:
     text = _text_model(model)
     for module in text.modules():
         if isinstance(module, Fast):
-            module.__class__ = ORIGINAL[type(module)]
+            module.__class__ = ORIGINAL[type(module)]  # type: ignore[assignment]
             for attribute in ("strict", "run"):
                 module.__dict__.pop(attribute, None)
     name = str(text.config._attn_implementation)
@@ -139,7 +127,9 @@ def _part(module: nn.Module) -> str | None:
 
 def _text_model(model: nn.Module) -> PreTrainedModel:
     """The decoder, which has the norms, MLPs and attentions."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):  # of peft
+        inner = inner.get_base_model()
     if isinstance(inner, (GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM)):
         return inner.model
     if isinstance(inner, Gemma3ForConditionalGeneration):

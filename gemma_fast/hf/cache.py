@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, StaticCache
+from transformers.cache_utils import StaticSlidingWindowLayer
 
-from gemma_fast._transformers import PreTrainedConfig, StaticCache, StaticSlidingWindowLayer
-from gemma_fast.hf_attention import PREFIX
+from gemma_fast.hf.attention import PREFIX
 
 
 class GemmaFastCache(StaticCache):
@@ -57,6 +58,7 @@ class Ring(StaticSlidingWindowLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         t, slots = key_states.shape[2], self.max_cache_len
+        assert self.keys is not None and self.values is not None
         keys, values = self.keys, self.values
         if t > 1:
             past = torch.arange(1 - slots, 0, device=self.device) + self.cumulative_length
@@ -69,12 +71,12 @@ class Ring(StaticSlidingWindowLayer):
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
-        """Length, and the position of the first key: a tensor, by which hf_attention.py knows that
+        """Length, and the position of the first key: a tensor, by which attention.py knows that
         these are rings; of the whole ring 0, since positions are slots."""
         if query_length == 1:
             return self.max_cache_len, torch.zeros_like(self.cumulative_length)
         before = self.max_cache_len - 1
         return before + query_length, self.cumulative_length - before
 
-    def get_seq_length(self) -> Tensor | int:
+    def get_seq_length(self) -> Any:
         return self.cumulative_length if self.is_initialized else 0

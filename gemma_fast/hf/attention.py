@@ -15,15 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+from transformers.utils.import_utils import is_tracing
 
-from gemma_fast._transformers import (
-    ALL_ATTENTION_FUNCTIONS,
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    AttentionInterface,
-    AttentionMaskInterface,
-    is_tracing,
-    logging,
-)
 from gemma_fast.kernels._triton import knobs
 from gemma_fast.kernels.attention import HEAD_DIMS, attention, visible_keys
 from gemma_fast.kernels.decode_attention import split_attention
@@ -157,7 +154,7 @@ def attend(
     start, first = bounds.view(2, b)
     if key.stride() != value.stride() or key.stride(3) != 1:
         key, value = key.contiguous(), value.contiguous()
-    options = {"scale": scaling, "window": sliding_window, "softcap": softcap}
+    options: Any = {"scale": scaling, "window": sliding_window, "softcap": softcap}
     if t == 1:
         arrived = torch.zeros(b * n, dtype=torch.int32, device=query.device)
         out = split_attention(query[:, :, 0], key, value, start, first, arrived, **options)
@@ -193,7 +190,7 @@ def _reason(
 
 
 def fallback(original: str) -> str:
-    """The way for what the kernels do not take: of those that take any mask, the original or eager."""
+    """The way for what the kernels do not take: the original, if it takes any mask, or eager."""
     return original if original == "sdpa" else "eager"
 
 

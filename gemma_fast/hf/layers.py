@@ -11,19 +11,11 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaMLP, GemmaRMSNorm
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2MLP, Gemma2RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3MLP, Gemma3RMSNorm
 
-from gemma_fast._transformers import (
-    Gemma2Attention,
-    Gemma2MLP,
-    Gemma2RMSNorm,
-    Gemma3Attention,
-    Gemma3MLP,
-    Gemma3RMSNorm,
-    GemmaAttention,
-    GemmaMLP,
-    GemmaRMSNorm,
-)
-from gemma_fast.hf_attention import Run, hands_over, reason
+from gemma_fast.hf.attention import Run, hands_over, reason
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.rmsnorm import rms_norm
 
@@ -36,6 +28,8 @@ class Fast(nn.Module):
 
 class FastNorm(Fast):
     part = "norm"
+    weight: nn.Parameter
+    eps: float
 
     def forward(self, x: Tensor) -> Tensor:
         if hands_over(self, self.part, x, reason(self, x)):
@@ -45,6 +39,9 @@ class FastNorm(Fast):
 
 class FastMLP(Fast):
     part = "mlp"
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
         if hands_over(self, self.part, x, reason(self, x)):

@@ -1,0 +1,249 @@
+"""lm-evaluation-harness on GemmaForCausalLM: its model name `gemma-fast`, registered by import.
+
+    import gemma_fast.lm_harness
+    lm_eval.simple_evaluate(model="gemma-fast", model_args="pretrained=PATH,dtype=float32", …)
+
+    python -m gemma_fast.lm_harness run --model gemma-fast --model_args pretrained=PATH --tasks …
+
+Texts are cut into tokens, windows and batches by the rules of lm_eval's own `hf`, so that scores
+are the same. Probabilities are taken in float32, of 16-bit logits too, where `hf` stays in 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_fast.encoding import Encoding, pack
+from gemma_fast.model import GemmaForCausalLM
+from gemma_fast.tokenizer import Tokenizer
+
+try:
+    from lm_eval import models, utils
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import (
+        handle_stop_sequences,
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+    )
+    from tqdm import tqdm
+
+    # lm_eval registers its own models where none is registered, so they come first.
+    assert models.MODEL_MAPPING
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"gemma_fast.lm_harness needs lm-evaluation-harness ({error}): pip install lm_eval"
+    ) from error
+
+MAX_GEN_TOKS = 256  # of a task that does not say, as with `hf`
+Request = tuple[Any, list[int], list[int]]  # what was asked, context, continuation
+
+
+@register_model("gemma-fast")
+class GemmaFastLM(TemplateLM):
+    """model_args, as `hf` names them:
+
+    pretrained      what GemmaForCausalLM.from_pretrained takes, or such a model
+    tokenizer       what Tokenizer.from_pretrained takes, or one; default: pretrained
+    dtype, device   of from_pretrained
+    batch_size      rows of a batch; "auto": max_batch_size, halved where memory does not suffice
+    max_length      tokens of a text, prompt included; default: the model's context
+    add_bos_token   False: no <bos> before a text; default: one
+    prefix_token_id  which stands before a text that has nothing before it; default: <bos>
+
+    ValueError or TypeError: as from_pretrained's, and an argument that is not here.
+    """
+
+    def __init__(
+        self, pretrained: str | GemmaForCausalLM, *, tokenizer: str | Tokenizer | None = None,
+        dtype: str | torch.dtype = "auto", device: str | None = None, batch_size: int | str = 1,
+        max_batch_size: int = 64, max_length: int | None = None, add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if isinstance(pretrained, str):
+            tokenizer = tokenizer or pretrained
+            if device == "cuda:0" and not torch.cuda.is_available():
+                device = None  # lm_eval's own default, which `hf` passes over as well
+            pretrained = GemmaForCausalLM.from_pretrained(pretrained, dtype=dtype, device=device)
+        if tokenizer is None:
+            raise ValueError("tokenizer=… is needed beside a model that is there already")
+        self.model = pretrained
+        self._device = self.model.device
+        if isinstance(tokenizer, str):
+            tokenizer = Tokenizer.from_pretrained(tokenizer)
+        self.tokenizer: Any = tokenizer
+        self.automatic = str(batch_size).startswith("auto")
+        self.batch_size = int(max_batch_size if self.automatic else batch_size)
+        self.max_length = max_length or self.model.config.max_position_embeddings
+        self.add_bos_token = add_bos_token
+        self._prefix_token_id = prefix_token_id
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        given = self._prefix_token_id
+        return self.tokenizer.bos_token_id if given is None else given
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.source).replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Without `add_generation_prompt` it ends in the last message, for the model to go on."""
+        text = self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        return text[: text.rindex(last) + len(last)]
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """<bos> comes first exactly once, unless it was switched off."""
+        bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        return self.tokenizer.encode(string, add_special_tokens=bos is not False)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Each text's log-probability: every token once, with as much before it as fits."""
+        texts = [request.args[0] for request in requests]
+        windows: list[Request] = []
+        owners: list[int] = []
+        for i, text in enumerate(texts):
+            parts = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text), prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length, context_len=1,
+            )  # fmt: skip
+            found = [(None, *utils.make_disjoint_window(part)) for part in parts]
+            windows += found
+            owners += [i] * len(found)
+        totals = [0.0] * len(texts)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        for i, (score, _) in zip(owners, scores, strict=True):
+            totals[i] += score
+        for text, total in zip(texts, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Requests that differ in their last token only are read once."""
+        same: dict[tuple[int, ...], list[int]] = {}
+        for i, (asked, context, continuation) in enumerate(requests):
+            if not (context and 0 < len(continuation) <= self.max_length):
+                counts = f"{len(context)} + {len(continuation)} tokens"
+                allowed = f"1 or more + 1 to {self.max_length}"
+                raise ValueError(f"{asked!r:.80} has {counts}, but only {allowed} can be scored")
+            row = (context + continuation)[-(self.max_length + 1) : -1]
+            same.setdefault(tuple(row), []).append(i)
+        kept = {row: max(len(requests[i][2]) for i in same[row]) for row in same}
+        answers = [(0.0, False)] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="scoring") as progress:
+            longest_first = sorted(same, key=len, reverse=True)
+            for row, logp in self._in_batches(longest_first, lambda rows: self._score(rows, kept)):
+                for i in same[row]:
+                    asked, _, continuation = requests[i]
+                    answers[i] = _answer(logp, continuation)
+                    if asked is not None:
+                        self.cache_hook.add_partial("loglikelihood", asked, answers[i])
+                    progress.update()
+        return answers
+
+    def _score(
+        self, rows: Sequence[tuple[int, ...]], kept: dict[tuple[int, ...], int]
+    ) -> list[Tensor]:
+        """rows of ids → log-probabilities :: [kept, vocab] after the last `kept` tokens of each."""
+        most = max(kept[row] for row in rows)
+        logits = self.model(**self._pad(rows), use_cache=False, logits_to_keep=most).logits
+        logp = torch.log_softmax(logits.float(), dim=-1)
+        return [x[most - kept[row] :] for x, row in zip(logp, rows, strict=True)]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations, each up to the first of its stop texts."""
+        alike: dict[str, list[int]] = {}  # options → requests that may share a batch
+        for i, request in enumerate(requests):
+            alike.setdefault(repr(request.args[1]), []).append(i)
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="generating") as progress:
+            for indices in alike.values():
+                prompts = {i: requests[i].args[0] for i in indices}
+                options = requests[indices[0]].args[1]
+                for i, texts[i] in self._continue(prompts, options):
+                    self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
+                    progress.update()
+        return texts
+
+    def _continue(
+        self, prompts: dict[int, str], options: dict[str, Any]
+    ) -> Iterator[tuple[int, str]]:
+        """The longest prompt first. One that leaves no room for its text loses its beginning."""
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(options, MAX_GEN_TOKS))
+        eos = self.tokenizer.decode(self.eot_token_id)
+        until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+        new = kwargs.pop("max_gen_toks")
+        if not kwargs["do_sample"]:
+            kwargs.pop("temperature", None)
+        room = self.max_length - new
+        if room < 1:
+            raise ValueError(f"max_gen_toks={new} leaves no room in a text of {self.max_length}")
+        ids = {i: self.tok_encode(prompt)[-room:] for i, prompt in prompts.items()}
+
+        def write(batch: Sequence[int]) -> list[str]:
+            inputs = self._pad([ids[i] for i in batch])
+            out = self.model.generate(
+                **inputs, max_new_tokens=new, tokenizer=self.tokenizer,
+                stop_strings=[text for text in until if text], **kwargs,
+            )[:, inputs.input_ids.shape[1] :]  # fmt: skip
+            texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
+            return [postprocess_generated_text(text, until, None) for text in texts]
+
+        yield from self._in_batches(sorted(ids, key=lambda i: -len(ids[i])), write)
+
+    def _pad(self, rows: Sequence[Sequence[int]]) -> Encoding:
+        """Rows of ids, padded on the left: their ends, which are scored, meet."""
+        return pack([*map(list, rows)], self.tokenizer.pad_token_id, "pt", True, flat=False)
+
+    def _in_batches(
+        self, items: Sequence[Any], run: Callable[[Sequence[Any]], Sequence[Any]]
+    ) -> Iterator[tuple[Any, Any]]:
+        while items:
+            batch = items[: self.batch_size]
+            try:
+                results = run(batch)
+            except torch.OutOfMemoryError:
+                if not self.automatic or len(batch) == 1:
+                    raise
+                self.batch_size = len(batch) // 2
+                self.model.free_memory()
+                continue
+            yield from zip(batch, results, strict=True)
+            items = items[len(batch) :]
+
+
+def _answer(logp: Tensor, continuation: list[int]) -> tuple[float, bool]:
+    """logp :: [kept, vocab] → the continuation's log-probability, and whether it is the likeliest
+    token everywhere."""
+    logp, target = logp[-len(continuation) :], torch.tensor(continuation, device=logp.device)
+    total = logp.gather(-1, target.unsqueeze(-1)).sum()
+    return float(total), bool((logp.argmax(-1) == target).all())
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
