@@ -134,6 +134,17 @@ class Static(Eager):
         return create_masks_for_generate(config, like, None, self.past, self.position)
 
 
+class Rings(Static):
+    """The same with gemma_fast.hf's cache, none of whose lengths is Python's."""
+
+    def start(self, batch: int, max_length: int, kind: str) -> None:
+        from gemma_fast.hf import GemmaFastCache
+
+        super().start(batch, max_length, kind)
+        self.past = GemmaFastCache(self.model.config, max_length)
+        self.windowed = []
+
+
 def compiled_step(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """As transformers' documents have it."""
     return torch.compile(function, mode="max-autotune", fullgraph=True, dynamic=False)
@@ -175,26 +186,34 @@ def _reference(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
 
 
 def _transformers(
-    attention: str, loop: type[Eager] = Eager
+    attention: str, loop: type[Eager] = Eager, kernels: bool = False
 ) -> Callable[[Checkpoint, torch.dtype, torch.device], Provider]:
     def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Provider:
         from gemma_fast.benchmarks.rivals import transformers_model
 
         chosen = attention
         if attention == "sdpa" and checkpoint.config.attn_logit_softcapping:
-            if loop is Eager:
+            if loop is Eager and not kernels:
                 raise NotImplementedError("no soft cap")
             chosen = "eager"  # which knows the soft cap
-        return loop(transformers_model(checkpoint, chosen, dtype=dtype, device=device))
+        model = transformers_model(checkpoint, chosen, dtype=dtype, device=device)
+        if kernels:
+            from gemma_fast.hf import accelerate
+
+            accelerate(model)
+        return loop(model)
 
     return load
 
 
 STATIC = "transformers (static cache, torch.compile max-autotune)"
+RINGS = "gemma_fast.hf (rings, torch.compile max-autotune)"
 PROVIDERS: dict[str, Callable[[Checkpoint, torch.dtype, torch.device], Provider]] = {
     EAGER: _reference,
     "transformers (eager)": _transformers("eager"),
     "transformers (sdpa)": _transformers("sdpa"),
     STATIC: _transformers("sdpa", Static),
+    "gemma_fast.hf": _transformers("sdpa", kernels=True),
+    RINGS: _transformers("sdpa", Rings, kernels=True),
     OURS: Ours,
 }

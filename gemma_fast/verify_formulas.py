@@ -53,7 +53,7 @@ def rotary(*given: Any) -> Given:
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, options: Any) -> Tensor:
-    """q :: [b, t, heads, d], turned; keys, values :: [b, n, s, d]; hidden :: [t, s], [b, 1, t, s]"""
+    """q :: [b, t, heads, d], turned; keys, values :: [b, n, s, d]; hidden :: [t, s], or a row's"""
     keys, values = (x.repeat_interleave(q.shape[2] // x.shape[1], dim=1) for x in (keys, values))
     scores = q.transpose(1, 2) @ keys.mT * options["scale"]
     if softcap := options["softcap"]:

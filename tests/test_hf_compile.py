@@ -81,6 +81,20 @@ def test_generate_compiles_rings_once(graphs):
     assert torch.equal(found, expected) and len(graphs) == 1
 
 
+@pytest.mark.gpu
+def test_generate_on_a_gpu_compiles_by_itself():
+    """Into CUDA graphs, in which counters, rings and lengths must stay what they are."""
+    model, ids = two_layers().cuda(), prompt(t=6).cuda()
+    options = {"attention_mask": padded(ids.cpu(), 2, 0).cuda(), "do_sample": False}
+    expected = model.generate(ids, max_new_tokens=40, **options)
+    accelerate(model, strict=True)
+    cache = GemmaFastCache(model.config, 60)
+    for _ in range(2):
+        found = model.generate(ids, max_new_tokens=40, past_key_values=cache, **options)
+        assert torch.equal(found, expected)
+        cache.reset()
+
+
 def test_a_compiled_mask_that_rings_cannot_take(graphs):
     model = accelerate(two_layers())
     cache, ids = GemmaFastCache(model.config, 40), prompt(t=6)

@@ -44,7 +44,7 @@ def hands_over(module: nn.Module, part: str, x: Tensor, why: str | None) -> bool
     """Whether transformers' own code is to run, `why`; said once, noted for `explain`."""
     if why and getattr(module, "strict", False):
         raise RuntimeError(f"{part} cannot run on the kernels, which strict=True demands: {why}")
-    if not torch.compiler.is_compiling():
+    if hasattr(module, "part") and not torch.compiler.is_compiling():
         if why:
             logger.warning_once(
                 f"gemma_fast leaves {part} to transformers: {why}. gemma_fast.hf.explain(model, …) "
@@ -195,10 +195,8 @@ def fallback(original: str) -> str:
 
 
 def _original(original: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    of_transformers = next(
-        x for x in type(module).__mro__ if x.__module__.startswith("transformers")
-    )
-    eager = sys.modules[of_transformers.__module__].eager_attention_forward
+    theirs = next(c for c in type(module).__mro__ if c.__module__.startswith("transformers."))
+    eager = sys.modules[theirs.__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS.get_interface(fallback(original), eager)
 
 

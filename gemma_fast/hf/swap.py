@@ -68,8 +68,9 @@ def restore(model: M) -> M:
 @contextmanager
 def accelerated(model: M, **options: bool) -> Iterator[M]:
     """`with accelerated(model):` — accelerate's options; restored at the end."""
+    accelerate(model, **options)
     try:
-        yield accelerate(model, **options)
+        yield model
     finally:
         restore(model)
 
@@ -104,9 +105,9 @@ def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Li
             module.run = None
     with nullcontext() if inputs else torch.no_grad():
         model(**inputs or {"input_ids": torch.full((1, 2), 2, device=text.device)})
-    lines = []
+    lines, of_text = [], set(text.modules())
     for name, module in model.named_modules():
-        if (part := _part(module)) and any(module is x for x in text.modules()):
+        if (part := _part(module)) and module in of_text:
             plain = Run("transformers", why_not(module) or f"not accelerated: {part}=False")
             run = module.run if isinstance(module, Fast) else plain
             if run:
