@@ -53,6 +53,18 @@ def test_same_logits_by_the_triton_kernels(family):
     torch.testing.assert_close(torch.cat(found, dim=1)[real], expected[real], **TIGHT)
 
 
+@pytest.mark.parametrize("t", [1, 20])
+@pytest.mark.parametrize("family", ["gemma-mqa", "gemma-mha", "gemma3-gqa"])
+def test_without_a_cache_by_the_triton_kernels(family, t):
+    """Keys and values then lie as they were computed, each in its own way."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, ids = make(family).to(device), prompt(t=t).to(device)
+    expected = logits(model, ids, use_cache=False)
+    accelerate(model, strict=True)
+    with interpreter():
+        torch.testing.assert_close(logits(model, ids, use_cache=False), expected, **TIGHT)
+
+
 @pytest.mark.parametrize("part", ["norm", "mlp", "attention"])
 def test_each_part_alone(model, part):
     ids, parts = prompt(), dict.fromkeys(("norm", "mlp", "attention"), False)

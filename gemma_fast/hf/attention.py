@@ -153,7 +153,7 @@ def attend(
     (b, heads, t, d), n = query.shape, key.shape[1]
     start, first = bounds.view(2, b)
     if key.stride() != value.stride() or key.stride(3) != 1:
-        key, value = key.contiguous(), value.contiguous()
+        key, value = torch.stack((key, value))  # contiguous() may keep strides, of size 1, apart
     options: Any = {"scale": scaling, "window": sliding_window, "softcap": softcap}
     if t == 1:
         arrived = torch.zeros(b * n, dtype=torch.int32, device=query.device)
