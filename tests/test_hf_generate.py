@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from conftest import interpreter
 from hf_models import FAMILIES, T, logits, make, padded, prompt
 from transformers import DynamicCache, StaticCache
 
@@ -46,6 +47,22 @@ def test_same_tokens(model, way):
     expected = generate(model, ids, padded(ids, 7, 0), **WAYS[way])
     accelerate(model, strict=True)
     assert torch.equal(generate(model, ids, padded(ids, 7, 0), **WAYS[way]), expected)
+
+
+@pytest.mark.parametrize(
+    "way", ["dynamic cache", "static cache", "beams", "prefill in chunks", "rings"]
+)
+def test_same_tokens_by_the_triton_kernels(way):
+    """In the interpreter, or on a GPU: the layouts of each cache's keys."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, ids = make("gemma3-gqa").to(device), prompt(t=15).to(device)
+    mask, options = padded(ids.cpu(), 4, 0).to(device), WAYS.get(way, {}) | {"max_new_tokens": 6}
+    expected = generate(model, ids, mask, **options)
+    accelerate(model, strict=True)
+    if way == "rings":
+        options["past_key_values"] = GemmaFastCache(model.config, 21)
+    with interpreter():
+        assert torch.equal(generate(model, ids, mask, **options), expected)
 
 
 @pytest.mark.parametrize("way", ["assisted", "prompt lookup"])
