@@ -153,6 +153,8 @@ def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = HUB_
     Raises ValueError for a pickle, which runs code when it is read, and for other files; OSError
     where a hub id cannot be downloaded (FileNotFoundError: nothing is there).
     """
+    if not name_or_path or not isinstance(name_or_path, str | os.PathLike):
+        raise ValueError(f"{name_or_path!r} is no path and no hub id")
     name, path = os.fspath(name_or_path), Path(name_or_path)
     if path.is_dir():
         files = sorted(path.iterdir())

@@ -72,7 +72,7 @@ def _read_config(source: nn.Module) -> GemmaConfig:
         raise ValueError(
             f"{kind}: an adapter is not read; pass what model.merge_and_unload() gives"
         )
-    if kind not in CLASSES:
+    if kind not in CLASSES or not hasattr(source.config, "to_dict"):
         raise ValueError(f"{kind} is none of transformers' {', '.join(CLASSES)}")
     try:
         return config_from_json(source.config.to_dict())  # type: ignore[union-attr, operator]

@@ -45,6 +45,12 @@ def choose_options(
 ) -> dict[str, Any]:
     """The options that are set. `config` is None, a mapping or transformers' GenerationConfig."""
     passed = _as_mapping(config)
+    for name, value in defaults.items():
+        if name in GENERATE:
+            try:
+                check_keywords("the model's generation_config", {name: value}, GENERATE)
+            except TypeError as problem:
+                warnings.warn(f"{problem}; it is left out", stacklevel=4)
     unknown = {k: v for k, v in passed.items() if k not in (*OPTIONS, *_ABOUT) and v is not None}
     check_keywords("generation_config", unknown, GENERATE)
     levels = (keywords, passed, defaults)

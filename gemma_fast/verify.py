@@ -33,8 +33,6 @@ from gemma_fast.load import pick_device
 ERRORS = "error, max / RMS in ulp"
 ON_GPU, INTERPRETER = f"Kernels on the GPU: {ERRORS}", f"Kernels in Triton's interpreter: {ERRORS}"
 CPU_PATH, MODEL = f"The CPU path, the kernels' references: {ERRORS}", "model"
-
-
 WIDTH = 120  # of what is not a terminal
 
 
@@ -178,7 +176,9 @@ def interpreted() -> list[Line]:
     """In a process of its own: what a kernel runs in is settled when it is imported."""
     command = [sys.executable, "-m", "gemma_fast.verify_kernels"]
     root = Path(__file__).resolve().parents[1]  # where the package lies, installed or not
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    # It computes what masks leave out, and warns that this overflows.
+    quiet = "ignore::RuntimeWarning:triton.runtime.interpreter"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": quiet}
     done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         problem = f"the interpreter's process ended with status {done.returncode}"

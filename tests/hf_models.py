@@ -3,6 +3,8 @@
 import torch
 from twins import CONFIGS, random_transformers_model
 
+from gemma_fast.hf import explain
+
 FAMILIES = ["gemma-mqa", "gemma2-gqa", "gemma3-gqa"]
 B, T = 2, 30  # longer than the windows
 
@@ -27,3 +29,12 @@ def padded(ids, *padding):
 @torch.no_grad()
 def logits(model, ids, mask=None, **options):
     return model(input_ids=ids, attention_mask=mask, **options).logits
+
+
+def why(model, **inputs):
+    """Why each part's modules ran as they did, in this call."""
+    reasons = {}
+    for line in explain(model, **inputs):
+        reasons.setdefault(line.part, set()).add((line.path, line.why))
+    assert all(len(reason) == 1 for reason in reasons.values()), "layers differ"
+    return {part: reason.pop() for part, reason in reasons.items()}

@@ -41,6 +41,12 @@ def test_tensors_must_be_those_of_the_config(tmp_path, change, match):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["", None, 5, b"model"])
+def test_no_path(name):
+    with pytest.raises(ValueError, match="is no path and no hub id"):
+        open_checkpoint(name)
+
+
 def test_a_family_has_its_own_tensors(tmp_path):
     write_safetensors(tmp_path, tensors=random_tensors("gemma2"))
     with pytest.raises(ValueError, match=r"q_norm\.weight is missing"):

@@ -92,6 +92,28 @@ def test_tensors_that_lie_one_behind_the_other_are_shared(source):
     close(model(ids).logits, source(ids).logits)
 
 
+def test_tensors_that_lie_one_behind_the_other_in_another_order_are_copied(source):
+    attention = source.model.layers[0].self_attn
+    parts = [attention.v_proj, attention.q_proj, attention.k_proj]
+    together = torch.cat([part.weight.data for part in parts])
+    for part, rows in zip(parts, together.split([len(p.weight) for p in parts]), strict=True):
+        part.weight.data = rows
+    model, ids = GemmaForCausalLM.from_transformers(source), torch.tensor([[2, 5, 9, 7]])
+    close(model(ids).logits, source(ids).logits)
+
+
+def test_one_of_ours_is_refused(source):
+    with pytest.raises(ValueError, match="GemmaForCausalLM is none of transformers'"):
+        GemmaForCausalLM.from_transformers(GemmaForCausalLM.from_transformers(source))
+
+
+def test_defaults_that_are_not_supported_are_left_out_with_a_warning(source):
+    source.generation_config.num_beams = 3
+    model, ids = GemmaForCausalLM.from_transformers(source), torch.tensor([[2, 5, 9, 7]])
+    with pytest.warns(UserWarning, match=r"num_beams=3 is not supported: .*left out"):
+        model.generate(ids, max_new_tokens=2)
+
+
 def test_a_weight_that_is_not_contiguous_is_copied(source):
     weight = source.model.layers[0].self_attn.o_proj.weight
     weight.data = weight.data.T.contiguous().T

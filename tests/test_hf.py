@@ -125,8 +125,12 @@ def test_as_a_context(model):
     assert model.config._attn_implementation == "eager"
     with pytest.raises(RuntimeError, match="strict"), accelerated(model, strict=True):
         model(prompt())
-    assert model.config._attn_implementation == "eager"
-    assert not any(isinstance(m, hf_layers.Fast) for m in model.modules())
+    accelerate(model, mlp=False, strict=True)
+    before = [(type(m), getattr(m, "strict", None)) for m in model.modules()]
+    with accelerated(model, attention=False):
+        assert model.config._attn_implementation == "eager"
+    assert [(type(m), getattr(m, "strict", None)) for m in model.modules()] == before
+    assert model.config._attn_implementation == "gemma_fast+eager"
 
 
 def test_saved_and_loaded(model, tmp_path):

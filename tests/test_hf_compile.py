@@ -103,5 +103,5 @@ def test_a_compiled_mask_that_rings_cannot_take(graphs):
         model(ids, past_key_values=cache)
         mask = torch.ones(2, 7, dtype=torch.long)
         mask[0, 3] = 0
-        with pytest.raises(RuntimeError, match="padding on the left, and no other"):
+        with pytest.raises(RuntimeError, match="a causal mask with padding on the left"):
             forward(ids[:, :1], past_key_values=cache, attention_mask=mask)

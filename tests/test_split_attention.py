@@ -23,7 +23,7 @@ def check(
     torch.manual_seed(seed)
     b, total, make = len(first), past + t, {"device": device, "dtype": dtype}
     slots = slots or total + spare
-    q = torch.randn(b, t, 2 * n * m, d, **make)[:, :, n * m :]  # heads lie apart
+    q = torch.randn(b, t, n * m, 2 * d, **make)[..., :d]  # heads lie apart
     k, v = torch.randn(2, b, total, n, d, **make)
     keys, values = torch.full((2, b, slots, n, d), torch.finfo(dtype).max, **make)
     held = torch.arange(max(total - slots, 0), total, device=device)

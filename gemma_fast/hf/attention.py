@@ -27,10 +27,25 @@ from gemma_fast.kernels.decode_attention import split_attention
 
 PREFIX = "gemma_fast+"
 RINGS = (
-    "GemmaFastCache takes a causal mask with padding on the left, and no other: use a "
-    "DynamicCache or a StaticCache"
+    "GemmaFastCache takes an accelerated model, and a causal mask with padding on the left: call "
+    "gemma_fast.hf.accelerate(model), or use a DynamicCache or a StaticCache"
 )
+# Of what layers pass on to attention, what does not bear on it.
+IDLE = {
+    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+    "return_dict", "num_items_in_batch",
+}  # fmt: skip
 logger = logging.get_logger(__name__)
+
+
+class RingOffset:
+    """Of a ring's keys the position of the first, which no mask of transformers' can add up."""
+
+    def __init__(self, position: int | Tensor) -> None:
+        self.position = position
+
+    def __radd__(self, other: Any) -> Any:
+        raise ValueError(RINGS)
 
 
 class Run(NamedTuple):
@@ -42,9 +57,9 @@ class Run(NamedTuple):
 
 def hands_over(module: nn.Module, part: str, x: Tensor, why: str | None) -> bool:
     """Whether transformers' own code is to run, `why`; said once, noted for `explain`."""
-    if why and getattr(module, "strict", False):
+    if why and module.strict:
         raise RuntimeError(f"{part} cannot run on the kernels, which strict=True demands: {why}")
-    if hasattr(module, "part") and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         if why:
             logger.warning_once(
                 f"gemma_fast leaves {part} to transformers: {why}. gemma_fast.hf.explain(model, …) "
@@ -58,12 +73,12 @@ def hands_over(module: nn.Module, part: str, x: Tensor, why: str | None) -> bool
     return why is not None
 
 
-def reason(module: nn.Module, x: Tensor) -> str | None:
-    """Why the kernels cannot take x of this module, or None."""
+def reason(module: nn.Module, x: Tensor, *others: Tensor) -> str | None:
+    """Why the kernels cannot take x (and keys, values) of this module, or None."""
     if module.training:
         return "training mode; model.eval() leaves it"
-    if torch.is_grad_enabled() and (
-        x.requires_grad or any(w.requires_grad for w in module.parameters())
+    if torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (x, *others, *module.parameters())
     ):
         return "gradients are recorded, and the kernels have none; call it under torch.no_grad()"
     if x.device.type not in ("cuda", "cpu"):
@@ -78,8 +93,9 @@ def make_mask(
     *,
     batch_size: int,
     q_length: int,
+    mask_function: Callable[..., Any],
     q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
+    kv_offset: int | RingOffset = 0,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
@@ -90,8 +106,9 @@ def make_mask(
     # What is more than causality and window comes through vmap, or forbids the skip; so does, of
     # one token, a cache that is compiled. Both directions: a keyword of their own.
     plain = not use_vmap and "allow_is_bidirectional_skip" not in rest
-    plain = plain and (allow_is_causal_skip or q_length == 1)
-    ring = isinstance(kv_offset, Tensor)
+    if not allow_is_causal_skip:
+        plain &= q_length == 1 and not _is_union(mask_function)
+    ring = isinstance(kv_offset, RingOffset)
     first = torch.zeros(batch_size, dtype=torch.long, device=device)
     if plain and attention_mask is not None:
         first, whole = left_padding(attention_mask, q_offset + q_length)
@@ -106,12 +123,18 @@ def make_mask(
             raise ValueError(RINGS)
         return ALL_MASK_ATTENTION_FUNCTIONS[fallback(original)](
             batch_size=batch_size, q_length=q_length, q_offset=q_offset, kv_offset=kv_offset,
-            attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip,
-            use_vmap=use_vmap, device=device, **rest,
+            mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap,
+            allow_is_causal_skip=allow_is_causal_skip, device=device, **rest,
         )  # fmt: skip
-    start = torch.zeros_like(first) + (q_offset - kv_offset)
-    bounds = torch.stack((start, (first - kv_offset).clamp(min=0)))
+    offset = kv_offset.position if isinstance(kv_offset, RingOffset) else kv_offset
+    bounds = torch.stack((torch.zeros_like(first) + (q_offset - offset), first - offset))
     return bounds.int().view(2, batch_size, 1, 1)
+
+
+def _is_union(mask_function: Callable[..., Any]) -> bool:
+    """Whether tokens of an image see each other. Dynamo cannot tell; one token sees none later."""
+    name = "" if torch.compiler.is_compiling() else mask_function.__qualname__
+    return name.startswith("or_masks")
 
 
 def left_padding(mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -139,9 +162,12 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface. query :: [b, n * m, t, d]; key, value :: [b, n, s, d], the
     cache's, both rotated → [b, t, n * m, d] and no weights."""
-    bounds = attention_mask if _is_bounds(attention_mask) else None
-    why = reason(module, query) or _reason(module, query, key, value, bounds, dropout, rest)
-    if hands_over(module, "attention", query, why):
+    bounds = attention_mask if is_bounds(attention_mask) else None
+    accelerated = hasattr(module, "part")  # or of another model, with which it shares a config
+    if accelerated:
+        why = reason(module, query, key, value)
+        why = why or _reason(module, query, key, value, bounds, dropout, rest)
+    if not accelerated or hands_over(module, "attention", query, why):
         if bounds is not None:
             attention_mask = _mask(original, query, key, bounds, sliding_window)
         caps = {} if softcap is None else {"softcap": softcap}
@@ -163,7 +189,7 @@ def attend(
     return attention(query, key, value, None, None, start, first=first, **options), None
 
 
-def _is_bounds(mask: Tensor | None) -> bool:
+def is_bounds(mask: Tensor | None) -> bool:
     return mask is not None and mask.dtype == torch.int32 and mask.shape[2:] == (1, 1)
 
 
@@ -182,6 +208,9 @@ def _reason(
         return f"dropout {dropout}"
     if rest.get("output_attentions") or module.config.output_attentions:  # type: ignore[union-attr]
         return "output_attentions asks for the weights, which the kernels never hold"
+    unknown = [name for name, x in rest.items() if x is not None and name not in IDLE]
+    if unknown:
+        return f"{', '.join(unknown)}: unknown to the kernels"
     if not query.dtype == key.dtype == value.dtype:
         return f"queries, keys and values are {query.dtype}, {key.dtype}, {value.dtype}"
     if query.is_cuda and query.shape[3] not in HEAD_DIMS:

@@ -14,20 +14,25 @@ from torch import Tensor
 from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticSlidingWindowLayer
 
-from gemma_fast.hf.attention import PREFIX
+from gemma_fast.hf.attention import RingOffset
 
 
 class GemmaFastCache(StaticCache):
     """StaticCache(config, max_cache_len) with rings. Give it to `generate` or to the model as
     `past_key_values`.
 
-    The model must be accelerated, with its attention: no other attention knows where a ring begins,
-    so that any other is a ValueError. `reset()` empties it for the next text.
+    The model must be accelerated, with its attention, and its mask be causal with padding on the
+    left: where a ring begins, no other attention knows. All else is a ValueError; a mask that is
+    first read within a compiled CUDA graph, PyTorch's assertion on the device. `reset()` empties it
+    for the next text. As of any static cache, nothing can be taken back from it.
     """
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int, **options: Any) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"config must be model.config, not a {type(config).__name__}")
+        if not isinstance(max_cache_len, int) or max_cache_len < 1:
+            raise ValueError(f"{max_cache_len=} must be a whole number from 1")
         super().__init__(config, max_cache_len, **options)
-        self.config = config.get_text_config(decoder=True)
         self.layers = [
             Ring(layer.max_cache_len, layer.max_cache_len)
             if isinstance(layer, StaticSlidingWindowLayer)
@@ -35,14 +40,11 @@ class GemmaFastCache(StaticCache):
             for layer in self.layers
         ]
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        name = self.config._attn_implementation
-        if not str(name).startswith(PREFIX):
-            raise ValueError(
-                f"GemmaFastCache is for accelerated models, and this one's attention is {name!r}: "
-                "call gemma_fast.hf.accelerate(model), or take transformers' StaticCache"
-            )
-        return super().get_mask_sizes(query_length, layer_idx)
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(
+            "a static cache takes nothing back, as assisted and prompt-lookup decoding want it to: "
+            "use a DynamicCache"
+        )
 
 
 class Ring(StaticSlidingWindowLayer):
@@ -71,12 +73,11 @@ class Ring(StaticSlidingWindowLayer):
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
-        """Length, and the position of the first key: a tensor, by which attention.py knows that
-        these are rings; of the whole ring 0, since positions are slots."""
+        """Length, and the position of the first key; of the whole ring 0: positions are slots."""
         if query_length == 1:
-            return self.max_cache_len, torch.zeros_like(self.cumulative_length)
+            return self.max_cache_len, RingOffset(0)
         before = self.max_cache_len - 1
-        return before + query_length, self.cumulative_length - before
+        return before + query_length, RingOffset(self.cumulative_length - before)
 
     def get_seq_length(self) -> Any:
         return self.cumulative_length if self.is_initialized else 0

@@ -15,7 +15,8 @@ from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaMLP, G
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2MLP, Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3MLP, Gemma3RMSNorm
 
-from gemma_fast.hf.attention import Run, hands_over, reason
+from gemma_fast.hf.attention import RINGS, Run, hands_over, is_bounds, reason
+from gemma_fast.hf.cache import GemmaFastCache, Ring
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.rmsnorm import rms_norm
 
@@ -50,9 +51,17 @@ class FastMLP(Fast):
 
 
 class FastAttention(Fast):
-    """Its forward is transformers', which calls hf_attention.py by the name in the config."""
+    """Its forward is transformers', which calls attention.py by the name in the config."""
 
     part = "attention"
+    layer_idx: int
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        rings = isinstance(cache, GemmaFastCache) and isinstance(cache.layers[self.layer_idx], Ring)
+        if rings and not is_bounds(mask):  # the caller's, made without regard to rings
+            raise ValueError(RINGS)
+        return super().forward(*args, **kwargs)
 
 
 class FastGemmaRMSNorm(FastNorm, GemmaRMSNorm): ...

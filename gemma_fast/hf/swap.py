@@ -33,7 +33,8 @@ def accelerate(
     strict                whatever the kernels cannot take is a RuntimeError that says why
 
     The kernels have no backward: training, and calls that record gradients, run transformers' code;
-    so do masks with more than padding on the left, dropout, and `output_attentions`.
+    so do masks with more than padding on the left, dropout, and `output_attentions`. Of attention
+    that is sdpa, if it was so before, and else eager.
     ValueError, and the model as it was: another architecture, a device other than cuda or cpu, a
     GPU before compute capability 8.0, modules whose forward another library has replaced.
     """
@@ -41,11 +42,10 @@ def accelerate(
     _refuse(text)
     restore(model)
     wanted = {"norm": norm, "mlp": mlp, "attention": attention}
-    for module in text.modules():
-        part = _part(module)
-        if part and wanted[part] and not why_not(module):
-            module.__class__ = FAST[type(module)]
-            module.strict = strict  # type: ignore[assignment]
+    parts = [(module, _part(module)) for module in text.modules()]
+    for module in [x for x, part in parts if part and wanted[part] and not why_not(x)]:
+        module.__class__ = FAST[type(module)]
+        module.strict = strict  # type: ignore[assignment]
     if attention:
         text.config._attn_implementation = register(text.config._attn_implementation)
     return model
@@ -67,12 +67,19 @@ def restore(model: M) -> M:
 
 @contextmanager
 def accelerated(model: M, **options: bool) -> Iterator[M]:
-    """`with accelerated(model):` — accelerate's options; restored at the end."""
+    """`with accelerated(model):` — accelerate's options; at the end all is as it was before."""
+    text = _text_model(model)
+    before = [(module, type(module), vars(module).get("strict")) for module in text.modules()]
+    attention = text.config._attn_implementation
     accelerate(model, **options)
     try:
         yield model
     finally:
         restore(model)
+        for module, kind, strict in before:
+            if issubclass(kind, Fast):
+                module.__class__, module.strict = kind, strict  # type: ignore[assignment]
+        text.config._attn_implementation = attention
 
 
 class FastGemma:
@@ -98,24 +105,43 @@ def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Li
     inputs  what the model is called with, as in a call of yours; none: two tokens under no_grad, as
             `generate` calls it
     strict  a path that is not the kernels' is a RuntimeError
+
+    What is compiled runs as it would uncompiled.
     """
     text = _text_model(model)
-    for module in text.modules():
-        if isinstance(module, Fast):
-            module.run = None
-    with nullcontext() if inputs else torch.no_grad():
-        model(**inputs or {"input_ids": torch.full((1, 2), 2, device=text.device)})
-    lines, of_text = [], set(text.modules())
-    for name, module in model.named_modules():
-        if (part := _part(module)) and module in of_text:
-            plain = Run("transformers", why_not(module) or f"not accelerated: {part}=False")
-            run = module.run if isinstance(module, Fast) else plain
-            if run:
-                lines.append(Line(name, part, *run))
+    fast = [module for module in text.modules() if isinstance(module, Fast)]
+    demands = [module.strict for module in fast]
+    for module in fast:
+        module.run, module.strict = None, False
+    try:
+        with nullcontext() if inputs else torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            model(**inputs or {"input_ids": torch.full((1, 2), 2, device=text.device)})
+    finally:
+        for module, demand in zip(fast, demands, strict=True):
+            module.strict = demand
+    of_text = set(text.modules())
+    lines = [
+        Line(name, part, *_run(module, part))
+        for name, module in model.named_modules()
+        if (part := _part(module)) and module in of_text
+    ]
     left = [f"{line.module}: {line.why}" for line in lines if line.path == "transformers"]
     if strict and left:
         raise RuntimeError("not on the kernels, which strict=True demands: " + "; ".join(left))
     return lines
+
+
+def _run(module: nn.Module, part: str) -> Run:
+    """How a module ran just now."""
+    if not isinstance(module, Fast):
+        return Run("transformers", why_not(module) or f"not accelerated: {part}=False")
+    if module.run is not None:
+        return module.run
+    config: Any = getattr(module, "config", None)
+    if part == "attention" and not config._attn_implementation.startswith(PREFIX):
+        name = config._attn_implementation
+        return Run("transformers", f"the config's attention was set to {name!r}: accelerate again")
+    return Run("transformers", "not called")
 
 
 def _part(module: nn.Module) -> str | None:
@@ -135,9 +161,11 @@ def _text_model(model: nn.Module) -> PreTrainedModel:
         return inner.model
     if isinstance(inner, Gemma3ForConditionalGeneration):
         return inner.model.language_model
+    kind = type(inner)
     raise ValueError(
-        f"{type(inner).__name__} cannot be accelerated: only transformers' GemmaForCausalLM, "
-        "Gemma2ForCausalLM, Gemma3ForCausalLM, and the text part of Gemma3ForConditionalGeneration"
+        f"{kind.__module__}.{kind.__name__} cannot be accelerated: only transformers' "
+        "GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, and the text part of "
+        "Gemma3ForConditionalGeneration; before torch.compile or DataParallel wraps them"
     )
 
 

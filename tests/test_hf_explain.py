@@ -1,0 +1,144 @@
+"""gemma_fast.hf: what runs where is told and can be demanded; what cannot be accelerated is
+refused, and left as it was."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+from hf_models import FAMILIES, logits, make, prompt, why
+
+from gemma_fast.hf import accelerate, explain
+from gemma_fast.hf import attention as hf_attention
+
+RIGHT = torch.tensor([[1] * 20 + [0] * 10, [1] * 30])  # a mask whose padding is on the right
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return make(request.param)
+
+
+def test_it_is_said_once(model, caplog, monkeypatch):
+    logger = hf_attention.logger
+    logger.warning_once.cache_clear()
+    monkeypatch.setattr(logger, "propagate", True)
+    for parent in ("transformers", "gemma_fast"):
+        monkeypatch.setattr(logging.getLogger(parent), "propagate", True)
+    ids = prompt()
+    accelerate(model)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            logits(model, ids, RIGHT)
+    said = [r.getMessage() for r in caplog.records if "leaves attention" in r.getMessage()]
+    assert len(said) == 1 and "explain(model" in said[0]
+
+
+def test_explain(model):
+    accelerate(model, mlp=False)
+    lines = explain(model)
+    layers = model.config.num_hidden_layers
+    names = dict(model.named_modules())
+    assert all(line.module in names for line in lines)
+    assert sum(line.part == "attention" for line in lines) == layers
+    assert sum(line.part == "norm" for line in lines) == sum(
+        "RMSNorm" in type(m).__name__ for m in model.modules()
+    )
+    reasons = {(line.part, line.path, line.why) for line in lines}
+    assert ("mlp", "transformers", "not accelerated: mlp=False") in reasons
+    assert ("norm", "reference", "on cpu there is no Triton") in reasons
+    with pytest.raises(
+        RuntimeError, match=r"strict=True.*layers\.0\.mlp: not accelerated: mlp=False"
+    ):
+        explain(model, strict=True)
+
+
+def test_explain_under_strict_and_after_others_have_had_a_hand_in(model):
+    accelerate(model, strict=True)
+    assert all(path == "transformers" for path, _ in why(model, input_ids=prompt()).values())
+    with pytest.raises(RuntimeError, match="strict=True demands"):
+        model(prompt())
+    model.set_attn_implementation("eager")
+    path, reason = why(model)["attention"]
+    assert path == "transformers" and reason.endswith("set to 'eager': accelerate again")
+    with pytest.raises(RuntimeError, match="accelerate again"):
+        explain(model, strict=True)
+    explain(accelerate(model), strict=True)
+
+
+def test_explain_of_a_compiled_model(model):
+    accelerate(model).forward = torch.compile(model.forward, backend="eager")
+    assert {path for path, _ in why(model).values()} == {"reference"}
+
+
+def test_a_module_that_is_not_called(model):
+    accelerate(model)
+    explain(model)
+    model.model.norm.forward, norm = None, model.model.norm
+    del norm.forward
+    model.model.norm = torch.nn.Identity()
+    model.model.left_over = norm
+    line = next(line for line in explain(model) if line.module.endswith("left_over"))
+    assert (line.path, line.why) == ("transformers", "not called")
+
+
+def test_a_config_that_two_models_share(model):
+    """Only the one that was accelerated runs on the kernels."""
+    ids, twin = prompt(), type(model)(model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    expected = logits(twin, ids, RIGHT), logits(twin, ids)
+    accelerate(model)
+    assert torch.equal(logits(twin, ids, RIGHT), expected[0])
+    assert torch.equal(logits(twin, ids), expected[1])
+    assert why(twin)["attention"] == ("transformers", "not accelerated: attention=False")
+    assert {path for path, _ in why(model).values()} == {"reference"}
+
+
+@pytest.mark.parametrize("part", ["norm", "mlp"])
+def test_strict(model, part):
+    accelerate(model, attention=False, strict=True, **{"norm" if part == "mlp" else "mlp": False})
+    with pytest.raises(RuntimeError, match=f"{part} cannot run on the kernels.*no_grad"):
+        model(prompt())
+
+
+def test_another_architecture():
+    config = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, num_key_value_heads=1,
+    )  # fmt: skip
+    llama = transformers.LlamaForCausalLM(config)
+    for call in (accelerate, explain):
+        with pytest.raises(
+            ValueError,
+            match=r"modeling_llama.LlamaForCausalLM cannot be accelerated: only .*Gemma3",
+        ):
+            call(llama)
+
+
+@pytest.mark.parametrize("fault", ["device", "forward"])
+def test_refused_and_left_as_it_was(model, fault):
+    if fault == "device":
+        model = model.to("meta")
+        message = "the model lies on meta: the kernels run on cuda"
+    else:
+        mlp = model.model.layers[1].mlp
+        mlp.forward = mlp.forward
+        message = r"replaced the forward of layers\.1\.mlp"
+    classes = list(map(type, model.modules()))
+    with pytest.raises(ValueError, match=message):
+        accelerate(model)
+    assert list(map(type, model.modules())) == classes
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_wrong_version_of_transformers():
+    import subprocess
+    import sys
+
+    code = "import transformers; transformers.__version__ = '5.3.1'; import gemma_fast.hf"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "ImportError: gemma_fast.hf supports transformers from 5.17 to below 6" in run.stderr
+    assert "found 5.3.1: pip install 'gemma_fast[hf]'" in run.stderr
+    code = "import sys; sys.modules['transformers'] = None; import gemma_fast.hf"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "gemma_fast.hf needs transformers, which is not installed: pip install" in run.stderr
