@@ -190,6 +190,25 @@ def test_float64(model):
     assert all("float64" in note for _, note in why(model).values())
 
 
+@torch.no_grad()
+def test_autocast():
+    """Values come out of their product in bfloat16, queries and keys of the rotation in float32."""
+    model, ids = make("gemma3-gqa", "sdpa"), prompt()
+    exact = model(ids).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = (model(ids, use_cache=False).logits - exact).square().mean().sqrt()
+        ours = (accelerate(model)(ids, use_cache=False).logits - exact).square().mean().sqrt()
+        path, reason = why(model, input_ids=ids, use_cache=False)["attention"]
+    assert path == "transformers" and "values are torch.float32, torch.float32, torch.bf" in reason
+    assert ours < 1.2 * theirs
+
+
+def test_moved_to_where_no_kernel_runs(model):
+    with torch.no_grad():
+        reasons = why(accelerate(model).to("meta"), input_ids=prompt().to("meta"))
+    assert all(note == "device meta: the kernels run on cuda" for _, note in reasons.values())
+
+
 def test_an_exact_gelu():
     model = make("gemma-mqa")
     for layer in model.model.layers:
