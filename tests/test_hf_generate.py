@@ -3,7 +3,6 @@ cache, the search, the adapters."""
 
 import copy
 
-import peft
 import pytest
 import torch
 import transformers
@@ -11,7 +10,7 @@ from conftest import interpreter
 from hf_models import FAMILIES, T, logits, make, padded, prompt
 from transformers import DynamicCache, StaticCache
 
-from gemma_fast.hf import GemmaFastCache, accelerate, explain, restore
+from gemma_fast.hf import GemmaFastCache, accelerate, restore
 
 NEWER = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)
 NEW = 24  # tokens, with which the caches pass the windows
@@ -147,29 +146,3 @@ def test_batched_equals_single_with_left_padding(model):
         alone = ids[row : row + 1, padding:]
         torch.testing.assert_close(logits(model, alone)[0], together[row, padding:], **TIGHT)
         assert torch.equal(generate(model, alone)[0, T - padding :], texts[row, T:])
-
-
-@pytest.mark.parametrize("first", ["accelerated", "adapted"])
-def test_lora(model, first):
-    """On the projections, trained and merged, before or after acceleration."""
-    ids = prompt()
-    if first == "accelerated":
-        accelerate(model)
-    projections = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
-    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=projections))
-    if first == "adapted":
-        assert accelerate(lora) is lora
-    lora(input_ids=ids, labels=ids).loss.backward()
-    trained = [(n, w) for n, w in lora.named_parameters() if w.requires_grad]
-    assert len(trained) == 10 * model.config.num_hidden_layers
-    assert all(w.grad is not None and "lora" in n for n, w in trained)
-    for _, weight in trained:
-        weight.data.normal_(std=0.1)
-    lora.eval()
-    assert {line.path for line in explain(lora)} == {"reference"}
-    found, text = logits(lora, ids), generate(lora, ids)
-    restore(lora)
-    torch.testing.assert_close(found, logits(lora, ids), **TIGHT)
-    assert torch.equal(text, generate(lora, ids))
-    accelerate(lora)
-    torch.testing.assert_close(logits(lora.merge_and_unload(), ids), found, rtol=0, atol=1e-4)

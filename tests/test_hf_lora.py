@@ -1,0 +1,43 @@
+"""gemma_fast.hf: adapters of peft on an accelerated model."""
+
+import peft
+import pytest
+from hf_models import FAMILIES, logits, make, prompt
+
+from gemma_fast.hf import accelerate, explain, restore
+
+TIGHT = {"rtol": 0, "atol": 3e-5}
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return make(request.param)
+
+
+@pytest.mark.parametrize("first", ["accelerated", "adapted"])
+def test_lora(model, first):
+    """On the projections, trained and merged, before or after acceleration."""
+    ids = prompt()
+    if first == "accelerated":
+        accelerate(model)
+    projections = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=projections))
+    if first == "adapted":
+        assert accelerate(lora) is lora
+    lora(input_ids=ids, labels=ids).loss.backward()
+    trained = [(n, w) for n, w in lora.named_parameters() if w.requires_grad]
+    assert len(trained) == 10 * model.config.num_hidden_layers
+    assert all(w.grad is not None and "lora" in n for n, w in trained)
+    for _, weight in trained:
+        weight.data.normal_(std=0.1)
+    lora.eval()
+    assert {line.path for line in explain(lora)} == {"reference"}
+    found, text = (
+        logits(lora, ids),
+        lora.generate(input_ids=ids, max_new_tokens=24, do_sample=False),
+    )
+    restore(lora)
+    torch.testing.assert_close(found, logits(lora, ids), **TIGHT)
+    assert torch.equal(text, lora.generate(input_ids=ids, max_new_tokens=24, do_sample=False))
+    accelerate(lora)
+    torch.testing.assert_close(logits(lora.merge_and_unload(), ids), found, rtol=0, atol=1e-4)
