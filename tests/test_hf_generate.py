@@ -1,5 +1,5 @@
 """gemma_fast.hf: `generate` of an accelerated model writes the tokens it wrote before, whatever the
-cache, the search, the adapters."""
+cache and the search."""
 
 import copy
 

@@ -2,10 +2,12 @@
 
 import peft
 import pytest
+import torch
 from hf_models import FAMILIES, logits, make, prompt
 
 from gemma_fast.hf import accelerate, explain, restore
 
+GREEDY = {"max_new_tokens": 24, "do_sample": False}
 TIGHT = {"rtol": 0, "atol": 3e-5}
 
 
@@ -34,10 +36,10 @@ def test_lora(model, first):
     assert {line.path for line in explain(lora)} == {"reference"}
     found, text = (
         logits(lora, ids),
-        lora.generate(input_ids=ids, max_new_tokens=24, do_sample=False),
+        lora.generate(input_ids=ids, **GREEDY),
     )
     restore(lora)
     torch.testing.assert_close(found, logits(lora, ids), **TIGHT)
-    assert torch.equal(text, lora.generate(input_ids=ids, max_new_tokens=24, do_sample=False))
+    assert torch.equal(text, lora.generate(input_ids=ids, **GREEDY))
     accelerate(lora)
     torch.testing.assert_close(logits(lora.merge_and_unload(), ids), found, rtol=0, atol=1e-4)
