@@ -15,7 +15,6 @@ from gemma_fast.hf import accelerate, accelerated, explain, restore
 from gemma_fast.hf import attention as hf_attention
 from gemma_fast.hf import layers as hf_layers
 
-NEWER = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)
 TIGHT = {"rtol": 0, "atol": 3e-5}  # of logits about 3 large, in float32
 
 
