@@ -3,7 +3,8 @@ to make its masks and one to attend, by the name that its config holds, `gemma_f
 
 A mask that says no more than causality, a window and left padding is not made: in its place comes
 `bounds` :: [2, b, 1, 1], int32, the kernels' `start` and `first`, as slots of the keys. Any other
-mask is the original's, `sdpa` in that name, and so are the layers that it masks.
+mask is made by the original, `sdpa` in that name, or for want of one that takes any mask by eager,
+and so attend the layers that it masks.
 """
 
 from __future__ import annotations
