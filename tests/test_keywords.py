@@ -116,7 +116,7 @@ def test_forward(one):
         ({"dtype": "float32", "torch_dtype": "float32"}, "dtype and torch_dtype, which name"),
         ({"nonsense": 1}, "unexpected keyword argument 'nonsense'"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_from_pretrained_refuses(one, keywords, message):
     with pytest.raises(TypeError, match=message):
