@@ -158,7 +158,7 @@ def test_a_judge_without_memory_says_so(monkeypatch):
 
 def test_a_wrong_rival_does_not_excuse_us(monkeypatch):
     providers = {"transformers (eager)": kind(Eager), "transformers (sdpa)": noise(0.5)}
-    found = judged(monkeypatch, BF16, {**providers, OURS: noise(0.02)})
+    found = judged(monkeypatch, BF16, {**providers, OURS: noise(0.01)})
     assert found["transformers (sdpa)"].startswith("wrong: error ")
     assert found[OURS].startswith("wrong: error ") and "transformers' is" in found[OURS]
 
@@ -178,10 +178,10 @@ def test_in_16_bits_we_are_no_further_from_float32_than_transformers(monkeypatch
     })  # fmt: skip
     assert found["rotary"].startswith("wrong: error ")
     assert found[OURS] == found["transformers (eager)"] == "ok"
-    found = judged(monkeypatch, BF16, {"transformers (eager)": kind(Eager), OURS: noise(0.02)})
+    found = judged(monkeypatch, BF16, {"transformers (eager)": kind(Eager), OURS: noise(0.01)})
     assert found["transformers (eager)"] == "ok"
     assert found[OURS].startswith("wrong: error ") and "transformers' is" in found[OURS]
-    assert judged(monkeypatch, BF16, {OURS: noise(0.02)}) == {OURS: "ok"}
+    assert judged(monkeypatch, BF16, {OURS: noise(0.01)}) == {OURS: "ok"}
 
 
 def test_where_float32_does_not_fit_the_reference_keeps_its_dtype(monkeypatch):

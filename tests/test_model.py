@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from twins import CONFIGS, random_model
 
 from gemma_fast.cache import KVCache
 from gemma_fast.config import SLIDING
@@ -164,10 +165,15 @@ def test_whole_model_on_its_kernels(twins, device):
 
 
 def test_random_is_seeded():
-    from twins import CONFIGS, random_model
-
     models = [random_model(CONFIGS["gemma3-mqa"], seed=seed) for seed in (0, 0, 1)]
     logits = [model(torch.tensor([[2, 5, 9]])).logits for model in models]
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
     assert models[0].embed_tokens.std() == pytest.approx(0.02, rel=0.02)
+
+
+def test_random_weights_are_of_one_model_in_every_dtype():
+    exact = random_model(CONFIGS["gemma-mqa"])
+    rounded = random_model(CONFIGS["gemma-mqa"], torch.bfloat16)
+    for name, weight in exact.named_parameters():
+        assert torch.equal(weight.bfloat16(), rounded.get_parameter(name)), name
