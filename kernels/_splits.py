@@ -7,21 +7,28 @@ from gemma_fast.kernels._op import Gpu
 from gemma_fast.kernels._triton import tl, triton
 
 
-def count_splits(pairs: int, group: int, visible: int, gpu: Gpu) -> int:
-    """Of each of `pairs` kv heads, with `group` query heads and `visible` keys."""
+def count_splits(pairs: int, join: int, visible: int, gpu: Gpu) -> int:
+    """Of each of `pairs` kv heads with `visible` keys. A split is joined in the time of `join`
+    keys, so the sum of both is least with sqrt(join * visible) keys in each."""
     most = min(2 * gpu.multiprocessors // pairs, triton.cdiv(visible, 64))  # two a multiprocessor
-    return max(1, min(most, round(math.sqrt(visible / group))))
+    return max(1, min(most, round(math.sqrt(visible / join))))
 
 
-def split_tile(group: int, d: int, itemsize: int, gpu: Gpu, crowded: bool) -> dict[str, int]:
-    """Of a program: rows, keys and warps; rows and splits that it joins at a time. Where there are
-    more programs than multiprocessors, two of them are to fit in shared memory."""
+def tile(
+    pairs: int, group: int, visible: int, d: int, itemsize: int, gpu: Gpu
+) -> dict[str, int]:  # fmt: skip
+    """Of a program: rows, keys, warps and stages; rows and splits that it joins at a time; see
+    count_splits for JOIN. Where there are more programs than multiprocessors, two of them are to
+    fit in shared memory."""
+    crowded = pairs * count_splits(pairs, group, visible, gpu) > gpu.multiprocessors
     rows, num_warps = triton.next_power_of_2(group), 8 if d * itemsize >= 512 else 4
     narrow = d == 256 and (crowded or gpu.shared_memory < 160_000)
     block_n = 16 if itemsize == 4 else 32 if narrow else 64
     chunk = min(max(num_warps * 2048 // (rows * d), 1), 16)  # 64 registers a thread
-    tile = {"BLOCK_M": max(16, triton.next_power_of_2(group + 1)), "BLOCK_N": block_n}
-    return tile | {"ROWS": rows, "CHUNK": chunk, "num_warps": num_warps}
+    return {
+        "BLOCK_M": max(16, triton.next_power_of_2(group + 1)), "BLOCK_N": block_n, "ROWS": rows,
+        "CHUNK": chunk, "JOIN": group, "num_warps": num_warps, "num_stages": 3,
+    }  # fmt: skip
 
 
 @triton.jit

@@ -234,8 +234,8 @@ def _attention_kernel(
     tl.store(out_ptr + out_row + channel, out, mask=(token < t)[:, None])
 
 
-def _tile(rows: int, heads: int, d: int, itemsize: int, softcap: bool, gpu: Gpu) -> dict[str, int]:
-    """Rows, keys and warps of a tile, for `rows` in each of `heads`: what fits in shared memory (q,
+def tile(rows: int, heads: int, d: int, itemsize: int, softcap: bool, gpu: Gpu) -> dict[str, int]:
+    """Rows, keys, warps and stages, for `rows` in each of `heads`: what fits in shared memory (q,
     and two stages of k and v), does not spill registers, and gives every multiprocessor work."""
     wide = max(d, 128)
     scarce = softcap or gpu.capability >= 100  # registers
@@ -249,7 +249,7 @@ def _tile(rows: int, heads: int, d: int, itemsize: int, softcap: bool, gpu: Gpu)
         block_m, block_n, num_warps = 64, 8192 // wide, 4  # two tiles a multiprocessor
     else:
         block_m, block_n, num_warps = 128, (8192 if scarce else 16384) // wide, 8
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}
 
 
 @op(fake=lambda q, *_, **__: torch.empty_like(q, memory_format=torch.contiguous_format))
@@ -287,17 +287,17 @@ def attention(
     assert q.is_cuda or q.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
     rows = t * (heads // n)
     limits = gpu(q.device)
-    tile = _tile(rows, n * b, d, q.element_size(), softcap is not None, limits)
+    blocks = tile(rows, n * b, d, q.element_size(), softcap is not None, limits)
     rings: list[Any] = [keys, values]
-    whole_blocks = slots % tile["BLOCK_N"] == 0  # else one would straddle the ring's ends
+    whole_blocks = slots % blocks["BLOCK_N"] == 0  # else one would straddle the ring's ends
     descriptors = rows > 16 and whole_blocks and limits.can_describe(keys, values)
     if descriptors:
-        rings = [TensorDescriptor.from_tensor(x, [1, 1, tile["BLOCK_N"], d]) for x in rings]
-    _attention_kernel[(triton.cdiv(rows, tile["BLOCK_M"]), n, b)](
+        rings = [TensorDescriptor.from_tensor(x, [1, 1, blocks["BLOCK_N"], d]) for x in rings]
+    _attention_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]), n, b)](
         q, *rings, cos, sin, start, first, norm_weight, out,
         *q.stride()[:3], *keys.stride()[:3], t, slots,
         SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,
         HAS_NORM=norm_weight is not None, GROUP=heads // n, HALF=d // 2, DESCRIPTORS=descriptors,
-        **tile, num_stages=2,
+        **blocks,
     )  # fmt: skip
     return out

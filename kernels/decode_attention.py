@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import gpu, op, wait_for_kernel_ahead
-from gemma_fast.kernels._splits import count_splits, join_splits, split_tile
+from gemma_fast.kernels._splits import count_splits, join_splits, tile
 from gemma_fast.kernels._triton import knobs, tl, triton
 from gemma_fast.kernels.attention import HEAD_DIMS, attend, attention_reference
 from gemma_fast.kernels.rotary import rotary_write_reference
@@ -109,7 +109,7 @@ def _decode_attention_kernel(
     GROUP: tl.constexpr, HALF: tl.constexpr,  # query heads per kv head; d / 2
     BLOCK_M: tl.constexpr,  # rows: GROUP query heads and the new key
     BLOCK_N: tl.constexpr,  # keys
-    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, JOIN: tl.constexpr,  # see _splits.py
 ):  # fmt: skip
     D: tl.constexpr = 2 * HALF
     kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -120,8 +120,8 @@ def _decode_attention_kernel(
     if first_ptr is not None:
         begin = tl.maximum(begin, tl.load(first_ptr + batch))
     blocks = tl.maximum(tl.cdiv(end - begin, BLOCK_N), 1)  # one for padding, too: it stores zeros
-    # To join a split costs about as much as GROUP keys: with so many in each, the sum is least.
-    balanced = tl.sqrt((GROUP * tl.maximum(end - begin, 0)).to(tl.float32)) / BLOCK_N
+    # As count_splits has it, but of the keys that are there by now.
+    balanced = tl.sqrt((JOIN * tl.maximum(end - begin, 0)).to(tl.float32)) / BLOCK_N
     blocks_per_split = tl.maximum(tl.cdiv(blocks, splits), (balanced + 0.5).to(tl.int32))
     active = tl.cdiv(blocks, blocks_per_split)
     if split >= active:
@@ -194,9 +194,8 @@ def _launch(
     assert scale > 0 and window != 0 and softcap != 0
     assert qkv.is_cuda or qkv.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
     limits, visible = gpu(qkv.device), min(slots, window or slots)
-    splits = count_splits(b * n, heads // n, visible, limits)
-    crowded = b * n * splits > limits.multiprocessors
-    tile = split_tile(heads // n, d, qkv.element_size(), limits, crowded)
+    blocks = tile(b * n, heads // n, visible, d, qkv.element_size(), limits)
+    splits = count_splits(b * n, blocks["JOIN"], visible, limits)
     partial = torch.empty(b, n, splits, heads // n, d, dtype=torch.float32, device=qkv.device)
     stats = torch.empty(b, n, splits, 2, heads // n, dtype=torch.float32, device=qkv.device)
     _decode_attention_kernel[(splits, n, b)](
@@ -205,7 +204,7 @@ def _launch(
         *qkv.stride()[:2], *keys.stride()[:3], slots,
         SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,
         HAS_NORM=q_norm is not None, GROUP=heads // n, HALF=d // 2,
-        **tile, **limits.overlap(prefetch), num_stages=3,
+        **blocks, **limits.overlap(prefetch),
     )  # fmt: skip
     return out
 

@@ -103,6 +103,11 @@ def _gate_up_geglu_kernel(
         tl.store(out, geglu_tile(gate, up), mask=(m < rows)[:, None] & (n < DIM)[None, :])
 
 
+def tile(dim: int) -> dict[str, int]:
+    """Of geglu: columns of a row, and warps."""
+    return {"BLOCK": min(triton.next_power_of_2(dim), 1024), "num_warps": 4}
+
+
 @op(fake=lambda gate, up: torch.empty_like(gate, memory_format=torch.contiguous_format))
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up. Falls back to the reference off the GPU."""
@@ -116,22 +121,23 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     dim = gate.shape[-1]
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gate, up = gate.reshape(-1, dim), up.reshape(-1, dim)
-    block = min(triton.next_power_of_2(dim), 1024)
+    blocks = tile(dim)
     if gate.shape[0]:
-        _geglu_kernel[(gate.shape[0], triton.cdiv(dim, block))](
-            gate, up, out, gate.stride(0), up.stride(0), DIM=dim, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+        _geglu_kernel[(gate.shape[0], triton.cdiv(dim, blocks["BLOCK"]))](
+            gate, up, out, gate.stride(0), up.stride(0), DIM=dim, **blocks
+        )
     return out
 
 
-def _tile(rows: int, itemsize: int, gpu: Gpu) -> dict[str, int]:
+def gate_up_tile(rows: int, itemsize: int, gpu: Gpu) -> dict[str, int]:
     """What fits in shared memory and does not spill registers."""
+    group = {"GROUP": 8, "num_warps": 8}
     if itemsize == 4:  # no tensor cores
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_stages": 2} | group
     block_m = 64 if rows <= 64 else 128
     if gpu.shared_memory > 200_000:
-        return {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
-    return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 4}
+        return {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 4} | group
+    return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 32, "num_stages": 4} | group
 
 
 @op(fake=lambda x, gate_up_proj: x.new_empty(*x.shape[:-1], gate_up_proj.shape[0] // 2))
@@ -151,16 +157,16 @@ def gate_up_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
         matrix = matrix.clone()
     rows, limits = matrix.shape[0], gpu(x.device)
     out = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
-    tile = _tile(rows, x.element_size(), limits)
+    blocks = gate_up_tile(rows, x.element_size(), limits)
     operands: list[Any] = [matrix, gate_up_proj.view(2, dim, hidden)]
-    programs = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(dim, tile["BLOCK_N"])
+    programs = triton.cdiv(rows, blocks["BLOCK_M"]) * triton.cdiv(dim, blocks["BLOCK_N"])
     descriptors = limits.can_describe(*operands)
     if rows and descriptors:
         programs = min(programs, limits.multiprocessors)
-        blocks = [tile["BLOCK_M"], tile["BLOCK_K"]], [2, tile["BLOCK_N"], tile["BLOCK_K"]]
-        operands = list(map(TensorDescriptor.from_tensor, operands, blocks))
+        m, n, k = (blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        operands = list(map(TensorDescriptor.from_tensor, operands, ([m, k], [2, n, k])))
     if rows:
         _gate_up_geglu_kernel[(programs,)](
-            *operands, out, rows, HIDDEN=hidden, DIM=dim, GROUP=8, DESCRIPTORS=descriptors, **tile
+            *operands, out, rows, HIDDEN=hidden, DIM=dim, DESCRIPTORS=descriptors, **blocks
         )
     return out.view(*x.shape[:-1], dim)

@@ -22,8 +22,8 @@ from gemma_fast.kernels._product import (
     is_matvec,
     norm_scales,
     product,
-    tile,
 )
+from gemma_fast.kernels._product import tile as product_tile
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.choose import (
     PARTIALS,
@@ -37,8 +37,7 @@ from gemma_fast.kernels.choose import (
 )
 from gemma_fast.kernels.matvec import norm_linear
 
-# Of the weight, for a program with one row: several blocks, for which it computes its norm once.
-BYTES = 131_072
+BYTES = 131_072  # of the weight, for a program with one row
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:
@@ -126,6 +125,14 @@ def _next_token_kernel(
     )  # fmt: skip
 
 
+def tile(rows: int, vocab: int, dim: int, itemsize: int) -> dict[str, int]:
+    """As for other products; and of one row several blocks, for which its norm is computed once."""
+    blocks = product_tile(rows, vocab, dim, itemsize) | {"BLOCKS": 1}
+    if rows == 1:  # 8 rows, and the next ones on their way, take the registers of two programs
+        blocks |= {"BLOCK_N": 4, "BLOCKS": triton.cdiv(BYTES, 4 * dim * itemsize)}
+    return blocks
+
+
 @op(fake=lambda *_, **__: None, mutates_args=("token", "arrived"))
 def next_token(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, post_norm_weight: Tensor | None,
@@ -148,18 +155,13 @@ def next_token(
         return
 
     blocks = tile(rows, vocab, dim, x.element_size())
-    if rows == 1:
-        blocks["BLOCK_N"] = (
-            4  # of 8, and the next ones on their way, registers hold half as many programs
-        )
-    per_program = triton.cdiv(BYTES, blocks["BLOCK_N"] * weight[0].nbytes) if rows == 1 else 1
-    programs = triton.cdiv(vocab, per_program * blocks["BLOCK_N"])
+    programs = triton.cdiv(vocab, blocks["BLOCKS"] * blocks["BLOCK_N"])
     best, best_token = partials(rows, programs, x.device)
     _next_token_kernel[(programs,)](
         x.contiguous(), None if residual is None else residual.contiguous(),
         norm_weight, post_norm_weight, weight, position, token, arrived, temperature, seed,
         best, best_token, rows,
-        SOFTCAP=softcap or 0.0, EPS=eps, DIM=dim, VOCAB=vocab, BLOCKS=per_program,
+        SOFTCAP=softcap or 0.0, EPS=eps, DIM=dim, VOCAB=vocab,
         CHUNK=PARTIALS * blocks["num_warps"] // blocks["BLOCK_B"],
         HAS_RESIDUAL=residual is not None, HAS_POST_NORM=post_norm_weight is not None,
         SAMPLE=temperature is not None, **blocks, **gpu(x.device).overlap(prefetch),

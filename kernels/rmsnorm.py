@@ -72,6 +72,12 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row * DIM + cols, _normalise(x, weight_ptr, cols, mask, EPS, DIM), mask=mask)
 
 
+def tile(dim: int) -> dict[str, int]:
+    """A whole row, and warps."""
+    block = triton.next_power_of_2(dim)
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
+
+
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, post_weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -87,13 +93,11 @@ def _launch(
         residual = residual.reshape(-1, dim)
         total, residual_row_stride = torch.empty_like(out), residual.stride(0)
 
-    block = triton.next_power_of_2(dim)
     if rows.shape[0]:
         _rms_norm_kernel[(rows.shape[0],)](
             rows, residual, weight, post_weight, out, total, rows.stride(0), residual_row_stride,
-            EPS=eps, DIM=dim, BLOCK=block,
-            HAS_RESIDUAL=residual is not None, HAS_POST_NORM=post_weight is not None,
-            num_warps=min(max(block // 256, 1), 8),
+            EPS=eps, DIM=dim, HAS_RESIDUAL=residual is not None,
+            HAS_POST_NORM=post_weight is not None, **tile(dim),
         )  # fmt: skip
     return out.view(x.shape), None if total is None else total.view(x.shape)
 

@@ -122,6 +122,12 @@ def _rotary_write_kernel(
     tl.store(values_ptr + ring + channel, v, mask=kept)
 
 
+def tile(d: int) -> dict[str, int]:
+    """Tokens, so that a thread loads 16 bytes of each half, and warps; the same for any t: one
+    kernel."""
+    return {"BLOCK": max(2048 // d, 1), "num_warps": 4}
+
+
 @op(fake=lambda *_: None, mutates_args=("keys", "values"))
 def rotary_write(
     k: Tensor, v: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
@@ -142,11 +148,10 @@ def rotary_write(
     assert d & (d - 1) == 0, f"head_dim must be a power of two: {d=}"
     assert k.stride(3) == v.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()
     assert cos.is_contiguous() and sin.is_contiguous() and start.is_contiguous()
-    block = max(2048 // d, 1)  # 128 threads load 16 bytes of each half; of any t: one kernel
-    _rotary_write_kernel[(triton.cdiv(t, block), n, b)](
+    blocks = tile(d)
+    _rotary_write_kernel[(triton.cdiv(t, blocks["BLOCK"]), n, b)](
         k, v, keys, values, cos, sin, start, norm_weight,
         *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], t, slots,
-        EPS=eps, HALF=d // 2, BLOCK=block, HAS_NORM=norm_weight is not None,
-        num_warps=4,
+        EPS=eps, HALF=d // 2, HAS_NORM=norm_weight is not None, **blocks,
     )  # fmt: skip
     return None

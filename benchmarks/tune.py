@@ -1,0 +1,233 @@
+"""Which tile sizes, warps and stages a kernel is best launched with: each choice, measured.
+
+    python -m benchmarks.tune                                     # every kernel's table
+    python -m benchmarks.tune linear attention --size "b 1" --size "t 8192" --out DIR
+
+Launchers ask their module's table, a function `tile`, for a dict. Each size of a suite is run with
+what the table says, and with every combination of CHOICES in its place, as the benchmarks run a
+provider: checked, then timed. The best of many times is partly luck, so the first few are run again
+beside the table's. Changes nothing: a better tile is written into the table by hand, and the run
+that found it beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import track
+from triton.runtime.errors import OutOfResources
+
+from gemma_fast.benchmarks import model_command, report
+from gemma_fast.benchmarks.harness import OURS, Call, Provider, Size, Suite, make_inputs, run
+from gemma_fast.benchmarks.machine import Roof, measure_roof, stamp
+from gemma_fast.benchmarks.suites import SUITES
+from gemma_fast.kernels import attention, decode_attention, geglu, lm_head, matvec, rmsnorm, rotary
+
+Tile = dict[str, int]
+Choices = Mapping[str, Sequence[int]]
+TABLE = "as the table has it"
+FINALISTS, ROUNDS = 4, 3  # run again, so often
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where a launcher looks its tile up, and what to try in place of what it finds there."""
+
+    module: ModuleType
+    choices: Callable[[Size], Choices]
+    function: str = "tile"
+
+    def candidates(self, size: Size) -> dict[str, Tile]:
+        """By their names."""
+        choices = self.choices(size)
+        tiles = (dict(zip(choices, x, strict=True)) for x in product(*choices.values()))
+        return {", ".join(f"{k} {v}" for k, v in tile.items()): tile for tile in tiles}
+
+    def using(self, tile: Tile) -> AbstractContextManager[Any]:
+        """Within it, the launcher finds this; what it does not say is the table's."""
+        says = getattr(self.module, self.function)
+        return patch.object(self.module, self.function, lambda *args: says(*args) | tile)
+
+
+def _always(**choices: Sequence[int]) -> Callable[[Size], Choices]:
+    return lambda size: choices
+
+
+def _attention(size: Size) -> Choices:
+    keys = (32, 64) if size["d"] > 128 else (64, 128)
+    return {"BLOCK_M": (64, 128), "BLOCK_N": keys, "num_warps": (4, 8), "num_stages": (2, 3)}
+
+
+def _several(size: Size) -> Choices:
+    """Rows on the tensor cores."""
+    return {"BLOCK_N": (16, 32, 64), "BLOCK_K": (128, 256, 512), "STAGES": (3, 4, 6)}
+
+
+def _product(size: Size) -> Choices:
+    if size["b"] > 1:
+        return _several(size)
+    return {
+        "BLOCK_N": (2, 4, 8, 16), "BLOCK_K": (1024, 2048), "STAGES": (4, 6), "num_warps": (4, 8),
+    }  # fmt: skip
+
+
+def _next_token(size: Size) -> Choices:
+    if size["b"] > 1:
+        return _several(size)
+    return {
+        "BLOCK_N": (4, 8), "BLOCK_K": (1024, 2048), "BLOCKS": (1, 4, 8, 16), "num_warps": (4, 8),
+    }  # fmt: skip
+
+
+_norm = Table(rmsnorm, _always(num_warps=(1, 2, 4, 8, 16)))
+TABLES = {
+    "rms_norm": _norm,
+    "add_rms_norm": _norm,
+    "add_rms_norm_post": _norm,
+    "geglu": Table(geglu, _always(BLOCK=(512, 1024, 2048, 4096), num_warps=(2, 4, 8))),
+    "rotary_write": Table(rotary, _always(BLOCK=(4, 8, 16, 32), num_warps=(4, 8))),
+    "attention": Table(attention, _attention),
+    "gate_up_geglu": Table(
+        geglu,
+        _always(BLOCK_M=(64, 128, 256), BLOCK_N=(64, 128), num_stages=(3, 4), GROUP=(4, 8)),
+        "gate_up_tile",
+    ),
+    "norm_linear": Table(matvec, _product),
+    "decode_attention": Table(
+        decode_attention,
+        _always(BLOCK_N=(16, 32, 64), JOIN=(2, 4, 8, 16), num_warps=(4, 8), num_stages=(2, 3)),
+    ),
+    "linear": Table(matvec, _product),
+    "lm_head": Table(lm_head, _next_token),
+}
+
+
+def variants(suite: Suite, table: Table, size: Size) -> Suite:
+    """The suite with a provider for each candidate, and the table's own first."""
+    ours = suite.providers[OURS]
+
+    def provider(tile: Tile) -> Provider:
+        def prepare(*inputs: Any) -> Call:
+            call = ours(*inputs)
+
+            def launch() -> Any:
+                try:
+                    with table.using(tile):
+                        return call()
+                except OutOfResources as problem:
+                    raise NotImplementedError(str(problem)) from problem
+
+            return launch
+
+        return prepare
+
+    tried = {name: provider(tile) for name, tile in table.candidates(size).items()}
+    return replace(suite, yardstick=False, providers={TABLE: ours, **tried})
+
+
+def compile_ahead(suite: str, size: str, name: str, dtype: torch.dtype) -> None:
+    """In a process of its own: leaves the kernel in Triton's cache."""
+    keywords = SUITES[suite].sizes[size]
+    given = make_inputs(SUITES[suite], keywords, torch.device("cuda"), dtype, 0)
+    variants(SUITES[suite], TABLES[suite], keywords).providers[name](*given)()
+
+
+def measure(
+    suite: Suite, size: str, device: torch.device, dtype: torch.dtype, roof: Roof
+) -> list[dict[str, Any]]:
+    """What each tile took, the fastest first; `again_us` of those that were run again."""
+    results = list(run(suite, size, device, dtype, roof))
+    measured = sorted((r for r in results if r.times), key=lambda r: r.figures(roof)["median_us"])
+    names = dict.fromkeys([*(r.provider for r in measured[:FINALISTS]), TABLE])
+    again: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(ROUNDS):
+        for r in run(suite, size, device, dtype, roof, names):
+            again[r.provider] += [r.figures(roof)["median_us"]] if r.times else []
+    found = [
+        {"tile": r.provider, "status": r.status, **r.figures(roof)}
+        | ({"again_us": statistics.median(times)} if (times := again.get(r.provider)) else {})
+        for r in results
+    ]
+    never = float("inf")
+    return sorted(found, key=lambda x: (x.get("again_us", never), x.get("median_us", never)))
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each tile that was run again, and one for those that cannot be."""
+    for x in found:
+        if "again_us" in x:
+            share = x["share_of_roof"] * x["median_us"] / x["again_us"]
+            yield f"  {x['again_us']:9.2f} µs  {share:.3f} of the roof  {x['tile']}"
+    failed = [x for x in found if "median_us" not in x]
+    if failed:
+        yield f"  {len(failed)} of {len(found)} not measured, the first: {failed[0]['status']}"
+
+
+def chosen(names: Sequence[str], sizes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Suites and sizes of these names, and with one of these in the size's name."""
+    if unknown := [name for name in names if name not in TABLES]:
+        raise click.UsageError(
+            f"no table for {', '.join(unknown)}: choose from {', '.join(TABLES)}"
+        )
+    for name in TABLES:
+        for size in SUITES[name].sizes if not names or name in names else ():
+            if not sizes or any(part in size for part in sizes):
+                yield name, size
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.argument("names", nargs=-1, metavar="[SUITE]...")
+@click.option(
+    "--size", "sizes", multiple=True, help="Only sizes with this in their name; repeatable."
+)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]))
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Write tune.json here."
+)
+@click.option("--commit", help="What to stamp where git does not know.")
+def main(
+    names: Sequence[str], sizes: Sequence[str], dtype: str | None, out: Path | None,
+    commit: str | None,
+) -> None:  # fmt: skip
+    if not (todo := list(chosen(names, sizes))):
+        raise click.UsageError(f"no size has {' or '.join(sizes)} in its name")
+    device, kind = model_command.pick_device(dtype)
+    if device.type != "cuda":
+        raise click.ClickException("tiles are for a CUDA GPU, and there is none")
+    model_command.make_folder(out)
+    roof, head = measure_roof(device, kind), stamp(device, kind, [], commit)
+    click.echo(report.heading(head, roof))
+    results = []
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), get_context("spawn")) as pool:
+        for name, size in todo:
+            suite = variants(SUITES[name], TABLES[name], SUITES[name].sizes[size])
+            ahead = [pool.submit(compile_ahead, name, size, x, kind) for x in suite.providers]
+            for future in track(ahead, f"{name}, {size}", console=Console(stderr=True)):
+                future.exception()  # whoever cannot be compiled or launched is listed below
+            found = measure(suite, size, device, kind, roof)
+            click.echo("\n".join([f"{name}, {size}", *table(found)]))
+            results += [{"suite": name, "size": size, **x} for x in found]
+            if out:  # after each size, so that a run cut short keeps what it has
+                text = json.dumps(
+                    {"stamp": head, "roof": roof._asdict(), "results": results}, indent=2
+                )
+                (out / "tune.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
