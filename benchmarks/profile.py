@@ -1,0 +1,167 @@
+"""Where the time of a token, or of a prompt, goes: each kernel's share, under the CUDA graph.
+
+    python -m benchmarks.profile                   # a token of Gemma 2B after 512 tokens
+    python -m benchmarks.profile -p 8192           # a prompt
+    python -m benchmarks.profile -d 1024 -b 64 --model gemma-3-270m --out DIR
+
+From PyTorch's profiler, which slows kernels down a little: the time by the clock, without it, is
+printed beside the sum. Kernels may overlap (programmatic dependent launch), and what overlaps
+is the earlier one's: a kernel has what the GPU took from the end of those before it to its own.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+
+from gemma_fast.benchmarks import model_command, report
+from gemma_fast.benchmarks.harness import OURS
+from gemma_fast.benchmarks.machine import stamp
+from gemma_fast.benchmarks.model_cases import NEW, PROMPT, find
+from gemma_fast.benchmarks.model_providers import PROVIDERS
+from gemma_fast.benchmarks.timing import wall_seconds
+
+ROUNDS = 20
+WARM = 5  # times as many before: what is compiled and captured is so then, and clocks have settled
+
+
+class Kernel(NamedTuple):
+    name: str
+    grid: str
+    start: float  # µs
+    end: float
+
+
+class Share(NamedTuple):
+    """Of all launches of a kernel with one grid: per round, in µs."""
+
+    name: str
+    grid: str
+    launches: float
+    busy: float  # of the GPU, with this and with nothing that began before
+    idle: float  # before it
+
+
+def kernels(trace: Mapping[str, Any]) -> list[Kernel]:
+    """What ran on the GPU, copies too, of a trace as PyTorch's profiler exports it; by start."""
+    found = []
+    for event in trace["traceEvents"]:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            grid = "x".join(map(str, event["args"].get("grid", ())))
+            found.append(Kernel(event["name"], grid, event["ts"], event["ts"] + event["dur"]))
+    return sorted(found, key=lambda kernel: kernel.start)
+
+
+def shares(ran: Iterable[Kernel]) -> list[Share]:
+    """The largest first. The time before the first kernel is nobody's."""
+    total: dict[tuple[str, str], list[float]] = {}
+    done = None
+    for kernel in ran:
+        done = kernel.start if done is None else done
+        launches_busy_idle = total.setdefault((kernel.name, kernel.grid), [0, 0, 0])
+        launches_busy_idle[0] += 1
+        launches_busy_idle[1] += max(kernel.end - max(kernel.start, done), 0)
+        launches_busy_idle[2] += max(kernel.start - done, 0)
+        done = max(done, kernel.end)
+    found = [Share(*key, *(x / ROUNDS for x in of_all)) for key, of_all in total.items()]
+    return sorted(found, key=lambda share: -share.busy - share.idle)
+
+
+def table(found: Iterable[Share], clock: float) -> str:
+    """clock: µs of a round without the profiler."""
+    found = list(found)
+    busy, idle = sum(x.busy for x in found), sum(x.idle for x in found)
+    lines = [
+        "| kernel | grid | launches | µs a launch | µs | share | idle before |",
+        "|---" * 7 + "|",
+    ]
+    for x in found:
+        cells = (
+            report.escape(x.name[:60]), x.grid, f"{x.launches:g}", f"{x.busy / x.launches:.2f}",
+            f"{x.busy:.1f}", f"{x.busy / (busy + idle):.1%}", f"{x.idle:.1f}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    total = f"Sum {busy + idle:.1f} µs, of which idle {idle:.1f}"
+    lines.append(f"\n{total}; by the clock, without the profiler, {clock:.1f} µs.")
+    return "\n".join(lines) + "\n"
+
+
+def rounds(work: Callable[[], Any]) -> None:
+    for _ in range(ROUNDS):
+        work()
+
+
+def traced(work: Callable[[], Any]) -> dict[str, Any]:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        rounds(work)
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(file))
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def prepare(
+    model: str, prompt: int, depth: int, batch: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[], Any]:
+    """A round: a prompt of so many tokens, or, with 0, a token after `depth`."""
+    checkpoint = find(model)
+    ids = torch.randint(3, checkpoint.config.vocab_size, (batch, prompt or depth)).to(device)
+    provider = PROVIDERS[OURS](checkpoint, dtype, device)
+    provider.start(batch, ids.shape[1] + (WARM + 2) * ROUNDS, PROMPT if prompt else NEW)
+    provider.prefill(ids)
+    return partial(provider.prefill, ids) if prompt else provider.step
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option("-p", "prompt", default=0, help="Tokens of a prompt to read; 0: a token to write.")
+@click.option(
+    "-d",
+    "depth",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Tokens in the cache before a token that is written.",
+)
+@click.option("-b", "batch", default=1, show_default=True, help="Sequences at once.")
+@click.option("--model", default="gemma-2b", show_default=True, help="As of gemma-fast bench.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write profile.md.")
+@click.option("--commit", help="What to stamp where git does not know.")
+def main(
+    prompt: int,
+    depth: int,
+    batch: int,
+    model: str,
+    dtype: str | None,
+    out: Path | None,
+    commit: str | None,
+) -> None:
+    device, kind = model_command.pick_device(dtype)
+    if device.type != "cuda":
+        raise click.ClickException("a profile is of a CUDA GPU, and there is none")
+    model_command.make_folder(out)
+    work = prepare(model, prompt, depth, batch, device, kind)
+    for _ in range(WARM):
+        rounds(work)
+    clock = wall_seconds(lambda: rounds(work)) / ROUNDS
+    found = table(shares(kernels(traced(work))), clock * 1e6)
+    what = f"A prompt of {prompt}" if prompt else f"A token after {depth}"
+    head = report.heading(stamp(device, kind, [], commit), None)
+    text = f"{what}, batch {batch}, {model}. {head}\n\n{found}"
+    click.echo(text)
+    if out:
+        (out / "profile.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""python -m benchmarks.profile, but for the GPU: whose time is whose."""
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from gemma_fast.benchmarks import profile
+from gemma_fast.benchmarks.profile import ROUNDS, Share, kernels, prepare, shares, table
+
+
+def event(name, start, end, category="kernel", grid=(8, 1, 1)):
+    args = {"grid": list(grid)} if category == "kernel" else {}
+    return {"cat": category, "name": name, "ts": start, "dur": end - start, "args": args}
+
+
+def test_what_overlaps_is_the_earlier_kernels():
+    of_a_round = [
+        event("product", 10, 20),
+        event("attention", 14, 23),  # launched while the product ran
+        event("product", 15, 22),  # within it: no time of its own
+        event("aten::mm", 0, 100, "cpu_op"),
+        event("product", 25, 30, grid=(2, 1, 1)),
+        event("Memcpy DtoH", 30, 31, "gpu_memcpy"),
+        {"cat": "ac2g", "name": "product", "ts": 1},
+    ]
+    trace = [{**x, "ts": x["ts"] + 100 * i} for i in range(ROUNDS) for x in reversed(of_a_round)]
+    found = shares(kernels({"traceEvents": trace}))
+    idle = (110 - 31) * (ROUNDS - 1) / ROUNDS  # between rounds, before each but the first
+    assert found == [
+        Share("product", "8x1x1", 2, 10, pytest.approx(idle)),
+        Share("product", "2x1x1", 1, 5, 2),
+        Share("attention", "8x1x1", 1, 3, 0),
+        Share("Memcpy DtoH", "", 1, 1, 0),
+    ]
+    lines = table(found, clock=100).splitlines()
+    assert lines[2].startswith("| product | 8x1x1 | 2 | 5.00 | 10.0 | 10.4% |")
+    assert lines[-1] == (
+        "Sum 96.0 µs, of which idle 77.0; by the clock, without the profiler, 100.0 µs."
+    )
+
+
+@pytest.mark.parametrize("prompt", [0, 7])
+def test_a_round_is_a_token_or_a_prompt(prompt):
+    cpu = torch.device("cpu")
+    work = prepare("tiny", prompt, depth=5, batch=2, device=cpu, dtype=torch.float32)
+    decoder = getattr(work, "func", work).__self__.decoder
+    for round in range(3):
+        assert decoder.cache.length == (7 if prompt else 5 + round)
+        work()
+
+
+def test_command_wants_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(profile.main, ["-p", "512"])
+    assert done.exit_code and "a profile is of a CUDA GPU, and there is none" in done.output
