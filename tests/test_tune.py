@@ -20,6 +20,8 @@ from gemma_fast.benchmarks.tune import TABLE, TABLES, Table, measure, table, var
 from gemma_fast.kernels import matvec
 
 CPU, FP32 = torch.device("cpu"), torch.float32
+CUDA = torch.cuda.is_available()
+WHERE = (torch.device("cuda"), torch.bfloat16) if CUDA else (CPU, FP32)  # kernels run
 CASES = [(name, size) for name in TABLES for size in SUITES[name].tiny]
 
 
@@ -31,9 +33,11 @@ def test_every_kernel_that_is_measured_can_be_tuned():
 def test_every_choice_computes_the_same(name, size):
     suite = variants(SUITES[name], TABLES[name], SUITES[name].tiny[size])
     with interpreter():
-        results = list(run(suite, size, CPU, FP32, None))
+        results = list(run(suite, size, *WHERE, None))
     assert len(results) > 4
-    assert {r.status for r in results} == {"ok, not measured"}
+    found = {r.status.split(":")[0] for r in results if r.provider != TABLE}
+    assert found == {"ok, not measured"} or (CUDA and found == {"ok, not measured", "cannot"})
+    assert results[0].status == "ok, not measured"
 
 
 def test_the_launcher_is_told_what_is_tried():
@@ -45,7 +49,7 @@ def test_the_launcher_is_told_what_is_tried():
     odd = Table(matvec, lambda size: {"BLOCK_N": (3,)})
     with interpreter():
         suite = variants(SUITES["linear"], odd, {})
-        ours, tried = run(suite, "64 x 48, b 1", CPU, FP32, None)
+        ours, tried = run(suite, "64 x 48, b 1", *WHERE, None)
     assert ours.status == "ok, not measured" and tried.status.startswith("failed: ")
 
 
