@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_fast.benchmarks import model_command, report
-from gemma_fast.benchmarks.harness import Result, Suite, run, serious
+from gemma_fast.benchmarks.harness import Result, Suite, run, serious, with_took
 from gemma_fast.benchmarks.machine import Roof, measure_again, measure_roof, stamp
 from gemma_fast.benchmarks.model_providers import PROVIDERS
 from gemma_fast.benchmarks.plots import plot
@@ -115,10 +115,10 @@ def measure(
         task = progress.add_task(suite.name, total=len(sizes) * len(names))
         for size in sizes if names else ():
             results = []
-            for result in run(suite, size, device, dtype, roof, names):
+            for result in with_took(run(suite, size, device, dtype, roof, names)):
                 results.append(result)
                 done = f"{suite.name}, {size}: {result.provider}"
-                progress.console.print(Text(f"{done}: {result.status}"))
+                progress.console.print(Text(f"{done}: {result.status}, {result.took:.1f} s"))
                 progress.update(task, advance=1, description=done)
             yield results
 

@@ -52,6 +52,7 @@ class Result:
     token_seconds: tuple[float, ...] = ()
     peak_bytes: int | None = None  # reserved on a GPU: with weights and graphs, without the judge
     memory: dict[str, float] = field(default_factory=dict)
+    took: float = 0.0  # seconds, of everything; of a provider's first result with its weights
 
     def figures(self, roof: Roof | None) -> dict[str, Any]:
         """Of a measured result; a batch counts all its tokens."""

@@ -12,11 +12,12 @@ becomes its status: ImportError "not installed", NotImplementedError "cannot", a
 from __future__ import annotations
 
 import math
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -75,6 +76,7 @@ class Result:
     error: float | None = None  # see `error`
     times: Times | None = None  # None: not measured
     graph: bool | None = None  # whether the times are a CUDA graph's
+    took: float = 0.0  # seconds, of everything: inputs, compilers, check, times
 
     def figures(self, roof: Roof | None) -> dict[str, Any]:
         """Of a measured result: times, rates, and the share of the roof that bounds this size."""
@@ -89,6 +91,17 @@ class Result:
             "bound": roof.bound(self.work), "share_of_roof": roof.floor(self.work) / median,
             "graph": self.graph,
         }  # fmt: skip
+
+
+R = TypeVar("R", bound=Any)
+
+
+def with_took(results: Iterable[R]) -> Iterator[R]:
+    """Results as they come, each with how long it took."""
+    start = time.perf_counter()
+    for result in results:
+        yield replace(result, took=time.perf_counter() - start)
+        start = time.perf_counter()
 
 
 class Wrong(Exception):

@@ -132,7 +132,7 @@ def run_model(
     import torch
 
     from gemma_fast.benchmarks.bench_model import Result, run
-    from gemma_fast.benchmarks.harness import serious
+    from gemma_fast.benchmarks.harness import serious, with_took
     from gemma_fast.benchmarks.machine import measure_again, measure_roof, stamp
     from gemma_fast.benchmarks.model_cases import cases, find
     from gemma_fast.benchmarks.model_check import Judge
@@ -169,14 +169,14 @@ def run_model(
     names = [name for name in PROVIDERS if name in only or not only]
     results: list[Result] = []
     report = Report(head, roof, about, results)
-    for result in run(checkpoint, tests, device, kind, roof, repeats, names, judge):
+    for result in with_took(run(checkpoint, tests, device, kind, roof, repeats, names, judge)):
         results.append(result)
         about["checked"] = judge.about
         case = result.case
         told = f"{case.name}, batch {case.batch}: {result.provider}: {result.status}"
         if rate := result.figures(roof).get("tokens_per_s"):
             told += f", {rate:.2f} t/s"
-        click.echo(told, err=True)
+        click.echo(f"{told}, {result.took:.1f} s", err=True)
         if out:  # so that a run cut short keeps what it has
             report.write(out)
     if roof:

@@ -61,7 +61,7 @@ class Report:
                 "backend": self.stamp["gpu"] or self.stamp["cpu"],
                 "test": r.case.name, "kind": r.case.kind, "tokens": r.case.tokens,
                 "depth": r.case.depth, "batch": r.case.batch, "provider": r.provider,
-                "status": r.status, "error": r.error, **figures,
+                "status": r.status, "error": r.error, "took_s": round(r.took, 2), **figures,
             }  # fmt: skip
             if figures:
                 row |= {

@@ -114,7 +114,7 @@ def write(
     for r in results:
         entry = {
             "suite": r.suite, "size": r.size, "provider": r.provider, "status": r.status,
-            "error": r.error, **r.figures(roof),
+            "error": r.error, "took_s": round(r.took, 2), **r.figures(roof),
         }  # fmt: skip
         if (key := (r.suite, r.size, r.provider)) in factors:
             entry["x_eager"] = factors[key]

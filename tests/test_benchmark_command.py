@@ -30,7 +30,7 @@ def test_command_without_a_gpu_measures_nothing(tmp_path):
     assert saved["roof"] is None
     ours = [x for x in saved["results"] if x["provider"] == OURS]
     assert ours and all(x["status"] == "ok, not measured" for x in ours)
-    assert all(x.keys() == {"suite", "size", "provider", "status", "error"} for x in ours)
+    assert all(x.keys() == {"suite", "size", "provider", "status", "error", "took_s"} for x in ours)
     assert report.NOTHING in (tmp_path / "results.md").read_text()
 
 

@@ -168,3 +168,10 @@ def test_files_of_made_up_results(tmp_path):
     for name in ("speedup.png", "roofline.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_each_result_says_how_long_it_took(monkeypatch):
+    clock = iter([0.0, 3.0, 3.0, 10.0, 10.0])
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    results = harness.with_took(run(SUITE, "small", CPU, FP32, None, [EAGER, OURS]))
+    assert [r.took for r in results] == [3, 7]
