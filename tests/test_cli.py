@@ -1,7 +1,10 @@
 """The command line on the demo weights and on tiny models."""
 
 import json
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -128,3 +131,9 @@ def test_an_option_of_sampling_implies_it(demo, option):
         json.loads(run(*args, *more).stdout)["ids"] for more in ((), option, (*option, "--greedy"))
     )
     assert drawn != greedy == kept
+
+
+def test_it_runs_as_a_module():
+    command = [sys.executable, "-m", "gemma_fast", "--help"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("Usage: gemma-fast [OPTIONS] COMMAND")

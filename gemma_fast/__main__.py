@@ -1,0 +1,5 @@
+"""python -m gemma_fast: the command gemma-fast, also from a clone that is not installed."""
+
+from gemma_fast.cli import main
+
+main(prog_name="gemma-fast")
