@@ -15,9 +15,9 @@ returns      :: [b, t, heads, d], q.dtype
 
 Scores, cap, mask and softmax are in fp32; rotated queries and weights are rounded to q.dtype before
 the products. The m = heads / n query heads of a kv head share its keys: a tile of the kernel is
-tokens x m rows. It goes over the blocks of keys that all its rows see, unmasked, then over those
-that only some see (the diagonal, the window's far edge), and no others. Of a kv head's tiles the
-late ones, with the most to do, start first.
+tokens x m rows. It goes over the blocks of keys that only some of its rows see (the diagonal, the
+window's far edge), the newest first, then over those that all see, unmasked, and no others. Of a kv
+head's tiles the late ones, with the most to do, start first.
 Bound by compute for prompts: FLOPs = 4 * b * heads * d * (visible pairs); by memory for one token:
 bytes = 2 * b * n * positions * d * itemsize. Walk-through step: attention.
 """
@@ -27,12 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_fast.kernels._attend import HEAD_DIMS, load_block, scores_of_block, softmax_step
 from gemma_fast.kernels._op import Gpu, gpu, op
 from gemma_fast.kernels._triton import TensorDescriptor, knobs, tl, triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
 from gemma_fast.kernels.rotary import rotate, rotate_rows
-
-HEAD_DIMS = (32, 64, 128, 256)  # of those, a tile fits in registers and shared memory
 
 
 def visible_keys(
@@ -70,68 +69,30 @@ def attention_reference(
 
 
 @triton.jit
-def _load(
-    ring,  # [b, n, slots, d]: a tensor descriptor if DESCRIPTORS, else a pointer to a head's slots
-    slot_stride, slots, batch, kv_head,
-    block,  # the first position
-    end,
-    MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    D: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+def _attend(
+    q, out, scores, row_max, row_sum, previous,
+    query, keys, values, slot_stride, slots, batch, kv_head, block, begin, end,
+    MASKED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_N, D]: the keys or values of positions block, block + 1, …"""
-    if DESCRIPTORS:
-        return ring.load([batch, kv_head, block % slots, 0]).reshape([BLOCK_N, D])
-    else:
-        position = block + tl.arange(0, BLOCK_N)
-        slot = (position % slots).to(tl.int64)[:, None]
-        pointer = ring + slot * slot_stride + tl.arange(0, D)[None, :]
-        if MASKED:
-            return tl.load(pointer, mask=(position < end)[:, None], other=0.0)
-        else:
-            return tl.load(pointer)
+    """The block `previous`, whose scores these are, joins out; and the scores of `block`. In this
+    order Hopper's tensor cores still add the round before's values while softmax is computed."""
+    weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, SCALE, SOFTCAP)
+    scores = scores_of_block(
+        q, query, keys, slot_stride, slots, batch, kv_head, block, begin, end,
+        MASKED, SCALE, SOFTCAP, WINDOW, BLOCK_N, D, DESCRIPTORS,
+    )  # fmt: skip
+    v = load_block(
+        values, slot_stride, slots, batch, kv_head, previous, end, True, BLOCK_N, D, DESCRIPTORS
+    )  # fmt: skip
+    out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
+    return out, scores, row_max, row_sum
 
 
 @triton.jit
-def attend(
-    q, out, row_max, row_sum, query,
-    keys, values, slot_stride, slots, batch, kv_head,
-    block, begin, end,
-    MASKED: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    D: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """One block of keys joins the running softmax (row_max, row_sum) and its weighted sum, out."""
-    LOG2_E: tl.constexpr = 1.4426950408889634  # for exp2
-    k = _load(keys, slot_stride, slots, batch, kv_head, block, end,
-              MASKED, BLOCK_N, D, DESCRIPTORS)  # fmt: skip
-    scores = tl.dot(q, k.T, input_precision="ieee")
-    FACTOR: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2_E
-    if SOFTCAP > 0:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
-        scores = 1 - 2 / (tl.exp2(scores * (2 * SCALE * LOG2_E / SOFTCAP)) + 1)
-    if MASKED:
-        key = block + tl.arange(0, BLOCK_N)[None, :]
-        visible = (key <= query) & (key >= begin)
-        if WINDOW > 0:
-            visible &= key > query - WINDOW
-        scores = tl.where(visible, scores, -1e30)
-
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * FACTOR)
-    weights = tl.exp2(tl.fma(scores, FACTOR, -new_max[:, None]))
-    if MASKED:
-        weights = tl.where(visible, weights, 0.0)  # a row that has seen nothing has no true maximum
-    rescale = tl.exp2(row_max - new_max)
-    row_sum = row_sum * rescale + tl.sum(weights, axis=1)
-    v = _load(values, slot_stride, slots, batch, kv_head, block, end,
-              MASKED, BLOCK_N, D, DESCRIPTORS)  # fmt: skip
-    out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
-    return out, new_max, row_sum
+def _other_block(i, first, before, whole_end):
+    """Of those that only some rows see, the i-th position's."""
+    return tl.where(i < before, first + i, whole_end + i - before)
 
 
 @triton.jit(do_not_specialize=["t", "slots"])
@@ -167,7 +128,6 @@ def _attention_kernel(
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     mask = (token < t)[:, None]
     start = tl.load(start_ptr + batch)
-    query = (start + token)[:, None]
 
     # By way of memory: what is loaded from where it was stored lies in shared memory, but computed
     # queries Triton would hold in 64 registers a thread, for want of which ptxas makes Hopper's
@@ -189,11 +149,15 @@ def _attention_kernel(
     tl.debug_barrier()
     q = tl.load(out_ptr + out_row + channel, mask=mask, other=0.0)
 
-    first_query = start + first_row // GROUP
-    last_query = start + tl.minimum((first_row + BLOCK_M - 1) // GROUP, t - 1)
-    begin = tl.maximum(start + t - slots, 0)  # the oldest position that the ring still holds
+    # Positions are counted as _attend.py says; `begin` is the oldest that the ring still holds.
+    begin = tl.maximum(start + t - slots, 0)
+    turn = begin // slots * slots
     if first_ptr is not None:
         begin = tl.maximum(begin, tl.load(first_ptr + batch))
+    begin -= turn
+    query = (start - turn + token)[:, None]
+    first_query = start - turn + first_row // GROUP
+    last_query = start - turn + tl.minimum((first_row + BLOCK_M - 1) // GROUP, t - 1)
     whole_begin, end = begin, last_query + 1
     if WINDOW > 0:
         whole_begin = tl.maximum(begin, last_query - WINDOW + 1)
@@ -210,20 +174,39 @@ def _attention_kernel(
     out = tl.zeros([BLOCK_M, 2 * HALF], tl.float32)
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see nothing at all
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    newest = tl.maximum(end - 1, begin) // BLOCK_N * BLOCK_N
+    before = tl.maximum(tl.minimum(whole_begin, newest) - first, 0)
+    after = tl.maximum(newest - whole_end, 0)
+    scores = scores_of_block(
+        q, query, keys, slot_stride, slots, batch, kv_head, newest, begin, end,
+        True, SCALE, SOFTCAP, WINDOW, BLOCK_N, 2 * HALF, DESCRIPTORS,
+    )  # fmt: skip
+    whole_end = tl.minimum(whole_end, newest)
+    others = before + after
+    for i in range(0, others, BLOCK_N):
+        block = _other_block(i, first, before, whole_end)
+        previous = tl.where(i == 0, newest, _other_block(i - BLOCK_N, first, before, whole_end))
+        out, scores, row_max, row_sum = _attend(
+            q, out, scores, row_max, row_sum, previous,
+            query, keys, values, slot_stride, slots, batch, kv_head, block, begin, end,
+            True, SCALE, SOFTCAP, WINDOW, BLOCK_N, 2 * HALF, DESCRIPTORS,
+        )  # fmt: skip
+    last_other = tl.where(
+        others > 0, _other_block(others - BLOCK_N, first, before, whole_end), newest
+    )
     for block in range(whole_begin, whole_end, BLOCK_N):
-        out, row_max, row_sum = attend(
-            q, out, row_max, row_sum, query,
-            keys, values, slot_stride, slots, batch, kv_head,
-            block, begin, end, False, SCALE, SOFTCAP, WINDOW, BLOCK_N, 2 * HALF, DESCRIPTORS,
+        previous = tl.where(block == whole_begin, last_other, block - BLOCK_N)
+        out, scores, row_max, row_sum = _attend(
+            q, out, scores, row_max, row_sum, previous,
+            query, keys, values, slot_stride, slots, batch, kv_head, block, begin, end,
+            False, SCALE, SOFTCAP, WINDOW, BLOCK_N, 2 * HALF, DESCRIPTORS,
         )  # fmt: skip
-    before, after = tl.minimum(whole_begin, end) - first, tl.maximum(end - whole_end, 0)
-    for i in range(0, before + after, BLOCK_N):
-        block = tl.where(i < before, first + i, whole_end + i - before)
-        out, row_max, row_sum = attend(
-            q, out, row_max, row_sum, query,
-            keys, values, slot_stride, slots, batch, kv_head,
-            block, begin, end, True, SCALE, SOFTCAP, WINDOW, BLOCK_N, 2 * HALF, DESCRIPTORS,
-        )  # fmt: skip
+    last = tl.where(whole_begin < whole_end, whole_end - BLOCK_N, last_other)
+    weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, SCALE, SOFTCAP)
+    v = load_block(
+        values, slot_stride, slots, batch, kv_head, last, end, True, BLOCK_N, 2 * HALF, DESCRIPTORS
+    )  # fmt: skip
+    out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
 
     out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
     # Computed again: kept through the loops, these addresses would spill. `start` is loaded again
@@ -236,7 +219,8 @@ def _attention_kernel(
 
 def tile(rows: int, heads: int, d: int, itemsize: int, softcap: bool, gpu: Gpu) -> dict[str, int]:
     """Rows, keys, warps and stages, for `rows` in each of `heads`: what fits in shared memory (q,
-    and two stages of k and v), does not spill registers, and gives every multiprocessor work."""
+    the newest k, and two stages of k and v), does not spill registers in the loops, and gives every
+    multiprocessor work."""
     wide = max(d, 128)
     scarce = softcap or gpu.capability >= 100  # registers
     if itemsize == 4:  # no tensor cores

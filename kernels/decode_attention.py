@@ -30,10 +30,11 @@ Bound by memory: bytes = 2 * b * n * visible keys * d * itemsize. Walk-through s
 import torch
 from torch import Tensor
 
+from gemma_fast.kernels._attend import HEAD_DIMS, load_block, scores_of_block, softmax_step
 from gemma_fast.kernels._op import gpu, op, wait_for_kernel_ahead
 from gemma_fast.kernels._splits import count_splits, join_splits, tile
 from gemma_fast.kernels._triton import knobs, tl, triton
-from gemma_fast.kernels.attention import HEAD_DIMS, attend, attention_reference
+from gemma_fast.kernels.attention import attention_reference
 from gemma_fast.kernels.rotary import rotary_write_reference
 
 
@@ -115,10 +116,12 @@ def _decode_attention_kernel(
     kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     split, splits, n = tl.program_id(0), tl.num_programs(0), tl.num_programs(1)
     position = tl.load(position_ptr + batch)
-    end = position + 1
+    # The visible ones from begin to end are counted as _attend.py says.
+    turn = tl.maximum(position + 1 - slots, 0) // slots * slots
+    end = position + 1 - turn
     begin = tl.maximum(end - (tl.minimum(slots, WINDOW) if WINDOW > 0 else slots), 0)
     if first_ptr is not None:
-        begin = tl.maximum(begin, tl.load(first_ptr + batch))
+        begin = tl.maximum(begin, tl.load(first_ptr + batch) - turn)
     blocks = tl.maximum(tl.cdiv(end - begin, BLOCK_N), 1)  # one for padding, too: it stores zeros
     # As count_splits has it, but of the keys that are there by now.
     balanced = tl.sqrt((JOIN * tl.maximum(end - begin, 0)).to(tl.float32)) / BLOCK_N
@@ -153,10 +156,15 @@ def _decode_attention_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     share = begin + split * blocks_per_split * BLOCK_N
     for block in range(share, tl.minimum(share + blocks_per_split * BLOCK_N, end), BLOCK_N):
-        out, row_max, row_sum = attend(
-            q, out, row_max, row_sum, position, keys_ptr, values_ptr, slot_stride, slots, 0, 0,
-            block, begin, end, True, SCALE, SOFTCAP, 0, BLOCK_N, D, False,
+        scores = scores_of_block(
+            q, end - 1, keys_ptr, slot_stride, slots, 0, 0, block, begin, end,
+            True, SCALE, SOFTCAP, 0, BLOCK_N, D, False,
         )  # fmt: skip
+        weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, SCALE, SOFTCAP)
+        block_v = load_block(
+            values_ptr, slot_stride, slots, 0, 0, block, end, True, BLOCK_N, D, False
+        )  # fmt: skip
+        out = tl.dot(weights.to(q.dtype), block_v, out * rescale[:, None], input_precision="ieee")
 
     pair = batch * n + kv_head
     out_ptr += pair * (GROUP * D)

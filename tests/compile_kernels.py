@@ -198,14 +198,49 @@ def launch_prompts(dtype: torch.dtype) -> None:
             )  # fmt: skip
 
 
+def spills_in_loops(sass: str) -> int:
+    """How often a loop that multiplies stores or loads registers, each round. Its end is a branch
+    back on a condition; those that wait for a barrier multiply nothing."""
+    labels, instructions, spills = {}, [], set()
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+    for end, instruction in enumerate(instructions):
+        branch = re.match(r"@\S+\s+BRA\S*\s.*?(\.L_\w+)", instruction)
+        begin = labels.get(branch[1], end) if branch else end
+        loop = range(begin, end)
+        if any(re.search(r"MMA|FFMA", instructions[i]) for i in loop):
+            spills.update(i for i in loop if re.search(r"\b(STL|LDL)\b", instructions[i]))
+    return len(spills)
+
+
+def softmax_beside_products(ptx: str) -> list[bool]:
+    """Of each loop with both: whether products of the round before are still under way when it
+    computes softmax, and are waited for once."""
+    found, wait = [], "wgmma.wait_group"
+    for branch in re.finditer(r"\bbra(?:\.uni)?\s+(\$L\w+);", ptx):
+        begin = ptx.find(f"\n{branch[1]}:", 0, branch.start())
+        loop = ptx[begin : branch.start()] if begin >= 0 else ""
+        if "ex2" in loop and wait in loop:
+            found.append(loop.index("ex2") < loop.index(wait) and loop.count(wait) == 1)
+    return found
+
+
 def assemble(compiled, capability: int) -> dict:
-    """Registers, stack, and the assembler's warnings that tensor-core products run one by one."""
+    """Registers, stack, spills in loops, and the assembler's warnings that tensor-core products run
+    one by one."""
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "cubin"), Path(folder, "ptx")
         cubin.write_bytes(compiled.asm["cubin"])
         command = [BIN / "cuobjdump", "--dump-resource-usage", cubin]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+        sass = ""
+        if int(stack):
+            command = [BIN / "nvdisasm", "-c", cubin]
+            sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         warnings = ""
         if capability == 90:
             ptx.write_text(compiled.asm["ptx"])
@@ -214,6 +249,7 @@ def assemble(compiled, capability: int) -> dict:
     return {
         "registers": int(registers),
         "stack": int(stack),
+        "spills_in_loops": spills_in_loops(sass),
         "serialized": re.findall(r"Potential Performance Loss: .*", warnings),
     }
 
@@ -239,6 +275,7 @@ def report(job: tuple[int, str], capability: int) -> str:
         "wide_loads_before_wait": len(WIDE_LOAD.findall(before_wait)),
         "tile_copies": "cp.async.bulk.tensor" in ptx,
         "wgmma": "wgmma" in ptx,
+        "softmax_beside_products": softmax_beside_products(ptx),
     })  # fmt: skip
 
 

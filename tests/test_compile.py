@@ -29,9 +29,11 @@ def test_kernels_fit(compiled):
         "_rms_norm_kernel", "_rotary_write_kernel",
     }  # fmt: skip
     for kernel in kernels:
-        # The assembler itself may spill two registers, so that twice as many programs fit.
-        spills = 8 if kernel["registers"] <= 128 else 0
-        assert kernel["stack"] <= spills, f"spills registers: {kernel}"
+        # The assembler itself may spill two registers, so that twice as many programs fit; and more
+        # where that is done once a program, for what is needed before and after its loops.
+        few = kernel["stack"] <= 8 and kernel["registers"] <= 128
+        once = kernel["stack"] <= 64 and not kernel["spills_in_loops"]
+        assert few or once, f"spills registers: {kernel}"
         assert kernel["shared"] <= GPUS[capability].shared_memory, f"shared memory: {kernel}"
 
 
@@ -103,3 +105,5 @@ def test_prompts_are_made_for_each_generation(compiled):
         assert kernel["tile_copies"] == kernel["options"]["DESCRIPTORS"]
         assert kernel["wgmma"] == (capability == 90), f"not on the tensor cores: {kernel}"
         assert not kernel["serialized"], kernel["serialized"]
+        if capability == 90 and kernel["kernel"] == "_attention_kernel":
+            assert kernel["softmax_beside_products"] == [True, True], kernel
