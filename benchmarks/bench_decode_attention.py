@@ -8,6 +8,7 @@ errs against gemma_fast. Every slot of the ring is visible, so nobody needs a ma
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gemma_fast.benchmarks.bench_attention import rotated
 from gemma_fast.benchmarks.bench_rotary import Tensors, angles
-from gemma_fast.benchmarks.harness import EAGER, OURS, Call, Suite, compiled
+from gemma_fast.benchmarks.harness import EAGER, OURS, OURS_ALONE, Call, Suite, alone, compiled
 from gemma_fast.benchmarks.machine import Work
 from gemma_fast.kernels.decode_attention import decode_attention, decode_attention_reference
 from gemma_fast.kernels.rotary import rotary_write_reference
@@ -32,9 +33,16 @@ def inputs(
     make: dict[str, Any] = {"device": device, "dtype": dtype}
     qkv = torch.randn(b, heads + 2 * n, d, **make)
     keys, values = torch.randn(2, b, n, min(depth, window or depth), d, **make)
-    cos, sin = (x[0] for x in angles(depth, d, device))
+    cos, sin = tables(depth, d, device)
     position = torch.full((b,), depth - 1, dtype=torch.int32, device=device)
     return qkv, keys, values, cos, sin, position, d**-0.5
+
+
+@cache
+def tables(depth: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos, sin :: [depth, d / 2]: all inputs share them, as all layers of a model do."""
+    cos, sin = angles(depth, d, device)
+    return cos[0], sin[0]
 
 
 def work(
@@ -143,6 +151,7 @@ DECODE_ATTENTION = Suite(
         "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
         "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
         "SDPA efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
+        OURS_ALONE: alone(ours),
         OURS: ours,
     },
 )

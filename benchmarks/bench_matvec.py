@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.benchmarks.harness import EAGER, OURS, Call, Suite, compiled
+from gemma_fast.benchmarks.harness import EAGER, OURS, OURS_ALONE, Call, Suite, alone, compiled
 from gemma_fast.benchmarks.machine import Work
 from gemma_fast.kernels.matvec import linear, norm_linear
 
@@ -53,6 +53,10 @@ def norm_eager(
     return y, residual
 
 
+def ours(*given: Any) -> Call:
+    return lambda: linear(*given, prefetch=True)
+
+
 def norm_ours(*given: Any) -> Call:
     x, residual, norm_weight, weight, geglu = given
     return lambda: norm_linear(
@@ -76,7 +80,8 @@ LINEAR = Suite(
     providers={
         EAGER: lambda *given: lambda: F.linear(*given),
         "torch.compile": lambda *given: lambda: compiled(F.linear)(*given),
-        OURS: lambda *given: lambda: linear(*given, prefetch=True),
+        OURS_ALONE: alone(ours),
+        OURS: ours,
     },
 )
 NORM_LINEAR = Suite(
@@ -100,6 +105,7 @@ NORM_LINEAR = Suite(
     providers={
         EAGER: lambda *given: lambda: norm_eager(*given),
         "torch.compile": lambda *given: lambda: compiled(norm_eager)(*given),
+        OURS_ALONE: alone(norm_ours),
         OURS: norm_ours,
     },
 )  # fmt: skip

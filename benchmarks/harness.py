@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -30,7 +30,8 @@ from gemma_fast.kernels._op import Gpu
 Size = dict[str, Any]
 Provider = Callable[..., Call]
 
-EAGER, OURS, OURS_BY_POINTERS = "eager", "gemma_fast", "gemma_fast, no descriptors"
+EAGER, OURS = "eager", "gemma_fast"
+OURS_BY_POINTERS, OURS_ALONE = "gemma_fast, no descriptors", "gemma_fast, no overlap"
 COPY = "copy of the same bytes (yardstick)"
 NOT_MEASURED = "ok, not measured"
 # Of `error`: one rounding to bf16 gives 1.7e-3, to fp16 2.1e-4, and rivals may round in between. In
@@ -134,7 +135,8 @@ def run(
             if roof is None:
                 result = replace(result, status=NOT_MEASURED)
             else:
-                times, graph = device_times(calls(suite, name, keywords, device, dtype))
+                made = calls(suite, name, keywords, device, dtype)
+                times, graph = device_times(made, partial(check_replay, suite, name, made, dtype))
                 if name != COPY and times.median < 0.8 * roof.floor(work):
                     raise Wrong(f"{roof.floor(work) / times.median:.2g} times as fast as the roof")
                 result = replace(result, times=times, graph=graph)
@@ -199,6 +201,17 @@ def check(
     return worst
 
 
+def check_replay(
+    suite: Suite, name: str, made: Sequence[Call], dtype: torch.dtype, left: Any
+) -> None:
+    """Whether our graph's last replay left what the call gives by itself: its kernels overlap. (Of
+    rivals some change their inputs.) Raises Wrong."""
+    if name.startswith(OURS):
+        for found, alone in zip(_outputs(left), _outputs(made[0]()), strict=True):
+            if not (off := error(found, alone)) <= suite.tolerance[dtype]:
+                raise Wrong(f"error {off:.2g} in the graph that was timed")
+
+
 def _outputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (x,) if isinstance(x, Tensor) else tuple(x)
 
@@ -234,12 +247,21 @@ def copy_of(size: int, device: torch.device) -> Call:
 
 def by_pointers(op: Provider) -> Provider:
     """Our op, its tiles copied by pointers where it would copy them by tensor descriptors."""
+    return _on_a_gpu(op, "can_describe", False)
 
+
+def alone(op: Provider) -> Provider:
+    """Our op, each call after the end of the one before. With programmatic dependent launch, which
+    rivals do not have, a call's first loads overlap the call before: what OURS takes in a row."""
+    return _on_a_gpu(op, "overlap", {"PREFETCH": False})
+
+
+def _on_a_gpu(op: Provider, method: str, answer: Any) -> Provider:
     def provider(*inputs: Any) -> Call:
         call = op(*inputs)
 
         def run() -> Any:
-            with patch.object(Gpu, "can_describe", lambda *_: False):
+            with patch.object(Gpu, method, lambda *_: answer):
                 return call()
 
         return run

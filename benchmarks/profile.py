@@ -154,7 +154,9 @@ def main(
     for _ in range(WARM):
         rounds(work)
     clock = wall_seconds(lambda: rounds(work)) / ROUNDS
-    found = table(shares(kernels(traced(work))), clock * 1e6)
+    if not (ran := kernels(traced(work))):
+        raise click.ClickException("PyTorch's profiler saw no kernels")
+    found = table(shares(ran), clock * 1e6)
     what = f"A prompt of {prompt}" if prompt else f"A token after {depth}"
     head = report.heading(stamp(device, kind, [], commit), None)
     text = f"{what}, batch {batch}, {model}. {head}\n\n{found}"

@@ -36,12 +36,15 @@ def summary(times: Sequence[float]) -> Times:
     return Times(statistics.median(times), p20, p80)
 
 
-def device_times(calls: Sequence[Call]) -> tuple[Times, bool]:
-    """Times of the current GPU, and whether they are of a graph: not every call can be captured."""
+def device_times(calls: Sequence[Call], check: Callable[[Any], None]) -> tuple[Times, bool]:
+    """Times of the current GPU, and whether they are of a graph: not every call can be captured.
+
+    check: is given the first call's output as the last replay left it
+    """
     _warm_up(calls)
     try:
         with torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves its own
-            return summary(_replay_seconds(calls)), True
+            return summary(_replay_seconds(calls, check)), True
     except RuntimeError:  # what PyTorch raises for a capture that something in it forbids
         _forget_capture()
         rounds = event_seconds(lambda: [call() for call in calls], REPLAYS)
@@ -102,23 +105,25 @@ def _warm_up(calls: Sequence[Call]) -> None:
     torch.cuda.synchronize()
 
 
-def _replay_seconds(calls: Sequence[Call]) -> list[float]:
+def _replay_seconds(calls: Sequence[Call], check: Callable[[Any], None]) -> list[float]:
     """Seconds a call, one figure a replay."""
-    graph = _capture(calls)
+    graph, output = _capture(calls)
     cycles = math.ceil(REPLAY_SECONDS / min(event_seconds(graph.replay, 3)))
     if cycles > 1:
-        graph = _capture([*calls] * cycles)
+        graph, output = _capture([*calls] * cycles)
     settle(graph.replay)
-    return [s / (cycles * len(calls)) for s in event_seconds(graph.replay, REPLAYS)]
+    seconds = [s / (cycles * len(calls)) for s in event_seconds(graph.replay, REPLAYS)]
+    check(output)
+    return seconds
 
 
-def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+def _capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """The graph, and the memory of its first call's output."""
     graph = torch.cuda.CUDAGraph()
     # thread_local: calls of other threads, a compiler's for one, do not end the capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = [call() for call in calls]
-    del outputs  # not before the capture's end: each call has memory of its own
-    return graph
+    return graph, outputs[0]  # the others live until here: each call has memory of its own
 
 
 def clock() -> float:

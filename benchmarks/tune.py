@@ -17,7 +17,8 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
@@ -145,6 +146,8 @@ def compile_ahead(suite: str, size: str, name: str, dtype: torch.dtype) -> None:
     keywords = SUITES[suite].sizes[size]
     given = make_inputs(SUITES[suite], keywords, torch.device("cuda"), dtype, 0)
     variants(SUITES[suite], TABLES[suite], keywords).providers[name](*given)()
+    del given
+    torch.cuda.empty_cache()  # while others measure
 
 
 def measure(
@@ -216,9 +219,10 @@ def main(
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), get_context("spawn")) as pool:
         for name, size in todo:
             suite = variants(SUITES[name], TABLES[name], SUITES[name].sizes[size])
-            ahead = [pool.submit(compile_ahead, name, size, x, kind) for x in suite.providers]
-            for future in track(ahead, f"{name}, {size}", console=Console(stderr=True)):
-                future.exception()  # whoever cannot be compiled or launched is listed below
+            with suppress(BrokenProcessPool):  # then the tiles are compiled when they are run
+                ahead = [pool.submit(compile_ahead, name, size, x, kind) for x in suite.providers]
+                for future in track(ahead, f"{name}, {size}", console=Console(stderr=True)):
+                    future.exception()  # whoever cannot be compiled or launched is listed below
             found = measure(suite, size, device, kind, roof)
             click.echo("\n".join([f"{name}, {size}", *table(found)]))
             results += [{"suite": name, "size": size, **x} for x in found]

@@ -24,7 +24,7 @@ def tile(
     rows, num_warps = triton.next_power_of_2(group), 8 if d * itemsize >= 512 else 4
     narrow = d == 256 and (crowded or gpu.shared_memory < 160_000)
     block_n = 16 if itemsize == 4 else 32 if narrow else 64
-    chunk = min(max(num_warps * 2048 // (rows * d), 1), 16)  # 64 registers a thread
+    chunk = min(max(num_warps * 1024 // (rows * d), 1), 16)  # 32 registers a thread
     return {
         "BLOCK_M": max(16, triton.next_power_of_2(group + 1)), "BLOCK_N": block_n, "ROWS": rows,
         "CHUNK": chunk, "JOIN": group, "num_warps": num_warps, "num_stages": 3,

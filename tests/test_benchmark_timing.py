@@ -24,6 +24,7 @@ def fake_gpu(monkeypatch):
     def call():
         gpu.captured[-1] += gpu.capturing
         gpu.now += 0 if gpu.capturing else 2**-13
+        return len(gpu.captured) - 1, gpu.captured[-1]  # which graph, and its how manieth call
 
     class Event:
         def __init__(self, enable_timing):
@@ -70,14 +71,16 @@ def fake_gpu(monkeypatch):
 
 
 def test_graph_cycles_until_a_replay_is_long_enough(fake_gpu):
-    times, graph = timing.device_times([fake_gpu.call] * 4)
+    left = []
+    times, graph = timing.device_times([fake_gpu.call] * 4, left.append)
     assert graph and times == pytest.approx((2**-17,) * 3)
+    assert left == [(2, 1)]
     assert fake_gpu.captured == [0, 4, 4 * 33]  # 33 / 2^15 of a second
 
 
 def test_what_cannot_be_captured_is_timed_with_its_launches(fake_gpu):
     fake_gpu.refuses = True
-    times, graph = timing.device_times([fake_gpu.call] * 4)
+    times, graph = timing.device_times([fake_gpu.call] * 4, pytest.fail)
     assert not graph and times == pytest.approx((2**-13,) * 3)
     assert fake_gpu.forgotten == 1
 

@@ -12,6 +12,7 @@ from gemma_fast.benchmarks.harness import COPY, EAGER, OURS, Result, run
 from gemma_fast.benchmarks.machine import Roof, Work
 from gemma_fast.benchmarks.plots import plot
 from gemma_fast.benchmarks.timing import Times
+from gemma_fast.kernels._op import Gpu
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 ROOF = Roof(copy=2e12, product=1e15)
@@ -64,7 +65,7 @@ def test_wrong_provider_is_not_timed(monkeypatch):
 
     times = Times(1e-3, 1e-3, 1e-3)
     monkeypatch.setattr(harness, "calls", calls)
-    monkeypatch.setattr(harness, "device_times", lambda calls: (times, True))
+    monkeypatch.setattr(harness, "device_times", lambda calls, check: (times, True))
     results = list(run(SUITE, "large", CPU, FP32, ROOF))
     assert timed == [EAGER, OURS, COPY]
     assert sorted(r.provider for r in results if r.times) == sorted(timed)
@@ -87,9 +88,32 @@ def test_oracle_sees_its_own_fp32_copies():
 def test_faster_than_the_roof_is_wrong(monkeypatch):
     """As the replay of a graph is that captured nothing."""
     monkeypatch.setattr(harness, "calls", lambda *_: [lambda: None])
-    monkeypatch.setattr(harness, "device_times", lambda calls: (Times(1e-6, 1e-6, 1e-6), True))
+    monkeypatch.setattr(
+        harness, "device_times", lambda calls, check: (Times(1e-6, 1e-6, 1e-6), True)
+    )
     (found,) = run(SUITE, "large", CPU, FP32, ROOF, [OURS])  # 8 MiB at 2 TB/s: 4.2 µs
     assert found.status == "wrong: 4.2 times as fast as the roof" and found.times is None
+
+
+def test_what_our_timed_graph_wrote_is_checked(monkeypatch):
+    def device_times(calls, check):
+        check(torch.tensor([1.0, 2.01]))
+        return Times(1e-3, 1e-3, 1e-3), True
+
+    monkeypatch.setattr(harness, "calls", lambda *_: [lambda: torch.tensor([1.0, 2.0])])
+    monkeypatch.setattr(harness, "device_times", device_times)
+    eager, ours = run(SUITE, "large", CPU, FP32, ROOF, [EAGER, OURS])
+    assert ours.status == "wrong: error 0.0045 in the graph that was timed" and ours.times is None
+    assert eager.status == "ok"  # a rival may change its inputs from call to call
+
+
+def test_calls_that_do_not_overlap():
+    """As OURS_ALONE makes them."""
+    h100, seen = Gpu(90, 232_448, 132), []
+    call = harness.alone(lambda x: lambda: seen.append(h100.overlap(True)))(1)
+    call()
+    assert seen == [{"PREFETCH": False}]
+    assert h100.overlap(True) == {"PREFETCH": True, "launch_pdl": True}
 
 
 def test_rows_count_alike_however_small():

@@ -37,6 +37,18 @@ def test_kernels_fit(compiled):
         assert kernel["shared"] <= GPUS[capability].shared_memory, f"shared memory: {kernel}"
 
 
+def test_where_shared_memory_holds_two_programs_registers_do(compiled):
+    """Tiles of attention are chosen so; each program has 1 KiB of shared memory more."""
+    capability, kernels = compiled
+    if capability != 90:
+        return
+    attention = [k for k in kernels if "attention" in k["kernel"] and k["shared"] > 65_536]
+    twice = [k for k in attention if 2 * (k["shared"] + 1024) <= GPUS[90].shared_memory + 1024]
+    assert {k["kernel"] for k in twice} == {"_attention_kernel", "_decode_attention_kernel"}
+    for kernel in twice:
+        assert 2 * kernel["registers"] * 32 * kernel["options"]["num_warps"] <= 65_536, kernel
+
+
 # Loads of less than 16 bytes a thread: of positions, norms, splits; none of weights, keys, values.
 NARROW = {
     "_rms_norm_kernel": 0,
