@@ -38,11 +38,14 @@ def test_kernels_fit(compiled):
 
 
 def test_where_shared_memory_holds_two_programs_registers_do(compiled):
-    """Tiles of attention are chosen so; each program has 1 KiB of shared memory more."""
+    """Smaller tiles of attention are chosen for it; each program has 1 KiB of shared memory more."""
     capability, kernels = compiled
     if capability != 90:
         return
-    attention = [k for k in kernels if "attention" in k["kernel"] and k["shared"] > 65_536]
+    attention = [
+        k for k in kernels
+        if "attention" in k["kernel"] and k["shared"] > 65_536 and k["options"]["BLOCK_M"] <= 64
+    ]  # fmt: skip
     twice = [k for k in attention if 2 * (k["shared"] + 1024) <= GPUS[90].shared_memory + 1024]
     assert {k["kernel"] for k in twice} == {"_attention_kernel", "_decode_attention_kernel"}
     for kernel in twice:
