@@ -38,7 +38,7 @@ def test_kernels_fit(compiled):
 
 
 def test_where_shared_memory_holds_two_programs_registers_do(compiled):
-    """Smaller tiles of attention are chosen for it; each program has 1 KiB of shared memory more."""
+    """Attention's smaller tiles are chosen for it; each program has 1 KiB of shared memory more."""
     capability, kernels = compiled
     if capability != 90:
         return
