@@ -89,8 +89,8 @@ def run(
     roof: Roof | None, repeats: int, names: Sequence[str],
     judge: Judge,
 ) -> Iterator[Result]:  # fmt: skip
-    """Results provider by provider, in the order of PROVIDERS, where transformers, which the judge
-    compares this project with, is ahead; without a roof checked, and not timed."""
+    """Results provider by provider, in the order of PROVIDERS: transformers as it is, which the
+    judge compares this project with, is ahead; without a roof checked, and not timed."""
     config = checkpoint.config
     for name in (name for name in PROVIDERS if name in names):
         results = [

@@ -29,7 +29,7 @@ from gemma_fast.benchmarks.model_providers import PROVIDERS
 from gemma_fast.benchmarks.timing import wall_seconds
 
 ROUNDS = 20
-WARM = 5  # times as many before: what is compiled and captured is so then, and clocks have settled
+WARM = 5  # times as many before: then all is compiled and captured, and clocks have settled
 
 
 class Kernel(NamedTuple):
@@ -112,18 +112,29 @@ def traced(work: Callable[[], Any]) -> dict[str, Any]:
 @torch.no_grad()
 def prepare(
     model: str, prompt: int, depth: int, batch: int, device: torch.device, dtype: torch.dtype
-) -> Callable[[], Any]:
-    """A round: a prompt of so many tokens, or, with 0, a token after `depth`."""
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """What comes before some rounds, and a round: a prompt of so many tokens, or, with 0, a token,
+    the first after `depth`. ValueError: they do not fit."""
     checkpoint = find(model)
-    ids = torch.randint(3, checkpoint.config.vocab_size, (batch, prompt or depth)).to(device)
+    before, context = prompt or depth, checkpoint.config.max_position_embeddings
+    room = before if prompt else depth + ROUNDS
+    if room > context:
+        raise ValueError(f"{room} tokens do not fit the context of {model}, {context}")
+    ids = torch.randint(3, checkpoint.config.vocab_size, (batch, before)).to(device)
     provider = PROVIDERS[OURS](checkpoint, dtype, device)
-    provider.start(batch, ids.shape[1] + (WARM + 2) * ROUNDS, PROMPT if prompt else NEW)
-    provider.prefill(ids)
-    return partial(provider.prefill, ids) if prompt else provider.step
+    provider.start(batch, room, PROMPT if prompt else NEW)
+    read = partial(provider.prefill, ids)
+    return read, read if prompt else provider.step
 
 
 @click.command(help=__doc__.split("\n")[0])
-@click.option("-p", "prompt", default=0, help="Tokens of a prompt to read; 0: a token to write.")
+@click.option(
+    "-p",
+    "prompt",
+    type=click.IntRange(0),
+    default=0,
+    help="Tokens of a prompt to read; 0: a token to write.",
+)
 @click.option(
     "-d",
     "depth",
@@ -132,32 +143,36 @@ def prepare(
     show_default=True,
     help="Tokens in the cache before a token that is written.",
 )
-@click.option("-b", "batch", default=1, show_default=True, help="Sequences at once.")
+@click.option(
+    "-b", "batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."
+)
 @click.option("--model", default="gemma-2b", show_default=True, help="As of gemma-fast bench.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]))
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write profile.md.")
 @click.option("--commit", help="What to stamp where git does not know.")
 def main(
-    prompt: int,
-    depth: int,
-    batch: int,
-    model: str,
-    dtype: str | None,
-    out: Path | None,
+    prompt: int, depth: int, batch: int, model: str, dtype: str | None, out: Path | None,
     commit: str | None,
-) -> None:
+) -> None:  # fmt: skip
     device, kind = model_command.pick_device(dtype)
     if device.type != "cuda":
         raise click.ClickException("a profile is of a CUDA GPU, and there is none")
     model_command.make_folder(out)
-    work = prepare(model, prompt, depth, batch, device, kind)
+    try:
+        begin, work = prepare(model, prompt, depth, batch, device, kind)
+    except (ValueError, OSError, ImportError) as error:
+        raise click.ClickException(str(error)) from error
     for _ in range(WARM):
+        begin()
         rounds(work)
+    begin()
     clock = wall_seconds(lambda: rounds(work)) / ROUNDS
+    begin()
+    torch.cuda.synchronize()
     if not (ran := kernels(traced(work))):
         raise click.ClickException("PyTorch's profiler saw no kernels")
     found = table(shares(ran), clock * 1e6)
-    what = f"A prompt of {prompt}" if prompt else f"A token after {depth}"
+    what = f"A prompt of {prompt}" if prompt else f"A token after {depth} to {depth + ROUNDS - 1}"
     head = report.heading(stamp(device, kind, [], commit), None)
     text = f"{what}, batch {batch}, {model}. {head}\n\n{found}"
     click.echo(text)

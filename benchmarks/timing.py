@@ -44,11 +44,13 @@ def device_times(calls: Sequence[Call], check: Callable[[Any], None]) -> tuple[T
     _warm_up(calls)
     try:
         with torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves its own
-            return summary(_replay_seconds(calls, check)), True
+            seconds, output = _replay_seconds(calls)
     except RuntimeError:  # what PyTorch raises for a capture that something in it forbids
         _forget_capture()
         rounds = event_seconds(lambda: [call() for call in calls], REPLAYS)
         return summary([seconds / len(calls) for seconds in rounds]), False
+    check(output)
+    return summary(seconds), True
 
 
 def event_seconds(work: Call, repeats: int) -> list[float]:
@@ -105,16 +107,15 @@ def _warm_up(calls: Sequence[Call]) -> None:
     torch.cuda.synchronize()
 
 
-def _replay_seconds(calls: Sequence[Call], check: Callable[[Any], None]) -> list[float]:
-    """Seconds a call, one figure a replay."""
+def _replay_seconds(calls: Sequence[Call]) -> tuple[list[float], Any]:
+    """Seconds a call, one figure a replay; and the first call's output after the last one."""
     graph, output = _capture(calls)
     cycles = math.ceil(REPLAY_SECONDS / min(event_seconds(graph.replay, 3)))
     if cycles > 1:
         graph, output = _capture([*calls] * cycles)
     settle(graph.replay)
     seconds = [s / (cycles * len(calls)) for s in event_seconds(graph.replay, REPLAYS)]
-    check(output)
-    return seconds
+    return seconds, output
 
 
 def _capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, Any]:

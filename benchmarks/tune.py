@@ -41,7 +41,7 @@ from gemma_fast.kernels import attention, decode_attention, geglu, lm_head, matv
 
 Tile = dict[str, int]
 Choices = Mapping[str, Sequence[int]]
-TABLE = "as the table has it"
+TABLE = f"{OURS}, as the table has it"  # names begin as this project's: their graphs are checked
 FINALISTS, ROUNDS = 4, 3  # run again, so often
 
 
@@ -57,7 +57,7 @@ class Table:
         """By their names."""
         choices = self.choices(size)
         tiles = (dict(zip(choices, x, strict=True)) for x in product(*choices.values()))
-        return {", ".join(f"{k} {v}" for k, v in tile.items()): tile for tile in tiles}
+        return {", ".join([OURS, *(f"{k} {v}" for k, v in x.items())]): x for x in tiles}
 
     def using(self, tile: Tile) -> AbstractContextManager[Any]:
         """Within it, the launcher finds this; what it does not say is the table's."""
@@ -141,13 +141,14 @@ def variants(suite: Suite, table: Table, size: Size) -> Suite:
     return replace(suite, yardstick=False, providers={TABLE: ours, **tried})
 
 
-def compile_ahead(suite: str, size: str, name: str, dtype: torch.dtype) -> None:
+def compile_ahead(
+    suite: str, keywords: Size, name: str, device: torch.device, dtype: torch.dtype
+) -> None:
     """In a process of its own: leaves the kernel in Triton's cache."""
-    keywords = SUITES[suite].sizes[size]
-    given = make_inputs(SUITES[suite], keywords, torch.device("cuda"), dtype, 0)
+    given = make_inputs(SUITES[suite], keywords, device, dtype, 0)
     variants(SUITES[suite], TABLES[suite], keywords).providers[name](*given)()
     del given
-    torch.cuda.empty_cache()  # while others measure
+    torch.cuda.empty_cache()  # the others' share
 
 
 def measure(
@@ -218,9 +219,13 @@ def main(
     results = []
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), get_context("spawn")) as pool:
         for name, size in todo:
-            suite = variants(SUITES[name], TABLES[name], SUITES[name].sizes[size])
+            keywords = SUITES[name].sizes[size]
+            suite = variants(SUITES[name], TABLES[name], keywords)
             with suppress(BrokenProcessPool):  # then the tiles are compiled when they are run
-                ahead = [pool.submit(compile_ahead, name, size, x, kind) for x in suite.providers]
+                ahead = [
+                    pool.submit(compile_ahead, name, keywords, x, device, kind)
+                    for x in suite.providers
+                ]
                 for future in track(ahead, f"{name}, {size}", console=Console(stderr=True)):
                     future.exception()  # whoever cannot be compiled or launched is listed below
             found = measure(suite, size, device, kind, roof)

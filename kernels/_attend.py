@@ -60,8 +60,8 @@ def scores_of_block(
     if MASKED:
         key = block + tl.arange(0, BLOCK_N)[None, :]
         visible = (key <= query) & (key >= begin)
-        if WINDOW > 0:
-            visible &= key > query - WINDOW
+        if WINDOW > 0:  # one comparison for both: a negative distance is a large one
+            visible = ((query - key).to(tl.uint32) < WINDOW) & (key >= begin)
         scores = tl.where(visible, scores, float("-inf"))
     return scores
 

@@ -17,18 +17,21 @@ def count_splits(pairs: int, join: int, visible: int, gpu: Gpu) -> int:
 def tile(
     pairs: int, group: int, visible: int, d: int, itemsize: int, gpu: Gpu
 ) -> dict[str, int]:  # fmt: skip
-    """Of a program: rows, keys, warps and stages; rows and splits that it joins at a time; see
-    count_splits for JOIN. Where there are more programs than multiprocessors, two of them are to
-    fit in shared memory."""
+    """Of a program: rows, keys, warps, stages; rows of a split that it joins; count_splits' join.
+    Where there are more programs than multiprocessors, two are to fit in shared memory."""
     crowded = pairs * count_splits(pairs, group, visible, gpu) > gpu.multiprocessors
     rows, num_warps = triton.next_power_of_2(group), 8 if d * itemsize >= 512 else 4
     narrow = d == 256 and (crowded or gpu.shared_memory < 160_000)
     block_n = 16 if itemsize == 4 else 32 if narrow else 64
-    chunk = min(max(num_warps * 1024 // (rows * d), 1), 16)  # 32 registers a thread
     return {
         "BLOCK_M": max(16, triton.next_power_of_2(group + 1)), "BLOCK_N": block_n, "ROWS": rows,
-        "CHUNK": chunk, "JOIN": group, "num_warps": num_warps, "num_stages": 3,
+        "JOIN": group, "num_warps": num_warps, "num_stages": 3,
     }  # fmt: skip
+
+
+def chunk(rows: int, d: int, num_warps: int) -> int:
+    """Splits that a program joins at a time: 32 registers a thread."""
+    return min(max(num_warps * 1024 // (rows * d), 1), 16)
 
 
 @triton.jit

@@ -15,9 +15,9 @@ returns      :: [b, t, heads, d], q.dtype
 
 Scores, cap, mask and softmax are in fp32; rotated queries and weights are rounded to q.dtype before
 the products. The m = heads / n query heads of a kv head share its keys: a tile of the kernel is
-tokens x m rows. It goes over the blocks of keys that only some of its rows see (the diagonal, the
-window's far edge), the newest first, then over those that all see, unmasked, and no others. Of a kv
-head's tiles the late ones, with the most to do, start first.
+tokens x m rows. It goes over the newest block of keys, then over the others that only some of its
+rows see (the diagonal, the window's far edge), then over those that all see, unmasked, and no more.
+Of a kv head's tiles the late ones, with the most to do, start first.
 Bound by compute for prompts: FLOPs = 4 * b * heads * d * (visible pairs); by memory for one token:
 bytes = 2 * b * n * positions * d * itemsize. Walk-through step: attention.
 """
@@ -69,7 +69,7 @@ def attention_reference(
 
 
 @triton.jit
-def _attend(
+def _next_block(
     q, out, scores, row_max, row_sum, previous,
     query, keys, values, slot_stride, slots, batch, kv_head, block, begin, end,
     MASKED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
@@ -186,7 +186,7 @@ def _attention_kernel(
     for i in range(0, others, BLOCK_N):
         block = _other_block(i, first, before, whole_end)
         previous = tl.where(i == 0, newest, _other_block(i - BLOCK_N, first, before, whole_end))
-        out, scores, row_max, row_sum = _attend(
+        out, scores, row_max, row_sum = _next_block(
             q, out, scores, row_max, row_sum, previous,
             query, keys, values, slot_stride, slots, batch, kv_head, block, begin, end,
             True, SCALE, SOFTCAP, WINDOW, BLOCK_N, 2 * HALF, DESCRIPTORS,
@@ -196,7 +196,7 @@ def _attention_kernel(
     )
     for block in range(whole_begin, whole_end, BLOCK_N):
         previous = tl.where(block == whole_begin, last_other, block - BLOCK_N)
-        out, scores, row_max, row_sum = _attend(
+        out, scores, row_max, row_sum = _next_block(
             q, out, scores, row_max, row_sum, previous,
             query, keys, values, slot_stride, slots, batch, kv_head, block, begin, end,
             False, SCALE, SOFTCAP, WINDOW, BLOCK_N, 2 * HALF, DESCRIPTORS,

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from gemma_fast.kernels._attend import HEAD_DIMS, load_block, scores_of_block, softmax_step
 from gemma_fast.kernels._op import gpu, op, wait_for_kernel_ahead
-from gemma_fast.kernels._splits import count_splits, join_splits, tile
+from gemma_fast.kernels._splits import chunk, count_splits, join_splits, tile
 from gemma_fast.kernels._triton import knobs, tl, triton
 from gemma_fast.kernels.attention import attention_reference
 from gemma_fast.kernels.rotary import rotary_write_reference
@@ -212,6 +212,7 @@ def _launch(
         *qkv.stride()[:2], *keys.stride()[:3], slots,
         SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,
         HAS_NORM=q_norm is not None, GROUP=heads // n, HALF=d // 2,
+        CHUNK=chunk(blocks["ROWS"], d, blocks["num_warps"]),
         **blocks, **limits.overlap(prefetch),
     )  # fmt: skip
     return out

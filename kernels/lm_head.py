@@ -128,7 +128,7 @@ def _next_token_kernel(
 def tile(rows: int, vocab: int, dim: int, itemsize: int) -> dict[str, int]:
     """As for other products; and of one row several blocks, for which its norm is computed once."""
     blocks = product_tile(rows, vocab, dim, itemsize) | {"BLOCKS": 1}
-    if rows == 1:  # 8 rows, and the next ones on their way, take the registers of two programs
+    if rows == 1:  # by 8, and the next 8 on their way, a program takes the registers of two
         blocks |= {"BLOCK_N": 4, "BLOCKS": triton.cdiv(BYTES, 4 * dim * itemsize)}
     return blocks
 

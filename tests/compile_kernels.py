@@ -199,20 +199,23 @@ def launch_prompts(dtype: torch.dtype) -> None:
 
 
 def spills_in_loops(sass: str) -> int:
-    """How often a loop that multiplies stores or loads registers, each round. Its end is a branch
-    back on a condition; those that wait for a barrier multiply nothing."""
-    labels, instructions, spills = {}, [], set()
+    """How often loops that multiply store or load a register, each round. A loop ends in a branch
+    back: on a condition, or behind a call on one, which leaves it."""
+    labels, instructions, spills, loops = {}, [""], set(), 0
     for line in sass.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(instructions)
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             instructions.append(instruction[1])
     for end, instruction in enumerate(instructions):
-        branch = re.match(r"@\S+\s+BRA\S*\s.*?(\.L_\w+)", instruction)
-        begin = labels.get(branch[1], end) if branch else end
-        loop = range(begin, end)
+        called = re.match(r"@\S+\s+CALL\.REL", instructions[end - 1])
+        condition = "" if called else r"(?:@\S+\s+BRA|BRA\.U)"
+        branch = re.match(condition + r"\S*\s.*?(\.L_\w+)", instruction)
+        loop = range(labels.get(branch[1], end) if branch else end, end)
         if any(re.search(r"MMA|FFMA", instructions[i]) for i in loop):
+            loops += 1
             spills.update(i for i in loop if re.search(r"\b(STL|LDL)\b", instructions[i]))
+    assert loops, "no loop found"
     return len(spills)
 
 
@@ -224,7 +227,9 @@ def softmax_beside_products(ptx: str) -> list[bool]:
         begin = ptx.find(f"\n{branch[1]}:", 0, branch.start())
         loop = ptx[begin : branch.start()] if begin >= 0 else ""
         if "ex2" in loop and wait in loop:
-            found.append(loop.index("ex2") < loop.index(wait) and loop.count(wait) == 1)
+            waits = loop.index(wait)
+            beside = loop.index("ex2") < waits < loop.rindex("wgmma.mma_async")
+            found.append(beside and loop.count(wait) == 1)
     return found
 
 
@@ -237,10 +242,11 @@ def assemble(compiled, capability: int) -> dict:
         command = [BIN / "cuobjdump", "--dump-resource-usage", cubin]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-        sass = ""
+        spills = 0
         if int(stack):
             command = [BIN / "nvdisasm", "-c", cubin]
             sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            spills = spills_in_loops(sass)
         warnings = ""
         if capability == 90:
             ptx.write_text(compiled.asm["ptx"])
@@ -249,7 +255,7 @@ def assemble(compiled, capability: int) -> dict:
     return {
         "registers": int(registers),
         "stack": int(stack),
-        "spills_in_loops": spills_in_loops(sass),
+        "spills_in_loops": spills,
         "serialized": re.findall(r"Potential Performance Loss: .*", warnings),
     }
 

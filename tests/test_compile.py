@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compile_kernels import GPUS
+from compile_kernels import GPUS, softmax_beside_products, spills_in_loops
 
 
 @pytest.fixture(scope="module", params=GPUS, ids=str)
@@ -41,7 +41,7 @@ def test_where_shared_memory_holds_two_programs_registers_do(compiled):
     """Attention's smaller tiles are chosen for it; each program has 1 KiB of shared memory more."""
     capability, kernels = compiled
     if capability != 90:
-        return
+        pytest.skip("tiles are chosen so for Hopper")
     attention = [
         k for k in kernels
         if "attention" in k["kernel"] and k["shared"] > 65_536 and k["options"]["BLOCK_M"] <= 64
@@ -122,3 +122,31 @@ def test_prompts_are_made_for_each_generation(compiled):
         assert not kernel["serialized"], kernel["serialized"]
         if capability == 90 and kernel["kernel"] == "_attention_kernel":
             assert kernel["softmax_beside_products"] == [True, True], kernel
+
+
+def test_spills_are_found_in_loops_of_each_generation():
+    def sass(*end: str) -> str:
+        lines = ["STL [R1], R2", ".L_x_1:", "HGMMA R4", "LDL R3, [R1]", *end, "LDL R2, [R1]"]
+        return "\n".join(x if x.endswith(":") else f"        /*0010*/   {x} ;" for x in lines)
+
+    for end in (
+        ["@!P0 BRA `(.L_x_1)"], ["BRA.U !UP1, `(.L_x_1)"],
+        ["@P1 CALL.REL.NOINC `(.L_x_2)", "BRA `(.L_x_1)"],
+    ):  # fmt: skip
+        assert spills_in_loops(sass(*end)) == 1
+    for no_loop in ("@!P0 BRA `(.L_x_9)", "BRA `(.L_x_1)"):  # the way back from a wait
+        with pytest.raises(AssertionError, match="no loop found"):
+            spills_in_loops(sass(no_loop))
+
+
+def test_softmax_is_beside_products_that_are_waited_for_later():
+    def loops(*body: str) -> list[bool]:
+        return softmax_beside_products("\n".join(["\n$L__BB0_1:", *body, "@%p1 bra $L__BB0_1;"]))
+
+    scores, values = "wgmma.mma_async.scores;", "wgmma.mma_async.values;"
+    wait = "wgmma.wait_group.sync.aligned 0;"
+    assert loops("ex2;", scores, wait, values) == [True]
+    assert loops(scores, wait, "ex2;", values) == [False]
+    assert loops("ex2;", scores, values, wait) == [False]
+    assert loops("ex2;", scores, wait, values, wait) == [False]
+    assert loops(scores, wait) == []

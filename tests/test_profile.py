@@ -42,11 +42,21 @@ def test_what_overlaps_is_the_earlier_kernels():
 @pytest.mark.parametrize("prompt", [0, 7])
 def test_a_round_is_a_token_or_a_prompt(prompt):
     cpu = torch.device("cpu")
-    work = prepare("tiny", prompt, depth=5, batch=2, device=cpu, dtype=torch.float32)
-    decoder = getattr(work, "func", work).__self__.decoder
-    for round in range(3):
-        assert decoder.cache.length == (7 if prompt else 5 + round)
-        work()
+    begin, work = prepare("tiny", prompt, depth=5, batch=2, device=cpu, dtype=torch.float32)
+    cache = begin.func.__self__.decoder.cache
+    for _ in range(2):
+        begin()
+        for token in range(ROUNDS):
+            assert cache.length == (prompt or 5 + token)
+            work()
+
+
+def test_what_does_not_fit_the_context_is_refused_at_once():
+    cpu = torch.device("cpu")
+    message = "8193 tokens do not fit the context of gemma-2b, 8192"
+    for prompt, depth in ((8193, 1), (0, 8193 - ROUNDS)):
+        with pytest.raises(ValueError, match=message):
+            prepare("gemma-2b", prompt, depth, batch=1, device=cpu, dtype=torch.float32)
 
 
 def test_command_wants_a_gpu(monkeypatch):

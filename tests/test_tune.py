@@ -53,7 +53,7 @@ def test_the_launcher_is_told_what_is_tried():
     assert ours.status == "ok, not measured" and tried.status.startswith("failed: ")
 
 
-def test_a_tile_that_does_not_fit_is_no_failure(capsys):
+def test_a_tile_that_does_not_fit_is_no_failure():
     def too_large(x):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
@@ -64,10 +64,14 @@ def test_a_tile_that_does_not_fit_is_no_failure(capsys):
     assert tried.status.startswith("cannot: out of resource: shared memory, Required: 300000")
 
 
+def block(i: int) -> str:
+    return f"gemma_fast, BLOCK {i}"
+
+
 @pytest.fixture
 def timed(monkeypatch):
     """SUITE, tuned: BLOCK 1 to 6; 1 is wrong, 2 looks best until it is timed again."""
-    first = {TABLE: 9, "BLOCK 2": 1, "BLOCK 3": 3, "BLOCK 4": 4, "BLOCK 5": 5, "BLOCK 6": 6}
+    first = {TABLE: 9, block(2): 1, block(3): 3, block(4): 4, block(5): 5, block(6): 6}
     seen, module = [], SimpleNamespace(tile=lambda: {"BLOCK": 3})
 
     def calls(suite, name, *_):
@@ -75,7 +79,7 @@ def timed(monkeypatch):
         return name
 
     def device_times(name, check):
-        again = {"BLOCK 2": 8, "BLOCK 4": 2}.get(name) if seen.count(name) > 1 else None
+        again = {block(2): 8, block(4): 2}.get(name) if seen.count(name) > 1 else None
         return Times(*[1e-3 * (again or first[name])] * 3), True
 
     monkeypatch.setattr(harness, "calls", calls)
@@ -88,22 +92,22 @@ def timed(monkeypatch):
 def test_the_first_few_are_timed_again(timed):
     suite, seen = timed
     found = measure(suite, "large", CPU, FP32, Roof(copy=1e10, product=1e15))
-    assert [seen.count(name) for name in (TABLE, *(f"BLOCK {i}" for i in range(1, 7)))] == [
+    assert [seen.count(name) for name in (TABLE, *map(block, range(1, 7)))] == [
         4, 0, 4, 4, 4, 4, 1,
     ]  # fmt: skip
     again = [(x["tile"], round(x["again_us"])) for x in found if "again_us" in x]
     assert again == [
-        ("BLOCK 4", 2000), ("BLOCK 3", 3000), ("BLOCK 5", 5000), ("BLOCK 2", 8000), (TABLE, 9000),
+        (block(4), 2000), (block(3), 3000), (block(5), 5000), (block(2), 8000), (TABLE, 9000),
     ]  # fmt: skip
-    assert [x["tile"] for x in found[5:]] == ["BLOCK 6", "BLOCK 1"]
+    assert [x["tile"] for x in found[5:]] == [block(6), block(1)]
     lines = list(table(found))
     assert len(lines) == 6 and lines[0].split() == [
-        "2000.00", "µs", "0.419", "of", "the", "roof", "BLOCK", "4",
+        "2000.00", "µs", "0.419", "of", "the", "roof", "gemma_fast,", "BLOCK", "4",
     ]  # fmt: skip
     assert lines[-1].startswith("  1 of 7 not measured, the first: wrong: error ")
 
 
-def test_command(monkeypatch, tmp_path):
+def test_command(monkeypatch):
     def told(*names: str) -> str:
         done = CliRunner().invoke(tune.main, names)
         assert done.exit_code
@@ -120,7 +124,19 @@ def test_command(monkeypatch, tmp_path):
     ]
 
 
-class InThisProcess:
+def test_kernels_are_compiled_ahead_by_a_call(monkeypatch):
+    launched = []
+    monkeypatch.setattr(
+        matvec, "_launch", lambda *given: launched.append(matvec.tile(1, 48, 64, 4))
+    )
+    tiny = SUITES["linear"].tiny["64 x 48, b 1"]
+    name = next(x for x in TABLES["linear"].candidates(tiny) if "BLOCK_N 2," in x)
+    with interpreter(), pytest.raises(TypeError):  # of no output
+        tune.compile_ahead("linear", tiny, name, *WHERE)
+    assert [x["BLOCK_N"] for x in launched] == [2]
+
+
+class Idle:
     """Stands in for the processes that compile ahead."""
 
     def __init__(self, *_):
@@ -138,7 +154,7 @@ class InThisProcess:
 
 def test_what_was_found_is_written(monkeypatch, tmp_path):
     roof = Roof(copy=1e12, product=1e15)
-    monkeypatch.setattr(tune, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", Idle)
     monkeypatch.setattr(
         tune.model_command, "pick_device", lambda dtype: (torch.device("cuda"), FP32)
     )
@@ -150,7 +166,7 @@ def test_what_was_found_is_written(monkeypatch, tmp_path):
     done = CliRunner().invoke(tune.main, ["geglu", "--size", "512", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert (
-        "geglu, 512 x 2*16384\n       2.00 µs  0.500 of the roof  as the table has it"
+        "geglu, 512 x 2*16384\n       2.00 µs  0.500 of the roof  gemma_fast, as the table has it"
         in done.output
     )
     saved = json.loads((tmp_path / "tune.json").read_text())
