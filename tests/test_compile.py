@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from compile_kernels import GPUS, softmax_beside_products, spills_in_loops
+from assembly import softmax_beside_products, spills_in_loops
+from compile_kernels import GPUS
 
 
 @pytest.fixture(scope="module", params=GPUS, ids=str)
