@@ -1,12 +1,16 @@
 """Compiles every kernel, as its launchers would launch it, for one GPU that need not be here.
 
     python tests/compile_kernels.py 90
+    python tests/compile_kernels.py 90 --hash
 
 Prints a JSON object for each: kernel, registers, bytes of stack (spills) and of shared memory, how
-wide its loads are, its tensor-core instructions and what the assembler warns of. A process of its
-own, because in the tests' the interpreter has taken the compiler's place.
+wide its loads are, its tensor-core instructions and what the assembler warns of. With --hash it
+prints a line for each instead: a hash of its PTX, and what it was compiled for. A change of names
+or of files leaves all hashes as they were. A process of its own, because in the tests' the
+interpreter has taken the compiler's place.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -195,6 +199,18 @@ def launch_prompts(dtype: torch.dtype) -> None:
             )  # fmt: skip
 
 
+def ptx_hash(job: tuple[int, str], capability: int) -> str:
+    """The PTX without its debug information and the kernel's name."""
+    index, TYPES[torch.float16] = job
+    kernel, args, kwargs = launches[index]
+    knobs.compilation.disable_line_info = True
+    ptx = compile_launch(kernel, args, kwargs, capability).asm["ptx"]
+    digest = hashlib.sha256(ptx.replace(kernel.__name__, "kernel").encode()).hexdigest()[:16]
+    options = " ".join(f"{name}={value}" for name, value in sorted(kwargs.items()))
+    types = ",".join(type_of(arg) for arg in args)
+    return f"{capability} {kernel.__name__} {digest} {options} {types}"
+
+
 def report(job: tuple[int, str], capability: int) -> str:
     index, TYPES[torch.float16] = job
     kernel, args, kwargs = launches[index]
@@ -230,7 +246,7 @@ def record_launches(on: Gpu) -> None:
     knobs.runtime.interpret = True  # CPU tensors take the launch path
 
 
-def main(capability: int) -> None:
+def main(capability: int, describe: Callable[..., str]) -> None:
     record_launches(GPUS[capability])
     launch_all(torch.float16)
     launch_all(torch.float32)
@@ -240,9 +256,9 @@ def main(capability: int) -> None:
         first.setdefault((kernel.__name__, kwargs.get("DESCRIPTORS")), i)
     jobs = [(i, "bf16") for i in different.values()] + [(i, "fp16") for i in first.values()]
     with get_context("fork").Pool() as pool:  # forked: it has the launches
-        for line in pool.imap(partial(report, capability=capability), jobs):
+        for line in pool.imap(partial(describe, capability=capability), jobs):
             print(line)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), ptx_hash if "--hash" in sys.argv else report)
