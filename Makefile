@@ -13,7 +13,7 @@ demo: .venv/demo.stamp
 
 test: .venv/test.stamp $(OLDEST)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
-	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(PYTEST_ARGS) $(wildcard tests/test_hf*.py)
+	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/hf
 
 lint: .venv/test.stamp
 	@$(BIN)/ruff check
@@ -29,7 +29,7 @@ bench: .venv/bench.stamp
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	@touch $@
 
-$(OLDEST): tests/oldest.txt .venv/test.stamp
+$(OLDEST): tests/hf/oldest.txt .venv/test.stamp
 	@rm -rf $@
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ -r $<
 	@touch $@

@@ -22,9 +22,13 @@ class BuildPy(build_py):
 
     def find_package_modules(self, package, package_dir):
         found = super().find_package_modules(package, package_dir)
-        return [module for module in found if module[1] not in ("bench_suites", "conftest")]
+        return [module for module in found if module[1] not in ("test_kernels", "conftest")]
 
 
+ROOMS = (
+    "checkpoint", "engine", "hf", "kernels", "model", "text", "benchmarks", "benchmarks.kernels",
+    "benchmarks.measure", "benchmarks.model", "benchmarks.verify",
+)  # fmt: skip
 HF = "transformers>=5.17,<6"  # gemma_fast.hf; tested at both ends
 
 setup(
@@ -36,7 +40,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # By hand: find_packages() passes over a folder without __init__.py.
-    packages=["gemma_fast", "gemma_fast.hf", "gemma_fast.kernels", "gemma_fast.benchmarks"],
+    packages=["gemma_fast"] + [f"gemma_fast.{room}" for room in ROOMS],
     cmdclass={"build_py": BuildPy},
     entry_points={"console_scripts": ["gemma-fast = gemma_fast.cli:main"]},
     install_requires=[

@@ -22,12 +22,13 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 from rich.text import Text
 
-from gemma_fast.benchmarks import model_command, report
-from gemma_fast.benchmarks.harness import Result, Suite, run, serious, with_took
-from gemma_fast.benchmarks.machine import Roof, measure_again, measure_roof, stamp
-from gemma_fast.benchmarks.model_providers import PROVIDERS
-from gemma_fast.benchmarks.plots import plot
-from gemma_fast.benchmarks.suites import RIVALS, SUITES, missing
+from gemma_fast.benchmarks import options as model_command
+from gemma_fast.benchmarks.kernels.suite import Result, Suite, run, serious, with_took
+from gemma_fast.benchmarks.kernels.table import RIVALS, SUITES, missing
+from gemma_fast.benchmarks.measure import report
+from gemma_fast.benchmarks.measure.machine import Roof, measure_again, measure_roof, stamp
+from gemma_fast.benchmarks.measure.plots import plot
+from gemma_fast.benchmarks.model.providers import PROVIDERS
 
 MODEL = "model"
 

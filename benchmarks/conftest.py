@@ -1,6 +1,6 @@
 import torch
 
-from gemma_fast.benchmarks.report import NOTHING
+from gemma_fast.benchmarks.measure.report import NOTHING
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import click
 import torch
 
-from gemma_fast.benchmarks import model_command, report
-from gemma_fast.benchmarks.harness import OURS
-from gemma_fast.benchmarks.machine import stamp
-from gemma_fast.benchmarks.model_cases import NEW, PROMPT, find
-from gemma_fast.benchmarks.model_providers import PROVIDERS
-from gemma_fast.benchmarks.timing import wall_seconds
+from gemma_fast.benchmarks import options as model_command
+from gemma_fast.benchmarks.kernels.suite import OURS
+from gemma_fast.benchmarks.measure import report
+from gemma_fast.benchmarks.measure.machine import stamp
+from gemma_fast.benchmarks.measure.timing import wall_seconds
+from gemma_fast.benchmarks.model.cases import NEW, PROMPT, find
+from gemma_fast.benchmarks.model.providers import PROVIDERS
 
 ROUNDS = 20
 WARM = 5  # times as many before: then all is compiled and captured, and clocks have settled

@@ -33,10 +33,11 @@ from rich.console import Console
 from rich.progress import track
 from triton.runtime.errors import OutOfResources
 
-from gemma_fast.benchmarks import model_command, report
-from gemma_fast.benchmarks.harness import OURS, Call, Provider, Size, Suite, make_inputs, run
-from gemma_fast.benchmarks.machine import Roof, measure_roof, stamp
-from gemma_fast.benchmarks.suites import SUITES
+from gemma_fast.benchmarks import options as model_command
+from gemma_fast.benchmarks.kernels.suite import OURS, Call, Provider, Size, Suite, make_inputs, run
+from gemma_fast.benchmarks.kernels.table import SUITES
+from gemma_fast.benchmarks.measure import report
+from gemma_fast.benchmarks.measure.machine import Roof, measure_roof, stamp
 from gemma_fast.kernels import attention, decode_attention, geglu, lm_head, matvec, rmsnorm, rotary
 
 Tile = dict[str, int]

@@ -9,39 +9,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # `as`: exported, to a type checker
-    from gemma_fast.cache import KVCache as KVCache
+    from gemma_fast.causal_lm import AutoModelForCausalLM as AutoModelForCausalLM
+    from gemma_fast.causal_lm import Gemma2ForCausalLM as Gemma2ForCausalLM
+    from gemma_fast.causal_lm import Gemma3ForCausalLM as Gemma3ForCausalLM
+    from gemma_fast.causal_lm import GemmaForCausalLM as GemmaForCausalLM
     from gemma_fast.config import PRESETS as PRESETS
     from gemma_fast.config import GemmaConfig as GemmaConfig
-    from gemma_fast.model import AutoModelForCausalLM as AutoModelForCausalLM
-    from gemma_fast.model import Gemma2ForCausalLM as Gemma2ForCausalLM
-    from gemma_fast.model import Gemma3ForCausalLM as Gemma3ForCausalLM
-    from gemma_fast.model import GemmaForCausalLM as GemmaForCausalLM
-    from gemma_fast.options import GenerationConfig as GenerationConfig
+    from gemma_fast.engine.request import GenerationConfig as GenerationConfig
+    from gemma_fast.model.cache import KVCache as KVCache
     from gemma_fast.reference import Reference as Reference
-    from gemma_fast.streaming import TextIteratorStreamer as TextIteratorStreamer
-    from gemma_fast.streaming import TextStreamer as TextStreamer
-    from gemma_fast.tokenizer import AutoTokenizer as AutoTokenizer
-    from gemma_fast.tokenizer import GemmaTokenizer as GemmaTokenizer
-    from gemma_fast.tokenizer import Tokenizer as Tokenizer
+    from gemma_fast.text.streaming import TextIteratorStreamer as TextIteratorStreamer
+    from gemma_fast.text.streaming import TextStreamer as TextStreamer
+    from gemma_fast.text.tokenizer import AutoTokenizer as AutoTokenizer
+    from gemma_fast.text.tokenizer import GemmaTokenizer as GemmaTokenizer
+    from gemma_fast.text.tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.1.0"
 
 # Imported when first asked for: a kernel alone needs neither checkpoints nor a tokenizer.
 _MODULES = {
-    "AutoModelForCausalLM": "model",
-    "AutoTokenizer": "tokenizer",
+    "AutoModelForCausalLM": "causal_lm",
+    "AutoTokenizer": "text.tokenizer",
     "GemmaConfig": "config",
-    "GemmaForCausalLM": "model",
-    "Gemma2ForCausalLM": "model",
-    "Gemma3ForCausalLM": "model",
-    "GemmaTokenizer": "tokenizer",
-    "GenerationConfig": "options",
-    "KVCache": "cache",
+    "GemmaForCausalLM": "causal_lm",
+    "Gemma2ForCausalLM": "causal_lm",
+    "Gemma3ForCausalLM": "causal_lm",
+    "GemmaTokenizer": "text.tokenizer",
+    "GenerationConfig": "engine.request",
+    "KVCache": "model.cache",
     "PRESETS": "config",
     "Reference": "reference",
-    "TextIteratorStreamer": "streaming",
-    "TextStreamer": "streaming",
-    "Tokenizer": "tokenizer",
+    "TextIteratorStreamer": "text.streaming",
+    "TextStreamer": "text.streaming",
+    "Tokenizer": "text.tokenizer",
 }
 __all__ = list(_MODULES)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fast.cache import KVCache
 from gemma_fast.config import GemmaConfig
+from gemma_fast.model.cache import KVCache
 
 
 def check_ids(input_ids: Any, config: GemmaConfig, device: torch.device) -> Tensor:

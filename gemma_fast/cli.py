@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gemma_fast.benchmarks.model_command import bench  # itself imports nothing large
+from gemma_fast.benchmarks.options import bench  # itself imports nothing large
 
 if TYPE_CHECKING:
     import torch
 
-    from gemma_fast.model import GemmaForCausalLM
-    from gemma_fast.tokenizer import Tokenizer
+    from gemma_fast.causal_lm import GemmaForCausalLM
+    from gemma_fast.text.tokenizer import Tokenizer
 
 Command = Callable[..., None]
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
@@ -193,7 +193,7 @@ def verify(context: click.Context, **chosen: Any) -> None:
     float32, each beside eager PyTorch's and transformers'. Exit status 1 if one is worse than
     eager by more than its margin, which is stated. --model also takes a size with random weights,
     as bench does."""
-    from gemma_fast.verify import certify
+    from gemma_fast.benchmarks.verify.certificate import certify
 
     context.exit(0 if certify(**chosen) else 1)
 
@@ -201,9 +201,9 @@ def verify(context: click.Context, **chosen: Any) -> None:
 def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCausalLM, Tokenizer]:
     import torch
 
+    from gemma_fast.causal_lm import GemmaForCausalLM
     from gemma_fast.demo import demo_checkpoint
-    from gemma_fast.model import GemmaForCausalLM
-    from gemma_fast.tokenizer import Tokenizer
+    from gemma_fast.text.tokenizer import Tokenizer
 
     path = model or demo_checkpoint()
     tokenizer = Tokenizer.from_pretrained(path)
@@ -241,7 +241,7 @@ def _stream(
     skip_prompt: bool = False,
 ) -> tuple[list[int], dict[str, Any]]:
     """Generates and shows text as it comes, then its speed → the new ids and the figures."""
-    from gemma_fast.streaming import TextStreamer
+    from gemma_fast.text.streaming import TextStreamer
 
     do_sample = sampling.pop("sample")
     if do_sample is None and any(sampling[name] is not None for name in SAMPLING):

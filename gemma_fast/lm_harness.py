@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fast.encoding import Encoding, pack
-from gemma_fast.model import GemmaForCausalLM
-from gemma_fast.tokenizer import Tokenizer
+from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.text.batch import Encoding, pack
+from gemma_fast.text.tokenizer import Tokenizer
 
 try:
     from lm_eval import models, utils

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fast.checkpoint import Checkpoint
+from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.attention import HEAD_DIMS
 

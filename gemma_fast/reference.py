@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.checkpoint import Checkpoint, open_checkpoint
+from gemma_fast.checkpoint.base import Checkpoint, open_checkpoint
 from gemma_fast.config import FULL, GemmaConfig
 
 

@@ -19,7 +19,7 @@ from decoder_checks import Graph
 from triton import knobs
 from twins import CONFIGS, Twins
 
-from gemma_fast.decoder import Decoder
+from gemma_fast.engine.decoder import Decoder
 from gemma_fast.kernels import attention, geglu
 from gemma_fast.kernels._op import Gpu, gpu
 

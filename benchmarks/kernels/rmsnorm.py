@@ -1,0 +1,180 @@
+"""RMSNorm, and the residual add before it with and without a norm of its own (Gemma 2 and 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemma_fast.benchmarks.kernels.suite import EAGER, OURS, Call, Suite, compiled
+from gemma_fast.benchmarks.measure.machine import Work
+from gemma_fast.kernels.rmsnorm import (
+    add_rms_norm,
+    add_rms_norm_reference,
+    rms_norm,
+    rms_norm_reference,
+)
+
+EPS = 1e-6
+SHAPES = [(512, 2048), (8192, 2048), (32768, 2048), (8192, 640), (8192, 2304)]
+SIZES = {f"{rows} x {dim}": {"rows": rows, "dim": dim} for rows, dim in SHAPES}
+TINY = {"5 x 48": {"rows": 5, "dim": 48}}
+
+
+def norm_inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Any, ...]:
+    """x :: [rows, dim], weight :: [dim]"""
+    make: dict[str, Any] = {"device": device, "dtype": dtype}
+    return torch.randn(rows, dim, **make), torch.randn(dim, **make) / 2
+
+
+def add_inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Any, ...]:
+    """x, residual :: [rows, dim], weight :: [dim]"""
+    x, weight = norm_inputs(device, dtype, rows, dim)
+    return x, torch.randn_like(x), weight
+
+
+def post_inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Any, ...]:
+    """x, residual :: [rows, dim], weight, post_weight :: [dim]"""
+    *rest, weight = add_inputs(device, dtype, rows, dim)
+    return *rest, weight, torch.randn_like(weight) / 2
+
+
+def norm_work(itemsize: int, rows: int, dim: int) -> Work:
+    """x is read, y written; four FLOPs an element: square, sum, times 1/rms, times weight."""
+    return Work(2 * rows * dim * itemsize, 4 * rows * dim)
+
+
+def add_work(itemsize: int, rows: int, dim: int) -> Work:
+    """x and residual are read, y and h written; the sum is a fifth FLOP."""
+    return Work(4 * rows * dim * itemsize, 5 * rows * dim)
+
+
+def post_work(itemsize: int, rows: int, dim: int) -> Work:
+    """As add_work, and a norm more FLOPs."""
+    return Work(4 * rows * dim * itemsize, 9 * rows * dim)
+
+
+def torch_norm(x: Tensor, weight: Tensor) -> Call:
+    scale = 1 + weight
+    return lambda: F.rms_norm(x, scale.shape, scale, EPS)
+
+
+def liger_norm(x: Tensor, weight: Tensor) -> Call:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return lambda: LigerRMSNormFunction.apply(x, weight, EPS, 1.0, "gemma", False)
+
+
+def liger_cute_norm(x: Tensor, weight: Tensor) -> Call:
+    """Liger's other implementation, for 9.0 and newer."""
+    from liger_kernel.functional import rms_norm
+
+    options = {"offset": 1.0, "casting_mode": "gemma", "impl": "nvidia-cutedsl"}
+    return lambda: rms_norm(x, weight, EPS, **options)
+
+
+def quack_norm(x: Tensor, weight: Tensor) -> Call:
+    from quack.rmsnorm import rmsnorm_fwd
+
+    return lambda: rmsnorm_fwd(x, weight, eps=EPS, weight_offset=1.0)[0]
+
+
+def flashinfer_norm(x: Tensor, weight: Tensor) -> Call:
+    from flashinfer.norm import gemma_rmsnorm
+
+    return lambda: gemma_rmsnorm(x, weight, EPS)
+
+
+def liger_add(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor | None = None) -> Call:
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    add = LigerFusedAddRMSNormFunction.apply
+    norm = (lambda: x) if post is None else liger_norm(x, post)
+    return lambda: add(norm(), residual, weight, EPS, 1.0, "gemma", False)
+
+
+def liger_cute_add(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor | None = None) -> Call:
+    from liger_kernel.functional import fused_add_rms_norm
+
+    norm = (lambda: x) if post is None else liger_cute_norm(x, post)
+    options = {"impl": "nvidia-cutedsl"}
+    return lambda: fused_add_rms_norm(norm(), residual, weight, EPS, 1.0, "gemma", **options)
+
+
+def quack_add(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor | None = None) -> Call:
+    """Normalises the sum before it is rounded, as do flashinfer and Liger's CuTe kernel."""
+    from quack.rmsnorm import rmsnorm_fwd
+
+    norm = (lambda: x) if post is None else quack_norm(x, post)
+    options = {"residual": residual, "eps": EPS, "weight_offset": 1.0}
+    return lambda: rmsnorm_fwd(norm(), weight, **options)[:2]
+
+
+def flashinfer_add(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor | None = None) -> Call:
+    """In place: y where x was (or the post norm's output), h where residual was. Replayed, it sums
+    its own sums, which stay finite in bf16."""
+    from flashinfer.norm import gemma_fused_add_rmsnorm
+
+    norm = (lambda: x) if post is None else flashinfer_norm(x, post)
+
+    def call() -> tuple[Tensor, Tensor]:
+        y = norm()
+        gemma_fused_add_rmsnorm(y, residual, weight, EPS)
+        return y, residual
+
+    return call
+
+
+RMS_NORM = Suite(
+    name="rms_norm",
+    about="RMSNorm of [rows, dim]",
+    yardstick=True,
+    sizes=SIZES,
+    tiny=TINY,
+    inputs=norm_inputs,
+    oracle=rms_norm_reference,
+    work=norm_work,
+    providers={
+        EAGER: lambda *inputs: lambda: rms_norm_reference(*inputs),
+        "torch.compile": lambda *inputs: lambda: compiled(rms_norm_reference)(*inputs),
+        "F.rms_norm": torch_norm,
+        "liger": liger_norm,
+        "liger (CuTe)": liger_cute_norm,
+        "quack": quack_norm,
+        "flashinfer": flashinfer_norm,
+        OURS: lambda *inputs: lambda: rms_norm(*inputs),
+    },
+)
+ADD_PROVIDERS = {
+    EAGER: lambda *inputs: lambda: add_rms_norm_reference(*inputs),
+    "torch.compile": lambda *inputs: lambda: compiled(add_rms_norm_reference)(*inputs),
+    "liger": liger_add,
+    "liger (CuTe)": liger_cute_add,
+    "quack": quack_add,
+    "flashinfer": flashinfer_add,
+    OURS: lambda *inputs: lambda: add_rms_norm(*inputs),
+}
+ADD_RMS_NORM = Suite(
+    name="add_rms_norm",
+    about="The residual add and the RMSNorm after it, of [rows, dim]",
+    yardstick=True,
+    sizes=SIZES,
+    tiny=TINY,
+    inputs=add_inputs,
+    oracle=add_rms_norm_reference,
+    work=add_work,
+    providers=ADD_PROVIDERS,
+)
+ADD_RMS_NORM_POST = Suite(
+    name="add_rms_norm_post",
+    about="The same, where x is normalised before it is added; the libraries take two calls",
+    yardstick=True,
+    sizes={name: size for name, size in SIZES.items() if size["dim"] != 2048},
+    tiny=TINY,
+    inputs=post_inputs,
+    oracle=add_rms_norm_reference,
+    work=post_work,
+    providers=ADD_PROVIDERS,
+)

@@ -1,0 +1,279 @@
+"""One op, one size, every provider: checked against the oracle, then timed, or listed with why not.
+
+    SUITE = Suite("rms_norm", …, providers={"eager": …, "gemma_fast": …})
+    for result in run(SUITE, "8192 x 2048", device, torch.bfloat16, roof): …
+
+A provider is called with one set of inputs, imports and prepares what shall not be timed, and
+returns a call without arguments, which gives the outputs in the oracle's layout. What it raises
+becomes its status: ImportError "not installed", NotImplementedError "cannot", anything else
+"failed"; an output off the oracle's is "wrong", and is not timed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from gemma_fast.benchmarks.measure.machine import Roof, Work
+from gemma_fast.benchmarks.measure.timing import Call, Times, device_times
+from gemma_fast.kernels._op import Gpu
+
+Size = dict[str, Any]
+Provider = Callable[..., Call]
+
+EAGER, OURS = "eager", "gemma_fast"
+OURS_BY_POINTERS, OURS_ALONE = "gemma_fast, no descriptors", "gemma_fast, no overlap"
+COPY = "copy of the same bytes (yardstick)"
+NOT_MEASURED = "ok, not measured"
+# Of `error`: one rounding to bf16 gives 1.7e-3, to fp16 2.1e-4, and rivals may round in between. In
+# bf16 that hides the order of roundings, gelu by erf and a wrong eps: the tests are for those.
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """An op, its sizes, and who computes it.
+
+    yardstick  whether a plain copy of as many bytes runs beside the providers
+    sizes      name → keywords of `inputs` and `work`; tiny: the same, where there is no GPU
+    inputs     inputs(device, dtype, **size) → tuple, from torch's seeded generators, never zeros
+    oracle     oracle(*inputs upcast to fp32) → the output or outputs, in fp32
+    work       work(itemsize, **size) → the least bytes and FLOPs
+    tolerance  by dtype; see `error`
+    """
+
+    name: str
+    about: str
+    yardstick: bool
+    sizes: Mapping[str, Size]
+    tiny: Mapping[str, Size]
+    inputs: Callable[..., tuple[Any, ...]]
+    oracle: Callable[..., Tensor | tuple[Tensor, ...]]
+    work: Callable[..., Work]
+    providers: Mapping[str, Provider]
+    tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.providers, *([COPY] if self.yardstick else [])]
+
+
+@dataclass(frozen=True)
+class Result:
+    suite: str
+    size: str
+    provider: str
+    status: str
+    work: Work
+    error: float | None = None  # see `error`
+    times: Times | None = None  # None: not measured
+    graph: bool | None = None  # whether the times are a CUDA graph's
+    took: float = 0.0  # seconds, of everything: inputs, compilers, check, times
+
+    def figures(self, roof: Roof | None) -> dict[str, Any]:
+        """Of a measured result: times, rates, and the share of the roof that bounds this size."""
+        if self.times is None or roof is None:
+            return {}
+        median, p20, p80 = self.times
+        return {
+            "median_us": median * 1e6, "p20_us": p20 * 1e6, "p80_us": p80 * 1e6,
+            "bytes": self.work.bytes, "flops": self.work.flops,
+            "GB_per_s": self.work.bytes / median / 1e9,
+            "TFLOP_per_s": self.work.flops / median / 1e12,
+            "bound": roof.bound(self.work), "share_of_roof": roof.floor(self.work) / median,
+            "graph": self.graph,
+        }  # fmt: skip
+
+
+R = TypeVar("R", bound=Any)
+
+
+def with_took(results: Iterable[R]) -> Iterator[R]:
+    """Results as they come, each with how long it took."""
+    start = time.perf_counter()
+    for result in results:
+        yield replace(result, took=time.perf_counter() - start)
+        start = time.perf_counter()
+
+
+class Wrong(Exception):
+    """An output that is not the oracle's."""
+
+
+@torch.no_grad()
+def run(
+    suite: Suite, size: str, device: torch.device, dtype: torch.dtype, roof: Roof | None,
+    names: Iterable[str] | None = None,
+) -> Iterator[Result]:  # fmt: skip
+    """Results of `names` (default: all) at one size; without a roof checked, and not timed."""
+    keywords = (suite.sizes if roof else suite.tiny)[size]
+    work = suite.work(dtype.itemsize, **keywords)
+    names = list(names or suite.names)
+    try:
+        expected = truth(suite, keywords, device, dtype)
+    except Exception as problem:  # too large, perhaps
+        status = verdict(problem)
+        yield from (Result(suite.name, size, name, status, work) for name in names)
+        return
+    for name in names:
+        own = work._replace(flops=0) if name == COPY else work
+        result = Result(suite.name, size, name, "ok", own)
+        try:
+            torch.cuda.empty_cache()  # what one provider needed is not another's lack
+            if name != COPY:
+                found = check(suite, name, keywords, device, dtype, expected)
+                result = replace(result, error=found)
+            if roof is None:
+                result = replace(result, status=NOT_MEASURED)
+            else:
+                made = calls(suite, name, keywords, device, dtype)
+                times, graph = device_times(made, partial(check_replay, suite, name, made, dtype))
+                if name != COPY and times.median < 0.8 * roof.floor(work):
+                    raise Wrong(f"{roof.floor(work) / times.median:.2g} times as fast as the roof")
+                result = replace(result, times=times, graph=graph)
+        except Exception as problem:  # a rival may fail in any way: it is listed, and the rest runs
+            result = replace(result, status=verdict(problem))
+        yield result
+
+
+def verdict(problem: Exception) -> str:
+    """In a line why a provider has no time; for what is not expected, the traceback to stderr."""
+    text = str(problem).strip().split("\n")[0] or type(problem).__name__
+    kinds = {Wrong: "wrong", ImportError: "not installed", NotImplementedError: "cannot"}
+    word = next((word for kind, word in kinds.items() if isinstance(problem, kind)), "failed")
+    if word == "failed":
+        traceback.print_exception(problem)
+    return f"{word}: {text}"
+
+
+def serious(results: Iterable[Any]) -> bool:
+    """Whether a result was wrong, or this project's failed."""
+    return any(
+        r.status.startswith("wrong") or (r.provider == OURS and not r.status.startswith("ok"))
+        for r in results
+    )
+
+
+def make_inputs(
+    suite: Suite, size: Size, device: torch.device, dtype: torch.dtype, seed: int
+) -> tuple[Any, ...]:
+    torch.manual_seed(seed)
+    given = suite.inputs(device, dtype, **size)
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # at rest: a kernel may then prefetch its weights
+    return given
+
+
+def truth(suite: Suite, size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The oracle's outputs for the inputs of seed 0, upcast."""
+
+    def upcast(x: Any) -> Any:
+        floating = isinstance(x, Tensor) and x.is_floating_point()
+        return x.to(torch.float32, copy=True) if floating else x
+
+    return _outputs(suite.oracle(*map(upcast, make_inputs(suite, size, device, dtype, 0))))
+
+
+def check(
+    suite: Suite, name: str, size: Size, device: torch.device, dtype: torch.dtype,
+    expected: tuple[Tensor, ...],
+) -> float:  # fmt: skip
+    """The provider's error on the inputs of seed 0. Raises Wrong, or what the provider raises."""
+    torch.compiler.reset()  # Dynamo stops after eight sizes of one function
+    call = suite.providers[name](*make_inputs(suite, size, device, dtype, 0))
+    found = _outputs(call())
+    kinds = [(x.dtype, tuple(x.shape)) for x in found]
+    due = [(dtype, tuple(x.shape)) for x in expected]
+    if kinds != due:
+        raise Wrong(f"gives {kinds}, not {due}")
+    worst = max(map(error, found, expected), key=lambda x: math.inf if math.isnan(x) else x)
+    if not worst <= suite.tolerance[dtype]:
+        raise Wrong(f"error {worst:.2g}, more than {suite.tolerance[dtype]:g}")
+    return worst
+
+
+def check_replay(
+    suite: Suite, name: str, made: Sequence[Call], dtype: torch.dtype, left: Any
+) -> None:
+    """Whether our graph's last replay left what the call gives by itself: its kernels overlap. (Of
+    rivals some change their inputs.) Raises Wrong."""
+    if name.startswith(OURS):
+        copies = [x.clone() for x in _outputs(left)]  # the call may write to the same memory
+        for found, by_itself in zip(copies, _outputs(made[0]()), strict=True):
+            if not (off := error(found, by_itself)) <= suite.tolerance[dtype]:
+                raise Wrong(f"error {off:.2g} in the graph that was timed")
+
+
+def _outputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (x,) if isinstance(x, Tensor) else tuple(x)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """RMS over rows of a row's RMS(found − expected) / RMS(expected), so that rows of small numbers
+    count as much; NaN or infinite where `found` is."""
+    norm = partial(torch.linalg.vector_norm, dim=-1)
+    rows = norm(found.float() - expected.float()) / norm(expected.float())
+    return float(rows.square().mean().sqrt())
+
+
+def calls(
+    suite: Suite, name: str, size: Size, device: torch.device, dtype: torch.dtype
+) -> list[Call]:
+    """The provider's calls, which together touch more than four times the L2."""
+    first = make_inputs(suite, size, device, dtype, 1)
+    touched = int(suite.work(dtype.itemsize, **size).bytes)
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    sets = max(2, 1 + 4 * l2 // touched)
+    if name == COPY:
+        return [copy_of(touched // 2, device) for _ in range(sets)]
+    provider = suite.providers[name]
+    others = (make_inputs(suite, size, device, dtype, seed) for seed in range(2, sets + 1))
+    return [provider(*first), *(provider(*inputs) for inputs in others)]
+
+
+def copy_of(size: int, device: torch.device) -> Call:
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def by_pointers(op: Provider) -> Provider:
+    """Our op, its tiles copied by pointers where it would copy them by tensor descriptors."""
+    return _on_a_gpu(op, "can_describe", False)
+
+
+def alone(op: Provider) -> Provider:
+    """Our op, each call after the end of the one before. With programmatic dependent launch, which
+    rivals do not have, a call's first loads overlap the call before: what OURS takes in a row."""
+    return _on_a_gpu(op, "overlap", {"PREFETCH": False})
+
+
+def _on_a_gpu(op: Provider, method: str, answer: Any) -> Provider:
+    def provider(*inputs: Any) -> Call:
+        call = op(*inputs)
+
+        def run() -> Any:
+            with patch.object(Gpu, method, lambda *_: answer):
+                return call()
+
+        return run
+
+    return provider
+
+
+@cache  # Dynamo knows a compiled function by identity
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile at its best: autotuned, for one size; the harness captures the graph itself."""
+    if torch.cuda.is_available():
+        mode = "max-autotune-no-cudagraphs"
+        return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
+    return torch.compile(function, backend="aot_eager", dynamic=False, fullgraph=True)

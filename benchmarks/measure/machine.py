@@ -1,0 +1,117 @@
+"""The machine: what it is (stamp), and what it can do at best (roof), measured in the same run."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from gemma_fast.benchmarks.measure.timing import event_seconds, settle, wall_seconds
+from gemma_fast.kernels.matvec import linear
+
+
+class Work(NamedTuple):
+    """What an op must do: bytes read once and written once; additions and multiplications."""
+
+    bytes: float
+    flops: float
+
+
+class Roof(NamedTuple):
+    copy: float  # bytes/s, read + written, of a large copy
+    product: float  # FLOP/s of a large matrix product
+
+    def floor(self, work: Work) -> float:
+        """Seconds below which no implementation gets: its bytes' or its FLOPs', the longer."""
+        return max(work.bytes / self.copy, work.flops / self.product)
+
+    def bound(self, work: Work) -> str:
+        return "memory" if work.bytes / self.copy >= work.flops / self.product else "compute"
+
+
+def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
+    """A copy of 1 GiB and a product of 8192³ (on a CPU 2048³), random data; medians. The product is
+    PyTorch's, but on a CPU this project's, which in float32 is oneDNN's and the better one."""
+    cuda = device.type == "cuda"
+    n = 8192 if cuda else 2048
+    source = torch.empty(1 << 27, dtype=torch.int64, device=device).random_()
+    target = torch.empty_like(source)
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    product = F.linear if cuda else linear
+    seconds = []
+    for work in (lambda: target.copy_(source), lambda: product(a, b)):
+        if cuda:
+            settle(work, 0.5)
+            times = event_seconds(work, 50)
+        else:
+            times = [wall_seconds(work) for _ in range(9)][2:]
+        seconds.append(statistics.median(times))
+    return Roof(2 * source.nbytes / seconds[0], 2 * n**3 / seconds[1])
+
+
+def measure_again(stamp: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+    """Stamps the roof at the run's end, unless a fault has taken the GPU."""
+    with suppress(RuntimeError):
+        stamp["roof_at_the_end"] = measure_roof(device, dtype)._asdict()
+
+
+def stamp(
+    device: torch.device, dtype: torch.dtype, rivals: Iterable[str], commit: str | None = None
+) -> dict[str, Any]:
+    """Where, when and with what it was measured. rivals: packages; commit: if git does not know."""
+    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    cuda = device.type == "cuda"
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit or _commit(Path(__file__)),
+        "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        "cpu": None if cuda else f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "driver": _output(*driver) if cuda else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "triton": installed_version("triton"),
+        "rivals": {name: version for name in rivals if (version := installed_version(name))},
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _commit(file: Path) -> str | None:
+    """Git's, where the file is tracked: an installed package may lie within another repository."""
+    git = ("git", "-C", str(file.parent))
+    if _output(*git, "ls-files", "--error-unmatch", file.name) is None:
+        return None
+    return _output(*git, "describe", "--always", "--dirty", "--exclude=*")
+
+
+def _output(*command: str) -> str | None:
+    """The first line that a command prints; None where there is no such command."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip().split("\n")[0] or None
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

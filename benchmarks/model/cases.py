@@ -1,0 +1,96 @@
+"""Which model is measured, at what, and the bytes and FLOPs that it takes at least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from gemma_fast.benchmarks.kernels.attention import visible_pairs
+from gemma_fast.benchmarks.measure.machine import Work
+from gemma_fast.checkpoint.base import Checkpoint, open_checkpoint
+from gemma_fast.config import PRESETS, GemmaConfig
+from gemma_fast.demo import demo_checkpoint
+from gemma_fast.load import RandomCheckpoint
+
+PROMPT, NEW = "pp", "tg"
+TINY = GemmaConfig(
+    model_type="gemma3", vocab_size=199, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=32, intermediate_size=88, max_position_embeddings=16384,
+    query_pre_attn_scalar=20, sliding_window=8, sliding_window_pattern=2,
+)  # fmt: skip
+
+
+def find(model: str) -> Checkpoint:
+    """`tiny` or a preset's name: random weights; `demo`; else a directory, .gguf file or hub id."""
+    if model in (presets := {"tiny": TINY, **PRESETS}):
+        return RandomCheckpoint(presets[model], name=model)
+    return open_checkpoint(demo_checkpoint() if model == "demo" else model)
+
+
+@dataclass(frozen=True)
+class Case:
+    """So many tokens, read (pp) or written (tg) by each of `batch` sequences after `depth`."""
+
+    kind: str
+    tokens: int
+    depth: int = 0
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
+
+    @property
+    def before(self) -> int:
+        """Tokens in the cache when the clock starts: to write, there must be one to follow."""
+        return max(self.depth, 1) if self.kind == NEW else self.depth
+
+    @property
+    def room(self) -> int:
+        return self.before + self.tokens
+
+    def fits(self, config: GemmaConfig) -> bool:
+        return self.room <= config.max_position_embeddings
+
+    def status(self, config: GemmaConfig) -> str:
+        """Of who has not run it yet."""
+        if self.fits(config):
+            return "ok"
+        return f"cannot: {self.room} tokens, the context is {config.max_position_embeddings}"
+
+    def work(self, config: GemmaConfig, itemsize: int) -> Work:
+        """Of all its tokens: one pass (pp), or as many as tokens (tg)."""
+        if self.kind == PROMPT:
+            return pass_work(config, itemsize, self.batch, self.depth, self.tokens)
+        steps = range(self.before, self.room)
+        works = [pass_work(config, itemsize, self.batch, depth, 1) for depth in steps]
+        return Work(*map(sum, zip(*works, strict=True)))
+
+
+def cases(
+    prompts: Sequence[int], new: Sequence[int], depths: Sequence[int], batches: Sequence[int]
+) -> list[Case]:
+    """Every combination; 0 tokens are no test."""
+    kinds = [(PROMPT, n) for n in prompts if n] + [(NEW, n) for n in new if n]
+    return [Case(*kind, depth, batch) for batch, depth, kind in product(batches, depths, kinds)]
+
+
+def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens: int) -> Work:
+    """Of one pass over `tokens` in each of `batch` sequences, after `depth`.
+
+    Each weight is read once, and 2 FLOPs a token; but of the embedding only the last token's
+    logits, and its row for each token, which is not counted. Attention: 4 FLOPs a head, channel and
+    visible pair, on each layer. Keys and values that a new token sees are read once, new ones that
+    a later token may see are written once.
+    """
+    weights, embedding = config.num_parameters, config.vocab_size * config.hidden_size
+    heads, n, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    pairs = positions = 0
+    for layer in range(config.num_hidden_layers):
+        window = config.window(layer)
+        limit = window or depth + tokens
+        positions += min(depth, limit - 1) + min(tokens, limit)
+        pairs += visible_pairs(depth + tokens, window) - visible_pairs(depth, window)
+    products = 2 * (tokens * (weights - embedding) + embedding) + 4 * heads * d * pairs
+    return Work((weights + batch * 2 * n * d * positions) * itemsize, batch * products)

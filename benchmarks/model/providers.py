@@ -1,0 +1,220 @@
+"""Who runs a whole model: each reads a prompt and decodes greedily, in a way of its own.
+
+    provider = PROVIDERS["gemma_fast"](checkpoint, torch.bfloat16, device)
+    provider.start(batch=1, max_length=640, kind=NEW)
+    token = provider.prefill(ids)  # ids :: [b, t] → [b]
+    token = provider.step()  # the next one; on a GPU nobody waits for it
+
+What needs a package imports it in its constructor, so that its absence is that provider's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gemma_fast.benchmarks.kernels.suite import EAGER, OURS
+from gemma_fast.benchmarks.model.cases import PROMPT
+from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.engine.decoder import Decoder
+from gemma_fast.reference import Reference
+
+
+class Provider(Protocol):
+    """A model on a device, and one cache. Tokens are [b], and stay on the device."""
+
+    def start(self, batch: int, max_length: int, kind: str) -> None:
+        """A cache for so many tokens a sequence; what is compiled or captured is so for these.
+        kind: what shall be timed, a model_cases.PROMPT or NEW."""
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Empties the cache, reads ids :: [b, t] into it, and chooses a token."""
+
+    def extend(self, ids: Tensor) -> Tensor:
+        """Reads ids :: [b, t] after what the cache holds, and chooses a token."""
+
+    def step(self) -> Tensor:
+        """Reads the token chosen last, and chooses the next one. It may reuse its memory."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """ids :: [b, t], read after what the cache holds → [b, t, vocab]"""
+
+    def memory(self) -> dict[str, float]:
+        """What it knows of its own memory, in bytes by name."""
+
+
+class Eager:
+    """The reference, and transformers' models in the usual loop: a cache that grows, and argmax."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def start(self, batch: int, max_length: int, kind: str) -> None:
+        self.past: Any = None
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        self.past = None
+        return self.extend(ids)
+
+    def extend(self, ids: Tensor) -> Tensor:
+        out = self.model(ids, past_key_values=self.past, use_cache=True, logits_to_keep=1)
+        self.past = out.past_key_values
+        self.token: Tensor = out.logits[:, -1].argmax(-1)
+        return self.token
+
+    def step(self) -> Tensor:
+        return self.extend(self.token[:, None])
+
+    def logits(self, ids: Tensor) -> Tensor:
+        return self.model(ids, past_key_values=self.past, use_cache=True).logits
+
+    def memory(self) -> dict[str, float]:
+        return {}
+
+
+class Static(Eager):
+    """transformers' fastest: a StaticCache, and the step of one token by torch.compile, in a CUDA
+    graph. Prompts are not compiled, as in transformers' generate()."""
+
+    def start(self, batch: int, max_length: int, kind: str) -> None:
+        from transformers import StaticCache
+
+        if kind == PROMPT:
+            raise NotImplementedError("prompts are not compiled; see sdpa")
+        self.past = None  # its memory first
+        self.past = StaticCache(config=self.model.config, max_cache_len=max_length)
+        self.next = compiled_step(self._next)
+        self.windowed = [layer for layer in self.past.layers if layer.is_sliding]
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        self.past.reset()
+        self.length = 0
+        return self.extend(ids)
+
+    def extend(self, ids: Tensor) -> Tensor:
+        """Without max-autotune's graphs, which would be one for each length."""
+        self.length += ids.shape[1]
+        self.position = torch.full((1, 1), self.length, device=ids.device)
+        return super().extend(ids)
+
+    def step(self) -> Tensor:
+        """The length of a windowed cache is Python's, and each one would be a graph of its own. So,
+        as in generate(), masks are made outside; and inside only this counts: is it full or not."""
+        torch.compiler.cudagraph_mark_step_begin()
+        token = self.token[:, None].clone()
+        masks = self._masks(token)
+        for layer in self.windowed:
+            full = self.length >= layer.max_cache_len
+            layer.cumulative_length_int = layer.max_cache_len if full else 0
+        self.token = self.next(token, self.position, masks, self.past).clone()
+        self.position += 1
+        self.length += 1
+        for layer in self.windowed:
+            layer.cumulative_length_int = self.length
+        return self.token
+
+    def _next(self, token: Tensor, position: Tensor, masks: Any, past: Any) -> Tensor:
+        out = self.model(
+            token, attention_mask=masks, position_ids=position, past_key_values=past,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        return out.logits[:, -1].argmax(-1)
+
+    def _masks(self, token: Tensor) -> Any:
+        if not self.windowed:
+            return None
+        from transformers.masking_utils import create_masks_for_generate
+
+        config, dtype = self.model.config, self.model.dtype
+        like = torch.empty(*token.shape, 0, dtype=dtype, device=token.device)
+        return create_masks_for_generate(config, like, None, self.past, self.position)
+
+
+class Rings(Static):
+    """The same with gemma_fast.hf's cache, none of whose lengths is Python's."""
+
+    def start(self, batch: int, max_length: int, kind: str) -> None:
+        from gemma_fast.hf import GemmaFastCache
+
+        super().start(batch, max_length, kind)
+        self.past = GemmaFastCache(self.model.config, max_length)
+        self.windowed = []
+
+
+def compiled_step(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As transformers' documents have it."""
+    return torch.compile(function, mode="max-autotune", fullgraph=True, dynamic=False)
+
+
+class Ours:
+    """This project's: gemma_fast.engine.decoder.Decoder, one step a replay of a CUDA graph."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.model = GemmaForCausalLM.from_checkpoint(checkpoint, dtype=dtype, device=device)
+
+    def start(self, batch: int, max_length: int, kind: str) -> None:
+        self.batch = batch
+        self.decoder: Any = None  # the old one's memory first
+        self.decoder = Decoder(self.model, batch, max_length)
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        self.decoder.prefill(ids)
+        return self.decoder.token
+
+    def extend(self, ids: Tensor) -> Tensor:
+        self.decoder.extend(ids)
+        return self.decoder.token
+
+    def step(self) -> Tensor:
+        self.decoder.step()
+        return self.decoder.token
+
+    def logits(self, ids: Tensor) -> Tensor:
+        cache = self.decoder.cache.first_rows(self.batch)  # it has a power of two of them
+        return self.model(ids, past_key_values=cache).logits
+
+    def memory(self) -> dict[str, float]:
+        return self.decoder.memory()
+
+
+def _reference(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Provider:
+    return Eager(Reference.from_checkpoint(checkpoint, dtype=dtype, device=device))
+
+
+def _transformers(
+    attention: str, loop: type[Eager] = Eager, kernels: bool = False
+) -> Callable[[Checkpoint, torch.dtype, torch.device], Provider]:
+    def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Provider:
+        from gemma_fast.benchmarks.model.transformers_model import transformers_model
+
+        chosen = attention
+        if attention == "sdpa" and checkpoint.config.attn_logit_softcapping:
+            if loop is Eager and not kernels:
+                raise NotImplementedError("no soft cap")
+            chosen = "eager"  # which knows the soft cap
+        model = transformers_model(checkpoint, chosen, dtype=dtype, device=device)
+        if kernels:
+            from gemma_fast.hf import accelerate
+
+            accelerate(model)
+        return loop(model)
+
+    return load
+
+
+STATIC = "transformers (static cache, torch.compile max-autotune)"
+RINGS = "gemma_fast.hf (rings, torch.compile max-autotune)"
+# In the order of their race. Who is compiled comes last: it takes minutes.
+PROVIDERS: dict[str, Callable[[Checkpoint, torch.dtype, torch.device], Provider]] = {
+    EAGER: _reference,
+    "transformers (eager)": _transformers("eager"),
+    "transformers (sdpa)": _transformers("sdpa"),
+    "gemma_fast.hf": _transformers("sdpa", kernels=True),
+    OURS: Ours,
+    STATIC: _transformers("sdpa", Static),
+    RINGS: _transformers("sdpa", Rings, kernels=True),
+}

@@ -1,0 +1,215 @@
+"""How fast a whole model reads a prompt (pp) and writes tokens (tg), named as llama-bench does.
+
+    pp512          a prompt of 512 tokens, up to the choice of a token
+    tg128          128 tokens, one after another
+    tg128 @ d4096  the same, after 4096 tokens that the cache holds already; see model_cases.py
+
+Each repeat is timed as a whole, by a clock that waits for the device before and after, once the
+device's own clocks have settled; tokens are not read back between. How long single tokens took
+comes from one more pass: an event recorded on the device after each step (on a CPU the clock), so
+that who launches ahead is not made to wait.
+
+First each provider is checked, with as much in its cache as the test has. In float32 every token
+that it chooses must be the reference's; in 16 bits the reference, in float32 over the same weights,
+must find them nearly as good as its own, and this project must be no further from it than
+transformers. A wrong provider is not timed.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_fast.benchmarks.kernels.suite import NOT_MEASURED, Wrong, verdict
+from gemma_fast.benchmarks.measure.machine import Roof, Work
+from gemma_fast.benchmarks.measure.timing import clock, repeated, settle_rounds
+from gemma_fast.benchmarks.model.cases import NEW, PROMPT, Case
+from gemma_fast.benchmarks.model.judge import Judge
+from gemma_fast.benchmarks.model.providers import PROVIDERS, Provider
+from gemma_fast.checkpoint.base import Checkpoint
+
+WITHOUT_GRAPHS = "ok, Inductor skipped CUDA graphs"
+
+
+@dataclass(frozen=True)
+class Result:
+    """seconds: of each repeat; token_seconds: of each step of one more pass."""
+
+    case: Case
+    provider: str
+    status: str
+    work: Work
+    error: float | None = None  # see model_check.Judge
+    seconds: tuple[float, ...] = ()
+    token_seconds: tuple[float, ...] = ()
+    peak_bytes: int | None = None  # reserved on a GPU: with weights and graphs, without the judge
+    memory: dict[str, float] = field(default_factory=dict)
+    took: float = 0.0  # seconds, of everything; of a provider's first result with its weights
+
+    def figures(self, roof: Roof | None) -> dict[str, Any]:
+        """Of a measured result; a batch counts all its tokens."""
+        if not self.seconds or roof is None:
+            return {}
+        mean, tokens = statistics.fmean(self.seconds), self.case.batch * self.case.tokens
+        rates = [tokens / seconds for seconds in self.seconds]
+        figures = {
+            "tokens_per_s": tokens / mean,
+            "tokens_per_s_sd": statistics.stdev(rates) if len(rates) > 1 else None,
+            "bytes": self.work.bytes, "flops": self.work.flops,
+            "bytes_per_token": self.work.bytes / tokens,
+        }  # fmt: skip
+        if self.case.kind == PROMPT:
+            return figures | {
+                "time_to_first_token_s": mean,
+                "mfu": self.work.flops / mean / roof.product,
+            }
+        return figures | {
+            "token_p50_s": statistics.median(self.token_seconds),
+            "token_p99_s": percentile(self.token_seconds, 99),
+            "mbu": self.work.bytes / mean / roof.copy,
+        }
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    doubled = [*values, *values[:1]] if len(values) == 1 else values
+    return statistics.quantiles(doubled, n=100, method="inclusive")[percent - 1]
+
+
+@torch.no_grad()
+def run(
+    checkpoint: Checkpoint, cases: Sequence[Case], device: torch.device, dtype: torch.dtype,
+    roof: Roof | None, repeats: int, names: Sequence[str],
+    judge: Judge,
+) -> Iterator[Result]:  # fmt: skip
+    """Results provider by provider, in the order of PROVIDERS: transformers as it is, which the
+    judge compares this project with, is ahead; without a roof checked, and not timed."""
+    config = checkpoint.config
+    for name in (name for name in PROVIDERS if name in names):
+        results = [
+            Result(case, name, case.status(config), case.work(config, dtype.itemsize))
+            for case in cases
+        ]
+        try:
+            clear()
+            before = torch.cuda.memory_reserved() if device.type == "cuda" else 0
+            provider = PROVIDERS[name](checkpoint, dtype, device)
+        except Exception as problem:  # a rival may fail in any way: it is listed, the rest runs
+            status = verdict(problem)
+            yield from (replace(result, status=status) for result in results)
+            continue
+        for result in results:
+            fits = result.status == "ok"
+            yield race(provider, result, device, before, roof, repeats, judge) if fits else result
+        del provider
+
+
+def race(
+    provider: Provider, result: Result, device: torch.device, before: int, roof: Roof | None,
+    repeats: int, judge: Judge,
+) -> Result:  # fmt: skip
+    """One test, checked and timed. before: bytes reserved without the provider."""
+    case = result.case
+    try:
+        clear()
+        skipped = skipped_graphs()
+        provider.start(case.batch, max(judge.room(case), case.room), case.kind)
+        result = replace(result, error=judge.check(result.provider, provider, case))
+        if roof is None:
+            return replace(result, status=NOT_MEASURED)
+        result = measure(provider, result, device, judge.vocab_size, before, repeats, roof)
+        skips = skipped_graphs() > skipped
+        return replace(result, status=WITHOUT_GRAPHS) if skips else result
+    except Exception as problem:
+        return replace(result, status=verdict(problem))
+
+
+def measure(
+    provider: Provider, result: Result, device: torch.device, vocab_size: int, before: int,
+    repeats: int, roof: Roof,
+) -> Result:  # fmt: skip
+    case, cuda = result.case, device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()  # of the judge
+        torch.cuda.reset_peak_memory_stats()
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, vocab_size, (case.batch, case.room), generator=generator).to(device)
+    work = read if case.kind == PROMPT else write
+
+    def once() -> float:
+        fill(provider, case, ids)
+        start = clock()
+        work(provider, case, ids)
+        return clock() - start
+
+    if cuda:
+        settle_rounds(once)
+    else:
+        once()
+    seconds = repeated(once, repeats)
+    token_seconds: list[float] = []
+    if case.kind == NEW:
+        fill(provider, case, ids)
+        token_seconds = step_seconds(provider.step, case.tokens, cuda)
+    peak = torch.cuda.max_memory_reserved() - before if cuda else None
+    times = (floor := roof.floor(result.work)) / statistics.fmean(seconds)
+    if cuda and times > 1.25:  # a graph that captured nothing, a clock that did not wait
+        raise Wrong(f"{times:.2g} times as fast as the roof, {floor:.2g} s")
+    return replace(
+        result, seconds=tuple(seconds), token_seconds=tuple(token_seconds), peak_bytes=peak,
+        memory=provider.memory(),
+    )  # fmt: skip
+
+
+def fill(provider: Provider, case: Case, ids: Tensor) -> None:
+    """What the cache holds before the clock starts."""
+    if case.before:
+        provider.prefill(ids[:, : case.before])
+
+
+def read(provider: Provider, case: Case, ids: Tensor) -> None:
+    (provider.extend if case.before else provider.prefill)(ids[:, case.before :])
+
+
+def write(provider: Provider, case: Case, ids: Tensor) -> None:
+    for _ in range(case.tokens):
+        provider.step()
+
+
+def step_seconds(step: Callable[[], Tensor], steps: int, cuda: bool) -> list[float]:
+    """How long after the one before each step was done, on the device."""
+    if not cuda:
+        marks = [time.perf_counter()]
+        for _ in range(steps):
+            step()
+            marks.append(time.perf_counter())
+        return [end - start for start, end in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
+
+
+def clear() -> None:
+    """What one provider needed is not another's lack: memory, and Dynamo's few tries."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def skipped_graphs() -> int:
+    """How often Inductor has compiled without the CUDA graph that it was asked for."""
+    from torch._dynamo.utils import counters
+
+    return counters["inductor"]["cudagraph_skips"]

@@ -1,0 +1,53 @@
+"""transformers' models of the same config, for benchmarks to race and tests to compare with."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.config import FULL, SLIDING, GemmaConfig
+
+SAME = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "intermediate_size", "max_position_embeddings", "rms_norm_eps", "bos_token_id",
+    "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
+    """The same model in transformers' words."""
+    same = {name: getattr(config, name) for name in SAME}
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.model_type == "gemma":
+        # Spelled out: some releases compute Gemma 1 with another gelu by default.
+        same["hidden_act"] = "gelu_pytorch_tanh"
+        return transformers.GemmaConfig(rope_parameters=rope, **same)
+    same |= {
+        "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        "sliding_window": config.sliding_window,
+        "layer_types": list(config.layer_types),
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }
+    if config.model_type == "gemma2":
+        return transformers.Gemma2Config(rope_parameters=rope, **same)
+    if config.rope_scaling_factor != 1:
+        rope |= {"rope_type": "linear", "factor": config.rope_scaling_factor}
+    local = {"rope_type": "default", "rope_theta": config.rope_local_base_freq}
+    return transformers.Gemma3TextConfig(rope_parameters={FULL: rope, SLIDING: local}, **same)
+
+
+def transformers_model(
+    checkpoint: Checkpoint, attention: str, dtype: torch.dtype, device: torch.device | str
+) -> transformers.PreTrainedModel:
+    """transformers' model with the checkpoint's weights; its GGUF loader drops parts of some."""
+    config = transformers_config(checkpoint.config)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=dtype
+        )
+    parameters = dict(model.named_parameters())
+    for name in checkpoint.shapes:
+        checkpoint.copy(name, parameters[name])
+    return model.eval().requires_grad_(False)

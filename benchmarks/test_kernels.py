@@ -1,0 +1,52 @@
+"""pytest benchmarks/: every suite, size and provider as a test, on pytest-benchmark.
+
+Its clock waits for the GPU, so it reads launches too; the device's own times, as the command gives
+them, are in extra_info: a cell is measured twice. Without a GPU, tiny sizes are checked and nothing
+is measured.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from gemma_fast.benchmarks.kernels.suite import OURS, Suite, calls, run
+from gemma_fast.benchmarks.kernels.table import SUITES
+from gemma_fast.benchmarks.measure.machine import Roof, measure_roof
+from gemma_fast.benchmarks.measure.timing import clock
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+CELLS = [
+    pytest.param(suite, size, provider, id=f"{suite.name}-{size}-{provider}")
+    for suite in SUITES.values()
+    for size in (suite.sizes if CUDA else suite.tiny)
+    for provider in suite.names
+]
+
+
+@pytest.fixture(scope="session")
+def roof() -> Roof | None:
+    return measure_roof(DEVICE, DTYPE) if CUDA else None
+
+
+@pytest.mark.usefixtures("benchmark")  # by name, so that --benchmark-only knows
+@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.parametrize(("suite", "size", "provider"), CELLS)
+def test_provider(
+    suite: Suite, size: str, provider: str, roof: Roof | None, request: pytest.FixtureRequest
+) -> None:
+    (result,) = run(suite, size, DEVICE, DTYPE, roof, [provider])
+    if not result.status.startswith("ok"):
+        serious = provider == OURS or result.status.startswith("wrong")
+        (pytest.fail if serious else pytest.skip)(result.status)
+    if roof is None:
+        return
+    benchmark = request.getfixturevalue("benchmark")
+    benchmark.group = f"{suite.name}, {size}"
+    benchmark.extra_info.update(result.figures(roof), status=result.status, error=result.error)
+    cycle = itertools.cycle(calls(suite, provider, suite.sizes[size], DEVICE, DTYPE))
+    with torch.no_grad():
+        benchmark.pedantic(lambda: next(cycle)(), rounds=30, warmup_rounds=5)

@@ -1,0 +1,4 @@
+"""Text ↔ token ids: tokenizer, chat templates, streaming.
+
+May import: compat, checkpoint.hub, checkpoint.gguf_reader.
+"""

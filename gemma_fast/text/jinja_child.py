@@ -1,0 +1,69 @@
+"""Renders a chat template that nobody vouches for. jinja_template.py runs it as a process.
+
+A checkpoint's template is a program by a stranger. Jinja's sandbox keeps it from Python's objects
+but not from looping or filling the memory, so this process has limits, and nothing to lose.
+"""
+
+import json
+import sys
+from datetime import datetime
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    if sys.platform == "linux":  # elsewhere RLIMIT_AS is missing or has no effect
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (request["max_bytes"],) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (request["max_seconds"] + 1,) * 2)
+    sys.path[:] = request["path"]
+    try:
+        reply = {"text": render(request)}
+    except Exception as error:  # a template can raise anything, MemoryError included
+        reply = {"error": f"{type(error).__name__}: {error}"}
+    sys.stdout.write(json.dumps(reply))
+
+
+def render(request: dict) -> str:
+    """The rendered template. The environment is that of transformers' chat templates."""
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class SafeNamespace(Namespace):
+        def __setitem__(self, name, value):
+            if name.startswith("_"):  # Jinja itself would call `ns.__call__`, unchecked
+                raise SecurityError(f"a namespace may not have an attribute {name}")
+            super().__setitem__(name, value)
+
+    def namespace(*args, **kwargs):
+        space = SafeNamespace()
+        for name, value in dict(*args, **kwargs).items():
+            space[name] = value
+        return space
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, **options):
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals = {
+        "range": environment.globals["range"],  # the sandbox's, which is bounded
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
+        "namespace": namespace,
+        "raise_exception": raise_exception,
+        "strftime_now": lambda format: datetime.now().strftime(format),
+    }
+    text = environment.from_string(request["template"]).render(request["variables"])
+    if len(text) > request["max_length"]:
+        raise ValueError(f"it rendered {len(text)} characters, above {request['max_length']}")
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Text while it is generated: ids in, characters out as soon as they are complete."""
+
+import sys
+from collections.abc import Callable
+from queue import Queue
+
+from torch import Tensor
+
+from gemma_fast.text.tokenizer import Tokenizer
+
+MAX_HELD = 16  # ids; a character has at most four bytes
+
+
+class TextStreamer:
+    """Passed to `generate`, which calls `put` with the prompt, then with each new token.
+
+    `write` receives pieces of text that are never empty and never end inside a character. Joined,
+    they are what `tokenizer.decode` gives for the same ids, unless the bytes are no valid UTF-8.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        write: Callable[[str], object] | None = None,
+        *,
+        skip_prompt: bool = True,
+        skip_special_tokens: bool = True,
+    ):
+        """Without `write`, text goes to stdout at once, without a newline after it."""
+        self.tokenizer, self.write = tokenizer, write or _print
+        self.skip_prompt, self.skip_special_tokens = skip_prompt, skip_special_tokens
+        self._held: list[int] = []
+        self._at_prompt = True
+
+    def put(self, ids: Tensor) -> None:
+        """ids :: [t] or [1, t], the prompt first. Raises ValueError for a batch."""
+        if ids.dim() > 1 and len(ids) > 1:
+            raise ValueError(f"a TextStreamer shows one text, not a batch of {len(ids)}")
+        skip, self._at_prompt = self._at_prompt and self.skip_prompt, False
+        if skip:
+            return
+        for token_id in ids.flatten().tolist():
+            self._held.append(token_id)
+            # tokenizers' DecodeStream would raise where bytes that are no character follow others.
+            if len(self._held) >= MAX_HELD or not self._text().endswith("�"):
+                self._flush()
+
+    def end(self) -> None:
+        """Write what is held back, complete or not; the next `put` is a prompt again."""
+        self._flush()
+        self._at_prompt = True
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(self._held, self.skip_special_tokens)
+
+    def _flush(self) -> None:
+        if text := self._text():
+            self.write(text)
+        self._held.clear()
+
+
+class TextIteratorStreamer(TextStreamer):
+    """An iterator over the same pieces, for a thread beside the one that generates.
+
+    Made as transformers' is: the prompt and special tokens are shown unless they are skipped;
+    queue.Empty is raised where no piece comes for `timeout` seconds, None: never.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_prompt: bool = False,
+        timeout: float | None = None,
+        *,
+        skip_special_tokens: bool = False,
+    ):
+        self.timeout = timeout
+        self._pieces: Queue[str | None] = Queue()
+        super().__init__(
+            tokenizer, self._pieces.put, skip_prompt=skip_prompt,
+            skip_special_tokens=skip_special_tokens,
+        )  # fmt: skip
+
+    def end(self) -> None:
+        super().end()
+        self._pieces.put(None)
+
+    def __iter__(self) -> "TextIteratorStreamer":
+        return self
+
+    def __next__(self) -> str:
+        piece = self._pieces.get(timeout=self.timeout)
+        if piece is None:
+            raise StopIteration
+        return piece
+
+
+def _print(text: str) -> None:
+    print(text, end="", file=sys.stdout, flush=True)

@@ -1,0 +1,269 @@
+"""Text ↔ ids: Gemma's BPE on the package `tokenizers`, padding, chat turns and streaming.
+
+    tokenizer = Tokenizer.from_pretrained("path/or/hub-id/or/file.gguf")
+    tokenizer("I want to move", return_tensors="pt").input_ids  # [b, t]
+    tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_tensors="pt")
+
+Called as transformers' tokenizers are. Two things differ: <bos> is put first exactly once, also
+where the text brings its own, and in a chat no message can make a control token.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+
+from gemma_fast.checkpoint.base import open_gguf, read_json, resolve
+from gemma_fast.compat import TOKENIZER, check_keywords
+from gemma_fast.text.batch import Encoding, pack
+from gemma_fast.text.chat import GemmaTurns, Template, check_messages, render_pieces
+from gemma_fast.text.gguf_vocab import gguf_backend
+from gemma_fast.text.jinja_template import check_template, read_template
+
+CORE = ("<pad>", "<eos>", "<bos>", "<unk>")
+TURNS = ("<start_of_turn>", "<end_of_turn>")
+IMAGES = ("<start_of_image>", "<end_of_image>")
+GEMMA_3_END_OF_TURN = 106  # 107 in Gemma 1 and 2
+
+
+class Tokenizer:
+    """Gemma's tokenizer.
+
+    bos_token_id, eos_token_id, pad_token_id, unk_token_id :: int
+    stop_token_ids :: list[int], <eos> and, where there is one, <end_of_turn>
+    vocab_size     :: int, also len(tokenizer)
+    pad_token      :: str; as in transformers, setting it chooses what pads
+    padding_side   :: "left"
+    chat           renders messages; None without a template and without turn tokens
+    """
+
+    bos_token, eos_token, unk_token = "<bos>", "<eos>", "<unk>"
+
+    def __init__(
+        self,
+        backend: Backend,
+        source: str,
+        *,
+        model_type: str = "",
+        template: Template | None = None,
+    ):
+        """Takes `backend` over; `source` is named in errors, `model_type` is config.json's.
+
+        Raises ValueError unless it is a BPE with Gemma's core tokens.
+        """
+        names = {name: backend.token_to_id(name) for name in CORE + TURNS}
+        ids = {name: token_id for name, token_id in names.items() if token_id is not None}
+        missing = [name for name in CORE if name not in ids]
+        if not isinstance(backend.model, models.BPE) or missing:
+            raise ValueError(f"{source} is no Gemma tokenizer: it lacks {missing or 'BPE'}")
+        self.backend, self.source = backend, source
+        self.vocab_size = backend.get_vocab_size()
+        self.pad_token_id, self.eos_token_id = ids["<pad>"], ids["<eos>"]
+        self.bos_token_id, self.unk_token_id = ids["<bos>"], ids["<unk>"]
+        self.stop_token_ids = [ids[name] for name in ("<eos>", "<end_of_turn>") if name in ids]
+
+        # What surrounds the BPE is the same for every Gemma, so a file has no say in it.
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        backend.pre_tokenizer = None
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        backend.no_padding()
+        backend.no_truncation()
+        backend.add_special_tokens([AddedToken(name, normalized=False) for name in ids])
+
+        added = backend.get_added_tokens_decoder()
+        self._control_ids = {i for i, t in added.items() if t.special or t.content in IMAGES}
+        self.chat = template
+        if template is None and ids.keys() >= set(TURNS):
+            gemma_3 = ids["<end_of_turn>"] == GEMMA_3_END_OF_TURN
+            self.chat = GemmaTurns(model_type.startswith("gemma3") if model_type else gemma_3)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **others: Any) -> "Tokenizer":
+        """Load tokenizer.json from a directory or the hub, or rebuild the tokenizer of a .gguf.
+
+        `others` are keywords of transformers' that change nothing here, see `keywords.TOKENIZER`.
+        Raises ValueError, naming the file, for anything malformed, and what
+        `checkpoint.resolve` raises.
+        """
+        check_keywords("from_pretrained()", others, TOKENIZER)
+        path = resolve(name_or_path, patterns=["*.json", "*.jinja"])
+        if path.is_file():
+            metadata = open_gguf(path).metadata
+            return cls(
+                gguf_backend(metadata, str(path)),
+                str(path),
+                model_type=str(metadata.get("general.architecture") or ""),
+                template=check_template(metadata.get("tokenizer.chat_template"), str(path)),
+            )
+        config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+        return cls(
+            _load(path / "tokenizer.json"),
+            str(path / "tokenizer.json"),
+            model_type=str(config.get("model_type") or ""),
+            template=read_template(path),
+        )
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    @property
+    def pad_token(self) -> str:
+        return self.backend.id_to_token(self.pad_token_id) or ""
+
+    @pad_token.setter
+    def pad_token(self, token: str) -> None:
+        token_id = self.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"pad_token={token!r} is not in the vocabulary")
+        self.pad_token_id = token_id
+
+    @property
+    def padding_side(self) -> str:
+        return "left"
+
+    @padding_side.setter
+    def padding_side(self, side: str) -> None:
+        check_keywords("the tokenizer", {"padding_side": side}, TOKENIZER)
+
+    def __call__(
+        self,
+        text: str | Iterable[str],
+        *,
+        return_tensors: str | None = None,
+        padding: bool | str = False,
+        add_special_tokens: bool = True,
+    ) -> Encoding:
+        """Encode one text or several.
+
+        Gives lists of ids, flat for one str; with return_tensors="pt", int64 tensors [b, t].
+        `padding`, True or "longest", puts <pad> on the left. Raises ValueError where texts of
+        different lengths would have to fit one tensor.
+        """
+        texts = [text] if isinstance(text, str) else text
+        rows = [self._ids(text, add_special_tokens) for text in texts]
+        return pack(rows, self.pad_token_id, return_tensors, padding, flat=isinstance(text, str))
+
+    def encode(
+        self, text: str, add_special_tokens: bool = True, *, return_tensors: str | None = None
+    ) -> Any:
+        """The ids of `text`, in which the names of special tokens mean those tokens: a list, or
+        with return_tensors="pt" a tensor [1, t].
+
+        `add_special_tokens` puts <bos> first, unless it is there already. Raises ValueError for
+        what is no str, or has half a surrogate pair in it.
+        """
+        ids = self._ids(text, add_special_tokens)
+        return pack([ids], self.pad_token_id, return_tensors, False, flat=True).input_ids
+
+    def decode(self, ids: int | Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
+        """The text of one row of ids. Ids past the vocabulary have none."""
+        row = ids.tolist() if isinstance(ids, Tensor) else ids
+        row = [row] if isinstance(row, int) else list(row)
+        try:
+            return self.backend.decode(row, skip_special_tokens=skip_special_tokens)
+        except (OverflowError, TypeError):
+            raise ValueError(f"not a row of token ids: {ids!r:.60}") from None
+
+    def batch_decode(
+        self, rows: Iterable[Sequence[int] | Tensor], skip_special_tokens: bool = False
+    ) -> list[str]:
+        """The text of each row of ids, [b, t] or a list of lists."""
+        return [self.decode(row, skip_special_tokens) for row in rows]
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token by its name, such as "<end_of_turn>"; None if there is none."""
+        return self.backend.token_to_id(token)
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
+        """The id of a token, or those of several; as in transformers, <unk>'s if there is none."""
+        names = [tokens] if isinstance(tokens, str) else tokens
+        found = [self.token_to_id(name) for name in names]
+        ids = [self.unk_token_id if token_id is None else token_id for token_id in found]
+        return ids[0] if isinstance(tokens, str) else ids
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Any],
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        padding: bool | str = False,
+    ) -> Any:
+        """A conversation, or a list of them, as a prompt, by the checkpoint's template or else by
+        Gemma's own turns.
+
+        Gives what `tokenizer(text)` gives; its input_ids alone without `return_dict`. Control
+        tokens come from the template only: their names in a message are encoded as plain text.
+        tokenize=False gives the rendered str, in which both look alike.
+
+        Raises ValueError for messages that Gemma has no turns for, and where a template fails.
+        """
+        if self.chat is None:
+            raise ValueError(f"{self.source} has no chat template, and no {' and '.join(TURNS)}")
+        several = isinstance(messages, list | tuple) and isinstance([*messages, 0][0], list | tuple)
+        chats = [check_messages(chat) for chat in (messages if several else [messages])]
+        if not tokenize:
+            texts = [self.chat.render(chat, add_generation_prompt) for chat in chats]
+            return texts if several else texts[0]
+        rows = [self._chat_ids(chat, add_generation_prompt) for chat in chats]
+        encoding = pack(rows, self.pad_token_id, return_tensors, padding, flat=not several)
+        return encoding if return_dict else encoding.input_ids
+
+    def _chat_ids(
+        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool
+    ) -> list[int]:
+        assert self.chat is not None
+        pieces = render_pieces(
+            self.chat, messages, add_generation_prompt, self._find_control_tokens
+        )
+        ids = self._ids(pieces[0])
+        for token, text in zip(pieces[1::2], pieces[2::2], strict=True):
+            ids += self._encode_plain(token) + self._ids(text, add_special_tokens=False)
+        return ids
+
+    def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids = self._encode(text).ids
+        if add_special_tokens and ids[:1] != [self.bos_token_id]:
+            ids.insert(0, self.bos_token_id)
+        return ids
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        try:
+            return self.backend.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise ValueError(f"not a str of valid Unicode: {text!r:.60}") from None
+
+    def _find_control_tokens(self, text: str) -> list[tuple[int, int]]:
+        """Where in `text` encoding would find one: (start, stop) in characters."""
+        found = self._encode(text)
+        spans = zip(found.ids, found.offsets, strict=True)
+        return [span for token_id, span in spans if token_id in self._control_ids]
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """Ids from the BPE alone, which knows no control tokens."""
+        text = self.backend.normalizer.normalize_str(text)
+        ids = [token.id for token in self.backend.model.tokenize(text)]
+        if (self._control_ids - {self.unk_token_id}) & set(ids):
+            raise ValueError(f"{self.source}: its merges make a control token of {text!r}")
+        return ids
+
+
+def _load(file: Path) -> Backend:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}")
+    try:
+        return Backend.from_file(str(file))
+    except Exception as error:  # tokenizers raises the bare class
+        raise ValueError(f"{file} is not a readable tokenizer: {error}") from error
+
+
+AutoTokenizer = GemmaTokenizer = Tokenizer

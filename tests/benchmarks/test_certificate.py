@@ -1,0 +1,188 @@
+"""The certificate of a model, its command, and what it prints."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from test_verify import BF16, CPU, FP32, exact_gelu, failed, model_lines
+from twins import CONFIGS
+
+from gemma_fast.benchmarks.verify import certificate as verify
+from gemma_fast.benchmarks.verify import kernels as verify_kernels
+from gemma_fast.benchmarks.verify import model as verify_model
+from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.cli import main
+from gemma_fast.config import GemmaConfig
+from gemma_fast.engine.generate import generate_tokens
+from gemma_fast.kernels import geglu as geglu_file
+from gemma_fast.load import RandomCheckpoint
+from gemma_fast.model.layer import Layer
+
+TINY = ("verify", "--model", "tiny", "--device", "cpu", "--tokens", "8")
+
+
+def test_exact_gelu_fails(monkeypatch):
+    monkeypatch.setattr(geglu_file, "geglu_reference", exact_gelu)
+    assert "|Δ logit|, mean / max" in failed(model_lines().values())
+
+
+def test_a_window_off_by_one_fails(monkeypatch):
+    attend, window = Layer.attend, GemmaConfig.window
+
+    def wider(self, *args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GemmaConfig, "window", lambda *x: (w := window(*x)) and w + 1)
+            return attend(self, *args)
+
+    monkeypatch.setattr(Layer, "attend", wider)
+    assert "|Δ logit|, mean / max" in failed(model_lines().values())
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_wrong_text_fails(dtype, monkeypatch):
+    def wrong(self, ids, *args, **options):
+        out = generate_tokens(self, ids, *args, **options)
+        first = ids.shape[1]  # in 16 bits later ones may part by themselves
+        out[:, first] = (out[:, first] + 1) % 190
+        return out
+
+    monkeypatch.setattr(GemmaForCausalLM, "generate", wrong)
+    assert failed(model_lines(dtypes=[dtype]).values()) == {
+        "24 greedy tokens: until they part / gap", "batch 8: |Δ logit| / texts alike / gap",
+    }  # fmt: skip
+
+
+def test_bits_that_vary_fail(monkeypatch):
+    forward = GemmaForCausalLM.forward
+
+    def noisy(self, *args, **options):
+        out = forward(self, *args, **options)
+        return out._replace(logits=out.logits * (1 + 1e-6 * torch.rand(())))
+
+    monkeypatch.setattr(GemmaForCausalLM, "forward", noisy)
+    assert failed(model_lines().values()) == {"3 runs: differing logits / texts"}
+
+
+def test_a_batch_that_is_not_its_rows_fails(monkeypatch):
+    forward = GemmaForCausalLM.forward
+
+    def without_mask(self, ids, attention_mask=None, position_ids=None, **options):
+        return forward(self, ids, **options)
+
+    monkeypatch.setattr(GemmaForCausalLM, "forward", without_mask)
+    (check,) = failed(model_lines().values())
+    assert check.startswith("batch 8")
+
+
+def test_dtypes():
+    gemma2, gemma3 = (RandomCheckpoint(CONFIGS[f"{name}-gqa"]) for name in ("gemma2", "gemma3"))
+    assert verify_model.dtypes_of(gemma3, CPU, "auto") == [FP32, BF16]
+    cuda = torch.device("cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify_model, "free_bytes", lambda device: 1e12)
+        assert verify_model.dtypes_of(gemma2, cuda, "auto") == [FP32, BF16, torch.float16]
+        patch.setattr(verify_model, "free_bytes", lambda device: 0)
+        assert verify_model.dtypes_of(gemma3, cuda, "auto") == [BF16]
+    with pytest.raises(ValueError, match="overflows float16"):
+        verify_model.dtypes_of(gemma3, CPU, "float16")
+
+
+def run(*args: str):
+    return CliRunner().invoke(main, [*TINY, *args])
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Two cases, and no process for the interpreter."""
+    monkeypatch.setattr(verify_kernels, "CASES", verify_kernels.CASES[1:3])
+    line = verify.line(verify.INTERPRETER, "rms_norm", FP32, {verify.MAX_ULP: (1.0, 1.0)})
+    monkeypatch.setattr(verify, "interpreted", lambda: [line])
+
+
+def test_interpreter_in_its_process():
+    lines = verify.interpreted()
+    assert len(lines) == 2 * len(verify_kernels.CASES)
+    assert all(line.ok and line.part == verify.INTERPRETER for line in lines)
+    assert {line.dtype for line in lines} == {"float32", "float16"}
+
+
+def test_a_process_that_dies_fails(monkeypatch):
+    monkeypatch.setattr(verify.sys, "executable", "/bin/false")
+    (line,) = verify.interpreted()
+    assert not line.ok and "status 1" in line.note
+
+
+@pytest.mark.usefixtures("few")
+def test_certificate():
+    result = run()
+    assert result.exit_code == 0, result.output
+    for text in (
+        "torch ", "in Triton's interpreter only", "the CPU path, checked too", "add_rms_norm",
+        "tiny before the reference in float32", "top-1 agreement", "3 × eager +16",
+        "Every line passed.",
+    ):  # fmt: skip
+        assert text in result.stdout
+    assert "FAIL" not in result.stdout
+    assert "gemma_fast, bfloat16" in result.stderr, "progress"
+
+
+@pytest.mark.usefixtures("few")
+def test_certificate_as_json():
+    result = run("--json", "--dtype", "bfloat16")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0 and found["passed"]
+    assert found["stamp"]["model"] == "tiny" and found["stamp"]["torch"] == torch.__version__
+    assert found["margins"].keys() >= {x["name"] for y in found["lines"] for x in y["figures"]} - {
+        "greedy tokens until they part", "greedy texts alike",
+    }  # fmt: skip
+    dtypes = {line["dtype"] for line in found["lines"] if line["part"] == verify.MODEL}
+    assert dtypes == {"bfloat16"}
+    assert {line["verdict"] for line in found["lines"]} == {"pass"}
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("as_json", [(), ("--json",)], ids=["table", "json"])
+def test_exit_status_of_a_wrong_kernel(as_json, monkeypatch):
+    monkeypatch.setattr(verify_kernels.plain, "EPS", 1.0)
+    result = run("--dtype", "float32", *as_json)
+    assert result.exit_code == 1
+    if as_json:
+        assert not json.loads(result.stdout)["passed"]
+    else:
+        assert "A line FAILED." in result.stdout
+
+
+@pytest.mark.usefixtures("few")
+def test_what_is_not_finite_is_null(monkeypatch):
+    case = verify_kernels.CASES[0]
+    wrong = case._replace(ours=lambda x, weight: x * torch.nan)
+    monkeypatch.setattr(verify_kernels, "CASES", [wrong])
+    found = json.loads(
+        run("--json", "--dtype", "float32").stdout, parse_constant=lambda x: pytest.fail(x)
+    )
+    line = next(x for x in found["lines"] if x["part"] == verify.CPU_PATH)
+    assert line["verdict"] == "FAIL" and line["figures"][0]["ours"] is None
+
+
+@pytest.mark.usefixtures("few")
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(verify, "find_spec", lambda name: None)
+    result = run("--dtype", "float32")
+    assert result.exit_code == 0
+    assert "Triton is not installed: no kernel was checked" in result.stdout.replace("\n", " ")
+    assert verify.INTERPRETER not in result.stdout
+
+
+def test_no_room_for_a_prompt():
+    result = run("--tokens", "16380", "--dtype", "float32")
+    assert result.exit_code == 1
+    assert "no room for a prompt in a context of 16384" in result.output
+
+
+def test_the_module_imports_no_transformers():
+    module = "gemma_fast.benchmarks.verify.model"
+    code = f"import sys, {module}; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

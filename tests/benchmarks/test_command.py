@@ -1,0 +1,100 @@
+"""python -m benchmarks."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from example_suite import PROVIDERS, SUITE
+
+from gemma_fast.benchmarks.__main__ import main
+from gemma_fast.benchmarks.kernels.suite import EAGER, OURS
+from gemma_fast.benchmarks.kernels.table import SUITES
+from gemma_fast.benchmarks.measure import report
+from gemma_fast.benchmarks.model.providers import PROVIDERS as MODEL_PROVIDERS
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_command_without_a_gpu_measures_nothing(tmp_path):
+    done = CliRunner().invoke(main, ["rms_norm", "attention", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert report.NOTHING in done.output and "No plots" in done.output
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["results.json", "results.md"]
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["roof"] is None
+    ours = [x for x in saved["results"] if x["provider"] == OURS]
+    assert ours and all(x["status"] == "ok, not measured" for x in ours)
+    assert all(x.keys() == {"suite", "size", "provider", "status", "error", "took_s"} for x in ours)
+    assert report.NOTHING in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("names", "code"),
+    [([EAGER, OURS, "absent", "unable", "broken"], 0), ([OURS, "off"], 1), ([OURS, "NaN"], 1)],
+    ids=str,
+)
+def test_exit_status(names, code, monkeypatch):
+    providers = {name: PROVIDERS[name] for name in names}
+    monkeypatch.setitem(SUITES, "double", replace(SUITE, providers=providers))
+    assert CliRunner().invoke(main, ["double"]).exit_code == code
+    monkeypatch.setitem(SUITES, "double", replace(SUITE, providers={OURS: PROVIDERS["broken"]}))
+    assert CliRunner().invoke(main, ["double"]).exit_code == 1
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_only():
+    done = CliRunner().invoke(main, ["geglu", "--only", OURS])
+    assert done.exit_code == 0
+    assert OURS in done.output and EAGER not in done.output.split("× eager")[1]
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_what_is_done_is_written_at_once(monkeypatch, tmp_path):
+    """A run that is cut short keeps the sizes before."""
+    providers = {OURS: lambda *inputs: stop()}
+
+    def stop():
+        saved = json.loads((tmp_path / "results.json").read_text())
+        raise KeyboardInterrupt(str(len(saved["results"])))
+
+    stopped = replace(SUITES["geglu"], providers=providers, yardstick=False)
+    monkeypatch.setitem(SUITES, "geglu", stopped)
+    done = CliRunner().invoke(main, ["rms_norm", "geglu", "--only", OURS, "--out", str(tmp_path)])
+    assert (
+        done.exit_code == 1
+        and len(json.loads((tmp_path / "results.json").read_text())["results"]) == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["rmsnorm"], "no suite rmsnorm: choose from rms_norm, add_rms_norm"),
+        (["geglu", "--model", "demo"], "--model is for the suite model"),
+        (["geglu", "-d", "5"], "-d is for the suite model"),
+        (["-o", "json"], "-o json is for the suite model alone"),
+        (["geglu", "--only", "vllm"], "no provider vllm: choose from eager, torch.compile"),
+        (["geglu", "--out", "/dev/null/x"], "--out /dev/null/x"),
+        (["model", "--model", "no/such/model"], "no/such/model"),
+    ],
+    ids=str,
+)
+def test_command_says_what_is_wrong(arguments, complaint):
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit)
+    assert complaint in done.output
+
+
+def test_list():
+    done = CliRunner().invoke(main, ["--list"])
+    assert done.exit_code == 0
+    assert all(name in done.output for name in (*SUITES, *MODEL_PROVIDERS))
+    done = CliRunner().invoke(main, ["rms_norm", "--list"])
+    assert "attention" not in done.output and OURS in done.output

@@ -1,0 +1,215 @@
+"""Who the whole model's benchmark finds wrong, and that every provider computes the model."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch._dynamo.utils import counters
+from twins import CONFIGS
+
+from gemma_fast.benchmarks import options as model_command
+from gemma_fast.benchmarks.kernels.suite import EAGER, OURS, serious
+from gemma_fast.benchmarks.measure import timing
+from gemma_fast.benchmarks.measure.machine import Roof
+from gemma_fast.benchmarks.model import providers as model_providers
+from gemma_fast.benchmarks.model.cases import TINY, Case, find
+from gemma_fast.benchmarks.model.judge import Judge
+from gemma_fast.benchmarks.model.providers import PROVIDERS, Eager
+from gemma_fast.benchmarks.model.race import WITHOUT_GRAPHS, run
+from gemma_fast.load import RandomCheckpoint
+from gemma_fast.reference import Reference
+
+CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
+ROOF = Roof(copy=2e12, product=1e15)
+TG2 = Case("tg", 2)
+QUICK = partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
+
+
+def provider(change):
+    """The reference in a provider's clothes, its weights changed in place."""
+
+    def load(checkpoint, dtype, device):
+        reference = Reference.from_checkpoint(checkpoint, dtype=dtype, device=device)
+        change(reference)
+        return Eager(reference)
+
+    return load
+
+
+def noise(share):
+    def change(reference):
+        for weight in reference.weights.values():
+            weight.mul_(1 + share * torch.randn_like(weight))
+
+    return provider(change)
+
+
+def without_rotary(reference):
+    reference.rotate = lambda x, cos, sin: x
+
+
+class Repeating(Eager):
+    """Reads each token rightly and says it again."""
+
+    def step(self):
+        said = self.token
+        super().step()
+        return said
+
+
+class Forgetting(Eager):
+    """Does not keep what it decodes: tokens of random weights need not show it, the cache does."""
+
+    def step(self):
+        past = self.past
+        token = super().step()
+        self.past = past
+        return token
+
+
+class Short(Eager):
+    """Right until it holds more than 100 tokens; then they are noise."""
+
+    def extend(self, ids):
+        token = super().extend(ids)
+        if self.past[0][0].shape[2] > 100:
+            self.past = [(torch.randn_like(k), torch.randn_like(v)) for k, v in self.past]
+        return token
+
+
+def absent(checkpoint, dtype, device):
+    raise ModuleNotFoundError("No module named 'rival'", name="rival")
+
+
+def kind(eager):
+    return lambda *where: eager(Reference.from_checkpoint(where[0], dtype=where[1], device=CPU))
+
+
+def judged(monkeypatch, dtype, providers, case=TG2):
+    """provider → status, of the tiny model, with a roof: so a right one would be timed."""
+    monkeypatch.setattr(timing, "ENOUGH", 0)
+    for name in list(PROVIDERS):
+        monkeypatch.delitem(PROVIDERS, name)
+    for name, load in providers.items():
+        monkeypatch.setitem(PROVIDERS, name, load)
+    checkpoint = RandomCheckpoint(TINY)
+    judge = Judge(checkpoint, dtype, CPU)
+    found = list(run(checkpoint, [case], CPU, dtype, ROOF, 1, list(providers), judge))
+    assert all(bool(r.seconds) == r.status.startswith("ok") for r in found)
+    assert serious(found) == any(r.status.startswith("wrong") for r in found)
+    return {r.provider: r.status for r in found}
+
+
+def test_wrong_provider_is_not_timed(monkeypatch):
+    found = judged(monkeypatch, FP32, {
+        EAGER: kind(Eager), "rotary": provider(without_rotary), "repeating": kind(Repeating),
+        "forgetting": kind(Forgetting), "absent": absent,
+    })  # fmt: skip
+    assert found[EAGER] == "ok"
+    assert found["rotary"].startswith("wrong: error ")
+    assert found["repeating"].startswith("wrong: ")
+    assert found["forgetting"].startswith("wrong: error ")
+    assert found["absent"] == "not installed: No module named 'rival'"
+
+
+def test_check_is_as_deep_as_the_test(monkeypatch):
+    providers = {EAGER: kind(Eager), "short": kind(Short)}
+    for case in (Case("tg", 4, depth=300), Case("pp", 300), Case("pp", 4, depth=300, batch=6)):
+        found = judged(monkeypatch, FP32, providers, case)
+        assert found[EAGER] == "ok" and found["short"].startswith("wrong: error "), case
+    assert judged(monkeypatch, FP32, providers) == {EAGER: "ok", "short": "ok"}
+
+
+def test_skipped_cuda_graphs_are_told(monkeypatch):
+    class Skipping(Eager):
+        def start(self, *given):
+            super().start(*given)
+            counters["inductor"]["cudagraph_skips"] += 1
+
+    found = judged(monkeypatch, FP32, {EAGER: kind(Eager), "static": kind(Skipping)})
+    assert found == {EAGER: "ok", "static": WITHOUT_GRAPHS}
+
+
+def test_the_reference_reads_a_prefix_once(monkeypatch):
+    judge, read = Judge(RandomCheckpoint(TINY), FP32, CPU), []
+    forward = judge.reference.forward
+
+    def reference(ids, **options):
+        read.append(ids.shape[1])
+        return forward(ids, **options)
+
+    monkeypatch.setattr(judge, "reference", reference)
+    deep = Eager(Reference.from_checkpoint(RandomCheckpoint(TINY), dtype=FP32, device=CPU))
+    for _ in range(2):
+        deep.start(1, 0, "tg")
+        judge.check(EAGER, deep, Case("tg", 4, depth=1100))
+    assert read == [1024, 76, 48, 48]
+    assert judge.prefix(Case("pp", 16384)) == 16384 - 48  # the trial is within the context, too
+
+
+def test_a_judge_without_memory_says_so(monkeypatch):
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Judge, "judge", too_much)
+    found = judged(monkeypatch, BF16, {EAGER: kind(Eager)})
+    assert found == {EAGER: "cannot: no memory for the reference that judges"}
+
+
+def test_a_wrong_rival_does_not_excuse_us(monkeypatch):
+    providers = {"transformers (eager)": kind(Eager), "transformers (sdpa)": noise(0.5)}
+    found = judged(monkeypatch, BF16, {**providers, OURS: noise(0.01)})
+    assert found["transformers (sdpa)"].startswith("wrong: error ")
+    assert found[OURS].startswith("wrong: error ") and "transformers' is" in found[OURS]
+
+
+def test_whether_we_were_compared_is_told():
+    judge = Judge(RandomCheckpoint(TINY), BF16, CPU)
+    judge.compare(OURS, 0.01, [])
+    assert judge.about.endswith("gemma_fast's error was not compared to transformers'.")
+    judge.compare("transformers (eager)", 0.01, rivals := [])
+    judge.compare(OURS, 0.01, rivals)
+    assert judge.about.endswith("gemma_fast's error was compared to transformers'.")
+
+
+def test_in_16_bits_we_are_no_further_from_float32_than_transformers(monkeypatch):
+    found = judged(monkeypatch, BF16, {
+        "rotary": provider(without_rotary), "transformers (eager)": kind(Eager), OURS: kind(Eager),
+    })  # fmt: skip
+    assert found["rotary"].startswith("wrong: error ")
+    assert found[OURS] == found["transformers (eager)"] == "ok"
+    found = judged(monkeypatch, BF16, {"transformers (eager)": kind(Eager), OURS: noise(0.01)})
+    assert found["transformers (eager)"] == "ok"
+    assert found[OURS].startswith("wrong: error ") and "transformers' is" in found[OURS]
+    assert judged(monkeypatch, BF16, {OURS: noise(0.01)}) == {OURS: "ok"}
+
+
+def test_where_float32_does_not_fit_the_reference_keeps_its_dtype(monkeypatch):
+    monkeypatch.setattr("gemma_fast.benchmarks.model.judge.free_bytes", lambda device: 0)
+    judge = Judge(find("tiny"), BF16, CPU)
+    assert "the reference in bfloat16, as float32 does not fit." in judge.about
+    assert judge.reference.weights["model.norm.weight"].dtype == BF16
+
+
+def test_exit_status_of_a_wrong_result(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(PROVIDERS, OURS, provider(without_rotary))
+    done = CliRunner().invoke(model_command.bench, ["-p", "4", "--only", OURS])
+    assert done.exit_code == 1 and "wrong: error" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["gemma-mqa", "gemma2-gqa"])  # Gemma 3: the command's tiny one
+def test_every_provider_chooses_the_references_tokens(name, monkeypatch):
+    """Past the window, whatever the family, with the static cache and its compiled step: that it
+    is one graph and right; Inductor would take minutes."""
+    monkeypatch.setattr(model_providers, "compiled_step", QUICK)
+    checkpoint = RandomCheckpoint(replace(CONFIGS[name], max_position_embeddings=1024))
+    judge = Judge(checkpoint, FP32, CPU)
+    found = run(checkpoint, [Case("tg", 4, batch=2)], CPU, FP32, None, 1, list(PROVIDERS), judge)
+    statuses = {r.provider: r.status for r in found}
+    assert list(statuses) == list(PROVIDERS)
+    if name == "gemma2-gqa":
+        assert statuses.pop("transformers (sdpa)") == "cannot: no soft cap"
+    assert set(statuses.values()) == {"ok, not measured"}

@@ -1,0 +1,70 @@
+"""Every suite: its inputs, its formulas, and that it runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import interpreter
+
+from gemma_fast.benchmarks.kernels import suite as harness
+from gemma_fast.benchmarks.kernels.suite import EAGER, OURS, run
+from gemma_fast.benchmarks.kernels.table import SUITES
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+CASES = [(name, size) for name, suite in SUITES.items() for size in suite.tiny]
+
+
+@pytest.mark.parametrize(("name", "size"), CASES, ids=str)
+def test_tiny_sizes_run(name, size):
+    with interpreter():  # the kernels themselves, not their references
+        results = list(run(SUITES[name], size, CPU, FP32, None, [EAGER, OURS]))
+    assert [r.status for r in results] == ["ok, not measured"] * 2
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_have_inputs_for_every_size_and_no_zeros(name):
+    suite = SUITES[name]
+    for size in suite.tiny.values():
+        inputs = harness.make_inputs(suite, size, CPU, FP32, seed=0)
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        assert all(x.abs().sum() > 0 for x in tensors)
+        again = harness.make_inputs(suite, size, CPU, FP32, seed=0)
+        assert all(torch.equal(a, b) for a, b in zip(inputs, again, strict=True)
+                   if isinstance(a, torch.Tensor))  # fmt: skip
+    assert all(min(suite.work(2, **size)) > 0 for size in suite.sizes.values())
+
+
+def work(name, size):
+    return SUITES[name].work(2, **SUITES[name].sizes[size])
+
+
+def test_work_by_hand():
+    m = 1 << 20
+    assert work("rms_norm", "512 x 2048") == (4 * m, 4 * m)  # 1 Mi elements, in and out
+    assert work("add_rms_norm", "512 x 2048") == (8 * m, 5 * m)
+    assert work("add_rms_norm_post", "8192 x 640") == (40 * m, 45 * m)
+    assert work("geglu", "512 x 2*16384") == (3 * 8 * m * 2, 10 * 8 * m)
+    # k, v, keys, values of 0.5 Mi elements; cos and sin of 0.25 Mi floats each
+    assert work("rotary_write", "t 2048, n 1") == (4 * m + 2 * m, 3 * m // 2)
+    # q and out of 1 Mi elements, keys and values of 1/8; cos and sin of 1/16 Mi floats each
+    pairs = 512 * 513 // 2
+    found = work("attention", "t 512, 8/1 heads, d 256")
+    assert found == (2 * (2 * m + m // 4) + m // 2, 4 * 8 * 256 * pairs)
+    # the first 512 queries see 1 … 512 keys, the other 7680 see 512
+    found = work("attention", "t 8192, 4/1 heads, d 256, window 512")
+    assert found.flops == 4 * 4 * 256 * (pairs + 7680 * 512)
+    found = work("gate_up_geglu", "m 512, k 2048, dim 16384")
+    assert found == (2 * (m + 64 * m + 8 * m), 2 * 512 * 2048 * 32768)
+
+
+def test_they_run_under_pytest_benchmark(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the kernels themselves, not their references
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark heeds it
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-only"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "nothing was measured" in done.stdout and " passed" in done.stdout

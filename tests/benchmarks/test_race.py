@@ -1,0 +1,250 @@
+"""The whole model's benchmark: its arithmetic, what it refuses, what it prints, and every provider
+that runs on a CPU."""
+
+import json
+import subprocess
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from gemma_fast import cli
+from gemma_fast.benchmarks import options as model_command
+from gemma_fast.benchmarks.kernels.suite import EAGER, OURS
+from gemma_fast.benchmarks.measure import machine, timing
+from gemma_fast.benchmarks.measure.machine import Roof
+from gemma_fast.benchmarks.model import providers as model_providers
+from gemma_fast.benchmarks.model import race as bench_model
+from gemma_fast.benchmarks.model.cases import TINY, Case, cases, find, pass_work
+from gemma_fast.benchmarks.model.judge import Judge
+from gemma_fast.benchmarks.model.plots import plot
+from gemma_fast.benchmarks.model.providers import PROVIDERS, RINGS, STATIC
+from gemma_fast.benchmarks.model.race import WITHOUT_GRAPHS, Result, percentile
+from gemma_fast.benchmarks.model.report import Report
+from gemma_fast.config import PRESETS
+
+ROOF = Roof(copy=2e12, product=1e15)
+GEMMA = PRESETS["gemma-2b"]
+TIMED = {"samples_s", "token_samples_s", "tokens_per_s", "tokens_per_s_sd"}
+
+
+def test_tests_are_named_as_llama_bench_names_them():
+    found = cases([512, 8192], [128], [0, 4096], [1, 4])
+    names = [case.name for case in found if case.batch == 1]
+    assert names[:3] == ["pp512", "pp8192", "tg128"]
+    assert names[3:] == ["pp512 @ d4096", "pp8192 @ d4096", "tg128 @ d4096"]
+    assert len(found) == 12 and {case.batch for case in found} == {1, 4}
+    assert [case.name for case in cases([0], [4], [0], [1])] == ["tg4"]
+    assert [case.room for case in cases([8], [4], [0, 5], [1])] == [8, 1 + 4, 5 + 8, 5 + 4]
+
+
+def test_work_of_a_tiny_model_by_hand():
+    layer = 48 * 32 * (2 * 4 + 2 * 2) + 3 * 48 * 88 + 4 * 48 + 2 * 32
+    embedding = 199 * 48
+    assert TINY.num_parameters == embedding + 3 * layer + 48 == 103_680
+    # Layers see 8, 21 and 8 keys of 20 before and their own; K and V are 2 heads of 32, in 4 bytes.
+    assert [TINY.window(i) for i in range(3)] == [8, None, 8]
+    step = pass_work(TINY, 4, 3, 20, 1)
+    assert step.bytes == 4 * (103_680 + 3 * 2 * 2 * 32 * (8 + 21 + 8))
+    assert step.flops == 3 * (2 * 103_680 + 4 * 4 * 32 * (8 + 21 + 8))
+    # 10 tokens after 5: all 15 are read or written where all is seen, else 5 and the last 8; the
+    # windowed ones see 6, 7, 8 … 8, the others 6 … 15.
+    read = pass_work(TINY, 4, 1, 5, 10)
+    assert read.bytes == 4 * (103_680 + 2 * 2 * 32 * (15 + 2 * 13))
+    pairs = 2 * (6 + 7 + 8 * 8) + sum(range(6, 16))
+    products = 2 * (10 * (103_680 - embedding) + embedding)
+    assert read.flops == products + 4 * 4 * 32 * pairs
+
+
+def test_work_of_gemma_2b_by_hand():
+    embedding, layer = 256_000 * 2048, 2048 * (256 * (8 + 2) + 256 * 8 + 3 * 16384 + 2)
+    weights = embedding + 18 * layer + 2048
+    assert weights == GEMMA.num_parameters == 2_506_172_416  # 5.01 GB
+    one = Case("tg", 1, depth=512).work(GEMMA, 2)
+    assert one.bytes == 2 * weights + 513 * 18_432  # K and V of a token: 18 * 2 * 256 * 2 bytes
+    assert one.flops == 2 * weights + 18 * 4 * 8 * 256 * 513
+    many = Case("tg", 128, depth=512, batch=4).work(GEMMA, 2)
+    assert many.bytes == 128 * 2 * weights + 4 * 18_432 * sum(range(513, 641))
+    prompt = Case("pp", 512).work(GEMMA, 2)
+    products = 2 * (512 * (18 * layer + 2048) + embedding)
+    assert prompt.flops == products + 18 * 4 * 8 * 256 * 512 * 513 // 2
+    assert prompt.bytes == 2 * weights + 512 * 18_432
+
+
+def result(case, provider, seconds=(), status="ok", token_seconds=()):
+    return Result(case, provider, status, case.work(GEMMA, 2), 0.03, seconds, token_seconds)
+
+
+def test_figures_of_made_up_times():
+    case = Case("tg", 100, depth=512, batch=2)
+    steps = (0.002,) * 98 + (0.003, 0.004)
+    x = result(case, OURS, (0.2, 0.25), token_seconds=steps).figures(ROOF)
+    assert x["tokens_per_s"] == pytest.approx(200 / 0.225)  # of one mean, as all its row
+    assert x["tokens_per_s_sd"] == pytest.approx(100 * 2**0.5)
+    assert x["token_p50_s"] == 0.002 and 0.003 <= x["token_p99_s"] < 0.004
+    held = 2 * 18_432 * sum(range(513, 613)) / 100
+    assert x["bytes_per_token"] == pytest.approx((5_012_344_832 + held) / 2)
+    assert x["mbu"] == pytest.approx(100 * (5_012_344_832 + held) / 0.225 / 2e12)
+    x = result(Case("pp", 512), OURS, (0.01,)).figures(ROOF)
+    assert x["tokens_per_s"] == pytest.approx(51_200) and x["tokens_per_s_sd"] is None
+    assert x["time_to_first_token_s"] == pytest.approx(0.01)
+    assert x["mfu"] == pytest.approx(Case("pp", 512).work(GEMMA, 2).flops / 1e13)
+    assert result(case, OURS).figures(ROOF) == {}
+    assert percentile([3.0], 99) == 3.0
+
+
+STAMP = {
+    "gpu": "GPU", "cpu": None, "driver": "580", "cuda": "13.0", "cudnn": 9, "torch": "2.13",
+    "triton": "3.7", "python": "3.12", "rivals": {"transformers": "5.23"}, "dtype": "bfloat16",
+    "commit": "abc", "date": "2026-11-21",
+}  # fmt: skip
+ABOUT = {
+    "model": "gemma-2b", "params": GEMMA.num_parameters, "dtype": "bfloat16",
+    "size_bytes": 2 * GEMMA.num_parameters, "checked": "Checked against the reference in float32.",
+}  # fmt: skip
+
+
+def test_files_of_made_up_results(tmp_path):
+    read, write, deep = Case("pp", 512), Case("tg", 128), Case("tg", 128, depth=4096)
+    steps = (0.0025,) * 128
+    results = [
+        result(read, EAGER, (0.02, 0.02)), result(write, EAGER, (1.28, 1.28), token_seconds=steps),
+        result(read, OURS, (0.01, 0.01)), result(write, OURS, (0.32, 0.32), token_seconds=steps),
+        result(deep, OURS, (0.32, 0.32), token_seconds=steps),
+        result(write, "transformers (sdpa)", status="not installed: No module named 'x'"),
+    ]  # fmt: skip
+    results[3] = replace(results[3], peak_bytes=5_300_000_000)
+    results.append(replace(result(deep, STATIC, (0.64,), WITHOUT_GRAPHS), token_seconds=steps))
+    report = Report(STAMP, ROOF, ABOUT, results)
+    report.write(tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    start = "| gemma-2b | 5.01 GB | 2.51 B | GPU | "
+    assert (
+        f"{start}gemma_fast | pp512 | 51200.00 ± 0.00 | 10 ms |  | 9.81 MB |  | 20.5% MFU | 2.00 |"
+        in text
+    )
+    assert (
+        f"{start}gemma_fast | tg128 | 400.00 ± 0.00 |  | 2.5 ms / 2.5 ms | 5.01 GB | 5.30 GB "
+        "| 100.3% MBU | 4.00 |"
+    ) in text
+    assert "| transformers (sdpa) | tg128 | not installed: No module named 'x' |" in text
+    assert text.endswith("\\* Inductor skipped CUDA graphs.\n")
+    assert "copy 2000 GB/s" in text and "commit abc" in text and "batch |" not in text
+    order = [line.split(" | ")[4:6] for line in text.splitlines() if line.startswith(start)]
+    assert order == [
+        [EAGER, "pp512"], [OURS, "pp512"],
+        [EAGER, "tg128"], ["transformers (sdpa)", "tg128"], [OURS, "tg128"],
+        [OURS, "tg128 @ d4096"], [f"{STATIC} \\*", "tg128 @ d4096"],
+    ]  # fmt: skip
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["stamp"] == STAMP and saved["roof"] == ROOF._asdict()
+    ours = saved["results"][4]
+    assert ours["samples_s"] == [0.32, 0.32] and ours["token_samples_s"] == [*steps]
+    assert ours["x_eager"] == pytest.approx(4) and ours["peak_memory_bytes"] == 5_300_000_000
+    assert not TIMED & saved["results"][3].keys()
+    plot(tmp_path, ROOF, results, "GPU")
+    for name in ("speed.png", "depth.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "batch.png").exists()
+
+
+@pytest.fixture
+def roof(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("gemma_fast.benchmarks.measure.machine.measure_roof", lambda *_: ROOF)
+
+
+@pytest.mark.usefixtures("roof")
+def test_command_measures_every_provider_on_a_cpu(tmp_path, monkeypatch):
+    """The compiled step by Dynamo alone: Inductor would take minutes."""
+    quick = partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
+    monkeypatch.setattr(model_providers, "compiled_step", quick)
+    monkeypatch.setattr(timing, "ENOUGH", 0)
+    options = "-p 8 -n 4 -d 0,5 -b 1,2 -r 2 -o json"
+    arguments = ["bench", "--model", "tiny", *options.split(), "--out", str(tmp_path)]
+    done = CliRunner().invoke(cli.main, arguments)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found == json.loads((tmp_path / "results.json").read_text())
+    assert found["stamp"]["roof_at_the_end"] == ROOF._asdict()
+    rows = found["results"]
+    assert [row["test"] for row in rows[:: len(PROVIDERS)]] == [
+        "pp8",
+        "tg4",
+        "pp8 @ d5",
+        "tg4 @ d5",
+    ] * 2
+    assert [row["provider"] for row in rows] == list(PROVIDERS) * 8
+    unable = [row for row in rows if row["provider"] in (STATIC, RINGS) and row["kind"] == "pp"]
+    assert {x["status"] for x in unable} == {"cannot: prompts are not compiled; see sdpa"}
+    rows = [row for row in rows if row not in unable]
+    assert all(row["status"] == "ok" and len(row["samples_s"]) == 2 for row in rows)
+    assert all(row["x_eager"] == 1 for row in rows if row["provider"] == EAGER)
+    for row in rows:
+        measured = {"pp": {"time_to_first_token_s", "mfu"}, "tg": {"token_p99_s", "mbu"}}
+        assert measured[row["kind"]] <= row.keys()
+        assert len(row["token_samples_s"]) == (4 if row["kind"] == "tg" else 0)
+    files = {"results.json", "results.md", "speed.png", "depth.png", "batch.png"}
+    assert {x.name for x in tmp_path.iterdir()} == files
+
+
+@pytest.mark.usefixtures("roof")
+def test_without_a_model_on_a_cpu_nothing_is_measured():
+    done = CliRunner().invoke(model_command.bench, ["-p", "4,4", "-n", "0", "--only", EAGER])
+    assert done.exit_code == 0, done.output
+    assert "| eager | pp4 | ok, not measured |" in done.stdout
+    assert done.stdout.count("ok, not measured") == 1
+    assert "nothing was measured" in done.stdout
+
+
+@pytest.mark.usefixtures("roof")
+def test_a_test_over_the_context_is_listed_and_the_rest_runs():
+    options = f"-p 8,16384 -n 0 -d 0,8 --only {EAGER} --only {OURS}".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Judge, "prefix", lambda *_: 0)  # 16384 tokens would take minutes
+        done = CliRunner().invoke(model_command.bench, options)
+    assert done.exit_code == 0, done.output
+    for name in (EAGER, OURS):
+        long = f"| {name} | pp16384 @ d8 | cannot: 16392 tokens, the context is 16384 |"
+        assert long in done.stdout and f"| {name} | pp8 @ d8 | ok, not measured |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("-p 0 -n 0", "nothing to test: -p and -n are 0"),
+        ("-d 16384", "no test fits the context of tiny, 16384 tokens"),
+    ],
+)
+@pytest.mark.usefixtures("roof")
+def test_nothing_to_test(options, complaint):
+    done = CliRunner().invoke(model_command.bench, options.split())
+    assert done.exit_code == 2 and complaint in done.output
+
+
+def test_a_fault_is_the_providers(monkeypatch):
+    """After a CUDA fault every call raises; the run lists it, and goes on to its end."""
+
+    def fault(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(bench_model, "clear", fault)
+    where = torch.device("cpu"), torch.float32, None, 1, [EAGER, OURS], None
+    found = list(bench_model.run(find("tiny"), [Case("tg", 1)], *where))
+    assert len(found) == 2 and all(r.status.startswith("failed: CUDA error") for r in found)
+    monkeypatch.setattr(machine, "measure_roof", fault)
+    machine.measure_again(head := {}, torch.device("cpu"), torch.float32)
+    assert not head
+
+
+def test_commit_of_another_repository_is_not_ours(tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "machine.py").touch()
+    assert machine._commit(tmp_path / "machine.py") is None
+
+
+def test_time_of_a_step_is_that_of_the_step():
+    times = bench_model.step_seconds(lambda: torch.zeros(1), 5, cuda=False)
+    assert len(times) == 5 and min(times) > 0

@@ -1,0 +1,202 @@
+"""The benchmarks' own truth, without a GPU: what is refused, what is listed, and the arithmetic."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from example_suite import PROVIDERS, SUITE
+
+from gemma_fast.benchmarks.kernels import suite as harness
+from gemma_fast.benchmarks.kernels.suite import COPY, EAGER, OURS, Result, run
+from gemma_fast.benchmarks.measure import report
+from gemma_fast.benchmarks.measure.machine import Roof, Work
+from gemma_fast.benchmarks.measure.plots import plot
+from gemma_fast.benchmarks.measure.timing import Times
+from gemma_fast.kernels._op import Gpu
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+ROOF = Roof(copy=2e12, product=1e15)
+STAMP = {
+    "gpu": "GPU", "cpu": None, "driver": "580", "cuda": "13.0", "cudnn": 9, "torch": "2.13",
+    "triton": "3.7", "python": "3.12", "rivals": {"quack-kernels": "0.6"}, "dtype": "bfloat16",
+    "commit": "abc", "date": "2026-11-21",
+}  # fmt: skip
+
+
+def statuses(suite=SUITE, size="small", **options):
+    return {r.provider: r.status for r in run(suite, size, CPU, FP32, None, **options)}
+
+
+def test_every_provider_is_listed_with_its_fate():
+    found = statuses()
+    assert list(found) == [*PROVIDERS, COPY]
+    assert found[EAGER] == found[OURS] == "ok, not measured"
+    assert found["off"] == "wrong: error 0.0005, more than 1e-05"
+    assert found["NaN"] == "wrong: error nan, more than 1e-05"
+    assert found["infinite"] == "wrong: error inf, more than 1e-05"
+    assert found["other shape"].startswith("wrong: gives")
+    assert found["other dtype"].startswith("wrong: gives")
+    assert found["two outputs"].startswith("wrong: gives")
+    assert found["absent"] == "not installed: No module named 'rival'"
+    assert found["unable"] == "cannot: no window"
+    assert found["broken"] == "failed: illegal instruction"
+
+
+def test_a_failure_is_explained_to_stderr(capsys):
+    statuses(names=["broken", "absent"])
+    told = capsys.readouterr().err
+    assert "and a long story" in told and "in broken" in told and "No module" not in told
+
+
+def test_an_oracle_that_fails_is_listed_for_all():
+    def too_large(x):
+        raise MemoryError("too large")
+
+    found = statuses(replace(SUITE, oracle=too_large), names=[EAGER, OURS])
+    assert found == {EAGER: "failed: too large", OURS: "failed: too large"}
+
+
+def test_wrong_provider_is_not_timed(monkeypatch):
+    timed = []
+
+    def calls(suite, name, *_):
+        timed.append(name)
+        return [lambda: None]
+
+    times = Times(1e-3, 1e-3, 1e-3)
+    monkeypatch.setattr(harness, "calls", calls)
+    monkeypatch.setattr(harness, "device_times", lambda calls, check: (times, True))
+    results = list(run(SUITE, "large", CPU, FP32, ROOF))
+    assert timed == [EAGER, OURS, COPY]
+    assert sorted(r.provider for r in results if r.times) == sorted(timed)
+    assert all(r.graph for r in results if r.times)
+
+
+def test_oracle_sees_its_own_fp32_copies():
+    seen = []
+
+    def oracle(x):
+        seen.append(x.dtype)
+        return x.mul_(2)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        (result,) = run(replace(SUITE, oracle=oracle), "small", CPU, dtype, None, [OURS])
+        assert result.status == "ok, not measured"
+    assert seen == [torch.float32] * 2
+
+
+def test_faster_than_the_roof_is_wrong(monkeypatch):
+    """As the replay of a graph is that captured nothing."""
+    monkeypatch.setattr(harness, "calls", lambda *_: [lambda: None])
+    monkeypatch.setattr(
+        harness, "device_times", lambda calls, check: (Times(1e-6, 1e-6, 1e-6), True)
+    )
+    (found,) = run(SUITE, "large", CPU, FP32, ROOF, [OURS])  # 8 MiB at 2 TB/s: 4.2 µs
+    assert found.status == "wrong: 4.2 times as fast as the roof" and found.times is None
+
+
+def test_what_our_timed_graph_wrote_is_checked(monkeypatch):
+    def device_times(calls, check):
+        check(torch.tensor([1.0, 2.01]))
+        return Times(1e-3, 1e-3, 1e-3), True
+
+    monkeypatch.setattr(harness, "calls", lambda *_: [lambda: torch.tensor([1.0, 2.0])])
+    monkeypatch.setattr(harness, "device_times", device_times)
+    eager, ours = run(SUITE, "large", CPU, FP32, ROOF, [EAGER, OURS])
+    assert ours.status == "wrong: error 0.0045 in the graph that was timed" and ours.times is None
+    assert eager.status == "ok"  # a rival may change its inputs from call to call
+
+
+def test_calls_that_do_not_overlap():
+    """As OURS_ALONE makes them."""
+    h100, seen = Gpu(90, 232_448, 132), []
+    call = harness.alone(lambda x: lambda: seen.append(h100.overlap(True)))(1)
+    call()
+    assert seen == [{"PREFETCH": False}]
+    assert h100.overlap(True) == {"PREFETCH": True, "launch_pdl": True}
+
+
+def test_rows_count_alike_however_small():
+    expected = torch.tensor([[1000.0, 1000.0], [1.0, 1.0]])
+    found = torch.tensor([[1000.0, 1000.0], [1.5, 1.0]])
+    assert harness.error(found, expected) == pytest.approx(0.25)  # √(mean(0, 0.25 / 2))
+
+
+def test_two_roundings_pass_and_four_do_not():
+    for dtype, one_rounding in [(torch.bfloat16, 1.7e-3), (torch.float16, 2.1e-4)]:
+        exact = torch.randn(64, 1024)
+        off = harness.error(exact.to(dtype), exact)
+        assert off == pytest.approx(one_rounding, rel=0.1)
+        assert off * 2 < harness.TOLERANCE[dtype] < off * 3.1
+
+
+def result(provider, seconds=None, status="ok", suite="rms_norm", size="8192 x 2048", flops=4e7):
+    times = seconds and Times(seconds, seconds * 0.9, seconds * 1.1)
+    return Result(suite, size, provider, status, Work(6e7, flops), 1e-3, times, bool(times))
+
+
+def test_figures_of_a_made_up_time():
+    x = result(OURS, seconds=40e-6).figures(ROOF)
+    assert x["median_us"] == pytest.approx(40)
+    assert x["GB_per_s"] == pytest.approx(1500)  # 6e7 bytes / 40e-6 s
+    assert x["TFLOP_per_s"] == pytest.approx(1)  # 4e7 FLOPs / 40e-6 s
+    assert x["bound"] == "memory" and x["share_of_roof"] == pytest.approx(0.75)
+    x = result(OURS, seconds=40e-6, flops=2e10).figures(ROOF)  # 20 µs of products, 30 of bytes
+    assert x["bound"] == "memory"
+    x = result(OURS, seconds=400e-6, flops=2e11).figures(ROOF)
+    assert x["bound"] == "compute" and x["share_of_roof"] == pytest.approx(0.5)
+    assert result(OURS).figures(ROOF) == {}
+
+
+def test_speed_up_over_eager_of_the_same_size():
+    results = [
+        result(EAGER, 80e-6), result(OURS, 20e-6), result("liger", status="not installed: x"),
+        result(OURS, 10e-6, size="1 x 1"),
+    ]  # fmt: skip
+    found = report.speedups(results)
+    assert found["rms_norm", "8192 x 2048", OURS] == pytest.approx(4)
+    assert len(found) == 2
+
+
+def test_files_of_made_up_results(tmp_path):
+    results = [
+        result(EAGER, 80e-6), result(OURS, 40e-6), replace(result("quack", 50e-6), graph=False),
+        result("liger", status="not installed: No module named 'liger_kernel'"),
+        result(COPY, 38e-6, flops=0),
+        result(EAGER, 3e-3, suite="attention", size="a", flops=1e11),
+        result(OURS, 2e-3, suite="attention", size="a", flops=1e11),
+    ]  # fmt: skip
+    about = {"rms_norm": "RMSNorm", "attention": "Attention"}
+    stamp = STAMP | {"roof_at_the_end": {"copy": 1.9e12, "product": 9e14}}
+    report.write(tmp_path, stamp, ROOF, results, about)
+    plot(tmp_path, ROOF, results, "GPU")
+
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["stamp"] == stamp
+    assert saved["roof"] == {"copy": 2e12, "product": 1e15}
+    assert [x["provider"] for x in saved["results"]] == [r.provider for r in results]
+    assert saved["results"][1]["x_eager"] == pytest.approx(2)
+    assert saved["results"][2]["graph"] is False
+    assert "median_us" not in saved["results"][3]
+
+    text = (tmp_path / "results.md").read_text()
+    ours = "| 8192 x 2048 | gemma_fast | 40.0 µs (36.0 … 44.0) | 1500 | 1 | 0.75 (memory) | 2.00 |"
+    assert ours in text
+    assert "| quack \\* | 50.0 µs" in text and report.FOOTNOTE in text
+    assert "| liger | not installed: No module named 'liger_kernel' |" in text
+    assert "## attention" in text and report.NOTHING not in text
+    assert "commit abc" in text and "copy 2000 GB/s, product 1000 TFLOP/s" in text
+    assert (
+        "At its end: copy 1900 GB/s, product 900 TFLOP/s." in text and "quack-kernels 0.6" in text
+    )
+    for name in ("speedup.png", "roofline.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_each_result_says_how_long_it_took(monkeypatch):
+    clock = iter([0.0, 3.0, 3.0, 10.0, 10.0])
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    results = harness.with_took(run(SUITE, "small", CPU, FP32, None, [EAGER, OURS]))
+    assert [r.took for r in results] == [3, 7]

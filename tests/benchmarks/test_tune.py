@@ -1,0 +1,175 @@
+"""python -m benchmarks.tune, as far as it goes without a GPU: whether what it tries is right."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import interpreter
+from example_suite import SUITE
+from triton.runtime.errors import OutOfResources
+
+from gemma_fast.benchmarks import tune
+from gemma_fast.benchmarks.kernels import suite as harness
+from gemma_fast.benchmarks.kernels.suite import OURS, run
+from gemma_fast.benchmarks.kernels.table import SUITES
+from gemma_fast.benchmarks.measure.machine import Roof
+from gemma_fast.benchmarks.measure.timing import Times
+from gemma_fast.benchmarks.tune import TABLE, TABLES, Table, measure, table, variants
+from gemma_fast.kernels import matvec
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+CUDA = torch.cuda.is_available()
+WHERE = (torch.device("cuda"), torch.bfloat16) if CUDA else (CPU, FP32)  # kernels run
+CASES = [(name, size) for name in TABLES for size in SUITES[name].tiny]
+
+
+def test_every_kernel_that_is_measured_can_be_tuned():
+    assert list(TABLES) == list(SUITES)
+
+
+@pytest.mark.parametrize(("name", "size"), CASES, ids=str)
+def test_every_choice_computes_the_same(name, size):
+    suite = variants(SUITES[name], TABLES[name], SUITES[name].tiny[size])
+    with interpreter():
+        results = list(run(suite, size, *WHERE, None))
+    assert len(results) > 4
+    found = {r.status.split(":")[0] for r in results if r.provider != TABLE}
+    assert found == {"ok, not measured"} or (CUDA and found == {"ok, not measured", "cannot"})
+    assert results[0].status == "ok, not measured"
+
+
+def test_the_launcher_is_told_what_is_tried():
+    """And for the rest what the table says."""
+    says = matvec.tile(1, 48, 64, 4)
+    with TABLES["linear"].using({"BLOCK_N": 2}):
+        assert matvec.tile(1, 48, 64, 4) == says | {"BLOCK_N": 2}
+    assert matvec.tile(1, 48, 64, 4) == says
+    odd = Table(matvec, lambda size: {"BLOCK_N": (3,)})
+    with interpreter():
+        suite = variants(SUITES["linear"], odd, {})
+        ours, tried = run(suite, "64 x 48, b 1", *WHERE, None)
+    assert ours.status == "ok, not measured" and tried.status.startswith("failed: ")
+
+
+def test_a_tile_that_does_not_fit_is_no_failure():
+    def too_large(x):
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    suite = replace(SUITE, providers={OURS: lambda x: lambda: too_large(x)})
+    module = SimpleNamespace(tile=dict)
+    suite = variants(suite, Table(module, lambda size: {"BLOCK": (1,)}), {})
+    _, tried = run(suite, "small", CPU, FP32, None)
+    assert tried.status.startswith("cannot: out of resource: shared memory, Required: 300000")
+
+
+def block(i: int) -> str:
+    return f"gemma_fast, BLOCK {i}"
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """SUITE, tuned: BLOCK 1 to 6; 1 is wrong, 2 looks best until it is timed again."""
+    first = {TABLE: 9, block(2): 1, block(3): 3, block(4): 4, block(5): 5, block(6): 6}
+    seen, module = [], SimpleNamespace(tile=lambda: {"BLOCK": 3})
+
+    def calls(suite, name, *_):
+        seen.append(name)
+        return name
+
+    def device_times(name, check):
+        again = {block(2): 8, block(4): 2}.get(name) if seen.count(name) > 1 else None
+        return Times(*[1e-3 * (again or first[name])] * 3), True
+
+    monkeypatch.setattr(harness, "calls", calls)
+    monkeypatch.setattr(harness, "device_times", device_times)
+    providers = {OURS: lambda x: lambda: x * 2 if module.tile()["BLOCK"] > 1 else x * 3}
+    table = Table(module, lambda size: {"BLOCK": range(1, 7)})
+    return variants(replace(SUITE, providers=providers), table, {}), seen
+
+
+def test_the_first_few_are_timed_again(timed):
+    suite, seen = timed
+    found = measure(suite, "large", CPU, FP32, Roof(copy=1e10, product=1e15))
+    assert [seen.count(name) for name in (TABLE, *map(block, range(1, 7)))] == [
+        4, 0, 4, 4, 4, 4, 1,
+    ]  # fmt: skip
+    again = [(x["tile"], round(x["again_us"])) for x in found if "again_us" in x]
+    assert again == [
+        (block(4), 2000), (block(3), 3000), (block(5), 5000), (block(2), 8000), (TABLE, 9000),
+    ]  # fmt: skip
+    assert [x["tile"] for x in found[5:]] == [block(6), block(1)]
+    lines = list(table(found))
+    assert len(lines) == 6 and lines[0].split() == [
+        "2000.00", "µs", "0.419", "of", "the", "roof", "gemma_fast,", "BLOCK", "4",
+    ]  # fmt: skip
+    assert lines[-1].startswith("  1 of 7 not measured, the first: wrong: error ")
+
+
+def test_command(monkeypatch):
+    def told(*names: str) -> str:
+        done = CliRunner().invoke(tune.main, names)
+        assert done.exit_code
+        return done.output
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "tiles are for a CUDA GPU, and there is none" in told("linear")
+    assert "no table for lineal: choose from rms_norm, " in told("lineal")
+    assert "no size has b 3 in its name" in told("linear", "--size", "b 3")
+    sizes = list(tune.chosen(["linear", "attention"], ["b 1", "t 8192, 8/1"]))
+    assert sizes == [
+        ("attention", "t 8192, 8/1 heads, d 256"),
+        *(("linear", f"{dims}, b 1") for dims in ("16384 x 2048", "2048 x 2048", "2048 x 640")),
+    ]
+
+
+def test_kernels_are_compiled_ahead_by_a_call(monkeypatch):
+    launched = []
+    monkeypatch.setattr(
+        matvec, "_launch", lambda *given: launched.append(matvec.tile(1, 48, 64, 4))
+    )
+    tiny = SUITES["linear"].tiny["64 x 48, b 1"]
+    name = next(x for x in TABLES["linear"].candidates(tiny) if "BLOCK_N 2," in x)
+    with interpreter(), pytest.raises(TypeError):  # of no output
+        tune.compile_ahead("linear", tiny, name, *WHERE)
+    assert [x["BLOCK_N"] for x in launched] == [2]
+
+
+class Idle:
+    """Stands in for the processes that compile ahead."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, work, *given):
+        return SimpleNamespace(exception=lambda: None)
+
+
+def test_what_was_found_is_written(monkeypatch, tmp_path):
+    roof = Roof(copy=1e12, product=1e15)
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", Idle)
+    monkeypatch.setattr(
+        tune.model_command, "pick_device", lambda dtype: (torch.device("cuda"), FP32)
+    )
+    monkeypatch.setattr(tune, "measure_roof", lambda *_: roof)
+    monkeypatch.setattr(tune, "stamp", lambda *_: {"gpu": "H100"})
+    monkeypatch.setattr(tune.report, "heading", lambda *_: "H100.")
+    found = [{"tile": TABLE, "median_us": 2.0, "again_us": 2.0, "share_of_roof": 0.5}]
+    monkeypatch.setattr(tune, "measure", lambda *_: found)
+    done = CliRunner().invoke(tune.main, ["geglu", "--size", "512", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert (
+        "geglu, 512 x 2*16384\n       2.00 µs  0.500 of the roof  gemma_fast, as the table has it"
+        in done.output
+    )
+    saved = json.loads((tmp_path / "tune.json").read_text())
+    assert saved["stamp"] == {"gpu": "H100"} and saved["roof"] == roof._asdict()
+    assert saved["results"] == [{"suite": "geglu", "size": "512 x 2*16384", **found[0]}]

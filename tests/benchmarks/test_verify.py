@@ -1,0 +1,150 @@
+"""The certificate passes what is right and fails what is wrong, kernel by kernel and as a model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import interpreter
+from twins import CONFIGS
+
+from gemma_fast.benchmarks.verify import kernels as verify_kernels
+from gemma_fast.benchmarks.verify import model as verify_model
+from gemma_fast.benchmarks.verify.certificate import CPU_PATH, INTERPRETER, Line
+from gemma_fast.benchmarks.verify.kernels import CASES, check_kernels, spacing, value_ulps
+from gemma_fast.kernels import attention as attention_file
+from gemma_fast.kernels import geglu as geglu_file
+from gemma_fast.kernels import rmsnorm as rmsnorm_file
+from gemma_fast.load import RandomCheckpoint
+
+CPU = torch.device("cpu")
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def kernels(*dtypes) -> dict[tuple[str, str], Line]:
+    return {(x.check, x.dtype): x for x in check_kernels(CPU, dtypes, CPU_PATH)}
+
+
+def failed(lines) -> set[str]:
+    return {x.check for x in lines if not x.ok}
+
+
+class Loud(RandomCheckpoint):
+    """Weights that let attention and MLP count for as much as the embedding."""
+
+    def _read(self, name, out):
+        super()._read(name, out)
+        out.mul_(10)
+
+
+def model_lines(name="gemma3-gqa", dtypes=(FP32,), other=None) -> dict[str, Line]:
+    other = other or verify_model.rival()
+    checkpoint = Loud(CONFIGS[name])
+    ids = verify_model.text_ids(checkpoint, 24)
+    lines = verify_model.check_model(checkpoint, ids, dtypes, 24, other)
+    return {f"{x.check.split(',')[0]} {x.dtype}": x for x in lines}
+
+
+def test_an_ulp_is_the_spacing_at_the_value_or_at_the_rms():
+    size = torch.tensor([1.0, 1.9, 2.0, 0.75], dtype=torch.float64)
+    assert spacing(size, BF16).tolist() == [2**-7, 2**-7, 2**-6, 2**-8]
+    exact = torch.tensor([1.0, -1.0, 0.0, 1.0], dtype=torch.float64)  # RMS 0.87
+    found = exact + torch.tensor([2**-7, 0, 2**-8, 2**-6])
+    assert value_ulps(found.bfloat16(), exact, BF16).tolist() == [1, 0, 1, 2]
+
+
+def test_kernels_in_the_interpreter_pass():
+    with interpreter():
+        lines = list(check_kernels(CPU, [FP32, FP16], INTERPRETER))
+    assert len(lines) == 2 * len(CASES)
+    assert not failed(lines)
+
+
+def test_references_pass_and_are_no_worse_in_bf16_than_eager():
+    lines = kernels(FP32, BF16)
+    assert not failed(lines.values())
+    for (check, dtype), found in lines.items():
+        if dtype == "bfloat16" and "attention" in check:
+            rms = found.figures[1]
+            assert rms.ours < 0.5 < rms.eager, "eager rounds scores and weights"
+
+
+def exact_gelu(gate, up):
+    return (F.gelu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def rounded_weight(x, weight, eps=1e-6):
+    z = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return (z * (1 + weight)).to(x.dtype)
+
+
+def one_key_more(reference):
+    def wrong(*args, window=None, **options):
+        return reference(*args, window=window and window + 1, **options)
+
+    return wrong
+
+
+MISTAKES = {
+    "exact GELU": (geglu_file, "geglu_reference", lambda _: exact_gelu, {FP32: "geglu"}),
+    "weight rounded": (rmsnorm_file, "rms_norm_reference", lambda _: rounded_weight,
+                       {BF16: "rms_norm"}),
+    "window off by one": (attention_file, "attention_reference", one_key_more,
+                          {FP32: "attention, window, cap, norm",
+                           BF16: "attention, window, cap, norm"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_kernel_fails(mistake, monkeypatch):
+    module, name, wrong, expected = MISTAKES[mistake]
+    monkeypatch.setattr(module, name, wrong(getattr(module, name)))
+    for dtype, check in expected.items():
+        assert check in failed(kernels(dtype).values())
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("wrong", ["scaled", "another dtype", "another shape", "NaN", "raises"])
+def test_every_case_can_fail(wrong, dtype, monkeypatch, capsys):
+    change = {
+        "scaled": lambda x: x * 1.02, "another dtype": lambda x: x.double(),
+        "another shape": lambda x: x[..., :-1], "NaN": lambda x: x * torch.nan,
+        "raises": lambda x: 1 / 0,
+    }  # fmt: skip
+
+    def spoiled(ours):
+        def call(*given):
+            out = ours(*given)
+            return tuple(map(change[wrong], [out] if isinstance(out, torch.Tensor) else out))
+
+        return call
+
+    cases = [case._replace(ours=spoiled(case.ours)) for case in CASES[:-2]]
+    monkeypatch.setattr(verify_kernels, "CASES", cases)
+    assert len(failed(kernels(dtype).values())) == len(cases)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_a_wrong_choice_fails(dtype, monkeypatch):
+    def wrong(*args, **options):
+        args[6].fill_(0)
+
+    monkeypatch.setattr(verify_kernels, "next_token", wrong)
+    assert failed(kernels(dtype).values()) == {"next_token, 8 rows", "next_token, 16 rows"}
+    monkeypatch.setattr(verify_kernels, "next_token", lambda *_, **__: None)  # refused: -1
+    assert failed(kernels(dtype).values()) == {"next_token, 8 rows", "next_token, 16 rows"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_pass(name):
+    lines = model_lines(name, (FP32, BF16))
+    assert not failed(lines.values())
+    assert len(lines) == 2 * len(verify_model.CHECKS)
+    greedy = lines["24 greedy tokens: until they part / gap float32"].figures[0]
+    assert (greedy.ours, greedy.eager) == (24, 24), "in float32 all tokens are the reference's"
+
+
+def test_without_transformers_the_reference_is_beside_it(monkeypatch):
+    for version, said in ((None, "is not installed"), ("4.57.1", "is 4.57.1, older than 5.17")):
+        monkeypatch.setattr(verify_model, "installed_version", lambda _, found=version: found)
+        other = verify_model.rival()
+        assert said in other.name
+        assert not failed(model_lines(dtypes=(FP32, BF16), other=other).values())

@@ -1,0 +1,212 @@
+"""Good checkpoints: every spelling of a safetensors directory, hub ids, the memory they take."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import huggingface_hub
+import pytest
+import torch
+from checkpoints import (
+    FAMILIES,
+    assert_holds,
+    config_json,
+    random_tensors,
+    read,
+    split,
+    write_gguf,
+    write_safetensors,
+)
+from gguf import GGMLQuantizationType as Type
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError
+from safetensors.torch import save_file
+
+from gemma_fast.checkpoint.base import open_checkpoint, resolve
+from gemma_fast.checkpoint.config_files import config_from_json
+
+ROOT = Path(__file__).parents[2]
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reads_one_file(tmp_path, family):
+    tensors = write_safetensors(tmp_path, family)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.config.model_type == family
+    assert checkpoint.path == tmp_path
+    assert checkpoint.generation_config == {}
+    assert_holds(checkpoint, tensors)
+
+
+@pytest.mark.parametrize("stored", FLOATS, ids=str)
+@pytest.mark.parametrize("wanted", FLOATS, ids=str)
+def test_converts(tmp_path, stored, wanted):
+    tensors = write_safetensors(tmp_path, tensors=random_tensors("gemma3", stored))
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.dtype == stored
+    name = "model.layers.1.mlp.up_proj.weight"
+    torch.testing.assert_close(
+        read(checkpoint, name, wanted), tensors[name].to(wanted), rtol=0, atol=0
+    )
+
+
+def test_mixed_dtypes_take_the_embeddings(tmp_path):
+    norm = {"model.norm.weight": torch.ones(64, dtype=torch.float32)}
+    tensors = random_tensors("gemma3", torch.bfloat16) | norm
+    write_safetensors(tmp_path, tensors=tensors)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.dtype == torch.bfloat16
+    assert_holds(checkpoint, tensors)
+
+
+def test_copies_into_part_of_a_parameter(tmp_path):
+    tensors = write_safetensors(tmp_path)
+    fused = torch.nn.Parameter(torch.full((192, 64), torch.nan))
+    name = "model.layers.0.mlp.up_proj.weight"
+    open_checkpoint(tmp_path).copy(name, fused[96:])
+    torch.testing.assert_close(fused[96:], tensors[name], rtol=0, atol=0, check_stride=False)
+    assert fused[:96].isnan().all()
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_reads_shards(tmp_path, shards):
+    tensors = write_safetensors(tmp_path)
+    split(tmp_path, tensors, shards)
+    assert_holds(open_checkpoint(tmp_path), tensors)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_takes_the_text_model_of_a_multimodal_one(tmp_path, prefix):
+    tensors = write_safetensors(tmp_path)
+    stored = {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    for name in (
+        "vision_tower.vision_model.embeddings.patch_embedding.weight",
+        "multi_modal_projector.mm_input_projection_weight",
+        "model.vision_tower.vision_model.head.weight",
+        "model.multi_modal_projector.mm_soft_emb_norm.weight",
+        "language_model.lm_head.weight",
+        "model.language_model.lm_head.weight",
+    ):
+        stored[name] = torch.zeros(3, dtype=torch.int8)
+    save_file(stored, tmp_path / "model.safetensors")
+    config = {"model_type": "gemma3", "text_config": config_json("gemma3_text")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_holds(open_checkpoint(tmp_path), tensors)
+    split(tmp_path, stored)
+    assert_holds(open_checkpoint(tmp_path), tensors)
+
+
+def test_ignores_a_tied_head(tmp_path):
+    tensors = random_tensors("gemma3")
+    write_safetensors(tmp_path, tensors=tensors | {"lm_head.weight": torch.zeros(12, 64)})
+    assert_holds(open_checkpoint(tmp_path), tensors)
+
+
+def test_reads_generation_config(tmp_path):
+    write_safetensors(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 106]}')
+    assert open_checkpoint(tmp_path).generation_config == {"eos_token_id": [1, 106]}
+
+
+def test_resolves_paths_to_themselves(tmp_path):
+    write_gguf(tmp_path / "a.gguf")
+    assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
+    assert resolve(tmp_path / "a.gguf") == tmp_path / "a.gguf"
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path) -> Path:
+    """An empty hub cache, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_reads_the_hub_cache_through_its_links(offline):
+    repo = offline / "models--owner--tiny"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    blobs, snapshot = repo / "blobs", repo / "snapshots" / commit
+    for folder in (blobs, snapshot, repo / "refs"):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    tensors = write_safetensors(blobs)
+    split(blobs, tensors)
+    for i, file in enumerate(sorted(blobs.iterdir())):
+        file.rename(blobs / str(i))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
+    assert_holds(open_checkpoint("owner/tiny"), tensors)
+
+
+def test_downloads_no_pickle(monkeypatch, tmp_path):
+    asked = {}
+
+    def snapshot_download(repo_id: str, **kwargs) -> str:
+        asked.update(kwargs, repo_id=repo_id)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve("owner/model") == tmp_path
+    assert asked["repo_id"] == "owner/model"
+    files = ["config.json", "model.safetensors", "chat_template.jinja", "pytorch_model.bin", "a.py"]
+    taken = huggingface_hub.utils.filter_repo_objects(files, allow_patterns=asked["allow_patterns"])
+    assert list(taken) == files[:3]
+
+
+def test_offline_hub_id_says_what_to_do(offline):
+    with pytest.raises(OSError, match=r"owner/absent .*LocalEntryNotFoundError.*give the path of"):
+        resolve("owner/absent")
+
+
+def test_gated_hub_id_says_what_to_do(monkeypatch):
+    def snapshot_download(*_, **__):
+        raise GatedRepoError("401", response=Mock())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(
+        OSError, match=r"https://huggingface.co/owner/gated and run `hf auth login`"
+    ):
+        resolve("owner/gated")
+
+
+STATUS = Path("/proc/self/status")
+BIG = {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4}
+LOAD = """
+import re, sys, torch
+from gemma_fast.checkpoint.base import open_checkpoint
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return int(re.search(field + r":\\s+(\\d+) kB", file.read())[1]) * 1024
+
+checkpoint = open_checkpoint(sys.argv[1])
+before = status("VmRSS")
+model = {}
+for name, shape in checkpoint.shapes.items():
+    model[name] = torch.empty(shape, dtype=torch.bfloat16)
+    checkpoint.copy(name, model[name])
+print(status("VmHWM") - before)  # not ru_maxrss, which a child takes over from its parent
+"""
+
+
+@pytest.mark.skipif(
+    not STATUS.is_file() or "VmHWM" not in STATUS.read_text(), reason="the system gives no VmHWM"
+)
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_host_memory_stays_under_the_model_and_twice_its_largest_tensor(tmp_path, form):
+    shapes = config_from_json(config_json("gemma3", **BIG)).tensor_shapes()
+    tensors = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
+    if form == "gguf":
+        path = tmp_path / "model.gguf"
+        write_gguf(path, tensors=tensors, quantize=lambda t: (t.numpy(), Type.F16), **BIG)
+    else:
+        path = tmp_path
+        write_safetensors(path, tensors=tensors, **BIG)
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, path], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr
+    sizes = [tensor.nbytes for tensor in tensors.values()]
+    assert int(run.stdout) < sum(sizes) + 2 * max(sizes)

@@ -1,0 +1,153 @@
+"""The engine under generate(): its launches, its kernels' tokens, its CUDA graphs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import interpreter
+from decoder_checks import NEVER, SAMPLINGS
+from test_model import left_padded
+from twins import CONFIGS, random_model
+
+from gemma_fast.engine.decoder import Decoder
+from gemma_fast.engine.sampling import Sampling
+from gemma_fast.kernels._op import Gpu
+
+
+@pytest.mark.parametrize(
+    ("config", "batch"), [("gemma-mqa", 1), ("gemma2-gqa", 8), ("gemma3-mqa", 1)], ids=str
+)
+def test_a_token_is_five_launches_a_layer_and_three(config, batch):
+    """And texts with prompts of other lengths compile nothing."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [
+        sys.executable,
+        Path(__file__).parents[1] / "support/launches.py",
+        config,
+        str(batch),
+    ]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    layers = CONFIGS[config].num_hidden_layers
+    assert layers * 5 < len(found["step"]) <= layers * 5 + 3, found["step"]
+    assert not any(found["compiled"].values()), found["compiled"]
+
+
+def check_kernels(model, ids, **options):
+    expected = model.generate(ids, **options, **NEVER)
+    with interpreter():
+        assert torch.equal(model.generate(ids, **options, **NEVER), expected)
+
+
+def test_kernels_give_the_references_tokens(twins):
+    """A batch of three, in a decoder for four; past the windows."""
+    _, ids, mask = left_padded(twins, [11, 3, 6])
+    check_kernels(twins.model, ids, attention_mask=mask, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
+def test_kernels_give_the_references_choice(options):
+    ids = torch.arange(3, 17).view(2, 7)
+    check_kernels(random_model(CONFIGS["gemma2-gqa"]), ids, max_new_tokens=4, **options)
+
+
+@pytest.mark.parametrize("config", ["gemma-mqa", "gemma2-gqa", "gemma3-gqa"])
+def test_kernels_give_the_references_tokens_of_one_text(config):
+    check_kernels(random_model(CONFIGS[config]), torch.arange(3, 9).unsqueeze(0), max_new_tokens=4)
+
+
+def test_rows_do_not_see_each_other(twins):
+    """Five, in a decoder for eight."""
+    prompts, ids, mask = left_padded(twins, [4, 9, 2, 7, 3])
+    out = twins.model.generate(ids, attention_mask=mask, max_new_tokens=6, **NEVER)
+    for prompt, row in zip(prompts, out, strict=True):
+        alone = twins.model.generate(prompt, max_new_tokens=6, **NEVER)
+        assert torch.equal(row[-6:], alone[0, -6:])
+
+
+@pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
+def test_the_second_step_is_captured_and_then_replayed(options, graphs):
+    model, other = (random_model(CONFIGS["gemma3-gqa"]) for _ in range(2))
+    ids = torch.arange(3, 9).unsqueeze(0)
+    options = {"max_new_tokens": 9, **options, **NEVER}
+    other.decoders[1] = Decoder(other, 1, 32)
+    other.decoders[1].asynchronous = False
+    expected = other.generate(ids, **options)
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert [graph.replays for graph in graphs] == [7]
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert [graph.replays for graph in graphs] == [7 + 8]
+    assert model.memory()["graph"] == 7
+    # Another temperature or seed lies on the device; another filter is another graph.
+    model.generate(ids, **options | {"temperature": 0.5, "seed": 9})
+    assert len(graphs) == 1
+    for _ in range(2):
+        model.generate(ids, **options | {"do_sample": True, "top_k": 4})
+        model.generate(ids, **options)
+    assert len(graphs) == 2
+
+
+def test_a_text_ends_one_step_ahead(graphs):
+    """The step that was under way when a text ended is lost, and does no harm."""
+    model = random_model(CONFIGS["gemma3-gqa"])
+    ids = torch.arange(3, 9).unsqueeze(0)
+    free = model.generate(ids, max_new_tokens=12, **NEVER)
+    out = model.generate(ids, max_new_tokens=12, eos_token_id=int(free[0, 8]))
+    end = 7 + free[0, 6:].tolist().index(int(free[0, 8]))
+    assert torch.equal(out, free[:, :end])
+    assert torch.equal(model.generate(ids, max_new_tokens=12, **NEVER), free)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3, 8, 20], ids=str)
+@pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
+@pytest.mark.parametrize("config", list(CONFIGS))
+def test_graphs_give_the_tokens_of_eager_steps(config, options, batch, monkeypatch):
+    """Of which each kernel waits for the one ahead."""
+    model = random_model(CONFIGS[config]).cuda()
+    ids = torch.randint(3, 199, (batch, 5), device="cuda")
+    decoder = Decoder(model, batch, 40)
+    decoder.asynchronous = False
+    with monkeypatch.context() as patch:
+        patch.setattr(Gpu, "overlap", lambda self, prefetch: {"PREFETCH": False})
+        decoder.prefill(
+            ids, None, Sampling(**{k: v for k, v in options.items() if k != "seed"}),
+            options.get("seed", 0),
+        )  # fmt: skip
+        expected = [decoder.token.clone()]
+        for _ in range(11):
+            decoder.step()
+            expected.append(decoder.token.clone())
+    for _ in range(2):
+        out = model.generate(ids, max_new_tokens=12, **options, **NEVER)
+        assert torch.equal(out[:, 5:], torch.stack(expected, dim=1))
+
+
+@pytest.mark.gpu
+def test_the_next_text_compiles_nothing(monkeypatch):
+    from triton import knobs
+
+    model = random_model(CONFIGS["gemma3-mqa"]).cuda()
+    options = {"max_new_tokens": 8, **NEVER}
+    model.generate(torch.randint(3, 199, (1, 19), device="cuda"), **options)
+    compiled: list[str] = []
+    monkeypatch.setattr(knobs.compilation, "listener", lambda **x: compiled.append(str(x["src"])))
+    model.generate(torch.randint(3, 199, (1, 32), device="cuda"), **options)
+    assert not compiled
+    assert model.memory()["graph"] > 0 < model.decoders[1].capture_seconds
+
+
+@pytest.mark.gpu
+def test_a_text_and_all_that_is_kept_for_it_are_small():
+    """Beside weights and cache."""
+    model = random_model(CONFIGS["gemma-mqa"]).cuda()
+    torch.cuda.reset_peak_memory_stats()
+    model.generate(torch.randint(3, 199, (1, 100), device="cuda"), max_new_tokens=50, **NEVER)
+    kept = model.memory()
+    assert torch.cuda.max_memory_allocated() - kept["weights"] - kept["cache"] < 300e6

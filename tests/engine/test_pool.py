@@ -1,0 +1,249 @@
+"""What decoders keep between texts, what they free, and what can go wrong with them."""
+
+import copy
+import gc
+import pickle
+import weakref
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from decoder_checks import NEVER, SAMPLINGS, Graph
+from twins import CONFIGS, random_model
+
+from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.engine.decoder import Decoder, bucket_of
+from gemma_fast.load import RandomCheckpoint
+from gemma_fast.model import cache as cache_module
+
+
+def test_decoders_are_kept_by_batch_size(twins):
+    model = random_model(twins.config)
+    sizes = [bucket_of(batch) for batch in (1, 2, 3, 4, 5, 8, 9, 33, 64)]
+    assert sizes == [1, 2, 4, 4, 8, 8, 16, 40, 64]
+    first = model.decoders.take(model, 3, 20)
+    assert (first.cache.batch, first.cache.max_length) == (4, 256)
+    beside = model.decoders.take(model, 3, 20)  # another caller's, at the same time
+    assert beside is not first
+    model.decoders.give_back(first)
+    assert model.decoders.take(model, 4, 256) is first
+    model.decoders.give_back(first)
+    kept = model.memory()
+    assert kept["weights"] == 4 * twins.config.num_parameters
+    assert kept["cache"] > first.cache.nbytes > 0 == kept["graph"]
+    model.free_memory()
+    assert model.memory()["cache"] == 0
+    assert model.decoders.take(model, 4, 256) is not first
+
+
+def test_a_longer_text_and_another_dtype_need_another_decoder():
+    model = random_model(CONFIGS["gemma-mqa"])
+    long = random_model(replace(CONFIGS["gemma-mqa"], max_position_embeddings=2048))
+    kept = long.decoders.take(long, 1, 300)
+    assert kept.cache.max_length == 512
+    long.decoders.give_back(kept)
+    assert long.decoders.take(long, 1, 513).cache.max_length == 768
+    ids = torch.arange(3, 9).unsqueeze(0)
+    expected = model.generate(ids, max_new_tokens=4, **NEVER)
+    model.double().float()  # other memory
+    assert torch.equal(model.generate(ids, max_new_tokens=4, **NEVER), expected)
+    model.bfloat16().generate(ids, max_new_tokens=4)
+    assert model.decoders[1].cache.dtype == torch.bfloat16
+
+
+def test_copies_of_a_model_have_no_decoders(twins):
+    model = random_model(twins.config)
+    ids = twins.prompt(1, 5)
+    expected = model.generate(ids, max_new_tokens=3, **NEVER)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not twin.decoders
+        assert torch.equal(twin.generate(ids, max_new_tokens=3, **NEVER), expected)
+
+
+def test_in_and_out_of_inference_mode(twins):
+    model = random_model(twins.config)
+    for options in SAMPLINGS.values():
+        for mode in (torch.inference_mode, nullcontext, torch.inference_mode):
+            with mode():
+                model.generate(twins.prompt(1, 5), max_new_tokens=3, **options, **NEVER)
+
+
+def test_extend_continues_a_text(twins):
+    ids = twins.prompt(2, 12)
+    whole, parts = (Decoder(twins.model, 2, 32) for _ in range(2))
+    whole.prefill(ids)
+    parts.prefill(ids[:, :7])
+    parts.extend(ids[:, 7:])
+    for _ in range(4):
+        assert torch.equal(parts.token, whole.token)
+        parts.step()
+        whole.step()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_decoder_that_is_full(twins, asynchronous):
+    decoder = Decoder(twins.model, 1, 256)
+    decoder.asynchronous, decoder._capture = asynchronous, lambda: Graph(decoder)
+    decoder.prefill(twins.prompt(1, 253))
+    for _ in range(3):
+        decoder.step()
+    for more in (decoder.step, lambda: decoder.extend(twins.prompt(1, 1))):
+        with pytest.raises(ValueError, match="256 tokens so far and 1 more do not fit"):
+            more()
+    decoder.prefill(twins.prompt(1, 5))
+    decoder.step()
+
+
+def test_more_texts_than_a_decoder_has_room_for(twins):
+    with pytest.raises(ValueError, match="5 texts do not fit a decoder for 4"):
+        Decoder(twins.model, 3, 20).prefill(twins.prompt(5, 4))
+
+
+def test_a_prompt_that_was_not_read_to_its_end(twins, monkeypatch):
+    decoder = Decoder(twins.model, 1, 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "_choose", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            decoder.prefill(twins.prompt(1, 5))
+    with pytest.raises(ValueError, match="a prompt was not read to its end"):
+        decoder.step()
+    decoder.prefill(twins.prompt(1, 5))
+
+
+def test_a_context_that_is_no_multiple_of_what_is_rounded_up_to():
+    model = random_model(replace(CONFIGS["gemma-mqa"], max_position_embeddings=100))
+    assert Decoder(model, 1, 60).cache.max_length == 100
+
+
+def test_graphs_keep_their_memory(twins):
+    """What a graph reads and writes lies where it was captured."""
+
+    def addresses(decoder):
+        own = [decoder._token, decoder._seen, decoder._seed, decoder._temperature]
+        cache = decoder.cache
+        own += [cache.next_position, cache.arrived, *cache.keys, *cache.values]
+        return [x.data_ptr() for x in own]
+
+    model, options = random_model(twins.config), {"repetition_penalty": 1.5, **NEVER}
+    model.generate(twins.prompt(3, 5), max_new_tokens=4, **options)
+    before = addresses(model.decoders[4])
+    model.generate(twins.prompt(4, 9), max_new_tokens=6, **options)
+    assert addresses(model.decoders[4]) == before
+
+
+def test_weights_that_were_replaced(twins):
+    model = random_model(twins.config)
+    ids = twins.prompt(1, 5)
+    model.generate(ids, max_new_tokens=3, **NEVER)
+    kept = model.decoders[1]
+    assert kept.fits(model, 20)
+    model.layers[1].down_proj = torch.nn.Parameter(model.layers[1].down_proj.clone(), False)
+    assert not kept.fits(model, 20)
+    assert model.cpu() is model and not model.decoders
+
+
+def test_a_model_goes_with_its_last_reference(twins):
+    model = random_model(twins.config)
+    model.generate(twins.prompt(1, 5), max_new_tokens=3, **NEVER)
+    seen = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_what_a_text_left_behind_does_not_reach_the_next(twins):
+    model = random_model(twins.config)
+    ids = twins.prompt(1, 5)
+    expected = model.generate(ids, max_new_tokens=8, **NEVER)
+    for ring in (*model.decoders[1].cache.keys, *model.decoders[1].cache.values):
+        ring.fill_(float("nan"))
+    assert torch.equal(model.generate(ids, max_new_tokens=8, **NEVER), expected)
+
+
+def test_bytes_needed_are_those_of_a_cache(twins):
+    for batch, length in ((1, 5), (3, 200)):
+        cache = cache_module.KVCache(twins.config, batch, length, dtype=torch.float16)
+        needed = cache.bytes_needed(twins.config, batch, length, torch.float16)
+        assert needed == cache.nbytes
+
+
+@contextmanager
+def damaged(model):
+    weight = model.layers[1].down_proj
+    before = weight.clone()
+    weight[0, 0] = float("nan")
+    yield
+    weight.copy_(before)
+
+
+@pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
+def test_logits_that_are_not_finite(options, request):
+    if "top_k" not in options:  # one step ahead, or not
+        request.getfixturevalue("graphs")
+    model = random_model(CONFIGS["gemma3-gqa"])
+    ids = torch.arange(3, 9).repeat(2, 1)
+    expected = model.generate(ids, max_new_tokens=3, **options, **NEVER)
+    with damaged(model), pytest.raises(ValueError, match=r"logits after 6 tokens are not finite"):
+        model.generate(ids, max_new_tokens=3, **options, **NEVER)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, **options, **NEVER), expected)
+
+
+def test_no_memory_for_the_cache(twins, monkeypatch):
+    model = random_model(twins.config)
+    ids = twins.prompt(2, 5)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module.KVCache, "_allocate", full)
+        message = r"out of memory: a KV cache for 2 sequences of 256 tokens takes 0\.\d\d GB"
+        with pytest.raises(torch.OutOfMemoryError, match=message + r".*try a smaller batch"):
+            model.generate(ids, max_new_tokens=3)
+    assert model.generate(ids, max_new_tokens=3, **NEVER).shape == (2, 8)
+
+
+def test_what_other_batches_left_makes_room(twins, monkeypatch):
+    model = random_model(twins.config)
+    model.generate(twins.prompt(2, 5), max_new_tokens=3, **NEVER)
+    allocate, tried = cache_module.KVCache._allocate, []
+
+    def full_once(self, length):
+        tried.append(len(model.decoders))
+        if len(tried) == 1:
+            raise RuntimeError("CUDA error: out of memory")
+        allocate(self, length)
+
+    monkeypatch.setattr(cache_module.KVCache, "_allocate", full_once)
+    model.generate(twins.prompt(1, 5), max_new_tokens=3, **NEVER)
+    assert tried == [1, 0] and list(model.decoders) == [1]
+
+
+@pytest.mark.parametrize(
+    "message", ["CUDA error: out of memory", "Triton Error [CUDA]: out of memory",
+                "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory"],
+)  # fmt: skip
+def test_no_memory_for_a_prompt(twins, monkeypatch, message):
+    def full(*args):
+        raise RuntimeError(message)
+
+    model = random_model(twins.config)
+    with monkeypatch.context() as patch:
+        patch.setattr(GemmaForCausalLM, "hidden_states", full)
+        with pytest.raises(torch.OutOfMemoryError, match=r"reading 2 x 5 tokens on cpu; try a sm"):
+            model.generate(twins.prompt(2, 5), max_new_tokens=3)
+    assert model.generate(twins.prompt(2, 5), max_new_tokens=3, **NEVER).shape == (2, 8)
+
+
+def test_no_memory_for_the_weights(monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(GemmaForCausalLM, "to_empty", full)
+    checkpoint = RandomCheckpoint(CONFIGS["gemma-mqa"], name="gemma")
+    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory: gemma in float32 takes 0\."):
+        GemmaForCausalLM.from_checkpoint(checkpoint, dtype="float32", device="cpu")

@@ -1,0 +1,201 @@
+"""Each kernel's op under torch.library.opcheck: schema, fake tensors, symbolic shapes."""
+
+import inspect
+import shutil
+
+import pytest
+import torch
+from torch.library import opcheck
+from twins import CONFIGS, random_model
+
+from gemma_fast.kernels.attention import attention
+from gemma_fast.kernels.choose import choose_token
+from gemma_fast.kernels.decode_attention import decode_attention, split_attention
+from gemma_fast.kernels.embed import embed
+from gemma_fast.kernels.geglu import gate_up_geglu, geglu
+from gemma_fast.kernels.lm_head import next_token
+from gemma_fast.kernels.matvec import linear, norm_linear
+from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
+from gemma_fast.kernels.rotary import rotary_write
+from gemma_fast.model.cache import KVCache
+
+B, T, N, M, D, SLOTS = 2, 5, 2, 2, 32, 16
+
+
+def tensors() -> dict[str, torch.Tensor | None]:
+    return {
+        "q": torch.randn(B, T, N * M, D),
+        "query": torch.randn(B, N * M, D),
+        "first": torch.tensor([0, 2], dtype=torch.int32),
+        "k": torch.randn(B, T, N, D),
+        "v": torch.randn(B, T, N, D),
+        "keys": torch.randn(B, N, SLOTS, D),
+        "values": torch.randn(B, N, SLOTS, D),
+        "cos": torch.randn(B, T, D // 2),
+        "sin": torch.randn(B, T, D // 2),
+        "start": torch.tensor([3, -2], dtype=torch.int32),
+        "norm_weight": torch.randn(D),
+        "gate_up_proj": torch.randn(6, D),
+        "x": torch.randn(B, T, D),
+        "residual": torch.randn(B, T, D),
+        "post_norm_weight": torch.randn(D),
+        "no_tensor": None,
+        "rows": torch.randn(B, D),
+        "residual_rows": torch.randn(B, D),
+        "embedding": torch.randn(7, D),
+        "ids": torch.tensor([[1, 6, 0], [2, 2, 3]]),
+        "logits": torch.randn(B, 7),
+        "qkv": torch.randn(B, N * M + 2 * N, D),
+        "cos_table": torch.randn(SLOTS, D // 2),
+        "sin_table": torch.randn(SLOTS, D // 2),
+        "k_norm": torch.randn(D),
+        "arrived": torch.zeros(B * N, dtype=torch.int32),
+        "token": torch.zeros(B, dtype=torch.int64),
+        "temperature": torch.ones(1),
+        "seed": torch.ones(1, dtype=torch.int64),
+    }
+
+
+def tensors_on(device: str) -> dict[str, torch.Tensor | None]:
+    return {name: x if x is None else x.to(device) for name, x in tensors().items()}
+
+
+ROTARY = ("k", "v", "keys", "values", "cos", "sin", "start", "norm_weight")
+NORM_LINEAR = ("x", "residual", "norm_weight", "post_norm_weight", "gate_up_proj")
+DECODE = ("qkv", "keys", "values", "cos_table", "sin_table", "start", "arrived")
+CHOICE = ("start", "token", "arrived", "temperature", "seed")
+NEXT = ("rows", "residual_rows", "norm_weight", "post_norm_weight", "embedding", *CHOICE)
+ROTATED = ("q", "keys", "values", "no_tensor", "no_tensor", "start")
+SPLIT = ("query", "keys", "values", "start", "first", "arrived")
+ATTENTION = ("q", "keys", "values", "cos", "sin", "start", "norm_weight")
+
+
+@pytest.mark.parametrize(
+    ("op", "names", "options"),
+    [
+        (rms_norm, ("q", "norm_weight"), {}),
+        (add_rms_norm, ("k", "v", "norm_weight"), {}),
+        (add_rms_norm, ("k", "v", "norm_weight", "norm_weight"), {}),
+        (geglu, ("q", "q"), {}),
+        (gate_up_geglu, ("q", "gate_up_proj"), {}),
+        (rotary_write, ROTARY, {}),
+        (rotary_write, ROTARY[:-1], {}),
+        (attention, ATTENTION, {"scale": 0.2}),
+        (attention, ATTENTION[:-1], {"scale": 0.2, "window": 4, "softcap": 3.0}),
+        (attention, ROTATED, {"scale": 0.2, "window": 4}),
+        (split_attention, SPLIT, {"scale": 0.2}),
+        (linear, ("x", "gate_up_proj"), {}),
+        (norm_linear, NORM_LINEAR, {}),
+        (
+            norm_linear,
+            ("x", "no_tensor", "norm_weight", "no_tensor", "gate_up_proj"),
+            {"geglu": True},
+        ),
+        (embed, ("ids", "embedding"), {"scale": 2.0}),
+        (decode_attention, DECODE, {"scale": 0.2, "window": 4, "softcap": 3.0}),
+        (decode_attention, (*DECODE, "norm_weight", "k_norm"), {"scale": 0.2}),
+        (choose_token, ("logits", *CHOICE), {}),
+        (choose_token, ("logits", *CHOICE[:-2]), {}),
+        (next_token, NEXT, {"softcap": 30.0}),
+    ],
+    ids=lambda x: getattr(x, "__name__", None) or str(x),
+)
+@pytest.mark.parametrize("permuted", [False, True], ids=["as made", "permuted"])
+def test_op(op, names, options, permuted, device):
+    """Outputs are contiguous whatever the inputs: the fake ones say so to the compiler."""
+    given = tensors_on(device)
+    for name in ("q", "k", "v", "x") if permuted else ():
+        given[name] = given[name].transpose(0, 1).contiguous().transpose(0, 1)
+    overload = getattr(torch.ops.gemma_fast, op.__name__).default
+    opcheck(overload, tuple(given[name] for name in names), options)
+
+
+@pytest.mark.parametrize(
+    ("op", "names"),
+    [
+        (rms_norm, ("q", "norm_weight")),
+        (add_rms_norm, ("k", "v", "norm_weight", "norm_weight")),
+        (geglu, ("q", "q")),
+        (gate_up_geglu, ("q", "gate_up_proj")),
+        (rotary_write, ROTARY),
+        (attention, ATTENTION),
+        (split_attention, SPLIT),
+        (linear, ("x", "gate_up_proj")),
+        (norm_linear, NORM_LINEAR),
+        (embed, ("ids", "embedding")),
+        (decode_attention, (*DECODE, "norm_weight", "k_norm")),
+        (choose_token, ("logits", *CHOICE)),
+        (next_token, NEXT),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_an_input_that_requires_grad(op, names):
+    scaled = attention, decode_attention, split_attention, embed
+    options = {"scale": 0.2} if op in scaled else {}
+    parameters = list(inspect.signature(op).parameters)
+    for i in range(len(names)):
+        given = [tensors()[n] for n in names]
+        if not given[i].is_floating_point():  # integers have no gradient
+            continue
+        given[i].requires_grad_()
+        message = f"{op.__name__} has no derivative, and {parameters[i]} requires grad"
+        with pytest.raises(ValueError, match=message):
+            op(*given, **options)
+        with torch.no_grad():
+            op(*given, **options)
+
+
+def test_forward_differentiation():
+    x, weight = torch.randn(2, 8), torch.randn(8)
+    with pytest.raises(ValueError, match="rms_norm has no derivative, and x requires grad"):
+        torch.func.jvp(lambda x: rms_norm(x, weight), (x,), (x,))
+
+
+def test_autograd_knows_what_was_overwritten(device):
+    given = tensors_on(device)
+    weight = torch.ones((), device=device, requires_grad=True)
+    loss = (weight * given["keys"]).sum()
+    rotary_write(*(given[name] for name in ROTARY))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["keys", "cos", "start"])
+def test_wrong_dtypes(name, device):
+    given = tensors_on(device)
+    given[name] = given[name].double()
+    for op, names in ((rotary_write, ROTARY), (attention, ATTENTION)):
+        options = {"scale": 0.2} if op is attention else {}
+        with pytest.raises(AssertionError):
+            op(*(given[name] for name in names), **options)
+
+
+def test_no_tokens(device):
+    given = tensors_on(device)
+    for name in ("q", "k", "v", "cos", "sin"):
+        given[name] = given[name][:, :0]
+    rotary_write(*(given[name] for name in ROTARY))
+    out = attention(*(given[name] for name in ATTENTION), scale=0.2)
+    assert out.shape == given["q"].shape
+
+
+def check_compiled(model, backend):
+    ids = torch.randint(3, model.config.vocab_size, (2, 12))
+
+    def step(ids, cache):
+        return model.logits(*model.hidden_states(ids, cache))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        logits = compiled(ids, KVCache(model.config, 2, 12, dtype=torch.float32))
+    torch.testing.assert_close(logits, model(ids).logits)
+
+
+def test_the_whole_model_traces_without_a_graph_break(twins):
+    check_compiled(twins.model, "aot_eager")
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
+def test_inductor_compiles_the_whole_model():
+    check_compiled(random_model(CONFIGS["gemma3-mqa"]), "inductor")

@@ -1,0 +1,139 @@
+"""Where re-implementations of Gemma go wrong below bf16's noise: each rule on its own."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from twins import CONFIGS, random_model, random_transformers_model
+
+from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.config import FULL, SLIDING
+from gemma_fast.kernels.embed import embed
+from gemma_fast.kernels.geglu import geglu
+from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
+from gemma_fast.kernels.rotary import rotate
+from gemma_fast.model.cache import KVCache
+from gemma_fast.reference import Reference
+
+
+def reference(model: GemmaForCausalLM, **weights: torch.Tensor) -> Reference:
+    names = {"embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.weight"}
+    return Reference(model.config, {names[k]: v for k, v in weights.items()})
+
+
+@pytest.mark.parametrize(
+    ("hidden", "scale"), [(640, 25.25), (1152, 34.0), (2048, 45.25), (2304, 48.0), (3072, 55.5)]
+)
+def test_embedding_scale_is_rounded_to_bf16(hidden, scale):
+    config = replace(CONFIGS["gemma-mqa"], hidden_size=hidden)
+    model = random_model(config, dtype=torch.bfloat16)
+    ids = torch.arange(4).unsqueeze(0)
+    expected = (model.embed_tokens[:4].float() * scale).bfloat16()
+    walk = reference(model, embed_tokens=model.embed_tokens).embed(ids)
+    for embedded in (walk, embed(ids, model.embed_tokens, hidden**0.5)):
+        torch.testing.assert_close(embedded[0], expected, rtol=0, atol=0)
+    full = model.embed_tokens.float()
+    assert embed(ids, full, hidden**0.5)[0, 0, 0] == full[0, 0] * hidden**0.5
+
+
+def test_one_plus_weight_is_made_in_fp32():
+    """bf16 has no 16.8125: it would become 16.75, and 2**-9 would be lost beside 1."""
+    weight = torch.tensor([15.8125, 2.0**-9] * 32, dtype=torch.bfloat16)
+    x = torch.randn(8, 64)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    exact *= 1 + weight.double()
+    model = random_model(CONFIGS["gemma-mqa"])
+    for out in (
+        rms_norm(x, weight),
+        add_rms_norm(x, torch.zeros_like(x), weight)[0],
+        reference(model, norm=weight).rms_norm(x, "model.norm.weight"),
+    ):
+        torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_norm_is_rounded_once():
+    """Llama rounds before it scales; Gemma after."""
+    x, weight = torch.randn(64, 64).bfloat16(), torch.randn(64).bfloat16()
+    z = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    gemma = (z * (1 + weight.double())).bfloat16()
+    llama = (z.bfloat16().double() * (1 + weight.double())).bfloat16()
+    model = random_model(CONFIGS["gemma-mqa"])
+    for out in (
+        rms_norm(x, weight),
+        reference(model, norm=weight).rms_norm(x, "model.norm.weight"),
+    ):
+        assert (out != gemma).float().mean() < 0.005  # fp32 beside fp64: a tie may fall otherwise
+        assert (out != llama).float().mean() > 0.1
+
+
+def test_the_sum_is_rounded_before_it_is_normalised():
+    x, residual = torch.randn(2, 64, 64).bfloat16()
+    weight = torch.randn(64).bfloat16()
+    out, total = add_rms_norm(x, residual, weight)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(out, rms_norm(total, weight))
+
+
+def test_rotation_is_rounded_once():
+    x = torch.randn(1, 4, 64, 32).bfloat16()
+    angle = torch.randn(1, 1, 64, 16)
+    cos, sin = angle.cos(), angle.sin()
+    x1, x2 = x.double().chunk(2, dim=-1)
+    expected = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    out = reference(random_model(CONFIGS["gemma-mqa"])).rotate(x, cos, sin)
+    assert (out != expected.bfloat16()).float().mean() < 0.005
+    turned = rotate(x.transpose(1, 2), cos[:, 0], sin[:, 0]).transpose(1, 2)
+    torch.testing.assert_close(turned.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_gelu_is_the_tanh_approximation():
+    gate = torch.tensor([[-2.7, 1.0]])
+    exact = torch.nn.functional.gelu(gate[:, :1])
+    approximation = torch.nn.functional.gelu(gate[:, :1], approximate="tanh")
+    assert (exact - approximation).abs() > 4e-4
+    torch.testing.assert_close(geglu(*gate.chunk(2, dim=-1)), approximation)
+
+
+def test_gemma_1_configs_that_say_gelu_mean_its_approximation(tmp_path):
+    config = CONFIGS["gemma-mqa"]
+    hf = random_transformers_model(config)
+    hf.config.hidden_act = "gelu"
+    hf.save_pretrained(tmp_path)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
+    model = GemmaForCausalLM.from_pretrained(tmp_path, device="cpu")
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_angles_are_fp32_in_a_bf16_model():
+    """bf16 has no 257: neighbours would be turned alike."""
+    config, dtypes = CONFIGS["gemma3-mqa"], (torch.bfloat16, torch.float32)
+    half, full = (KVCache(config, 1, 260, dtype=dtype) for dtype in dtypes)
+    for cache in (half, full):
+        cache.advance(256)
+    model = random_model(config, dtype=torch.bfloat16)
+    for kind in (FULL, SLIDING):
+        half_angles, full_angles = (torch.stack(x.angles_of(4)[kind]) for x in (half, full))
+        oracle = reference(model, embed_tokens=model.embed_tokens)
+        walk = torch.stack(oracle.angles(torch.arange(256, 260).unsqueeze(0), kind)).squeeze(2)
+        for angles in (half_angles, walk):  # [cos | sin, 1, 4, d / 2]
+            assert angles.dtype == torch.float32
+            assert torch.equal(angles, full_angles)
+            assert len({float(c) for c in angles[0, 0, :, 0]}) == 4
+
+
+def test_attention_scale_is_query_pre_attn_scalar(twins):
+    """A config with another scale gives other logits: it is not derived from head_dim."""
+    if twins.config.model_type == "gemma":
+        pytest.skip("Gemma 1 scales by head_dim")
+    other = GemmaForCausalLM.from_pretrained(twins.path, device="cpu")
+    ids = twins.prompt(1, 12)
+    before = other(ids).logits
+    config = replace(twins.config, query_pre_attn_scalar=twins.config.head_dim)
+    for module in other.modules():
+        if hasattr(module, "config"):
+            module.config = config
+    assert (other(ids).logits - before).abs().max() > 1e-2

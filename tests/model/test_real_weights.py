@@ -1,0 +1,79 @@
+"""Gemma 3 270M, real weights, against transformers in fp32."""
+
+import pytest
+import torch
+
+from gemma_fast.benchmarks.model.transformers_model import transformers_model
+from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.checkpoint.base import open_checkpoint
+from gemma_fast.text.tokenizer import Tokenizer
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PROMPT = "I want to move"
+TOP_TEN = {
+    " to": 0.1956, " my": 0.1689, " the": 0.1013, " a": 0.0812, " from": 0.0644, " this": 0.0447,
+    " forward": 0.0267, " your": 0.0244, " some": 0.0217, " away": 0.0183,
+}  # fmt: skip
+CONTINUATION = (
+    " to a new country, but I don't know how to get there. I'm a 20-year-old college student who"
+)
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def model(demo_gguf, request):
+    return GemmaForCausalLM.from_pretrained(demo_gguf, dtype="float32", device=request.param)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_gguf):
+    return Tokenizer.from_pretrained(demo_gguf)
+
+
+@pytest.fixture(scope="module")
+def long_prompt(tokenizer):
+    """700 tokens of text, past the window of 512."""
+    words = "The memory of a processor is where its time goes, so count the bytes before the work. "
+    ids = tokenizer(" ".join(f"{i}. {words}" for i in range(60)), return_tensors="pt").input_ids
+    return ids[:, :700]
+
+
+@pytest.fixture(scope="module")
+def expected(demo_gguf, long_prompt):
+    """transformers' eager logits, fp32, after each of the last 64 tokens of the long prompt."""
+    hf = transformers_model(open_checkpoint(demo_gguf), "eager", torch.float32, "cpu")
+    return hf(long_prompt, logits_to_keep=64).logits
+
+
+def test_top_ten(model, tokenizer):
+    logits = model(tokenizer(PROMPT, return_tensors="pt").input_ids).logits[0, -1]
+    assert logits.max() == pytest.approx(17.9338, abs=5e-4)
+    best = logits.softmax(-1).topk(10)
+    assert [tokenizer.decode(i) for i in best.indices.tolist()] == list(TOP_TEN)
+    assert best.values.tolist() == pytest.approx(list(TOP_TEN.values()), abs=5e-4)
+
+
+def test_greedy_text(model, tokenizer):
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=30)
+    assert tokenizer.decode(out[0, ids.shape[1] :]) == CONTINUATION
+
+
+def test_logits_past_the_window_equal_transformers(model, long_prompt, expected):
+    logits = model(long_prompt, logits_to_keep=64).logits.cpu()
+    assert (logits - expected).abs().max() < 2e-3  # of logits around 20; a trap costs 0.018 or more
+
+
+def test_chunks_past_the_window_equal_transformers(model, long_prompt, expected):
+    cache = None
+    for chunk in long_prompt.split((300, 336, 64), dim=1):
+        out = model(chunk, past_key_values=cache)
+        cache = out.past_key_values
+    assert (out.logits.cpu() - expected).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_stays_close_to_fp32(demo_gguf, device, long_prompt, expected):
+    half = GemmaForCausalLM.from_pretrained(demo_gguf, dtype="bfloat16", device=device)
+    difference = (half(long_prompt, logits_to_keep=64).logits.float().cpu() - expected).abs()
+    assert difference.mean() < 0.1
+    assert difference.mean() > 1e-3, "bf16 that costs nothing was not bf16"

@@ -1,0 +1,139 @@
+"""The command line on the demo weights and on tiny models."""
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from test_real_weights import CONTINUATION, TOP_TEN
+
+from gemma_fast import cli
+from gemma_fast.cli import main
+
+
+def run(*args: str, **kwargs):
+    return CliRunner().invoke(main, args, **kwargs)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def load_once():
+    """Commands with the same --model, --device and --dtype share what they load."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_load", cache(cli._load))
+        yield
+
+
+@pytest.fixture(scope="module")
+def demo(demo_gguf) -> tuple[str, ...]:
+    return "--model", str(demo_gguf), "--device", "cpu"
+
+
+def test_predict_shows_the_top_ten(demo):
+    result = run("predict", "I want to move", *demo)
+    assert result.exit_code == 0, result.output
+    text = result.stdout
+    for token, probability in TOP_TEN.items():
+        assert f"{token!r} {probability:.4f}" in text
+
+
+def test_predict_as_json(demo):
+    result = run("predict", "I want to move", "--top", "3", "--json", *demo)
+    rows = json.loads(result.stdout)
+    assert [row["token"] for row in rows] == ["<bos>", "I", " want", " to", " move"]
+    assert [x["token"] for x in rows[-1]["next"]] == [" to", " my", " the"]
+    assert rows[-1]["next"][0]["probability"] == pytest.approx(0.1956, abs=5e-4)
+    assert rows[-1]["id"] == 2827
+
+
+def test_generate_streams_text_and_reports_its_speed(demo):
+    result = run("generate", "I want to move", "-n", "30", *demo)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"I want to move{CONTINUATION}\n"
+    assert "5 prompt tokens at " in result.stderr
+    assert "30 new tokens at " in result.stderr
+    assert "first token after " in result.stderr
+    assert "peak memory " in result.stderr and "GB (weights 1.07, cache 0.0" in result.stderr
+
+
+def test_generate_as_json(demo):
+    args = ("generate", "I want to move", "-n", "4", "--json", *demo)
+    result = json.loads(run(*args).stdout)
+    assert result["text"] == " to a new country"
+    assert result["new_tokens"] == 4
+    assert result["decode_tokens_per_s"] > 0
+    assert result["memory_bytes"].keys() == {"weights", "cache", "graph"}
+    drawn = [json.loads(run(*args, "--top-k", "50", "--seed", s).stdout)["ids"] for s in "334"]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_generate_stops_at_a_string(demo):
+    result = run("generate", "I want to move", "-n", "30", "--stop", "country", *demo)
+    assert result.stdout == "I want to move to a new country\n"
+
+
+def test_chat_keeps_the_conversation(demo):
+    result = run("chat", "-n", "3", *demo, input="Hello\nAnd you?\n")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("new tokens") == 2
+    first, second = (
+        int(line.split(" prompt tokens")[0].split()[-1])
+        for line in result.stderr.splitlines()
+        if "prompt tokens" in line
+    )
+    assert second > first + 6
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("generate", "a", "--model", "/nowhere"), "/nowhere does not exist"),
+        (("generate", "a", "--model", "weights.bin"), "pickle"),
+        (("predict", "a", "--top", "0"), "0 is not in the range"),
+        (("generate", "a", "--dtype", "int8"), "'int8' is not one of"),
+        (("generate", "a", "--device", "abacus"), "device 'abacus' is unknown"),
+        (("generate", "a", "--dtype", "float16"), "overflows float16"),
+        (("generate", "a", "-n", "0"), "max_new_tokens=0 must be"),
+        (("generate", "a", "-n", "40000"), "do not fit the model's context of 32768"),
+        (("generate", "a", "--temperature", "0"), "temperature=0.0 is out of range"),
+        (("write", "a"), "No such command 'write'"),
+        (("bench", "-p", "8,x"), "'8,x' is not whole numbers"),
+        (("bench", "-b", "0"), "0 is less than 1"),
+        (("bench", "--only", "vllm"), "no provider vllm: choose from eager, transformers"),
+        (("bench", "-d", "40000"), "no test fits the context of"),
+    ],
+    ids=str,
+)
+def test_errors_are_a_message_and_no_traceback(demo, args, message):
+    with_model = args if "--model" in args else (*args, *demo[:2])
+    result = run(*with_model)
+    assert result.exit_code != 0
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_without_demo_weights_it_says_how_to_get_them(monkeypatch):
+    monkeypatch.setattr("gemma_fast.demo.PARTS", {"a_package_that_is_not_there": "x"})
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
+    result = run("predict", "a")
+    assert result.exit_code == 1
+    assert 'pip install "gemma_fast[demo]"' in result.output
+
+
+@pytest.mark.parametrize(
+    "option", [("--temperature", "2"), ("--top-p", "0.99"), ("--min-p", "1e-4")], ids=str
+)
+def test_an_option_of_sampling_implies_it(demo, option):
+    args = ("generate", "I want to move", "-n", "8", "--json", "--seed", "1", *demo)
+    greedy, drawn, kept = (
+        json.loads(run(*args, *more).stdout)["ids"] for more in ((), option, (*option, "--greedy"))
+    )
+    assert drawn != greedy == kept
+
+
+def test_it_runs_as_a_module():
+    command = [sys.executable, "-m", "gemma_fast", "--help"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("Usage: gemma-fast [OPTIONS] COMMAND")

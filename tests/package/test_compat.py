@@ -1,0 +1,160 @@
+"""transformers' keywords: taken where they change nothing, else named, with the way out."""
+
+import pytest
+import torch
+import transformers
+from tiny_tokenizer import tiny_backend, write_tokenizer
+from twins import CONFIGS, Twins
+
+from gemma_fast import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from gemma_fast.text.tokenizer import Tokenizer
+
+IDS = torch.tensor([[2, 5, 9]])
+GREEDY = {"max_new_tokens": 4, "eos_token_id": []}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Twins:
+    return Twins.build(CONFIGS["gemma3-gqa"], tmp_path_factory.mktemp("keywords"))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"num_beams": 4}, r"generate\(\): num_beams=4 is not supported: .*greedy"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2 is not supported: a row is one"),
+        ({"return_dict_in_generate": True}, "the result is the ids"),
+        ({"output_scores": True}, "call the model in a loop"),
+        ({"min_new_tokens": 3}, "pass eos_token_id="),
+        ({"logits_processor": [len]}, "logits_processor=.* is not supported"),
+        ({"past_key_values": torch.ones(2)}, "past_key_values=.* is not supported"),
+        ({"cache_implementation": "quantized"}, "cache_implementation='quantized' is not"),
+        ({"num_beans": 1}, r"generate\(\) got an unexpected keyword argument 'num_beans'"),
+        ({"inputs": IDS}, "input_ids and inputs, which name the same"),
+        ({"generation_config": {"num_beams": 2}}, "generation_config: num_beams=2 is not"),
+        ({"generation_config": {"nonsense": 2}}, "generation_config got an unexpected.*nonsense"),
+    ],
+    ids=str,
+)
+def test_generate_refuses(one, keywords, message):
+    with pytest.raises(TypeError, match=message):
+        one.model.generate(IDS, **GREEDY, **keywords)
+
+
+def test_generate_takes_what_changes_nothing(one):
+    expected = one.model.generate(IDS, **GREEDY)
+    keywords = {
+        "use_cache": False, "num_beams": 1, "num_return_sequences": 1, "length_penalty": 1.0,
+        "return_dict_in_generate": False, "output_scores": False, "early_stopping": False,
+        "cache_implementation": "static", "logits_processor": None, "stopping_criteria": None,
+        "bos_token_id": 2, "disable_compile": True, "no_repeat_ngram_size": 0,
+    }  # fmt: skip
+    assert torch.equal(one.model.generate(inputs=IDS, **GREEDY, **keywords), expected)
+
+
+@pytest.mark.parametrize("kind", [transformers.GenerationConfig, GenerationConfig, dict])
+def test_a_generation_config(one, kind):
+    """It goes before the model's, and the call's keywords before both."""
+    config = kind(max_new_tokens=6, do_sample=True, top_k=1, num_beams=1)
+    first = one.model.generate(IDS, generation_config=config, eos_token_id=[])
+    assert torch.equal(first, one.model.generate(IDS, max_new_tokens=6, eos_token_id=[]))
+    assert one.model.generate(IDS, generation_config=config, **GREEDY).shape == (1, 7)
+    with pytest.raises(ValueError, match="generation_config must be one, or a dict, not 7"):
+        one.model.generate(IDS, generation_config=7)
+
+
+def test_lengths(one):
+    def length(**keywords) -> int:
+        return one.model.generate(IDS, eos_token_id=[], **keywords).shape[1]
+
+    assert length(max_length=8) == 8
+    assert length(max_length=8, max_new_tokens=2) == 5
+    with pytest.raises(ValueError, match="max_length=3 counts the prompt, which has 3 tokens"):
+        length(max_length=3)
+    with pytest.warns(UserWarning, match="pass max_new_tokens: without it, 20 are written"):
+        assert length() == 23
+    long = torch.full((1, 250), 5)
+    with pytest.warns(UserWarning, match="pass max_new_tokens"):
+        assert one.model.generate(long, eos_token_id=[]).shape == (1, 256)
+
+
+def test_the_models_generation_config_is_set_by_attributes(one):
+    config = GenerationConfig(top_k=3)
+    config.max_new_tokens, config.cache_implementation = 5, "static"
+    assert (config.max_new_tokens, config.top_k, config.temperature) == (5, 3, None)
+    with pytest.raises(TypeError, match="num_beams=2 is not supported"):
+        config.num_beams = 2
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_tokens'"):
+        config.max_tokens = 2
+    with pytest.raises(AttributeError, match="no option 'max_tokens', only do_sample"):
+        print(config.max_tokens)
+
+
+def test_forward(one):
+    expected = one.model(IDS).logits
+    keywords = {"return_dict": True, "output_attentions": False, "labels": None}
+    assert torch.equal(one.model(IDS, **keywords).logits, expected)
+    for given, message in (
+        ({"labels": IDS}, "labels=.* is not supported: compute it from the logits"),
+        ({"output_hidden_states": True}, "output_hidden_states=True is not supported"),
+        ({"return_dict": False}, "return_dict=False is not supported: index the result"),
+        ({"token_type_idz": IDS}, r"forward\(\) got an unexpected keyword.*token_type_idz"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            one.model(IDS, **given)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"quantization_config": object()}, r"quantization_config=.*only .gguf files are read"),
+        ({"load_in_4bit": True}, "load_in_4bit=True is not supported"),
+        ({"attn_implementation": "egaer"}, "attn_implementation='egaer' is not supported"),
+        ({"trust_remote_code": True}, "a checkpoint's code is not run"),
+        ({"revision": "float16"}, "revision='float16' is not supported: .*snapshot_download"),
+        ({"token": "hf_x"}, "hf auth login"),
+        ({"dtype": "float32", "torch_dtype": "float32"}, "dtype and torch_dtype, which name"),
+        ({"nonsense": 1}, "unexpected keyword argument 'nonsense'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_from_pretrained_refuses(one, keywords, message):
+    with pytest.raises(TypeError, match=message):
+        AutoModelForCausalLM.from_pretrained(one.path, **keywords)
+
+
+def test_from_pretrained_takes_what_changes_nothing(one):
+    model = AutoModelForCausalLM.from_pretrained(
+        one.path, torch_dtype="bfloat16", device_map={"": "cpu"}, low_cpu_mem_usage=True,
+        attn_implementation="flash_attention_2", trust_remote_code=False, use_safetensors=True,
+    )  # fmt: skip
+    assert model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype 'float8' is not one of"):
+        AutoModelForCausalLM.from_pretrained(one.path, torch_dtype="float8")
+
+
+def test_tokenizer(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(
+        write_tokenizer(tmp_path), padding_side="left", use_fast=True
+    )
+    tokenizer.padding_side = "left"
+    with pytest.raises(TypeError, match=r"padding_side='right' is not supported: .*on the left"):
+        tokenizer.padding_side = "right"
+    with pytest.raises(TypeError, match="use_fast=False is not supported"):
+        AutoTokenizer.from_pretrained(tmp_path, use_fast=False)
+    with pytest.raises(ValueError, match="pad_token='nothing' is not in the vocabulary"):
+        tokenizer.pad_token = "nothing"
+
+
+def test_several_chats_are_padded():
+    tokenizer = Tokenizer(tiny_backend(), "tiny")
+    chats = [[{"role": "user", "content": text}] for text in ("a b", "hello the world")]
+    options = {"add_generation_prompt": True, "return_tensors": "pt"}
+    batch = tokenizer.apply_chat_template(chats, padding=True, **options)
+    for row, mask, chat in zip(batch.input_ids, batch.attention_mask, chats, strict=True):
+        alone = tokenizer.apply_chat_template(chat, **options).input_ids
+        assert torch.equal(row[mask.bool()].unsqueeze(0), alone)
+    texts = tokenizer.apply_chat_template(chats, tokenize=False)
+    assert texts == [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    with pytest.raises(ValueError, match="do not fit one tensor: pass padding=True"):
+        tokenizer.apply_chat_template(chats, **options)

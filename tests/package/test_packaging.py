@@ -1,0 +1,132 @@
+"""`kernels/` and `benchmarks/` have one import name each, in gemma_fast, and never hide PyPI's
+package `kernels`."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from shutil import copy, copytree, ignore_patterns
+from textwrap import dedent
+
+import pytest
+
+from gemma_fast.benchmarks.kernels.suite import OURS
+
+ROOT = Path(__file__).resolve().parents[2]
+FOR_THE_CLONE = ("test_kernels.py", "conftest.py")  # pytest's, in benchmarks/
+ROOMS = [
+    path.parent.relative_to(ROOT)
+    for folder in ("gemma_fast", "benchmarks")
+    for path in (ROOT / folder).rglob("__init__.py")
+]
+PACKAGES = {
+    "gemma_fast/kernels",
+    *(str(x) if x.parts[0] == "gemma_fast" else f"gemma_fast/{x}" for x in ROOMS),
+}
+SOURCES = {
+    f"{folder}/{path.name}": path.read_bytes()
+    for folder in PACKAGES
+    for path in (ROOT / folder).glob("*.py")
+    if path.name not in FOR_THE_CLONE
+}
+PRINT_KERNEL_FILE = "import gemma_fast.kernels.rmsnorm as module; print(module.__file__)"
+
+
+def python(*args, cwd: Path = ROOT) -> str:
+    """What Python prints in `cwd`, where imports are looked for first, as PYTHONPATH=. has it."""
+    command = [sys.executable, *map(str, args)]
+    ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory) -> Path:
+    """A folder with the sdist and the wheel made from it, built from a copy of the sources."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+    for folder in ("gemma_fast", "kernels", "benchmarks"):
+        copytree(ROOT / folder, tree / folder, symlinks=True, ignore=ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        copy(ROOT / name, tree)
+    python("-m", "build", "--no-isolation", "--outdir", out, tree, cwd=out)
+    return out
+
+
+def test_folders_are_reached_through_links():
+    for folder in ("kernels", "benchmarks"):
+        assert os.readlink(ROOT / "gemma_fast" / folder) == f"../{folder}"
+    assert not (ROOT / "kernels/__init__.py").exists()
+    assert Path(python("-c", PRINT_KERNEL_FILE)).parent == ROOT / "gemma_fast/kernels"
+
+
+def test_wheel_holds_the_sources_as_files(dist):
+    with zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
+        held = {name: wheel.read(name) for name in wheel.namelist() if ".dist-info/" not in name}
+    assert held == SOURCES
+
+
+def test_sdist_holds_the_sources_as_files(dist):
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as sdist:
+        held = {member.name.partition("/")[2]: member for member in sdist.getmembers()}
+        assert {name: sdist.extractfile(held[name]).read() for name in SOURCES} == SOURCES
+    assert all(held[name].isreg() for name in SOURCES)
+    assert not any(name.split("/")[0] in ("kernels", "benchmarks") for name in held)
+
+
+def test_wheel_installs(dist, tmp_path):
+    wheel = next(dist.glob("*.whl"))
+    python("-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path, wheel)
+    file = Path(python("-c", PRINT_KERNEL_FILE, cwd=tmp_path))
+    assert file.parent == tmp_path / "gemma_fast/kernels"
+    assert OURS in python("-m", "gemma_fast.benchmarks", "--list", cwd=tmp_path)
+
+
+def test_benchmarks_run_from_the_clone_without_a_second_name():
+    code = """
+import runpy, sys
+sys.argv[1:] = ["--list"]
+try:
+    runpy.run_module("benchmarks", run_name="__main__")
+except SystemExit as done:
+    assert not done.code
+assert not [name for name in sys.modules if name.startswith("benchmarks.")]
+"""
+    assert OURS in python("-c", code)
+
+
+def test_transformers_finds_the_package_kernels_from_here():
+    classes = "GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM"
+    imports = f"import kernels; from transformers import {classes}"
+    file = python("-c", f"{imports}; print(kernels.__file__)")
+    assert file.endswith("__init__.py"), f"kernels is {file}, not the installed package"
+
+
+def test_import_is_quick_and_leaves_transformers_alone():
+    code = """
+import sys, time, torch
+start = time.perf_counter()
+import gemma_fast.causal_lm
+print(time.perf_counter() - start)
+assert not {"transformers", "torch._dynamo"} & set(sys.modules)
+"""
+    # A busy machine may be slow once, not thrice.
+    assert any(float(python("-c", code)) < 0.5 for _ in range(3))
+
+
+def test_it_runs_without_triton():
+    """As on macOS and Windows, for which there is no Triton."""
+    code = """
+        import sys
+
+        sys.modules["triton"] = None
+        import torch
+        from twins import CONFIGS, random_model
+
+        random_model(CONFIGS["gemma3-mqa"]).generate(torch.tensor([[2, 5]]), max_new_tokens=2)
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests/support")])
+    command = [sys.executable, "-c", dedent(code)]
+    subprocess.run(command, env=environment, check=True, timeout=300)

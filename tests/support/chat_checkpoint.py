@@ -1,0 +1,25 @@
+"""A tiny random chat model as transformers saves one: weights, tokenizer, the official template."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from test_chat import OFFICIAL_2, OFFICIAL_3
+from tiny_tokenizer import tiny_backend
+from transformers import PreTrainedTokenizerFast
+from twins import CONFIGS, random_transformers_model
+
+from gemma_fast.text.tokenizer import Tokenizer
+
+FAMILIES = {"gemma": "gemma-mqa", "gemma2": "gemma2-gqa", "gemma3": "gemma3-gqa"}
+
+
+def write_chat_checkpoint(path: Path, family: str = "gemma3") -> Path:
+    backend = Tokenizer(tiny_backend(family), "tiny").backend
+    config = replace(CONFIGS[FAMILIES[family]], vocab_size=backend.get_vocab_size())
+    random_transformers_model(config).save_pretrained(path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+        unk_token="<unk>", padding_side="left", model_input_names=["input_ids", "attention_mask"],
+        chat_template=OFFICIAL_3 if family == "gemma3" else OFFICIAL_2,
+    ).save_pretrained(path)  # fmt: skip
+    return path

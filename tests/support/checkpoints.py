@@ -1,0 +1,127 @@
+"""Tiny checkpoints of each family, written as files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.checkpoint.config_files import config_from_json
+from gemma_fast.config import GemmaConfig
+
+FAMILIES = ("gemma", "gemma2", "gemma3")
+SIZES = {
+    "vocab_size": 12,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "intermediate_size": 96,
+}
+
+
+def config_json(family: str, **sizes: int) -> dict:
+    return {"model_type": family, "sliding_window": 8} | SIZES | sizes
+
+
+def random_tensors(family: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for name, shape in config_from_json(config_json(family, **sizes)).tensor_shapes().items()
+    }
+
+
+def write_safetensors(
+    path: Path, family: str = "gemma3", tensors: dict[str, Tensor] | None = None, **sizes: int
+) -> dict[str, Tensor]:
+    """A directory with config.json and model.safetensors. Returns its tensors."""
+    tensors = tensors or random_tensors(family, **sizes)
+    (path / "config.json").write_text(json.dumps(config_json(family, **sizes)))
+    save_file(tensors, path / "model.safetensors")
+    return tensors
+
+
+def split(path: Path, tensors: dict[str, Tensor], shards: int = 2) -> dict[str, str]:
+    """Replace model.safetensors by shards and their index. Returns the index's weight map."""
+    (path / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(shards):
+        shard = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(tensors.items())[i::shards])
+        save_file(part, path / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    write_index(path, weight_map)
+    return weight_map
+
+
+def write_index(path: Path, weight_map: object) -> None:
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_gguf(
+    path: Path,
+    family: str = "gemma3",
+    tensors: dict[str, Tensor] | None = None,
+    *,
+    quantize: Callable[[Tensor], tuple[np.ndarray, Type]] = lambda t: (t.numpy(), Type.F32),
+    extra: dict[str, np.ndarray] | None = None,
+    **sizes: int,
+) -> dict[str, Tensor]:
+    """A file made as llama.cpp makes it: with its names, from the package's own table, and 1 added
+    to the norms, which stay F32. `extra` goes in under its own names. Returns the tensors, under
+    transformers' names, as they were before `quantize`."""
+    config = config_from_json(config_json(family, **sizes))
+    tensors = tensors or random_tensors(family, **sizes)
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, family)
+    write_metadata(writer, config)
+    for name, tensor in tensors.items():
+        norm = tensor.dim() == 1
+        data, kind = ((tensor.float() + 1).numpy(), Type.F32) if norm else quantize(tensor)
+        stored_name = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(stored_name, data, raw_dtype=kind)
+    for stored_name, data in (extra or {}).items():
+        writer.add_tensor(stored_name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def write_metadata(writer: gguf.GGUFWriter, config: GemmaConfig) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_sliding_window(8)
+    writer.add_rope_freq_base(1e4)
+    writer.add_token_list([f"▁tokén {i}" for i in range(config.vocab_size)])
+    writer.add_token_scores([-float(i) for i in range(config.vocab_size)])
+    writer.add_add_bos_token(True)
+
+
+def read(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    out = torch.full(checkpoint.shapes[name], torch.nan, dtype=dtype)
+    checkpoint.copy(name, out)
+    return out
+
+
+def assert_holds(checkpoint: Checkpoint, tensors: dict[str, Tensor], atol: float = 0.0) -> None:
+    assert checkpoint.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(read(checkpoint, name), tensor.float(), rtol=0, atol=atol)

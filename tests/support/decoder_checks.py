@@ -1,0 +1,24 @@
+"""What the tests of the engine share: ways to choose a token, and a CUDA graph's stand-in."""
+
+from gemma_fast.engine.decoder import Decoder
+
+NEVER = {"eos_token_id": []}
+SAMPLINGS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "temperature": 2.0, "seed": 3},
+    "filtered": {"do_sample": True, "temperature": 2.0, "seed": 3, "top_k": 9, "top_p": 0.9},
+    "penalised": {"repetition_penalty": 1.5},
+}
+
+
+class Graph:
+    """Stands in for a CUDA graph: what is recorded is run when it is replayed."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.replays = decoder, 0
+
+    def replay(self) -> None:
+        length = self.decoder.cache.length
+        self.decoder._step()
+        self.decoder.cache.length = length
+        self.replays += 1

@@ -1,0 +1,72 @@
+"""What a GPU that need not be here would launch for a text, and compile for the next one.
+
+    python tests/launches.py gemma3-mqa 1
+
+Prints a JSON object: launches of a decode step, Triton's and PyTorch's, and the kernels that other
+texts, by the length of their prompts, would compile anew. Kernels are noted, not run: all tokens
+are 0. A
+process of its own, as compile_kernels.py.
+"""
+
+import json
+import sys
+
+import torch
+from compile_kernels import GPUS, launches, record_launches, specialised
+from torch.profiler import ProfilerActivity, profile
+from twins import CONFIGS, random_model
+
+from gemma_fast.engine.decoder import Decoder
+
+# Of PyTorch's operators, those that launch nothing.
+SILENT = {
+    "aten::" + name
+    for name in (
+        "empty", "empty_like", "empty_strided", "view", "reshape", "slice", "select", "unsqueeze",
+        "squeeze", "as_strided", "split", "split_with_sizes", "narrow", "detach", "alias", "expand",
+        "_reshape_alias", "_unsafe_view", "item", "_local_scalar_dense", "new_empty",
+        "lift_fresh", "contiguous",
+    )
+}  # fmt: skip
+
+
+def launches_something(event) -> bool:
+    return event.name.startswith("aten::") and event.name not in SILENT
+
+
+def launched(work) -> list[str]:
+    """Names of the kernels, Triton's and then PyTorch's."""
+    launches.clear()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        work()
+    operators = [event for event in found.events() if launches_something(event)]
+    outermost = [x for x in operators if not x.cpu_parent or x.cpu_parent not in operators]
+    return [kernel.__name__ for kernel, *_ in launches] + [x.name for x in outermost]
+
+
+def compiled(work) -> set[str]:
+    launches.clear()
+    work()
+    return {
+        repr((kernel.__name__, sorted(kwargs.items(), key=str), specialised(kernel, args, kwargs)))
+        for kernel, args, kwargs in launches
+    }
+
+
+def main(config: str, batch: int) -> None:
+    record_launches(GPUS[90])
+    model = random_model(CONFIGS[config])
+
+    def text(tokens: int):
+        ids = torch.ones(batch, tokens, dtype=torch.long)
+        return lambda: model.generate(ids, max_new_tokens=9, eos_token_id=[])
+
+    decoder = Decoder(model, batch, 40)
+    decoder.prefill(torch.ones(batch, 19, dtype=torch.long))
+    first = compiled(text(19))
+    others = {tokens: sorted(compiled(text(tokens)) - first) for tokens in (32, 33, 130, 200)}
+    print(json.dumps({"step": launched(decoder.step), "compiled": others}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,87 @@
+"""Tiny random Gemmas, three times over: transformers' own, this project's model, and the reference.
+
+transformers saves the checkpoint that the other two read, so each comparison covers the way from
+`config.json` and safetensors to the result. Sizes are odd on purpose: heads * head_dim is not
+hidden_size, query_pre_attn_scalar is not head_dim, windows are short, soft caps bite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from gemma_fast.benchmarks.model.transformers_model import transformers_config
+from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.config import GemmaConfig
+from gemma_fast.load import RandomCheckpoint
+from gemma_fast.reference import Reference
+
+_SHARED = {
+    "vocab_size": 199, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 88,
+    "max_position_embeddings": 256, "eos_token_id": 1,
+}  # fmt: skip
+_GEMMA2 = GemmaConfig(
+    model_type="gemma2", query_pre_attn_scalar=20, sliding_window=8, sliding_window_pattern=2,
+    attn_logit_softcapping=3.0, final_logit_softcapping=2.0, **_SHARED,
+)  # fmt: skip
+_GEMMA3 = GemmaConfig(
+    model_type="gemma3", query_pre_attn_scalar=20, sliding_window=8, sliding_window_pattern=2,
+    rope_theta=1e6, rope_scaling_factor=8.0, rms_norm_eps=0.01, **_SHARED,
+)  # fmt: skip
+_GEMMA1 = GemmaConfig(model_type="gemma", query_pre_attn_scalar=32, **_SHARED)
+CONFIGS = {
+    "gemma-mqa": _GEMMA1,
+    "gemma-mha": replace(_GEMMA1, num_key_value_heads=4),
+    "gemma2-gqa": replace(_GEMMA2, num_key_value_heads=2),
+    "gemma3-mqa": replace(_GEMMA3, num_hidden_layers=7, layer_types=(), sliding_window_pattern=6),
+    "gemma3-gqa": replace(_GEMMA3, num_key_value_heads=2, sliding_window=13),
+}
+
+
+@dataclass
+class Twins:
+    hf: transformers.PreTrainedModel
+    model: GemmaForCausalLM
+    reference: Reference
+    path: Path
+
+    @classmethod
+    def build(cls, config: GemmaConfig, path: Path) -> Twins:
+        hf = random_transformers_model(config)
+        hf.save_pretrained(path)
+        model = GemmaForCausalLM.from_pretrained(path, device="cpu")
+        assert model.config == config
+        return cls(hf, model, Reference.from_pretrained(path), path)
+
+    @property
+    def config(self) -> GemmaConfig:
+        return self.model.config
+
+    def prompt(self, batch: int, tokens: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, self.config.vocab_size, (batch, tokens), generator=generator)
+
+
+def random_model(
+    config: GemmaConfig, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> GemmaForCausalLM:
+    return GemmaForCausalLM.from_checkpoint(
+        RandomCheckpoint(config, seed), dtype=dtype, device="cpu"
+    )
+
+
+def random_transformers_model(config: GemmaConfig) -> transformers.PreTrainedModel:
+    """transformers' model of this config: random weights, eval mode, eager attention."""
+    hf = transformers.AutoModelForCausalLM.from_config(
+        transformers_config(config), attn_implementation="eager"
+    ).eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in hf.named_parameters():
+        std = 0.5 if "norm" in name else 1.5 / weight.shape[-1] ** 0.5
+        weight.data.normal_(std=std, generator=generator)
+    return hf

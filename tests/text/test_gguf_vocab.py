@@ -1,0 +1,144 @@
+"""GGUF → tokenizer: against SentencePiece's own rule, on real and tiny vocabularies."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+from tiny_tokenizer import CONTROL, NORMAL, TEXTS, USER_DEFINED, gguf_metadata, tiny_backend
+
+from gemma_fast.checkpoint.base import open_gguf
+from gemma_fast.text.gguf_vocab import gguf_backend
+from gemma_fast.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def demo(demo_gguf) -> Tokenizer:
+    return Tokenizer.from_pretrained(demo_gguf)
+
+
+def test_known_ids(demo):
+    assert demo.encode("I want to move") == [2, 236777, 1461, 531, 2827]
+    assert demo.encode("The superlative") == [2, 818, 216903]
+    assert demo.stop_token_ids == [1, 106]
+    assert len(demo) == demo.vocab_size == 262144
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_round_trip(demo, text):
+    assert demo.decode(demo.encode(text)) == "<bos>" + text
+
+
+def random_text(rng: random.Random, pieces: list[str]) -> str:
+    letters = [*map(chr, range(32, 127)), "é", "ñ", "漢", "字", "😀", "\u0301", "\t", "\n"]
+    return "".join(
+        rng.choice(
+            [
+                rng.choice(pieces).replace("▁", " "),
+                rng.choice(letters) * rng.randint(1, 3),
+                rng.choice(" \n") * rng.randint(1, 80),
+            ]
+        )
+        for _ in range(rng.randint(1, 12))
+    )
+
+
+def sentencepiece(metadata: dict) -> Callable[[str], list[str]]:
+    """What SentencePiece does: cut out its user's symbols, then join the best pair until none is.
+
+    Kudo and Richardson, 2018; in C++: PrefixMatcher in normalizer.cc, then bpe_model.cc.
+    """
+    columns = (metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
+    rows = list(zip(*columns, strict=True))
+    scores = {token: score for token, score, kind in rows if kind == NORMAL}
+    users = {token.replace(" ", "▁") for token, _, kind in rows if kind == USER_DEFINED}
+    longest = max(map(len, users))
+
+    def cut(text: str) -> list[str]:
+        text, parts, start = text.replace(" ", "▁"), [], 0
+        while start < len(text):
+            stops = range(start + longest, start, -1)
+            stop = next((stop for stop in stops if text[start:stop] in users), start + 1)
+            parts.append(text[start:stop])
+            start = stop
+        frozen = [part in users for part in parts]
+        while pairs := [
+            (scores[parts[i] + parts[i + 1]], -i)
+            for i in range(len(parts) - 1)
+            if parts[i] + parts[i + 1] in scores and not (frozen[i] or frozen[i + 1])
+        ]:
+            i = -max(pairs)[1]
+            parts[i : i + 2], frozen[i : i + 2] = [parts[i] + parts[i + 1]], [False]
+        known = scores.keys() | users
+        return [
+            piece
+            for part in parts
+            for piece in ([part] if part in known else [f"<0x{b:02X}>" for b in part.encode()])
+        ]
+
+    return cut
+
+
+def test_cuts_text_as_sentencepiece_does(demo, demo_gguf):
+    metadata = open_gguf(demo_gguf).metadata
+    judge = sentencepiece(metadata)
+    columns = (metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"])
+    pieces = [t for t, kind in zip(*columns, strict=True) if kind in (NORMAL, USER_DEFINED)]
+    rng = random.Random(0)
+    for _ in range(100):
+        text = random_text(rng, pieces)
+        assert demo.backend.encode(text).tokens == judge(text), repr(text)
+
+
+def test_equals_tokenizer_json():
+    """The merges written by hand and those found from scores cut all text alike."""
+    tiny = Tokenizer(tiny_backend(), "tokenizer.json")
+    rebuilt = Tokenizer(gguf_backend(gguf_metadata(), "tiny.gguf"), "tiny.gguf")
+    assert rebuilt.backend.get_vocab() == tiny.backend.get_vocab()
+    rng = random.Random(0)
+    for _ in range(300):
+        text = random_text(rng, ["▁the", "hello", "the", "<b>", "<bos>", "▁win", "<end_of_turn>"])
+        assert rebuilt.encode(text) == tiny.encode(text), repr(text)
+        assert rebuilt.decode(tiny.encode(text), True) == tiny.decode(tiny.encode(text), True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "gpt2"}, "'gpt2'"),
+        ({"tokens": None}, "tokens is no list of str"),
+        ({"tokens": ["<pad>", 1]}, "tokens is no list of str"),
+        ({"scores": [0.0]}, "475 tokens, 1 scores"),
+        ({"scores": [1] * 475}, "scores is no list of float"),
+        ({"scores": [float("nan")] * 475}, "not finite"),
+        ({"token_type": [1.5] * 475}, "token_type is no list of int"),
+        ({"token_type": [7] * 475}, "token_type holds 7"),
+        ({"tokens": ["x"] * 475}, "twice"),
+        ({"tokens": ["x" * 257] * 475}, "257 characters"),
+        ({"tokens": [f"x{i}" for i in range(475)]}, "lacks .*<pad>"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_malformed(change, message):
+    metadata = gguf_metadata() | {f"tokenizer.ggml.{k}": v for k, v in change.items()}
+    with pytest.raises(ValueError, match=rf"bad\.gguf.*{message}"):
+        Tokenizer(gguf_backend(metadata, "bad.gguf"), "bad.gguf")
+
+
+def test_names_tell_control_tokens():
+    """Old converters list them as a user's symbols, or as plain text that merges could make."""
+    metadata = gguf_metadata()
+    types = metadata["tokenizer.ggml.token_type"]
+    types[2], types[106] = NORMAL, USER_DEFINED
+    tokenizer = Tokenizer(gguf_backend(metadata, "old.gguf"), "old.gguf")
+    assert tokenizer.encode("<bos>a<end_of_turn>") == [2, tokenizer.token_to_id("a"), 106]
+    assert tokenizer.decode([2, 106], skip_special_tokens=True) == ""
+
+
+def test_merges_make_no_control_token():
+    metadata = gguf_metadata()
+    the = metadata["tokenizer.ggml.tokens"].index("the")
+    metadata["tokenizer.ggml.token_type"][the] = CONTROL
+    tokenizer = Tokenizer(gguf_backend(metadata, "tiny.gguf"), "tiny.gguf")
+    assert tokenizer.encode("the") == [2, the]
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "the"}]).input_ids
+    assert the not in ids

@@ -1,0 +1,101 @@
+"""A checkpoint's own template is found, used, and cannot harm who renders it."""
+
+import json
+import time
+
+import pytest
+from tiny_tokenizer import write_tokenizer
+
+from gemma_fast.text import jinja_template as chat_template
+from gemma_fast.text.jinja_template import JinjaTemplate
+from gemma_fast.text.tokenizer import Tokenizer
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+HOSTILE = {
+    "loops": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "not end within 2 s",
+    ),
+    "fills memory": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "512 MiB"),
+    "one big string": ("{{ 'x' * 99999999999 }}", "512 MiB"),
+    "long output": ("{{ 'x' * 9999999 }}", "9999999 characters"),
+    "escapes": ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    "escapes by filter": ("{{ (''|attr('__class__')).__mro__ }}", "unsafe|undefined"),
+    "escapes by format": ("{{ '{0.__class__.__mro__}'.format(1) }}", "unsafe|__mro__"),
+    "escapes by globals": ("{{ raise_exception.__globals__.json }}", "unsafe"),
+    "escapes by namespace": ("{% set n = namespace() %}{% set n.__call__ = 1 %}", "__call__"),
+    "changes messages": ("{{ messages.append(1) }}", "unsafe"),
+    "recurses": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    "nests": ("(" * 9999 + "{{" + "(" * 9999, "failed"),
+    "raises": ("{{ raise_exception('no tools here') }}", "no tools here"),
+    "is no template": ("{% if %}", "Expected an expression"),
+    "imports": ("{% include '/etc/passwd' %}", "loader"),
+}
+
+
+def render(template: str) -> str:
+    return JinjaTemplate(template, "evil.jinja").render(MESSAGES, True)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile(monkeypatch, name):
+    template, message = HOSTILE[name]
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 2)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=rf"evil\.jinja.*({message})"):
+        render(template)
+    assert time.monotonic() - start < 10
+
+
+def test_environment():
+    assert render("{{ messages[0].content }} {{ bos_token }}{{ tools is none }}") == (
+        "hello <bos>True"
+    )
+    assert render(
+        "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    ) == ("01")
+    assert render("{% set n = namespace(a=1) %}{% set n.a = n.a + 1 %}{{ n.a }}") == "2"
+    assert render("{{ '<é>' | tojson }}{{ strftime_now('%Y') | length }}") == '"<é>"4'
+    assert render("  {% if true %}\na\n  {% endif %}\n") == "a\n"
+
+
+def test_found_as_transformers_finds_it(tmp_path):
+    def rendered() -> str:
+        return Tokenizer.from_pretrained(tmp_path).apply_chat_template(MESSAGES, tokenize=False)
+
+    write_tokenizer(tmp_path)
+    assert rendered().startswith("<bos><start_of_turn>user\n")
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"bos_token": "<bos>"}))
+    assert rendered().startswith("<bos><start_of_turn>user\n")
+    config.write_text(json.dumps({"chat_template": "config"}))
+    assert rendered() == "config"
+    named = [{"name": "rag", "template": "rag"}, {"name": "default", "template": "named"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    assert rendered() == "named"
+    (tmp_path / "chat_template.jinja").write_text("file {{ bos_token }}")
+    assert rendered() == "file <bos>"
+
+
+@pytest.mark.parametrize("content", ['{"chat_template": 3}', "{", "[]"])
+def test_malformed_config_is_named(tmp_path, content):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_too_long(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("x" * (chat_template.MAX_LENGTH + 1))
+    with pytest.raises(ValueError, match=r"chat_template\.jinja.*1048576"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_bos_is_added_where_a_template_has_none(tmp_path):
+    write_tokenizer(tmp_path)
+    for template in ("{{ messages[0].content }}", "<bos>{{ messages[0].content }}"):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        ids = Tokenizer.from_pretrained(tmp_path).apply_chat_template(MESSAGES).input_ids
+        assert ids[0] == 2
+        assert ids.count(2) == 1

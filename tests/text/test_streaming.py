@@ -1,0 +1,83 @@
+"""Text comes out in whole characters, and joined it is what decode gives."""
+
+import random
+
+import pytest
+import torch
+from tiny_tokenizer import tiny_backend
+from transformers import TextStreamer as TransformersStreamer
+
+from gemma_fast.text.streaming import TextStreamer
+from gemma_fast.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tokenizer:
+    return Tokenizer(tiny_backend(), "tiny")
+
+
+def stream(tokenizer: Tokenizer, ids: list[int], prompt: str = "the", **options) -> list[str]:
+    pieces: list[str] = []
+    streamer = TextStreamer(tokenizer, pieces.append, **options)
+    streamer.put(torch.tensor([tokenizer.encode(prompt)]))
+    for token_id in ids:
+        streamer.put(torch.tensor([token_id]))
+    streamer.end()
+    return pieces
+
+
+def test_whole_characters(tiny):
+    ids = tiny.encode("hé 😀漢", add_special_tokens=False)
+    assert len(tiny.encode("😀", add_special_tokens=False)) == 4, "it should be made of bytes"
+    assert stream(tiny, ids) == ["h", "é", " ", "😀", "漢"]
+
+
+def test_joins_to_what_decode_gives(tiny):
+    rng = random.Random(0)
+    for _ in range(200):
+        text = "".join(rng.choice(["the ", "😀", "e\u0301", "\n", "<eos>"]) for _ in range(20))
+        ids = tiny.encode(text, add_special_tokens=False)
+        for skip in (True, False):
+            pieces = stream(tiny, ids, skip_special_tokens=skip)
+            assert "".join(pieces) == tiny.decode(ids, skip_special_tokens=skip)
+            assert all(pieces)
+
+
+def test_bytes_that_are_no_character(tiny):
+    """Anything can be sampled; what is no character is shown as one that is missing."""
+    emoji = tiny.encode("😀", add_special_tokens=False)
+    a, stray = tiny.token_to_id("a"), tiny.token_to_id("<0xFF>")
+    assert stream(tiny, emoji[:2]) == ["��"], "the end does not wait"
+    assert stream(tiny, [*emoji, stray, a]) == ["😀", "�a"]
+    rng = random.Random(0)
+    for _ in range(200):
+        ids = [rng.choice([a, stray, rng.randrange(len(tiny)), *emoji]) for _ in range(40)]
+        assert "".join(stream(tiny, ids)).count("a") >= ids.count(a)
+    endless = TextStreamer(tiny, (pieces := []).append, skip_prompt=False)
+    endless.put(torch.tensor([stray] * 1000))
+    assert pieces, "the text is not held back for ever"
+
+
+def test_prompt(tiny):
+    assert stream(tiny, [2], skip_prompt=False, prompt="the") == ["the"]
+    assert stream(tiny, [], prompt="the") == []
+    streamer = TextStreamer(tiny, (pieces := []).append)
+    for _ in range(2):
+        streamer.put(torch.tensor([tiny.encode("hello")]))
+        streamer.put(torch.tensor([tiny.token_to_id("a")]))
+        streamer.end()
+    assert pieces == ["a", "a"], "each text begins with a prompt"
+    with pytest.raises(ValueError, match="batch of 2"):
+        streamer.put(torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_prints_as_transformers_does(tiny, capsys):
+    ids = tiny.encode("hello the 😀\nwin")
+    printed = []
+    for streamer in (TextStreamer(tiny), TransformersStreamer(tiny, skip_prompt=True)):
+        for value in (torch.tensor([ids]), *torch.tensor(ids).split(1)):
+            streamer.put(value)
+        streamer.end()
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == "hello the 😀\nwin"
+    assert printed[1] == "<bos>" + printed[0] + "\n"
