@@ -1,9 +1,9 @@
-"""What every kernel's launcher shares: its registration with PyTorch, and the GPU's limits."""
+"""What every kernel shares: its registration with PyTorch, and the wait for the kernel ahead."""
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,26 +70,6 @@ def _differentiated(x: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
-class Gpu(NamedTuple):
-    capability: int  # 90: compute capability 9.0
-    shared_memory: int  # bytes that one program can have
-    multiprocessors: int
-
-    def can_describe(self, *tensors: Tensor) -> bool:
-        """Whether tensor descriptors can copy tiles of them, in hardware (TMA), to tensor cores."""
-        return self.capability >= 90 and all(
-            x.element_size() == 2
-            and all(n % 16 == 0 for n in (x.data_ptr(), *(2 * s for s in x.stride()[:-1])))
-            for x in tensors
-        )
-
-    def overlap(self, prefetch: bool) -> dict[str, bool]:
-        """Options of a kernel that begins with `wait_for_kernel_ahead`."""
-        if prefetch and self.capability >= 90:
-            return {"PREFETCH": True, "launch_pdl": True}
-        return {"PREFETCH": False}
-
-
 @triton.jit
 def wait_for_kernel_ahead(PREFETCH: tl.constexpr):
     """Programmatic dependent launch: what comes before runs beside the kernel ahead."""
@@ -97,13 +77,3 @@ def wait_for_kernel_ahead(PREFETCH: tl.constexpr):
         tl.extra.cuda.gdc_wait()
         # Only now: a kernel then starts when the one before the one ahead of it is done.
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@functools.cache
-def gpu(device: torch.device) -> Gpu:
-    """The limits that a launcher chooses tiles by; the smallest, for the interpreter."""
-    if device.type != "cuda":
-        return Gpu(capability=80, shared_memory=101_376, multiprocessors=2)
-    major, minor = torch.cuda.get_device_capability(device)
-    limits = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return Gpu(10 * major + minor, limits["max_shared_mem"], limits["multiprocessor_count"])

@@ -7,7 +7,8 @@ a row. One row is multiplied elementwise, more by the tensor cores.
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._triton import knobs, tl, triton
+from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels.launch import runs_triton
 
 MAX_ROWS = 8
 
@@ -186,7 +187,7 @@ def check_product(
 
 def is_matvec(x: Tensor, weight: Tensor) -> bool:
     """Whether x @ weightᵀ is for these kernels."""
-    if not (x.is_cuda or knobs.runtime.interpret) or not 0 < x[..., 0].numel() <= MAX_ROWS:
+    if not runs_triton(x) or not 0 < x[..., 0].numel() <= MAX_ROWS:
         return False
     assert x.dtype == weight.dtype and weight.is_contiguous(), f"{x.dtype=}, {weight.dtype=}"
     one_row = x.numel() == x.shape[-1]

@@ -3,8 +3,8 @@ are, their tile, and the join of their partial results."""
 
 import math
 
-from gemma_fast.kernels._op import Gpu
 from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels.launch import Gpu
 
 
 def count_splits(pairs: int, join: int, visible: int, gpu: Gpu) -> int:

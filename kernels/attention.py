@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._attend import HEAD_DIMS, load_block, scores_of_block, softmax_step
-from gemma_fast.kernels._op import Gpu, gpu, op
-from gemma_fast.kernels._triton import TensorDescriptor, knobs, tl, triton
+from gemma_fast.kernels._op import op
+from gemma_fast.kernels._triton import TensorDescriptor, tl, triton
+from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
 from gemma_fast.kernels.rotary import rotate, rotate_rows
 
@@ -259,7 +260,7 @@ def attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():
         return out
-    if not (q.is_cuda or knobs.runtime.interpret):
+    if not runs_triton(q):
         return attention_reference(
             q, keys, values, cos, sin, start, norm_weight,
             scale=scale, first=first, window=window, softcap=softcap, eps=eps,
@@ -272,16 +273,16 @@ def attention(
     rows = t * (heads // n)
     limits = gpu(q.device)
     blocks = tile(rows, n * b, d, q.element_size(), softcap is not None, limits)
+    blocks["DESCRIPTORS"] = rows > 16 and limits.can_describe(keys, values)
+    blocks = launch_config("attention", blocks)
+    blocks["DESCRIPTORS"] &= slots % blocks["BLOCK_N"] == 0  # else one straddles the ring's ends
     rings: list[Any] = [keys, values]
-    whole_blocks = slots % blocks["BLOCK_N"] == 0  # else one would straddle the ring's ends
-    descriptors = rows > 16 and whole_blocks and limits.can_describe(keys, values)
-    if descriptors:
+    if blocks["DESCRIPTORS"]:
         rings = [TensorDescriptor.from_tensor(x, [1, 1, blocks["BLOCK_N"], d]) for x in rings]
     _attention_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]), n, b)](
         q, *rings, cos, sin, start, first, norm_weight, out,
         *q.stride()[:3], *keys.stride()[:3], t, slots,
         SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,
-        HAS_NORM=norm_weight is not None, GROUP=heads // n, HALF=d // 2, DESCRIPTORS=descriptors,
-        **blocks,
+        HAS_NORM=norm_weight is not None, GROUP=heads // n, HALF=d // 2, **blocks,
     )  # fmt: skip
     return out

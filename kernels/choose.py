@@ -7,8 +7,8 @@ logits           :: [b, vocab], bf16 | fp16 | fp32; -inf: a token that cannot be
 position         :: [b], int32: where the chosen token will stand
 token            :: [b], int64, written in place; -1: a logit is NaN or inf, or all are -inf
 arrived          :: [≥ b], int32, zeros, and left so: counts programs
-temperature      :: [1], fp32, or None: the likeliest token, of equal ones the lowest
-seed             :: [1], int64, with a temperature
+temperature      :: [b], fp32, or None; 0 or None: the likeliest token, of equal ones the lowest
+seed             :: [b], int64, with a temperature
 
 The largest sum of logit and Gumbel noise is a draw from softmax(logits / temperature) (Maddison et
 al. 2014, A* Sampling). u is number v % 4 of Philox-4x32-10 (Salmon et al. 2011, Random123) with the
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import op
-from gemma_fast.kernels._triton import knobs, tl, triton
+from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels.launch import runs_triton
 
 PARTIALS = 512  # bests of programs that a warp compares at a time: 16 a thread
 
@@ -39,11 +40,12 @@ def philox_reference(counter: tuple[Tensor, ...], key: Tensor) -> tuple[Tensor, 
 
 
 def gumbel_reference(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
-    """[b, vocab], fp32"""
+    """seed, position :: [b] → [b, vocab], fp32"""
     place = torch.arange(max(-(-vocab // 4), len(position)), device=position.device)
     c0, row = place[: -(-vocab // 4)], place[: len(position), None]
     c1 = position.long()[:, None] & 0xFFFFFFFF
-    drawn = torch.stack(philox_reference((c0, c1, row, torch.zeros_like(row)), seed), dim=-1)
+    counter, key = (c0, c1, row, torch.zeros_like(row)), seed[:, None]
+    drawn = torch.stack(philox_reference(counter, key), dim=-1)
     u = (drawn.flatten(1)[:, :vocab].float() + 0.5) * 2**-32
     return -torch.log(-torch.log1p(-u.clamp_(max=1 - 2**-24)))
 
@@ -53,7 +55,10 @@ def choose_token_reference(
 ) -> Tensor:
     scores = logits.float()
     if temperature is not None and seed is not None:
-        scores = scores / temperature + gumbel_reference(seed, position, logits.shape[1])
+        samples = temperature[:, None] > 0
+        divisor = torch.where(samples, temperature[:, None], 1.0)
+        drawn = scores / divisor + gumbel_reference(seed, position, logits.shape[1])
+        scores = torch.where(samples, drawn, scores)
     token = scores.argmax(-1, keepdim=True)
     best = scores.gather(1, token)  # NaN is above inf
     return token.masked_fill(~best.isfinite(), -1).squeeze(1)
@@ -61,7 +66,7 @@ def choose_token_reference(
 
 @triton.jit
 def gumbel(seed, position, row, token):
-    """[tokens, rows] of tokens :: [tokens, 1] and position, row :: [1, rows]"""
+    """[tokens, rows] of tokens :: [tokens, 1] and seed, position, row :: [1, rows]"""
     r0, r1, r2, r3 = tl.philox(seed, token // 4, position, row, 0)
     number = token % 4
     r = tl.where(number == 0, r0, tl.where(number == 1, r1, tl.where(number == 2, r2, r3)))
@@ -82,8 +87,11 @@ def scores_of(
     scores = logits
     if SAMPLE:
         position = tl.load(position_ptr + row, mask=row < rows, other=0)
-        noise = gumbel(tl.load(seed_ptr), position, row, token)
-        scores = logits / tl.load(temperature_ptr) + noise
+        temperature = tl.load(temperature_ptr + row, mask=row < rows, other=0.0)
+        seed = tl.load(seed_ptr + row, mask=row < rows, other=0)
+        noise = gumbel(seed, position, row, token)
+        drawn = logits / tl.where(temperature > 0, temperature, 1.0) + noise
+        scores = tl.where(temperature > 0, drawn, logits)
     mask = (token < VOCAB) & (row < rows)
     return tl.where(mask, tl.where(logits < inf, scores, inf), -inf)
 
@@ -134,8 +142,8 @@ def _choose_token_kernel(
     position_ptr,  # [rows]
     token_ptr,  # [rows]
     arrived_ptr,  # [rows]
-    temperature_ptr,  # [1] | None
-    seed_ptr,  # [1] | None
+    temperature_ptr,  # [rows] | None
+    seed_ptr,  # [rows] | None
     best_ptr,  # [rows, programs]
     best_token_ptr,  # [rows, programs]
     VOCAB: tl.constexpr,
@@ -165,7 +173,7 @@ def choose_token(
     """The next token of each row, into `token`. Off the GPU, the reference."""
     rows, vocab = logits.shape
     check_choice(rows, position, token, arrived, temperature, seed)
-    if not (logits.is_cuda or knobs.runtime.interpret):
+    if not runs_triton(logits):
         token.copy_(choose_token_reference(logits, position, temperature, seed))
         return
     logits, block = logits.contiguous(), 1024
@@ -195,5 +203,6 @@ def check_choice(
     assert position.is_contiguous() and token.is_contiguous() and arrived.is_contiguous()
     assert (temperature is None) == (seed is None), "a temperature and a seed, or neither"
     if temperature is not None and seed is not None:
-        assert temperature.shape == seed.shape == (1,)
+        assert temperature.shape == seed.shape == (rows,)
+        assert temperature.is_contiguous() and seed.is_contiguous()
         assert temperature.dtype == torch.float32 and seed.dtype == torch.int64

@@ -31,10 +31,11 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._attend import HEAD_DIMS, load_block, scores_of_block, softmax_step
-from gemma_fast.kernels._op import gpu, op, wait_for_kernel_ahead
+from gemma_fast.kernels._op import op, wait_for_kernel_ahead
 from gemma_fast.kernels._splits import chunk, count_splits, join_splits, tile
-from gemma_fast.kernels._triton import knobs, tl, triton
+from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.attention import attention_reference
+from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.rotary import rotary_write_reference
 
 
@@ -203,6 +204,7 @@ def _launch(
     assert qkv.is_cuda or qkv.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
     limits, visible = gpu(qkv.device), min(slots, window or slots)
     blocks = tile(b * n, heads // n, visible, d, qkv.element_size(), limits)
+    blocks = launch_config("decode_attention", blocks)
     splits = count_splits(b * n, blocks["JOIN"], visible, limits)
     partial = torch.empty(b, n, splits, heads // n, d, dtype=torch.float32, device=qkv.device)
     stats = torch.empty(b, n, splits, 2, heads // n, dtype=torch.float32, device=qkv.device)
@@ -243,7 +245,7 @@ def decode_attention(
     assert all(x is None or (x.shape == (d,) and x.stride(0) == 1) for x in (q_norm, k_norm))
     if not qkv.numel():
         return qkv.new_empty(b, heads, d)
-    if not (qkv.is_cuda or knobs.runtime.interpret):
+    if not runs_triton(qkv):
         used = min(max(int(position.max()) + 1, 1), slots)  # until it wraps, a ring is its begin
         return decode_attention_reference(
             qkv, keys[:, :, :used], values[:, :, :used], cos, sin, position, q_norm, k_norm,
@@ -272,7 +274,7 @@ def split_attention(
     assert q.dtype == keys.dtype == values.dtype, f"{q.dtype=}, {keys.dtype=}, {values.dtype=}"
     if not q.numel():
         return q.new_empty(q.shape)
-    if not (q.is_cuda or knobs.runtime.interpret):
+    if not runs_triton(q):
         return attention_reference(
             q.unsqueeze(1), keys, values, None, None, position,
             scale=scale, first=first, window=window, softcap=softcap,

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.kernels._op import gpu, op, wait_for_kernel_ahead
-from gemma_fast.kernels._triton import knobs, tl, triton
+from gemma_fast.kernels._op import op, wait_for_kernel_ahead
+from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels.launch import gpu, runs_triton
 
 
 def embed_reference(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
@@ -55,7 +56,7 @@ def embed(ids: Tensor, weight: Tensor, scale: float, *, prefetch: bool = False) 
     prefetch: this may be launched while the kernel ahead, which wrote ids, still runs.
     """
     assert ids.dtype == torch.int64 and weight.is_contiguous()
-    if not (weight.is_cuda or knobs.runtime.interpret):
+    if not runs_triton(weight):
         return embed_reference(ids, weight, scale)
     ids, dim = ids.contiguous(), weight.shape[1]
     out = torch.empty(*ids.shape, dim, dtype=weight.dtype, device=weight.device)

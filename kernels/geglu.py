@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.kernels._op import Gpu, gpu, op
-from gemma_fast.kernels._triton import TensorDescriptor, knobs, tl, triton
+from gemma_fast.kernels._op import op
+from gemma_fast.kernels._triton import TensorDescriptor, tl, triton
+from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 
 
 def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -114,14 +115,14 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     assert gate.shape == up.shape and gate.dtype == up.dtype, (
         f"gate {tuple(gate.shape)} {gate.dtype} does not fit up {tuple(up.shape)} {up.dtype}"
     )
-    if not (gate.is_cuda or knobs.runtime.interpret):
+    if not runs_triton(gate):
         return geglu_reference(gate, up).contiguous()
 
     assert gate.stride(-1) == up.stride(-1) == 1, "rows must be contiguous"
     dim = gate.shape[-1]
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gate, up = gate.reshape(-1, dim), up.reshape(-1, dim)
-    blocks = tile(dim)
+    blocks = launch_config("geglu", tile(dim))
     if gate.shape[0]:
         _geglu_kernel[(gate.shape[0], triton.cdiv(dim, blocks["BLOCK"]))](
             gate, up, out, gate.stride(0), up.stride(0), DIM=dim, **blocks
@@ -147,7 +148,7 @@ def gate_up_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
     assert double == 2 * dim and x.shape[-1] == hidden, (
         f"{tuple(gate_up_proj.shape)=} does not fit {tuple(x.shape)=}"
     )
-    if not (x.is_cuda or knobs.runtime.interpret):
+    if not runs_triton(x):
         return gate_up_geglu_reference(x, gate_up_proj)
 
     assert x.dtype == gate_up_proj.dtype and gate_up_proj.is_contiguous()
@@ -157,16 +158,15 @@ def gate_up_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
         matrix = matrix.clone()
     rows, limits = matrix.shape[0], gpu(x.device)
     out = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
-    blocks = gate_up_tile(rows, x.element_size(), limits)
     operands: list[Any] = [matrix, gate_up_proj.view(2, dim, hidden)]
+    blocks = gate_up_tile(rows, x.element_size(), limits)
+    blocks["DESCRIPTORS"] = limits.can_describe(*operands)
+    blocks = launch_config("gate_up_geglu", blocks)
     programs = triton.cdiv(rows, blocks["BLOCK_M"]) * triton.cdiv(dim, blocks["BLOCK_N"])
-    descriptors = limits.can_describe(*operands)
-    if rows and descriptors:
+    if rows and blocks["DESCRIPTORS"]:
         programs = min(programs, limits.multiprocessors)
         m, n, k = (blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
         operands = list(map(TensorDescriptor.from_tensor, operands, ([m, k], [2, n, k])))
     if rows:
-        _gate_up_geglu_kernel[(programs,)](
-            *operands, out, rows, HIDDEN=hidden, DIM=dim, DESCRIPTORS=descriptors, **blocks
-        )
+        _gate_up_geglu_kernel[(programs,)](*operands, out, rows, HIDDEN=hidden, DIM=dim, **blocks)
     return out.view(*x.shape[:-1], dim)

@@ -15,7 +15,7 @@ Bound by memory: bytes = weight.numel() * itemsize. Walk-through steps: last nor
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._op import gpu, op, wait_for_kernel_ahead
+from gemma_fast.kernels._op import op, wait_for_kernel_ahead
 from gemma_fast.kernels._product import (
     check_product,
     first_weight,
@@ -35,6 +35,7 @@ from gemma_fast.kernels.choose import (
     partials,
     scores_of,
 )
+from gemma_fast.kernels.launch import gpu, launch_config
 from gemma_fast.kernels.matvec import norm_linear
 
 BYTES = 131_072  # of the weight, for a program with one row
@@ -67,8 +68,8 @@ def _next_token_kernel(
     position_ptr,  # [rows]
     token_ptr,  # [rows]
     arrived_ptr,  # [1]
-    temperature_ptr,  # [1] | None
-    seed_ptr,  # [1] | None
+    temperature_ptr,  # [rows] | None
+    seed_ptr,  # [rows] | None
     best_ptr,  # [rows, programs]
     best_token_ptr,  # [rows, programs]
     rows,
@@ -154,7 +155,7 @@ def next_token(
         choose_token(_cap(y, softcap), position, token, arrived, temperature, seed)
         return
 
-    blocks = tile(rows, vocab, dim, x.element_size())
+    blocks = launch_config("next_token", tile(rows, vocab, dim, x.element_size()))
     programs = triton.cdiv(vocab, blocks["BLOCKS"] * blocks["BLOCK_N"])
     best, best_token = partials(rows, programs, x.device)
     _next_token_kernel[(programs,)](

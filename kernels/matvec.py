@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.kernels._op import gpu, op, wait_for_kernel_ahead
+from gemma_fast.kernels._op import op, wait_for_kernel_ahead
 from gemma_fast.kernels._product import (
     check_product,
     first_weight,
@@ -33,6 +33,7 @@ from gemma_fast.kernels._product import (
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.geglu import geglu as geglu_of
 from gemma_fast.kernels.geglu import geglu_tile
+from gemma_fast.kernels.launch import gpu, launch_config
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 
 
@@ -93,7 +94,7 @@ def _launch(
     total = None if norm_weight is None else torch.empty_like(flat)
     if residual is not None:
         residual = residual.reshape(-1, dim).contiguous()
-    blocks = tile(rows, weight.shape[0], dim, x.element_size())
+    blocks = launch_config("matvec", tile(rows, weight.shape[0], dim, x.element_size()))
     _matvec_kernel[(triton.cdiv(out_dim, blocks["BLOCK_N"] // (1 + geglu)),)](
         flat, residual, norm_weight, post_norm_weight, weight, out, total, rows,
         EPS=eps, DIM=dim, OUT=out_dim, GEGLU=geglu,

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import op
-from gemma_fast.kernels._triton import knobs, tl, triton
+from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels.launch import launch_config, runs_triton
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -97,7 +98,7 @@ def _launch(
         _rms_norm_kernel[(rows.shape[0],)](
             rows, residual, weight, post_weight, out, total, rows.stride(0), residual_row_stride,
             EPS=eps, DIM=dim, HAS_RESIDUAL=residual is not None,
-            HAS_POST_NORM=post_weight is not None, **tile(dim),
+            HAS_POST_NORM=post_weight is not None, **launch_config("rms_norm", tile(dim)),
         )  # fmt: skip
     return out.view(x.shape), None if total is None else total.view(x.shape)
 
@@ -109,7 +110,7 @@ def _like(x: Tensor) -> Tensor:
 @op(fake=lambda x, *_: _like(x))
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """Gemma's RMSNorm of the last axis. Falls back to the reference off the GPU."""
-    if not (x.is_cuda or knobs.runtime.interpret):
+    if not runs_triton(x):
         return rms_norm_reference(x, weight, eps).contiguous()
     return _launch(x, None, weight, None, eps)[0]
 
@@ -120,7 +121,7 @@ def add_rms_norm(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The residual add, after x's own norm if it has one, and the next RMSNorm: (y, h)."""
-    if not (x.is_cuda or knobs.runtime.interpret):
+    if not runs_triton(x):
         normed, total = add_rms_norm_reference(x, residual, weight, post_weight, eps)
         return normed.contiguous(), total.contiguous()
     y, h = _launch(x, residual, weight, post_weight, eps)

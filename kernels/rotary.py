@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import op
-from gemma_fast.kernels._triton import knobs, tl, triton
+from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels.launch import launch_config, runs_triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
 
 
@@ -142,13 +143,13 @@ def rotary_write(
     assert cos.dtype == sin.dtype == torch.float32 and start.dtype == torch.int32
     if not k.numel():
         return None
-    if not (k.is_cuda or knobs.runtime.interpret):
+    if not runs_triton(k):
         return rotary_write_reference(k, v, keys, values, cos, sin, start, norm_weight, eps)
 
     assert d & (d - 1) == 0, f"head_dim must be a power of two: {d=}"
     assert k.stride(3) == v.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()
     assert cos.is_contiguous() and sin.is_contiguous() and start.is_contiguous()
-    blocks = tile(d)
+    blocks = launch_config("rotary_write", tile(d))
     _rotary_write_kernel[(triton.cdiv(t, blocks["BLOCK"]), n, b)](
         k, v, keys, values, cos, sin, start, norm_weight,
         *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], t, slots,

@@ -20,8 +20,7 @@ from triton import knobs
 from twins import CONFIGS, Twins
 
 from gemma_fast.engine.decoder import Decoder
-from gemma_fast.kernels import attention, geglu
-from gemma_fast.kernels._op import Gpu, gpu
+from gemma_fast.kernels.launch import Gpu, as_on, gpu
 
 knobs.runtime.interpret = False
 torch.set_num_threads(1)  # tiny models, and as many processes as cores
@@ -62,13 +61,11 @@ HOPPERS = {"one": Gpu(90, 232_448, 1), "132": Gpu(90, 232_448, 132)}
 
 
 @pytest.fixture(params=HOPPERS)
-def hopper(request, monkeypatch):
+def hopper(request):
     """Where kernels are launched as on Hopper: on such a GPU, or in the interpreter."""
     if torch.cuda.is_available() and not 90 <= gpu(torch.device("cuda", 0)).capability < 120:
         pytest.skip("needs tensor descriptors, and Hopper's shared memory")
-    for module in (attention, geglu):
-        monkeypatch.setattr(module, "gpu", lambda device: HOPPERS[request.param])
-    with interpreter():
+    with as_on(HOPPERS[request.param]), interpreter():
         yield "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -18,7 +18,7 @@ EPS = 1e-6
 def inputs(
     device: torch.device, dtype: torch.dtype, b: int, vocab: int, dim: int, sampled: bool
 ) -> tuple[Any, ...]:
-    """x, residual :: [b, dim], norm_weight :: [dim], weight :: [vocab, dim], temperature :: [1]
+    """x, residual :: [b, dim], norm_weight :: [dim], weight :: [vocab, dim], temperature :: [b]
 
     Hiddens point to one token, far ahead of all others: rounding does not change it, nor noise.
     """
@@ -26,7 +26,7 @@ def inputs(
     weight = torch.randn(vocab, dim, **make).mul_(dim**-0.5)
     residual, norm_weight = torch.randn(b, dim, **make), torch.randn(dim, **make) / 4
     x = weight[torch.randint(vocab, (b,), device=device)] * dim**0.5 - residual
-    temperature = torch.full((1,), 0.25, device=device) if sampled else None
+    temperature = torch.full((b,), 0.25, device=device) if sampled else None
     return x, residual, norm_weight, weight, temperature
 
 
@@ -42,7 +42,7 @@ def eager(
     hiddens = F.rms_norm(residual + x, norm_weight.shape, 1 + norm_weight, EPS)
     scores = F.linear(hiddens, weight).float()
     if temperature is not None:  # as gpt-fast draws: torch.multinomial would wait for the host
-        probabilities = (scores / temperature).softmax(-1)
+        probabilities = (scores / temperature[:, None]).softmax(-1)
         scores = probabilities / torch.empty_like(probabilities).exponential_(1)
     return F.embedding(scores.argmax(-1), weight)
 
@@ -57,7 +57,7 @@ def ours(
     b, device = len(x), x.device
     position, arrived = torch.zeros(2, b, dtype=torch.int32, device=device)
     token = torch.zeros(b, dtype=torch.int64, device=device)
-    seed = None if temperature is None else torch.ones(1, dtype=torch.int64, device=device)
+    seed = None if temperature is None else torch.ones(b, dtype=torch.int64, device=device)
 
     def call() -> Tensor:
         next_token(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gemma_fast.benchmarks.measure.machine import Roof, Work
 from gemma_fast.benchmarks.measure.timing import Call, Times, device_times
-from gemma_fast.kernels._op import Gpu
+from gemma_fast.kernels.launch import Gpu
 
 Size = dict[str, Any]
 Provider = Callable[..., Call]

@@ -28,7 +28,7 @@ from gemma_fast.benchmarks.kernels.suite import OURS
 from gemma_fast.benchmarks.measure.machine import stamp
 from gemma_fast.benchmarks.measure.report import heading
 from gemma_fast.benchmarks.model.cases import find
-from gemma_fast.kernels._triton import knobs
+from gemma_fast.kernels.launch import runs_triton
 from gemma_fast.load import pick_device
 
 ERRORS = "error, max / RMS in ulp"
@@ -129,7 +129,7 @@ def certify(model: str | None, device: str | None, dtype: str, tokens: int, as_j
     """Prints the certificate, progress to stderr; whether every line passed."""
     from gemma_fast.benchmarks.verify.model import check_model, dtypes_of, rival, text_ids
 
-    if knobs.runtime.interpret:
+    if runs_triton(torch.empty(0)):
         raise ValueError(
             "TRITON_INTERPRET is set, so the model would run in the interpreter: unset it"
         )

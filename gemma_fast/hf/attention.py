@@ -22,9 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
-from gemma_fast.kernels._triton import knobs
 from gemma_fast.kernels.attention import HEAD_DIMS, attention, visible_keys
 from gemma_fast.kernels.decode_attention import split_attention
+from gemma_fast.kernels.launch import runs_triton
 
 PREFIX = "gemma_fast+"
 RINGS = (
@@ -67,7 +67,7 @@ def hands_over(module: nn.Module, part: str, x: Tensor, why: str | None) -> bool
                 "says where."
             )
             module.run = Run("transformers", why)  # type: ignore[assignment]
-        elif x.is_cuda or knobs.runtime.interpret:
+        elif runs_triton(x):
             module.run = Run("triton", str(x.dtype))  # type: ignore[assignment]
         else:
             module.run = Run("reference", f"on {x.device} there is no Triton")  # type: ignore[assignment]

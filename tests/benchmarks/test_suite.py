@@ -13,7 +13,7 @@ from gemma_fast.benchmarks.measure import report
 from gemma_fast.benchmarks.measure.machine import Roof, Work
 from gemma_fast.benchmarks.measure.plots import plot
 from gemma_fast.benchmarks.measure.timing import Times
-from gemma_fast.kernels._op import Gpu
+from gemma_fast.kernels.launch import Gpu
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 ROOF = Roof(copy=2e12, product=1e15)

@@ -15,7 +15,7 @@ from twins import CONFIGS, random_model
 
 from gemma_fast.engine.decoder import Decoder
 from gemma_fast.engine.sampling import Sampling
-from gemma_fast.kernels._op import Gpu
+from gemma_fast.kernels.launch import Gpu, as_on
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,7 @@ def test_graphs_give_the_tokens_of_eager_steps(config, options, batch, monkeypat
     ids = torch.randint(3, 199, (batch, 5), device="cuda")
     decoder = Decoder(model, batch, 40)
     decoder.asynchronous = False
-    with monkeypatch.context() as patch:
-        patch.setattr(Gpu, "overlap", lambda self, prefetch: {"PREFETCH": False})
+    with as_on(Gpu(80, 101_376, 132)):
         decoder.prefill(
             ids, None, Sampling(**{k: v for k, v in options.items() if k != "seed"}),
             options.get("seed", 0),

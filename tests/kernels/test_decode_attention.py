@@ -1,5 +1,7 @@
 """decode_attention against a plain fp64 softmax over keys by position."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import interpreter
@@ -8,25 +10,27 @@ from hypothesis import strategies as st
 from kernel_checks import DTYPES, TOLERANCE
 from test_attention import ERROR, angles, softmax_attention, turned
 
-from gemma_fast.kernels import decode_attention as file
-from gemma_fast.kernels._op import Gpu
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.decode_attention import decode_attention
+from gemma_fast.kernels.launch import Gpu, as_on
 from gemma_fast.kernels.rotary import rotary_write
 
 D, SCALE = 32, 0.3
 MANY = Gpu(80, 232_448, 132)  # below 90: the interpreter knows no prefetch
 
 
+def splits(many: bool):
+    """Within it a kv head's keys have many splits, or few."""
+    return as_on(MANY) if many and not torch.cuda.is_available() else nullcontext()
+
+
 @pytest.fixture(params=["kernel", "kernel, 132 multiprocessors", "reference"])
-def device(request, monkeypatch):
+def device(request):
     """Few splits, many splits, and the reference."""
     if request.param == "reference":
         yield "cpu"
         return
-    if "132" in request.param and not torch.cuda.is_available():
-        monkeypatch.setattr(file, "gpu", lambda device: MANY)
-    with interpreter():
+    with splits("132" in request.param), interpreter():
         yield "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -168,9 +172,7 @@ SHAPES = {
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shape=st.fixed_dictionaries(SHAPES), many=st.booleans())
 def test_any_shape(shape, many):
-    with interpreter(), pytest.MonkeyPatch.context() as patch:
-        if many and not torch.cuda.is_available():
-            patch.setattr(file, "gpu", lambda device: MANY)
+    with splits(many), interpreter():
         Case("cuda" if torch.cuda.is_available() else "cpu", torch.float32, **shape).check()
 
 

@@ -15,11 +15,15 @@ INF, NAN = float("inf"), float("nan")
 
 
 def sampled(temperature=0.7, seed=(5 << 40) + 77, device="cpu"):
+    """One row's; `chosen` gives it to all rows."""
     return torch.full((1,), temperature, device=device), torch.tensor([seed], device=device)
 
 
 def chosen(op, *given, b, device, position=None, **options):
     """The tokens that an op chooses; `given` ends before `position`."""
+    for name in {"temperature", "seed"} & options.keys():
+        if options[name] is not None:
+            options[name] = options[name].expand(b).contiguous()
     token = torch.full((b,), -7, device=device)
     arrived = torch.zeros(b + 1, dtype=torch.int32, device=device)
     if position is None:
@@ -154,6 +158,23 @@ def test_noise_depends_on_seed_row_and_position(device):
         assert (again != first).sum() >= 5
 
 
+@pytest.mark.parametrize("b", [1, 3, 9])
+def test_each_row_has_its_temperature_and_seed(b, device):
+    """Greedy rows, too: as if all rows had its settings."""
+    given = [x.to(device) for x in inputs(b, 64, 500)]
+    logits = exact_logits(*given).float()
+    settings = [((0.0, 30.0, 9.0)[i % 3], 7 + i) for i in range(b)]
+    temperature = torch.tensor([t for t, _ in settings], device=device)
+    seed = torch.tensor([s for _, s in settings], device=device)
+    mixed = {"b": b, "device": device, "temperature": temperature, "seed": seed}
+    for op, args in ((choose_token, [logits]), (next_token, given)):
+        found = chosen(op, *args, **mixed)
+        for row, (t, s) in enumerate(settings):
+            options = dict(zip(("temperature", "seed"), sampled(t, s, device), strict=True))
+            alone = chosen(op, *args, b=b, device=device, **(options if t else {}))
+            assert found[row] == alone[row]
+
+
 def inputs(b, dim, vocab, dtype=torch.float32, residual=True, post_norm=True):
     x, hidden = torch.randn(2, b, dim).to(dtype)
     norm, post = 0.3 * torch.randn(2, dim).to(dtype)
@@ -277,13 +298,15 @@ def test_what_does_not_fit(device):
     logits = torch.randn(3, 10, device=device)
     position = torch.zeros(3, dtype=torch.int32, device=device)
     token, arrived = torch.zeros(3, dtype=torch.int64, device=device), torch.zeros_like(position)
-    temperature, seed = sampled(device=device)
+    temperature, seed = (x.expand(3).contiguous() for x in sampled(device=device))
     choose_token(logits, position, token, arrived, temperature, seed)
     for wrong in (
         (position[:2], token, arrived), (position, token.int(), arrived),
         (position.long(), token, arrived), (position, token, arrived[:2]),
         (position, token, arrived, temperature), (position, token, arrived, None, seed),
         (position, token, arrived, temperature.double(), seed),
+        (position, token, arrived, temperature[:1], seed),
+        (position, token, arrived, temperature, seed[:2]),
     ):  # fmt: skip
         with pytest.raises(AssertionError):
             choose_token(logits, *wrong)

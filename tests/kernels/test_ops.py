@@ -51,8 +51,8 @@ def tensors() -> dict[str, torch.Tensor | None]:
         "k_norm": torch.randn(D),
         "arrived": torch.zeros(B * N, dtype=torch.int32),
         "token": torch.zeros(B, dtype=torch.int64),
-        "temperature": torch.ones(1),
-        "seed": torch.ones(1, dtype=torch.int64),
+        "temperature": torch.ones(B),
+        "seed": torch.ones(B, dtype=torch.int64),
     }
 
 

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DTYPES
 from test_attention import ERROR, softmax_attention
-from test_decode_attention import MANY, SCALE, D
+from test_decode_attention import SCALE, D, splits
 
-from gemma_fast.kernels import decode_attention as file
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.decode_attention import split_attention
 
@@ -96,9 +95,7 @@ SHAPES = {
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shape=st.fixed_dictionaries(SHAPES), many=st.booleans())
 def test_any_shape(shape, many):
-    with interpreter(), pytest.MonkeyPatch.context() as patch:
-        if many and not torch.cuda.is_available():
-            patch.setattr(file, "gpu", lambda device: MANY)
+    with splits(many), interpreter():
         check("cuda" if torch.cuda.is_available() else "cpu", torch.float32, **shape)
 
 

@@ -40,7 +40,7 @@ from gemma_fast.kernels import (
     rmsnorm,
     rotary,
 )
-from gemma_fast.kernels._op import Gpu
+from gemma_fast.kernels.launch import Gpu, as_on
 
 # An A100, A10, L4, H100, B200 and RTX 5090.
 GPUS = {
@@ -126,7 +126,8 @@ def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -
     x, norm, vocab = blank(batch, dim), blank(dim), blank(config.vocab_size, dim)
     post_norm = norm if config.post_norms else None
     token, position = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, dtype=torch.int32)
-    arrived, drawn = torch.zeros(128, dtype=torch.int32), (torch.ones(1), torch.ones(1).long())
+    arrived = torch.zeros(128, dtype=torch.int32)
+    drawn = torch.ones(batch), torch.ones(batch).long()
     embed.embed(token.unsqueeze(1), vocab, dim**0.5, prefetch=True)
     for out, geglu_too in (((heads + 2 * n) * d, False), (2 * ffn, True)):
         matvec.norm_linear(
@@ -236,10 +237,9 @@ def report(job: tuple[int, str], capability: int) -> str:
     })  # fmt: skip
 
 
-def record_launches(on: Gpu) -> None:
-    """Ops note what they would launch on such a GPU, and launch nothing."""
+def record_launches() -> None:
+    """Ops note what they would launch, and launch nothing."""
     for module in MODULES:
-        module.gpu = lambda device: on
         for name, value in vars(module).copy().items():
             if name.endswith("_kernel"):
                 setattr(module, name, Recorder(value))
@@ -247,9 +247,10 @@ def record_launches(on: Gpu) -> None:
 
 
 def main(capability: int, describe: Callable[..., str]) -> None:
-    record_launches(GPUS[capability])
-    launch_all(torch.float16)
-    launch_all(torch.float32)
+    record_launches()
+    with as_on(GPUS[capability]):
+        launch_all(torch.float16)
+        launch_all(torch.float32)
     different, first = {}, {}
     for i, (kernel, args, kwargs) in enumerate(launches):
         different[repr((kernel.__name__, [type_of(a) for a in args], kwargs))] = i

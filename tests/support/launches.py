@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from twins import CONFIGS, random_model
 
 from gemma_fast.engine.decoder import Decoder
+from gemma_fast.kernels.launch import as_on
 
 # Of PyTorch's operators, those that launch nothing.
 SILENT = {
@@ -54,7 +55,7 @@ def compiled(work) -> set[str]:
 
 
 def main(config: str, batch: int) -> None:
-    record_launches(GPUS[90])
+    record_launches()
     model = random_model(CONFIGS[config])
 
     def text(tokens: int):
@@ -69,4 +70,5 @@ def main(config: str, batch: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    with as_on(GPUS[90]):
+        main(sys.argv[1], int(sys.argv[2]))
