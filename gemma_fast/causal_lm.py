@@ -1,9 +1,7 @@
-"""GemmaForCausalLM: the walk-through's steps on the kernels, over a KV cache.
+"""GemmaForCausalLM: the model as transformers' callers know it.
 
-    token ids → embed → layers (attention, MLP) → final norm → logits
-
-A residual is added by the norm that reads it next. Each kernel picks Triton on a GPU, and its
-reference elsewhere.
+It reads checkpoints, checks what callers pass, and has `forward` and `generate`; the computation is
+model/'s, the decoding engine/'s.
 """
 
 from __future__ import annotations
@@ -15,27 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gemma_fast.checkpoint.base import Checkpoint, open_checkpoint
-from gemma_fast.checkpoint.transformers import build_from_transformers
-from gemma_fast.checks import check_cache, check_ids, check_logits_to_keep
-from gemma_fast.compat import FORWARD, FROM_PRETRAINED, check_keywords
+from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.checkpoint.open import open_checkpoint
+from gemma_fast.checkpoint.transformers import TransformersCheckpoint
+from gemma_fast.compat import FORWARD, FROM_PRETRAINED, GENERATE, check_keywords
 from gemma_fast.config import GemmaConfig
-from gemma_fast.engine.decoder import Decoders
 from gemma_fast.engine.generate import generate_tokens
-from gemma_fast.engine.request import GenerationConfig
-from gemma_fast.kernels.embed import embed
-from gemma_fast.kernels.lm_head import next_token
-from gemma_fast.kernels.matvec import norm_linear
-from gemma_fast.load import (
-    out_of_memory,
-    pick_device,
-    pick_dtype,
-    refuse_head_dim,
-    refuse_overflow,
-    track_tensors,
-)
+from gemma_fast.engine.pool import DecoderPool
+from gemma_fast.engine.request import GenerationConfig, requests_of
+from gemma_fast.load import load_model, pick_device, refuse_overflow
 from gemma_fast.model.cache import KVCache
-from gemma_fast.model.layer import Layer, frozen
+from gemma_fast.model.gemma import Gemma
 
 
 class CausalLMOutput(NamedTuple):
@@ -43,26 +31,16 @@ class CausalLMOutput(NamedTuple):
     past_key_values: KVCache | None
 
 
-class GemmaForCausalLM(nn.Module):
+class GemmaForCausalLM(Gemma):
     """Gemma 1, 2 or 3 (text), with the call, `generate` and result that transformers' class has.
 
-    Weights are frozen: the kernels have no backward. A new instance's are uninitialised; see
-    `from_pretrained` and `from_checkpoint`. state_dict() has the fused products, so it is for
-    another instance, not a checkpoint.
+    A new instance's weights are uninitialised; see `from_pretrained` and `from_checkpoint`.
     """
 
-    generate = generate_tokens
-
     def __init__(self, config: GemmaConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.generation_config = GenerationConfig()
-        self.decoders = Decoders()
-        self.embed_tokens = frozen(config.vocab_size, config.hidden_size)
-        self.layers: Sequence[Layer] = nn.ModuleList(  # type: ignore[assignment]
-            Layer(config, i) for i in range(config.num_hidden_layers)
-        )
-        self.norm = frozen(config.hidden_size)
+        self.decoders = DecoderPool()
 
     @classmethod
     def from_pretrained(
@@ -80,7 +58,7 @@ class GemmaForCausalLM(nn.Module):
         dtype       None or "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
         device      None: the GPU if there is one, else the CPU
         device_map  for transformers' callers: "auto", a device, or {"": device}; torch_dtype is
-                    dtype's older name, `keywords.FROM_PRETRAINED` lists the others that are taken
+                    dtype's older name, `compat.FROM_PRETRAINED` lists the others that are taken
 
         Config, tensor names, shapes and dtypes are checked before memory is taken for them; tensors
         then stream, one at a time. ValueError or FileNotFoundError name the file and the tensor.
@@ -100,61 +78,24 @@ class GemmaForCausalLM(nn.Module):
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
     ) -> GemmaForCausalLM:
-        """The model of a checkpoint that is open already; see `load.RandomCheckpoint`."""
-        target = pick_device(device, None)
-        kind = pick_dtype(dtype, checkpoint, target)
-        refuse_overflow(checkpoint.config, kind)
-        refuse_head_dim(checkpoint.config, target)
-        with torch.device("meta"):
-            model = cls(checkpoint.config).to(kind)
-        size = checkpoint.config.num_parameters * kind.itemsize
-        what = f"{checkpoint.path.name} in {str(kind).removeprefix('torch.')}"
-        with out_of_memory(what, size, target, "dtype='bfloat16' or a smaller model"):
-            model = model.to_empty(device=target)
+        """The model of a checkpoint that is open already; see `checkpoint.random`."""
+        model = load_model(cls, checkpoint, dtype, device)
         model.generation_config = GenerationConfig(checkpoint.generation_config)
-        model._load(checkpoint)
         return model
 
     @classmethod
     def from_transformers(cls, model: nn.Module) -> GemmaForCausalLM:
-        """The same model as a Gemma of transformers', on its weights; see from_transformers.py."""
-        return build_from_transformers(cls, model)
+        """The text model of a live Gemma of transformers: its weights, dtype, device and
+        generation_config.
 
-    def _load(self, checkpoint: Checkpoint) -> None:
-        targets = {"model.embed_tokens.weight": self.embed_tokens, "model.norm.weight": self.norm}
-        for layer in self.layers:
-            for name, tensors in layer.parts.items():
-                rows = [checkpoint.shapes[tensor][0] for tensor in tensors]
-                if rows:
-                    targets |= zip(tensors, getattr(layer, name).split(rows), strict=True)
-        for tensor in track_tensors(targets, f"Reading {checkpoint.path.name}"):
-            checkpoint.copy(tensor, targets[tensor])
+        The embedding, norms, o_proj and down_proj are shared: a change in place is seen by both
+        models, until one is moved or converted. The projections that are fused here are copied, q,
+        k, v, gate and up, which is 2.60 GB of Gemma 2B's 5.01 in 16 bits: build anew after
+        training. They are shared, too, where they are adjacent in memory.
 
-    @property
-    def device(self) -> torch.device:
-        return self.embed_tokens.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed_tokens.dtype
-
-    def _apply(self, fn: Any, recurse: bool = True) -> GemmaForCausalLM:
-        self.decoders.clear()  # graphs know weights by their addresses
-        return super()._apply(fn, recurse)
-
-    def memory(self) -> dict[str, int]:
-        """Bytes on the device: weights, and what `generate` keeps for its next call, caches and
-        CUDA graphs. `free_memory` frees the latter two."""
-        kept = [decoder.memory() for decoder in self.decoders.values()]
-        return {
-            "weights": sum(weight.nbytes for weight in self.parameters()),
-            "cache": sum(x["cache"] for x in kept),
-            "graph": sum(x["graph"] for x in kept),
-        }
-
-    def free_memory(self) -> None:
-        """Drops the caches and CUDA graphs that `generate` keeps."""
-        self.decoders.clear()
+        ValueError: the model is not one that `checkpoint.transformers` takes.
+        """
+        return cls.from_checkpoint(TransformersCheckpoint(model))
 
     @torch.no_grad()
     def forward(
@@ -176,72 +117,140 @@ class GemmaForCausalLM(nn.Module):
         past_key_values  the KVCache of an earlier call; it is extended in place
         use_cache        False: return no cache. Default: return one
         logits_to_keep   1: only the last token's logits; 0: all
-        others           `keywords.FORWARD`: transformers' that change nothing here
+        others           `compat.FORWARD`: transformers' that change nothing here
         """
         check_keywords("forward()", others, FORWARD)
         input_ids = self.check_ids(input_ids)
-        check_logits_to_keep(logits_to_keep)
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ValueError(f"{logits_to_keep=} must be a whole number from 0 (all)")
         b, t = input_ids.shape
         if past_key_values is None:
-            cache = KVCache(self.config, b, t, dtype=self.dtype, device=self.device, grows=True)
+            cache = self.new_cache(b, t, grows=True)
         else:
-            cache = check_cache(past_key_values, self.config, b, self.dtype, self.device)
+            cache = self._check_cache(past_key_values, b)
         cache.reserve(t)  # before the cache learns of the padding
         cache.align(t, attention_mask, position_ids)
-        x, residual = self.hidden_states(input_ids, cache)
-        logits = self.logits(x[:, -logits_to_keep:], residual[:, -logits_to_keep:])
+        hiddens = self.hidden_states(input_ids, cache)
+        logits = self.logits(hiddens.last(logits_to_keep))
         return CausalLMOutput(logits, None if use_cache is False else cache)
 
-    def hidden_states(self, input_ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """input_ids :: [b, t] → x, residual :: [b, t, hidden], whose sum, x normalised first where
-        there are post-norms, is what the final norm takes; the cache advances by t."""
-        t = input_ids.shape[1]
-        cache.reserve(t)
-        cache.stale = "a pass over it did not finish"  # until advance()
-        start, angles = cache.next_position, cache.angles_of(t)
-        x = embed(input_ids, self.embed_tokens, self.config.hidden_size**0.5, prefetch=True)
-        residual = post_norm = None
-        for layer in self.layers:
-            x, residual = layer(x, residual, post_norm, angles, start, cache)
-            post_norm = layer.post_feedforward_layernorm
-        assert residual is not None
-        cache.advance(t)
-        return x, residual
-
-    def logits(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x, residual :: [..., hidden] → [..., vocab]: the embedding serves both ends."""
-        logits, _ = norm_linear(
-            x, residual, *self._final_norms, self.embed_tokens, eps=self.config.rms_norm_eps
-        )
-        if (cap := self.config.final_logit_softcapping) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        return logits
-
-    def next_token(
+    @torch.no_grad()
+    def generate(
         self,
-        x: Tensor,
-        residual: Tensor,
-        position: Tensor,
-        token: Tensor,
-        arrived: Tensor,
-        temperature: Tensor | None = None,
-        seed: Tensor | None = None,
-    ) -> None:
-        """x, residual :: [b, hidden] → token :: [b], in place: the likeliest, or one drawn."""
-        next_token(
-            x, residual, *self._final_norms, self.embed_tokens, position, token, arrived,
-            temperature, seed, softcap=self.config.final_logit_softcapping,
-            eps=self.config.rms_norm_eps, prefetch=True,
-        )  # fmt: skip
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
+        streamer: Any = None,
+        generation_config: Any = None,
+        inputs: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """Continues prompts: [b, t] ids → [b, t + new], prompt included, as transformers gives it.
 
-    @property
-    def _final_norms(self) -> tuple[Tensor, Tensor | None]:
-        return self.norm, self.layers[-1].post_feedforward_layernorm
+        input_ids       [b, t]; prompts of different lengths are padded on the left
+        attention_mask  [b, t], 0 for padding; None: no padding
+        max_new_tokens  how many tokens at most; max_length counts the prompt along. Neither: 20
+        do_sample, temperature, top_k, top_p, min_p, repetition_penalty  see
+                        `engine.sampling.Sampling`
+        seed            the same seed draws the same text; None: one from torch's global generator
+        eos_token_id    one or more ids that end a row; pad_token_id then fills it up
+        stop_strings    texts that end a row as soon as they appear in what it generated; needs
+                        `tokenizer`, anything with a `decode(ids) -> str`
+        streamer        gets the prompt's ids, then each token's: `put(ids)`, at last `end()`
+        generation_config  these options as a mapping, or as transformers' object
+        inputs, others  input_ids' other name; keywords of transformers' that change nothing here,
+                        see `compat.GENERATE`. TypeError: one that is unknown, or would
 
-    def check_ids(self, input_ids: Tensor | None) -> Tensor:
-        """input_ids on the model's device, or a ValueError that says what is wrong with them."""
+        What is None is what generation_config says, or the checkpoint's generation_config.json, if
+        anything. Ctrl-C ends generation and returns what there is. ValueError: an empty prompt, an
+        id outside the vocabulary, more tokens than the model's context, a sampling value out of
+        range, logits that are not finite. torch.OutOfMemoryError: no room for the cache. The model
+        stays usable.
+        """
+        check_keywords("generate()", others, GENERATE)
+        if inputs is not None and input_ids is not None:
+            raise TypeError("generate() got input_ids and inputs, which name the same")
+        ids = self.check_ids(inputs if input_ids is None else input_ids)
+        keywords = {
+            "max_new_tokens": max_new_tokens, "max_length": max_length, "do_sample": do_sample,
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+            "repetition_penalty": repetition_penalty, "seed": seed, "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id, "stop_strings": stop_strings,
+        }  # fmt: skip
+        requests = requests_of(
+            ids, attention_mask, keywords, generation_config, self.generation_config, self.config
+        )
+        new = generate_tokens(self, self.decoders, requests, tokenizer, streamer)
+        return torch.cat((ids, new.to(ids.device)), dim=1)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device: weights, and what `generate` keeps for its next call, caches and
+        CUDA graphs. `free_memory` frees the latter two."""
+        kept = self.decoders.memory()
+        kept["cache"] += self.rope.nbytes
+        return {"weights": sum(weight.nbytes for weight in self.parameters()), **kept}
+
+    def free_memory(self) -> None:
+        """Drops the caches and CUDA graphs that `generate` keeps."""
+        self.decoders.clear()
+        self.rope.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GemmaForCausalLM:
+        self.decoders.clear()  # graphs know weights by their addresses
+        super()._apply(fn, recurse)
+        return self
+
+    def check_ids(self, input_ids: Any) -> Tensor:
+        """input_ids :: [b, t] on the model's device. ValueError: what is wrong with them."""
         refuse_overflow(self.config, self.dtype)
-        return check_ids(input_ids, self.config, self.device)
+        if not isinstance(input_ids, Tensor):
+            raise ValueError(f"input_ids must be a tensor, not a {type(input_ids).__name__}")
+        kind = input_ids.dtype
+        not_whole = kind.is_floating_point or kind.is_complex or kind == torch.bool
+        if input_ids.ndim != 2 or not_whole:
+            shape = tuple(input_ids.shape)
+            raise ValueError(f"input_ids must be integers [batch, tokens], not {kind} {shape}")
+        if not input_ids.numel():
+            raise ValueError(f"the prompt is empty: input_ids is {tuple(input_ids.shape)}")
+        input_ids = input_ids.to(self.device, torch.long)
+        low, high = (int(x) for x in torch.aminmax(input_ids))
+        if low < 0 or high >= self.config.vocab_size:
+            token = low if low < 0 else high
+            vocabulary = self.config.vocab_size
+            raise ValueError(f"token id {token} is outside the vocabulary of {vocabulary}")
+        return input_ids
+
+    def _check_cache(self, cache: Any, batch: int) -> KVCache:
+        """A cache that an earlier call of such a model returned, or a ValueError."""
+        if not isinstance(cache, KVCache):
+            kind = type(cache).__name__
+            raise ValueError(
+                f"past_key_values must be a KVCache from an earlier call, not a {kind}"
+            )
+        if cache.config != self.config:
+            raise ValueError("past_key_values is the KVCache of a model with another config")
+        made, needed = (
+            f"a batch of {b} in {str(dtype).removeprefix('torch.')} on {device}"
+            for b, dtype, device in (
+                (cache.batch, cache.dtype, cache.device), (batch, self.dtype, self.device)
+            )
+        )  # fmt: skip
+        if made != needed:
+            raise ValueError(f"the cache is for {made}, but this call is {needed}")
+        return cache
 
 
 AutoModelForCausalLM = Gemma2ForCausalLM = Gemma3ForCausalLM = GemmaForCausalLM

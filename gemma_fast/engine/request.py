@@ -1,4 +1,5 @@
-"""What `generate` was asked for: its keywords, over its generation_config, over the model's.
+"""What `generate` was asked for: a Request for each text, from the call's keywords, over its
+generation_config, over the model's.
 
 ValueError: a value that cannot be meant, named with what is allowed.
 """
@@ -6,21 +7,43 @@ ValueError: a value that cannot be meant, named with what is allowed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemma_fast.compat import GENERATE, check_keywords
+from gemma_fast.config import GemmaConfig
+from gemma_fast.engine.sampling import Sampling
+from gemma_fast.model.padding import left_padding
 
-if TYPE_CHECKING:
-    from gemma_fast.config import GemmaConfig
-
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 LENGTHS = ("max_new_tokens", "max_length")
 UNASKED = 20  # tokens, as in transformers, whose examples of Gemma count on it
-OPTIONS = (*SAMPLING, *LENGTHS, "eos_token_id", "pad_token_id", "stop_strings")
+OPTIONS = (*SETTINGS, *LENGTHS, "eos_token_id", "pad_token_id", "stop_strings")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """A text to continue.
+
+    ids             [t], int64: the prompt, after `padding` ids that are none of it
+    sampling        how its tokens are chosen
+    max_new_tokens  how many at most
+    eos_token_ids   tokens that end it
+    stop_strings    texts that end it as soon as they appear in what was generated
+    pad_token_id    what fills its row up once it has ended
+    """
+
+    ids: Tensor
+    padding: int
+    sampling: Sampling
+    max_new_tokens: int
+    eos_token_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+    pad_token_id: int
 
 
 class GenerationConfig(dict[str, Any]):
@@ -40,17 +63,48 @@ class GenerationConfig(dict[str, Any]):
         self[name] = value
 
 
-def choose_options(
-    keywords: Mapping[str, Any], config: Any, defaults: Mapping[str, Any]
+def requests_of(
+    ids: Tensor,
+    mask: Tensor | None,
+    keywords: Mapping[str, Any],
+    generation_config: Any,
+    defaults: Mapping[str, Any],
+    config: GemmaConfig,
+) -> list[Request]:
+    """A request for each row of ids :: [b, t], padded on the left where mask :: [b, t] is 0.
+
+    keywords           OPTIONS and "seed"; None: not given
+    generation_config  None, a mapping or transformers' GenerationConfig, below the keywords
+    defaults           the model's, below both
+    """
+    options = _merge(keywords, generation_config, defaults)
+    new = _new_tokens(ids.shape[1], options, config.max_position_embeddings)
+    (pad,) = _token_ids("pad_token_id", options, config)
+    eos = _token_ids("eos_token_id", options, config)
+    stop = _stop_strings(options.get("stop_strings"))
+    sampling = Sampling(**{k: v for k, v in options.items() if k in SETTINGS})
+    seed = _seed(keywords.get("seed"), sampling.do_sample)
+    sampling = Sampling(**vars(sampling) | {"seed": seed})
+    return [
+        Request(
+            ids=row, padding=padding, sampling=sampling, max_new_tokens=new,
+            eos_token_ids=eos, stop_strings=stop, pad_token_id=pad,
+        )
+        for row, padding in zip(ids, _padding(mask, ids), strict=True)
+    ]  # fmt: skip
+
+
+def _merge(
+    keywords: Mapping[str, Any], generation_config: Any, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The options that are set. `config` is None, a mapping or transformers' GenerationConfig."""
-    passed = _as_mapping(config)
+    """The options that are set."""
+    passed = _as_mapping(generation_config)
     for name, value in defaults.items():
         if name in GENERATE:
             try:
                 check_keywords("the model's generation_config", {name: value}, GENERATE)
             except TypeError as problem:
-                warnings.warn(f"{problem}; it is left out", stacklevel=4)
+                warnings.warn(f"{problem}; it is left out", stacklevel=5)
     unknown = {k: v for k, v in passed.items() if k not in (*OPTIONS, *_ABOUT) and v is not None}
     check_keywords("generation_config", unknown, GENERATE)
     levels = (keywords, passed, defaults)
@@ -58,12 +112,12 @@ def choose_options(
     return {k: value[0] for k, value in values.items() if value}
 
 
-def new_tokens(prompt: int, options: Mapping[str, Any], context: int) -> int:
-    """How many tokens at most follow a prompt of so many: max_new_tokens, wherever it is set, goes
-    before max_length, as in transformers. A warning: nobody said."""
+def _new_tokens(prompt: int, options: Mapping[str, Any], context: int) -> int:
+    """Maximum number of new tokens for a prompt of `prompt` tokens. max_new_tokens, wherever it is
+    set, overrides max_length, as in transformers. Warns if neither is set."""
     name = next((name for name in LENGTHS if name in options), None)
     if name is None:
-        warnings.warn(f"pass max_new_tokens: without it, {UNASKED} are written", stacklevel=4)
+        warnings.warn(f"pass max_new_tokens: without it, {UNASKED} are written", stacklevel=5)
         given, name = max(min(UNASKED, context - prompt), 1), "max_new_tokens"
     else:
         given = options[name]
@@ -80,11 +134,11 @@ def new_tokens(prompt: int, options: Mapping[str, Any], context: int) -> int:
     return new
 
 
-def token_ids(name: str, options: Mapping[str, Any], config: GemmaConfig) -> list[int]:
+def _token_ids(name: str, options: Mapping[str, Any], config: GemmaConfig) -> tuple[int, ...]:
     """The ids that an option, or else the model's config, names."""
     given = options.get(name, getattr(config, name))
     ids = given.tolist() if isinstance(given, Tensor) else given
-    ids = list(ids) if isinstance(ids, list | tuple) else [ids]
+    ids = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
     for token in ids:
         whole = isinstance(token, int) and not isinstance(token, bool)
         if not (whole and 0 <= token < config.vocab_size):
@@ -92,18 +146,27 @@ def token_ids(name: str, options: Mapping[str, Any], config: GemmaConfig) -> lis
     return ids
 
 
-def check_mask(mask: Any, ids: Tensor) -> None:
+def _stop_strings(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    stop = (given,) if isinstance(given, str) else tuple(given or ())
+    if not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"stop_strings={given!r} must be one or more texts, none empty")
+    return stop
+
+
+def _padding(mask: Any, ids: Tensor) -> list[int]:
+    """How many first ids of each row are padding."""
+    if mask is None:
+        return [0] * len(ids)
     shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     if shape != ids.shape:
         raise ValueError(f"attention_mask must be a tensor of {tuple(ids.shape)}, not {shape}")
     real = mask.bool()
     if not real[:, -1].all():
         raise ValueError("prompts must be padded on the left: each row of the mask must end in 1")
-    if (real[:, :-1] & ~real[:, 1:]).any():
-        raise ValueError("attention_mask has holes: only padding on one side is supported")
+    return left_padding(real).tolist()
 
 
-def choose_seed(seed: Any, do_sample: bool) -> int:
+def _seed(seed: Any, do_sample: bool) -> int:
     """`seed`, or one from torch's global generator where tokens are drawn."""
     if seed is None:
         return int(torch.randint(1 << 62, (), device="cpu")) if do_sample else 0

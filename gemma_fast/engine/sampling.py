@@ -1,4 +1,4 @@
-"""Logits → the next token: the likeliest, or one drawn from what temperature and filters leave.
+"""How tokens are chosen: the settings of a text, and the sampler of a batch, a row's settings each.
 
 The order is transformers': repetition penalty, temperature, top-k, top-p, min-p.
 """
@@ -6,18 +6,17 @@ The order is transformers': repetition penalty, temperature, top-k, top-p, min-p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels.choose import choose_token
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to choose tokens. ValueError: a value out of its range.
+    """How to choose the tokens of a text. ValueError: a value out of its range.
 
     do_sample           False: the likeliest token, whatever temperature and filters say
     temperature         logits are divided by it
@@ -26,6 +25,7 @@ class Sampling:
     min_p               in [0, 1]: only those at least min_p times as likely as the likeliest
     repetition_penalty  > 0: logits of tokens seen before are divided by it where positive, else
                         multiplied (Keskar et al. 2019, CTRL)
+    seed                of the noise that draws: from 0, below 2**63
 
     A filter keeps all that are as likely as the least likely one it keeps.
     """
@@ -36,6 +36,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, (in_range, words) in _RANGES.items():
@@ -46,68 +47,120 @@ class Sampling:
         if not isinstance(self.do_sample, bool):
             raise ValueError(f"do_sample={self.do_sample!r} must be true or false")
 
-    @property
-    def penalises(self) -> bool:
-        return self.repetition_penalty != 1.0
 
-    @property
-    def needs_logits(self) -> bool:
-        """Whether a token is chosen by `choose`; else kernels.lm_head.next_token does all of it."""
-        return self.penalises or (self.do_sample and self._filters != (0, 1.0, 0.0))
+class Sampler:
+    """Chooses the next token of each row by the settings of its text, see model.gemma.Sampler.
+
+    token  [b], int64: the newest token of each row; -1: its logits were not finite
+
+    Everything that may differ between replays of a CUDA graph is in tensors that stay where they
+    are; `graph_key` is what a graph depends on besides.
+    """
+
+    def __init__(self, batch: int, vocab_size: int, device: torch.device | str) -> None:
+        self.token = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._seed = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._top_k = torch.zeros(batch, dtype=torch.int64, device=device)
+        # A row's temperature (0: greedy), the same as a divisor, 1 (0: greedy), its penalty, what
+        # top-p leaves, and the logarithm of min-p.
+        self._values = torch.zeros(6, batch, device=device)
+        self._seen = torch.zeros(0, dtype=torch.bool, device=device)  # [b, vocab] once it is needed
+        self._vocab_size = vocab_size
+        self.set([])
+
+    def set(self, texts: Sequence[Sampling]) -> None:
+        """The settings of the first rows; the others are greedy. No token is seen yet."""
+        rows = [*texts, *[Sampling()] * (len(self.token) - len(texts))]
+        self._samples = any(row.do_sample for row in rows)
+        self._penalises = any(row.repetition_penalty != 1 for row in rows)
+        # How many of the likeliest logits the filters need in order; 0: there are no filters.
+        self._ordered = max(_ordered(row, self._vocab_size) for row in rows)
+        columns = zip(*map(_values, rows), strict=True)
+        self._values.copy_(torch.tensor([*columns], device="cpu"))
+        self._seed.copy_(torch.tensor([row.seed for row in rows], device="cpu"))
+        top_k = [row.top_k or self._vocab_size for row in rows]
+        self._top_k.copy_(torch.tensor(top_k, device="cpu"))
+        self.token.zero_()
+        if self._penalises:
+            if not self._seen.numel():
+                with torch.inference_mode(False):
+                    self._seen = self._seen.new_zeros(len(rows), self._vocab_size)
+            self._seen.zero_()
+
+    def rows(self, rows: slice) -> Sampler:
+        """The sampler of these rows, in the same memory."""
+        part = copy(self)
+        part.token, part._seed, part._top_k = self.token[rows], self._seed[rows], self._top_k[rows]
+        part._values, part._seen = self._values[:, rows], self._seen[rows]
+        return part
+
+    def read(self, ids: Tensor) -> None:
+        """ids :: [b, t], which the penalty is to know."""
+        if self._penalises:
+            self._seen.scatter_(1, ids.clamp(min=0), True)
 
     @property
     def graph_key(self) -> Hashable:
-        """What a CUDA graph that chooses depends on; a temperature lies on the device."""
-        return self.repetition_penalty, self._filters if self.do_sample else None
+        return self._samples, self._penalises, self._ordered
 
     @property
-    def _filters(self) -> tuple[int, float, float]:
-        return self.top_k, self.top_p, self.min_p
+    def temperature(self) -> Tensor | None:
+        """Of what `process` gives: filters have divided already."""
+        return self._values[2 if self._ordered else 0] if self._samples else None
 
-    def choose(
-        self, logits: Tensor, seen: Tensor, position: Tensor, token: Tensor, arrived: Tensor,
-        temperature: Tensor, seed: Tensor,
-    ) -> None:  # fmt: skip
-        """Writes the next tokens, of logits :: [b, vocab], to `token`; -1: they are not finite.
+    @property
+    def seed(self) -> Tensor | None:
+        return self._seed if self._samples else None
 
-        seen :: [b, vocab], bool, the tokens that are penalised; temperature :: [1], fp32; the
-        others are choose_token's. The host waits for nothing.
-        """
-        if self.penalises:
-            logits = self.penalised(logits, seen)
-        if self.do_sample:
-            logits = self.filtered(logits, temperature)
-            choose_token(logits, position, token, arrived, torch.ones_like(temperature), seed)
-        else:
-            choose_token(logits, position, token, arrived)
+    @property
+    def process(self) -> Callable[[Tensor], Tensor] | None:
+        return self._process if self._penalises or self._ordered else None
 
-    def penalised(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """logits and seen, bool :: [b, vocab] → logits in fp32, those of seen tokens penalised."""
-        logits, penalty = logits.float(), self.repetition_penalty
-        scores = torch.where(logits > 0, logits / penalty, logits * penalty)
-        return torch.where(seen, scores, logits)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the penalty has seen; the rest is small."""
+        return self._seen.nbytes
 
-    def filtered(self, logits: Tensor, temperature: Tensor | float) -> Tensor:
-        """logits :: [b, vocab] over the temperature, in fp32; -inf where a filter drops the token.
+    def _process(self, logits: Tensor) -> Tensor:
+        """logits :: [b, vocab] → fp32, penalised; with filters over the temperature, and -inf where
+        a filter drops the token."""
+        _, divisor, _, penalty, rest, log_min_p = self._values.unsqueeze(2)  # [b, 1]
+        logits = logits.float()
+        if self._penalises:
+            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(self._seen, penalised, logits)
+        if self._ordered:
+            logits = logits / divisor
+            least = self._least_kept(logits, rest, log_min_p)
+            logits = logits.masked_fill(logits < least, float("-inf"))
+        return logits
 
-        What is dropped is what lies below the least of the kept logits. Only with a top_p and no
-        top_k does that need all of them in order.
-        """
-        logits = logits.float() / temperature
-        vocab = logits.shape[-1]
-        ordered = self.top_k or (vocab if self.top_p < 1 else 1)
-        likeliest = logits.topk(min(ordered, vocab)).values  # the likeliest first
-        first, least = likeliest[:, :1], likeliest[:, -1:]
-        if self.top_p < 1:
-            # A token stays while those less likely, itself included, hold more than 1 - top_p.
-            ascending = likeliest.flip(-1)
-            kept = ascending.softmax(-1).cumsum(-1) > 1 - self.top_p
-            least = torch.where(kept, ascending, first).amin(-1, keepdim=True)
-        elif not self.top_k:
-            least = torch.full_like(first, float("-inf"))
-        if self.min_p > 0:
-            least = torch.maximum(least, first + math.log(self.min_p))
-        return logits.masked_fill(logits < least, float("-inf"))
+    def _least_kept(self, logits: Tensor, rest: Tensor, log_min_p: Tensor) -> Tensor:
+        """The least logit that a row's filters keep, [b, 1]; -inf: all of them."""
+        likeliest = logits.topk(self._ordered).values  # [b, ordered], the likeliest first
+        top_k, best = self._top_k.unsqueeze(1), likeliest[:, :1]
+        rank = torch.arange(self._ordered, device=logits.device)
+        # A token stays while those less likely, itself included, hold more than 1 - top_p.
+        ascending = likeliest.masked_fill(rank >= top_k, float("-inf")).flip(-1)
+        kept = (ascending.softmax(-1).cumsum(-1) > rest) | ((rest == 0) & ascending.isfinite())
+        least = torch.where(kept, ascending, best).amin(-1, keepdim=True)
+        unfiltered = (top_k >= self._vocab_size) & (rest == 0)
+        least = least.masked_fill(unfiltered, float("-inf"))
+        return torch.maximum(least, best + log_min_p)
+
+
+def _ordered(row: Sampling, vocab_size: int) -> int:
+    if not row.do_sample or (row.top_k, row.top_p, row.min_p) == (0, 1, 0):
+        return 0
+    return min(row.top_k or (vocab_size if row.top_p < 1 else 1), vocab_size)
+
+
+def _values(row: Sampling) -> tuple[float, ...]:
+    if not row.do_sample:
+        return 0.0, 1.0, 0.0, row.repetition_penalty, 0.0, -math.inf
+    log_min_p = math.log(row.min_p) if row.min_p else -math.inf
+    temperature = row.temperature
+    return temperature, temperature, 1.0, row.repetition_penalty, 1 - row.top_p, log_min_p
 
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {

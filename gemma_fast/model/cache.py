@@ -8,14 +8,28 @@ attention kernel copies blocks of keys.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gemma_fast.config import FULL, GemmaConfig
+from gemma_fast.config import GemmaConfig
+from gemma_fast.model.padding import check_position_ids, check_shape, left_padding
+from gemma_fast.model.rope import Rope
 
 BLOCK = 128  # slots; a multiple of the kernel's blocks, a divisor of Gemma's windows
+
+
+@dataclass
+class _Row:
+    """What the host knows of a sequence."""
+
+    length: int = 0
+    unfinished: str | None = None  # why its newest positions may not be there
+    right_padded: bool = False
 
 
 class KVCache:
@@ -24,13 +38,11 @@ class KVCache:
     keys, values  :: one [b, n, slots, d] a layer
     next_position :: [b], int32: where each row's next token stands; negative while a row is still
                      in its left padding
-    length        :: tokens seen by the longest row, padding included
-    stale         :: None, or why it cannot be continued
-    angles        :: kind of layer → cos, sin :: [max_length, d / 2], fp32, of a position's angles
-    arrived       :: [b * n] zeros, int32: kernels count their programs there
+    angles        :: kind of layer → cos, sin :: [≥ max_length, d / 2], fp32, see rope.py
+    arrived       :: [≥ b * n] zeros, int32: kernels count their programs there
 
     A cache with `grows=True` doubles when it is full, up to the model's context; any other raises a
-    ValueError.
+    ValueError. `rope`: tables to share with other caches of the model.
     """
 
     def __init__(
@@ -42,24 +54,40 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str | None = None,
         grows: bool = False,
+        rope: Rope | None = None,
     ) -> None:
         if batch < 1 or max_length < 1:
             raise ValueError(f"a cache for {batch=} and {max_length=} holds nothing")
-        self.config, self.batch, self.grows = config, batch, grows
+        self.config, self.grows, self._rope = config, grows, rope or Rope(config)
         self._windows = [config.window(i) for i in range(config.num_hidden_layers)]
         shape = (batch, config.num_key_value_heads, 0, config.head_dim)
         empty = torch.zeros(shape, dtype=dtype, device=device)
         self.keys, self.values = ([empty] * len(self._windows) for _ in "kv")
         self.next_position = torch.zeros(batch, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
-        self.length = 0
-        self.stale: str | None = None
-        self._right_padded = False
+        self._rows = [_Row() for _ in range(batch)]
         self._allocate(max_length)
 
+    @property
+    def batch(self) -> int:
+        return len(self._rows)
+
+    @property
+    def length(self) -> int:
+        """Tokens seen by the longest row, left padding included."""
+        return max(row.length for row in self._rows)
+
     def get_seq_length(self) -> int:
-        """Tokens seen so far, left padding included (transformers' name)."""
+        """`length`, by transformers' name."""
         return self.length
+
+    @property
+    def stale(self) -> str | None:
+        """Why it cannot be continued; None: it can."""
+        for row in self._rows:
+            if row.unfinished or row.right_padded:
+                return row.unfinished or "it holds padding on the right as tokens"
+        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,19 +109,23 @@ class KVCache:
         slots = sum(_slots(window, max_length) for window in windows)
         return 2 * batch * config.num_key_value_heads * slots * config.head_dim * dtype.itemsize
 
+    def rows(self, rows: int | slice) -> KVCache:
+        """A cache of these rows in the same memory: what is written to it, and what it counts, this
+        one has too. Not of a cache that grows."""
+        assert not self.grows, "a cache that grows moves to other memory"
+        index = slice(rows, rows + 1) if isinstance(rows, int) else rows
+        part = copy(self)
+        part._rows, part.next_position = self._rows[index], self.next_position[index]
+        part.keys = [keys[index] for keys in self.keys]
+        part.values = [values[index] for values in self.values]
+        return part
+
     def clear(self) -> None:
         """Ready for new texts. Zeros, because what it held need not be finite: see _allocate."""
         for x in (self.next_position, *self.keys, *self.values):
             x.zero_()
-        self.length, self.stale, self._right_padded = 0, None, False
-
-    def first_rows(self, batch: int) -> KVCache:
-        """A cache of the first rows, in the same memory; this one's `length` does not follow."""
-        part = copy(self)
-        part.batch, part.next_position = batch, self.next_position[:batch]
-        part.keys = [keys[:batch] for keys in self.keys]
-        part.values = [values[:batch] for values in self.values]
-        return part
+        for row in self._rows:
+            row.length, row.unfinished, row.right_padded = 0, None, False
 
     def angles_of(self, tokens: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Kind of layer → cos, sin of the next tokens, [b, t, d / 2]; of one token, the table."""
@@ -127,39 +159,33 @@ class KVCache:
         position_ids that do not count the tokens which the mask leaves. The cache stays as it was.
         """
         columns, device = self.length + tokens, self.next_position.device
-        position = self.next_position
+        position, right_padded = self.next_position, [False] * self.batch
         real = torch.ones(self.batch, columns, dtype=torch.bool, device=device)
         if attention_mask is not None:
-            real = _check_shape("attention_mask", attention_mask, real).bool()
-            position = self._first_position(real)
+            real = check_shape("attention_mask", attention_mask, real).bool()
+            padding = left_padding(real)
+            position = (self.length - padding).int()
+            # A row still in its padding, at 0 or below, may stay there.
+            if not torch.equal(position.clamp(min=0), self.next_position.clamp(min=0)):
+                raise ValueError("attention_mask disagrees with the padding of the cached tokens")
+            right_padded = (real.any(1) & ~real[:, -1]).tolist()
         if position_ids is not None:
-            offsets = torch.arange(tokens, device=device)
-            expected = position.unsqueeze(1) + offsets
-            given = _check_shape("position_ids", position_ids, expected)
-            new = real[:, -tokens:]
-            if not torch.equal(given[new].long(), expected[new]):
-                raise ValueError(
-                    "position_ids must count on from the cache, padding left out: "
-                    f"expected {expected.tolist()}, got {position_ids.tolist()}"
-                )
+            expected = position.unsqueeze(1) + torch.arange(tokens, device=device)
+            check_position_ids(position_ids, expected, real[:, -tokens:])
         self.next_position.copy_(position)
-        self._right_padded = bool((real.any(1) & ~real[:, -1]).any())
+        for row, padded in zip(self._rows, right_padded, strict=True):
+            row.right_padded = padded
 
-    def _first_position(self, real: Tensor) -> Tensor:
-        """real :: [b, columns], False for padding → where each row's next token stands."""
-        columns = real.shape[1]
-        column = torch.arange(columns, device=real.device)
-        count = real.sum(1)
-        padding = torch.where(count > 0, real.int().argmax(1), columns)
-        last = padding + count
-        whole = (column >= padding.unsqueeze(1)) & (column < last.unsqueeze(1))
-        if not torch.equal(real, whole):
-            raise ValueError("attention_mask has holes: only padding on one side is supported")
-        position = (self.length - padding).int()
-        # A row still in its padding, at 0 or below, may stay there.
-        if not torch.equal(position.clamp(min=0), self.next_position.clamp(min=0)):
-            raise ValueError("attention_mask disagrees with the padding of the cached tokens")
-        return position
+    @contextmanager
+    def unfinished(self, reason: str) -> Iterator[None]:
+        """Around what writes to the rows: an exception in it leaves them stale, for this reason or
+        for that of an `unfinished` around this one."""
+        before = [row.unfinished for row in self._rows]
+        for row in self._rows:
+            row.unfinished = row.unfinished or reason
+        yield
+        for row, reason_before in zip(self._rows, before, strict=True):
+            row.unfinished = reason_before
 
     def rings(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Where the next tokens' K and V go: the layer's own rings where nothing that those tokens
@@ -189,9 +215,14 @@ class KVCache:
             _move(values, self.values[layer], positions)
 
     def advance(self, tokens: int) -> None:
+        """The next tokens are in the rings."""
         self.next_position += tokens
-        self.length += tokens
-        self.stale = "it holds padding on the right as tokens" if self._right_padded else None
+        self.count(tokens)
+
+    def count(self, tokens: int) -> None:
+        """The host's part of `advance`: all of it for a pass that a CUDA graph replays."""
+        for row in self._rows:
+            row.length += tokens
 
     def _positions(self, first: int, last: int) -> Tensor:
         """[b, last - first] positions, counted from each row's next one."""
@@ -200,7 +231,7 @@ class KVCache:
 
     def _allocate(self, max_length: int) -> None:
         self.max_length = max_length
-        self.angles = _angles(self.config, max_length, self.next_position.device)
+        self.angles = self._rope.tables(max_length, self.next_position.device)
         for layer, window in enumerate(self._windows):
             slots = _slots(window, max_length)
             for rings in (self.keys, self.values):
@@ -210,22 +241,6 @@ class KVCache:
                     longer = rings[layer].new_zeros(b, n, slots, d)
                     longer[:, :, :used] = rings[layer]
                     rings[layer] = longer
-
-
-def _angles(
-    config: GemmaConfig, positions: int, device: torch.device
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Kind of layer → cos, sin :: [positions, d / 2], fp32, of position * theta^(-2i / d)."""
-    position = torch.arange(positions, device=device).unsqueeze(1).float()
-    i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-    angles = {}
-    for kind in set(config.layer_types):
-        full = kind == FULL
-        theta = config.rope_theta if full else config.rope_local_base_freq
-        inv_freq = 1 / theta ** (i / config.head_dim)
-        angle = position * (inv_freq / config.rope_scaling_factor if full else inv_freq)
-        angles[kind] = angle.cos(), angle.sin()
-    return angles
 
 
 def _slots(window: int | None, max_length: int) -> int:
@@ -241,11 +256,3 @@ def _move(source: Tensor, target: Tensor, positions: Tensor) -> None:
     """Copies positions :: [b, p] of one ring [b, n, slots, d] into another."""
     row = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
     target[row, :, positions % target.shape[2]] = source[row, :, positions % source.shape[2]]
-
-
-def _check_shape(name: str, given: Tensor, like: Tensor) -> Tensor:
-    """`given` on `like`'s device, or a ValueError."""
-    shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
-    if shape != like.shape:
-        raise ValueError(f"{name} must be a tensor of {tuple(like.shape)}, not {shape}")
-    return given.to(like.device)

@@ -10,7 +10,7 @@ Projections that read the same input are one product: `qkv_proj`, `gate_up_proj`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from gemma_fast.kernels.decode_attention import decode_attention
 from gemma_fast.kernels.matvec import linear, norm_linear
 from gemma_fast.kernels.rotary import rotary_write
 from gemma_fast.model.cache import KVCache
+from gemma_fast.model.rope import Tables
 
 # A layer's weights, and the checkpoint's tensors that each is made of, stacked.
 LAYER_WEIGHTS = {
@@ -40,6 +41,24 @@ GEMMA1_WEIGHTS = {
     "post_attention_layernorm": [],
     "pre_feedforward_layernorm": ["post_attention_layernorm"],
 }
+
+
+class Residual(NamedTuple):
+    """The residual stream, whose newest term the next norm adds.
+
+    x          [b, t, hidden], of the layer before, not yet added to `residual`
+    residual   [b, t, hidden]; None: x, the embedding, is the stream
+    post_norm  [hidden], weight of the norm that is applied to x before it is added; None: none
+    """
+
+    x: Tensor
+    residual: Tensor | None = None
+    post_norm: Tensor | None = None
+
+    def last(self, tokens: int) -> Residual:
+        """The stream of the last tokens only; 0: of all."""
+        assert self.residual is not None
+        return Residual(self.x[:, -tokens:], self.residual[:, -tokens:], self.post_norm)
 
 
 class Layer(nn.Module):
@@ -70,35 +89,23 @@ class Layer(nn.Module):
                 weight = frozen(rows, *shapes[self.parts[name][0]][1:])
             self.register_parameter(name, weight)
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        post_norm: Tensor | None,
-        angles: Mapping[str, tuple[Tensor, Tensor]],
-        start: Tensor,
-        cache: KVCache,
-    ) -> tuple[Tensor, Tensor]:
-        """x, residual :: [b, t, hidden]: what the layer before gives, which `post_norm` normalises
-        and the residual stream takes up, → the same of this layer. K and V join the cache."""
+    def forward(self, stream: Residual, angles: Tables, cache: KVCache) -> Residual:
+        """The stream before this layer → after it. angles: `cache.angles_of` its tokens, whose K and
+        V join the cache."""
         eps = self.config.rms_norm_eps
         qkv, residual = norm_linear(
-            x, residual, self.input_layernorm, post_norm, self.qkv_proj, eps=eps, prefetch=True
-        )
-        x = linear(self.attend(qkv, angles, start, cache), self.o_proj, prefetch=True)
+            stream.x, stream.residual, self.input_layernorm, stream.post_norm, self.qkv_proj,
+            eps=eps, prefetch=True,
+        )  # fmt: skip
+        x = linear(self.attend(qkv, angles, cache), self.o_proj, prefetch=True)
         x, residual = norm_linear(
             x, residual, self.pre_feedforward_layernorm, self.post_attention_layernorm,
             self.gate_up_proj, geglu=True, eps=eps, prefetch=True,
         )  # fmt: skip
-        return linear(x, self.down_proj, prefetch=True), residual
+        x = linear(x, self.down_proj, prefetch=True)
+        return Residual(x, residual, self.post_feedforward_layernorm)
 
-    def attend(
-        self,
-        qkv: Tensor,
-        angles: Mapping[str, tuple[Tensor, Tensor]],
-        start: Tensor,
-        cache: KVCache,
-    ) -> Tensor:
+    def attend(self, qkv: Tensor, angles: Tables, cache: KVCache) -> Tensor:
         """qkv :: [b, t, (n * m + 2 * n) * d] → [b, t, n * m * d]"""
         config, (b, t, _), d = self.config, qkv.shape, self.config.head_dim
         n, heads = config.num_key_value_heads, config.num_attention_heads
@@ -106,6 +113,7 @@ class Layer(nn.Module):
             "scale": config.query_pre_attn_scalar**-0.5, "window": config.window(self.index),
             "softcap": config.attn_logit_softcapping, "eps": config.rms_norm_eps,
         }  # fmt: skip
+        start = cache.next_position
         cos, sin = angles[config.layer_types[self.index]]
         if t == 1:
             out = decode_attention(

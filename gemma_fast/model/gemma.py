@@ -1,0 +1,134 @@
+"""Gemma: the walk-through's steps on the kernels, over a KV cache. Tensors in, tensors out.
+
+    token ids → embed → layers (attention, MLP) → final norm → logits → next token
+
+A residual is added by the norm that reads it next. Each kernel picks Triton on a GPU, and its
+reference elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gemma_fast.config import GemmaConfig
+from gemma_fast.kernels.attention import HEAD_DIMS
+from gemma_fast.kernels.choose import choose_token
+from gemma_fast.kernels.embed import embed
+from gemma_fast.kernels.lm_head import next_token
+from gemma_fast.kernels.matvec import norm_linear
+from gemma_fast.model.cache import KVCache
+from gemma_fast.model.layer import Layer, Residual, frozen
+from gemma_fast.model.rope import Rope
+
+
+class Sampler(Protocol):
+    """How `Gemma.step` chooses the next token of each of b rows; see engine/sampling.py.
+
+    token        [b], int64, written: the next token; -1: its logits are not finite
+    temperature  [b], fp32; 0: the likeliest token. None: the likeliest in every row
+    seed         [b], int64, of the noise; None without a temperature
+    process      logits :: [b, vocab] → those to choose from; None: as they are
+    """
+
+    token: Tensor
+
+    @property
+    def temperature(self) -> Tensor | None: ...
+    @property
+    def seed(self) -> Tensor | None: ...
+    @property
+    def process(self) -> Callable[[Tensor], Tensor] | None: ...
+
+
+class Gemma(nn.Module):
+    """The weights of Gemma 1, 2 or 3 (text), and its steps.
+
+    Weights are frozen: the kernels have no backward. A new instance's are uninitialised. state_dict()
+    has the fused weights, so it is for another instance, not a checkpoint.
+    """
+
+    head_dims = HEAD_DIMS  # the kernels' on a GPU
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = frozen(config.vocab_size, config.hidden_size)
+        self.layers: Sequence[Layer] = nn.ModuleList(  # type: ignore[assignment]
+            Layer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = frozen(config.hidden_size)
+        self.rope = Rope(config)
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        """Each parameter, and the checkpoint's tensors that are stacked in it."""
+        parts = {"embed_tokens": ["model.embed_tokens.weight"], "norm": ["model.norm.weight"]}
+        for i, layer in enumerate(self.layers):
+            parts |= {f"layers.{i}.{name}": given for name, given in layer.parts.items() if given}
+        return parts
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.dtype
+
+    def new_cache(self, batch: int, max_length: int, *, grows: bool = False) -> KVCache:
+        """An empty cache for this model, see KVCache."""
+        return KVCache(
+            self.config, batch, max_length,
+            dtype=self.dtype, device=self.device, grows=grows, rope=self.rope,
+        )  # fmt: skip
+
+    def step(self, ids: Tensor, cache: KVCache, sampler: Sampler) -> None:
+        """Reads ids :: [b, t] after what the cache holds, and chooses each row's next token, into
+        sampler.token. The caller has reserved room for t tokens."""
+        hiddens = self.hidden_states(ids, cache).last(1)
+        position, arrived, token = cache.next_position, cache.arrived, sampler.token
+        chosen_by = sampler.temperature, sampler.seed
+        if sampler.process is not None:
+            logits = sampler.process(self.logits(hiddens)[:, -1])
+            choose_token(logits, position, token, arrived, *chosen_by)
+            return
+        assert hiddens.residual is not None
+        next_token(
+            hiddens.x[:, -1], hiddens.residual[:, -1], self.norm, hiddens.post_norm,
+            self.embed_tokens, position, token, arrived, *chosen_by,
+            softcap=self.config.final_logit_softcapping, eps=self.config.rms_norm_eps,
+            prefetch=True,
+        )  # fmt: skip
+
+    def hidden_states(self, ids: Tensor, cache: KVCache) -> Residual:
+        """ids :: [b, t] → the stream after the last layer, before the final norm; the cache, in
+        which the caller has reserved room, advances by t."""
+        t = ids.shape[1]
+        assert cache.length + t <= cache.max_length, f"no room for {t} tokens: {cache.length=}"
+        with cache.unfinished("a pass over it did not finish"):
+            angles = cache.angles_of(t)
+            stream = Residual(
+                embed(ids, self.embed_tokens, self.config.hidden_size**0.5, prefetch=True)
+            )
+            for layer in self.layers:
+                stream = layer(stream, angles, cache)
+            cache.advance(t)
+        return stream
+
+    def logits(self, hiddens: Residual) -> Tensor:
+        """The stream after the last layer → [b, t, vocab]: the embedding serves both ends."""
+        logits, _ = norm_linear(
+            hiddens.x, hiddens.residual, self.norm, hiddens.post_norm, self.embed_tokens,
+            eps=self.config.rms_norm_eps,
+        )  # fmt: skip
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Gemma:
+        self.rope.clear()  # other devices are another set of tables
+        return super()._apply(fn, recurse)
