@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gemma_fast.checkpoint.base import Checkpoint, open_checkpoint
+from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.checkpoint.transformers import build_from_transformers
 from gemma_fast.checks import check_cache, check_ids, check_logits_to_keep
 from gemma_fast.compat import FORWARD, FROM_PRETRAINED, check_keywords
@@ -100,7 +101,7 @@ class GemmaForCausalLM(nn.Module):
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
     ) -> GemmaForCausalLM:
-        """The model of a checkpoint that is open already; see `load.RandomCheckpoint`."""
+        """The model of a checkpoint that is open already; see `checkpoint.random`."""
         target = pick_device(device, None)
         kind = pick_dtype(dtype, checkpoint, target)
         refuse_overflow(checkpoint.config, kind)

@@ -17,7 +17,8 @@ from gemma_fast.benchmarks.verify import certificate as of
 from gemma_fast.benchmarks.verify.certificate import MODEL, Line, line
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.base import Checkpoint
-from gemma_fast.load import RandomCheckpoint, refuse_overflow
+from gemma_fast.checkpoint.random import RandomCheckpoint
+from gemma_fast.load import refuse_overflow
 from gemma_fast.reference import Reference
 from gemma_fast.text.tokenizer import Tokenizer
 

@@ -13,8 +13,8 @@ from decoder_checks import NEVER, SAMPLINGS, Graph
 from twins import CONFIGS, random_model
 
 from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.engine.decoder import Decoder, bucket_of
-from gemma_fast.load import RandomCheckpoint
 from gemma_fast.model import cache as cache_module
 
 
