@@ -28,13 +28,13 @@ from gemma_fast.kernels.embed import embed
 from gemma_fast.kernels.lm_head import next_token
 from gemma_fast.kernels.matvec import norm_linear
 from gemma_fast.load import (
-    out_of_memory,
     pick_device,
     pick_dtype,
     refuse_head_dim,
     refuse_overflow,
     track_tensors,
 )
+from gemma_fast.memory import out_of_memory
 from gemma_fast.model.cache import KVCache
 from gemma_fast.model.layer import Layer, frozen
 

@@ -3,10 +3,7 @@ and a checkpoint without a file."""
 
 from __future__ import annotations
 
-import re
-import traceback
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,25 +22,6 @@ def track_tensors(tensors: Mapping[str, Tensor], label: str) -> Iterable[str]:
     console = Console(stderr=True)
     hidden = not console.is_terminal
     return track(list(tensors), label, console=console, disable=hidden, transient=True)
-
-
-@contextmanager
-def out_of_memory(what: str, size: int, device: torch.device, way_out: str) -> Iterator[None]:
-    """Says of a lack of memory what it was for, `size` bytes, what was free, and the way out."""
-    try:
-        yield
-    except RuntimeError as error:  # PyTorch's, the driver's, cuBLAS', the CPU's
-        if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
-            raise
-        traceback.clear_frames(error.__traceback__)  # they hold what was made so far
-        needed = f" takes {size / 1e9:.2f} GB" if size else ""
-        free = ""
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            free = f", {torch.cuda.mem_get_info(device)[0] / 1e9:.2f} GB are free"
-        raise torch.OutOfMemoryError(
-            f"out of memory: {what}{needed}{free} on {device}; try {way_out}"
-        ) from error
 
 
 def refuse_head_dim(config: GemmaConfig, device: torch.device) -> None:

@@ -23,7 +23,8 @@ from gemma_fast.checkpoint.base import MULTIMODAL_PREFIX, NOT_TEXT, TIED_HEAD
 from gemma_fast.checkpoint.config_files import config_from_json
 from gemma_fast.config import GemmaConfig
 from gemma_fast.engine.request import GenerationConfig
-from gemma_fast.load import out_of_memory, pick_device, refuse_head_dim, refuse_overflow
+from gemma_fast.load import pick_device, refuse_head_dim, refuse_overflow
+from gemma_fast.memory import out_of_memory
 
 if TYPE_CHECKING:
     from gemma_fast.causal_lm import GemmaForCausalLM

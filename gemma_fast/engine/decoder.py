@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.engine.sampling import Sampling
-from gemma_fast.load import out_of_memory
+from gemma_fast.memory import out_of_memory
 from gemma_fast.model.cache import KVCache
 
 if TYPE_CHECKING:
