@@ -29,18 +29,22 @@ TIED_HEAD = re.compile(r"((model\.)?language_model\.)?lm_head\.weight$")
 
 
 class Checkpoint(ABC):
-    """Tensors that are still on disk, and what is known about them.
+    """The tensors of a text model, in files or in memory, under transformers' names.
 
-    config             what the file says it holds
-    dtype              what its tensors are stored in; None for GGUF, where each has its own
+    config             the model's config
+    dtype              dtype of the tensors; None for GGUF, where each has its own type
+    tensors            name → tensor, if they are in memory; None: they have to be read
+    device             where the tensors in memory are
     path               the directory or the file
     generation_config  the content of generation_config.json, {} when there is none
-    shapes             name → shape of each tensor of the text model, named as transformers does
+    shapes             name → shape of each tensor
     files              name → the file that holds it
     """
 
     config: GemmaConfig
     dtype: torch.dtype | None = None
+    tensors: dict[str, Tensor] | None = None
+    device: torch.device | None = None
     path: Path
     generation_config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]

@@ -243,7 +243,7 @@ def test_no_memory_for_the_weights(monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(GemmaForCausalLM, "to_empty", full)
+    monkeypatch.setattr(torch, "empty_like", full)
     checkpoint = RandomCheckpoint(CONFIGS["gemma-mqa"], name="gemma")
     with pytest.raises(torch.OutOfMemoryError, match=r"out of memory: gemma in float32 takes 0\."):
         GemmaForCausalLM.from_checkpoint(checkpoint, dtype="float32", device="cpu")
