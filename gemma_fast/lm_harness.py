@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 MAX_GEN_TOKS = 256  # of a task that does not say, as with `hf`
-Request = tuple[Any, list[int], list[int]]  # what was asked, context, continuation
+ScoreRequest = tuple[Any, list[int], list[int]]  # key in lm_eval's cache, context, continuation
 
 
 @register_model("gemma-fast")
@@ -121,7 +121,7 @@ class GemmaFastLM(TemplateLM):
     ) -> list[float]:
         """Each text's log-probability: every token once, with as much before it as fits."""
         texts = [request.args[0] for request in requests]
-        windows: list[Request] = []
+        windows: list[ScoreRequest] = []
         owners: list[int] = []
         for i, text in enumerate(texts):
             parts = utils.get_rolling_token_windows(
@@ -140,9 +140,9 @@ class GemmaFastLM(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
+        self, requests: Sequence[ScoreRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Requests that differ in their last token only are read once."""
+        """Requests that differ only in their last token share one row of the batch."""
         same: dict[tuple[int, ...], list[int]] = {}
         for i, (asked, context, continuation) in enumerate(requests):
             if not (context and 0 < len(continuation) <= self.max_length):

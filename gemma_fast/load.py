@@ -1,77 +1,113 @@
-"""What loading a model needs besides its file: where it goes, in which dtype, with what progress;
-and a checkpoint without a file."""
+"""Checkpoint → model: device, dtype, memory for the weights, fused copies, progress."""
 
 from __future__ import annotations
 
-import re
-import traceback
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.config import GemmaConfig
-from gemma_fast.kernels.attention import HEAD_DIMS
+from gemma_fast.memory import out_of_memory
+
+Model = TypeVar("Model", bound=Any)  # a torch.nn.Module with `parts` and `head_dims`
 
 
-class RandomCheckpoint(Checkpoint):
-    """Weights of normal(0, 0.02) that no file holds, for benchmarks at true size and for tests.
+def load_model(
+    cls: type[Model],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+) -> Model:
+    """A model of class `cls` with the checkpoint's config and weights.
 
-    The same name, seed, shape and device give the same numbers, rounded to the dtype.
+    dtype   "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
+    device  None: where the checkpoint's tensors are in memory, else the GPU if there is one
+
+    `model.parts` lists, for each parameter, the checkpoint's tensors stacked in it. A parameter
+    shares their memory where it can; else it is allocated and they are copied. All memory is
+    allocated before the first tensor is read.
     """
+    config = checkpoint.config
+    device = pick_device(checkpoint.device if device is None else device, None)
+    dtype = pick_dtype(dtype, checkpoint, device)
+    refuse_overflow(config, dtype)
+    refuse_head_dim(config, device, cls.head_dims)
+    with torch.device("meta"):
+        model = cls(config).to(dtype)
+    parts: dict[str, list[str]] = model.parts
+    found = {name: _share(checkpoint, parts[name], dtype, device) for name in parts}
+    shared = {name: weight for name, weight in found.items() if weight is not None}
+    empty = {name: model.get_parameter(name) for name in parts if name not in shared}
+    with _allocation(checkpoint, empty, dtype, device):
+        new = {name: torch.empty_like(weight, device=device) for name, weight in empty.items()}
+    model.load_state_dict(shared | new, assign=True)
+    _copy(checkpoint, new, parts)
+    return model
 
-    def __init__(self, config: GemmaConfig, seed: int = 0, name: str = "random weights") -> None:
-        self.config, self.seed, self.path = config, seed, Path(name)
-        self.generation_config, self.files = {}, {}
-        self.shapes = config.tensor_shapes()
 
-    def _read(self, name: str, out: Tensor) -> None:
-        seed = self.seed + zlib.crc32(name.encode())
-        generator = torch.Generator(out.device).manual_seed(seed)
-        for part in out.view(-1).split(1 << 24):
-            # PyTorch draws other numbers in another dtype.
-            drawn = torch.empty(part.shape, dtype=torch.float32, device=out.device)
-            part.copy_(drawn.normal_(std=0.02, generator=generator))
+def _share(
+    checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """The tensors stacked along their first dimension, in the memory where they are. None: they
+    have to be read, converted or moved, or are not contiguous and adjacent in this order."""
+    if checkpoint.tensors is None or (checkpoint.dtype, checkpoint.device) != (dtype, device):
+        return None
+    parts = [checkpoint.tensors[name] for name in names]
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and part.is_contiguous() and part.data_ptr() == end):
+            return None
+        end += part.nbytes
+    rows, rest = sum(len(part) for part in parts), first.shape[1:]
+    strides = (math.prod(rest), *first.stride()[1:])
+    return first.as_strided((rows, *rest), strides, first.storage_offset())
 
 
-def track_tensors(tensors: Mapping[str, Tensor], label: str) -> Iterable[str]:
+def _allocation(
+    checkpoint: Checkpoint, empty: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> AbstractContextManager[None]:
+    """Explains what the memory is for if it runs out."""
+    if checkpoint.tensors is not None:
+        return out_of_memory("the copies of fused weights", 0, device, "from_pretrained")
+    what = f"{checkpoint.path.name} in {str(dtype).removeprefix('torch.')}"
+    size = sum(weight.nbytes for weight in empty.values())
+    return out_of_memory(what, size, device, "dtype='bfloat16' or a smaller model")
+
+
+def _copy(
+    checkpoint: Checkpoint, weights: Mapping[str, Tensor], parts: Mapping[str, list[str]]
+) -> None:
+    """Copies each tensor of the checkpoint into its rows of a weight."""
+    targets: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        rows = [checkpoint.shapes[tensor][0] for tensor in parts[name]]
+        targets |= zip(parts[name], weight.split(rows), strict=True)
+    read = checkpoint.tensors is None
+    for tensor in _track(targets, f"Reading {checkpoint.path.name}") if read else targets:
+        checkpoint.copy(tensor, targets[tensor])
+
+
+def _track(names: Iterable[str], label: str) -> Iterable[str]:
     """The names, one by one, with a progress bar where stderr is a terminal."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
     hidden = not console.is_terminal
-    return track(list(tensors), label, console=console, disable=hidden, transient=True)
+    return track(list(names), label, console=console, disable=hidden, transient=True)
 
 
-@contextmanager
-def out_of_memory(what: str, size: int, device: torch.device, way_out: str) -> Iterator[None]:
-    """Says of a lack of memory what it was for, `size` bytes, what was free, and the way out."""
-    try:
-        yield
-    except RuntimeError as error:  # PyTorch's, the driver's, cuBLAS', the CPU's
-        if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
-            raise
-        traceback.clear_frames(error.__traceback__)  # they hold what was made so far
-        needed = f" takes {size / 1e9:.2f} GB" if size else ""
-        free = ""
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            free = f", {torch.cuda.mem_get_info(device)[0] / 1e9:.2f} GB are free"
-        raise torch.OutOfMemoryError(
-            f"out of memory: {what}{needed}{free} on {device}; try {way_out}"
-        ) from error
-
-
-def refuse_head_dim(config: GemmaConfig, device: torch.device) -> None:
+def refuse_head_dim(config: GemmaConfig, device: torch.device, head_dims: Sequence[int]) -> None:
+    """ValueError unless the kernels, which run on a GPU only, take this head dim."""
     d = config.head_dim
-    if device.type == "cuda" and d not in HEAD_DIMS:
-        raise ValueError(f"head_dim={d}: the kernels take one of {HEAD_DIMS}; use device='cpu'")
+    if device.type == "cuda" and d not in head_dims:
+        raise ValueError(f"head_dim={d}: the kernels take one of {head_dims}; use device='cpu'")
 
 
 def refuse_overflow(config: GemmaConfig, dtype: torch.dtype) -> None:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.checkpoint.base import Checkpoint, open_checkpoint
+from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.config import FULL, GemmaConfig
 
 

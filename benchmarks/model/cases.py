@@ -8,10 +8,11 @@ from itertools import product
 
 from gemma_fast.benchmarks.kernels.attention import visible_pairs
 from gemma_fast.benchmarks.measure.machine import Work
-from gemma_fast.checkpoint.base import Checkpoint, open_checkpoint
+from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.checkpoint.open import open_checkpoint
+from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.config import PRESETS, GemmaConfig
 from gemma_fast.demo import demo_checkpoint
-from gemma_fast.load import RandomCheckpoint
 
 PROMPT, NEW = "pp", "tg"
 TINY = GemmaConfig(

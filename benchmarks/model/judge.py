@@ -3,10 +3,8 @@ after as many tokens as the test has, before the judgement of the reference in f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from gemma_fast.benchmarks.kernels.suite import OURS, Wrong, error
 from gemma_fast.benchmarks.model.cases import PROMPT, Case
 from gemma_fast.benchmarks.model.providers import Provider
 from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.memory import free_bytes
 from gemma_fast.reference import Reference
 
 TOKENS, STEPS, PROBE = 24, 16, 8  # read after prefix or window; decoded; read after those
@@ -167,13 +166,3 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(chosen)
-
-
-def free_bytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    return found[0] if found else math.inf

@@ -1,25 +1,19 @@
-"""GGUF files, read without trusting them: a bounds-checked reader, and Gemma's checkpoint on it.
+"""A bounds-checked reader of GGUF files, which are untrusted: metadata, tensors, dequantized rows.
 
 Imported only when a GGUF file is opened, so that the package `gguf` stays optional.
 """
 
 import math
 import os
-import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from gemma_fast.checkpoint.base import Checkpoint, parse_config
-from gemma_fast.checkpoint.config_files import config_from_gguf
 
 try:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
-    from gguf.gguf_reader import ReaderField
+    from gguf.gguf_reader import ReaderField, ReaderTensor
     from gguf.quants import dequantize
 except ModuleNotFoundError as error:
     raise ImportError('GGUF files need: pip install "gemma_fast[gguf]"') from error
@@ -27,35 +21,6 @@ except ModuleNotFoundError as error:
 MAX_STRING = 1 << 20  # bytes; the longest in a Gemma file is its chat template
 MAX_ARRAY = 1 << 20  # items; the longest in a Gemma file is its vocabulary or its merges
 MAX_DIMS = 4
-BLOCK = 1 << 20  # elements dequantized at a time: they stay in the cache
-
-MODEL_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-}
-COMMON_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-GEMMA_1_NAMES = COMMON_NAMES | {"ffn_norm": "post_attention_layernorm"}
-GEMMA_2_NAMES = COMMON_NAMES | {
-    "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-GEMMA_3_NAMES = GEMMA_2_NAMES | {
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-}
-LAYER_NAMES = {"gemma": GEMMA_1_NAMES, "gemma2": GEMMA_2_NAMES, "gemma3": GEMMA_3_NAMES}
-LAYER_TENSOR = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.weight")
-IGNORED = ("rope_freqs.weight", "output.weight")  # not weights; tied to the embedding
 
 
 class GGUFFile(GGUFReader):
@@ -149,51 +114,12 @@ class GGUFFile(GGUFReader):
         return field
 
 
-class GGUFCheckpoint(Checkpoint):
-    """Gemma in a GGUF file: other names, reversed dimensions, quantized blocks, 1 in the norms."""
+def read_rows(path: Path, tensor: ReaderTensor, start: int, stop: int) -> np.ndarray:
+    """Rows start to stop of a tensor in the file, dequantized to float32; a vector is one row.
 
-    def __init__(self, file: GGUFFile):
-        self.path = file.path
-        self.config = parse_config(file.path, config_from_gguf, file.metadata)
-        self.generation_config = {}
-        self._tensors = {
-            self._name(tensor.name): tensor for tensor in file.tensors if tensor.name not in IGNORED
-        }
-        self.files = dict.fromkeys(self._tensors, file.path)
-        self.shapes = {name: tuple(t.shape[::-1].tolist()) for name, t in self._tensors.items()}
-
-    def _name(self, stored_name: str) -> str:
-        """The name that transformers gives a tensor."""
-        family = self.config.model_type
-        if stored_name in MODEL_NAMES:
-            return MODEL_NAMES[stored_name]
-        if match := LAYER_TENSOR.fullmatch(stored_name):
-            layer, part = match.groups()
-            if part in LAYER_NAMES[family]:
-                return f"model.layers.{layer}.{LAYER_NAMES[family][part]}.weight"
-        raise ValueError(f"{self.path}: tensor {stored_name} is unknown to {family}")
-
-    def check(self) -> None:
-        super().check()
-        for name, tensor in self._tensors.items():
-            try:
-                dequantize(np.atleast_2d(tensor.data)[:1], tensor.tensor_type)
-            except NotImplementedError:
-                raise ValueError(
-                    f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which the"
-                    " package gguf cannot dequantize"
-                ) from None
-
-    def _read(self, name: str, out: Tensor) -> None:
-        stored = self._tensors[name]
-        # Mapped anew for each tensor: unmapping lets go of the pages that were read.
-        data = np.atleast_2d(
-            np.memmap(self.path, stored.data.dtype, "r", stored.data_offset, stored.data.shape)
-        )
-        rows = torch.atleast_2d(out)
-        step = max(BLOCK // rows.shape[1], 1)
-        for i in range(0, len(rows), step):
-            values = dequantize(data[i : i + step], stored.tensor_type)
-            if name.endswith("norm.weight"):
-                values = values - 1  # GGUF stores what the model scales by: 1 + weight
-            rows[i : i + step] = torch.from_numpy(np.require(values, requirements="W"))
+    NotImplementedError: the package cannot dequantize this type.
+    """
+    # A new mapping for each call: unmapping releases the pages that were read.
+    stored = np.memmap(path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
+    rows = dequantize(np.atleast_2d(stored)[start:stop], tensor.tensor_type)
+    return np.require(rows, requirements="W")  # float32 is a view of the read-only mapping

@@ -1,34 +1,18 @@
-"""A Gemma of transformers' → GemmaForCausalLM, on the weights that are there.
+"""A live Gemma of transformers → Checkpoint: its weights are shared or copied, not read.
 
-    model = GemmaForCausalLM.from_transformers(transformers_model)
-
-Shared, not copied: the embedding, which is the head too, every norm, o_proj and down_proj. The
-products that this project fuses are copied, q, k and v to qkv_proj, gate and up to gate_up_proj:
-2 * (heads + 2 * kv heads) * head_dim * hidden + 4 * ffn * hidden bytes a layer in 16 bits, which of
-Gemma 2B is 2.60 GB of 5.01. Where such tensors lie one behind the other already, they are shared.
-
-transformers is not imported: the instance has all that is asked of it.
+transformers is not imported: everything needed is an attribute of the instance.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from gemma_fast.checkpoint.base import MULTIMODAL_PREFIX, NOT_TEXT, TIED_HEAD
+from gemma_fast.checkpoint.base import MULTIMODAL_PREFIX, NOT_TEXT, TIED_HEAD, Checkpoint
 from gemma_fast.checkpoint.config_files import config_from_json
 from gemma_fast.config import GemmaConfig
-from gemma_fast.engine.request import GenerationConfig
-from gemma_fast.load import out_of_memory, pick_device, refuse_head_dim, refuse_overflow
-
-if TYPE_CHECKING:
-    from gemma_fast.causal_lm import GemmaForCausalLM
-
-    Model = TypeVar("Model", bound=GemmaForCausalLM)
 
 CLASSES = (
     "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"
@@ -36,34 +20,29 @@ CLASSES = (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def build_from_transformers(cls: type[Model], source: nn.Module) -> Model:
-    """The same text model on the same device, in the same dtype, with its generation_config.
+class TransformersCheckpoint(Checkpoint):
+    """The text model of an instance of one of CLASSES, with its generation_config.
 
-    A change of shared weights in place is seen by both models, one of q, k, v, gate or up is not:
-    build anew after training. Moving or converting either model ends the sharing.
-
-    ValueError: another class than CLASSES, a variant that this model does not compute, weights that
-    are quantized, wrapped by an adapter, not all there, on several devices or in several dtypes, or
-    an lm_head of its own.
+    ValueError: another class, a variant that this project does not compute, weights that are
+    quantized, wrapped by an adapter, incomplete, on several devices or in several dtypes, or an
+    lm_head that is not tied to the embedding.
     """
-    config = _read_config(source)
-    weights = _read_weights(source, config)
-    first = weights["model.embed_tokens.weight"]
-    device = pick_device(first.device, None)
-    refuse_overflow(config, first.dtype)
-    refuse_head_dim(config, device)
-    with torch.device("meta"):
-        model = cls(config)
-    model.embed_tokens, model.norm = _fused([first]), _fused([weights["model.norm.weight"]])
-    with out_of_memory("the copies of fused weights", 0, device, "from_pretrained"):
-        for layer in model.layers:
-            for name, parts in layer.parts.items():
-                if parts:
-                    setattr(layer, name, _fused([weights[part] for part in parts]))
-    generation = getattr(source, "generation_config", None)
-    given = generation.to_dict() if generation is not None else {}
-    model.generation_config = GenerationConfig({k: v for k, v in given.items() if v is not None})
-    return model
+
+    tensors: dict[str, Tensor]
+
+    def __init__(self, source: nn.Module) -> None:
+        self.path, self.files = Path(type(source).__name__), {}
+        self.config = _read_config(source)
+        self.tensors = _read_weights(source, self.config)
+        self.shapes = {name: tuple(weight.shape) for name, weight in self.tensors.items()}
+        embedding = self.tensors["model.embed_tokens.weight"]
+        self.dtype, self.device = embedding.dtype, embedding.device
+        generation = getattr(source, "generation_config", None)
+        given = generation.to_dict() if generation is not None else {}
+        self.generation_config = {k: v for k, v in given.items() if v is not None}
+
+    def _read(self, name: str, out: Tensor) -> None:
+        out.copy_(self.tensors[name])
 
 
 def _read_config(source: nn.Module) -> GemmaConfig:
@@ -120,19 +99,3 @@ def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"parameter {name} has shape {tuple(weight.shape)}, but the config asks for {shape}"
         )
-
-
-def _fused(parts: Sequence[Tensor]) -> nn.Parameter:
-    """The parts stacked along their first dimension: in place where they lie so, else a copy."""
-    first, end = parts[0], parts[0].data_ptr()
-    in_place = True
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        in_place &= same and part.is_contiguous() and part.data_ptr() == end
-        end += part.nbytes
-    if not in_place:
-        return nn.Parameter(torch.cat(list(parts)), requires_grad=False)
-    rows, rest = sum(len(part) for part in parts), first.shape[1:]
-    strides = (math.prod(rest), *first.stride()[1:])
-    whole = first.as_strided((rows, *rest), strides, first.storage_offset())
-    return nn.Parameter(whole, requires_grad=False)

@@ -47,8 +47,8 @@ class Sampler(Protocol):
 class Gemma(nn.Module):
     """The weights of Gemma 1, 2 or 3 (text), and its steps.
 
-    Weights are frozen: the kernels have no backward. A new instance's are uninitialised. state_dict()
-    has the fused weights, so it is for another instance, not a checkpoint.
+    Weights are frozen: the kernels have no backward. A new instance's are uninitialised.
+    state_dict() has the fused weights, so it is for another instance, not a checkpoint.
     """
 
     head_dims = HEAD_DIMS  # the kernels' on a GPU

@@ -90,8 +90,8 @@ class Layer(nn.Module):
             self.register_parameter(name, weight)
 
     def forward(self, stream: Residual, angles: Tables, cache: KVCache) -> Residual:
-        """The stream before this layer → after it. angles: `cache.angles_of` its tokens, whose K and
-        V join the cache."""
+        """The stream before this layer → after it. angles: the tokens', from `cache.angles_of`.
+        Their K and V join the cache."""
         eps = self.config.rms_norm_eps
         qkv, residual = norm_linear(
             stream.x, stream.residual, self.input_layernorm, stream.post_norm, self.qkv_proj,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_fast.checkpoint.base import read_json
+from gemma_fast.checkpoint.hub import read_json
 from gemma_fast.text.chat import Message
 
 SPECIAL_TOKENS = {

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from gemma_fast.checkpoint.base import open_gguf, read_json, resolve
+from gemma_fast.checkpoint.hub import read_json, resolve
 from gemma_fast.compat import TOKENIZER, check_keywords
 from gemma_fast.text.batch import Encoding, pack
 from gemma_fast.text.chat import GemmaTurns, Template, check_messages, render_pieces
@@ -90,12 +90,14 @@ class Tokenizer:
 
         `others` are keywords of transformers' that change nothing here, see `keywords.TOKENIZER`.
         Raises ValueError, naming the file, for anything malformed, and what
-        `checkpoint.resolve` raises.
+        `hub.resolve` raises.
         """
         check_keywords("from_pretrained()", others, TOKENIZER)
         path = resolve(name_or_path, patterns=["*.json", "*.jinja"])
         if path.is_file():
-            metadata = open_gguf(path).metadata
+            from gemma_fast.checkpoint.gguf_reader import GGUFFile  # needs the extra `gguf`
+
+            metadata = GGUFFile(path).metadata
             return cls(
                 gguf_backend(metadata, str(path)),
                 str(path),

@@ -14,11 +14,11 @@ from gemma_fast.benchmarks.verify import certificate as verify
 from gemma_fast.benchmarks.verify import kernels as verify_kernels
 from gemma_fast.benchmarks.verify import model as verify_model
 from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.cli import main
 from gemma_fast.config import GemmaConfig
 from gemma_fast.engine.generate import generate_tokens
 from gemma_fast.kernels import geglu as geglu_file
-from gemma_fast.load import RandomCheckpoint
 from gemma_fast.model.layer import Layer
 
 TINY = ("verify", "--model", "tiny", "--device", "cpu", "--tokens", "8")

@@ -18,7 +18,7 @@ from gemma_fast.benchmarks.model.cases import TINY, Case, find
 from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import PROVIDERS, Eager
 from gemma_fast.benchmarks.model.race import WITHOUT_GRAPHS, run
-from gemma_fast.load import RandomCheckpoint
+from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.reference import Reference
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16

@@ -10,10 +10,10 @@ from gemma_fast.benchmarks.verify import kernels as verify_kernels
 from gemma_fast.benchmarks.verify import model as verify_model
 from gemma_fast.benchmarks.verify.certificate import CPU_PATH, INTERPRETER, Line
 from gemma_fast.benchmarks.verify.kernels import CASES, check_kernels, spacing, value_ulps
+from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.kernels import attention as attention_file
 from gemma_fast.kernels import geglu as geglu_file
 from gemma_fast.kernels import rmsnorm as rmsnorm_file
-from gemma_fast.load import RandomCheckpoint
 
 CPU = torch.device("cpu")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

@@ -9,7 +9,8 @@ import torch
 from checkpoints import config_json, random_tensors, split, write_index, write_safetensors
 from safetensors.torch import save_file
 
-from gemma_fast.checkpoint.base import MAX_JSON, open_checkpoint, resolve
+from gemma_fast.checkpoint.hub import MAX_JSON, resolve
+from gemma_fast.checkpoint.open import open_checkpoint
 
 SHARD_1 = "model-00001-of-00002.safetensors"
 SHARD_2 = "model-00002-of-00002.safetensors"

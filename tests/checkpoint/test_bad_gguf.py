@@ -8,8 +8,8 @@ import pytest
 from checkpoints import random_tensors, write_gguf
 from gguf import GGMLQuantizationType as Type
 
-from gemma_fast.checkpoint.base import open_checkpoint, open_gguf
-from gemma_fast.checkpoint.gguf_reader import MAX_ARRAY, MAX_STRING
+from gemma_fast.checkpoint.gguf_reader import MAX_ARRAY, MAX_STRING, GGUFFile
+from gemma_fast.checkpoint.open import open_checkpoint
 
 U8, U32, STRING, ARRAY = 0, 4, 8, 9
 F32, Q8_0 = 0, 8
@@ -98,7 +98,7 @@ def test_the_builder_builds_good_files(tmp_path):
     long = field(u32(STRING) + string(b"b" * MAX_STRING), b"long")
     infos = tensor(32, 2, kind=Q8_0), tensor(8, 8, name=b"u")
     path.write_bytes(file(long, array(STRING, 2, string(b"c") * 2), tensors=infos))
-    good = open_gguf(path)
+    good = GGUFFile(path)
     assert good.metadata == {"long": "b" * MAX_STRING, "key": ["c", "c"]}
     assert [(t.name, t.shape.tolist()) for t in good.tensors] == [("t", [32, 2]), ("u", [8, 8])]
 
@@ -109,19 +109,19 @@ def test_malformed_files_are_refused(tmp_path, case):
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"bad\.gguf is not a readable GGUF file: .*{match}"):
-        open_gguf(path)
+        GGUFFile(path)
 
 
 def test_absent_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.gguf"):
-        open_gguf(tmp_path / "absent.gguf")
+        GGUFFile(tmp_path / "absent.gguf")
 
 
 def test_truncated_files_are_refused(tmp_path):
     path = tmp_path / "cut.gguf"
     write_gguf(path)
     whole = path.read_bytes()
-    header = open_gguf(path).data_offset
+    header = GGUFFile(path).data_offset
     for length in [*range(0, header, 7), *range(header, len(whole), 9973), len(whole) - 1]:
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"cut\.gguf is not a readable GGUF file"):

@@ -24,8 +24,9 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import save_file
 
-from gemma_fast.checkpoint.base import open_checkpoint, resolve
 from gemma_fast.checkpoint.config_files import config_from_json
+from gemma_fast.checkpoint.hub import resolve
+from gemma_fast.checkpoint.open import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -175,7 +176,7 @@ STATUS = Path("/proc/self/status")
 BIG = {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4}
 LOAD = """
 import re, sys, torch
-from gemma_fast.checkpoint.base import open_checkpoint
+from gemma_fast.checkpoint.open import open_checkpoint
 
 def status(field):
     with open("/proc/self/status") as file:

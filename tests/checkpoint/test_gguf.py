@@ -13,8 +13,9 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
-from gemma_fast.checkpoint import gguf_reader as gguf_file
-from gemma_fast.checkpoint.base import open_checkpoint, open_gguf
+from gemma_fast.checkpoint import gguf as gguf_checkpoint
+from gemma_fast.checkpoint.gguf_reader import GGUFFile
+from gemma_fast.checkpoint.open import open_checkpoint
 
 NOT_FLOAT = (Type.I8, Type.I16, Type.I32, Type.I64)
 NOT_DEQUANTIZED = (*NOT_FLOAT, Type.F64, Type.Q1_0, Type.Q8_1, Type.Q8_K)
@@ -23,7 +24,7 @@ NOT_DEQUANTIZED = (*NOT_FLOAT, Type.F64, Type.Q1_0, Type.Q8_1, Type.Q8_K)
 @pytest.fixture
 def small_blocks(monkeypatch) -> None:
     """Blocks of a few rows, so that tiny tensors take several, and the last is not whole."""
-    monkeypatch.setattr(gguf_file, "BLOCK", 5 * 256)
+    monkeypatch.setattr(gguf_checkpoint, "BLOCK", 5 * 256)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,7 +104,7 @@ def test_metadata_holds_every_type(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
 
-    file = open_gguf(tmp_path / "a.gguf")
+    file = GGUFFile(tmp_path / "a.gguf")
     assert file.metadata == {"general.architecture": "any"} | values | lists
     assert [type(value) for value in file.metadata["b.bools"]] == [bool, bool]
     assert file.get_field("b.strings").contents(1) == "é"
@@ -112,14 +113,15 @@ def test_metadata_holds_every_type(tmp_path):
 def test_long_arrays_are_quick(tmp_path):
     write_gguf(tmp_path / "model.gguf", "gemma", vocab_size=262_144, hidden_size=32)
     start = time.perf_counter()
-    metadata = open_gguf(tmp_path / "model.gguf").metadata
+    metadata = GGUFFile(tmp_path / "model.gguf").metadata
     assert time.perf_counter() - start < 4  # the package's own reader takes 9 s
     assert metadata["tokenizer.ggml.tokens"][-1] == "▁tokén 262143"
     assert metadata["tokenizer.ggml.scores"][-1] == -262143.0
 
 
 def test_without_the_package_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "gemma_fast.checkpoint.gguf_reader")
+    for name in ("gguf", "gguf_reader"):
+        monkeypatch.delitem(sys.modules, f"gemma_fast.checkpoint.{name}")
     monkeypatch.setitem(sys.modules, "gguf", None)
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ImportError, match=r'pip install "gemma_fast\[gguf\]"'):

@@ -5,7 +5,7 @@ import torch
 
 from gemma_fast.benchmarks.model.transformers_model import transformers_model
 from gemma_fast.causal_lm import GemmaForCausalLM
-from gemma_fast.checkpoint.base import open_checkpoint
+from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.text.tokenizer import Tokenizer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gemma_fast.benchmarks.model.transformers_model import transformers_config
 from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.config import GemmaConfig
-from gemma_fast.load import RandomCheckpoint
 from gemma_fast.reference import Reference
 
 _SHARED = {

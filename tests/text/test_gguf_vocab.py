@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from tiny_tokenizer import CONTROL, NORMAL, TEXTS, USER_DEFINED, gguf_metadata, tiny_backend
 
-from gemma_fast.checkpoint.base import open_gguf
+from gemma_fast.checkpoint.gguf_reader import GGUFFile
 from gemma_fast.text.gguf_vocab import gguf_backend
 from gemma_fast.text.tokenizer import Tokenizer
 
@@ -79,7 +79,7 @@ def sentencepiece(metadata: dict) -> Callable[[str], list[str]]:
 
 
 def test_cuts_text_as_sentencepiece_does(demo, demo_gguf):
-    metadata = open_gguf(demo_gguf).metadata
+    metadata = GGUFFile(demo_gguf).metadata
     judge = sentencepiece(metadata)
     columns = (metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"])
     pieces = [t for t, kind in zip(*columns, strict=True) if kind in (NORMAL, USER_DEFINED)]

@@ -1,0 +1,72 @@
+"""The name of a model → its files: a path, or a download from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+MAX_JSON = 16 << 20  # bytes; the index of the largest Gemma takes 0.1 MB
+
+
+def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = HUB_FILES) -> Path:
+    """The directory or .gguf file meant: the path itself, or the download of a hub id, of which
+    it fetches the files that match `patterns`.
+
+    Raises ValueError for a pickle, which runs code when it is read, and for other files; OSError
+    where a hub id cannot be downloaded (FileNotFoundError: nothing is there).
+    """
+    if not name_or_path or not isinstance(name_or_path, str | os.PathLike):
+        raise ValueError(f"{name_or_path!r} is no path and no hub id")
+    name, path = os.fspath(name_or_path), Path(name_or_path)
+    if path.is_dir():
+        files = sorted(path.iterdir())
+        pickles = [file for file in files if file.suffix in PICKLES]
+        if pickles and not any(file.suffix == ".safetensors" for file in files):
+            path = pickles[0]
+        else:
+            return path
+    if path.suffix in PICKLES:
+        raise ValueError(f"{path} is a pickle, which can run code: convert it to safetensors")
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if path.exists():
+        raise ValueError(f"{path} is neither a directory of safetensors nor a .gguf file")
+    if HUB_ID.fullmatch(name) and path.suffix not in (".gguf", ".safetensors"):
+        return _download(name, patterns)
+    raise FileNotFoundError(f"{path} does not exist, and is no hub id (owner/name)")
+
+
+def _download(hub_id: str, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:  # what the library's errors derive from
+        raise OSError(
+            f"{hub_id} is not a directory here, and could not be fetched from the Hugging Face Hub"
+            f" ({type(error).__name__}). If it is gated, accept its terms on"
+            f" https://huggingface.co/{hub_id} and run `hf auth login`; offline, give the path of"
+            " a local copy."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. ValueError, naming the file, if there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path} is {path.stat().st_size} bytes long, above {MAX_JSON}")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, not a {type(content).__name__}")
+    return content

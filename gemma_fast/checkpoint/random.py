@@ -1,0 +1,32 @@
+"""Seeded random weights → Checkpoint, without a file."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.config import GemmaConfig
+
+
+class RandomCheckpoint(Checkpoint):
+    """Weights of normal(0, 0.02) that no file holds, for benchmarks at true size and for tests.
+
+    The same name, seed, shape and device give the same numbers, rounded to the dtype.
+    """
+
+    def __init__(self, config: GemmaConfig, seed: int = 0, name: str = "random weights") -> None:
+        self.config, self.seed, self.path = config, seed, Path(name)
+        self.generation_config, self.files = {}, {}
+        self.shapes = config.tensor_shapes()
+
+    def _read(self, name: str, out: Tensor) -> None:
+        seed = self.seed + zlib.crc32(name.encode())
+        generator = torch.Generator(out.device).manual_seed(seed)
+        for part in out.view(-1).split(1 << 24):
+            # PyTorch draws other numbers in another dtype.
+            drawn = torch.empty(part.shape, dtype=torch.float32, device=out.device)
+            part.copy_(drawn.normal_(std=0.02, generator=generator))

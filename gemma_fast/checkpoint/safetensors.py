@@ -1,0 +1,104 @@
+"""A directory of safetensors, as transformers saves it → Checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gemma_fast.checkpoint.base import (
+    MULTIMODAL_PREFIX,
+    NOT_TEXT,
+    TIED_HEAD,
+    Checkpoint,
+    parse_config,
+)
+from gemma_fast.checkpoint.config_files import config_from_json
+from gemma_fast.checkpoint.hub import read_json
+
+INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
+DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A directory as transformers saves it. Of a multimodal Gemma 3, the text model is taken."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        config_file, generation_file = path / "config.json", path / "generation_config.json"
+        self.config = parse_config(config_file, config_from_json, read_json(config_file))
+        self.generation_config = read_json(generation_file) if generation_file.is_file() else {}
+
+        self.shapes, self.files, self._stored_names = {}, {}, {}
+        for file, listed in _shards(path).items():
+            for stored_name, shape, dtype in _header(file, listed):
+                name = MULTIMODAL_PREFIX.sub("model.", stored_name)
+                if name in self.files:
+                    raise ValueError(f"{file}: tensor {name} is in {self.files[name]} as well")
+                if dtype not in DTYPES:
+                    allowed = ", ".join(DTYPES)
+                    raise ValueError(
+                        f"{file}: tensor {name} has dtype {dtype}, not one of {allowed}"
+                    )
+                if name == "model.embed_tokens.weight":
+                    self.dtype = DTYPES[dtype]
+                self.shapes[name], self.files[name] = shape, file
+                self._stored_names[name] = stored_name
+
+    def _read(self, name: str, out: Tensor) -> None:
+        # Opened anew for each tensor: closing lets go of the pages that were read.
+        with _open_safetensors(self.files[name]) as tensors:
+            out.copy_(tensors.get_tensor(self._stored_names[name]))
+
+
+def _shards(path: Path) -> dict[Path, set[str]]:
+    """The files that hold a model's tensors, each with the names that the index says it has."""
+    if (single := path / "model.safetensors").is_file():
+        return {single: set()}
+    if not (path / INDEX).is_file():
+        found = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))) or "none"
+        raise ValueError(f"{path} has neither model.safetensors nor {INDEX} (shards: {found})")
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path / INDEX} has no weight_map")
+
+    shards: dict[Path, set[str]] = {}
+    for name, shard in weight_map.items():
+        # A bare name cannot leave the directory. It may be a symlink: the Hub's cache is made so.
+        if not isinstance(shard, str) or not SHARD.fullmatch(shard):
+            raise ValueError(f"{path / INDEX}: {shard!r} is not the name of a .safetensors file")
+        shards.setdefault(path / shard, set()).add(name)
+    for file in shards:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist, which {INDEX} lists")
+    return shards
+
+
+def _header(file: Path, listed: set[str]) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Stored name, shape and dtype of each tensor of the text model in a file."""
+    with _open_safetensors(file) as tensors:
+        stored_names = set(tensors.keys())
+        if absent := sorted(listed - stored_names):
+            raise ValueError(f"{file}: tensor {absent[0]} is missing, though in {INDEX}")
+        for stored_name in sorted(stored_names):
+            if not (NOT_TEXT.match(stored_name) or TIED_HEAD.match(stored_name)):
+                header = tensors.get_slice(stored_name)
+                yield stored_name, tuple(header.get_shape()), header.get_dtype()
+
+
+@contextmanager
+def _open_safetensors(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error

@@ -1,0 +1,76 @@
+"""load_model: memory for all weights first, then the copies; what it shares, what it refuses."""
+
+import pytest
+import torch
+from twins import CONFIGS, random_transformers_model
+
+from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.checkpoint.random import RandomCheckpoint
+from gemma_fast.checkpoint.transformers import TransformersCheckpoint
+from gemma_fast.load import load_model, refuse_head_dim
+
+CPU = torch.device("cpu")
+
+
+def test_no_memory_for_the_weights(monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "empty_like", full)
+    checkpoint = RandomCheckpoint(CONFIGS["gemma-mqa"], name="gemma")
+    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory: gemma in float32 takes 0\."):
+        GemmaForCausalLM.from_checkpoint(checkpoint, dtype="float32", device="cpu")
+
+
+def test_no_memory_for_the_copies_of_fused_weights(monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    source = random_transformers_model(CONFIGS["gemma-mqa"])
+    monkeypatch.setattr(torch, "empty_like", full)
+    with pytest.raises(torch.OutOfMemoryError, match="memory: the copies of fused weights on cpu"):
+        GemmaForCausalLM.from_transformers(source)
+
+
+def test_memory_for_all_is_taken_before_the_first_tensor_is_read(monkeypatch):
+    done, empty_like = [], torch.empty_like
+
+    class Watched(RandomCheckpoint):
+        def _read(self, name, out):
+            done.append("read")
+
+    def allocate(*args, **kwargs):
+        done.append("allocate")
+        return empty_like(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty_like", allocate)
+    config = CONFIGS["gemma3-gqa"]
+    model = load_model(GemmaForCausalLM, Watched(config), "float32", CPU)
+    weights = len(list(model.parameters()))
+    assert done == ["allocate"] * weights + ["read"] * len(config.tensor_shapes())
+
+
+def test_parts_lists_each_parameter_and_each_tensor_once():
+    for config in CONFIGS.values():
+        with torch.device("meta"):
+            model = GemmaForCausalLM(config)
+        assert model.parts.keys() == dict(model.named_parameters()).keys()
+        tensors = [tensor for tensors in model.parts.values() for tensor in tensors]
+        assert sorted(tensors) == sorted(config.tensor_shapes())
+
+
+def test_tensors_in_memory_are_converted_without_sharing():
+    source = random_transformers_model(CONFIGS["gemma2-gqa"])
+    shared = GemmaForCausalLM.from_transformers(source)
+    model = GemmaForCausalLM.from_checkpoint(TransformersCheckpoint(source), dtype="bfloat16")
+    for name, weight in model.named_parameters():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, shared.get_parameter(name).bfloat16()), name
+
+
+def test_a_head_dim_that_the_kernels_do_not_take():
+    config = CONFIGS["gemma-mqa"]
+    refuse_head_dim(config, CPU, (64, 128))
+    refuse_head_dim(config, torch.device("cuda"), (32, 128))
+    with pytest.raises(ValueError, match=r"head_dim=32: .* one of \(64, 128\); use device='cpu'"):
+        refuse_head_dim(config, torch.device("cuda"), (64, 128))
