@@ -2,20 +2,18 @@
 
 import pytest
 import torch
-from conftest import interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DTYPES, TOLERANCE
-from test_attention import ERROR, angles, softmax_attention, turned
+from kernel_checks import ATTENTION_ERROR, DTYPES, MANY_MULTIPROCESSORS, TOLERANCE
+from oracles import angles, softmax_attention, turned
+from triton_interpreter import interpreter
 
 from gemma_fast.kernels import decode_attention as file
-from gemma_fast.kernels._op import Gpu
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.decode_attention import decode_attention
 from gemma_fast.kernels.rotary import rotary_write
 
 D, SCALE = 32, 0.3
-MANY = Gpu(80, 232_448, 132)  # below 90: the interpreter knows no prefetch
 
 
 @pytest.fixture(params=["kernel", "kernel, 132 multiprocessors", "reference"])
@@ -25,7 +23,7 @@ def device(request, monkeypatch):
         yield "cpu"
         return
     if "132" in request.param and not torch.cuda.is_available():
-        monkeypatch.setattr(file, "gpu", lambda device: MANY)
+        monkeypatch.setattr(file, "gpu", lambda device: MANY_MULTIPROCESSORS)
     with interpreter():
         yield "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -103,7 +101,7 @@ class Case:
                 self.v[row, positions], new, positions, None, self.options["softcap"], SCALE,
             )  # fmt: skip
             error = (out[row].double() - expected[0]).abs().max() / expected.square().mean().sqrt()
-            assert error < 6 * ERROR[dtype], f"{row=}: {error=}"
+            assert error < 6 * ATTENTION_ERROR[dtype], f"{row=}: {error=}"
         rings = self.keys, self.values
         assert all(map(torch.equal, rings, before)), "only the new token's slot is written"
 
@@ -170,7 +168,7 @@ SHAPES = {
 def test_any_shape(shape, many):
     with interpreter(), pytest.MonkeyPatch.context() as patch:
         if many and not torch.cuda.is_available():
-            patch.setattr(file, "gpu", lambda device: MANY)
+            patch.setattr(file, "gpu", lambda device: MANY_MULTIPROCESSORS)
         Case("cuda" if torch.cuda.is_available() else "cpu", torch.float32, **shape).check()
 
 
@@ -195,7 +193,7 @@ def test_agrees_with_prefill(dtype, device):
         for i in range(t)
     ])  # fmt: skip
     error = (out - expected).double().abs().max() / expected.double().square().mean().sqrt()
-    assert error < 6 * ERROR[dtype]
+    assert error < 6 * ATTENTION_ERROR[dtype]
     torch.testing.assert_close(ring[0][:, :, (t - 1) % slots], keys[:, :, -1], **TOLERANCE[dtype])
 
 
