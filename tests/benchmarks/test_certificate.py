@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
+from certificate_lines import BF16, CPU, FP32, exact_gelu, failed, model_lines
 from click.testing import CliRunner
-from test_verify import BF16, CPU, FP32, exact_gelu, failed, model_lines
 from twins import CONFIGS
 
 from gemma_fast.benchmarks.verify import certificate as verify

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import interpreter
+from triton_interpreter import interpreter
 
 from gemma_fast.benchmarks.kernels import suite as harness
 from gemma_fast.benchmarks.kernels.suite import EAGER, OURS, run

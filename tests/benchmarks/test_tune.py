@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import interpreter
 from example_suite import SUITE
 from triton.runtime.errors import OutOfResources
+from triton_interpreter import interpreter
 
 from gemma_fast.benchmarks import tune
 from gemma_fast.benchmarks.kernels import suite as harness

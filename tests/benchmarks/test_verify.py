@@ -2,45 +2,17 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import interpreter
+from certificate_lines import BF16, CPU, FP16, FP32, exact_gelu, failed, kernels, model_lines
+from triton_interpreter import interpreter
 from twins import CONFIGS
 
 from gemma_fast.benchmarks.verify import kernels as verify_kernels
 from gemma_fast.benchmarks.verify import model as verify_model
-from gemma_fast.benchmarks.verify.certificate import CPU_PATH, INTERPRETER, Line
+from gemma_fast.benchmarks.verify.certificate import INTERPRETER
 from gemma_fast.benchmarks.verify.kernels import CASES, check_kernels, spacing, value_ulps
-from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.kernels import attention as attention_file
 from gemma_fast.kernels import geglu as geglu_file
 from gemma_fast.kernels import rmsnorm as rmsnorm_file
-
-CPU = torch.device("cpu")
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-
-def kernels(*dtypes) -> dict[tuple[str, str], Line]:
-    return {(x.check, x.dtype): x for x in check_kernels(CPU, dtypes, CPU_PATH)}
-
-
-def failed(lines) -> set[str]:
-    return {x.check for x in lines if not x.ok}
-
-
-class Loud(RandomCheckpoint):
-    """Weights that let attention and MLP count for as much as the embedding."""
-
-    def _read(self, name, out):
-        super()._read(name, out)
-        out.mul_(10)
-
-
-def model_lines(name="gemma3-gqa", dtypes=(FP32,), other=None) -> dict[str, Line]:
-    other = other or verify_model.rival()
-    checkpoint = Loud(CONFIGS[name])
-    ids = verify_model.text_ids(checkpoint, 24)
-    lines = verify_model.check_model(checkpoint, ids, dtypes, 24, other)
-    return {f"{x.check.split(',')[0]} {x.dtype}": x for x in lines}
 
 
 def test_an_ulp_is_the_spacing_at_the_value_or_at_the_rms():
@@ -65,10 +37,6 @@ def test_references_pass_and_are_no_worse_in_bf16_than_eager():
         if dtype == "bfloat16" and "attention" in check:
             rms = found.figures[1]
             assert rms.ours < 0.5 < rms.eager, "eager rounds scores and weights"
-
-
-def exact_gelu(gate, up):
-    return (F.gelu(gate.float()) * up.float()).to(gate.dtype)
 
 
 def rounded_weight(x, weight, eps=1e-6):

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import interpreter
 from decoder_checks import NEVER, SAMPLINGS
-from test_model import left_padded
-from twins import CONFIGS, random_model
+from triton_interpreter import interpreter
+from twins import CONFIGS, left_padded, random_model
 
 from gemma_fast.engine.decoder import Decoder
 from gemma_fast.engine.sampling import Sampling

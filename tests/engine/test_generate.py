@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model import left_padded
+from twins import left_padded
 
 from gemma_fast.engine import decoder
 from gemma_fast.engine.sampling import Sampling

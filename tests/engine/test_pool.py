@@ -102,7 +102,9 @@ def test_more_texts_than_a_decoder_has_room_for(twins):
 def test_a_prompt_that_was_not_read_to_its_end(twins, monkeypatch):
     decoder = Decoder(twins.model, 1, 32)
     with monkeypatch.context() as patch:
-        patch.setattr(decoder, "_choose", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        interrupt = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+        patch.setattr(decoder.model, "logits", interrupt)
+        patch.setattr(gemma, "next_token", interrupt)
         with pytest.raises(KeyboardInterrupt):
             decoder.prefill(twins.prompt(1, 5))
     with pytest.raises(ValueError, match="a prompt was not read to its end"):
@@ -119,7 +121,8 @@ def test_graphs_keep_their_memory(twins):
     """What a graph reads and writes lies where it was captured."""
 
     def addresses(decoder):
-        own = [decoder._token, decoder._seen, decoder._seed, decoder._temperature]
+        sampler = decoder.sampler
+        own = [sampler.token, sampler._seen, sampler._seed, sampler._top_k, sampler._values]
         cache = decoder.cache
         own += [cache.next_position, cache.arrived, *cache.keys, *cache.values]
         return [x.data_ptr() for x in own]

@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 import transformers
-from conftest import interpreter
 from hf_models import FAMILIES, logits, make, padded, prompt
+from triton_interpreter import interpreter
 
 from gemma_fast import hf
 from gemma_fast.hf import accelerate, accelerated, explain, restore

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers
-from conftest import interpreter
 from hf_models import FAMILIES, logits, make, prompt
+from triton_interpreter import interpreter
 
 from gemma_fast.hf import accelerate, explain, restore
 from gemma_fast.hf.layers import FAST

@@ -6,9 +6,9 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import interpreter
 from hf_models import FAMILIES, T, logits, make, padded, prompt
 from transformers import DynamicCache, StaticCache
+from triton_interpreter import interpreter
 
 from gemma_fast.hf import GemmaFastCache, accelerate, restore
 

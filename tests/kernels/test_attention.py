@@ -4,49 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import interpreter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_checks import DTYPES
+from kernel_checks import ATTENTION_ERROR, DTYPES
+from oracles import angles, softmax_attention, turned
+from triton_interpreter import interpreter
 
 from gemma_fast.kernels import attention as attention_file
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.rotary import rotary_write
 
 D = 32
-# Relative to the RMS of the result: weights and rotated queries are rounded to the dtype.
-ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-def angles(start, t, d=D):
-    positions = start.unsqueeze(1) + torch.arange(t, device=start.device)
-    i = torch.arange(0, d, 2, device=start.device)
-    angle = positions.unsqueeze(2).float() * 100.0 ** (-i / d)
-    return angle.cos(), angle.sin()
-
-
-def turned(x, positions, weight):
-    """x :: [t, heads, d] at positions :: [t], normalised and rotated, in fp64."""
-    x = x.double()
-    if weight is not None:
-        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight.double())
-    i, d = torch.arange(0, x.shape[-1], 2, device=x.device), x.shape[-1]
-    angle = (positions.unsqueeze(1).float() * 100.0 ** (-i / d)).double().unsqueeze(1)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()), -1)
-
-
-def softmax_attention(q, k, v, q_positions, k_positions, window, softcap, scale):
-    """q :: [t, heads, d], k, v :: [s, n, d], turned already; positions say who sees whom."""
-    m = q.shape[1] // k.shape[1]
-    k, v = (x.double().repeat_interleave(m, dim=1) for x in (k, v))
-    scores = torch.einsum("thd,shd->hts", q, k) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    distance = q_positions.unsqueeze(1) - k_positions.unsqueeze(0)
-    hidden = (distance < 0) | (distance >= (window or 1 << 30))
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    return torch.einsum("hts,shd->thd", weights, v)
 
 
 def check(
@@ -117,7 +85,7 @@ def check(
             q_positions, k_positions, window, softcap, scale,
         )  # fmt: skip
         error = (out[row, real].double() - expected).abs().max() / expected.square().mean().sqrt()
-        assert error < 6 * ERROR[dtype], f"{row=}: {error=}"
+        assert error < 6 * ATTENTION_ERROR[dtype], f"{row=}: {error=}"
 
 
 CASES = {

@@ -1,27 +1,18 @@
 """decode_attention against a plain fp64 softmax over keys by position."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-from conftest import interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DTYPES, TOLERANCE
-from test_attention import ERROR, angles, softmax_attention, turned
+from kernel_checks import ATTENTION_ERROR, DTYPES, multiprocessors, TOLERANCE
+from oracles import angles, softmax_attention, turned
+from triton_interpreter import interpreter
 
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.decode_attention import decode_attention
-from gemma_fast.kernels.launch import Gpu, as_on
 from gemma_fast.kernels.rotary import rotary_write
 
 D, SCALE = 32, 0.3
-MANY = Gpu(80, 232_448, 132)  # below 90: the interpreter knows no prefetch
-
-
-def splits(many: bool):
-    """Within it a kv head's keys have many splits, or few."""
-    return as_on(MANY) if many and not torch.cuda.is_available() else nullcontext()
 
 
 @pytest.fixture(params=["kernel", "kernel, 132 multiprocessors", "reference"])
@@ -30,7 +21,7 @@ def device(request):
     if request.param == "reference":
         yield "cpu"
         return
-    with splits("132" in request.param), interpreter():
+    with multiprocessors("132" in request.param), interpreter():
         yield "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -107,7 +98,7 @@ class Case:
                 self.v[row, positions], new, positions, None, self.options["softcap"], SCALE,
             )  # fmt: skip
             error = (out[row].double() - expected[0]).abs().max() / expected.square().mean().sqrt()
-            assert error < 6 * ERROR[dtype], f"{row=}: {error=}"
+            assert error < 6 * ATTENTION_ERROR[dtype], f"{row=}: {error=}"
         rings = self.keys, self.values
         assert all(map(torch.equal, rings, before)), "only the new token's slot is written"
 
@@ -172,7 +163,7 @@ SHAPES = {
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shape=st.fixed_dictionaries(SHAPES), many=st.booleans())
 def test_any_shape(shape, many):
-    with splits(many), interpreter():
+    with multiprocessors(many), interpreter():
         Case("cuda" if torch.cuda.is_available() else "cpu", torch.float32, **shape).check()
 
 
@@ -197,7 +188,7 @@ def test_agrees_with_prefill(dtype, device):
         for i in range(t)
     ])  # fmt: skip
     error = (out - expected).double().abs().max() / expected.double().square().mean().sqrt()
-    assert error < 6 * ERROR[dtype]
+    assert error < 6 * ATTENTION_ERROR[dtype]
     torch.testing.assert_close(ring[0][:, :, (t - 1) % slots], keys[:, :, -1], **TOLERANCE[dtype])
 
 

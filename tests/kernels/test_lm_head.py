@@ -4,8 +4,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import interpreter
 from kernel_checks import DTYPES
+from triton_interpreter import interpreter
 
 from gemma_fast.kernels import choose
 from gemma_fast.kernels.choose import choose_token, gumbel, gumbel_reference, philox_reference

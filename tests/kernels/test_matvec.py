@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_checks import DTYPES, strided
-from test_geglu import oracle as geglu_oracle
+from oracles import geglu_oracle
 from triton import knobs
 
 from gemma_fast.kernels import matvec

@@ -3,15 +3,16 @@ the cache, and each row's first ones may be left padding."""
 
 import pytest
 import torch
-from conftest import interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DTYPES
-from test_attention import ERROR, softmax_attention
-from test_decode_attention import SCALE, D, splits
+from kernel_checks import ATTENTION_ERROR, DTYPES, multiprocessors
+from oracles import softmax_attention
+from triton_interpreter import interpreter
 
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.decode_attention import split_attention
+
+D, SCALE = 32, 0.3
 
 
 def check(
@@ -48,7 +49,9 @@ def check(
             q[row, padding:].double(), k[row, seen], v[row, seen], at, seen, window, softcap, SCALE
         )
         error = (out[row, padding:].double() - expected).abs().max()
-        assert error / expected.square().mean().sqrt() < 6 * ERROR[dtype], f"{row=}: {error=}"
+        assert error / expected.square().mean().sqrt() < 6 * ATTENTION_ERROR[dtype], (
+            f"{row=}: {error=}"
+        )
 
 
 CASES = {
@@ -95,7 +98,7 @@ SHAPES = {
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shape=st.fixed_dictionaries(SHAPES), many=st.booleans())
 def test_any_shape(shape, many):
-    with splits(many), interpreter():
+    with multiprocessors(many), interpreter():
         check("cuda" if torch.cuda.is_available() else "cpu", torch.float32, **shape)
 
 

@@ -5,33 +5,16 @@ from copy import deepcopy
 
 import pytest
 import torch
-from twins import CONFIGS, random_model
+from twins import CONFIGS, close, left_padded, random_model
 
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.config import SLIDING
 from gemma_fast.model.cache import KVCache
 
-TOLERANCE = 1e-4  # of logits of a few units, in fp32
-
 
 def lengths(twins) -> list[int]:
     window = twins.config.sliding_window or 8
     return [1, window - 1, window, window + 1, 2 * window + 3]
-
-
-def close(actual, expected) -> None:
-    torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
-
-
-def left_padded(twins, counts: list[int]):
-    """Prompts of these lengths, alone and as one batch padded on the left."""
-    prompts = [twins.prompt(1, count, seed=count) for count in counts]
-    ids = torch.zeros(len(counts), max(counts), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, -prompt.shape[1] :] = prompt
-        mask[row, -prompt.shape[1] :] = 1
-    return prompts, ids, mask
 
 
 def test_logits_equal_transformers(twins):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from demo_answers import CONTINUATION, PROMPT, TOP_TEN
 
 from gemma_fast.benchmarks.model.transformers_model import transformers_model
 from gemma_fast.causal_lm import GemmaForCausalLM
@@ -9,14 +10,6 @@ from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.text.tokenizer import Tokenizer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-PROMPT = "I want to move"
-TOP_TEN = {
-    " to": 0.1956, " my": 0.1689, " the": 0.1013, " a": 0.0812, " from": 0.0644, " this": 0.0447,
-    " forward": 0.0267, " your": 0.0244, " some": 0.0217, " away": 0.0183,
-}  # fmt: skip
-CONTINUATION = (
-    " to a new country, but I don't know how to get there. I'm a 20-year-old college student who"
-)
 
 
 @pytest.fixture(scope="module", params=DEVICES)

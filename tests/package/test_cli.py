@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from test_real_weights import CONTINUATION, TOP_TEN
+from demo_answers import CONTINUATION, TOP_TEN
 
 from gemma_fast import cli
 from gemma_fast.cli import main

@@ -11,7 +11,7 @@ import pytest
 import torch
 from chat_checkpoint import FAMILIES, write_chat_checkpoint
 from model_cards import EXAMPLES, PRINT_STREAM
-from test_model import TOLERANCE
+from twins import TOLERANCE
 
 from gemma_fast import GemmaForCausalLM, TextIteratorStreamer, Tokenizer
 

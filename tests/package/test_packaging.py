@@ -103,16 +103,9 @@ def test_transformers_finds_the_package_kernels_from_here():
     assert file.endswith("__init__.py"), f"kernels is {file}, not the installed package"
 
 
-def test_import_is_quick_and_leaves_transformers_alone():
-    code = """
-import sys, time, torch
-start = time.perf_counter()
-import gemma_fast.causal_lm
-print(time.perf_counter() - start)
-assert not {"transformers", "torch._dynamo"} & set(sys.modules)
-"""
-    # A busy machine may be slow once, not thrice.
-    assert any(float(python("-c", code)) < 0.5 for _ in range(3))
+def test_import_leaves_slow_packages_alone():
+    code = "import sys, gemma_fast.causal_lm; print(*sys.modules)"
+    assert not {"transformers", "torch._dynamo"} & set(python("-c", code).split())
 
 
 def test_it_runs_without_triton():

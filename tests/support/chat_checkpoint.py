@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from test_chat import OFFICIAL_2, OFFICIAL_3
+from chat_templates import OFFICIAL
 from tiny_tokenizer import tiny_backend
 from transformers import PreTrainedTokenizerFast
 from twins import CONFIGS, random_transformers_model
@@ -20,6 +20,6 @@ def write_chat_checkpoint(path: Path, family: str = "gemma3") -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
         unk_token="<unk>", padding_side="left", model_input_names=["input_ids", "attention_mask"],
-        chat_template=OFFICIAL_3 if family == "gemma3" else OFFICIAL_2,
+        chat_template=OFFICIAL[family],
     ).save_pretrained(path)  # fmt: skip
     return path

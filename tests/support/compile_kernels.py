@@ -1,7 +1,7 @@
 """Compiles every kernel, as its launchers would launch it, for one GPU that need not be here.
 
-    python tests/compile_kernels.py 90
-    python tests/compile_kernels.py 90 --hash
+    python tests/support/compile_kernels.py 90
+    python tests/support/compile_kernels.py 90 --hash
 
 Prints a JSON object for each: kernel, registers, bytes of stack (spills) and of shared memory, how
 wide its loads are, its tensor-core instructions and what the assembler warns of. With --hash it
@@ -108,12 +108,12 @@ def compile_launch(kernel, args, kwargs, capability: int):
 
 def launch_all(dtype: torch.dtype) -> None:
     """Calls each op with the shapes of Gemma 1, 2 and 3, for prompts and for one token."""
-    launch_prompts(dtype)
-    memory = torch.empty(256_000 * 2304, dtype=dtype)  # never touched
+    memory = torch.empty(256_000 * 2304, dtype=dtype)  # never written, so it takes no memory
 
     def blank(*shape: int) -> Tensor:
         return memory[: math.prod(shape)].view(shape)
 
+    launch_prompts(dtype, blank)
     for name in ("gemma-2b", "gemma-2-2b", "gemma-3-270m")[2 * (dtype == torch.float32) :]:
         for batch in (1, 8):
             launch_step(PRESETS[name], batch, blank)
@@ -141,13 +141,13 @@ def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -
             softcap=config.final_logit_softcapping, prefetch=True,
         )  # fmt: skip
         choose.choose_token(
-            torch.zeros(batch, config.vocab_size), position, token, arrived, *choice
+            torch.empty(batch, config.vocab_size), position, token, arrived, *choice
         )
     qk_norm = blank(d) if config.qk_norm else None
     for slots in (512, 8192):
         ring = blank(batch, n, slots, d)
         decode_attention.decode_attention(
-            blank(batch, heads + 2 * n, d), ring, ring, *torch.zeros(2, slots, d // 2), position,
+            blank(batch, heads + 2 * n, d), ring, ring, *torch.empty(2, slots, d // 2), position,
             arrived, qk_norm, qk_norm, scale=1.0, window=config.window(0),
             softcap=config.attn_logit_softcapping, prefetch=True,
         )  # fmt: skip
@@ -158,19 +158,17 @@ def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -
             )  # fmt: skip
 
 
-def launch_prompts(dtype: torch.dtype) -> None:
-    weight = torch.zeros(5376, dtype=dtype)
+def launch_prompts(dtype: torch.dtype, blank: Callable[..., Tensor]) -> None:
+    weight = blank(5376)
     for dim in (640, 2048, 2304, 3072, 5376):
-        x = torch.zeros(2, dim, dtype=dtype)
+        x = blank(2, dim)
         rmsnorm.rms_norm(x, weight[:dim])
         rmsnorm.add_rms_norm(x, x, weight[:dim])
         rmsnorm.add_rms_norm(x, x, weight[:dim], weight[:dim])
     for rows in (1, 512):
-        geglu.geglu(*torch.zeros(rows, 32768, dtype=dtype).chunk(2, dim=-1))
-        geglu.geglu(*torch.zeros(2, rows, 6912, dtype=dtype))
-        geglu.gate_up_geglu(
-            torch.zeros(rows, 2048, dtype=dtype), torch.zeros(4096, 2048, dtype=dtype)
-        )
+        geglu.geglu(*blank(rows, 32768).chunk(2, dim=-1))
+        geglu.geglu(*blank(2, rows, 6912))
+        geglu.gate_up_geglu(blank(rows, 2048), blank(4096, 2048))
     for n, m, d, window, softcap, norm in (
         (1, 8, 256, None, None, False),  # Gemma 2B
         (16, 1, 256, None, None, False),  # 7B
@@ -183,10 +181,10 @@ def launch_prompts(dtype: torch.dtype) -> None:
         (1, 4, 32, None, None, False),
     ):
         for t, spare in ((2, 0), (128, 0), (128, 8), (8192, 0), (8192, 8)):
-            qkv = torch.zeros(1, t, n * m + 2 * n, d, dtype=dtype)
+            qkv = blank(1, t, n * m + 2 * n, d)
             q, k, v = qkv.split((n * m, n, n), dim=2)
-            keys, values = torch.zeros(2, 1, n, max(t, 128) + spare, d, dtype=dtype)
-            cos, sin = torch.zeros(2, 1, t, d // 2)
+            keys, values = blank(2, 1, n, max(t, 128) + spare, d)
+            cos, sin = torch.empty(2, 1, t, d // 2)
             start = torch.zeros(1, dtype=torch.int32)
             norm_weight = weight[:d] if norm else None
             rotary.rotary_write(k, v, keys, values, cos, sin, start, norm_weight)

@@ -1,7 +1,11 @@
-"""What the kernels' tests share: dtypes, tolerances, awkward layouts."""
+"""For the tests of kernels: dtypes, tolerances, GPUs that need not be here, strided rows."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from gemma_fast.kernels.launch import Gpu, as_on
 
 # The interpreter multiplies bf16 matrices as integers: bf16 is for a GPU.
 DTYPES = [torch.float32, torch.float16]
@@ -14,6 +18,17 @@ TOLERANCE = {
     torch.float16: {"rtol": 6e-4, "atol": 3e-6},
     torch.bfloat16: {"rtol": 4.5e-3, "atol": 3e-6},
 }
+# Relative to the RMS of the result: weights and rotated queries are rounded to the dtype.
+ATTENTION_ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+# Tensor descriptors; one multiprocessor, for the largest tiles, or so many that tiles are halved.
+HOPPERS = {"one": Gpu(90, 232_448, 1), "132": Gpu(90, 232_448, 132)}
+MANY_MULTIPROCESSORS = Gpu(80, 232_448, 132)  # below 90: the interpreter knows no prefetch
+
+
+def multiprocessors(many: bool) -> AbstractContextManager[None]:
+    """Within it decode attention has many splits, or few; on a GPU as many as that has."""
+    return as_on(MANY_MULTIPROCESSORS) if many and not torch.cuda.is_available() else nullcontext()
 
 
 def strided(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:

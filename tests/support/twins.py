@@ -20,6 +20,7 @@ from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.config import GemmaConfig
 from gemma_fast.reference import Reference
 
+TOLERANCE = 1e-4  # of logits of a few units, in fp32
 _SHARED = {
     "vocab_size": 199, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 88,
@@ -65,6 +66,21 @@ class Twins:
     def prompt(self, batch: int, tokens: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(3, self.config.vocab_size, (batch, tokens), generator=generator)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
+
+
+def left_padded(twins: Twins, counts: list[int]):
+    """Prompts of these lengths, alone and as one batch padded on the left."""
+    prompts = [twins.prompt(1, count, seed=count) for count in counts]
+    ids = torch.zeros(len(counts), max(counts), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, -prompt.shape[1] :] = prompt
+        mask[row, -prompt.shape[1] :] = 1
+    return prompts, ids, mask
 
 
 def random_model(

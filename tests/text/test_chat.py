@@ -1,65 +1,12 @@
 """Chat turns: against transformers' rendering of the official templates, and under attack."""
 
 import pytest
+from chat_templates import OFFICIAL
 from tiny_tokenizer import tiny_backend, write_tokenizer
 
 from gemma_fast.text.jinja_template import JinjaTemplate
 from gemma_fast.text.tokenizer import Tokenizer
 
-# As published with Gemma 1 and 2, and with Gemma 3 (less its branch for images).
-OFFICIAL_2 = """\
-{{ bos_token }}{% if messages[0]['role'] == 'system' %}\
-{{ raise_exception('System role not supported') }}{% endif %}\
-{% for message in messages %}\
-{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
-{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}\
-{% endif %}\
-{% if (message['role'] == 'assistant') %}{% set role = 'model' %}\
-{% else %}{% set role = message['role'] %}{% endif %}\
-{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}\
-{% endfor %}\
-{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"""
-OFFICIAL_3 = """\
-{{ bos_token }}
-{%- if messages[0]['role'] == 'system' -%}
-    {%- if messages[0]['content'] is string -%}
-        {%- set first_user_prefix = messages[0]['content'] + '\n\n' -%}
-    {%- else -%}
-        {%- set first_user_prefix = messages[0]['content'][0]['text'] + '\n\n' -%}
-    {%- endif -%}
-    {%- set loop_messages = messages[1:] -%}
-{%- else -%}
-    {%- set first_user_prefix = "" -%}
-    {%- set loop_messages = messages -%}
-{%- endif -%}
-{%- for message in loop_messages -%}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-        {{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
-    {%- endif -%}
-    {%- if (message['role'] == 'assistant') -%}
-        {%- set role = "model" -%}
-    {%- else -%}
-        {%- set role = message['role'] -%}
-    {%- endif -%}
-    {{ '<start_of_turn>' + role + '\n' + (first_user_prefix if loop.first else "") }}
-    {%- if message['content'] is string -%}
-        {{ message['content'] | trim }}
-    {%- elif message['content'] is iterable -%}
-        {%- for item in message['content'] -%}
-            {%- if item['type'] == 'text' -%}
-                {{ item['text'] | trim }}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- else -%}
-        {{ raise_exception("Invalid content type") }}
-    {%- endif -%}
-    {{ '<end_of_turn>\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{'<start_of_turn>model\n'}}
-{%- endif -%}
-"""
-OFFICIAL = {"gemma": OFFICIAL_2, "gemma2": OFFICIAL_2, "gemma3": OFFICIAL_3}
 FAMILIES = tuple(OFFICIAL)
 
 

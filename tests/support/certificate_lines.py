@@ -1,0 +1,41 @@
+"""Lines of the certificate of the CPU path and of a tiny model; a mistake that they must show."""
+
+import torch
+import torch.nn.functional as F
+from twins import CONFIGS
+
+from gemma_fast.benchmarks.verify import model as verify_model
+from gemma_fast.benchmarks.verify.certificate import CPU_PATH, Line
+from gemma_fast.benchmarks.verify.kernels import check_kernels
+from gemma_fast.checkpoint.random import RandomCheckpoint
+
+CPU = torch.device("cpu")
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def kernels(*dtypes) -> dict[tuple[str, str], Line]:
+    return {(x.check, x.dtype): x for x in check_kernels(CPU, dtypes, CPU_PATH)}
+
+
+def failed(lines) -> set[str]:
+    return {x.check for x in lines if not x.ok}
+
+
+class Loud(RandomCheckpoint):
+    """Weights that let attention and MLP count for as much as the embedding."""
+
+    def _read(self, name, out):
+        super()._read(name, out)
+        out.mul_(10)
+
+
+def model_lines(name="gemma3-gqa", dtypes=(FP32,), other=None) -> dict[str, Line]:
+    other = other or verify_model.rival()
+    checkpoint = Loud(CONFIGS[name])
+    ids = verify_model.text_ids(checkpoint, 24)
+    lines = verify_model.check_model(checkpoint, ids, dtypes, 24, other)
+    return {f"{x.check.split(',')[0]} {x.dtype}": x for x in lines}
+
+
+def exact_gelu(gate, up):
+    return (F.gelu(gate.float()) * up.float()).to(gate.dtype)

@@ -1,0 +1,42 @@
+"""Oracles of the kernels in plain fp64, written without them."""
+
+import math
+
+import torch
+
+
+def geglu_oracle(gate_up):
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    z = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    return gate / 2 * (1 + torch.tanh(z)) * up
+
+
+def angles(start, t, d=32):
+    positions = start.unsqueeze(1) + torch.arange(t, device=start.device)
+    i = torch.arange(0, d, 2, device=start.device)
+    angle = positions.unsqueeze(2).float() * 100.0 ** (-i / d)
+    return angle.cos(), angle.sin()
+
+
+def turned(x, positions, weight):
+    """x :: [t, heads, d] at positions :: [t], normalised and rotated, in fp64."""
+    x = x.double()
+    if weight is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight.double())
+    i, d = torch.arange(0, x.shape[-1], 2, device=x.device), x.shape[-1]
+    angle = (positions.unsqueeze(1).float() * 100.0 ** (-i / d)).double().unsqueeze(1)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()), -1)
+
+
+def softmax_attention(q, k, v, q_positions, k_positions, window, softcap, scale):
+    """q :: [t, heads, d], k, v :: [s, n, d], turned already; positions say who sees whom."""
+    m = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(m, dim=1) for x in (k, v))
+    scores = torch.einsum("thd,shd->hts", q, k) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = q_positions.unsqueeze(1) - k_positions.unsqueeze(0)
+    hidden = (distance < 0) | (distance >= (window or 1 << 30))
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hts,shd->thd", weights, v)
