@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,32 @@ def test_rows_do_not_see_each_other(twins):
         assert torch.equal(row[-6:], alone[0, -6:])
 
 
+@pytest.mark.parametrize("kernels", [False, True], ids=["reference", "kernels"])
+def test_texts_with_different_settings_share_a_step(kernels):
+    """Each row has the tokens that it has where all rows have its settings."""
+    model, ids = random_model(CONFIGS["gemma2-gqa"]), torch.arange(3, 38).view(5, 7)
+    texts = [
+        Sampling(), Sampling(do_sample=True, temperature=2.0, seed=3),
+        Sampling(do_sample=True, temperature=3.0, top_k=9, seed=4),
+        Sampling(do_sample=True, temperature=3.0, top_p=0.8, min_p=0.01, seed=5),
+        Sampling(repetition_penalty=1.5),
+    ]  # fmt: skip
+
+    def written(texts):
+        decoder, tokens = Decoder(model, 5, 32), []
+        decoder.prefill(ids, None, texts)
+        for _ in range(4):
+            tokens.append(decoder.token.clone())
+            decoder.step()
+        return torch.stack(tokens, dim=1)
+
+    with interpreter() if kernels else nullcontext():
+        mixed = written(texts)
+    for row, text in enumerate(texts):
+        assert torch.equal(mixed[row], written([text] * 5)[row]), text
+    assert not torch.equal(mixed, written([]))
+
+
 @pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
 def test_the_second_step_is_captured_and_then_replayed(options, graphs):
     model, other = (random_model(CONFIGS["gemma3-gqa"]) for _ in range(2))
@@ -107,17 +134,14 @@ def test_a_text_ends_one_step_ahead(graphs):
 @pytest.mark.parametrize("batch", [1, 3, 8, 20], ids=str)
 @pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
 @pytest.mark.parametrize("config", list(CONFIGS))
-def test_graphs_give_the_tokens_of_eager_steps(config, options, batch, monkeypatch):
+def test_graphs_give_the_tokens_of_eager_steps(config, options, batch):
     """Of which each kernel waits for the one ahead."""
     model = random_model(CONFIGS[config]).cuda()
     ids = torch.randint(3, 199, (batch, 5), device="cuda")
     decoder = Decoder(model, batch, 40)
     decoder.asynchronous = False
     with as_on(Gpu(80, 101_376, 132)):
-        decoder.prefill(
-            ids, None, Sampling(**{k: v for k, v in options.items() if k != "seed"}),
-            options.get("seed", 0),
-        )  # fmt: skip
+        decoder.prefill(ids, None, [Sampling(**options)] * batch)
         expected = [decoder.token.clone()]
         for _ in range(11):
             decoder.step()

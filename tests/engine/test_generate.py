@@ -7,7 +7,7 @@ import torch
 from twins import left_padded
 
 from gemma_fast.engine import decoder
-from gemma_fast.engine.sampling import Sampling
+from gemma_fast.engine.sampling import Sampler
 
 NEVER = {"eos_token_id": []}
 
@@ -154,13 +154,13 @@ def test_a_stop_string_of_many_tokens(twins):
 
 def test_the_repetition_penalty_sees_prompt_and_text(twins, monkeypatch):
     """And nothing of the row beside, nor of the text before."""
-    seen, penalised = [], Sampling.penalised
+    seen, process = [], Sampler._process
 
-    def spy(self, logits, mask):
-        seen.append([set(row.nonzero().flatten().tolist()) for row in mask])
-        return penalised(self, logits, mask)
+    def spy(self, logits):
+        seen.append([set(row.nonzero().flatten().tolist()) for row in self._seen])
+        return process(self, logits)
 
-    monkeypatch.setattr(Sampling, "penalised", spy)
+    monkeypatch.setattr(Sampler, "_process", spy)
     for seed in (0, 1):
         seen.clear()
         ids = twins.prompt(2, 5, seed)

@@ -1,32 +1,49 @@
 """Sampling against transformers' logits processors, and its ranges."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from gemma_fast.engine.sampling import Sampling
+from gemma_fast.engine.sampling import Sampler, Sampling
+from gemma_fast.kernels.choose import choose_token
 
 
 def logits(batch: int = 4, vocab: int = 50) -> torch.Tensor:
     return 3 * torch.randn(batch, vocab, generator=torch.Generator().manual_seed(0))
 
 
+def sampler_of(sampling: Sampling, batch: int, vocab: int, seen=None) -> Sampler:
+    """All rows with these settings, and seed 1. seen :: [b, n], ids for the penalty."""
+    sampler = Sampler(batch, vocab, "cpu")
+    sampler.set([replace(sampling, seed=1)] * batch)
+    if seen is not None:
+        sampler.read(seen)
+    return sampler
+
+
+def processed(sampling: Sampling, logits: torch.Tensor, seen=None) -> torch.Tensor:
+    return sampler_of(sampling, *logits.shape, seen).process(logits)
+
+
 def choose(sampling: Sampling, logits: torch.Tensor, seen=None, position=None) -> torch.Tensor:
+    """As Gemma.step chooses from logits."""
     b = len(logits)
     if position is None:
         position = torch.zeros(b, dtype=torch.int32)
-    token, arrived = torch.zeros(b, dtype=torch.int64), torch.zeros(b, dtype=torch.int32)
-    temperature, seed = torch.full((1,), sampling.temperature), torch.tensor([1])
-    sampling.choose(logits, seen, position, token, arrived, temperature, seed)
-    return token
+    sampler, arrived = sampler_of(sampling, *logits.shape, seen), torch.zeros(b, dtype=torch.int32)
+    if sampler.process:
+        logits = sampler.process(logits)
+    choose_token(logits, position, sampler.token, arrived, sampler.temperature, sampler.seed)
+    return sampler.token
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        ({"temperature": 0.7}, [hf.TemperatureLogitsWarper(0.7)]),
+        ({"temperature": 0.7, "top_k": 50}, [hf.TemperatureLogitsWarper(0.7)]),
         ({"top_k": 5}, [hf.TopKLogitsWarper(5)]),
         ({"top_k": 500}, []),
         ({"top_k": 500, "top_p": 0.6}, [hf.TopPLogitsWarper(0.6)]),
@@ -53,43 +70,60 @@ def test_filters_equal_transformers(ours, theirs):
     expected = logits()
     for process in theirs:
         expected = process(None, expected)
-    sampling = Sampling(do_sample=True, **ours)
-    for temperature in (sampling.temperature, torch.full((1,), sampling.temperature)):
-        torch.testing.assert_close(sampling.filtered(logits(), temperature), expected)
+    torch.testing.assert_close(processed(Sampling(do_sample=True, **ours), logits()), expected)
+
+
+def test_each_row_has_its_filters():
+    rows = [
+        Sampling(do_sample=True, top_k=5), Sampling(do_sample=True, top_p=0.6, temperature=1.7),
+        Sampling(do_sample=True, min_p=0.2), Sampling(top_k=3), Sampling(do_sample=True),
+        Sampling(do_sample=True, repetition_penalty=1.8, top_k=9),
+    ]  # fmt: skip
+    given, seen = logits(len(rows)), torch.arange(12).view(6, 2)
+    sampler = Sampler(*given.shape, "cpu")
+    sampler.set(rows)
+    sampler.read(seen)
+    found = sampler.process(given)
+    for row, sampling in enumerate(rows):
+        alone = sampler_of(sampling, 1, 50, seen[row : row + 1])
+        one = given[row : row + 1]
+        expected = alone.process(one) if alone.process else one
+        if sampling.do_sample:
+            torch.testing.assert_close(found[row : row + 1], expected, rtol=0, atol=0)
+        assert torch.equal(found[row].argmax(), expected.argmax())
+    assert sampler.temperature.tolist() == [1, 1, 1, 0, 1, 1]
 
 
 def test_filters_keep_what_is_as_likely_as_the_last():
     """As transformers' top-k does; its top-p keeps any of equal tokens."""
     given = torch.tensor([[3.0, 1.0, 1.0, 0.0, 1.0]]).bfloat16()
     for filters in ({"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 3, "top_p": 0.9}):
-        kept = Sampling(do_sample=True, **filters).filtered(given, 1.0).isfinite()
+        kept = processed(Sampling(do_sample=True, **filters), given).isfinite()
         assert kept.tolist() == [[True, True, True, False, True]]
     expected = hf.TopKLogitsWarper(2)(None, given)
-    assert torch.equal(Sampling(do_sample=True, top_k=2).filtered(given, 1.0), expected)
+    assert torch.equal(processed(Sampling(do_sample=True, top_k=2), given), expected)
 
 
 def test_repetition_penalty_equals_transformers():
     for given in (logits(), logits() - 20):  # positive and negative at the top
         ids = given.topk(3).indices
-        seen = torch.zeros_like(given, dtype=torch.bool).scatter_(1, ids, True)
         sampling = Sampling(repetition_penalty=1.8)
         expected = hf.RepetitionPenaltyLogitsProcessor(1.8)(ids, given.clone())
-        torch.testing.assert_close(sampling.penalised(given, seen), expected)
+        torch.testing.assert_close(processed(sampling, given, ids), expected)
         assert (expected.argmax(-1) != ids[:, 0]).any()
-        assert torch.equal(choose(sampling, given, seen), expected.argmax(-1))
+        assert torch.equal(choose(sampling, given, ids), expected.argmax(-1))
 
 
 def test_the_penalty_is_not_rounded_to_bf16():
     """10 / 1.004 is 9.96, above 9.9375; in bf16 the two would be one."""
     close = torch.tensor([[9.9375, 10.0]]).bfloat16()
-    seen = torch.tensor([[False, True]])
-    assert choose(Sampling(repetition_penalty=1.004), close, seen) == 1
+    assert choose(Sampling(repetition_penalty=1.004), close, torch.tensor([[1]])) == 1
 
 
 def test_top_p_keeps_no_more_than_it_needs():
     """Half the probability is what the first token has: the second is not needed."""
     halves = torch.tensor([[2.0, 1.0, 0.0, 0.0]]) * math.log(2)  # 1/2, 1/4, 1/8, 1/8
-    kept = Sampling(do_sample=True, top_p=0.5).filtered(halves, 1.0).isfinite()
+    kept = processed(Sampling(do_sample=True, top_p=0.5), halves).isfinite()
     assert kept.tolist() == [[True, False, False, False]]
 
 
@@ -103,7 +137,7 @@ def test_draws_follow_the_probabilities():
     sampling, draws = Sampling(do_sample=True, temperature=2.0, top_k=4), 20_000
     position = torch.arange(draws, dtype=torch.int32)
     drawn = choose(sampling, logits(1, 10).expand(draws, -1), position=position)
-    expected = draws * sampling.filtered(logits(1, 10), 2.0).softmax(-1)[0]
+    expected = draws * processed(sampling, logits(1, 10)).softmax(-1)[0]
     found, kept = drawn.bincount(minlength=10), expected > 0
     assert kept.sum() == 4 and found[~kept].sum() == 0
     assert ((found - expected).square() / expected)[kept].sum() < 16.3
@@ -119,30 +153,38 @@ def test_logits_that_are_not_finite(filters):
     given = logits(5)
     given[0, 3], given[1, 2], given[2] = float("nan"), float("inf"), float("-inf")
     given[3, 1:] = float("-inf")
-    seen = torch.ones_like(given, dtype=torch.bool)
+    seen = torch.arange(50).expand(5, -1)
     token = choose(Sampling(**{"do_sample": True, **filters}), given, seen).tolist()
     assert token[:4] == [-1, -1, -1, 0] and token[4] >= 0
 
 
-def test_when_logits_are_needed():
+def test_when_logits_are_processed():
+    def processes(**options) -> bool:
+        return sampler_of(Sampling(**options), 2, 9).process is not None
+
     for options in ({}, {"do_sample": True, "temperature": 2.0}, {"top_k": 3, "top_p": 0.5}):
-        assert not Sampling(**options).needs_logits
+        assert not processes(**options)
     for options in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}):
-        assert Sampling(do_sample=True, **options).needs_logits
+        assert processes(do_sample=True, **options)
     for do_sample in (False, True):
-        assert Sampling(do_sample=do_sample, repetition_penalty=1.1).needs_logits
+        assert processes(do_sample=do_sample, repetition_penalty=1.1)
 
 
 def test_what_a_graph_depends_on():
-    greedy = Sampling().graph_key
-    assert Sampling(temperature=2.0, top_k=5).graph_key == greedy
-    assert Sampling(repetition_penalty=1.1).graph_key != greedy
-    drawn = Sampling(do_sample=True, top_k=5)
-    assert Sampling(do_sample=True, top_k=5, temperature=2.0).graph_key == drawn.graph_key
-    for other in ({"top_k": 6}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 1.1}):
-        key = Sampling(**{"do_sample": True, "top_k": 5, **other}).graph_key
-        assert key not in (greedy, drawn.graph_key)
-        assert hash(key) is not None
+    """How much of the vocabulary is ordered, and whether tokens are drawn or penalised."""
+
+    def key(**options):
+        return sampler_of(Sampling(**options), 2, 9).graph_key
+
+    assert key(temperature=2.0, top_k=5) == key()
+    keys = [
+        key(), key(repetition_penalty=1.1), key(do_sample=True), key(do_sample=True, min_p=0.1),
+        key(do_sample=True, top_k=5), key(do_sample=True, top_k=6), key(do_sample=True, top_p=0.9),
+        key(do_sample=True, top_k=5, repetition_penalty=1.1),
+    ]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+    for other in ({"temperature": 2.0}, {"top_p": 0.9}, {"min_p": 0.1}):
+        assert key(do_sample=True, top_k=5, **other) == key(do_sample=True, top_k=5)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import ATTENTION_ERROR, DTYPES, multiprocessors, TOLERANCE
+from kernel_checks import ATTENTION_ERROR, DTYPES, TOLERANCE, multiprocessors
 from oracles import angles, softmax_attention, turned
 from triton_interpreter import interpreter
 

@@ -183,7 +183,7 @@ def check_compiled(model, backend):
     ids = torch.randint(3, model.config.vocab_size, (2, 12))
 
     def step(ids, cache):
-        return model.logits(*model.hidden_states(ids, cache))
+        return model.logits(model.hidden_states(ids, cache))
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend=backend)

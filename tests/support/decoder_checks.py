@@ -12,10 +12,12 @@ SAMPLINGS = {
 
 
 class Graph:
-    """Stands in for a CUDA graph: what is recorded is run when it is replayed."""
+    """Stands in for a CUDA graph: what is recorded is run when it is replayed. Made as
+    Decoder._capture makes one, with the step counted."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder, self.replays = decoder, 0
+        decoder.cache.count(1)
 
     def replay(self) -> None:
         self.decoder.cache.count(-1)  # a graph counts nothing on the host, `_step` does

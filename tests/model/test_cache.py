@@ -1,0 +1,88 @@
+"""KVCache: rows of it are caches too, and it owns what it counts."""
+
+import pytest
+import torch
+from twins import CONFIGS, random_model
+
+from gemma_fast.model.cache import KVCache
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CONFIGS["gemma3-gqa"])
+
+
+def read(model, ids, cache):
+    """The logits after the last token."""
+    cache.reserve(ids.shape[1])
+    return model.logits(model.hidden_states(ids, cache).last(1))[:, 0]
+
+
+@torch.no_grad()
+def test_texts_that_join_at_different_times_decode_together(model):
+    """Row 1 joins while row 2 has 9 tokens already; row 0 is never used."""
+    cache = model.new_cache(3, 64)
+    first, second = torch.arange(3, 12).unsqueeze(0), torch.arange(40, 64).unsqueeze(0)
+    read(model, first, cache.rows(2))
+    assert (cache.rows(2).length, cache.rows(1).length, cache.length) == (9, 0, 9)
+    read(model, second, cache.rows(slice(1, 2)))
+    assert cache.length == 24 and cache.next_position.tolist() == [0, 24, 9]
+    token = torch.tensor([[5], [6], [7]])
+    both = read(model, token, cache)
+    assert cache.next_position.tolist() == [1, 25, 10]
+    for row, ids in ((1, second), (2, first)):
+        whole = torch.cat((ids, token[row : row + 1]), dim=1)
+        expected = model(whole, logits_to_keep=1).logits[0, 0]
+        torch.testing.assert_close(both[row], expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_row_that_leaves_is_empty_and_the_others_stay(model):
+    cache = model.new_cache(2, 32)
+    ids = torch.arange(3, 17).view(2, 7)
+    read(model, ids, cache)
+    cache.rows(0).clear()
+    assert (cache.rows(0).length, cache.rows(1).length) == (0, 7)
+    assert not cache.keys[0][0].any() and cache.keys[0][1].any()
+    read(model, ids[:1, :3], cache.rows(0))
+    assert cache.next_position.tolist() == [3, 7]
+
+
+def test_what_a_replayed_graph_did_is_counted(model):
+    cache = model.new_cache(2, 32)
+    cache.advance(5)
+    cache.rows(1).count(2)
+    assert (cache.rows(0).length, cache.length) == (5, 7)
+    assert cache.next_position.tolist() == [5, 5]
+
+
+def test_a_pass_that_fails_leaves_its_rows_stale(model):
+    cache = model.new_cache(2, 32)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        cache.rows(1).unfinished("the first reason"),
+        cache.rows(1).unfinished("a reason within"),
+    ):
+        raise KeyboardInterrupt
+    assert cache.stale == cache.rows(1).stale == "the first reason"
+    assert cache.rows(0).stale is None
+    cache.rows(0).reserve(3)
+    with pytest.raises(ValueError, match="cannot be continued, the first reason: start with a new"):
+        cache.reserve(3)
+    cache.rows(1).clear()
+    assert cache.stale is None
+
+
+def test_a_cache_that_grows_has_no_rows(model):
+    with pytest.raises(AssertionError, match="a cache that grows"):
+        KVCache(model.config, 2, 32, dtype=torch.float32, grows=True).rows(0)
+
+
+def test_caches_of_a_model_share_its_angles(model):
+    first, second = model.new_cache(1, 64), model.new_cache(2, 40)
+    for kind, tables in first.angles.items():
+        assert all(x is y for x, y in zip(tables, second.angles[kind], strict=True))
+    longer = model.new_cache(1, 100)
+    for kind, (cos, _) in longer.angles.items():
+        assert len(cos) == 100
+        assert torch.equal(cos[:64], first.angles[kind][0])
