@@ -1,6 +1,6 @@
-"""transformers' keywords that have one meaning here, so that its callers change only an import.
+"""transformers' keywords that are accepted but change nothing, so that callers change one import.
 
-A table per call: keyword → the values that ask for what is done anyway, and the way out for others.
+One table per call: keyword → the values that ask for what is done anyway, and advice for others.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class _Any:
-    """Contains everything: for keywords that cannot change what the caller gets."""
+    """Contains every value: for keywords that cannot change the result."""
 
     def __contains__(self, value: object) -> bool:
         return True
@@ -87,8 +87,8 @@ TOKENIZER: Table = {
 
 
 def check_keywords(call: str, given: Mapping[str, Any], table: Table) -> None:
-    """TypeError, naming the keyword, for one that is in no table or asks for something else.
-    None asks for nothing."""
+    """TypeError, with the keyword, if it is not in the table or its value is not supported. None is
+    always accepted."""
     for name, value in given.items():
         if name not in table:
             raise TypeError(f"{call} got an unexpected keyword argument {name!r}")

@@ -2,8 +2,8 @@
 
     PRESETS["gemma-2b"]  # one of the ten published sizes; config_files.py reads a checkpoint's
 
-Field names are transformers'. Every field is range-checked when a config is made: a ValueError
-names the field, its value and what is allowed, so nothing absurdly large is allocated from it.
+Field names are transformers'. Creating a config checks the range of every field, so that nothing
+absurdly large is allocated. The ValueError has the field, its value and the allowed range.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ SHAPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class GemmaConfig:
-    """What a Gemma of any family is made of.
+    """Config of a Gemma of any family.
 
-    The families differ only in what is set here: Gemma 2 has soft caps; Gemma 2 and 3 mix layers
-    that see a window with layers that see everything (`layer_types`), and normalise what attention
-    and MLP give back (`post_norms`); Gemma 3 also normalises queries and keys (`qk_norm`).
+    The families differ only in these fields. Gemma 2 has soft caps. Gemma 2 and 3 mix windowed and
+    full layers (`layer_types`) and normalise the outputs of attention and MLP (`post_norms`).
+    Gemma 3 also normalises queries and keys (`qk_norm`).
     """
 
     model_type: str  # "gemma" | "gemma2" | "gemma3"
@@ -77,12 +77,12 @@ class GemmaConfig:
     max_position_embeddings: int
     query_pre_attn_scalar: float  # attention scores are scaled by its -0.5th power
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e4  # of layers that see everything
-    rope_local_base_freq: float = 1e4  # of layers that see a window
-    rope_scaling_factor: float = 1.0  # divides the positions, on layers that see everything
+    rope_theta: float = 1e4  # of full layers
+    rope_local_base_freq: float = 1e4  # of windowed layers
+    rope_scaling_factor: float = 1.0  # divides the positions on full layers
     sliding_window: int | None = None  # keys a token sees on a windowed layer, itself included
     layer_types: tuple[str, ...] = ()
-    sliding_window_pattern: InitVar[int | None] = None  # n: each nth layer sees everything
+    sliding_window_pattern: InitVar[int | None] = None  # n: every nth layer is full
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     bos_token_id: int = 2
@@ -115,20 +115,21 @@ class GemmaConfig:
 
     @property
     def post_norms(self) -> bool:
-        """Whether what attention and MLP give back is normalised before it joins the residual."""
+        """Whether outputs of attention and MLP are normalised before they are added to the
+        residual."""
         return self.model_type != "gemma"
 
     @property
     def qk_norm(self) -> bool:
-        """Whether queries and keys are normalised, over head_dim, before they are rotated."""
+        """Whether queries and keys are normalised over head_dim before the rotary embedding."""
         return self.model_type == "gemma3"
 
     def window(self, layer: int) -> int | None:
-        """How many keys a token of this layer sees, itself included; None where it sees all."""
+        """Number of keys that a token sees on this layer, itself included; None on a full layer."""
         return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The checkpoint's tensors: name → shape, in the order in which the model uses them."""
+        """Name → shape of the checkpoint's tensors, in the order of their use."""
         hidden, ffn, d = self.hidden_size, self.intermediate_size, self.head_dim
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
         layer: dict[str, tuple[int, ...]] = {

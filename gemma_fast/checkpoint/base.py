@@ -1,4 +1,4 @@
-"""Checkpoint: named tensors that are not loaded yet, and what is known about them.
+"""Checkpoint: a text model's config and named tensors, before they are loaded.
 
     checkpoint = open_checkpoint("google/gemma-3-270m")
     checkpoint.config, checkpoint.dtype, checkpoint.shapes
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gemma_fast.config import GemmaConfig
 
-# How transformers' classes name the text model's tensors, and the others beside them.
+# Names in transformers' classes: prefix of the text model in a multimodal one, vision, lm_head.
 MULTIMODAL_PREFIX = re.compile(r"^(language_model\.model|model\.language_model)\.")
 NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 TIED_HEAD = re.compile(r"((model\.)?language_model\.)?lm_head\.weight$")
@@ -51,7 +51,8 @@ class Checkpoint(ABC):
     files: dict[str, Path]
 
     def check(self) -> None:
-        """ValueError, naming file and tensor, unless the tensors are those the config asks for."""
+        """ValueError, with file and tensor, if one is missing, unknown or of another shape than in
+        the config."""
         expected = self.config.tensor_shapes()
         for name, shape in expected.items():
             if name not in self.shapes:
@@ -67,9 +68,9 @@ class Checkpoint(ABC):
 
     @torch.no_grad()
     def copy(self, name: str, out: Tensor) -> None:
-        """Read one tensor into `out`: of the same shape, of any float dtype, on any device.
+        """Reads one tensor into `out`, which has its shape, any float dtype, any device.
 
-        On the host it takes no more than the tensor as stored and a block of it converted.
+        Takes host memory for the stored tensor and one converted block.
         """
         assert out.shape == self.shapes[name], f"{name}: {out.shape=} is not {self.shapes[name]}"
         self._read(name, out)
@@ -81,7 +82,7 @@ class Checkpoint(ABC):
 def parse_config(
     path: Path, parse: Callable[[dict[str, Any]], GemmaConfig], content: dict[str, Any]
 ) -> GemmaConfig:
-    """`parse(content)`; its ValueError names the file."""
+    """`parse(content)`, with the path in its ValueError."""
     try:
         return parse(content)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""What a checkpoint says → GemmaConfig: config.json in its old and new spelling, and GGUF.
+"""config.json (old and new spelling) or GGUF metadata → GemmaConfig.
 
-Both are untrusted: what is missing, of a wrong type or out of range, and what this model does not
-compute, is a ValueError that names the field.
+Both are untrusted. A field that is missing, of a wrong type, out of range, or that asks for another
+computation than this model's raises a ValueError with its name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_fast.config import FAMILIES, FULL, SHAPES, SLIDING, GemmaConfig
 
-# The shapes that transformers assumes where a config.json leaves them out.
+# transformers' defaults for shapes that a config.json leaves out, in the order of SHAPES.
 DEFAULT_SHAPES = {
     "gemma": (256_000, 3072, 28, 16, 16, 256, 24576),
     "gemma2": (256_000, 2304, 26, 8, 4, 256, 9216),
@@ -33,9 +33,9 @@ GGUF_KEYS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-# What a multimodal config.json may say outside its text_config.
+# Fields that a multimodal config.json may have outside its text_config.
 TOP_LEVEL = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
-# Fields that would ask for another computation than the model's.
+# Fields with the only value that this model computes.
 VARIANTS = {
     "attention_bias": False,
     "tie_word_embeddings": True,
@@ -44,8 +44,9 @@ VARIANTS = {
 
 
 def config_from_json(config: Mapping[str, Any]) -> GemmaConfig:
-    """From a `config.json`. A multimodal Gemma 3 keeps the text model's under `text_config`,
-    with most fields left out. ValueError: not a Gemma, or one that this model cannot run."""
+    """From the content of a config.json. A multimodal Gemma 3 has the text model's fields under
+    `text_config`, most of them left out. ValueError: no Gemma, or a variant that is not supported.
+    """
     if not isinstance(config, Mapping):
         raise ValueError(f"a config must be an object, not a {type(config).__name__}")
     family = str(config.get("model_type")).removesuffix("_text")
@@ -58,7 +59,7 @@ def config_from_json(config: Mapping[str, Any]) -> GemmaConfig:
     _refuse_variants(given)
     values = dict(zip(SHAPES, DEFAULT_SHAPES[family], strict=True)) | FAMILIES[family]
     for name in {f.name for f in fields(GemmaConfig)} | {"sliding_window_pattern"}:
-        value = given.get(name, given.get(f"_{name}"))  # _: as some versions save it
+        value = given.get(name, given.get(f"_{name}"))  # some versions save it with a _
         if value is not None or (name in given and name.endswith("softcapping")):
             values[name] = tuple(value) if isinstance(value, list) else value
     if family == "gemma":
@@ -68,8 +69,8 @@ def config_from_json(config: Mapping[str, Any]) -> GemmaConfig:
 
 
 def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
-    """From a GGUF file's metadata. What GGUF does not store follows from the architecture, as in
-    llama.cpp: the layer pattern, the local theta, query_pre_attn_scalar."""
+    """From a GGUF file's metadata. GGUF does not store the layer pattern, the local theta and
+    query_pre_attn_scalar: they follow from the architecture, as in llama.cpp."""
     family = metadata.get("general.architecture")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"general.architecture {family!r} is not one of {', '.join(FAMILIES)}")
@@ -102,7 +103,7 @@ def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
 
 
 def _refuse_variants(given: Mapping[str, Any]) -> None:
-    """Gemmas that this model would compute wrongly: better refused by name."""
+    """ValueError for a variant that this model would compute wrongly."""
     activation = given.get("hidden_activation") or given.get("hidden_act") or "gelu"
     # Gemma 1 configs say "gelu" where the model means its tanh approximation
     if activation not in ("gelu", "gelu_pytorch_tanh"):
@@ -113,8 +114,8 @@ def _refuse_variants(given: Mapping[str, Any]) -> None:
 
 
 def _rope(given: Mapping[str, Any], family: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Thetas and scaling from `rope_parameters` (new), or rope_theta, rope_local_base_freq and
-    rope_scaling (old)."""
+    """Thetas and scaling, from `rope_parameters` (new spelling) or from rope_theta,
+    rope_local_base_freq and rope_scaling (old)."""
     new = given.get("rope_parameters") or {}
     per_layer = isinstance(new, Mapping) and (FULL in new or SLIDING in new)
     full = (new.get(FULL) if per_layer else new) or {}

@@ -13,7 +13,7 @@ from gemma_fast.checkpoint.base import Checkpoint, parse_config
 from gemma_fast.checkpoint.config_files import config_from_gguf
 from gemma_fast.checkpoint.gguf_reader import GGUFFile, read_rows
 
-BLOCK = 1 << 20  # elements dequantized at a time: they stay in the cache
+BLOCK = 1 << 20  # elements dequantized at a time, few enough for the CPU's cache
 
 MODEL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -41,11 +41,11 @@ GEMMA_3_NAMES = GEMMA_2_NAMES | {
 }
 LAYER_NAMES = {"gemma": GEMMA_1_NAMES, "gemma2": GEMMA_2_NAMES, "gemma3": GEMMA_3_NAMES}
 LAYER_TENSOR = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.weight")
-IGNORED = ("rope_freqs.weight", "output.weight")  # not weights; tied to the embedding
+IGNORED = ("rope_freqs.weight", "output.weight")  # no weight; the embedding again
 
 
 class GGUFCheckpoint(Checkpoint):
-    """Gemma in a GGUF file: other names, reversed dimensions, quantized blocks, 1 in the norms."""
+    """Gemma in a GGUF file. Norms are stored as 1 + weight."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -59,7 +59,7 @@ class GGUFCheckpoint(Checkpoint):
         self.shapes = {name: tuple(t.shape[::-1].tolist()) for name, t in self._tensors.items()}
 
     def _name(self, stored_name: str) -> str:
-        """The name that transformers gives a tensor."""
+        """The tensor's name in transformers."""
         family = self.config.model_type
         if stored_name in MODEL_NAMES:
             return MODEL_NAMES[stored_name]

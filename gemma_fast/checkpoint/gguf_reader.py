@@ -27,11 +27,11 @@ class GGUFFile(GGUFReader):
     """`gguf.GGUFReader`, safe on hostile files and quick on long arrays.
 
     The base class checks no bound, multiplies dimensions in wrapping uint64, and walks arrays item
-    by item (9 s for a vocabulary of 262,144). What is overridden is private, so setup.py pins
+    by item (9 s for a vocabulary of 262,144). The overridden methods are private, so setup.py pins
     `gguf` to one version.
 
-    `metadata` holds the file's key/values as Python scalars, strings and lists. Raises ValueError,
-    naming the file, for anything malformed, and allocates nothing out of proportion to the file.
+    `metadata` holds the file's key/values as Python scalars, strings and lists. A malformed file
+    raises ValueError with its path. Memory stays in proportion to the size of the file.
     """
 
     metadata: dict[str, Any]
@@ -86,7 +86,7 @@ class GGUFFile(GGUFReader):
         return 12 + size, head + items, indices, [GGUFValueType.ARRAY, item_type]
 
     def _get_strings(self, start: int, count: int) -> tuple[list[memoryview], int]:
-        """`count` strings from byte `start`, as views of the file, and the bytes they take."""
+        """`count` strings from byte `start`, as views of the file, and their size in bytes."""
         data, offset, items = self.data.data, start, []
         for _ in range(count):
             if offset + 8 > len(data):
@@ -103,7 +103,7 @@ class GGUFFile(GGUFReader):
         _, _, _, dims, raw_type, offset = field.parts
         if not 1 <= len(dims) <= MAX_DIMS:
             raise ValueError(f"tensor {field.name!r} has {len(dims)} dimensions")
-        # Python's integers do not wrap: past here neither the product nor the sum can.
+        # Python's integers do not wrap. After this check neither product nor sum can wrap either.
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(raw_type[0])]
         n_bytes = math.prod(dims.tolist()) // block * block_bytes
         if not 0 < n_bytes <= len(self.data) or offset[0] > len(self.data):

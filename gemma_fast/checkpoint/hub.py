@@ -16,11 +16,11 @@ MAX_JSON = 16 << 20  # bytes; the index of the largest Gemma takes 0.1 MB
 
 
 def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = HUB_FILES) -> Path:
-    """The directory or .gguf file meant: the path itself, or the download of a hub id, of which
-    it fetches the files that match `patterns`.
+    """The path itself if it is a directory or a .gguf file, else the directory of a downloaded hub
+    id. Downloads the files that match `patterns`.
 
-    Raises ValueError for a pickle, which runs code when it is read, and for other files; OSError
-    where a hub id cannot be downloaded (FileNotFoundError: nothing is there).
+    ValueError: a pickle, which can run code when it is read, or another kind of file. OSError: a
+    hub id that cannot be downloaded. FileNotFoundError: neither a path nor a hub id.
     """
     if not name_or_path or not isinstance(name_or_path, str | os.PathLike):
         raise ValueError(f"{name_or_path!r} is no path and no hub id")
@@ -48,7 +48,7 @@ def _download(hub_id: str, patterns: Sequence[str]) -> Path:
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
-    except (OSError, ValueError) as error:  # what the library's errors derive from
+    except (OSError, ValueError) as error:  # base classes of the library's errors
         raise OSError(
             f"{hub_id} is not a directory here, and could not be fetched from the Hugging Face Hub"
             f" ({type(error).__name__}). If it is gated, accept its terms on"
@@ -58,7 +58,7 @@ def _download(hub_id: str, patterns: Sequence[str]) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. ValueError, naming the file, if there is none."""
+    """The object in a JSON file. ValueError, with the path, if it holds no object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     if path.stat().st_size > MAX_JSON:

@@ -12,7 +12,7 @@ from gemma_fast.checkpoint.safetensors import SafetensorsCheckpoint
 def open_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
     """Open and check a directory of safetensors, a .gguf file, or a model on the Hugging Face Hub.
 
-    Raises ValueError for anything malformed or unexpected in it, and what `resolve` raises.
+    ValueError: something in it is malformed or unexpected. Other errors: see `hub.resolve`.
     """
     path = resolve(name_or_path)
     checkpoint: Checkpoint

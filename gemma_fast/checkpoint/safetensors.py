@@ -30,7 +30,7 @@ DTYPES = {
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A directory as transformers saves it. Of a multimodal Gemma 3, the text model is taken."""
+    """A directory as transformers saves it. A multimodal Gemma 3 gives its text model only."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -55,13 +55,13 @@ class SafetensorsCheckpoint(Checkpoint):
                 self._stored_names[name] = stored_name
 
     def _read(self, name: str, out: Tensor) -> None:
-        # Opened anew for each tensor: closing lets go of the pages that were read.
+        # Opened again for each tensor: closing releases the pages that were read.
         with _open_safetensors(self.files[name]) as tensors:
             out.copy_(tensors.get_tensor(self._stored_names[name]))
 
 
 def _shards(path: Path) -> dict[Path, set[str]]:
-    """The files that hold a model's tensors, each with the names that the index says it has."""
+    """File → the names of its tensors in the index; none for a model of one file."""
     if (single := path / "model.safetensors").is_file():
         return {single: set()}
     if not (path / INDEX).is_file():
@@ -73,7 +73,7 @@ def _shards(path: Path) -> dict[Path, set[str]]:
 
     shards: dict[Path, set[str]] = {}
     for name, shard in weight_map.items():
-        # A bare name cannot leave the directory. It may be a symlink: the Hub's cache is made so.
+        # A bare name cannot leave the directory. Symlinks are allowed: the Hub's cache has them.
         if not isinstance(shard, str) or not SHARD.fullmatch(shard):
             raise ValueError(f"{path / INDEX}: {shard!r} is not the name of a .safetensors file")
         shards.setdefault(path / shard, set()).add(name)

@@ -1,4 +1,4 @@
-"""What a tokenizer gives: rows of ids, as lists or as one tensor padded on the left."""
+"""Encoding, the tokenizer's result: rows of ids as lists, or one tensor padded on the left."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Encoding(dict[str, Any]):
             raise AttributeError(f"an Encoding has no {name!r}, only {', '.join(self)}") from None
 
     def to(self, device: torch.device | torch.dtype | str) -> Encoding:
-        """The same on `device`. Lists stay lists, and ids stay integers: a dtype changes nothing,
-        as with transformers' encodings."""
+        """A copy on `device`. Lists stay lists. A dtype is accepted, as in transformers, but ids
+        stay integers."""
         if isinstance(device, torch.dtype):
             return Encoding(self)
         return Encoding({k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.items()})
@@ -33,8 +33,8 @@ def pack(
     padding: bool | str,
     flat: bool,
 ) -> Encoding:
-    """`flat`: as lists, there is one row, which is not wrapped. ValueError: rows of different
-    lengths that would have to fit one tensor without padding."""
+    """An Encoding of the rows. `flat`: a single row, returned as a plain list. ValueError: rows of
+    different lengths do not fit one tensor without padding."""
     if return_tensors not in (None, "pt") or padding not in (True, False, "longest"):
         raise ValueError(
             f'return_tensors must be None or "pt", padding a bool or "longest", not'

@@ -1,9 +1,9 @@
-"""Chat messages → one prompt, in Gemma's turns, in which no message can make a control token.
+"""Chat messages → one prompt in Gemma's turns. A message cannot contain a control token.
 
     <bos><start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n
 
-A message is {"role": "system" | "user" | "assistant", "content": text}; `model` is another name
-for `assistant`, and a list of {"type": "text", "text": ...} another form of content.
+A message is {"role": "system" | "user" | "assistant", "content": text}. The role may also be
+`model` instead of `assistant`, and content a list of {"type": "text", "text": ...}.
 """
 
 import re
@@ -17,7 +17,7 @@ Message = dict[str, str]
 
 
 class Template(Protocol):
-    """What makes one text of messages. `text` is its own source."""
+    """Renders messages as one text. `text` is the template's source."""
 
     @property
     def text(self) -> str: ...
@@ -33,7 +33,7 @@ class GemmaTurns:
     text: str = ""
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """ValueError unless user and assistant take turns, after a system turn, if any."""
+        """ValueError unless user and assistant alternate, after an optional system turn."""
         prefix = ""
         if messages[0]["role"] == "system":
             if not self.system_turn:
@@ -59,7 +59,7 @@ class GemmaTurns:
 
 
 def check_messages(messages: object) -> list[Message]:
-    """Messages with content as one str. ValueError, naming the message, for anything else."""
+    """The messages, each content joined to one str. ValueError, with the message, if malformed."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"messages must be a list of at least one message, not {messages!r:.60}")
     checked = []
@@ -69,7 +69,7 @@ def check_messages(messages: object) -> list[Message]:
         extra = [k for k, v in message.items() if k not in ("role", "content") and v is not None]
         if extra:
             raise ValueError(f"message {i}: {extra[0]!r} is not supported, only role and content")
-        if not message["role"].isidentifier():  # it stands between control tokens, unmarked
+        if not message["role"].isidentifier():  # it is not escaped
             raise ValueError(f"message {i}: {message['role']!r:.60} is no role")
         checked.append({"role": message["role"], "content": _content(message.get("content"), i)})
     return checked
@@ -88,7 +88,7 @@ def _content(content: object, i: int) -> str:
         if not isinstance(part.get("text"), str):
             raise ValueError(f"message {i}: text must be a str, not {part.get('text')!r:.60}")
         texts.append(part["text"])
-    # Gemma 3's template trims each part; one alone is trimmed, or not, with its turn.
+    # Gemma 3's template trims each part. A single part is trimmed, or not, with its turn.
     return texts[0] if len(texts) == 1 else "".join(text.strip() for text in texts)
 
 
@@ -98,15 +98,16 @@ def render_pieces(
     add_generation_prompt: bool,
     find_control_tokens: Callable[[str], Iterable[tuple[int, int]]],
 ) -> list[str]:
-    """The rendered prompt, cut around each control token that came from a message.
+    """The rendered prompt, split at each control token that came from a message.
 
-    Odd pieces are those tokens, to be encoded as plain text. A template sees one private character
-    in place of each, which it can move or drop but not split. (It could still make a token of
-    two messages' halves, were it to join them with nothing in between; no known one does.)
+    Pieces 1, 3, 5, … are those tokens, to be encoded as plain text. While the template runs, a
+    private character stands for each: the template can move or drop it, but not split it. (It could
+    still build a token from the halves in two messages, if it joined them directly; no known
+    template does.)
     """
     taken = set(template.text).union(*(message["content"] for message in messages))
     free = (char for char in map(chr, PRIVATE_USE) if char not in taken)
-    marks: dict[str, str] = {}  # token → its character
+    marks: dict[str, str] = {}  # token → the character that stands for it
 
     def mark(text: str) -> str:
         parts, end = [], 0

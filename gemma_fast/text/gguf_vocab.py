@@ -1,8 +1,8 @@
-"""A GGUF file's vocabulary → BPE, as the tokenizer was before its conversion.
+"""A GGUF file's vocabulary → BPE, the same as before the conversion to GGUF.
 
-GGUF keeps the pieces of a SentencePiece model and their scores, not the merges of BPE. They come
-back from the scores: SentencePiece joins the two neighbours whose joint piece scores highest, so
-every split of a piece into two pieces is a merge, and the score is its rank.
+GGUF has the pieces of a SentencePiece model and their scores, not BPE's merges. The scores give the
+merges: SentencePiece merges the two neighbours whose joint piece has the highest score, so every
+split of a piece into two pieces is a merge, ranked by the score.
 """
 
 import math
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-TYPES = range(1, 7)  # then come 5, unused, and 6, a byte
+TYPES = range(1, 7)  # 5 is unused, 6 a byte
 COLUMNS = {"tokens": str, "scores": float, "token_type": int}
 MAX_PIECE = 256  # characters; Gemma's longest piece has 31, and splitting one is quadratic
 
@@ -22,7 +22,7 @@ MAX_PIECE = 256  # characters; Gemma's longest piece has 31, and splitting one i
 def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
     """The tokenizer in a GGUF file's `metadata`, without normalizer and decoder.
 
-    Raises ValueError, naming `source`, for anything malformed.
+    ValueError, with `source`: malformed metadata.
     """
     if metadata.get("tokenizer.ggml.model") != "llama":
         model = metadata.get("tokenizer.ggml.model")
@@ -80,11 +80,11 @@ def _columns(metadata: Mapping[str, object], source: str) -> list[list]:
 def _merges(
     vocab: Mapping[str, int], scores: Sequence[float], types: Sequence[int]
 ) -> list[tuple[str, str]]:
-    """The pairs of pieces that make a piece, best first. Equal scores: the longest left half."""
+    """Pairs of pieces that join to a piece, best score first, then longest left half."""
     ranked = []
     for piece, score, type_ in zip(vocab, scores, types, strict=True):
         if type_ == USER_DEFINED:
-            score = 0.0  # SentencePiece takes these out of the text before it merges anything
+            score = 0.0  # SentencePiece cuts these out of the text before it merges
         elif type_ != NORMAL:
             continue
         for cut in range(1, len(piece)):

@@ -1,7 +1,7 @@
-"""Renders a chat template that nobody vouches for. jinja_template.py runs it as a process.
+"""Renders an untrusted chat template. jinja_template.py runs this file as a process.
 
-A checkpoint's template is a program by a stranger. Jinja's sandbox keeps it from Python's objects
-but not from looping or filling the memory, so this process has limits, and nothing to lose.
+A checkpoint's template is a program by a stranger. Jinja's sandbox keeps it from Python's objects,
+but not from endless loops or filling the memory, so the process has limits on time and memory.
 """
 
 import json

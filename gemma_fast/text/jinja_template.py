@@ -1,4 +1,4 @@
-"""A checkpoint's own chat template: looked up as transformers does, rendered without trust."""
+"""A checkpoint's own chat template: found as transformers does, rendered in a limited process."""
 
 import json
 import subprocess
@@ -21,13 +21,13 @@ RENDERER = Path(__file__).with_name("jinja_child.py")
 
 @dataclass(frozen=True)
 class JinjaTemplate:
-    """A checkpoint's own template, which is not trusted. `source` says where it was found."""
+    """A checkpoint's own template, which is untrusted. `source` is the path for errors."""
 
     text: str
     source: str
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """Render in a process of its own. ValueError where the template fails or hits a limit."""
+        """Renders in another process. ValueError: the template fails or reaches a limit."""
         request = {
             "template": self.text,
             "variables": {
@@ -69,7 +69,7 @@ class JinjaTemplate:
 
 
 def read_template(directory: Path) -> JinjaTemplate | None:
-    """The template that a checkpoint brings, from where transformers looks for it."""
+    """The checkpoint's template, from the same files as in transformers; None if it has none."""
     path: Path = directory / "chat_template.jinja"
     template: object = None
     if path.is_file():
@@ -84,7 +84,7 @@ def read_template(directory: Path) -> JinjaTemplate | None:
 
 
 def check_template(template: object, source: str) -> JinjaTemplate | None:
-    """What a file gave as its template; None for None. ValueError for what can be none."""
+    """A template from a file's value; None for None. ValueError: not a str, or too long."""
     if template is None:
         return None
     if not isinstance(template, str) or len(template) > MAX_LENGTH:

@@ -1,4 +1,4 @@
-"""Text while it is generated: ids in, characters out as soon as they are complete."""
+"""Streaming: ids in, text out as soon as its characters are complete."""
 
 import sys
 from collections.abc import Callable
@@ -12,10 +12,10 @@ MAX_HELD = 16  # ids; a character has at most four bytes
 
 
 class TextStreamer:
-    """Passed to `generate`, which calls `put` with the prompt, then with each new token.
+    """`generate` calls `put` with the prompt, then with each new token.
 
-    `write` receives pieces of text that are never empty and never end inside a character. Joined,
-    they are what `tokenizer.decode` gives for the same ids, unless the bytes are no valid UTF-8.
+    `write` receives pieces of text, never empty and never ending inside a character. Joined, they
+    equal `tokenizer.decode` of the same ids, unless the bytes are not valid UTF-8.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class TextStreamer:
         skip_prompt: bool = True,
         skip_special_tokens: bool = True,
     ):
-        """Without `write`, text goes to stdout at once, without a newline after it."""
+        """write  default: to stdout, flushed, without a newline"""
         self.tokenizer, self.write = tokenizer, write or _print
         self.skip_prompt, self.skip_special_tokens = skip_prompt, skip_special_tokens
         self._held: list[int] = []
@@ -41,12 +41,12 @@ class TextStreamer:
             return
         for token_id in ids.flatten().tolist():
             self._held.append(token_id)
-            # tokenizers' DecodeStream would raise where bytes that are no character follow others.
+            # tokenizers' DecodeStream raises if bytes that form no character follow others.
             if len(self._held) >= MAX_HELD or not self._text().endswith("�"):
                 self._flush()
 
     def end(self) -> None:
-        """Write what is held back, complete or not; the next `put` is a prompt again."""
+        """Writes the ids held back, complete or not. The next `put` is a prompt again."""
         self._flush()
         self._at_prompt = True
 
@@ -60,10 +60,10 @@ class TextStreamer:
 
 
 class TextIteratorStreamer(TextStreamer):
-    """An iterator over the same pieces, for a thread beside the one that generates.
+    """An iterator over the same pieces, to be read in another thread than the one that generates.
 
-    Made as transformers' is: the prompt and special tokens are shown unless they are skipped;
-    queue.Empty is raised where no piece comes for `timeout` seconds, None: never.
+    Arguments as in transformers: prompt and special tokens are shown by default. queue.Empty: no
+    piece came for `timeout` seconds (None: wait forever).
     """
 
     def __init__(

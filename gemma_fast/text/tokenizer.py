@@ -4,8 +4,8 @@
     tokenizer("I want to move", return_tensors="pt").input_ids  # [b, t]
     tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_tensors="pt")
 
-Called as transformers' tokenizers are. Two things differ: <bos> is put first exactly once, also
-where the text brings its own, and in a chat no message can make a control token.
+It has the interface of transformers' tokenizers. Two things differ: there is exactly one <bos> at
+the start, even if the text has one of its own, and a chat message cannot contain a control token.
 """
 
 import os
@@ -37,9 +37,9 @@ class Tokenizer:
     bos_token_id, eos_token_id, pad_token_id, unk_token_id :: int
     stop_token_ids :: list[int], <eos> and, where there is one, <end_of_turn>
     vocab_size     :: int, also len(tokenizer)
-    pad_token      :: str; as in transformers, setting it chooses what pads
+    pad_token      :: str; as in transformers, it can be set
     padding_side   :: "left"
-    chat           renders messages; None without a template and without turn tokens
+    chat           renders messages; None if there are neither a template nor turn tokens
     """
 
     bos_token, eos_token, unk_token = "<bos>", "<eos>", "<unk>"
@@ -52,9 +52,9 @@ class Tokenizer:
         model_type: str = "",
         template: Template | None = None,
     ):
-        """Takes `backend` over; `source` is named in errors, `model_type` is config.json's.
+        """Changes `backend` in place. Errors name `source`; `model_type` is config.json's.
 
-        Raises ValueError unless it is a BPE with Gemma's core tokens.
+        ValueError: no BPE with Gemma's core tokens.
         """
         names = {name: backend.token_to_id(name) for name in CORE + TURNS}
         ids = {name: token_id for name, token_id in names.items() if token_id is not None}
@@ -67,7 +67,7 @@ class Tokenizer:
         self.bos_token_id, self.unk_token_id = ids["<bos>"], ids["<unk>"]
         self.stop_token_ids = [ids[name] for name in ("<eos>", "<end_of_turn>") if name in ids]
 
-        # What surrounds the BPE is the same for every Gemma, so a file has no say in it.
+        # Normalizer and decoder are the same for every Gemma, so the file's are ignored.
         backend.normalizer = normalizers.Replace(" ", "▁")
         backend.pre_tokenizer = None
         backend.decoder = decoders.Sequence(
@@ -88,9 +88,8 @@ class Tokenizer:
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **others: Any) -> "Tokenizer":
         """Load tokenizer.json from a directory or the hub, or rebuild the tokenizer of a .gguf.
 
-        `others` are keywords of transformers' that change nothing here, see `keywords.TOKENIZER`.
-        Raises ValueError, naming the file, for anything malformed, and what
-        `hub.resolve` raises.
+        `others` are transformers' keywords that change nothing here, see `compat.TOKENIZER`.
+        ValueError, with the path: a malformed file. Other errors: see `hub.resolve`.
         """
         check_keywords("from_pretrained()", others, TOKENIZER)
         path = resolve(name_or_path, patterns=["*.json", "*.jinja"])
@@ -144,9 +143,9 @@ class Tokenizer:
     ) -> Encoding:
         """Encode one text or several.
 
-        Gives lists of ids, flat for one str; with return_tensors="pt", int64 tensors [b, t].
-        `padding`, True or "longest", puts <pad> on the left. Raises ValueError where texts of
-        different lengths would have to fit one tensor.
+        Returns lists of ids, one flat list for a str; with return_tensors="pt", int64 tensors
+        [b, t]. `padding`, True or "longest", adds <pad> on the left. ValueError: texts of different
+        lengths do not fit one tensor without padding.
         """
         texts = [text] if isinstance(text, str) else text
         rows = [self._ids(text, add_special_tokens) for text in texts]
@@ -155,17 +154,17 @@ class Tokenizer:
     def encode(
         self, text: str, add_special_tokens: bool = True, *, return_tensors: str | None = None
     ) -> Any:
-        """The ids of `text`, in which the names of special tokens mean those tokens: a list, or
-        with return_tensors="pt" a tensor [1, t].
+        """The ids of `text`: a list, or with return_tensors="pt" a tensor [1, t]. Names of special
+        tokens in the text become those tokens.
 
-        `add_special_tokens` puts <bos> first, unless it is there already. Raises ValueError for
-        what is no str, or has half a surrogate pair in it.
+        `add_special_tokens` puts <bos> first, unless the text starts with it. ValueError: not a
+        str, or it contains half a surrogate pair.
         """
         ids = self._ids(text, add_special_tokens)
         return pack([ids], self.pad_token_id, return_tensors, False, flat=True).input_ids
 
     def decode(self, ids: int | Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
-        """The text of one row of ids. Ids past the vocabulary have none."""
+        """The text of one row of ids. Ids beyond the vocabulary are skipped."""
         row = ids.tolist() if isinstance(ids, Tensor) else ids
         row = [row] if isinstance(row, int) else list(row)
         try:
@@ -180,11 +179,11 @@ class Tokenizer:
         return [self.decode(row, skip_special_tokens) for row in rows]
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token by its name, such as "<end_of_turn>"; None if there is none."""
+        """The id of a token such as "<end_of_turn>"; None if it is not in the vocabulary."""
         return self.backend.token_to_id(token)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
-        """The id of a token, or those of several; as in transformers, <unk>'s if there is none."""
+        """The id of a token, or the ids of several; <unk>'s for an unknown one."""
         names = [tokens] if isinstance(tokens, str) else tokens
         found = [self.token_to_id(name) for name in names]
         ids = [self.unk_token_id if token_id is None else token_id for token_id in found]
@@ -200,14 +199,14 @@ class Tokenizer:
         return_dict: bool = True,
         padding: bool | str = False,
     ) -> Any:
-        """A conversation, or a list of them, as a prompt, by the checkpoint's template or else by
-        Gemma's own turns.
+        """A conversation, or a list of them, as a prompt. Uses the checkpoint's template, or
+        Gemma's own turns if it has none.
 
-        Gives what `tokenizer(text)` gives; its input_ids alone without `return_dict`. Control
+        Returns the same as `tokenizer(text)`, or only the input_ids without `return_dict`. Control
         tokens come from the template only: their names in a message are encoded as plain text.
-        tokenize=False gives the rendered str, in which both look alike.
+        tokenize=False returns the rendered str, in which the two cannot be told apart.
 
-        Raises ValueError for messages that Gemma has no turns for, and where a template fails.
+        ValueError: the messages do not fit Gemma's turns, or the template fails.
         """
         if self.chat is None:
             raise ValueError(f"{self.source} has no chat template, and no {' and '.join(TURNS)}")
@@ -245,13 +244,13 @@ class Tokenizer:
             raise ValueError(f"not a str of valid Unicode: {text!r:.60}") from None
 
     def _find_control_tokens(self, text: str) -> list[tuple[int, int]]:
-        """Where in `text` encoding would find one: (start, stop) in characters."""
+        """(start, stop), in characters, of each control token that encoding finds in `text`."""
         found = self._encode(text)
         spans = zip(found.ids, found.offsets, strict=True)
         return [span for token_id, span in spans if token_id in self._control_ids]
 
     def _encode_plain(self, text: str) -> list[int]:
-        """Ids from the BPE alone, which knows no control tokens."""
+        """Ids from the BPE alone, which has no control tokens."""
         text = self.backend.normalizer.normalize_str(text)
         ids = [token.id for token in self.backend.model.tokenize(text)]
         if (self._control_ids - {self.unk_token_id}) & set(ids):

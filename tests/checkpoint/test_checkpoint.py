@@ -1,12 +1,10 @@
-"""Good checkpoints: every spelling of a safetensors directory, hub ids, the memory they take."""
+"""Good checkpoints: every spelling of a safetensors directory, the memory they take."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import Mock
 
-import huggingface_hub
 import pytest
 import torch
 from checkpoints import (
@@ -20,12 +18,9 @@ from checkpoints import (
     write_safetensors,
 )
 from gguf import GGMLQuantizationType as Type
-from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import save_file
 
 from gemma_fast.checkpoint.config_files import config_from_json
-from gemma_fast.checkpoint.hub import resolve
 from gemma_fast.checkpoint.open import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -110,66 +105,6 @@ def test_reads_generation_config(tmp_path):
     write_safetensors(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 106]}')
     assert open_checkpoint(tmp_path).generation_config == {"eos_token_id": [1, 106]}
-
-
-def test_resolves_paths_to_themselves(tmp_path):
-    write_gguf(tmp_path / "a.gguf")
-    assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
-    assert resolve(tmp_path / "a.gguf") == tmp_path / "a.gguf"
-
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path) -> Path:
-    """An empty hub cache, and no network."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
-
-
-def test_reads_the_hub_cache_through_its_links(offline):
-    repo = offline / "models--owner--tiny"
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    blobs, snapshot = repo / "blobs", repo / "snapshots" / commit
-    for folder in (blobs, snapshot, repo / "refs"):
-        folder.mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
-    tensors = write_safetensors(blobs)
-    split(blobs, tensors)
-    for i, file in enumerate(sorted(blobs.iterdir())):
-        file.rename(blobs / str(i))
-        (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
-    assert_holds(open_checkpoint("owner/tiny"), tensors)
-
-
-def test_downloads_no_pickle(monkeypatch, tmp_path):
-    asked = {}
-
-    def snapshot_download(repo_id: str, **kwargs) -> str:
-        asked.update(kwargs, repo_id=repo_id)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert resolve("owner/model") == tmp_path
-    assert asked["repo_id"] == "owner/model"
-    files = ["config.json", "model.safetensors", "chat_template.jinja", "pytorch_model.bin", "a.py"]
-    taken = huggingface_hub.utils.filter_repo_objects(files, allow_patterns=asked["allow_patterns"])
-    assert list(taken) == files[:3]
-
-
-def test_offline_hub_id_says_what_to_do(offline):
-    with pytest.raises(OSError, match=r"owner/absent .*LocalEntryNotFoundError.*give the path of"):
-        resolve("owner/absent")
-
-
-def test_gated_hub_id_says_what_to_do(monkeypatch):
-    def snapshot_download(*_, **__):
-        raise GatedRepoError("401", response=Mock())
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(
-        OSError, match=r"https://huggingface.co/owner/gated and run `hf auth login`"
-    ):
-        resolve("owner/gated")
 
 
 STATUS = Path("/proc/self/status")

@@ -6,7 +6,7 @@ import time
 import pytest
 from tiny_tokenizer import write_tokenizer
 
-from gemma_fast.text import jinja_template as chat_template
+from gemma_fast.text import jinja_template
 from gemma_fast.text.jinja_template import JinjaTemplate
 from gemma_fast.text.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ def render(template: str) -> str:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile(monkeypatch, name):
     template, message = HOSTILE[name]
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 2)
+    monkeypatch.setattr(jinja_template, "MAX_SECONDS", 2)
     start = time.monotonic()
     with pytest.raises(ValueError, match=rf"evil\.jinja.*({message})"):
         render(template)
@@ -87,7 +87,7 @@ def test_malformed_config_is_named(tmp_path, content):
 
 def test_too_long(tmp_path):
     write_tokenizer(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("x" * (chat_template.MAX_LENGTH + 1))
+    (tmp_path / "chat_template.jinja").write_text("x" * (jinja_template.MAX_LENGTH + 1))
     with pytest.raises(ValueError, match=r"chat_template\.jinja.*1048576"):
         Tokenizer.from_pretrained(tmp_path)
 

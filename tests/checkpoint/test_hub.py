@@ -1,0 +1,102 @@
+"""Names → files: paths, the hub and its cache, downloads, and what is refused."""
+
+from pathlib import Path
+from unittest.mock import Mock
+
+import huggingface_hub
+import pytest
+from checkpoints import assert_holds, split, write_gguf, write_safetensors
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError
+
+from gemma_fast.checkpoint.hub import resolve
+from gemma_fast.checkpoint.open import open_checkpoint
+
+
+def test_resolves_paths_to_themselves(tmp_path):
+    write_gguf(tmp_path / "a.gguf")
+    assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
+    assert resolve(tmp_path / "a.gguf") == tmp_path / "a.gguf"
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path) -> Path:
+    """An empty hub cache, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_reads_the_hub_cache_through_its_links(offline):
+    repo = offline / "models--owner--tiny"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    blobs, snapshot = repo / "blobs", repo / "snapshots" / commit
+    for folder in (blobs, snapshot, repo / "refs"):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    tensors = write_safetensors(blobs)
+    split(blobs, tensors)
+    for i, file in enumerate(sorted(blobs.iterdir())):
+        file.rename(blobs / str(i))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
+    assert_holds(open_checkpoint("owner/tiny"), tensors)
+
+
+def test_downloads_no_pickle(monkeypatch, tmp_path):
+    asked = {}
+
+    def snapshot_download(repo_id: str, **kwargs) -> str:
+        asked.update(kwargs, repo_id=repo_id)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve("owner/model") == tmp_path
+    assert asked["repo_id"] == "owner/model"
+    files = ["config.json", "model.safetensors", "chat_template.jinja", "pytorch_model.bin", "a.py"]
+    taken = huggingface_hub.utils.filter_repo_objects(files, allow_patterns=asked["allow_patterns"])
+    assert list(taken) == files[:3]
+
+
+def test_offline_hub_id_says_what_to_do(offline):
+    with pytest.raises(OSError, match=r"owner/absent .*LocalEntryNotFoundError.*give the path of"):
+        resolve("owner/absent")
+
+
+def test_gated_hub_id_says_what_to_do(monkeypatch):
+    def snapshot_download(*_, **__):
+        raise GatedRepoError("401", response=Mock())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(
+        OSError, match=r"https://huggingface.co/owner/gated and run `hf auth login`"
+    ):
+        resolve("owner/gated")
+
+
+@pytest.mark.parametrize("name", ["a.bin", "/absent/a.pth", "owner/a.pt", "./a.ckpt"])
+def test_pickles_are_refused(name):
+    with pytest.raises(ValueError, match="is a pickle, which can run code: convert it to safetens"):
+        resolve(name)
+
+
+def test_directories_of_pickles_are_refused(tmp_path):
+    (tmp_path / "config.json").touch()
+    (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
+    with pytest.raises(ValueError, match=r"pytorch_model-00001-of-00002\.bin is a pickle"):
+        resolve(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert resolve(tmp_path) == tmp_path
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"model\.safetensors is neither a directory"):
+        resolve(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["absent", "./absent/model", "a/b/c", "/absent", "a/b.gguf", "../a/b"]
+)
+def test_absent_paths_are_no_hub_ids(name):
+    with pytest.raises(FileNotFoundError, match="does not exist, and is no hub id"):
+        resolve(name)
