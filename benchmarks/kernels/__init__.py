@@ -1,4 +1,4 @@
 """A suite for each kernel: inputs, sizes, work, rivals; and what checks and times them.
 
-May import: measure, kernels.
+May import: benchmarks.measure, kernels.
 """

@@ -1,4 +1,4 @@
-"""Token ids → token ids: requests, sampling, decoders and the loop of generate().
+"""Token ids → token ids: requests, sampling, stopping, decoders and the loop of generate().
 
-May import: model, kernels, config, memory, compat.
+May import: config, memory, compat, model.
 """

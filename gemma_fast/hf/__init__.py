@@ -10,6 +10,8 @@ Extra `hf`; transformers from 5.17.
 
 swap.py puts them in, takes them out, explains; layers.py has norms and MLPs, attention.py masks and
 attention, cache.py GemmaFastCache.
+
+May import: kernels.
 """
 
 OLDEST, BEYOND = "5.17", "6"
