@@ -22,12 +22,13 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 from rich.text import Text
 
-from gemma_fast.benchmarks import options as model_command
+from gemma_fast.benchmarks import options as shared
 from gemma_fast.benchmarks.kernels.suite import Result, Suite, run, serious, with_took
 from gemma_fast.benchmarks.kernels.table import RIVALS, SUITES, missing
 from gemma_fast.benchmarks.measure import report
 from gemma_fast.benchmarks.measure.machine import Roof, measure_again, measure_roof, stamp
 from gemma_fast.benchmarks.measure.plots import plot
+from gemma_fast.benchmarks.model.command import run_model, write_plots
 from gemma_fast.benchmarks.model.providers import PROVIDERS
 
 MODEL = "model"
@@ -35,7 +36,7 @@ MODEL = "model"
 
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("names", nargs=-1, metavar="[SUITE]...")
-@model_command.options
+@shared.options
 @click.option("--list", "listing", is_flag=True, help="Suites, providers, what is installed.")
 @click.pass_context
 def main(context: click.Context, names: tuple[str, ...], listing: bool, **options: Any) -> None:
@@ -45,18 +46,18 @@ def main(context: click.Context, names: tuple[str, ...], listing: bool, **option
         refuse_model_options(context)
     known = [name for suite in suites.values() for name in suite.names]
     known += PROVIDERS if with_model else []
-    model_command.refuse_unknown(only, dict.fromkeys(known))
+    shared.refuse_unknown(only, dict.fromkeys(known))
     if suites and options["output"] == "json":
         raise click.UsageError(f"-o json is for the suite {MODEL} alone; --out writes all as JSON")
     if listing:
         show_list(suites, with_model)
         return
-    model_command.make_folder(out)
+    shared.make_folder(out)
     well, roof = run_kernels(suites, options) if suites else (True, None)
     if with_model and (not only or any(name in PROVIDERS for name in only)):
         folder = out / MODEL if out and suites else out
-        model_command.make_folder(folder)
-        well &= model_command.run_model(**options | {"out": folder}, roof=roof)
+        shared.make_folder(folder)
+        well &= run_model(**options | {"out": folder}, roof=roof)
     context.exit(0 if well else 1)
 
 
@@ -80,7 +81,7 @@ def refuse_model_options(context: click.Context) -> None:
 def run_kernels(suites: Mapping[str, Suite], options: Mapping[str, Any]) -> tuple[bool, Any]:
     """Whether all is well, and the roof, which is measured on a GPU."""
     only, out = options["only"], options["out"]
-    device, kind = model_command.pick_device(options["dtype"])
+    device, kind = shared.pick_device(options["dtype"])
     roof = measure_roof(device, kind) if device.type == "cuda" else None
     head = stamp(device, kind, RIVALS, options["commit"])
     about = {name: suite.about for name, suite in suites.items()}
@@ -101,7 +102,7 @@ def run_kernels(suites: Mapping[str, Suite], options: Mapping[str, Any]) -> tupl
         click.echo(report.NOTHING)
     if out:
         measured = roof if any(r.times for r in results) else None
-        model_command.write_plots(plot, out, measured, results, head["gpu"] or head["cpu"])
+        write_plots(plot, out, measured, results, head["gpu"] or head["cpu"])
     return not serious(results), roof
 
 

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import track
 from triton.runtime.errors import OutOfResources
 
-from gemma_fast.benchmarks import options as model_command
+from gemma_fast.benchmarks import options as shared
 from gemma_fast.benchmarks.kernels.suite import OURS, Call, Provider, Size, Suite, make_inputs, run
 from gemma_fast.benchmarks.kernels.table import SUITES
 from gemma_fast.benchmarks.measure import report
@@ -211,10 +211,10 @@ def main(
 ) -> None:  # fmt: skip
     if not (todo := list(chosen(names, sizes))):
         raise click.UsageError(f"no size has {' or '.join(sizes)} in its name")
-    device, kind = model_command.pick_device(dtype)
+    device, kind = shared.pick_device(dtype)
     if device.type != "cuda":
         raise click.ClickException("tiles are for a CUDA GPU, and there is none")
-    model_command.make_folder(out)
+    shared.make_folder(out)
     roof, head = measure_roof(device, kind), stamp(device, kind, [], commit)
     click.echo(report.heading(head, roof))
     results = []

@@ -9,10 +9,10 @@ from click.testing import CliRunner
 from torch._dynamo.utils import counters
 from twins import CONFIGS
 
-from gemma_fast.benchmarks import options as model_command
 from gemma_fast.benchmarks.kernels.suite import EAGER, OURS, serious
 from gemma_fast.benchmarks.measure import timing
 from gemma_fast.benchmarks.measure.machine import Roof
+from gemma_fast.benchmarks.model import command as model_command
 from gemma_fast.benchmarks.model import providers as model_providers
 from gemma_fast.benchmarks.model.cases import TINY, Case, find
 from gemma_fast.benchmarks.model.judge import Judge

@@ -11,10 +11,10 @@ import torch
 from click.testing import CliRunner
 
 from gemma_fast import cli
-from gemma_fast.benchmarks import options as model_command
 from gemma_fast.benchmarks.kernels.suite import EAGER, OURS
 from gemma_fast.benchmarks.measure import machine, timing
 from gemma_fast.benchmarks.measure.machine import Roof
+from gemma_fast.benchmarks.model import command as model_command
 from gemma_fast.benchmarks.model import providers as model_providers
 from gemma_fast.benchmarks.model import race as bench_model
 from gemma_fast.benchmarks.model.cases import TINY, Case, cases, find, pass_work
@@ -153,7 +153,8 @@ def test_files_of_made_up_results(tmp_path):
 @pytest.fixture
 def roof(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("gemma_fast.benchmarks.measure.machine.measure_roof", lambda *_: ROOF)
+    for module in (machine, model_command):
+        monkeypatch.setattr(module, "measure_roof", lambda *_: ROOF)
 
 
 @pytest.mark.usefixtures("roof")
