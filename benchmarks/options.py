@@ -3,7 +3,7 @@ with the other commands. Imports nothing large."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,16 @@ def options(command: Command) -> Command:
     for option in reversed(OPTIONS):
         command = option(command)
     return command
+
+
+size_option = click.option(
+    "--size", "sizes", multiple=True, help="Only sizes with this in their name; repeatable."
+)
+
+
+def pick_sizes(names: Iterable[str], parts: Sequence[str]) -> list[str]:
+    """Of the names those with one of the parts in them; without parts all."""
+    return [name for name in names if not parts or any(part in name for part in parts)]
 
 
 def make_folder(out: Path | None) -> None:

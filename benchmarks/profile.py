@@ -22,9 +22,9 @@ import click
 import torch
 
 from gemma_fast.benchmarks import options as shared
-from gemma_fast.benchmarks.kernels.suite import OURS
 from gemma_fast.benchmarks.measure import report
 from gemma_fast.benchmarks.measure.machine import stamp
+from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.benchmarks.measure.timing import wall_seconds
 from gemma_fast.benchmarks.model.cases import NEW, PROMPT, find
 from gemma_fast.benchmarks.model.providers import PROVIDERS

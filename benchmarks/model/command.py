@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from gemma_fast.benchmarks.kernels.suite import serious, with_took
 from gemma_fast.benchmarks.measure.machine import Roof, measure_again, measure_roof, stamp
+from gemma_fast.benchmarks.measure.outcome import serious, with_took
+from gemma_fast.benchmarks.measure.plots import model_plots, write_plots
+from gemma_fast.benchmarks.measure.report import ModelReport
 from gemma_fast.benchmarks.model.cases import cases, find
 from gemma_fast.benchmarks.model.judge import Judge
-from gemma_fast.benchmarks.model.plots import plot
 from gemma_fast.benchmarks.model.providers import PROVIDERS
-from gemma_fast.benchmarks.model.race import Result, run
-from gemma_fast.benchmarks.model.report import Report
+from gemma_fast.benchmarks.model.race import ModelResult, run
 from gemma_fast.benchmarks.options import make_folder, options, pick_device, refuse_unknown
 from gemma_fast.load import refuse_overflow
 
@@ -65,8 +65,8 @@ def run_model(
         "size_bytes": checkpoint.config.num_parameters * kind.itemsize, "checked": judge.about,
     }  # fmt: skip
     names = [name for name in PROVIDERS if name in only or not only]
-    results: list[Result] = []
-    report = Report(head, roof, about, results)
+    results: list[ModelResult] = []
+    report = ModelReport(head, roof, results, about)
     for result in with_took(run(checkpoint, tests, device, kind, roof, repeats, names, judge)):
         results.append(result)
         about["checked"] = judge.about
@@ -82,20 +82,6 @@ def run_model(
     if out:
         report.write(out)
         title = f"{name}, {head['dtype']}, {head['gpu'] or head['cpu']}"
-        measured = roof if any(r.seconds for r in results) else None
-        write_plots(plot, out, measured, report.results, title)
+        write_plots(model_plots, out, roof, results, title)
     click.echo(report.json() if output == "json" else report.markdown(), nl=False)
     return not serious(r for r in results if r.case in fitting)
-
-
-def write_plots(
-    plot: Callable[..., None], out: Path, roof: Roof | None, results: Sequence[Any], title: str
-) -> None:
-    """Without a roof nothing was measured."""
-    if roof is None:
-        click.echo(f"{out}: results.json, results.md. No plots: nothing was measured.", err=True)
-        return
-    try:
-        plot(out, roof, results, title)
-    except ImportError as error:
-        click.echo(f"No plots: {error}", err=True)

@@ -13,26 +13,28 @@ from triton.runtime.errors import OutOfResources
 
 from gemma_fast.benchmarks import tune
 from gemma_fast.benchmarks.kernels import suite as harness
-from gemma_fast.benchmarks.kernels.suite import OURS, run
+from gemma_fast.benchmarks.kernels.suite import run
 from gemma_fast.benchmarks.kernels.table import SUITES
+from gemma_fast.benchmarks.kernels.tiles import Tiles
 from gemma_fast.benchmarks.measure.machine import Roof
+from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.benchmarks.measure.timing import Times
-from gemma_fast.benchmarks.tune import TABLE, TABLES, Table, measure, table, variants
+from gemma_fast.benchmarks.tune import TABLE, measure, table, variants
 from gemma_fast.kernels import matvec
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 CUDA = torch.cuda.is_available()
 WHERE = (torch.device("cuda"), torch.bfloat16) if CUDA else (CPU, FP32)  # kernels run
-CASES = [(name, size) for name in TABLES for size in SUITES[name].tiny]
+CASES = [(name, size) for name in SUITES for size in SUITES[name].tiny]
 
 
 def test_every_kernel_that_is_measured_can_be_tuned():
-    assert list(TABLES) == list(SUITES)
+    assert all(suite.tiles for suite in SUITES.values())
 
 
 @pytest.mark.parametrize(("name", "size"), CASES, ids=str)
 def test_every_choice_computes_the_same(name, size):
-    suite = variants(SUITES[name], TABLES[name], SUITES[name].tiny[size])
+    suite = variants(SUITES[name], SUITES[name].tiny[size])
     with interpreter():
         results = list(run(suite, size, *WHERE, None))
     assert len(results) > 4
@@ -44,12 +46,12 @@ def test_every_choice_computes_the_same(name, size):
 def test_the_launcher_is_told_what_is_tried():
     """And for the rest what the table says."""
     says = matvec.tile(1, 48, 64, 4)
-    with TABLES["linear"].using({"BLOCK_N": 2}):
+    with SUITES["linear"].tiles.using({"BLOCK_N": 2}):
         assert matvec.tile(1, 48, 64, 4) == says | {"BLOCK_N": 2}
     assert matvec.tile(1, 48, 64, 4) == says
-    odd = Table(matvec, lambda size: {"BLOCK_N": (3,)})
+    odd = Tiles(matvec, lambda size: {"BLOCK_N": (3,)})
     with interpreter():
-        suite = variants(SUITES["linear"], odd, {})
+        suite = variants(replace(SUITES["linear"], tiles=odd), {})
         ours, tried = run(suite, "64 x 48, b 1", *WHERE, None)
     assert ours.status == "ok, not measured" and tried.status.startswith("failed: ")
 
@@ -58,9 +60,9 @@ def test_a_tile_that_does_not_fit_is_no_failure():
     def too_large(x):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
-    suite = replace(SUITE, providers={OURS: lambda x: lambda: too_large(x)})
-    module = SimpleNamespace(tile=dict)
-    suite = variants(suite, Table(module, lambda size: {"BLOCK": (1,)}), {})
+    tiles = Tiles(SimpleNamespace(tile=dict), lambda size: {"BLOCK": (1,)})
+    suite = replace(SUITE, providers={OURS: lambda x: lambda: too_large(x)}, tiles=tiles)
+    suite = variants(suite, {})
     _, tried = run(suite, "small", CPU, FP32, None)
     assert tried.status.startswith("cannot: out of resource: shared memory, Required: 300000")
 
@@ -86,8 +88,8 @@ def timed(monkeypatch):
     monkeypatch.setattr(harness, "calls", calls)
     monkeypatch.setattr(harness, "device_times", device_times)
     providers = {OURS: lambda x: lambda: x * 2 if module.tile()["BLOCK"] > 1 else x * 3}
-    table = Table(module, lambda size: {"BLOCK": range(1, 7)})
-    return variants(replace(SUITE, providers=providers), table, {}), seen
+    tiles = Tiles(module, lambda size: {"BLOCK": range(1, 7)})
+    return variants(replace(SUITE, providers=providers, tiles=tiles), {}), seen
 
 
 def test_the_first_few_are_timed_again(timed):
@@ -131,7 +133,7 @@ def test_kernels_are_compiled_ahead_by_a_call(monkeypatch):
         matvec, "_launch", lambda *given: launched.append(matvec.tile(1, 48, 64, 4))
     )
     tiny = SUITES["linear"].tiny["64 x 48, b 1"]
-    name = next(x for x in TABLES["linear"].candidates(tiny) if "BLOCK_N 2," in x)
+    name = next(x for x in SUITES["linear"].tiles.candidates(tiny) if "BLOCK_N 2," in x)
     with interpreter(), pytest.raises(TypeError):  # of no output
         tune.compile_ahead("linear", tiny, name, *WHERE)
     assert [x["BLOCK_N"] for x in launched] == [2]
