@@ -41,6 +41,7 @@ setup(
     python_requires=">=3.10",
     # By hand: find_packages() passes over a folder without __init__.py.
     packages=["gemma_fast"] + [f"gemma_fast.{room}" for room in ROOMS],
+    package_data={"gemma_fast.benchmarks.verify": ["texts/*.txt"]},
     cmdclass={"build_py": BuildPy},
     entry_points={"console_scripts": ["gemma-fast = gemma_fast.cli:main"]},
     install_requires=[

@@ -11,7 +11,7 @@ Exit status 1 if a result was wrong, or gemma_fast failed; what rivals lack is o
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -22,12 +22,14 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 from rich.text import Text
 
-from gemma_fast.benchmarks import options as model_command
-from gemma_fast.benchmarks.kernels.suite import Result, Suite, run, serious, with_took
+from gemma_fast.benchmarks import options as shared
+from gemma_fast.benchmarks.kernels.suite import KernelResult, Suite, run
 from gemma_fast.benchmarks.kernels.table import RIVALS, SUITES, missing
 from gemma_fast.benchmarks.measure import report
 from gemma_fast.benchmarks.measure.machine import Roof, measure_again, measure_roof, stamp
-from gemma_fast.benchmarks.measure.plots import plot
+from gemma_fast.benchmarks.measure.outcome import serious, with_took
+from gemma_fast.benchmarks.measure.plots import kernel_plots, write_plots
+from gemma_fast.benchmarks.model.command import run_model
 from gemma_fast.benchmarks.model.providers import PROVIDERS
 
 MODEL = "model"
@@ -35,28 +37,32 @@ MODEL = "model"
 
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("names", nargs=-1, metavar="[SUITE]...")
-@model_command.options
+@shared.options
+@shared.size_option
 @click.option("--list", "listing", is_flag=True, help="Suites, providers, what is installed.")
 @click.pass_context
-def main(context: click.Context, names: tuple[str, ...], listing: bool, **options: Any) -> None:
+def main(
+    context: click.Context, names: tuple[str, ...], sizes: tuple[str, ...], listing: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     suites, only, out = pick(names), options["only"], options["out"]
     with_model = not names or MODEL in names
     if not with_model:
         refuse_model_options(context)
     known = [name for suite in suites.values() for name in suite.names]
     known += PROVIDERS if with_model else []
-    model_command.refuse_unknown(only, dict.fromkeys(known))
+    shared.refuse_unknown(only, dict.fromkeys(known))
     if suites and options["output"] == "json":
         raise click.UsageError(f"-o json is for the suite {MODEL} alone; --out writes all as JSON")
     if listing:
         show_list(suites, with_model)
         return
-    model_command.make_folder(out)
-    well, roof = run_kernels(suites, options) if suites else (True, None)
+    shared.make_folder(out)
+    well, roof = run_kernels(suites, sizes, options) if suites else (True, None)
     if with_model and (not only or any(name in PROVIDERS for name in only)):
         folder = out / MODEL if out and suites else out
-        model_command.make_folder(folder)
-        well &= model_command.run_model(**options | {"out": folder}, roof=roof)
+        shared.make_folder(folder)
+        well &= run_model(**options | {"out": folder}, roof=roof)
     context.exit(0 if well else 1)
 
 
@@ -77,40 +83,49 @@ def refuse_model_options(context: click.Context) -> None:
             )
 
 
-def run_kernels(suites: Mapping[str, Suite], options: Mapping[str, Any]) -> tuple[bool, Any]:
+def run_kernels(
+    suites: Mapping[str, Suite], sizes: Sequence[str], options: Mapping[str, Any]
+) -> tuple[bool, Roof | None]:
     """Whether all is well, and the roof, which is measured on a GPU."""
     only, out = options["only"], options["out"]
-    device, kind = model_command.pick_device(options["dtype"])
+    device, kind = shared.pick_device(options["dtype"])
     roof = measure_roof(device, kind) if device.type == "cuda" else None
     head = stamp(device, kind, RIVALS, options["commit"])
     about = {name: suite.about for name, suite in suites.items()}
-    results: list[Result] = []
+    results: list[KernelResult] = []
+    found = report.KernelReport(head, roof, results, about)
     for suite in suites.values():
         before = len(results)
-        for found in measure(suite, only, device, kind, roof):
-            results += found
+        for of_a_size in measure(suite, only, sizes, device, kind, roof):
+            results += of_a_size
             if out:  # after each size, so that a run cut short keeps what it has
-                report.write(out, head, roof, results, about)
-        show(suite, results[before:], roof)
+                found.write(out)
+        show(suite, found.rows()[before:])
+    if sizes and not results:
+        raise click.UsageError(f"no size has {' or '.join(sizes)} in its name")
     if roof:
         measure_again(head, device, kind)
         if out:
-            report.write(out, head, roof, results, about)
+            found.write(out)
     click.echo(report.heading(head, roof))
-    if report.nothing_measured(results):
+    if roof is None:
         click.echo(report.NOTHING)
     if out:
-        measured = roof if any(r.times for r in results) else None
-        model_command.write_plots(plot, out, measured, results, head["gpu"] or head["cpu"])
+        write_plots(kernel_plots, out, roof, results, head["gpu"] or head["cpu"])
     return not serious(results), roof
 
 
 def measure(
-    suite: Suite, only: Iterable[str], device: torch.device, dtype: torch.dtype, roof: Roof | None
-) -> Iterator[list[Result]]:
+    suite: Suite,
+    only: Iterable[str],
+    sizes: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    roof: Roof | None,
+) -> Iterator[list[KernelResult]]:
     """The results of each size; a line for each to stderr as it comes."""
     names = [name for name in suite.names if name in only or not only]
-    sizes = suite.sizes if roof else suite.tiny
+    sizes = shared.pick_sizes(suite.sizes if roof else suite.tiny, sizes)
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(suite.name, total=len(sizes) * len(names))
@@ -124,11 +139,11 @@ def measure(
             yield results
 
 
-def show(suite: Suite, results: list[Result], roof: Roof | None) -> None:
+def show(suite: Suite, rows: Iterable[Mapping[str, Any]]) -> None:
     title = Text(f"{suite.name}: {suite.about}")  # Text: brackets are no markup
-    table = Table(*report.COLUMNS, title=title, title_justify="left")
-    for row in report.rows(results, roof):
-        table.add_row(*map(Text, row))
+    table = Table(*report.KERNEL_COLUMNS, title=title, title_justify="left")
+    for cells in map(report.kernel_cells, rows):
+        table.add_row(*(Text(cells.get(name, "")) for name in report.KERNEL_COLUMNS))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

@@ -1,5 +1,5 @@
-"""The command of the whole model's benchmark, which `gemma-fast bench` and `python -m benchmarks`
-share. Imports nothing large before it runs."""
+"""Options that `gemma-fast bench` and `python -m benchmarks` share, and what they have in common
+with the other commands. Imports nothing large."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from gemma_fast.config import PRESETS
 
 if TYPE_CHECKING:
     import torch
-
-    from gemma_fast.benchmarks.measure.machine import Roof
 
 Command = Callable[..., Any]
 MODEL_HELP = f"""demo (the demo weights), a size with random weights (tiny, {", ".join(PRESETS)}),
@@ -87,18 +85,14 @@ def options(command: Command) -> Command:
     return command
 
 
-@click.command(short_help="Speed of a whole model, beside its rivals.")
-@options
-@click.pass_context
-def bench(context: click.Context, **chosen: Any) -> None:
-    """Tokens a second of a whole model, reading a prompt (pp) and writing (tg), beside eager
-    PyTorch and transformers, as a share of what this machine can do. Exit status 1 if a result
-    was wrong or this project's failed."""
-    from gemma_fast.benchmarks.model.providers import PROVIDERS
+size_option = click.option(
+    "--size", "sizes", multiple=True, help="Only sizes with this in their name; repeatable."
+)
 
-    refuse_unknown(chosen["only"], PROVIDERS)
-    make_folder(chosen["out"])
-    context.exit(0 if run_model(**chosen) else 1)
+
+def pick_sizes(names: Iterable[str], parts: Sequence[str]) -> list[str]:
+    """Of the names those with one of the parts in them; without parts all."""
+    return [name for name in names if not parts or any(part in name for part in parts)]
 
 
 def make_folder(out: Path | None) -> None:
@@ -121,83 +115,3 @@ def pick_device(dtype: str | None) -> tuple[torch.device, torch.dtype]:
     cuda = torch.cuda.is_available()
     kind = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
     return torch.device("cuda" if cuda else "cpu"), kind
-
-
-def run_model(
-    *, prompts: Sequence[int], new: Sequence[int], depths: Sequence[int], batches: Sequence[int],
-    repeats: int, model: str | None, dtype: str | None, only: Sequence[str], output: str,
-    out: Path | None, commit: str | None, roof: Roof | None = None,
-) -> bool:  # fmt: skip
-    """Measures, prints and writes; whether all is well. roof: measured already."""
-    import torch
-
-    from gemma_fast.benchmarks.kernels.suite import serious, with_took
-    from gemma_fast.benchmarks.measure.machine import measure_again, measure_roof, stamp
-    from gemma_fast.benchmarks.model.cases import cases, find
-    from gemma_fast.benchmarks.model.judge import Judge
-    from gemma_fast.benchmarks.model.plots import plot
-    from gemma_fast.benchmarks.model.providers import PROVIDERS
-    from gemma_fast.benchmarks.model.race import Result, run
-    from gemma_fast.benchmarks.model.report import Report
-    from gemma_fast.load import refuse_overflow
-
-    device, kind = pick_device(dtype)
-    cuda = device.type == "cuda"
-    name = model or ("gemma-2b" if cuda else "tiny")
-    tests = cases(prompts, new, depths, batches)
-    if not tests:
-        raise click.UsageError("nothing to test: -p and -n are 0")
-    try:
-        checkpoint = find(name)
-        refuse_overflow(checkpoint.config, kind)
-    except (ValueError, OSError, ImportError) as error:
-        raise click.ClickException(str(error)) from error
-    fitting = [case for case in tests if case.fits(checkpoint.config)]
-    if not fitting:
-        context = checkpoint.config.max_position_embeddings
-        raise click.UsageError(f"no test fits the context of {name}, {context} tokens")
-    roof = roof or (measure_roof(device, kind) if model or cuda else None)
-    try:
-        judge = Judge(checkpoint, kind, device)
-    except torch.OutOfMemoryError as error:
-        raise click.ClickException(f"no memory for the reference that judges: {error}") from error
-    head = stamp(device, kind, ["transformers"], commit)
-    about = {
-        "model": name, "params": checkpoint.config.num_parameters, "dtype": head["dtype"],
-        "size_bytes": checkpoint.config.num_parameters * kind.itemsize, "checked": judge.about,
-    }  # fmt: skip
-    names = [name for name in PROVIDERS if name in only or not only]
-    results: list[Result] = []
-    report = Report(head, roof, about, results)
-    for result in with_took(run(checkpoint, tests, device, kind, roof, repeats, names, judge)):
-        results.append(result)
-        about["checked"] = judge.about
-        case = result.case
-        told = f"{case.name}, batch {case.batch}: {result.provider}: {result.status}"
-        if rate := result.figures(roof).get("tokens_per_s"):
-            told += f", {rate:.2f} t/s"
-        click.echo(f"{told}, {result.took:.1f} s", err=True)
-        if out:  # so that a run cut short keeps what it has
-            report.write(out)
-    if roof:
-        measure_again(head, device, kind)
-    if out:
-        report.write(out)
-        title = f"{name}, {head['dtype']}, {head['gpu'] or head['cpu']}"
-        measured = roof if any(r.seconds for r in results) else None
-        write_plots(plot, out, measured, report.results, title)
-    click.echo(report.json() if output == "json" else report.markdown(), nl=False)
-    return not serious(r for r in results if r.case in fitting)
-
-
-def write_plots(
-    plot: Callable[..., None], out: Path, roof: Roof | None, results: Sequence[Any], title: str
-) -> None:
-    """Without a roof nothing was measured."""
-    if roof is None:
-        click.echo(f"{out}: results.json, results.md. No plots: nothing was measured.", err=True)
-        return
-    try:
-        plot(out, roof, results, title)
-    except ImportError as error:
-        click.echo(f"No plots: {error}", err=True)

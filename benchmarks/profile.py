@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import click
 import torch
 
-from gemma_fast.benchmarks import options as model_command
-from gemma_fast.benchmarks.kernels.suite import OURS
+from gemma_fast.benchmarks import options as shared
 from gemma_fast.benchmarks.measure import report
 from gemma_fast.benchmarks.measure.machine import stamp
+from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.benchmarks.measure.timing import wall_seconds
 from gemma_fast.benchmarks.model.cases import NEW, PROMPT, find
 from gemma_fast.benchmarks.model.providers import PROVIDERS
@@ -155,10 +155,10 @@ def main(
     prompt: int, depth: int, batch: int, model: str, dtype: str | None, out: Path | None,
     commit: str | None,
 ) -> None:  # fmt: skip
-    device, kind = model_command.pick_device(dtype)
+    device, kind = shared.pick_device(dtype)
     if device.type != "cuda":
         raise click.ClickException("a profile is of a CUDA GPU, and there is none")
-    model_command.make_folder(out)
+    shared.make_folder(out)
     try:
         begin, work = prepare(model, prompt, depth, batch, device, kind)
     except (ValueError, OSError, ImportError) as error:

@@ -10,9 +10,10 @@ import itertools
 import pytest
 import torch
 
-from gemma_fast.benchmarks.kernels.suite import OURS, Suite, calls, run
+from gemma_fast.benchmarks.kernels.suite import Suite, calls, run
 from gemma_fast.benchmarks.kernels.table import SUITES
 from gemma_fast.benchmarks.measure.machine import Roof, measure_roof
+from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.benchmarks.measure.timing import clock
 
 CUDA = torch.cuda.is_available()

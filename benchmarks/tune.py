@@ -3,10 +3,10 @@
     python -m benchmarks.tune                                     # every kernel's table
     python -m benchmarks.tune linear attention --size "b 1" --size "t 8192" --out DIR
 
-Launchers ask their module's table, a function `tile`, for a dict. Each size of a suite is run with
-what the table says, and with every combination of CHOICES in its place, as the benchmarks run a
-provider: checked, then timed. The best of many times is partly luck, so the first few are run again
-beside the table's. Changes nothing: a better tile is written into the table by hand, and the run
+A launcher asks `launch_config` for its tile sizes. Each size of a suite is run with what the
+kernel's table says, and with every combination of its `tuning` in its place, as the benchmarks run
+a provider: checked, then timed. The best of many times is partly luck, so the first few are run
+again beside the table's. Changes nothing: a better tile is written into the table by hand, and the run
 that found it beside it.
 """
 
@@ -15,17 +15,14 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
-from itertools import product
+from contextlib import suppress
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import click
 import torch
@@ -33,103 +30,32 @@ from rich.console import Console
 from rich.progress import track
 from triton.runtime.errors import OutOfResources
 
-from gemma_fast.benchmarks import options as model_command
-from gemma_fast.benchmarks.kernels.suite import OURS, Call, Provider, Size, Suite, make_inputs, run
+from gemma_fast.benchmarks import options as shared
+from gemma_fast.benchmarks.kernels.suite import Prepare, Suite, make_inputs, run
 from gemma_fast.benchmarks.kernels.table import SUITES
+from gemma_fast.benchmarks.kernels.tuning import Config, Size
 from gemma_fast.benchmarks.measure import report
 from gemma_fast.benchmarks.measure.machine import Roof, measure_roof, stamp
-from gemma_fast.kernels import attention, decode_attention, geglu, lm_head, matvec, rmsnorm, rotary
+from gemma_fast.benchmarks.measure.outcome import OURS
+from gemma_fast.benchmarks.measure.timing import Call
+from gemma_fast.kernels.launch import override
 
-Tile = dict[str, int]
-Choices = Mapping[str, Sequence[int]]
 TABLE = f"{OURS}, as the table has it"  # names begin as this project's: their graphs are checked
 FINALISTS, ROUNDS = 4, 3  # run again, so often
 
 
-@dataclass(frozen=True)
-class Table:
-    """Where a launcher looks its tile up, and what to try in place of what it finds there."""
-
-    module: ModuleType
-    choices: Callable[[Size], Choices]
-    function: str = "tile"
-
-    def candidates(self, size: Size) -> dict[str, Tile]:
-        """By their names."""
-        choices = self.choices(size)
-        tiles = (dict(zip(choices, x, strict=True)) for x in product(*choices.values()))
-        return {", ".join([OURS, *(f"{k} {v}" for k, v in x.items())]): x for x in tiles}
-
-    def using(self, tile: Tile) -> AbstractContextManager[Any]:
-        """Within it, the launcher finds this; what it does not say is the table's."""
-        says = getattr(self.module, self.function)
-        return patch.object(self.module, self.function, lambda *args: says(*args) | tile)
-
-
-def _always(**choices: Sequence[int]) -> Callable[[Size], Choices]:
-    return lambda size: choices
-
-
-def _attention(size: Size) -> Choices:
-    keys = (32, 64) if size["d"] > 128 else (64, 128)
-    return {"BLOCK_M": (64, 128), "BLOCK_N": keys, "num_warps": (4, 8), "num_stages": (2, 3)}
-
-
-def _several(size: Size) -> Choices:
-    """Rows on the tensor cores."""
-    return {"BLOCK_N": (16, 32, 64), "BLOCK_K": (128, 256, 512), "STAGES": (3, 4, 6)}
-
-
-def _product(size: Size) -> Choices:
-    if size["b"] > 1:
-        return _several(size)
-    return {
-        "BLOCK_N": (2, 4, 8, 16), "BLOCK_K": (1024, 2048), "STAGES": (4, 6), "num_warps": (4, 8),
-    }  # fmt: skip
-
-
-def _next_token(size: Size) -> Choices:
-    if size["b"] > 1:
-        return _several(size)
-    return {
-        "BLOCK_N": (4, 8), "BLOCK_K": (1024, 2048), "BLOCKS": (1, 4, 8, 16), "num_warps": (4, 8),
-    }  # fmt: skip
-
-
-_norm = Table(rmsnorm, _always(num_warps=(1, 2, 4, 8, 16)))
-TABLES = {
-    "rms_norm": _norm,
-    "add_rms_norm": _norm,
-    "add_rms_norm_post": _norm,
-    "geglu": Table(geglu, _always(BLOCK=(512, 1024, 2048, 4096), num_warps=(2, 4, 8))),
-    "rotary_write": Table(rotary, _always(BLOCK=(4, 8, 16, 32), num_warps=(4, 8))),
-    "attention": Table(attention, _attention),
-    "gate_up_geglu": Table(
-        geglu,
-        _always(BLOCK_M=(64, 128, 256), BLOCK_N=(64, 128), num_stages=(3, 4), GROUP=(4, 8)),
-        "gate_up_tile",
-    ),
-    "norm_linear": Table(matvec, _product),
-    "decode_attention": Table(
-        decode_attention,
-        _always(BLOCK_N=(16, 32, 64), JOIN=(2, 4, 8, 16), num_warps=(4, 8), num_stages=(2, 3)),
-    ),
-    "linear": Table(matvec, _product),
-    "lm_head": Table(lm_head, _next_token),
-}
-
-
-def variants(suite: Suite, table: Table, size: Size) -> Suite:
+def variants(suite: Suite, size: Size) -> Suite:
     """The suite with a provider for each candidate, and the table's own first."""
-    ours = suite.providers[OURS]
+    ours, tuning = suite.providers[OURS], suite.tuning
+    assert tuning is not None
 
-    def provider(tile: Tile) -> Provider:
+    def provider(config: Config) -> Prepare:
         def prepare(*inputs: Any) -> Call:
             call = ours(*inputs)
 
             def launch() -> Any:
                 try:
-                    with table.using(tile):
+                    with override(tuning.kernel, **config):
                         return call()
                 except OutOfResources as problem:
                     raise NotImplementedError(str(problem)) from problem
@@ -138,7 +64,7 @@ def variants(suite: Suite, table: Table, size: Size) -> Suite:
 
         return prepare
 
-    tried = {name: provider(tile) for name, tile in table.candidates(size).items()}
+    tried = {name: provider(config) for name, config in tuning.candidates(size).items()}
     return replace(suite, yardstick=False, providers={TABLE: ours, **tried})
 
 
@@ -147,7 +73,7 @@ def compile_ahead(
 ) -> None:
     """In a process of its own: leaves the kernel in Triton's cache."""
     given = make_inputs(SUITES[suite], keywords, device, dtype, 0)
-    variants(SUITES[suite], TABLES[suite], keywords).providers[name](*given)()
+    variants(SUITES[suite], keywords).providers[name](*given)()
     del given
     torch.cuda.empty_cache()  # the others' share
 
@@ -185,21 +111,18 @@ def table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def chosen(names: Sequence[str], sizes: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Suites and sizes of these names, and with one of these in the size's name."""
-    if unknown := [name for name in names if name not in TABLES]:
+    if unknown := [name for name in names if name not in SUITES]:
         raise click.UsageError(
-            f"no table for {', '.join(unknown)}: choose from {', '.join(TABLES)}"
+            f"no table for {', '.join(unknown)}: choose from {', '.join(SUITES)}"
         )
-    for name in TABLES:
-        for size in SUITES[name].sizes if not names or name in names else ():
-            if not sizes or any(part in size for part in sizes):
-                yield name, size
+    for name in SUITES:
+        if not names or name in names:
+            yield from ((name, size) for size in shared.pick_sizes(SUITES[name].sizes, sizes))
 
 
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("names", nargs=-1, metavar="[SUITE]...")
-@click.option(
-    "--size", "sizes", multiple=True, help="Only sizes with this in their name; repeatable."
-)
+@shared.size_option
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]))
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Write tune.json here."
@@ -211,17 +134,17 @@ def main(
 ) -> None:  # fmt: skip
     if not (todo := list(chosen(names, sizes))):
         raise click.UsageError(f"no size has {' or '.join(sizes)} in its name")
-    device, kind = model_command.pick_device(dtype)
+    device, kind = shared.pick_device(dtype)
     if device.type != "cuda":
         raise click.ClickException("tiles are for a CUDA GPU, and there is none")
-    model_command.make_folder(out)
+    shared.make_folder(out)
     roof, head = measure_roof(device, kind), stamp(device, kind, [], commit)
     click.echo(report.heading(head, roof))
     results = []
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), get_context("spawn")) as pool:
         for name, size in todo:
             keywords = SUITES[name].sizes[size]
-            suite = variants(SUITES[name], TABLES[name], keywords)
+            suite = variants(SUITES[name], keywords)
             with suppress(BrokenProcessPool):  # then the tiles are compiled when they are run
                 ahead = [
                     pool.submit(compile_ahead, name, keywords, x, device, kind)

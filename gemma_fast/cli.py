@@ -23,8 +23,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gemma_fast.benchmarks.options import bench  # itself imports nothing large
-
 if TYPE_CHECKING:
     import torch
 
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
     from gemma_fast.text.tokenizer import Tokenizer
 
 Command = Callable[..., None]
-SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+IMPLY_SAMPLE = ("temperature", "top_k", "top_p", "min_p")
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -178,7 +176,19 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
         messages.append({"role": "assistant", "content": answer})
 
 
-main.add_command(bench)
+@main.command(
+    short_help="Speed of a whole model, beside its rivals.",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def bench(context: click.Context, arguments: tuple[str, ...]) -> None:
+    """Hands its arguments to the benchmarks' command, which is imported only now."""
+    from gemma_fast.benchmarks.model.command import bench as command
+
+    with command.make_context("bench", [*arguments], parent=context.parent) as inner:
+        command.invoke(inner)
 
 
 @main.command(short_help="A certificate of fidelity for this machine.")
@@ -244,7 +254,7 @@ def _stream(
     from gemma_fast.text.streaming import TextStreamer
 
     do_sample = sampling.pop("sample")
-    if do_sample is None and any(sampling[name] is not None for name in SAMPLING):
+    if do_sample is None and any(sampling[name] is not None for name in IMPLY_SAMPLE):
         do_sample = True
     clock = _Clock(None if silent else TextStreamer(tokenizer, skip_prompt=skip_prompt))
     out = model.generate(ids, do_sample=do_sample, streamer=clock, tokenizer=tokenizer, **sampling)

@@ -12,36 +12,35 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
-from gemma_fast.benchmarks.kernels.rotary import Tensors, angles
-from gemma_fast.benchmarks.kernels.suite import (
-    EAGER,
-    OURS,
-    OURS_BY_POINTERS,
-    Call,
-    Suite,
-    by_pointers,
-    compiled,
-)
+from gemma_fast.benchmarks.kernels.rivals import SDPA, by_pointers, compiled, plain, sdpa
+from gemma_fast.benchmarks.kernels.rmsnorm import norm as rms_norm
+from gemma_fast.benchmarks.kernels.rotary import TOKENS, Tensors, angles, turn
+from gemma_fast.benchmarks.kernels.suite import Check, Prepare, Suite
+from gemma_fast.benchmarks.kernels.tuning import Choices, Size, Tuning
 from gemma_fast.benchmarks.measure.machine import Work
-from gemma_fast.kernels.attention import attention, attention_reference
+from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, OURS_BY_POINTERS
+from gemma_fast.benchmarks.measure.timing import Call
+from gemma_fast.kernels import attention as module
 from gemma_fast.kernels.rotary import rotate
+
+Options = dict[str, Any]  # the op's keywords: scale, window, softcap
 
 
 def inputs(
     device: torch.device, dtype: torch.dtype, t: int, heads: int, n: int, d: int,
-    window: int | None = None, softcap: float | None = None,
+    window: int | None = None, softcap: float | None = None, norm: bool = False,
 ) -> Tensors:  # fmt: skip
-    """q :: [1, t, heads, d], not rotated; keys, values :: [1, n, t, d]; … ; the op's keywords."""
+    """q :: [1, t, heads, d], not rotated; keys, values :: [1, n, t, d]; …, norm_weight; options"""
     make: dict[str, Any] = {"device": device, "dtype": dtype}
     q = torch.randn(1, t, heads, d, **make)
     keys, values = torch.randn(2, 1, n, t, d, **make)
     start = torch.zeros(1, dtype=torch.int32, device=device)
+    norm_weight = torch.randn(d, **make) / 4 if norm else None
     options = {"scale": d**-0.5, "window": window, "softcap": softcap}
-    return q, keys, values, *angles(t, d, device), start, options
+    return q, keys, values, *angles(t, d, device), start, norm_weight, options
 
 
 def visible_pairs(t: int, window: int | None) -> int:
@@ -59,70 +58,69 @@ def work(
     return Work(values * itemsize + t * d * 4, 4 * heads * d * visible_pairs(t, window))
 
 
-def ours(op: Callable[..., Tensor]) -> Callable[..., Call]:
-    def provider(*inputs: Any) -> Call:
+def with_options(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*inputs: Any) -> Tensor:
         *tensors, options = inputs
-        return lambda: op(*tensors, **options)
+        return op(*tensors, **options)
 
-    return provider
+    return call
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, options: Options) -> Tensor:
+    """Products in the inputs' dtype, softmax in fp32 at least, as in reference.py.
+
+    q :: [b, t, heads, d], rotated; keys, values :: [b, n, s, d]; hidden :: [t, s], or a row's
+    """
+    keys, values = (x.repeat_interleave(q.shape[2] // x.shape[1], dim=1) for x in (keys, values))
+    scores = q.transpose(1, 2) @ keys.mT * options["scale"]  # [b, heads, t, s]
+    if softcap := options["softcap"]:
+        scores = softcap * torch.tanh(scores / softcap)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=wide).to(q.dtype)
+    return (weights @ values).transpose(1, 2)
+
+
+def hidden_keys(t: int, window: int | None, device: torch.device) -> Tensor:
+    """[t, t]: keys that a query does not see, being later, or before its window."""
+    i = torch.arange(t, device=device)
+    distance = i[:, None] - i
+    return (distance < 0) | (distance >= (window or t))
+
+
+def formula(*given: Any) -> Tensor:
+    q, keys, values, cos, sin, _, weight, options = given
+    hidden = hidden_keys(q.shape[1], options["window"], q.device)
+    return attend(turn(rms_norm(q, weight), cos, sin), keys, values, hidden, options)
 
 
 def rotated(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate(q, cos, sin).to(q.dtype)
 
 
-def eager(
-    q: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
-    options: dict[str, Any],
-) -> Call:  # fmt: skip
-    """Products in the inputs' dtype, softmax in fp32, as in reference.py."""
-    t, group = q.shape[1], q.shape[2] // keys.shape[1]
-    q = rotated(q, cos, sin).transpose(1, 2)  # [1, heads, t, d]
-    i = torch.arange(t, device=q.device)
-    hidden = i > i[:, None]
-    if window := options["window"]:
-        hidden |= i <= i[:, None] - window
+def rival(prepare: Callable[[Tensor, Tensor, Tensor, Options], Call]) -> Prepare:
+    """A provider that is given q :: [1, t, heads, d] rotated, and keys, values :: [1, n, t, d]."""
 
-    def call() -> Tensor:
-        k, v = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-        scores = q @ k.mT * options["scale"]
-        if softcap := options["softcap"]:
-            scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32)
-        return (weights.to(q.dtype) @ v).transpose(1, 2)
+    def given(*inputs: Any) -> Call:
+        q, keys, values, cos, sin, _, _, options = inputs
+        return prepare(rotated(q, cos, sin), keys, values, options)
 
-    return call
+    return given
 
 
-def sdpa(backend: SDPBackend) -> Callable[..., Call]:
-    def provider(
-        q: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
-        options: dict[str, Any],
-    ) -> Call:  # fmt: skip
+def eager(q: Tensor, keys: Tensor, values: Tensor, options: Options) -> Call:
+    hidden = hidden_keys(q.shape[1], options["window"], q.device)
+    return lambda: attend(q, keys, values, hidden, options)
+
+
+def by_sdpa(backend: SDPBackend) -> Prepare:
+    def prepare(q: Tensor, keys: Tensor, values: Tensor, options: Options) -> Call:
         if options["softcap"] or options["window"]:
             raise NotImplementedError("no soft cap" if options["softcap"] else "no window")
-        q = rotated(q, cos, sin).transpose(1, 2)  # [1, heads, t, d]
-        if backend == SDPBackend.EFFICIENT_ATTENTION:  # knows only one kv head for each query head
-            group = q.shape[1] // keys.shape[1]
-            keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-        grouped = q.shape[1] != keys.shape[1]
+        keywords = {"is_causal": True, "scale": options["scale"]}
+        call = sdpa(backend, q.transpose(1, 2), keys, values, **keywords)
+        return lambda: call().transpose(1, 2)
 
-        def call() -> Tensor:
-            with sdpa_kernel(backend):
-                out = F.scaled_dot_product_attention(
-                    q, keys, values, is_causal=True, scale=options["scale"], enable_gqa=grouped
-                )
-            return out.transpose(1, 2)
-
-        try:
-            call()
-        except RuntimeError as error:
-            if "No available kernel" not in str(error) and "No viable backend" not in str(error):
-                raise
-            raise NotImplementedError("no kernel of this backend") from error
-        return call
-
-    return provider
+    return rival(prepare)
 
 
 @cache  # one for all sets of inputs: Dynamo compiles again for another function
@@ -142,27 +140,20 @@ def flex_masks(t: int, window: Any, softcap: Any, device: torch.device) -> dict[
     return {"block_mask": mask, "score_mod": cap if softcap else None}
 
 
-def flex_attention(
-    q: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
-    options: dict[str, Any],
-) -> Call:  # fmt: skip
+def flex_attention(q: Tensor, keys: Tensor, values: Tensor, options: Options) -> Call:
     from torch.nn.attention import flex_attention as flex
 
     masks = flex_masks(q.shape[1], options["window"], options["softcap"], q.device)
-    q = rotated(q, cos, sin).transpose(1, 2)
+    q = q.transpose(1, 2)  # [1, heads, t, d]
     run = compiled(flex.flex_attention)
     safe = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}  # no row sees nothing
     keywords = {"scale": options["scale"], "enable_gqa": True, "kernel_options": safe, **masks}
     return lambda: run(q, keys, values, **keywords).transpose(1, 2)
 
 
-def flash_attn_4(
-    q: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
-    options: dict[str, Any],
-) -> Call:  # fmt: skip
+def flash_attn_4(q: Tensor, keys: Tensor, values: Tensor, options: Options) -> Call:
     from flash_attn.cute import flash_attn_func
 
-    q = rotated(q, cos, sin)
     keys, values = (x.transpose(1, 2).contiguous() for x in (keys, values))  # [1, t, n, d]
     window = options["window"]
     keywords = {
@@ -172,19 +163,20 @@ def flash_attn_4(
     return lambda: flash_attn_func(q, keys, values, **keywords)[0]
 
 
-def flashinfer_attention(
-    q: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
-    options: dict[str, Any],
-) -> Call:  # fmt: skip
+def flashinfer_attention(q: Tensor, keys: Tensor, values: Tensor, options: Options) -> Call:
     from flashinfer import single_prefill_with_kv_cache
 
-    q = rotated(q, cos, sin)[0]
     keys, values = (x[0].transpose(0, 1).contiguous() for x in (keys, values))  # [t, n, d]
     keywords = {
         "causal": True, "kv_layout": "NHD", "sm_scale": options["scale"],
         "window_left": (options["window"] or 0) - 1, "logits_soft_cap": options["softcap"],
     }  # fmt: skip
-    return lambda: single_prefill_with_kv_cache(q, keys, values, **keywords).unsqueeze(0)
+    return lambda: single_prefill_with_kv_cache(q[0], keys, values, **keywords).unsqueeze(0)
+
+
+def choices(size: Size) -> Choices:
+    keys = (32, 64) if size["d"] > 128 else (64, 128)
+    return {"BLOCK_M": (64, 128), "BLOCK_N": keys, "num_warps": (4, 8), "num_stages": (2, 3)}
 
 
 def _sizes(*rows: tuple[int, ...]) -> dict[str, dict[str, Any]]:
@@ -209,20 +201,25 @@ ATTENTION = Suite(
     ),
     tiny=_sizes((24, 4, 1, 32), (24, 4, 2, 32, 8), (24, 4, 2, 32, 8, 5)),
     inputs=inputs,
-    oracle=lambda *inputs: ours(attention_reference)(*inputs)(),
+    oracle=with_options(module.attention_reference),
     work=work,
     # Scores rounded before the soft cap and the softmax, as in eager: 6.7e-3. A window off by one:
     # 1.4e-2.
     tolerance={torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5},
+    tuning=Tuning("attention", choices),
     providers={
-        EAGER: eager,
-        "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
-        "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
-        "SDPA efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
-        "FlexAttention": flex_attention,
-        "flash-attn-4": flash_attn_4,
-        "flashinfer": flashinfer_attention,
-        OURS_BY_POINTERS: by_pointers(ours(attention)),
-        OURS: ours(attention),
+        EAGER: rival(eager),
+        **{name: by_sdpa(backend) for name, backend in SDPA.items()},
+        "FlexAttention": rival(flex_attention),
+        "flash-attn-4": rival(flash_attn_4),
+        "flashinfer": rival(flashinfer_attention),
+        OURS_BY_POINTERS: by_pointers("attention", plain(with_options(module.attention))),
+        OURS: plain(with_options(module.attention)),
     },
 )
+ALL = {"window": 29, "softcap": 5.0, "norm": True}
+PROMPT = Check(
+    "attention", inputs, formula, ATTENTION.providers[OURS],
+    [size | {"heads": 2 * size["n"]} for size in TOKENS],
+)  # fmt: skip
+CHECKS = (PROMPT, PROMPT.resized("attention, window, cap, norm", **ALL))

@@ -7,43 +7,40 @@ errs against gemma_fast. Every slot of the ring is visible, so nobody needs a ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
-from gemma_fast.benchmarks.kernels.attention import rotated
-from gemma_fast.benchmarks.kernels.rotary import Tensors, angles
-from gemma_fast.benchmarks.kernels.suite import (
-    EAGER,
-    OURS,
-    OURS_ALONE,
-    Call,
-    Suite,
-    alone,
-    compiled,
-)
+from gemma_fast.benchmarks.kernels.attention import ALL, attend, rotated
+from gemma_fast.benchmarks.kernels.rivals import SDPA, plain, sdpa, torch_compiled
+from gemma_fast.benchmarks.kernels.rmsnorm import norm as rms_norm
+from gemma_fast.benchmarks.kernels.rotary import Tensors, angles, turn
+from gemma_fast.benchmarks.kernels.suite import Check, Prepare, Suite
+from gemma_fast.benchmarks.kernels.tuning import Choices, Size, Tuning
 from gemma_fast.benchmarks.measure.machine import Work
-from gemma_fast.kernels.decode_attention import decode_attention, decode_attention_reference
+from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, OURS_ALONE
+from gemma_fast.benchmarks.measure.timing import Call
+from gemma_fast.kernels import decode_attention as module
+from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.rotary import rotary_write_reference
 
 
 def inputs(
     device: torch.device, dtype: torch.dtype, b: int, depth: int, heads: int, n: int, d: int,
-    window: int | None = None,
+    window: int | None = None, softcap: float | None = None, norm: bool = False,
 ) -> Tensors:  # fmt: skip
     """qkv :: [b, heads + 2 n, d]; keys, values :: [b, n, slots, d], a ring of the window's length
-    or of depth, to which the token at depth − 1 is still to be written; … ; the scale."""
+    or of depth, to which the token at depth − 1 is still to be written; …, both norms; options"""
     make: dict[str, Any] = {"device": device, "dtype": dtype}
     qkv = torch.randn(b, heads + 2 * n, d, **make)
     keys, values = torch.randn(2, b, n, min(depth, window or depth), d, **make)
     cos, sin = tables(depth, d, device)
     position = torch.full((b,), depth - 1, dtype=torch.int32, device=device)
-    return qkv, keys, values, cos, sin, position, d**-0.5
+    norms = [torch.randn(d, **make) / 4 if norm else None for _ in "qk"]
+    return qkv, keys, values, cos, sin, position, *norms, {"scale": d**-0.5, "softcap": softcap}
 
 
 @cache
@@ -64,16 +61,21 @@ def work(
     return Work(values * itemsize + 4 * d, 4 * b * heads * d * visible)
 
 
-def ours(*inputs: Any) -> Call:
-    *tensors, scale = inputs
-    b, n = tensors[1].shape[:2]
-    tensors.append(torch.zeros(b * n, dtype=torch.int32, device=tensors[0].device))  # arrived
-    return lambda: decode_attention(*tensors, scale=scale, prefetch=True)
+def ours(*inputs: Any, prefetch: bool = True) -> Call:
+    qkv, keys, values, cos, sin, position, q_norm, k_norm, options = inputs
+    arrived = no_arrivals(keys)
+    return lambda: module.decode_attention(
+        qkv, keys, values, cos, sin, position, arrived, q_norm, k_norm, **options, prefetch=prefetch
+    )
+
+
+def no_arrivals(keys: Tensor) -> Tensor:
+    return torch.zeros(keys[..., 0, 0].numel(), dtype=torch.int32, device=keys.device)
 
 
 def oracle(*inputs: Any) -> Tensor:
-    *tensors, scale = inputs
-    return decode_attention_reference(*tensors, scale=scale)
+    *tensors, options = inputs
+    return module.decode_attention_reference(*tensors, **options)
 
 
 def written(
@@ -87,45 +89,77 @@ def written(
     return rotated(q, cos, sin).transpose(1, 2)
 
 
-def attend(
-    qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor,
-    scale: float,
-) -> Tensor:  # fmt: skip
+def eager(*inputs: Any) -> Tensor:
     """Products in the inputs' dtype, softmax in fp32, as in reference.py."""
-    q = written(qkv, keys, values, cos, sin, position)
+    *tensors, _, _, options = inputs
+    q, keys, values = written(*tensors), *tensors[1:3]
     b, heads, _, d = q.shape
     q = q.reshape(b, keys.shape[1], -1, d)  # [b, n, m, d]
-    weights = (q @ keys.mT * scale).softmax(-1, dtype=torch.float32)
+    weights = (q @ keys.mT * options["scale"]).softmax(-1, dtype=torch.float32)
     return (weights.to(q.dtype) @ values).view(b, heads, d)
 
 
-def sdpa(backend: SDPBackend) -> Callable[..., Call]:
-    def provider(
-        qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor,
-        scale: float,
-    ) -> Call:  # fmt: skip
-        q = written(qkv, keys, values, cos, sin, position)
-        if backend == SDPBackend.EFFICIENT_ATTENTION:  # knows only one kv head for each query head
-            group = q.shape[1] // keys.shape[1]
-            keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-        grouped = q.shape[1] != keys.shape[1]
+def by_sdpa(backend: SDPBackend) -> Prepare:
+    def prepare(*inputs: Any) -> Call:
+        *tensors, _, _, options = inputs
+        call = sdpa(backend, written(*tensors), *tensors[1:3], scale=options["scale"])
+        return lambda: call().squeeze(2)
 
-        def call() -> Tensor:
-            with sdpa_kernel(backend):
-                out = F.scaled_dot_product_attention(
-                    q, keys, values, scale=scale, enable_gqa=grouped
-                )
-            return out.squeeze(2)
+    return prepare
 
-        try:
-            call()
-        except RuntimeError as error:
-            if "No available kernel" not in str(error) and "No viable backend" not in str(error):
-                raise
-            raise NotImplementedError("no kernel of this backend") from error
-        return call
 
-    return provider
+def formula(*given: Any) -> Tensor:
+    """All rows at one position, in a ring that is full."""
+    qkv, keys, values, cos, sin, position, q_weight, k_weight, options = given
+    n, slots = keys.shape[1:3]
+    q, k, v = qkv.unsqueeze(1).split((qkv.shape[1] - 2 * n, n, n), dim=2)  # [b, 1, heads, d]
+    cos, sin = (x[position.long()].unsqueeze(1) for x in (cos, sin))
+    q, k = turn(rms_norm(q, q_weight), cos, sin), turn(rms_norm(k, k_weight), cos, sin)
+    slot = int(position[0]) % slots
+    keys[:, :, slot], values[:, :, slot] = k.squeeze(1), v.squeeze(1)
+    hidden = torch.zeros(1, slots, dtype=torch.bool, device=q.device)
+    return attend(q, keys, values, hidden, options).squeeze(1)
+
+
+def padded_inputs(
+    t: int, past: int, n: int, d: int, window: int | None = None, softcap: float | None = None,
+    **make: Any,
+) -> Tensors:  # fmt: skip
+    """q :: [2, t, 2 n, d], after `past` keys, of which the second row's first ones are padding."""
+    keys, values = torch.randn(2, 2, n, past + t, d, **make)
+    bounds = torch.tensor([[past, past], [0, past // 3]], device=make["device"], dtype=torch.int32)
+    options = {"scale": d**-0.5, "window": window, "softcap": softcap}
+    return torch.randn(2, t, 2 * n, d, **make), keys, values, *bounds, options
+
+
+def padded_formula(*given: Any) -> Tensor:
+    """q and keys are rotated; a row's keys begin at its `first`."""
+    q, keys, values, start, first, options = given
+    query = start[:, None] + torch.arange(q.shape[1], device=q.device)
+    distance = query[:, :, None] - torch.arange(keys.shape[2], device=q.device)  # [b, t, s]
+    hidden = (distance < 0) | (distance > (query - first[:, None])[:, :, None])
+    if window := options["window"]:
+        hidden |= distance >= window
+    return attend(q, keys, values, hidden.unsqueeze(1), options)
+
+
+def padded_prompt(*given: Any) -> Call:
+    q, keys, values, start, first, options = given
+    return lambda: attention(q, keys, values, None, None, start, first=first, **options)
+
+
+def padded_token(*given: Any) -> Call:
+    q, keys, values, start, first, options = given
+    arrived = no_arrivals(keys)
+    return lambda: module.split_attention(
+        q[:, 0], keys, values, start, first, arrived, **options
+    ).unsqueeze(1)
+
+
+def choices(size: Size) -> Choices:
+    return {
+        "BLOCK_N": (16, 32, 64), "JOIN": (2, 4, 8, 16), "num_warps": (4, 8), "num_stages": (2, 3),
+    }  # fmt: skip
 
 
 def _sizes(*rows: tuple[int, ...]) -> dict[str, dict[str, Any]]:
@@ -153,13 +187,27 @@ DECODE_ATTENTION = Suite(
     oracle=oracle,
     work=work,
     tolerance={torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5},
+    tuning=Tuning("decode_attention", choices),
     providers={
-        EAGER: lambda *inputs: lambda: attend(*inputs),
-        "torch.compile": lambda *inputs: lambda: compiled(attend)(*inputs),
-        "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
-        "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
-        "SDPA efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
-        OURS_ALONE: alone(ours),
+        EAGER: plain(eager),
+        "torch.compile": torch_compiled(eager),
+        **{name: by_sdpa(backend) for name, backend in SDPA.items()},
+        OURS_ALONE: partial(ours, prefetch=False),
         OURS: ours,
     },
+)
+LATER = (
+    {"t": 20, "past": 150, "n": 2, "d": 32},
+    {"t": 500, "past": 3000, "n": 4, "d": 256, "window": 1024},
+)
+NEW = Check("decode_attention", inputs, formula, ours, (
+    {"b": 2, "depth": 150, "heads": 4, "n": 2, "d": 32},
+    {"b": 2, "depth": 4000, "heads": 8, "n": 4, "d": 256},
+))  # fmt: skip
+PADDED = Check("attention, rotated, padding", padded_inputs, padded_formula, padded_prompt, LATER)
+CHECKS = (
+    NEW,
+    NEW.resized("decode_attention, window, cap, norm", **ALL),
+    PADDED,
+    PADDED._replace(ours=padded_token).resized("split_attention, padding, cap", t=1, softcap=5.0),
 )

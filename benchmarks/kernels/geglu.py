@@ -6,17 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.suite import (
-    EAGER,
-    OURS,
-    OURS_BY_POINTERS,
-    Call,
-    Suite,
-    by_pointers,
-    compiled,
-)
+from gemma_fast.benchmarks.kernels.rivals import by_pointers, compiled, plain, torch_compiled
+from gemma_fast.benchmarks.kernels.rmsnorm import ROWS, add_inputs
+from gemma_fast.benchmarks.kernels.suite import Check, Suite
+from gemma_fast.benchmarks.kernels.tuning import Choices, Size, Tuning
 from gemma_fast.benchmarks.measure.machine import Work
-from gemma_fast.kernels.geglu import gate_up_geglu, geglu, geglu_reference
+from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, OURS_BY_POINTERS
+from gemma_fast.benchmarks.measure.timing import Call
+from gemma_fast.kernels import geglu as module
+from gemma_fast.kernels.geglu import geglu_reference
 
 
 def inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Tensor]:
@@ -29,10 +27,13 @@ def work(itemsize: int, rows: int, dim: int) -> Work:
     return Work(3 * rows * dim * itemsize, 10 * rows * dim)
 
 
-def eager(gate_up: Tensor) -> Tensor:
+def formula(gate: Tensor, up: Tensor) -> Tensor:
     """In the input's dtype; gelu(gate) is rounded before it is multiplied."""
-    gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh") * up
+
+
+def eager(gate_up: Tensor) -> Tensor:
+    return formula(*gate_up.chunk(2, dim=-1))
 
 
 def liger_geglu(gate_up: Tensor) -> Call:
@@ -73,12 +74,12 @@ def product_then_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
     return eager(F.linear(x, gate_up_proj))
 
 
-def cublas_geglu(x: Tensor, gate_up_proj: Tensor) -> Call:
-    return lambda: geglu(*F.linear(x, gate_up_proj).chunk(2, dim=-1))
+def cublas_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
+    return module.geglu(*F.linear(x, gate_up_proj).chunk(2, dim=-1))
 
 
-def cublas_compiled(x: Tensor, gate_up_proj: Tensor) -> Call:
-    return lambda: compiled(eager)(F.linear(x, gate_up_proj))
+def cublas_compiled(x: Tensor, gate_up_proj: Tensor) -> Tensor:
+    return compiled(eager)(F.linear(x, gate_up_proj))
 
 
 def quack_product(x: Tensor, gate_up_proj: Tensor) -> Call:
@@ -90,8 +91,10 @@ def quack_product(x: Tensor, gate_up_proj: Tensor) -> Call:
     return lambda: gemm_gated(x, weight, activation="geglu", store_preact=False)[1]
 
 
-def ours(x: Tensor, gate_up_proj: Tensor) -> Call:
-    return lambda: gate_up_geglu(x, gate_up_proj)
+def gate_up_choices(size: Size) -> Choices:
+    return {
+        "BLOCK_M": (64, 128, 256), "BLOCK_N": (64, 128), "num_stages": (3, 4), "GROUP": (4, 8),
+    }  # fmt: skip
 
 
 GEGLU = Suite(
@@ -106,13 +109,14 @@ GEGLU = Suite(
     inputs=inputs,
     oracle=lambda x: geglu_reference(*x.chunk(2, dim=-1)),
     work=work,
+    tuning=Tuning("geglu", lambda size: {"BLOCK": (512, 1024, 2048, 4096), "num_warps": (2, 4, 8)}),
     providers={
-        EAGER: lambda x: lambda: eager(x),
-        "torch.compile": lambda x: lambda: compiled(eager)(x),
+        EAGER: plain(eager),
+        "torch.compile": torch_compiled(eager),
         "liger": liger_geglu,
         "liger (CuTe)": liger_cute_geglu,
         "flashinfer": flashinfer_geglu,
-        OURS: lambda x: lambda: geglu(*x.chunk(2, dim=-1)),
+        OURS: plain(lambda x: module.geglu(*x.chunk(2, dim=-1))),
     },
 )
 GATE_UP_GEGLU = Suite(
@@ -126,13 +130,21 @@ GATE_UP_GEGLU = Suite(
     inputs=product_inputs,
     oracle=product_then_geglu,
     work=product_work,
+    tuning=Tuning("gate_up_geglu", gate_up_choices),
     providers={
-        EAGER: lambda *inputs: lambda: product_then_geglu(*inputs),
-        "torch.compile": lambda *inputs: lambda: compiled(product_then_geglu)(*inputs),
-        "cuBLAS + compiled epilogue": cublas_compiled,
-        "cuBLAS + geglu": cublas_geglu,
+        EAGER: plain(product_then_geglu),
+        "torch.compile": torch_compiled(product_then_geglu),
+        "cuBLAS + compiled epilogue": plain(cublas_compiled),
+        "cuBLAS + geglu": plain(cublas_geglu),
         "quack": quack_product,
-        OURS_BY_POINTERS: by_pointers(ours),
-        OURS: ours,
+        OURS_BY_POINTERS: by_pointers("gate_up_geglu", plain(module.gate_up_geglu)),
+        OURS: plain(module.gate_up_geglu),
     },
 )
+CHECKS = (
+    Check("geglu", lambda **size: add_inputs(**size)[:2], formula, plain(module.geglu), ROWS),
+    Check(
+        "gate_up_geglu", product_inputs, product_then_geglu, plain(module.gate_up_geglu),
+        [{"m": 40, "k": 320, "dim": 96}, {"m": 512, "k": 2304, "dim": 4096}],
+    ),
+)  # fmt: skip

@@ -8,11 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.suite import EAGER, OURS, Call, Suite, compiled
+from gemma_fast.benchmarks.kernels.matvec import norm_inputs
+from gemma_fast.benchmarks.kernels.rivals import plain, torch_compiled
+from gemma_fast.benchmarks.kernels.rmsnorm import EPS, add
+from gemma_fast.benchmarks.kernels.suite import Check, Suite
+from gemma_fast.benchmarks.kernels.tuning import Choices, Size, Tuning, matmul_choices
 from gemma_fast.benchmarks.measure.machine import Work
-from gemma_fast.kernels.lm_head import next_token
+from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
+from gemma_fast.benchmarks.measure.timing import Call
+from gemma_fast.kernels import lm_head as module
 
-EPS = 1e-6
+SOFTCAP = 30.0
 
 
 def inputs(
@@ -54,19 +60,46 @@ def oracle(x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, _: 
 def ours(
     x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, temperature: Tensor | None
 ) -> Call:
-    b, device = len(x), x.device
-    position, arrived = torch.zeros(2, b, dtype=torch.int32, device=device)
-    token = torch.zeros(b, dtype=torch.int64, device=device)
-    seed = None if temperature is None else torch.ones(b, dtype=torch.int64, device=device)
+    call = choice(x, residual, norm_weight, None, weight, temperature, softcap=None)
+    return lambda: F.embedding(call().clamp(min=0), weight)  # -1: logits that are not finite
+
+
+def choice(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, post_norm_weight: Tensor | None,
+    weight: Tensor, temperature: Tensor | None = None, softcap: float | None = SOFTCAP,
+) -> Call:  # fmt: skip
+    """A call that gives the next tokens :: [b]."""
+    position, arrived = torch.zeros(2, len(x), dtype=torch.int32, device=x.device)
+    token = torch.full((len(x),), -1, device=x.device)
+    seed = None if temperature is None else torch.ones(len(x), dtype=torch.int64, device=x.device)
 
     def call() -> Tensor:
-        next_token(
-            x, residual, norm_weight, None, weight, position, token, arrived, temperature, seed,
-            eps=EPS, prefetch=True,
+        module.next_token(
+            x, residual, norm_weight, post_norm_weight, weight, position, token, arrived,
+            temperature, seed, softcap=softcap, eps=EPS, prefetch=True,
         )  # fmt: skip
-        return F.embedding(token.clamp(min=0), weight)  # -1: logits that are not finite
+        return token
 
     return call
+
+
+def choice_inputs(**size: Any) -> tuple[Any, ...]:
+    """Each second token's row is a few ulps off the one before, so that rounding can decide."""
+    *tensors, matrix, _ = norm_inputs(**size)
+    off = 4 * torch.finfo(matrix.dtype).eps * torch.randn_like(matrix[1::2])
+    matrix[1::2] = matrix[:-1:2] * (1 + off)
+    return *tensors, matrix
+
+
+def logits(*given: Any) -> Tensor:
+    *tensors, matrix = given
+    return SOFTCAP * torch.tanh(F.linear(add(*tensors)[0], matrix) / SOFTCAP)
+
+
+def choices(size: Size) -> Choices:
+    return matmul_choices(size, {
+        "BLOCK_N": (4, 8), "BLOCK_K": (1024, 2048), "BLOCKS": (1, 4, 8, 16), "num_warps": (4, 8),
+    })  # fmt: skip
 
 
 LM_HEAD = Suite(
@@ -87,9 +120,13 @@ LM_HEAD = Suite(
     inputs=inputs,
     oracle=oracle,
     work=work,
+    tuning=Tuning("next_token", choices),
     providers={
-        EAGER: lambda *inputs: lambda: eager(*inputs),
-        "torch.compile": lambda *inputs: lambda: compiled(eager)(*inputs),
+        EAGER: plain(eager),
+        "torch.compile": torch_compiled(eager),
         OURS: ours,
     },
 )  # fmt: skip
+VOCAB = {"b": 8, "dim": 320, "out": 1001}, {"b": 8, "dim": 2304, "out": 50_001}
+CHOICE = Check("next_token, 8 rows", choice_inputs, logits, choice, VOCAB, chooses=True)
+CHECKS = (CHOICE, CHOICE.resized("next_token, 16 rows", b=16))

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.suite import (
-    EAGER,
-    OURS,
-    OURS_ALONE,
-    Call,
-    Suite,
-    alone,
-    compiled,
-)
+from gemma_fast.benchmarks.kernels.geglu import eager as geglu_of
+from gemma_fast.benchmarks.kernels.rivals import plain, torch_compiled
+from gemma_fast.benchmarks.kernels.rmsnorm import EPS, add
+from gemma_fast.benchmarks.kernels.suite import Check, Suite
+from gemma_fast.benchmarks.kernels.tuning import Choices, Size, Tuning, matmul_choices
 from gemma_fast.benchmarks.measure.machine import Work
-from gemma_fast.kernels.matvec import linear, norm_linear
-
-EPS = 1e-6
+from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, OURS_ALONE
+from gemma_fast.benchmarks.measure.timing import Call
+from gemma_fast.kernels import matvec as module
 
 
 def inputs(
@@ -36,12 +33,14 @@ def work(itemsize: int, b: int, dim: int, out: int) -> Work:
 
 
 def norm_inputs(
-    device: torch.device, dtype: torch.dtype, b: int, dim: int, out: int, geglu: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """x, residual :: [b, dim], norm_weight :: [dim], weight :: [out, dim]"""
+    device: torch.device, dtype: torch.dtype, b: int, dim: int, out: int, geglu: bool = False,
+    post: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    """x, residual :: [b, dim], norm_weight, post_norm_weight :: [dim], weight :: [out, dim]"""
     x, weight = inputs(device, dtype, b, dim, out)
     residual, norm_weight = torch.randn_like(x), torch.randn_like(x[0]) / 4
-    return x, residual, norm_weight, weight, geglu
+    post_norm_weight = torch.randn_like(norm_weight) / 2 if post else None
+    return x, residual, norm_weight, post_norm_weight, weight, geglu
 
 
 def norm_work(itemsize: int, b: int, dim: int, out: int, geglu: bool) -> Work:
@@ -51,25 +50,33 @@ def norm_work(itemsize: int, b: int, dim: int, out: int, geglu: bool) -> Work:
 
 
 def norm_eager(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, geglu: bool
+    x: Tensor, residual: Tensor, norm_weight: Tensor, _: None, weight: Tensor, geglu: bool
 ) -> tuple[Tensor, Tensor]:
     residual = residual + x
     y = F.linear(F.rms_norm(residual, norm_weight.shape, 1 + norm_weight, EPS), weight)
-    if geglu:
-        gate, up = y.chunk(2, dim=-1)
-        y = F.gelu(gate, approximate="tanh") * up
-    return y, residual
+    return geglu_of(y) if geglu else y, residual
 
 
-def ours(*given: Any) -> Call:
-    return lambda: linear(*given, prefetch=True)
+def norm_formula(*given: Any) -> tuple[Tensor, Tensor]:
+    *tensors, weight, geglu = given
+    normed, h = add(*tensors)
+    y = F.linear(normed, weight)
+    return geglu_of(y) if geglu else y, h
 
 
-def norm_ours(*given: Any) -> Call:
-    x, residual, norm_weight, weight, geglu = given
-    return lambda: norm_linear(
-        x, residual, norm_weight, None, weight, geglu=geglu, eps=EPS, prefetch=True
-    )
+def ours(*given: Any, prefetch: bool = True) -> Call:
+    return lambda: module.linear(*given, prefetch=prefetch)
+
+
+def norm_ours(*given: Any, prefetch: bool = True) -> Call:
+    *tensors, geglu = given
+    return lambda: module.norm_linear(*tensors, geglu=geglu, eps=EPS, prefetch=prefetch)
+
+
+def choices(size: Size) -> Choices:
+    return matmul_choices(size, {
+        "BLOCK_N": (2, 4, 8, 16), "BLOCK_K": (1024, 2048), "STAGES": (4, 6), "num_warps": (4, 8),
+    })  # fmt: skip
 
 
 LINEAR = Suite(
@@ -85,10 +92,11 @@ LINEAR = Suite(
     inputs=inputs,
     oracle=F.linear,
     work=work,
+    tuning=Tuning("matvec", choices),
     providers={
-        EAGER: lambda *given: lambda: F.linear(*given),
-        "torch.compile": lambda *given: lambda: compiled(F.linear)(*given),
-        OURS_ALONE: alone(ours),
+        EAGER: plain(F.linear),
+        "torch.compile": torch_compiled(F.linear),
+        OURS_ALONE: partial(ours, prefetch=False),
         OURS: ours,
     },
 )
@@ -110,10 +118,20 @@ NORM_LINEAR = Suite(
     inputs=norm_inputs,
     oracle=norm_eager,
     work=norm_work,
+    tuning=Tuning("matvec", choices),
     providers={
-        EAGER: lambda *given: lambda: norm_eager(*given),
-        "torch.compile": lambda *given: lambda: compiled(norm_eager)(*given),
-        OURS_ALONE: alone(norm_ours),
+        EAGER: plain(norm_eager),
+        "torch.compile": torch_compiled(norm_eager),
+        OURS_ALONE: partial(norm_ours, prefetch=False),
         OURS: norm_ours,
     },
 )  # fmt: skip
+MATRIX = {"b": 1, "dim": 320, "out": 96}, {"b": 1, "dim": 2304, "out": 4096}
+PRODUCT = Check("linear", inputs, F.linear, ours, MATRIX)
+NORM_PRODUCT = Check("norm_linear", norm_inputs, norm_formula, norm_ours, MATRIX)
+CHECKS = (
+    PRODUCT,
+    PRODUCT.resized("linear, 8 rows", b=8),
+    NORM_PRODUCT,
+    NORM_PRODUCT.resized("norm_linear, post-norm, geglu, 8 rows", b=8, post=True, geglu=True),
+)

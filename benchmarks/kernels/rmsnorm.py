@@ -8,19 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.suite import EAGER, OURS, Call, Suite, compiled
+from gemma_fast.benchmarks.kernels.rivals import plain, torch_compiled
+from gemma_fast.benchmarks.kernels.suite import Check, Suite
+from gemma_fast.benchmarks.kernels.tuning import Tuning
 from gemma_fast.benchmarks.measure.machine import Work
-from gemma_fast.kernels.rmsnorm import (
-    add_rms_norm,
-    add_rms_norm_reference,
-    rms_norm,
-    rms_norm_reference,
-)
+from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
+from gemma_fast.benchmarks.measure.timing import Call
+from gemma_fast.kernels import rmsnorm as module
+from gemma_fast.kernels.rmsnorm import add_rms_norm_reference, rms_norm_reference
 
 EPS = 1e-6
 SHAPES = [(512, 2048), (8192, 2048), (32768, 2048), (8192, 640), (8192, 2304)]
 SIZES = {f"{rows} x {dim}": {"rows": rows, "dim": dim} for rows, dim in SHAPES}
 TINY = {"5 x 48": {"rows": 5, "dim": 48}}
+ROWS = {"rows": 16, "dim": 640}, {"rows": 512, "dim": 2304}
+TUNING = Tuning("rms_norm", lambda size: {"num_warps": (1, 2, 4, 8, 16)})
 
 
 def norm_inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Any, ...]:
@@ -54,6 +56,23 @@ def add_work(itemsize: int, rows: int, dim: int) -> Work:
 def post_work(itemsize: int, rows: int, dim: int) -> Work:
     """As add_work, and a norm more FLOPs."""
     return Work(4 * rows * dim * itemsize, 9 * rows * dim)
+
+
+def norm(x: Tensor, weight: Tensor | None) -> Tensor:
+    """The formula: in fp32 at least, rounded once. x itself where there is no weight."""
+    if weight is None:
+        return x
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = x.to(wide)
+    z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPS)
+    return (z * (1 + weight.to(wide))).to(x.dtype)
+
+
+def add(
+    x: Tensor, residual: Tensor, weight: Tensor, post: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    h = residual + norm(x, post)
+    return norm(h, weight), h
 
 
 def torch_norm(x: Tensor, weight: Tensor) -> Call:
@@ -136,25 +155,26 @@ RMS_NORM = Suite(
     inputs=norm_inputs,
     oracle=rms_norm_reference,
     work=norm_work,
+    tuning=TUNING,
     providers={
-        EAGER: lambda *inputs: lambda: rms_norm_reference(*inputs),
-        "torch.compile": lambda *inputs: lambda: compiled(rms_norm_reference)(*inputs),
+        EAGER: plain(rms_norm_reference),
+        "torch.compile": torch_compiled(rms_norm_reference),
         "F.rms_norm": torch_norm,
         "liger": liger_norm,
         "liger (CuTe)": liger_cute_norm,
         "quack": quack_norm,
         "flashinfer": flashinfer_norm,
-        OURS: lambda *inputs: lambda: rms_norm(*inputs),
+        OURS: plain(module.rms_norm),
     },
 )
 ADD_PROVIDERS = {
-    EAGER: lambda *inputs: lambda: add_rms_norm_reference(*inputs),
-    "torch.compile": lambda *inputs: lambda: compiled(add_rms_norm_reference)(*inputs),
+    EAGER: plain(add_rms_norm_reference),
+    "torch.compile": torch_compiled(add_rms_norm_reference),
     "liger": liger_add,
     "liger (CuTe)": liger_cute_add,
     "quack": quack_add,
     "flashinfer": flashinfer_add,
-    OURS: lambda *inputs: lambda: add_rms_norm(*inputs),
+    OURS: plain(module.add_rms_norm),
 }
 ADD_RMS_NORM = Suite(
     name="add_rms_norm",
@@ -165,6 +185,7 @@ ADD_RMS_NORM = Suite(
     inputs=add_inputs,
     oracle=add_rms_norm_reference,
     work=add_work,
+    tuning=TUNING,
     providers=ADD_PROVIDERS,
 )
 ADD_RMS_NORM_POST = Suite(
@@ -176,5 +197,11 @@ ADD_RMS_NORM_POST = Suite(
     inputs=post_inputs,
     oracle=add_rms_norm_reference,
     work=post_work,
+    tuning=TUNING,
     providers=ADD_PROVIDERS,
+)
+CHECKS = (
+    Check("rms_norm", norm_inputs, norm, RMS_NORM.providers[OURS], ROWS),
+    Check("add_rms_norm", add_inputs, add, ADD_PROVIDERS[OURS], ROWS),
+    Check("add_rms_norm, post-norm", post_inputs, add, ADD_PROVIDERS[OURS], ROWS),
 )

@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.suite import EAGER, OURS, Call, Suite, compiled
+from gemma_fast.benchmarks.kernels.rivals import compiled
+from gemma_fast.benchmarks.kernels.rmsnorm import norm as rms_norm
+from gemma_fast.benchmarks.kernels.suite import Check, Prepare, Suite
+from gemma_fast.benchmarks.kernels.tuning import Tuning
 from gemma_fast.benchmarks.measure.machine import Work
-from gemma_fast.kernels.rotary import rotary_write, rotary_write_reference
+from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
+from gemma_fast.benchmarks.measure.timing import Call
+from gemma_fast.kernels import rotary as module
+from gemma_fast.kernels.rotary import rotary_write_reference
 
 Tensors = tuple[Any, ...]
 
@@ -41,15 +47,28 @@ def work(itemsize: int, t: int, n: int, d: int, norm: bool = False) -> Work:
     return Work(4 * t * n * d * itemsize + t * d * 4, (3 + 4 * norm) * t * n * d)
 
 
-def writing(op: Callable[..., None]) -> Callable[..., Call]:
-    def provider(*inputs: Any) -> Call:
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x :: [b, t, heads, d]; cos, sin :: [b, t, d / 2], rounded to x's dtype."""
+    cos, sin = (torch.cat((y, y), dim=-1).to(x.dtype).unsqueeze(2) for y in (cos, sin))
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+
+
+def formula(*given: Any) -> tuple[Tensor, Tensor]:
+    """From position 0 on, as many tokens as slots."""
+    k, v, _, _, cos, sin, _, weight = given
+    return turn(rms_norm(k, weight), cos, sin).transpose(1, 2), v.transpose(1, 2)
+
+
+def writing(op: Callable[..., None]) -> Prepare:
+    def prepare(*inputs: Any) -> Call:
         def call() -> tuple[Tensor, Tensor]:
             op(*inputs)
             return inputs[2], inputs[3]
 
         return call
 
-    return provider
+    return prepare
 
 
 ROTARY_WRITE = Suite(
@@ -69,9 +88,13 @@ ROTARY_WRITE = Suite(
     inputs=inputs,
     oracle=lambda *inputs: writing(rotary_write_reference)(*inputs)(),
     work=work,
+    tuning=Tuning("rotary_write", lambda size: {"BLOCK": (4, 8, 16, 32), "num_warps": (4, 8)}),
     providers={
         EAGER: writing(rotary_write_reference),
         "torch.compile": writing(lambda *inputs: compiled(rotary_write_reference)(*inputs)),
-        OURS: writing(rotary_write),
+        OURS: writing(module.rotary_write),
     },
 )
+TOKENS = {"t": 40, "n": 2, "d": 32}, {"t": 1024, "n": 4, "d": 256}
+WRITE = Check("rotary_write", inputs, formula, ROTARY_WRITE.providers[OURS], TOKENS)
+CHECKS = (WRITE, WRITE.resized("rotary_write, norm", norm=True))

@@ -12,28 +12,20 @@ becomes its status: ImportError "not installed", NotImplementedError "cannot", a
 from __future__ import annotations
 
 import math
-import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from typing import Any, TypeVar
-from unittest.mock import patch
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gemma_fast.benchmarks.kernels.tuning import Size, Tuning
 from gemma_fast.benchmarks.measure.machine import Roof, Work
+from gemma_fast.benchmarks.measure.outcome import COPY, NOT_MEASURED, OURS, Wrong, error, verdict
 from gemma_fast.benchmarks.measure.timing import Call, Times, device_times
-from gemma_fast.kernels.launch import Gpu
 
-Size = dict[str, Any]
-Provider = Callable[..., Call]
-
-EAGER, OURS = "eager", "gemma_fast"
-OURS_BY_POINTERS, OURS_ALONE = "gemma_fast, no descriptors", "gemma_fast, no overlap"
-COPY = "copy of the same bytes (yardstick)"
-NOT_MEASURED = "ok, not measured"
+Prepare = Callable[..., Call]  # one set of inputs → what is timed
 # Of `error`: one rounding to bf16 gives 1.7e-3, to fp16 2.1e-4, and rivals may round in between. In
 # bf16 that hides the order of roundings, gelu by erf and a wrong eps: the tests are for those.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-5}
@@ -48,6 +40,7 @@ class Suite:
     inputs     inputs(device, dtype, **size) → tuple, from torch's seeded generators, never zeros
     oracle     oracle(*inputs upcast to fp32) → the output or outputs, in fp32
     work       work(itemsize, **size) → the least bytes and FLOPs
+    tuning     what benchmarks.tune tries
     tolerance  by dtype; see `error`
     """
 
@@ -59,7 +52,8 @@ class Suite:
     inputs: Callable[..., tuple[Any, ...]]
     oracle: Callable[..., Tensor | tuple[Tensor, ...]]
     work: Callable[..., Work]
-    providers: Mapping[str, Provider]
+    providers: Mapping[str, Prepare]
+    tuning: Tuning | None = None
     tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
 
     @property
@@ -67,8 +61,24 @@ class Suite:
         return [*self.providers, *([COPY] if self.yardstick else [])]
 
 
+class Check(NamedTuple):
+    """What `gemma-fast verify` runs of a kernel: ours(*inputs)() beside formula(*inputs), with
+    inputs(**size, device=…, dtype=…). sizes: without and with a GPU."""
+
+    name: str
+    inputs: Callable[..., tuple[Any, ...]]
+    formula: Callable[..., Any]  # in float64 the truth, in a lower dtype eager PyTorch
+    ours: Prepare
+    sizes: Sequence[Size]
+    chooses: bool = False  # a token; its formula gives logits
+
+    def resized(self, name: str, **changes: Any) -> Check:
+        """Another check, with other keywords of `inputs`."""
+        return self._replace(name=name, sizes=[size | changes for size in self.sizes])
+
+
 @dataclass(frozen=True)
-class Result:
+class KernelResult:
     suite: str
     size: str
     provider: str
@@ -78,6 +88,15 @@ class Result:
     times: Times | None = None  # None: not measured
     graph: bool | None = None  # whether the times are a CUDA graph's
     took: float = 0.0  # seconds, of everything: inputs, compilers, check, times
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """Providers are compared within it."""
+        return self.suite, self.size
+
+    @property
+    def typical(self) -> float | None:
+        return self.times and self.times.median
 
     def figures(self, roof: Roof | None) -> dict[str, Any]:
         """Of a measured result: times, rates, and the share of the roof that bounds this size."""
@@ -94,26 +113,11 @@ class Result:
         }  # fmt: skip
 
 
-R = TypeVar("R", bound=Any)
-
-
-def with_took(results: Iterable[R]) -> Iterator[R]:
-    """Results as they come, each with how long it took."""
-    start = time.perf_counter()
-    for result in results:
-        yield replace(result, took=time.perf_counter() - start)
-        start = time.perf_counter()
-
-
-class Wrong(Exception):
-    """An output that is not the oracle's."""
-
-
 @torch.no_grad()
 def run(
     suite: Suite, size: str, device: torch.device, dtype: torch.dtype, roof: Roof | None,
     names: Iterable[str] | None = None,
-) -> Iterator[Result]:  # fmt: skip
+) -> Iterator[KernelResult]:  # fmt: skip
     """Results of `names` (default: all) at one size; without a roof checked, and not timed."""
     keywords = (suite.sizes if roof else suite.tiny)[size]
     work = suite.work(dtype.itemsize, **keywords)
@@ -122,11 +126,11 @@ def run(
         expected = truth(suite, keywords, device, dtype)
     except Exception as problem:  # too large, perhaps
         status = verdict(problem)
-        yield from (Result(suite.name, size, name, status, work) for name in names)
+        yield from (KernelResult(suite.name, size, name, status, work) for name in names)
         return
     for name in names:
         own = work._replace(flops=0) if name == COPY else work
-        result = Result(suite.name, size, name, "ok", own)
+        result = KernelResult(suite.name, size, name, "ok", own)
         try:
             torch.cuda.empty_cache()  # what one provider needed is not another's lack
             if name != COPY:
@@ -143,24 +147,6 @@ def run(
         except Exception as problem:  # a rival may fail in any way: it is listed, and the rest runs
             result = replace(result, status=verdict(problem))
         yield result
-
-
-def verdict(problem: Exception) -> str:
-    """In a line why a provider has no time; for what is not expected, the traceback to stderr."""
-    text = str(problem).strip().split("\n")[0] or type(problem).__name__
-    kinds = {Wrong: "wrong", ImportError: "not installed", NotImplementedError: "cannot"}
-    word = next((word for kind, word in kinds.items() if isinstance(problem, kind)), "failed")
-    if word == "failed":
-        traceback.print_exception(problem)
-    return f"{word}: {text}"
-
-
-def serious(results: Iterable[Any]) -> bool:
-    """Whether a result was wrong, or this project's failed."""
-    return any(
-        r.status.startswith("wrong") or (r.provider == OURS and not r.status.startswith("ok"))
-        for r in results
-    )
 
 
 def make_inputs(
@@ -217,14 +203,6 @@ def _outputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (x,) if isinstance(x, Tensor) else tuple(x)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    """RMS over rows of a row's RMS(found − expected) / RMS(expected), so that rows of small numbers
-    count as much; NaN or infinite where `found` is."""
-    norm = partial(torch.linalg.vector_norm, dim=-1)
-    rows = norm(found.float() - expected.float()) / norm(expected.float())
-    return float(rows.square().mean().sqrt())
-
-
 def calls(
     suite: Suite, name: str, size: Size, device: torch.device, dtype: torch.dtype
 ) -> list[Call]:
@@ -244,36 +222,3 @@ def copy_of(size: int, device: torch.device) -> Call:
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
-
-
-def by_pointers(op: Provider) -> Provider:
-    """Our op, its tiles copied by pointers where it would copy them by tensor descriptors."""
-    return _on_a_gpu(op, "can_describe", False)
-
-
-def alone(op: Provider) -> Provider:
-    """Our op, each call after the end of the one before. With programmatic dependent launch, which
-    rivals do not have, a call's first loads overlap the call before: what OURS takes in a row."""
-    return _on_a_gpu(op, "overlap", {"PREFETCH": False})
-
-
-def _on_a_gpu(op: Provider, method: str, answer: Any) -> Provider:
-    def provider(*inputs: Any) -> Call:
-        call = op(*inputs)
-
-        def run() -> Any:
-            with patch.object(Gpu, method, lambda *_: answer):
-                return call()
-
-        return run
-
-    return provider
-
-
-@cache  # Dynamo knows a compiled function by identity
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile at its best: autotuned, for one size; the harness captures the graph itself."""
-    if torch.cuda.is_available():
-        mode = "max-autotune-no-cudagraphs"
-        return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
-    return torch.compile(function, backend="aot_eager", dynamic=False, fullgraph=True)

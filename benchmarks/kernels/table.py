@@ -1,21 +1,28 @@
-"""Every kernel's suite by its name, and the libraries that the rivals need."""
+"""Every kernel's suite by its name, every check, and the libraries that the rivals need."""
 
-from gemma_fast.benchmarks.kernels.attention import ATTENTION
-from gemma_fast.benchmarks.kernels.decode_attention import DECODE_ATTENTION
-from gemma_fast.benchmarks.kernels.geglu import GATE_UP_GEGLU, GEGLU
-from gemma_fast.benchmarks.kernels.lm_head import LM_HEAD
-from gemma_fast.benchmarks.kernels.matvec import LINEAR, NORM_LINEAR
-from gemma_fast.benchmarks.kernels.rmsnorm import ADD_RMS_NORM, ADD_RMS_NORM_POST, RMS_NORM
-from gemma_fast.benchmarks.kernels.rotary import ROTARY_WRITE
+from gemma_fast.benchmarks.kernels import (
+    attention,
+    decode_attention,
+    embed,
+    geglu,
+    lm_head,
+    matvec,
+    rmsnorm,
+    rotary,
+)
 from gemma_fast.benchmarks.measure.machine import installed_version
 
 SUITES = {
     suite.name: suite
     for suite in (
-        RMS_NORM, ADD_RMS_NORM, ADD_RMS_NORM_POST, GEGLU, ROTARY_WRITE, ATTENTION, GATE_UP_GEGLU,
-        NORM_LINEAR, DECODE_ATTENTION, LINEAR, LM_HEAD,
+        rmsnorm.RMS_NORM, rmsnorm.ADD_RMS_NORM, rmsnorm.ADD_RMS_NORM_POST, geglu.GEGLU,
+        rotary.ROTARY_WRITE, attention.ATTENTION, geglu.GATE_UP_GEGLU, matvec.NORM_LINEAR,
+        decode_attention.DECODE_ATTENTION, matvec.LINEAR, lm_head.LM_HEAD,
     )
 }  # fmt: skip
+
+MODULES = (embed, rmsnorm, rotary, attention, decode_attention, geglu, matvec, lm_head)
+CHECKS = [check for module in MODULES for check in module.CHECKS]
 
 # What providers need beside torch: distributions, as pip calls them.
 PACKAGES = {

@@ -1,31 +1,58 @@
-"""Two figures of what was measured: speed-up over eager, and the roofline."""
+"""Figures of what was measured: of kernels and of whole models."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_fast.benchmarks.kernels.suite import COPY, OURS, Result
+import click
+
 from gemma_fast.benchmarks.measure.machine import Roof
+from gemma_fast.benchmarks.measure.outcome import COPY, OURS
 from gemma_fast.benchmarks.measure.report import speedups
 
+Plots = Iterator[tuple[str, Any]]  # a file's name and its figure
 
-def plot(folder: Path, roof: Roof, results: Sequence[Result], title: str) -> None:
-    """speedup.png and roofline.png; `results` has measured ones. Raises ImportError without
-    matplotlib."""
-    import matplotlib
 
-    matplotlib.use("Agg")  # no display needed
+def write_plots(
+    plots: Callable[[Roof, Sequence[Any]], Plots], folder: Path, roof: Roof | None,
+    results: Sequence[Any], title: str,
+) -> None:  # fmt: skip
+    """Writes kernel_plots or model_plots of the measured results; says so where there are none, and
+    where matplotlib is missing."""
+    measured = [r for r in results if r.typical]
+    if roof is None or not measured:
+        click.echo(f"{folder}: results.json, results.md. No plots: nothing was measured.", err=True)
+        return
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")  # no display needed
+    except ImportError as error:
+        click.echo(f"No plots: {error}", err=True)
+        return
+    for name, figure in plots(roof, measured):
+        figure.suptitle(title, fontsize="small", wrap=True)
+        figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def kernel_plots(roof: Roof, results: Sequence[Any]) -> Plots:
     if speedups(results):
-        save(_speedup(results), title, folder / "speedup.png")
-    save(_roofline(roof, results), title, folder / "roofline.png")
+        yield "speedup", _speedup(results)
+    yield "roofline", _roofline(roof, results)
 
 
-def save(figure: Any, title: str, file: Path) -> None:
-    figure.suptitle(title, fontsize="small", wrap=True)
-    figure.savefig(file, dpi=120)
+def model_plots(roof: Roof, results: Sequence[Any]) -> Plots:
+    """Against depth and batch where there are several."""
+    yield "speed", _speed(roof, results)
+    written = [r for r in results if r.case.kind == "tg"]
+    for name, other in (("depth", "batch"), ("batch", "depth")):
+        if len({getattr(r.case, name) for r in written}) > 1:
+            least = min((getattr(r.case, other), r.case.tokens) for r in written)
+            chosen = [r for r in written if (getattr(r.case, other), r.case.tokens) == least]
+            yield name, _step_time(roof, chosen, name)
 
 
 def style(provider: str) -> dict[str, Any]:
@@ -35,23 +62,23 @@ def style(provider: str) -> dict[str, Any]:
     return {"linestyle": "--", "color": "grey"} if provider == COPY else {"linewidth": 1.2}
 
 
-def _speedup(results: Sequence[Result]) -> Any:
+def _speedup(results: Sequence[Any]) -> Any:
     """A panel a suite: sizes across, times eager's speed upwards, a line a provider."""
     from matplotlib.figure import Figure
 
     factors = speedups(results)
-    suites = list(dict.fromkeys(suite for suite, _, _ in factors))
+    suites = list(dict.fromkeys(suite for (suite, _), _ in factors))
     columns = min(len(suites), 2)
     lines = math.ceil(len(suites) / columns)
     figure = Figure(figsize=(9 * columns, 3.8 * lines + 0.6), layout="constrained")
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for suite, panel in zip(suites, panels, strict=False):
-        keys = [key for key in factors if key[0] == suite]
-        sizes = list(dict.fromkeys(size for _, size, _ in keys))
-        for provider in dict.fromkeys(provider for _, _, provider in keys):
-            found = [size for size in sizes if (suite, size, provider) in factors]
+        keys = [(size, provider) for (name, size), provider in factors if name == suite]
+        sizes = list(dict.fromkeys(size for size, _ in keys))
+        for provider in dict.fromkeys(provider for _, provider in keys):
+            found = [size for size in sizes if (size, provider) in keys]
             at = [sizes.index(size) for size in found]
-            ys = [factors[suite, size, provider] for size in found]
+            ys = [factors[(suite, size), provider] for size in found]
             panel.plot(at, ys, marker="o", label=provider, **style(provider))
         panel.set_xticks(range(len(sizes)), sizes, rotation=20, ha="right", fontsize="x-small")
         panel.set(title=suite, ylabel="× eager", ylim=(0, None))
@@ -62,13 +89,13 @@ def _speedup(results: Sequence[Result]) -> Any:
     return figure
 
 
-def _roofline(roof: Roof, results: Sequence[Result]) -> Any:
+def _roofline(roof: Roof, results: Sequence[Any]) -> Any:
     """FLOP/s over FLOPs a byte, under the copy's slope and the product's ceiling; ours large."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     panel = figure.subplots()
-    measured = [r for r in results if r.times and r.work.flops]
+    measured = [r for r in results if r.work.flops]
     ridge = roof.product / roof.copy
     intensities = [r.work.flops / r.work.bytes for r in measured] + [ridge]
     ends = [min(intensities) / 2, ridge, max(intensities) * 2]
@@ -79,11 +106,73 @@ def _roofline(roof: Roof, results: Sequence[Result]) -> Any:
         for ours in (False, True):
             chosen = [r for r in measured if r.suite == suite and (r.provider == OURS) == ours]
             xs = [r.work.flops / r.work.bytes for r in chosen]
-            ys = [r.work.flops / r.times.median / 1e12 for r in chosen if r.times]
+            ys = [r.work.flops / r.typical / 1e12 for r in chosen]
             style = {"s": 60, "marker": "*"} if ours else {"s": 12, "alpha": 0.5}
             label = f"{suite}, {OURS}" if ours else f"{suite}, others"
             panel.scatter(xs, ys, color=f"C{i}", label=label, **style)
     panel.set(xlabel="arithmetic intensity, FLOPs a byte", ylabel="TFLOP/s")
     panel.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     panel.grid(alpha=0.3, which="both")
+    return figure
+
+
+def _speed(roof: Roof, results: Sequence[Any]) -> Any:
+    """A panel a kind of test: tests across, a bar a provider."""
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in ("pp", "tg") if any(r.case.kind == kind for r in results)]
+    figure = Figure(figsize=(9 * len(kinds), 5), layout="constrained")
+    panels = figure.subplots(1, len(kinds), squeeze=False).flat
+    names = list(dict.fromkeys(r.provider for r in results))
+    for kind, panel in zip(kinds, panels, strict=True):
+        cases = list(dict.fromkeys(r.case for r in results if r.case.kind == kind))
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            chosen = [r for r in results if r.provider == name and r.case.kind == kind]
+            figures = [r.figures(roof) for r in chosen]
+            panel.bar(
+                [cases.index(r.case) + (i - (len(names) - 1) / 2) * width for r in chosen],
+                [x["tokens_per_s"] for x in figures],
+                width,
+                yerr=[x["tokens_per_s_sd"] or 0 for x in figures],
+                label=name,
+                color="black" if name == OURS else f"C{i}",
+                ecolor="grey",
+            )
+        batches = len({case.batch for case in cases}) > 1
+        labels = [case.name + f", batch {case.batch}" * batches for case in cases]
+        panel.set_xticks(range(len(cases)), labels, rotation=20, ha="right", fontsize="x-small")
+        title = {"pp": "reading a prompt", "tg": "writing"}[kind]
+        panel.set(title=title, ylabel="tokens/s", ylim=(0, None))
+        panel.grid(alpha=0.3, axis="y")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _step_time(roof: Roof, results: Sequence[Any], name: str) -> Any:
+    """A step's mean time upwards, a line a provider; below, what the roof allows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    panel = figure.subplots()
+    floors = {getattr(r.case, name): roof.floor(r.work) / r.case.tokens * 1e3 for r in results}
+    for provider in dict.fromkeys(r.provider for r in results):
+        line = sorted(
+            (getattr(r.case, name), r.typical / r.case.tokens * 1e3)
+            for r in results
+            if r.provider == provider
+        )
+        panel.plot(*zip(*line, strict=True), marker="o", label=provider, **style(provider))
+    panel.plot(
+        *zip(*sorted(floors.items()), strict=True), color="grey", linestyle="--", label="roof"
+    )
+    values = sorted(floors)
+    panel.set_xscale("symlog", base=2, linthresh=min(value for value in values if value))  # has 0
+    panel.set_xticks(values, [str(value) for value in values])
+    panel.minorticks_off()
+    panel.set_yscale("log")
+    several = any(r.case.batch > 1 for r in results)
+    panel.set(xlabel=name, ylabel="ms a step" if several else "ms a token")
+    panel.legend(fontsize="x-small")
+    panel.grid(alpha=0.3)
     return figure

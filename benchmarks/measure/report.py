@@ -1,4 +1,5 @@
-"""What a run found, as results.json and results.md: a table a suite, and why who is not in it."""
+"""What a run found, as results.json and results.md: kernels, a table a suite; models, one table
+like llama-bench's. Both print cells of the rows that the JSON holds."""
 
 from __future__ import annotations
 
@@ -8,59 +9,176 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gemma_fast.benchmarks.kernels.suite import EAGER, NOT_MEASURED, Result
 from gemma_fast.benchmarks.measure.machine import Roof
+from gemma_fast.benchmarks.measure.outcome import EAGER, WITHOUT_GRAPHS
 
 NOTHING = "No CUDA GPU: shapes were tiny, results were checked, nothing was measured."
-COLUMNS = ("size", "provider", "median (p20 … p80)", "GB/s", "TFLOP/s", "of roof", "× eager")
-FOOTNOTE = "\\* timed call by call, not as the replay of a CUDA graph."
+CALL_BY_CALL = "\\* timed call by call, not as the replay of a CUDA graph."
+NO_GRAPHS = "\\* Inductor skipped CUDA graphs."
+KERNEL_COLUMNS = dict.fromkeys(
+    ("size", "provider", "median (p20 … p80)", "GB/s", "TFLOP/s", "of roof", "× eager"), "---"
+)
+MODEL_COLUMNS = {
+    "model": "---", "size": "---:", "params": "---:", "backend": "---", "provider": "---",
+    "test": "---:", "batch": "---:", "t/s": "---:", "first token": "---:",
+    "p50 / p99 of a token": "---:", "bytes a token": "---:", "memory": "---:", "of roof": "---:",
+    "× eager": "---:",
+}  # fmt: skip
+MODEL_FOOTNOTE = (
+    "t/s: tokens of the whole batch over the mean of the repeats, ± sd of the repeats' rates; "
+    "first token, of roof and × eager come from that mean, p50 and p99 from one more pass. Steps "
+    "are timed without reading tokens back; generate() reads them one step behind. First token: a "
+    "prompt until a token is chosen. Bytes a token: weights and visible keys and values, over the "
+    "tokens of the whole batch. Of roof: those bytes over the copy (MBU), whose roof reads alone "
+    "can pass; a prompt's FLOPs over the product (MFU)."
+)
 
 
-def speedups(results: Iterable[Result]) -> dict[tuple[str, str, str], float]:
-    """suite, size, provider → how many times eager's speed; measured ones, where eager is."""
-    times = {(r.suite, r.size, r.provider): r.times.median for r in results if r.times}
+class Report:
+    """Of one run on one machine.
+
+    roof     None: nothing was measured
+    results  KernelResult or ModelResult; may grow
+    about    see the kinds
+    """
+
+    def __init__(
+        self, stamp: Mapping[str, Any], roof: Roof | None, results: Sequence[Any],
+        about: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        self.stamp, self.roof, self.results, self.about = stamp, roof, results, about
+
+    def notes(self) -> dict[str, str]:
+        """Sentences about the whole run, by their keys in the JSON."""
+        return {}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """An object a result."""
+        factors, rows = speedups(self.results), []
+        for r in self.results:
+            row = self.describe(r) | r.figures(self.roof)
+            if (key := (r.cell, r.provider)) in factors:
+                row["x_eager"] = factors[key]
+            rows.append(row)
+        return rows
+
+    def describe(self, result: Any) -> dict[str, Any]:
+        """What is known of a result that was not measured, too."""
+        return {
+            "provider": result.provider, "status": result.status, "error": result.error,
+            "took_s": round(result.took, 2),
+        }  # fmt: skip
+
+    def body(self) -> list[str]:
+        """Markdown after the heading, by paragraphs."""
+        raise NotImplementedError
+
+    def json(self) -> str:
+        roof = self.roof and self.roof._asdict()
+        found = {"stamp": self.stamp, "roof": roof, **self.notes(), "results": self.rows()}
+        return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+
+    def markdown(self) -> str:
+        first = " ".join([heading(self.stamp, self.roof), *self.notes().values()])
+        nothing = [] if self.roof else [NOTHING]
+        return "\n\n".join([first, *nothing, *self.body()]) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """results.json and results.md, of what there is so far; the folder exists."""
+        (folder / "results.json").write_text(self.json(), encoding="utf-8")
+        (folder / "results.md").write_text(self.markdown(), encoding="utf-8")
+
+
+class KernelReport(Report):
+    """about: suite → what it is, in a line."""
+
+    def describe(self, result: Any) -> dict[str, Any]:
+        return {"suite": result.suite, "size": result.size, **super().describe(result)}
+
+    def body(self) -> list[str]:
+        parts = []
+        for suite, rows in groupby(self.rows(), lambda row: row["suite"]):
+            cells = [kernel_cells(row) for row in rows]
+            parts += [f"## {suite}", self.about[suite], table(KERNEL_COLUMNS, cells)]
+        return parts + [CALL_BY_CALL] * any(r.graph is False for r in self.results)
+
+
+class ModelReport(Report):
+    """about: "model", "size_bytes", "params", "dtype", "checked" (against what)."""
+
+    def notes(self) -> dict[str, str]:
+        return {"checked": self.about["checked"]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """By batch, depth and test, then by provider, as these ran."""
+        keys = [(r.case.batch, r.case.depth, r.case.name) for r in self.results]
+        place = list(dict.fromkeys(keys)).index
+        return sorted(super().rows(), key=lambda x: place((x["batch"], x["depth"], x["test"])))
+
+    def describe(self, result: Any) -> dict[str, Any]:
+        case = result.case
+        return {
+            **{key: self.about[key] for key in ("model", "size_bytes", "params", "dtype")},
+            "backend": self.stamp["gpu"] or self.stamp["cpu"],
+            "test": case.name, "kind": case.kind, "tokens": case.tokens, "depth": case.depth,
+            "batch": case.batch, **super().describe(result),
+        }  # fmt: skip
+
+    def body(self) -> list[str]:
+        rows = self.rows()
+        batches = any(row["batch"] > 1 for row in rows)
+        columns = {k: v for k, v in MODEL_COLUMNS.items() if batches or k != "batch"}
+        parts = [table(columns, map(model_cells, rows))]
+        parts += [MODEL_FOOTNOTE] * (self.roof is not None)
+        return parts + [NO_GRAPHS] * any(row["status"] == WITHOUT_GRAPHS for row in rows)
+
+
+def speedups(results: Iterable[Any]) -> dict[tuple[Any, str], float]:
+    """cell, provider → how many times eager's speed; measured ones, where eager is."""
+    seconds = {(r.cell, r.provider): r.typical for r in results if r.typical}
     return {
-        (suite, size, provider): times[suite, size, EAGER] / median
-        for (suite, size, provider), median in times.items()
-        if (suite, size, EAGER) in times
+        (cell, name): seconds[cell, EAGER] / typical
+        for (cell, name), typical in seconds.items()
+        if (cell, EAGER) in seconds
     }
 
 
-def nothing_measured(results: Sequence[Result]) -> bool:
-    return any(r.status == NOT_MEASURED for r in results) and not any(r.times for r in results)
+def kernel_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """KERNEL_COLUMNS of a row; without figures its status stands in place of its time."""
+    size, provider, times, *rest = KERNEL_COLUMNS
+    cells = {size: row["size"], provider: row["provider"], times: row["status"]}
+    if "median_us" not in row:
+        return cells
+    cells[provider] += " *" * (not row["graph"])
+    cells[times] = _times(row["median_us"], row["p20_us"], row["p80_us"])
+    figures = (
+        _round(row["GB_per_s"]), _round(row["TFLOP_per_s"]),
+        f"{row['share_of_roof']:.2f} ({row['bound']})", _factor(row),
+    )  # fmt: skip
+    return cells | dict(zip(rest, figures, strict=True))
 
 
-def rows(results: Iterable[Result], roof: Roof | None) -> list[tuple[str, ...]]:
-    """A line of COLUMNS for each result."""
-    results = list(results)
-    factors = speedups(results)
-    lines: list[tuple[str, ...]] = []
-    for r in results:
-        x = r.figures(roof)
-        if not x:
-            lines.append((r.size, r.provider, r.status, *[""] * (len(COLUMNS) - 3)))
-            continue
-        factor = factors.get((r.suite, r.size, r.provider))
-        lines.append((
-            r.size,
-            r.provider if r.graph else f"{r.provider} *",
-            _time(x["median_us"], x["p20_us"], x["p80_us"]),
-            _round(x["GB_per_s"]),
-            _round(x["TFLOP_per_s"]),
-            f"{x['share_of_roof']:.2f} ({x['bound']})",
-            "" if factor is None else f"{factor:.2f}",
-        ))  # fmt: skip
-    return lines
-
-
-def _time(*microseconds: float) -> str:
-    unit, scale = ("ms", 1e3) if microseconds[0] >= 1e4 else ("µs", 1)
-    median, p20, p80 = (f"{x / scale:.1f}" for x in microseconds)
-    return f"{median} {unit} ({p20} … {p80})"
-
-
-def _round(x: float) -> str:
-    return f"{x:.0f}" if x >= 100 else f"{x:.2g}" if x < 1 else f"{x:.3g}"
+def model_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """MODEL_COLUMNS of a row; without figures its status stands in place of its speed."""
+    cells = {
+        "model": row["model"], "size": _size(row["size_bytes"]), "backend": row["backend"],
+        "params": _count(row["params"]), "provider": row["provider"],
+        "test": row["test"], "batch": str(row["batch"]), "t/s": row["status"],
+    }  # fmt: skip
+    if "tokens_per_s" not in row:
+        return cells
+    sd, memory = row["tokens_per_s_sd"], row["peak_memory_bytes"]
+    cells["t/s"] = f"{row['tokens_per_s']:.2f}" + ("" if sd is None else f" ± {sd:.2f}")
+    if "mfu" in row:
+        cells["first token"] = _ms(row["time_to_first_token_s"])
+        cells["of roof"] = f"{row['mfu']:.1%} MFU"
+    else:
+        cells["p50 / p99 of a token"] = f"{_ms(row['token_p50_s'])} / {_ms(row['token_p99_s'])}"
+        cells["of roof"] = f"{row['mbu']:.1%} MBU"
+    cells["bytes a token"] = _size(row["bytes_per_token"])
+    cells["provider"] += " *" * (row["status"] == WITHOUT_GRAPHS)
+    cells["memory"] = "" if memory is None else _size(memory)
+    return cells | {"× eager": _factor(row)}
 
 
 def heading(stamp: Mapping[str, Any], roof: Roof | None) -> str:
@@ -77,50 +195,43 @@ def heading(stamp: Mapping[str, Any], roof: Roof | None) -> str:
     return text
 
 
-def _rates(roof: Roof) -> str:
-    product = f"product {_round(roof.product / 1e12)} TFLOP/s"
-    return f"copy {_round(roof.copy / 1e9)} GB/s, {product}"
-
-
-def markdown(
-    stamp: Mapping[str, Any], roof: Roof | None, results: Iterable[Result], about: Mapping[str, str]
-) -> str:
-    """about: suite → what it is, in a line."""
-    results = list(results)
-    parts = [heading(stamp, roof)]
-    if nothing_measured(results):
-        parts.append(NOTHING)
-    for suite, group in groupby(results, lambda r: r.suite):
-        lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(group, roof)]
-        table = "\n".join(f"| {' | '.join(escape(x) for x in line)} |" for line in lines)
-        parts += [f"## {suite}", about[suite], table]
-    if any(r.graph is False for r in results):
-        parts.append(FOOTNOTE)
-    return "\n\n".join(parts) + "\n"
+def table(columns: Mapping[str, str], lines: Iterable[Mapping[str, str]]) -> str:
+    """Markdown. columns: name → the line below it; lines: cells by column, empty where missing."""
+    rows = [[*columns], [*columns.values()]]
+    rows += [[escape(line.get(name, "")) for name in columns] for line in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def escape(cell: str) -> str:
     return cell.replace("|", "\\|").replace("*", "\\*")
 
 
-def write(
-    folder: Path, stamp: Mapping[str, Any], roof: Roof | None, results: Iterable[Result],
-    about: Mapping[str, str],
-) -> None:  # fmt: skip
-    """results.json and results.md, of what there is so far; the folder exists."""
-    results = list(results)
-    factors = speedups(results)
-    entries = []
-    for r in results:
-        entry = {
-            "suite": r.suite, "size": r.size, "provider": r.provider, "status": r.status,
-            "error": r.error, "took_s": round(r.took, 2), **r.figures(roof),
-        }  # fmt: skip
-        if (key := (r.suite, r.size, r.provider)) in factors:
-            entry["x_eager"] = factors[key]
-        entries.append(entry)
-    found = {"stamp": stamp, "roof": roof and roof._asdict(), "results": entries}
-    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-    (folder / "results.json").write_text(text, encoding="utf-8")
-    table = markdown(stamp, roof, results, about)
-    (folder / "results.md").write_text(table, encoding="utf-8")
+def _factor(row: Mapping[str, Any]) -> str:
+    return f"{row['x_eager']:.2f}" if "x_eager" in row else ""
+
+
+def _times(*microseconds: float) -> str:
+    unit, scale = ("ms", 1e3) if microseconds[0] >= 1e4 else ("µs", 1)
+    median, p20, p80 = (f"{x / scale:.1f}" for x in microseconds)
+    return f"{median} {unit} ({p20} … {p80})"
+
+
+def _rates(roof: Roof) -> str:
+    product = f"product {_round(roof.product / 1e12)} TFLOP/s"
+    return f"copy {_round(roof.copy / 1e9)} GB/s, {product}"
+
+
+def _round(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:.2g}" if x < 1 else f"{x:.3g}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+
+
+def _count(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e7 else f"{count / 1e6:.2f} M"

@@ -1,16 +1,14 @@
-"""Whether a provider computes the model: its own greedy tokens and the cache it fills on the way,
-after as many tokens as the test has, before the judgement of the reference in float32."""
+"""The judge of models: the reference in float32. For the race it checks a provider's greedy tokens,
+and the cache that it fills on the way, after as many tokens as the test has."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.suite import OURS, Wrong, error
+from gemma_fast.benchmarks.measure.outcome import OURS, Wrong, error, full_precision
 from gemma_fast.benchmarks.model.cases import PROMPT, Case
 from gemma_fast.benchmarks.model.providers import Provider
 from gemma_fast.checkpoint.base import Checkpoint
@@ -21,7 +19,7 @@ TOKENS, STEPS, PROBE = 24, 16, 8  # read after prefix or window; decoded; read a
 LONG = 1024  # windows up to this are passed by the prompt
 ROWS = 4  # that are judged; of more sequences the first and the last
 CHUNK = 1024  # of a prefix, which the reference reads
-# Of the logits' error, see harness.error, and of the regret. Without rotary embedding the error is
+# Of the logits' error, see outcome.error, and of the regret. Without rotary embedding the error is
 # 0.46; by rounding to bf16, with Gemma 3 270M, 0.012 to 0.025, and 0.016 with random weights.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4}
 SLACK = 1.25  # times transformers' largest error: two roundings of one model differ by as much
@@ -115,8 +113,8 @@ class Judge:
         chosen = truth[:, : STEPS + 1]
         # The probe's first token stands in place of the newest one.
         found = error(trial.logits[rows], truth[:, STEPS + 1 :])
-        best, picked = chosen.amax(-1), chosen.gather(-1, trial.tokens[rows, :, None])[..., 0]
-        return found, float(((best - picked) / chosen.std(-1)).mean())
+        gaps = under_the_best(chosen, trial.tokens[rows])
+        return found, float((gaps / chosen.std(-1)).mean())
 
     def _truth(self, ids: Tensor, row: int, prefix: int) -> Tensor:
         """The reference's logits from the first choice on: [1, steps + 1 + probe, vocab]."""
@@ -157,12 +155,6 @@ def try_out(provider: Provider, ids: Tensor, prefix: int) -> Trial:
     return Trial(read, chosen, provider.logits(probe))
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products in float32 are float32's, whatever the caller has chosen for speed."""
-    chosen = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(chosen)
+def under_the_best(logits: Tensor, tokens: Tensor) -> Tensor:
+    """How far a token's logit lies under the largest: logits :: […, vocab], tokens :: […] → […]"""
+    return logits.amax(-1) - logits.gather(-1, tokens[..., None])[..., 0]

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.suite import EAGER, OURS
+from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
 from gemma_fast.benchmarks.model.cases import PROMPT
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.base import Checkpoint
@@ -29,7 +30,7 @@ class Provider(Protocol):
 
     def start(self, batch: int, max_length: int, kind: str) -> None:
         """A cache for so many tokens a sequence; what is compiled or captured is so for these.
-        kind: what shall be timed, a model_cases.PROMPT or NEW."""
+        kind: what shall be timed, a cases.PROMPT or NEW."""
 
     def prefill(self, ids: Tensor) -> Tensor:
         """Empties the cache, reads ids :: [b, t] into it, and chooses a token."""
@@ -50,18 +51,30 @@ class Provider(Protocol):
 class Eager:
     """The reference, and transformers' models in the usual loop: a cache that grows, and argmax."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, mask: Tensor | None = None) -> None:
+        """mask :: [b, t] of the prompt, 0 for padding, which is on the left"""
+        self.model, self.mask = model, mask
 
     def start(self, batch: int, max_length: int, kind: str) -> None:
         self.past: Any = None
 
     def prefill(self, ids: Tensor) -> Tensor:
         self.past = None
-        return self.extend(ids)
+        return self._read(ids)
 
     def extend(self, ids: Tensor) -> Tensor:
-        out = self.model(ids, past_key_values=self.past, use_cache=True, logits_to_keep=1)
+        if self.mask is not None:
+            self.mask = F.pad(self.mask, (0, ids.shape[1]), value=1)
+        return self._read(ids)
+
+    def _read(self, ids: Tensor) -> Tensor:
+        padding = {}
+        if self.mask is not None:
+            position_ids = positions(self.mask)[:, -ids.shape[1] :]
+            padding = {"attention_mask": self.mask, "position_ids": position_ids}
+        out = self.model(
+            ids, past_key_values=self.past, use_cache=True, logits_to_keep=1, **padding
+        )
         self.past = out.past_key_values
         self.token: Tensor = out.logits[:, -1].argmax(-1)
         return self.token
@@ -74,6 +87,10 @@ class Eager:
 
     def memory(self) -> dict[str, float]:
         return {}
+
+
+def positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 class Static(Eager):

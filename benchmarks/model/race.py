@@ -2,7 +2,7 @@
 
     pp512          a prompt of 512 tokens, up to the choice of a token
     tg128          128 tokens, one after another
-    tg128 @ d4096  the same, after 4096 tokens that the cache holds already; see model_cases.py
+    tg128 @ d4096  the same, after 4096 tokens that the cache holds already; see cases.py
 
 Each repeat is timed as a whole, by a clock that waits for the device before and after, once the
 device's own clocks have settled; tokens are not read back between. How long single tokens took
@@ -28,54 +28,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.suite import NOT_MEASURED, Wrong, verdict
 from gemma_fast.benchmarks.measure.machine import Roof, Work
+from gemma_fast.benchmarks.measure.outcome import NOT_MEASURED, WITHOUT_GRAPHS, Wrong, verdict
 from gemma_fast.benchmarks.measure.timing import clock, repeated, settle_rounds
 from gemma_fast.benchmarks.model.cases import NEW, PROMPT, Case
 from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import PROVIDERS, Provider
 from gemma_fast.checkpoint.base import Checkpoint
 
-WITHOUT_GRAPHS = "ok, Inductor skipped CUDA graphs"
-
 
 @dataclass(frozen=True)
-class Result:
+class ModelResult:
     """seconds: of each repeat; token_seconds: of each step of one more pass."""
 
     case: Case
     provider: str
     status: str
     work: Work
-    error: float | None = None  # see model_check.Judge
+    error: float | None = None  # see judge.Judge
     seconds: tuple[float, ...] = ()
     token_seconds: tuple[float, ...] = ()
     peak_bytes: int | None = None  # reserved on a GPU: with weights and graphs, without the judge
     memory: dict[str, float] = field(default_factory=dict)
     took: float = 0.0  # seconds, of everything; of a provider's first result with its weights
 
+    @property
+    def cell(self) -> Case:
+        """Providers are compared within it."""
+        return self.case
+
+    @property
+    def typical(self) -> float | None:
+        return statistics.fmean(self.seconds) if self.seconds else None
+
     def figures(self, roof: Roof | None) -> dict[str, Any]:
-        """Of a measured result; a batch counts all its tokens."""
-        if not self.seconds or roof is None:
+        """Of a measured result; a batch counts all its tokens. Raw samples are last."""
+        if roof is None or (mean := self.typical) is None:
             return {}
-        mean, tokens = statistics.fmean(self.seconds), self.case.batch * self.case.tokens
+        tokens = self.case.batch * self.case.tokens
         rates = [tokens / seconds for seconds in self.seconds]
-        figures = {
+        if self.case.kind == PROMPT:
+            of_kind = {
+                "time_to_first_token_s": mean, "mfu": self.work.flops / mean / roof.product
+            }  # fmt: skip
+        else:
+            of_kind = {
+                "token_p50_s": statistics.median(self.token_seconds),
+                "token_p99_s": percentile(self.token_seconds, 99),
+                "mbu": self.work.bytes / mean / roof.copy,
+            }
+        return {
             "tokens_per_s": tokens / mean,
             "tokens_per_s_sd": statistics.stdev(rates) if len(rates) > 1 else None,
             "bytes": self.work.bytes, "flops": self.work.flops,
-            "bytes_per_token": self.work.bytes / tokens,
+            "bytes_per_token": self.work.bytes / tokens, **of_kind,
+            "samples_s": self.seconds, "token_samples_s": self.token_seconds,
+            "peak_memory_bytes": self.peak_bytes, "memory": self.memory,
         }  # fmt: skip
-        if self.case.kind == PROMPT:
-            return figures | {
-                "time_to_first_token_s": mean,
-                "mfu": self.work.flops / mean / roof.product,
-            }
-        return figures | {
-            "token_p50_s": statistics.median(self.token_seconds),
-            "token_p99_s": percentile(self.token_seconds, 99),
-            "mbu": self.work.bytes / mean / roof.copy,
-        }
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
@@ -88,13 +97,13 @@ def run(
     checkpoint: Checkpoint, cases: Sequence[Case], device: torch.device, dtype: torch.dtype,
     roof: Roof | None, repeats: int, names: Sequence[str],
     judge: Judge,
-) -> Iterator[Result]:  # fmt: skip
+) -> Iterator[ModelResult]:  # fmt: skip
     """Results provider by provider, in the order of PROVIDERS: transformers as it is, which the
     judge compares this project with, is ahead; without a roof checked, and not timed."""
     config = checkpoint.config
     for name in (name for name in PROVIDERS if name in names):
         results = [
-            Result(case, name, case.status(config), case.work(config, dtype.itemsize))
+            ModelResult(case, name, case.status(config), case.work(config, dtype.itemsize))
             for case in cases
         ]
         try:
@@ -112,9 +121,9 @@ def run(
 
 
 def race(
-    provider: Provider, result: Result, device: torch.device, before: int, roof: Roof | None,
+    provider: Provider, result: ModelResult, device: torch.device, before: int, roof: Roof | None,
     repeats: int, judge: Judge,
-) -> Result:  # fmt: skip
+) -> ModelResult:  # fmt: skip
     """One test, checked and timed. before: bytes reserved without the provider."""
     case = result.case
     try:
@@ -132,9 +141,9 @@ def race(
 
 
 def measure(
-    provider: Provider, result: Result, device: torch.device, vocab_size: int, before: int,
+    provider: Provider, result: ModelResult, device: torch.device, vocab_size: int, before: int,
     repeats: int, roof: Roof,
-) -> Result:  # fmt: skip
+) -> ModelResult:  # fmt: skip
     case, cuda = result.case, device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()  # of the judge

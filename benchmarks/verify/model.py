@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.benchmarks.measure.machine import installed_version
-from gemma_fast.benchmarks.model.judge import full_precision
-from gemma_fast.benchmarks.verify import certificate as of
-from gemma_fast.benchmarks.verify.certificate import MODEL, Line, line
+from gemma_fast.benchmarks.measure.outcome import OURS, full_precision
+from gemma_fast.benchmarks.model.judge import Judge, under_the_best
+from gemma_fast.benchmarks.model.providers import Eager, positions
+from gemma_fast.benchmarks.verify import figures as of
+from gemma_fast.benchmarks.verify.figures import MODEL, Finding, finding
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.random import RandomCheckpoint
@@ -28,37 +30,7 @@ NEW = 16  # tokens written to each text of a batch, and in a repeated run
 CHUNK = 16  # rows of logits in float64
 OLDEST = 5, 17  # of transformers, that is compared with
 # Charles Darwin, On the Origin of Species (1859), introduction. Longer than a window of 512 tokens.
-TEXT = """\
-When on board H.M.S. 'Beagle,' as naturalist, I was much struck with certain facts in the \
-distribution of the inhabitants of South America, and in the geological relations of the present \
-to the past inhabitants of that continent. These facts seemed to me to throw some light on the \
-origin of species—that mystery of mysteries, as it has been called by one of our greatest \
-philosophers. On my return home, it occurred to me, in 1837, that something might perhaps be made \
-out on this question by patiently accumulating and reflecting on all sorts of facts which could \
-possibly have any bearing on it. After five years' work I allowed myself to speculate on the \
-subject, and drew up some short notes; these I enlarged in 1844 into a sketch of the conclusions, \
-which then seemed to me probable: from that period to the present day I have steadily pursued the \
-same object. I hope that I may be excused for entering on these personal details, as I give them \
-to show that I have not been hasty in coming to a decision.
-
-My work is now nearly finished; but as it will take me two or three more years to complete it, and \
-as my health is far from strong, I have been urged to publish this Abstract. I have more \
-especially been induced to do this, as Mr. Wallace, who is now studying the natural history of the \
-Malay archipelago, has arrived at almost exactly the same general conclusions that I have on the \
-origin of species. Last year he sent to me a memoir on this subject, with a request that I would \
-forward it to Sir Charles Lyell, who sent it to the Linnean Society, and it is published in the \
-third volume of the Journal of that Society. Sir C. Lyell and Dr. Hooker, who both knew of my \
-work—the latter having read my sketch of 1844—honoured me by thinking it advisable to publish, \
-with Mr. Wallace's excellent memoir, some brief extracts from my manuscripts.
-
-This Abstract, which I now publish, must necessarily be imperfect. I cannot here give references \
-and authorities for my several statements; and I must trust to the reader reposing some confidence \
-in my accuracy. No doubt errors will have crept in, though I hope I have always been cautious in \
-trusting to good authorities alone. I can here give only the general conclusions at which I have \
-arrived, with a few facts in illustration, but which, I hope, in most cases will suffice. No one \
-can feel more sensible than I do of the necessity of hereafter publishing in detail all the facts, \
-with references, on which my conclusions have been grounded; and I hope in a future work to do \
-this."""
+TEXT = Path(__file__).with_name("texts") / "darwin.txt"
 
 Figures = tuple[float, ...]
 Load = Callable[..., Any]  # checkpoint, dtype=…, device=… → model
@@ -74,7 +46,8 @@ def text_ids(checkpoint: Checkpoint, tokens: int) -> Tensor:
     if isinstance(checkpoint, RandomCheckpoint):
         generator = torch.Generator().manual_seed(0)
         return torch.randint(3, config.vocab_size, (1, min(room, 600)), generator=generator)
-    return Tokenizer.from_pretrained(checkpoint.path)(TEXT, return_tensors="pt").input_ids[:, :room]
+    text = TEXT.read_text(encoding="utf-8").strip()
+    return Tokenizer.from_pretrained(checkpoint.path)(text, return_tensors="pt").input_ids[:, :room]
 
 
 def dtypes_of(checkpoint: Checkpoint, device: torch.device, asked: str) -> list[torch.dtype]:
@@ -126,23 +99,11 @@ def our_greedy(model: GemmaForCausalLM, ids: Tensor, mask: Tensor, count: int) -
 
 
 def eager_greedy(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
-    past, chosen = None, []
-    for _ in range(count):
-        out = model(
-            ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :],
-            past_key_values=past, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        past, ids = out.past_key_values, out.logits.argmax(-1)
-        mask = F.pad(mask, (0, 1), value=1)
-        chosen.append(ids)
-    return torch.cat(chosen, dim=1)
+    loop = Eager(model, mask)
+    return torch.stack([loop.prefill(ids), *(loop.step() for _ in range(count - 1))], dim=1)
 
 
-def positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-OURS = Subject("gemma_fast", GemmaForCausalLM.from_checkpoint, our_greedy)
+THIS_PROJECT = Subject(OURS, GemmaForCausalLM.from_checkpoint, our_greedy)
 # What is looked at, and its figures, in the order in which they are found.
 CHECKS = {
     "KL(reference ‖ model), mean / max": (of.KL_MEAN, of.KL_MAX),
@@ -158,32 +119,30 @@ CHECKS = {
 @torch.no_grad()
 def check_model(
     checkpoint: Checkpoint, ids: Tensor, dtypes: Sequence[torch.dtype], tokens: int, other: Subject
-) -> Iterator[Line]:
+) -> Iterator[Finding]:
     """ids :: [1, t], a text, on the device; tokens: how many are written after it."""
     with full_precision():
-        judge = Judge(checkpoint, ids, tokens)
+        text = Text(Judge(checkpoint, torch.float32, ids.device), ids, tokens)
         for dtype in dtypes:
             found = []
-            for subject in (other, OURS):
+            for subject in (other, THIS_PROJECT):
                 click.echo(f"{subject.name}, {dtype}".replace("torch.", ""), err=True)
                 model = subject.load(checkpoint, dtype=dtype, device=ids.device)
-                varying = judge.varying(model) if subject is OURS else (None, None)
-                found.append((*judge.figures(model, subject.greedy), *varying))
+                varying = text.varying(model) if subject is THIS_PROJECT else (None, None)
+                found.append((*text.figures(model, subject.greedy), *varying))
                 del model  # its memory first
             eager, ours = map(iter, found)
             for check, names in CHECKS.items():
                 pairs = {name: (next(ours), next(eager)) for name in names}
-                yield line(MODEL, check.format(tokens=tokens), dtype, pairs)
+                yield finding(MODEL, check.format(tokens=tokens), dtype, pairs)
 
 
-class Judge:
-    """The reference in float32, and what it says of a text: ids :: [1, t]."""
+class Text:
+    """ids :: [1, t], what the judge's reference says of it, and how models differ from that."""
 
-    def __init__(self, checkpoint: Checkpoint, ids: Tensor, tokens: int) -> None:
-        self.reference = Reference.from_checkpoint(
-            checkpoint, dtype=torch.float32, device=ids.device
-        )
-        self.pad, self.ids, self.tokens = checkpoint.config.pad_token_id, ids, tokens
+    def __init__(self, judge: Judge, ids: Tensor, tokens: int) -> None:
+        self.reference, self.ids, self.tokens = judge.reference, ids, tokens
+        self.pad = self.reference.config.pad_token_id
         self.truth = self.reference(ids, use_cache=False).logits[0]  # [t, vocab]
 
     def figures(self, model: Any, greedy: Greedy) -> Figures:
@@ -230,11 +189,6 @@ class Judge:
         again = [model(self.ids, use_cache=False).logits.equal(logits) for _ in range(RUNS - 1)]
         repeated = [our_greedy(model, self.ids, mask, NEW).equal(text) for _ in range(RUNS - 1)]
         return again.count(False), repeated.count(False)
-
-
-def under_the_best(logits: Tensor, tokens: Tensor) -> Tensor:
-    """logits :: [t, vocab], tokens :: [t] → [t], how far a token's logit lies under the largest"""
-    return logits.amax(-1) - logits.gather(-1, tokens[:, None])[:, 0]
 
 
 def closeness(logits: Tensor, truth: Tensor, ids: Tensor) -> Figures:

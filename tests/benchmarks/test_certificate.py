@@ -10,7 +10,9 @@ from certificate_lines import BF16, CPU, FP32, exact_gelu, failed, model_lines
 from click.testing import CliRunner
 from twins import CONFIGS
 
+from gemma_fast.benchmarks.kernels import rmsnorm
 from gemma_fast.benchmarks.verify import certificate as verify
+from gemma_fast.benchmarks.verify import figures
 from gemma_fast.benchmarks.verify import kernels as verify_kernels
 from gemma_fast.benchmarks.verify import model as verify_model
 from gemma_fast.causal_lm import GemmaForCausalLM
@@ -97,15 +99,15 @@ def run(*args: str):
 @pytest.fixture
 def few(monkeypatch):
     """Two cases, and no process for the interpreter."""
-    monkeypatch.setattr(verify_kernels, "CASES", verify_kernels.CASES[1:3])
-    line = verify.line(verify.INTERPRETER, "rms_norm", FP32, {verify.MAX_ULP: (1.0, 1.0)})
+    monkeypatch.setattr(verify_kernels, "CHECKS", verify_kernels.CHECKS[1:3])
+    line = figures.finding(figures.INTERPRETER, "rms_norm", FP32, {figures.MAX_ULP: (1.0, 1.0)})
     monkeypatch.setattr(verify, "interpreted", lambda: [line])
 
 
 def test_interpreter_in_its_process():
     lines = verify.interpreted()
-    assert len(lines) == 2 * len(verify_kernels.CASES)
-    assert all(line.ok and line.part == verify.INTERPRETER for line in lines)
+    assert len(lines) == 2 * len(verify_kernels.CHECKS)
+    assert all(line.ok and line.part == figures.INTERPRETER for line in lines)
     assert {line.dtype for line in lines} == {"float32", "float16"}
 
 
@@ -138,7 +140,7 @@ def test_certificate_as_json():
     assert found["margins"].keys() >= {x["name"] for y in found["lines"] for x in y["figures"]} - {
         "greedy tokens until they part", "greedy texts alike",
     }  # fmt: skip
-    dtypes = {line["dtype"] for line in found["lines"] if line["part"] == verify.MODEL}
+    dtypes = {line["dtype"] for line in found["lines"] if line["part"] == figures.MODEL}
     assert dtypes == {"bfloat16"}
     assert {line["verdict"] for line in found["lines"]} == {"pass"}
 
@@ -146,7 +148,7 @@ def test_certificate_as_json():
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("as_json", [(), ("--json",)], ids=["table", "json"])
 def test_exit_status_of_a_wrong_kernel(as_json, monkeypatch):
-    monkeypatch.setattr(verify_kernels.plain, "EPS", 1.0)
+    monkeypatch.setattr(rmsnorm, "EPS", 1.0)
     result = run("--dtype", "float32", *as_json)
     assert result.exit_code == 1
     if as_json:
@@ -157,13 +159,13 @@ def test_exit_status_of_a_wrong_kernel(as_json, monkeypatch):
 
 @pytest.mark.usefixtures("few")
 def test_what_is_not_finite_is_null(monkeypatch):
-    case = verify_kernels.CASES[0]
-    wrong = case._replace(ours=lambda x, weight: x * torch.nan)
-    monkeypatch.setattr(verify_kernels, "CASES", [wrong])
+    check = verify_kernels.CHECKS[0]
+    wrong = check._replace(ours=lambda x, weight: lambda: x * torch.nan)
+    monkeypatch.setattr(verify_kernels, "CHECKS", [wrong])
     found = json.loads(
         run("--json", "--dtype", "float32").stdout, parse_constant=lambda x: pytest.fail(x)
     )
-    line = next(x for x in found["lines"] if x["part"] == verify.CPU_PATH)
+    line = next(x for x in found["lines"] if x["part"] == figures.CPU_PATH)
     assert line["verdict"] == "FAIL" and line["figures"][0]["ours"] is None
 
 
@@ -173,7 +175,7 @@ def test_without_triton(monkeypatch):
     result = run("--dtype", "float32")
     assert result.exit_code == 0
     assert "Triton is not installed: no kernel was checked" in result.stdout.replace("\n", " ")
-    assert verify.INTERPRETER not in result.stdout
+    assert figures.INTERPRETER not in result.stdout
 
 
 def test_no_room_for_a_prompt():

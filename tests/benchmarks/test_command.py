@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from example_suite import PROVIDERS, SUITE
 
 from gemma_fast.benchmarks.__main__ import main
-from gemma_fast.benchmarks.kernels.suite import EAGER, OURS
 from gemma_fast.benchmarks.kernels.table import SUITES
 from gemma_fast.benchmarks.measure import report
+from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
 from gemma_fast.benchmarks.model.providers import PROVIDERS as MODEL_PROVIDERS
 
 

@@ -9,15 +9,15 @@ from click.testing import CliRunner
 from torch._dynamo.utils import counters
 from twins import CONFIGS
 
-from gemma_fast.benchmarks import options as model_command
-from gemma_fast.benchmarks.kernels.suite import EAGER, OURS, serious
 from gemma_fast.benchmarks.measure import timing
 from gemma_fast.benchmarks.measure.machine import Roof
+from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, WITHOUT_GRAPHS, serious
+from gemma_fast.benchmarks.model import command as model_command
 from gemma_fast.benchmarks.model import providers as model_providers
 from gemma_fast.benchmarks.model.cases import TINY, Case, find
 from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import PROVIDERS, Eager
-from gemma_fast.benchmarks.model.race import WITHOUT_GRAPHS, run
+from gemma_fast.benchmarks.model.race import run
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.reference import Reference
 
@@ -47,13 +47,7 @@ def noise(share):
 
 
 def without_rotary(reference):
-    attention = reference.attention
-
-    def unrotated(name, x, visible, turns, past):
-        cos, sin = turns
-        return attention(name, x, visible, (torch.ones_like(cos), torch.zeros_like(sin)), past)
-
-    reference.attention = unrotated
+    reference.rotate = lambda x, cos, sin: x
 
 
 class Repeating(Eager):

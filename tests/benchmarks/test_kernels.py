@@ -9,8 +9,9 @@ import torch
 from triton_interpreter import interpreter
 
 from gemma_fast.benchmarks.kernels import suite as harness
-from gemma_fast.benchmarks.kernels.suite import EAGER, OURS, run
+from gemma_fast.benchmarks.kernels.suite import run
 from gemma_fast.benchmarks.kernels.table import SUITES
+from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 CASES = [(name, size) for name, suite in SUITES.items() for size in suite.tiny]

@@ -11,18 +11,18 @@ import torch
 from click.testing import CliRunner
 
 from gemma_fast import cli
-from gemma_fast.benchmarks import options as model_command
-from gemma_fast.benchmarks.kernels.suite import EAGER, OURS
 from gemma_fast.benchmarks.measure import machine, timing
 from gemma_fast.benchmarks.measure.machine import Roof
+from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, WITHOUT_GRAPHS
+from gemma_fast.benchmarks.measure.plots import model_plots, write_plots
+from gemma_fast.benchmarks.measure.report import ModelReport
+from gemma_fast.benchmarks.model import command as model_command
 from gemma_fast.benchmarks.model import providers as model_providers
 from gemma_fast.benchmarks.model import race as bench_model
 from gemma_fast.benchmarks.model.cases import TINY, Case, cases, find, pass_work
 from gemma_fast.benchmarks.model.judge import Judge
-from gemma_fast.benchmarks.model.plots import plot
 from gemma_fast.benchmarks.model.providers import PROVIDERS, RINGS, STATIC
-from gemma_fast.benchmarks.model.race import WITHOUT_GRAPHS, Result, percentile
-from gemma_fast.benchmarks.model.report import Report
+from gemma_fast.benchmarks.model.race import ModelResult, percentile
 from gemma_fast.config import PRESETS
 
 ROOF = Roof(copy=2e12, product=1e15)
@@ -74,7 +74,7 @@ def test_work_of_gemma_2b_by_hand():
 
 
 def result(case, provider, seconds=(), status="ok", token_seconds=()):
-    return Result(case, provider, status, case.work(GEMMA, 2), 0.03, seconds, token_seconds)
+    return ModelResult(case, provider, status, case.work(GEMMA, 2), 0.03, seconds, token_seconds)
 
 
 def test_figures_of_made_up_times():
@@ -111,13 +111,13 @@ def test_files_of_made_up_results(tmp_path):
     steps = (0.0025,) * 128
     results = [
         result(read, EAGER, (0.02, 0.02)), result(write, EAGER, (1.28, 1.28), token_seconds=steps),
+        result(write, "transformers (sdpa)", status="not installed: No module named 'x'"),
         result(read, OURS, (0.01, 0.01)), result(write, OURS, (0.32, 0.32), token_seconds=steps),
         result(deep, OURS, (0.32, 0.32), token_seconds=steps),
-        result(write, "transformers (sdpa)", status="not installed: No module named 'x'"),
     ]  # fmt: skip
-    results[3] = replace(results[3], peak_bytes=5_300_000_000)
+    results[4] = replace(results[4], peak_bytes=5_300_000_000)
     results.append(replace(result(deep, STATIC, (0.64,), WITHOUT_GRAPHS), token_seconds=steps))
-    report = Report(STAMP, ROOF, ABOUT, results)
+    report = ModelReport(STAMP, ROOF, results, ABOUT)
     report.write(tmp_path)
     text = (tmp_path / "results.md").read_text()
     start = "| gemma-2b | 5.01 GB | 2.51 B | GPU | "
@@ -144,7 +144,7 @@ def test_files_of_made_up_results(tmp_path):
     assert ours["samples_s"] == [0.32, 0.32] and ours["token_samples_s"] == [*steps]
     assert ours["x_eager"] == pytest.approx(4) and ours["peak_memory_bytes"] == 5_300_000_000
     assert not TIMED & saved["results"][3].keys()
-    plot(tmp_path, ROOF, results, "GPU")
+    write_plots(model_plots, tmp_path, ROOF, results, "GPU")
     for name in ("speed.png", "depth.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "batch.png").exists()
@@ -153,7 +153,8 @@ def test_files_of_made_up_results(tmp_path):
 @pytest.fixture
 def roof(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("gemma_fast.benchmarks.measure.machine.measure_roof", lambda *_: ROOF)
+    for module in (machine, model_command):
+        monkeypatch.setattr(module, "measure_roof", lambda *_: ROOF)
 
 
 @pytest.mark.usefixtures("roof")

@@ -6,15 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 from example_suite import PROVIDERS, SUITE
+from triton_interpreter import interpreter
 
 from gemma_fast.benchmarks.kernels import suite as harness
-from gemma_fast.benchmarks.kernels.suite import COPY, EAGER, OURS, Result, run
-from gemma_fast.benchmarks.measure import report
+from gemma_fast.benchmarks.kernels.rivals import by_pointers
+from gemma_fast.benchmarks.kernels.suite import KernelResult, run
+from gemma_fast.benchmarks.kernels.table import SUITES
+from gemma_fast.benchmarks.measure import outcome, report
 from gemma_fast.benchmarks.measure.machine import Roof, Work
-from gemma_fast.benchmarks.measure.plots import plot
+from gemma_fast.benchmarks.measure.outcome import COPY, EAGER, OURS, OURS_ALONE
+from gemma_fast.benchmarks.measure.plots import kernel_plots, write_plots
 from gemma_fast.benchmarks.measure.timing import Times
-from gemma_fast.kernels.launch import Gpu
+from gemma_fast.kernels.launch import Gpu, launch_config
 
+NO_WAIT = {"PREFETCH": False}
 CPU, FP32 = torch.device("cpu"), torch.float32
 ROOF = Roof(copy=2e12, product=1e15)
 STAMP = {
@@ -108,32 +113,45 @@ def test_what_our_timed_graph_wrote_is_checked(monkeypatch):
     assert eager.status == "ok"  # a rival may change its inputs from call to call
 
 
-def test_calls_that_do_not_overlap():
-    """As OURS_ALONE makes them."""
-    h100, seen = Gpu(90, 232_448, 132), []
-    call = harness.alone(lambda x: lambda: seen.append(h100.overlap(True)))(1)
+def test_calls_by_pointers():
+    """As OURS_BY_POINTERS makes them."""
+    found = []
+    call = by_pointers("double", lambda x: lambda: found.append(launch_config("double", {})))(1)
     call()
-    assert seen == [{"PREFETCH": False}]
-    assert h100.overlap(True) == {"PREFETCH": True, "launch_pdl": True}
+    assert found == [{"DESCRIPTORS": False}]
+    assert launch_config("double", {}) == {}
+
+
+@pytest.mark.parametrize("name", ["linear", "norm_linear", "decode_attention"])
+def test_calls_that_do_not_overlap(name, monkeypatch):
+    """As OURS_ALONE makes them."""
+    prefetches, suite = [], SUITES[name]
+    monkeypatch.setattr(Gpu, "overlap", lambda _, prefetch: prefetches.append(prefetch) or NO_WAIT)
+    for provider in (OURS, OURS_ALONE):
+        size = next(iter(suite.tiny.values()))
+        call = suite.providers[provider](*suite.inputs(CPU, FP32, **size))
+        with interpreter():
+            call()
+    assert prefetches == [True, False]
 
 
 def test_rows_count_alike_however_small():
     expected = torch.tensor([[1000.0, 1000.0], [1.0, 1.0]])
     found = torch.tensor([[1000.0, 1000.0], [1.5, 1.0]])
-    assert harness.error(found, expected) == pytest.approx(0.25)  # √(mean(0, 0.25 / 2))
+    assert outcome.error(found, expected) == pytest.approx(0.25)  # √(mean(0, 0.25 / 2))
 
 
 def test_two_roundings_pass_and_four_do_not():
     for dtype, one_rounding in [(torch.bfloat16, 1.7e-3), (torch.float16, 2.1e-4)]:
         exact = torch.randn(64, 1024)
-        off = harness.error(exact.to(dtype), exact)
+        off = outcome.error(exact.to(dtype), exact)
         assert off == pytest.approx(one_rounding, rel=0.1)
         assert off * 2 < harness.TOLERANCE[dtype] < off * 3.1
 
 
 def result(provider, seconds=None, status="ok", suite="rms_norm", size="8192 x 2048", flops=4e7):
     times = seconds and Times(seconds, seconds * 0.9, seconds * 1.1)
-    return Result(suite, size, provider, status, Work(6e7, flops), 1e-3, times, bool(times))
+    return KernelResult(suite, size, provider, status, Work(6e7, flops), 1e-3, times, bool(times))
 
 
 def test_figures_of_a_made_up_time():
@@ -155,7 +173,7 @@ def test_speed_up_over_eager_of_the_same_size():
         result(OURS, 10e-6, size="1 x 1"),
     ]  # fmt: skip
     found = report.speedups(results)
-    assert found["rms_norm", "8192 x 2048", OURS] == pytest.approx(4)
+    assert found[("rms_norm", "8192 x 2048"), OURS] == pytest.approx(4)
     assert len(found) == 2
 
 
@@ -169,8 +187,8 @@ def test_files_of_made_up_results(tmp_path):
     ]  # fmt: skip
     about = {"rms_norm": "RMSNorm", "attention": "Attention"}
     stamp = STAMP | {"roof_at_the_end": {"copy": 1.9e12, "product": 9e14}}
-    report.write(tmp_path, stamp, ROOF, results, about)
-    plot(tmp_path, ROOF, results, "GPU")
+    report.KernelReport(stamp, ROOF, results, about).write(tmp_path)
+    write_plots(kernel_plots, tmp_path, ROOF, results, "GPU")
 
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["stamp"] == stamp
@@ -183,7 +201,7 @@ def test_files_of_made_up_results(tmp_path):
     text = (tmp_path / "results.md").read_text()
     ours = "| 8192 x 2048 | gemma_fast | 40.0 µs (36.0 … 44.0) | 1500 | 1 | 0.75 (memory) | 2.00 |"
     assert ours in text
-    assert "| quack \\* | 50.0 µs" in text and report.FOOTNOTE in text
+    assert "| quack \\* | 50.0 µs" in text and report.CALL_BY_CALL in text
     assert "| liger | not installed: No module named 'liger_kernel' |" in text
     assert "## attention" in text and report.NOTHING not in text
     assert "commit abc" in text and "copy 2000 GB/s, product 1000 TFLOP/s" in text
@@ -197,6 +215,6 @@ def test_files_of_made_up_results(tmp_path):
 
 def test_each_result_says_how_long_it_took(monkeypatch):
     clock = iter([0.0, 3.0, 3.0, 10.0, 10.0])
-    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
-    results = harness.with_took(run(SUITE, "small", CPU, FP32, None, [EAGER, OURS]))
+    monkeypatch.setattr(outcome.time, "perf_counter", lambda: next(clock))
+    results = outcome.with_took(run(SUITE, "small", CPU, FP32, None, [EAGER, OURS]))
     assert [r.took for r in results] == [3, 7]

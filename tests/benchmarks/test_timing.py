@@ -11,8 +11,8 @@ import torch
 from example_suite import SUITE
 
 from gemma_fast.benchmarks.kernels import suite as harness
-from gemma_fast.benchmarks.kernels.suite import COPY, OURS
 from gemma_fast.benchmarks.measure import timing
+from gemma_fast.benchmarks.measure.outcome import COPY, OURS
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 

@@ -13,26 +13,29 @@ from triton_interpreter import interpreter
 
 from gemma_fast.benchmarks import tune
 from gemma_fast.benchmarks.kernels import suite as harness
-from gemma_fast.benchmarks.kernels.suite import OURS, run
+from gemma_fast.benchmarks.kernels.suite import run
 from gemma_fast.benchmarks.kernels.table import SUITES
+from gemma_fast.benchmarks.kernels.tuning import Tuning
 from gemma_fast.benchmarks.measure.machine import Roof
+from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.benchmarks.measure.timing import Times
-from gemma_fast.benchmarks.tune import TABLE, TABLES, Table, measure, table, variants
+from gemma_fast.benchmarks.tune import TABLE, measure, table, variants
 from gemma_fast.kernels import matvec
+from gemma_fast.kernels.launch import launch_config, override
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 CUDA = torch.cuda.is_available()
 WHERE = (torch.device("cuda"), torch.bfloat16) if CUDA else (CPU, FP32)  # kernels run
-CASES = [(name, size) for name in TABLES for size in SUITES[name].tiny]
+CASES = [(name, size) for name in SUITES for size in SUITES[name].tiny]
 
 
 def test_every_kernel_that_is_measured_can_be_tuned():
-    assert list(TABLES) == list(SUITES)
+    assert all(suite.tuning for suite in SUITES.values())
 
 
 @pytest.mark.parametrize(("name", "size"), CASES, ids=str)
 def test_every_choice_computes_the_same(name, size):
-    suite = variants(SUITES[name], TABLES[name], SUITES[name].tiny[size])
+    suite = variants(SUITES[name], SUITES[name].tiny[size])
     with interpreter():
         results = list(run(suite, size, *WHERE, None))
     assert len(results) > 4
@@ -43,13 +46,13 @@ def test_every_choice_computes_the_same(name, size):
 
 def test_the_launcher_is_told_what_is_tried():
     """And for the rest what the table says."""
-    says = matvec.tile(1, 48, 64, 4)
-    with TABLES["linear"].using({"BLOCK_N": 2}):
-        assert matvec.tile(1, 48, 64, 4) == says | {"BLOCK_N": 2}
-    assert matvec.tile(1, 48, 64, 4) == says
-    odd = Table(matvec, lambda size: {"BLOCK_N": (3,)})
+    table = matvec.tile(1, 48, 64, 4)
+    with override(SUITES["linear"].tuning.kernel, BLOCK_N=2):
+        assert launch_config("matvec", table) == table | {"BLOCK_N": 2}
+    assert launch_config("matvec", table) == table
+    odd = Tuning("matvec", lambda size: {"BLOCK_N": (3,)})
     with interpreter():
-        suite = variants(SUITES["linear"], odd, {})
+        suite = variants(replace(SUITES["linear"], tuning=odd), {})
         ours, tried = run(suite, "64 x 48, b 1", *WHERE, None)
     assert ours.status == "ok, not measured" and tried.status.startswith("failed: ")
 
@@ -58,9 +61,9 @@ def test_a_tile_that_does_not_fit_is_no_failure():
     def too_large(x):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
-    suite = replace(SUITE, providers={OURS: lambda x: lambda: too_large(x)})
-    module = SimpleNamespace(tile=dict)
-    suite = variants(suite, Table(module, lambda size: {"BLOCK": (1,)}), {})
+    tuning = Tuning("double", lambda size: {"BLOCK": (1,)})
+    suite = replace(SUITE, providers={OURS: lambda x: lambda: too_large(x)}, tuning=tuning)
+    suite = variants(suite, {})
     _, tried = run(suite, "small", CPU, FP32, None)
     assert tried.status.startswith("cannot: out of resource: shared memory, Required: 300000")
 
@@ -73,7 +76,10 @@ def block(i: int) -> str:
 def timed(monkeypatch):
     """SUITE, tuned: BLOCK 1 to 6; 1 is wrong, 2 looks best until it is timed again."""
     first = {TABLE: 9, block(2): 1, block(3): 3, block(4): 4, block(5): 5, block(6): 6}
-    seen, module = [], SimpleNamespace(tile=lambda: {"BLOCK": 3})
+    seen = []
+
+    def double(x):
+        return x * 2 if launch_config("double", {"BLOCK": 3})["BLOCK"] > 1 else x * 3
 
     def calls(suite, name, *_):
         seen.append(name)
@@ -85,9 +91,9 @@ def timed(monkeypatch):
 
     monkeypatch.setattr(harness, "calls", calls)
     monkeypatch.setattr(harness, "device_times", device_times)
-    providers = {OURS: lambda x: lambda: x * 2 if module.tile()["BLOCK"] > 1 else x * 3}
-    table = Table(module, lambda size: {"BLOCK": range(1, 7)})
-    return variants(replace(SUITE, providers=providers), table, {}), seen
+    tuning = Tuning("double", lambda size: {"BLOCK": range(1, 7)})
+    providers = {OURS: lambda x: lambda: double(x)}
+    return variants(replace(SUITE, providers=providers, tuning=tuning), {}), seen
 
 
 def test_the_first_few_are_timed_again(timed):
@@ -128,10 +134,10 @@ def test_command(monkeypatch):
 def test_kernels_are_compiled_ahead_by_a_call(monkeypatch):
     launched = []
     monkeypatch.setattr(
-        matvec, "_launch", lambda *given: launched.append(matvec.tile(1, 48, 64, 4))
+        matvec, "_launch", lambda *given: launched.append(launch_config("matvec", {"BLOCK_N": 4}))
     )
     tiny = SUITES["linear"].tiny["64 x 48, b 1"]
-    name = next(x for x in TABLES["linear"].candidates(tiny) if "BLOCK_N 2," in x)
+    name = next(x for x in SUITES["linear"].tuning.candidates(tiny) if "BLOCK_N 2," in x)
     with interpreter(), pytest.raises(TypeError):  # of no output
         tune.compile_ahead("linear", tiny, name, *WHERE)
     assert [x["BLOCK_N"] for x in launched] == [2]
@@ -156,9 +162,7 @@ class Idle:
 def test_what_was_found_is_written(monkeypatch, tmp_path):
     roof = Roof(copy=1e12, product=1e15)
     monkeypatch.setattr(tune, "ProcessPoolExecutor", Idle)
-    monkeypatch.setattr(
-        tune.model_command, "pick_device", lambda dtype: (torch.device("cuda"), FP32)
-    )
+    monkeypatch.setattr(tune.shared, "pick_device", lambda dtype: (torch.device("cuda"), FP32))
     monkeypatch.setattr(tune, "measure_roof", lambda *_: roof)
     monkeypatch.setattr(tune, "stamp", lambda *_: {"gpu": "H100"})
     monkeypatch.setattr(tune.report, "heading", lambda *_: "H100.")

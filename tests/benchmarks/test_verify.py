@@ -6,12 +6,14 @@ from certificate_lines import BF16, CPU, FP16, FP32, exact_gelu, failed, kernels
 from triton_interpreter import interpreter
 from twins import CONFIGS
 
+from gemma_fast.benchmarks.kernels.rivals import plain
 from gemma_fast.benchmarks.verify import kernels as verify_kernels
 from gemma_fast.benchmarks.verify import model as verify_model
-from gemma_fast.benchmarks.verify.certificate import INTERPRETER
-from gemma_fast.benchmarks.verify.kernels import CASES, check_kernels, spacing, value_ulps
+from gemma_fast.benchmarks.verify.figures import INTERPRETER
+from gemma_fast.benchmarks.verify.kernels import CHECKS, check_kernels, spacing, value_ulps
 from gemma_fast.kernels import attention as attention_file
 from gemma_fast.kernels import geglu as geglu_file
+from gemma_fast.kernels import lm_head as lm_head_file
 from gemma_fast.kernels import rmsnorm as rmsnorm_file
 
 
@@ -26,7 +28,7 @@ def test_an_ulp_is_the_spacing_at_the_value_or_at_the_rms():
 def test_kernels_in_the_interpreter_pass():
     with interpreter():
         lines = list(check_kernels(CPU, [FP32, FP16], INTERPRETER))
-    assert len(lines) == 2 * len(CASES)
+    assert len(lines) == 2 * len(CHECKS)
     assert not failed(lines)
 
 
@@ -80,14 +82,14 @@ def test_every_case_can_fail(wrong, dtype, monkeypatch, capsys):
 
     def spoiled(ours):
         def call(*given):
-            out = ours(*given)
+            out = ours(*given)()
             return tuple(map(change[wrong], [out] if isinstance(out, torch.Tensor) else out))
 
-        return call
+        return plain(call)
 
-    cases = [case._replace(ours=spoiled(case.ours)) for case in CASES[:-2]]
-    monkeypatch.setattr(verify_kernels, "CASES", cases)
-    assert len(failed(kernels(dtype).values())) == len(cases)
+    checks = [check._replace(ours=spoiled(check.ours)) for check in CHECKS if not check.chooses]
+    monkeypatch.setattr(verify_kernels, "CHECKS", checks)
+    assert len(failed(kernels(dtype).values())) == len(checks) == len(CHECKS) - 2
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -95,9 +97,9 @@ def test_a_wrong_choice_fails(dtype, monkeypatch):
     def wrong(*args, **options):
         args[6].fill_(0)
 
-    monkeypatch.setattr(verify_kernels, "next_token", wrong)
+    monkeypatch.setattr(lm_head_file, "next_token", wrong)
     assert failed(kernels(dtype).values()) == {"next_token, 8 rows", "next_token, 16 rows"}
-    monkeypatch.setattr(verify_kernels, "next_token", lambda *_, **__: None)  # refused: -1
+    monkeypatch.setattr(lm_head_file, "next_token", lambda *_, **__: None)  # refused: -1
     assert failed(kernels(dtype).values()) == {"next_token, 8 rows", "next_token, 16 rows"}
 
 

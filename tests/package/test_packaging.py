@@ -12,7 +12,7 @@ from textwrap import dedent
 
 import pytest
 
-from gemma_fast.benchmarks.kernels.suite import OURS
+from gemma_fast.benchmarks.measure.outcome import OURS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOR_THE_CLONE = ("test_kernels.py", "conftest.py")  # pytest's, in benchmarks/
@@ -31,6 +31,8 @@ SOURCES = {
     for path in (ROOT / folder).glob("*.py")
     if path.name not in FOR_THE_CLONE
 }
+for path in (ROOT / "benchmarks/verify/texts").iterdir():
+    SOURCES[f"gemma_fast/benchmarks/verify/texts/{path.name}"] = path.read_bytes()
 PRINT_KERNEL_FILE = "import gemma_fast.kernels.rmsnorm as module; print(module.__file__)"
 
 

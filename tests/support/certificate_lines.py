@@ -1,11 +1,11 @@
-"""Lines of the certificate of the CPU path and of a tiny model; a mistake that they must show."""
+"""The certificate's findings on the CPU path and on a tiny model; a mistake that they must show."""
 
 import torch
 import torch.nn.functional as F
 from twins import CONFIGS
 
 from gemma_fast.benchmarks.verify import model as verify_model
-from gemma_fast.benchmarks.verify.certificate import CPU_PATH, Line
+from gemma_fast.benchmarks.verify.figures import CPU_PATH, Finding
 from gemma_fast.benchmarks.verify.kernels import check_kernels
 from gemma_fast.checkpoint.random import RandomCheckpoint
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def kernels(*dtypes) -> dict[tuple[str, str], Line]:
+def kernels(*dtypes) -> dict[tuple[str, str], Finding]:
     return {(x.check, x.dtype): x for x in check_kernels(CPU, dtypes, CPU_PATH)}
 
 
@@ -29,7 +29,7 @@ class Loud(RandomCheckpoint):
         out.mul_(10)
 
 
-def model_lines(name="gemma3-gqa", dtypes=(FP32,), other=None) -> dict[str, Line]:
+def model_lines(name="gemma3-gqa", dtypes=(FP32,), other=None) -> dict[str, Finding]:
     other = other or verify_model.rival()
     checkpoint = Loud(CONFIGS[name])
     ids = verify_model.text_ids(checkpoint, 24)

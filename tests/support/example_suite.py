@@ -2,8 +2,9 @@
 
 import torch
 
-from gemma_fast.benchmarks.kernels.suite import EAGER, OURS, Suite
+from gemma_fast.benchmarks.kernels.suite import Suite
 from gemma_fast.benchmarks.measure.machine import Work
+from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
 
 
 def missing(x):

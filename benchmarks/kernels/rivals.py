@@ -1,0 +1,77 @@
+"""Ways to run an op that several suites share: compiled, by an SDPA backend, or ours in part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gemma_fast.benchmarks.kernels.suite import Prepare
+from gemma_fast.benchmarks.measure.timing import Call
+from gemma_fast.kernels.launch import override
+
+SDPA = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def plain(function: Callable[..., Any]) -> Prepare:
+    return lambda *inputs: lambda: function(*inputs)
+
+
+def torch_compiled(function: Callable[..., Any]) -> Prepare:
+    return lambda *inputs: lambda: compiled(function)(*inputs)
+
+
+@cache  # Dynamo knows a compiled function by identity
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile at its best: autotuned, for one size; the suite captures the graph itself."""
+    if torch.cuda.is_available():
+        mode = "max-autotune-no-cudagraphs"
+        return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
+    return torch.compile(function, backend="aot_eager", dynamic=False, fullgraph=True)
+
+
+def sdpa(backend: SDPBackend, q: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Call:
+    """q :: [b, heads, t, d]; keys, values :: [b, n, s, d] → a call that gives [b, heads, t, d].
+
+    Raises NotImplementedError where the backend has no kernel for them.
+    """
+    if backend == SDPBackend.EFFICIENT_ATTENTION:  # knows only one kv head for each query head
+        group = q.shape[1] // keys.shape[1]
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+    grouped = q.shape[1] != keys.shape[1]
+
+    def call() -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, keys, values, enable_gqa=grouped, **options)
+
+    try:
+        call()
+    except RuntimeError as error:
+        if "No available kernel" not in str(error) and "No viable backend" not in str(error):
+            raise
+        raise NotImplementedError("no kernel of this backend") from error
+    return call
+
+
+def by_pointers(kernel: str, ours: Prepare) -> Prepare:
+    """Our op, its tiles copied by pointers where it would copy them by tensor descriptors."""
+
+    def prepare(*inputs: Any) -> Call:
+        call = ours(*inputs)
+
+        def run() -> Any:
+            with override(kernel, DESCRIPTORS=False):
+                return call()
+
+        return run
+
+    return prepare

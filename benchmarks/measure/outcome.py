@@ -1,0 +1,73 @@
+"""How a provider's run ends: its status, its error, and which results fail the whole run."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+EAGER, OURS = "eager", "gemma_fast"
+OURS_BY_POINTERS = "gemma_fast, no descriptors"
+# What a call takes by itself. Programmatic dependent launch, which rivals do not have, lets a call's
+# first loads overlap the call before.
+OURS_ALONE = "gemma_fast, no overlap"
+COPY = "copy of the same bytes (yardstick)"
+NOT_MEASURED, WITHOUT_GRAPHS = "ok, not measured", "ok, Inductor skipped CUDA graphs"
+R = TypeVar("R", bound=Any)
+
+
+class Wrong(Exception):
+    """An output that is not the oracle's."""
+
+
+def verdict(problem: Exception) -> str:
+    """One line that says why a provider has no time. Unexpected errors print their traceback to
+    stderr."""
+    text = str(problem).strip().split("\n")[0] or type(problem).__name__
+    kinds = {Wrong: "wrong", ImportError: "not installed", NotImplementedError: "cannot"}
+    word = next((word for kind, word in kinds.items() if isinstance(problem, kind)), "failed")
+    if word == "failed":
+        traceback.print_exception(problem)
+    return f"{word}: {text}"
+
+
+def serious(results: Iterable[Any]) -> bool:
+    """Whether a result was wrong, or this project's failed."""
+    return any(
+        r.status.startswith("wrong") or (r.provider == OURS and not r.status.startswith("ok"))
+        for r in results
+    )
+
+
+def with_took(results: Iterable[R]) -> Iterator[R]:
+    """Results as they come, each with how long it took."""
+    start = time.perf_counter()
+    for result in results:
+        yield replace(result, took=time.perf_counter() - start)
+        start = time.perf_counter()
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """RMS over rows of a row's RMS(found − expected) / RMS(expected), so that rows of small numbers
+    count as much; NaN or infinite where `found` is."""
+    norm = partial(torch.linalg.vector_norm, dim=-1)
+    rows = norm(found.float() - expected.float()) / norm(expected.float())
+    return float(rows.square().mean().sqrt())
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matmuls in float32 are computed in float32, whatever the caller has chosen for speed."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
