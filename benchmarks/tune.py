@@ -6,8 +6,8 @@
 A launcher asks `launch_config` for its tile sizes. Each size of a suite is run with what the
 kernel's table says, and with every combination of its `tuning` in its place, as the benchmarks run
 a provider: checked, then timed. The best of many times is partly luck, so the first few are run
-again beside the table's. Changes nothing: a better tile is written into the table by hand, and the run
-that found it beside it.
+again beside the table's. Changes nothing: a better config is written into the table by hand, and
+the run that found it beside it.
 """
 
 from __future__ import annotations
