@@ -78,6 +78,11 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(tmp_path, capsys):
     assert "| fails | failed |" in (tmp_path / "summary.md").read_text()
 
 
+def test_every_stage_but_the_tests_is_told_where_to_write():
+    told = [x.name for x in stages(cuda=True) if x.arguments[0].startswith(gpu.BENCHMARKS)]
+    assert told == ["decode", "prefill", "kernels", "profile"]
+
+
 def test_every_suite_has_at_most_two_sizes():
     found = {name: pick_sizes(suite.sizes, SIZES) for name, suite in SUITES.items()}
     assert {name for name, sizes in found.items() if len(sizes) != 2} == {"add_rms_norm_post"}
