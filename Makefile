@@ -1,11 +1,12 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_MINUTES ?= 8
 BIN := .venv/bin
 # Over the newest transformers, for the second run of gemma_fast.hf's tests.
 OLDEST := .venv/oldest-transformers
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench gpu
 
 demo: .venv/demo.stamp
 	@$(BIN)/gemma-fast predict "I want to move"
@@ -22,6 +23,10 @@ lint: .venv/test.stamp
 
 bench: .venv/bench.stamp
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# Installs nothing: a GPU may be there for minutes, on a machine without a network.
+gpu:
+	@PYTHONPATH=. $(shell command -v $(BIN)/python || echo $(PYTHON)) -m benchmarks.gpu --minutes $(GPU_MINUTES)
 
 # One stamp per extra: a second run installs nothing.
 .venv/%.stamp: setup.py pyproject.toml constraints.txt | $(BIN)/pip

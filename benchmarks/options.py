@@ -20,35 +20,24 @@ a directory, a .gguf file, a hub id. [default: gemma-2b on a GPU; on a CPU tiny,
 and not measured]"""
 
 
-class Counts(click.ParamType):
-    """Whole numbers, parted by commas."""
-
-    name = "N,N…"
-
-    def __init__(self, least: int) -> None:
-        self.least = least
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        try:
-            counts = tuple(int(x) for x in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not whole numbers parted by commas", param, ctx)
-        if min(counts) < self.least:
-            self.fail(f"{min(counts)} is less than {self.least}", param, ctx)
-        return counts
-
-
 def counts(*names: str, default: int, least: int, help: str) -> Callable[[Command], Command]:
     """An option of some numbers, by commas or repeated; each once, in the order given."""
 
-    def flatten(context: Any, option: Any, groups: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-        given = dict.fromkeys(count for group in groups for count in group)
+    def parse(context: Any, option: Any, values: Sequence[str]) -> tuple[int, ...]:
+        given: dict[int, None] = {}
+        for value in values:
+            try:
+                given |= dict.fromkeys(int(x) for x in value.split(","))
+            except ValueError as error:
+                message = f"{value!r} is not whole numbers parted by commas"
+                raise click.BadParameter(message) from error
+        if given and min(given) < least:
+            raise click.BadParameter(f"{min(given)} is less than {least}")
         return tuple(given) or (default,)
 
     return click.option(
-        *names, type=Counts(least), multiple=True, callback=flatten,
-        help=f"{help} [default: {default}]",
-    )  # fmt: skip
+        *names, multiple=True, callback=parse, metavar="N,N…", help=f"{help} [default: {default}]"
+    )
 
 
 OPTIONS = (

@@ -130,20 +130,13 @@ def prepare(
 
 @click.command(help=__doc__.split("\n")[0])
 @click.option(
-    "-p",
-    "prompt",
-    type=click.IntRange(0),
-    default=0,
+    "-p", "prompt", type=click.IntRange(0), default=0,
     help="Tokens of a prompt to read; 0: a token to write.",
-)
+)  # fmt: skip
 @click.option(
-    "-d",
-    "depth",
-    type=click.IntRange(1),
-    default=512,
-    show_default=True,
+    "-d", "depth", type=click.IntRange(1), default=512, show_default=True,
     help="Tokens in the cache before a token that is written.",
-)
+)  # fmt: skip
 @click.option(
     "-b", "batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."
 )

@@ -1,4 +1,4 @@
-"""A suite for each kernel: inputs, sizes, work, rivals; and what checks and times them.
+"""The one table of each kernel: inputs, sizes, work, rivals, tiles to try, checks of its error.
 
 May import: benchmarks.measure, kernels.
 """

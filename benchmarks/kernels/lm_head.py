@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.matvec import norm_inputs
+from gemma_fast.benchmarks.kernels.matvec import norm_eager, norm_formula, norm_inputs
 from gemma_fast.benchmarks.kernels.rivals import plain, torch_compiled
-from gemma_fast.benchmarks.kernels.rmsnorm import EPS, add
+from gemma_fast.benchmarks.kernels.rmsnorm import EPS
 from gemma_fast.benchmarks.kernels.suite import Check, Suite
 from gemma_fast.benchmarks.kernels.tuning import Choices, Size, Tuning, matmul_choices
 from gemma_fast.benchmarks.measure.machine import Work
@@ -45,8 +45,7 @@ def eager(
     x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, temperature: Tensor | None
 ) -> Tensor:
     """The chosen tokens' rows of the weight, [b, dim]: ids would not compare as numbers do."""
-    hiddens = F.rms_norm(residual + x, norm_weight.shape, 1 + norm_weight, EPS)
-    scores = F.linear(hiddens, weight).float()
+    scores = norm_eager(x, residual, norm_weight, None, weight, False)[0].float()
     if temperature is not None:  # as gpt-fast draws: torch.multinomial would wait for the host
         probabilities = (scores / temperature[:, None]).softmax(-1)
         scores = probabilities / torch.empty_like(probabilities).exponential_(1)
@@ -92,8 +91,7 @@ def choice_inputs(**size: Any) -> tuple[Any, ...]:
 
 
 def logits(*given: Any) -> Tensor:
-    *tensors, matrix = given
-    return SOFTCAP * torch.tanh(F.linear(add(*tensors)[0], matrix) / SOFTCAP)
+    return SOFTCAP * torch.tanh(norm_formula(*given, False)[0] / SOFTCAP)
 
 
 def choices(size: Size) -> Choices:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ SHAPES = [(512, 2048), (8192, 2048), (32768, 2048), (8192, 640), (8192, 2304)]
 SIZES = {f"{rows} x {dim}": {"rows": rows, "dim": dim} for rows, dim in SHAPES}
 TINY = {"5 x 48": {"rows": 5, "dim": 48}}
 ROWS = {"rows": 16, "dim": 640}, {"rows": 512, "dim": 2304}
-TUNING = Tuning("rms_norm", lambda size: {"num_warps": (1, 2, 4, 8, 16)})
 
 
 def norm_inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Any, ...]:
@@ -155,7 +155,7 @@ RMS_NORM = Suite(
     inputs=norm_inputs,
     oracle=rms_norm_reference,
     work=norm_work,
-    tuning=TUNING,
+    tuning=Tuning("rms_norm", lambda size: {"num_warps": (1, 2, 4, 8, 16)}),
     providers={
         EAGER: plain(rms_norm_reference),
         "torch.compile": torch_compiled(rms_norm_reference),
@@ -176,29 +176,22 @@ ADD_PROVIDERS = {
     "flashinfer": flashinfer_add,
     OURS: plain(module.add_rms_norm),
 }
-ADD_RMS_NORM = Suite(
+ADD_RMS_NORM = replace(
+    RMS_NORM,
     name="add_rms_norm",
     about="The residual add and the RMSNorm after it, of [rows, dim]",
-    yardstick=True,
-    sizes=SIZES,
-    tiny=TINY,
     inputs=add_inputs,
     oracle=add_rms_norm_reference,
     work=add_work,
-    tuning=TUNING,
     providers=ADD_PROVIDERS,
 )
-ADD_RMS_NORM_POST = Suite(
+ADD_RMS_NORM_POST = replace(
+    ADD_RMS_NORM,
     name="add_rms_norm_post",
     about="The same, where x is normalised before it is added; the libraries take two calls",
-    yardstick=True,
     sizes={name: size for name, size in SIZES.items() if size["dim"] != 2048},
-    tiny=TINY,
     inputs=post_inputs,
-    oracle=add_rms_norm_reference,
     work=post_work,
-    tuning=TUNING,
-    providers=ADD_PROVIDERS,
 )
 CHECKS = (
     Check("rms_norm", norm_inputs, norm, RMS_NORM.providers[OURS], ROWS),

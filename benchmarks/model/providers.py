@@ -11,7 +11,7 @@ What needs a package imports it in its constructor, so that its absence is that 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,44 +25,29 @@ from gemma_fast.engine.decoder import Decoder
 from gemma_fast.reference import Reference
 
 
-class Provider(Protocol):
-    """A model on a device, and one cache. Tokens are [b], and stay on the device."""
-
-    def start(self, batch: int, max_length: int, kind: str) -> None:
-        """A cache for so many tokens a sequence; what is compiled or captured is so for these.
-        kind: what shall be timed, a cases.PROMPT or NEW."""
-
-    def prefill(self, ids: Tensor) -> Tensor:
-        """Empties the cache, reads ids :: [b, t] into it, and chooses a token."""
-
-    def extend(self, ids: Tensor) -> Tensor:
-        """Reads ids :: [b, t] after what the cache holds, and chooses a token."""
-
-    def step(self) -> Tensor:
-        """Reads the token chosen last, and chooses the next one. It may reuse its memory."""
-
-    def logits(self, ids: Tensor) -> Tensor:
-        """ids :: [b, t], read after what the cache holds → [b, t, vocab]"""
-
-    def memory(self) -> dict[str, float]:
-        """What it knows of its own memory, in bytes by name."""
-
-
 class Eager:
-    """The reference, and transformers' models in the usual loop: a cache that grows, and argmax."""
+    """The reference, and transformers' models in the usual loop: a cache that grows, and argmax.
+
+    Every provider has these methods: a model on a device, and one cache. Tokens are [b], and stay
+    on the device.
+    """
 
     def __init__(self, model: Any, mask: Tensor | None = None) -> None:
         """mask :: [b, t] of the prompt, 0 for padding, which is on the left"""
         self.model, self.mask = model, mask
 
     def start(self, batch: int, max_length: int, kind: str) -> None:
+        """A cache for so many tokens a sequence; what is compiled or captured is so for these.
+        kind: what shall be timed, cases.PROMPT or NEW."""
         self.past: Any = None
 
     def prefill(self, ids: Tensor) -> Tensor:
+        """Empties the cache, reads ids :: [b, t] into it, and chooses a token."""
         self.past = None
         return self._read(ids)
 
     def extend(self, ids: Tensor) -> Tensor:
+        """Reads ids :: [b, t] after what the cache holds, and chooses a token."""
         if self.mask is not None:
             self.mask = F.pad(self.mask, (0, ids.shape[1]), value=1)
         return self._read(ids)
@@ -80,12 +65,15 @@ class Eager:
         return self.token
 
     def step(self) -> Tensor:
+        """Reads the token chosen last, and chooses the next one. It may reuse its memory."""
         return self.extend(self.token[:, None])
 
     def logits(self, ids: Tensor) -> Tensor:
+        """ids :: [b, t], read after what the cache holds → [b, t, vocab]"""
         return self.model(ids, past_key_values=self.past, use_cache=True).logits
 
     def memory(self) -> dict[str, float]:
+        """What it knows of its own memory, in bytes by name."""
         return {}
 
 
@@ -196,6 +184,9 @@ class Ours:
 
     def memory(self) -> dict[str, float]:
         return self.decoder.memory()
+
+
+Provider = Eager | Ours
 
 
 def _reference(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Provider:

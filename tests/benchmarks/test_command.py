@@ -56,6 +56,15 @@ def test_only():
 
 
 @pytest.mark.usefixtures("no_gpu")
+def test_sizes():
+    done = CliRunner().invoke(main, ["lm_head", "--only", OURS, "--size", "b 3"])
+    assert done.exit_code == 0
+    assert "199 x 64, b 3" in done.stdout and "199 x 64, b 1" not in done.stdout
+    done = CliRunner().invoke(main, ["lm_head", "geglu", "--size", "b 4"])
+    assert done.exit_code == 2 and "no size has b 4 in its name" in done.output
+
+
+@pytest.mark.usefixtures("no_gpu")
 def test_what_is_done_is_written_at_once(monkeypatch, tmp_path):
     """A run that is cut short keeps the sizes before."""
     providers = {OURS: lambda *inputs: stop()}

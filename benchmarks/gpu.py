@@ -1,0 +1,230 @@
+"""What a GPU that is there for minutes should tell: tests, speed beside transformers, a profile.
+
+    make gpu                                                # 8 minutes, to benchmarks/results/<gpu>
+    make gpu GPU_MINUTES=4                                  # every stage has half the time
+    PYTHONPATH=. python3 -m benchmarks.gpu --out DIR        # the same, without make
+
+Stages run one after another, the most important first, each in a process of its own. A stage may
+take its share of the time that is left: what one saves is the later ones'. One that fails or runs
+out of time keeps what it wrote, and the rest runs. Nothing has to be installed; a test file whose
+packages are missing is left out. Without a GPU all run on tiny shapes, and nothing is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+import gemma_fast
+from gemma_fast.benchmarks import options as shared
+from gemma_fast.benchmarks.kernels.table import RIVALS, SUITES
+from gemma_fast.benchmarks.measure import report
+from gemma_fast.benchmarks.measure.machine import stamp
+
+ROOT = Path(gemma_fast.__file__).parents[1]
+GRACE = 5  # seconds that a stage has to end by itself, once its time is over
+COLUMNS = {"stage": "---", "status": "---", "seconds": "---:", "limit": "---:", "found": "---"}
+BENCHMARKS = "-mgemma_fast.benchmarks"
+# Of the kernels' suites these sizes, two of each, and these providers: none takes minutes.
+SIZES = (
+    "8192 x 2", "t 2048", "t 8192, 8/1", "t 8192, n 16", "m 512", "m 4096", "geglu, b",
+    "b 1, depth 2048", "b 1, depth 8192, 8/1", "16384 x 2048", "256000 x 2048, b 1",
+)  # fmt: skip
+PROVIDERS = ("eager", "SDPA flash", "SDPA cuDNN", "gemma_fast")
+MODELS = ("transformers (eager)", "transformers (sdpa)", "gemma_fast")
+
+
+class Stage(NamedTuple):
+    name: str
+    share: float  # of the time, in any unit
+    arguments: Sequence[str]  # of Python
+    missing: str = ""  # why it cannot run
+
+
+class Done(NamedTuple):
+    """How a stage ended; see COLUMNS."""
+
+    stage: str
+    status: str
+    seconds: float = 0.0
+    limit_s: float = 0.0
+    exit_code: int | None = None
+    found: str = ""
+
+    def cells(self) -> dict[str, str]:
+        seconds, limit = (f"{x:.0f} s" for x in (self.seconds, self.limit_s))
+        cells = (self.stage, self.status, seconds, limit, self.found)
+        return dict(zip(COLUMNS, cells, strict=True))
+
+
+def stages(cuda: bool) -> list[Stage]:
+    """As a GPU has them, or tiny ones."""
+    model = [BENCHMARKS, "model", *repeat("--only", MODELS), "-r", "3" if cuda else "1"]
+    depths, prompts, new = ("512,4096", "2048,8192", "64") if cuda else ("5", "8", "2")
+    kernels = [BENCHMARKS, *SUITES, *repeat("--only", PROVIDERS)]
+    kernels += repeat("--size", SIZES) if cuda else []
+    marked = [
+        file for file in runnable("**/test_*.py") if "mark.gpu" in file.read_text(encoding="utf-8")
+    ]
+    of_kernels = runnable("kernels/test_*.py" if cuda else "kernels/test_embed.py")
+    return [
+        tests("tests marked gpu", 70, marked, "gpu"),
+        tests("tests of kernels", 100, of_kernels, "not gpu"),
+        Stage("decode", 100, [*model, "-p", "0", "-n", new, "-d", depths]),
+        Stage("prefill", 80, [*model, "-p", prompts, "-n", "0"]),
+        Stage("kernels", 100, kernels),
+        Stage("profile", 30, [f"{BENCHMARKS}.profile"], "" if cuda else "needs a GPU"),
+    ]
+
+
+def repeat(option: str, values: Iterable[str]) -> list[str]:
+    return [word for value in values for word in (option, value)]
+
+
+def tests(name: str, share: float, files: Sequence[Path], marker: str) -> Stage:
+    """pytest, in as many processes as it can have, up to 8."""
+    arguments = ["-m", "pytest", "-q", "-m", marker, *map(str, files)]
+    if find_spec("xdist"):
+        arguments += ["-n", str(min(os.cpu_count() or 1, 8))]
+    missing = "" if find_spec("pytest") else "pytest is not installed"
+    return Stage(name, share, arguments, missing or ("" if files else "no test file to run"))
+
+
+def runnable(pattern: str) -> list[Path]:
+    """Test files whose packages are installed; but for compilers' tests, which need no GPU."""
+    tests = ROOT / "tests"
+    own = {"gemma_fast", *(path.stem for path in tests.rglob("*.py"))}
+    found = []
+    for path in sorted(tests.glob(pattern)):
+        imports = re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.M)
+        if path.name != "test_compile.py" and all(find_spec(x) for x in {*imports} - own):
+            found.append(path)
+    return found
+
+
+def run_stage(stage: Stage, limit: float, out: Path, commit: str | None) -> Done:
+    """Shows what the stage prints, and writes it to log.txt beside its results."""
+    if stage.missing:
+        return Done(stage.name, f"left out: {stage.missing}")
+    folder = out / stage.name.replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").unlink(missing_ok=True)  # of an earlier run
+    command = [sys.executable, *stage.arguments]
+    if stage.arguments[0].startswith(BENCHMARKS):
+        command += ["--out", str(folder.resolve()), *(["--commit", commit] if commit else [])]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    start, over, last = time.perf_counter(), threading.Event(), ""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, errors="replace", start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+    def end() -> None:
+        over.set()
+        stop(process)
+
+    timer = threading.Timer(limit, end)
+    timer.start()
+    assert process.stdout is not None
+    try:
+        with process.stdout, (folder / "log.txt").open("w", encoding="utf-8") as log:
+            for line in process.stdout:
+                click.echo(line, nl=False)
+                log.write(line)
+                log.flush()
+                last = last if over.is_set() else line.strip() or last
+        code = process.wait()
+    finally:
+        timer.cancel()
+        stop(process)
+    status = "out of time" if over.is_set() else "ok" if code == 0 else "failed"
+    seconds = time.perf_counter() - start
+    return Done(stage.name, status, seconds, limit, code, summary(folder) or last)
+
+
+def summary(folder: Path) -> str:
+    """How many results a stage has written, and how many of them are well."""
+    if not (file := folder / "results.json").exists():
+        return ""
+    results = json.loads(file.read_text(encoding="utf-8"))["results"]
+    return f"{len(results)} results, {sum(x['status'].startswith('ok') for x in results)} ok"
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Ends a stage and the processes that it started; first it may end them itself."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+
+
+def write_summary(out: Path, head: Mapping[str, Any], measured: bool, done: list[Done]) -> str:
+    """summary.json and summary.md → the latter's text"""
+    found = {"stamp": head, "measured": measured, "stages": [x._asdict() for x in done]}
+    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    (out / "summary.json").write_text(text, encoding="utf-8")
+    parts = [report.heading(head, None), *([] if measured else [report.NOTHING])]
+    parts.append(report.table(COLUMNS, [x.cells() for x in done]))
+    text = "\n\n".join(parts) + "\n"
+    (out / "summary.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def run_stages(
+    todo: Sequence[Stage], seconds: float, out: Path, head: Mapping[str, Any], measured: bool
+) -> list[Done]:
+    """Within so many seconds; the summary is written after each stage."""
+    end, done = time.perf_counter() + seconds, list[Done]()
+    for i, stage in enumerate(todo):
+        left = max(end - time.perf_counter(), 0)
+        limit = left * stage.share / sum(later.share for later in todo[i:])
+        click.echo(f"\n== {stage.name}, at most {limit:.0f} s")
+        done.append(run_stage(stage, limit, out, head["commit"]))
+        write_summary(out, head, measured, done)
+    return done
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=8,
+    show_default=True,
+    help="Of all stages together.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write results here. [default: benchmarks/results/<gpu name>]",
+)
+@click.option("--commit", help="What to stamp where git does not know.")
+@click.pass_context
+def main(context: click.Context, minutes: float, out: Path | None, commit: str | None) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the stage, too
+    device, kind = shared.pick_device(None)
+    head, cuda = stamp(device, kind, ["transformers", *RIVALS], commit), device.type == "cuda"
+    name = re.sub("[^a-z0-9]+", "-", (head["gpu"] or "no gpu").lower()).strip("-")
+    out = out or ROOT / "benchmarks" / "results" / name
+    shared.make_folder(out)
+    done = run_stages(stages(cuda), 60 * minutes, out, head, cuda)
+    click.echo("\n" + write_summary(out, head, cuda, done) + f"\nResults are in {out}.")
+    context.exit(0 if all(x.status == "ok" or not x.limit_s for x in done) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""python -m benchmarks.gpu: its limits, and that one bad stage does not stop the others."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from gemma_fast.benchmarks import gpu
+from gemma_fast.benchmarks.gpu import SIZES, Stage, run_stages, stages
+from gemma_fast.benchmarks.kernels.table import SUITES
+from gemma_fast.benchmarks.measure.report import NOTHING
+from gemma_fast.benchmarks.options import pick_sizes
+
+HEAD = {
+    "gpu": "GPU", "cpu": None, "driver": "580", "cuda": "13.0", "cudnn": 9, "torch": "2.13",
+    "triton": "3.7", "python": "3.12", "rivals": {}, "dtype": "bfloat16", "commit": "abc",
+    "date": "2026-11-28",
+}  # fmt: skip
+
+
+def python(name: str, code: str, share: float = 1) -> Stage:
+    return Stage(name, share, ["-c", code])
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
+
+
+def test_limits_add_up(monkeypatch, tmp_path):
+    """As time passes: a stage that takes none leaves its share to the others."""
+    now = [0.0]
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
+
+    def run(takes, limit, *_):
+        now[0] += limit * takes
+        return gpu.Done("a stage", "ok", limit * takes, limit)
+
+    monkeypatch.setattr(gpu, "run_stage", lambda stage, *given: run(1, *given))
+    done = run_stages(stages(cuda=True), 480, tmp_path, HEAD, True)
+    assert sum(x.limit_s for x in done) == pytest.approx(480) and len(done) == 6
+    assert [round(x.limit_s) for x in done] == [round(x.share) for x in stages(cuda=True)]
+    monkeypatch.setattr(gpu, "run_stage", lambda stage, *given: run(0, *given))
+    done = run_stages(stages(cuda=True), 480, tmp_path, HEAD, True)
+    assert done[-1].limit_s == pytest.approx(480)
+
+
+def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(tmp_path, capsys):
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', {!r}])"
+    hangs = "import time; print('before', flush=True); time.sleep(60)"
+    todo = [
+        python("fails", "print('half'); raise SystemExit(3)"),
+        python("hangs", hangs),
+        python("its child hangs", child.format(hangs)),
+        Stage("cannot", 1, [], "pytest is not installed"),
+        python("works", "print('all well')", share=10),
+    ]
+    done = run_stages(todo, 14, tmp_path, HEAD, True)
+    assert [(x.stage, x.status, x.exit_code, x.found) for x in done] == [
+        ("fails", "failed", 3, "half"),
+        ("hangs", "out of time", done[1].exit_code, "before"),
+        ("its child hangs", "out of time", done[2].exit_code, "before"),
+        ("cannot", "left out: pytest is not installed", None, ""),
+        ("works", "ok", 0, "all well"),
+    ]
+    assert (tmp_path / "its-child-hangs/log.txt").read_text().startswith("before\n")
+    assert "all well" in capsys.readouterr().out, "shown as it comes"
+    saved = json.loads((tmp_path / "summary.json").read_text())
+    assert saved["stamp"] == HEAD and saved["measured"]
+    assert [x["stage"] for x in saved["stages"]] == [stage.name for stage in todo]
+    assert saved["stages"][0].keys() == {
+        "stage", "status", "seconds", "limit_s", "exit_code", "found",
+    }  # fmt: skip
+    assert "| fails | failed |" in (tmp_path / "summary.md").read_text()
+
+
+def test_every_stage_but_the_tests_is_told_where_to_write():
+    told = [x.name for x in stages(cuda=True) if x.arguments[0].startswith(gpu.BENCHMARKS)]
+    assert told == ["decode", "prefill", "kernels", "profile"]
+
+
+def test_every_suite_has_at_most_two_sizes():
+    found = {name: pick_sizes(suite.sizes, SIZES) for name, suite in SUITES.items()}
+    assert {name for name, sizes in found.items() if len(sizes) != 2} == {"add_rms_norm_post"}
+    assert found["add_rms_norm_post"] == ["8192 x 2304"]
+
+
+def test_a_test_file_without_its_packages_is_left_out(monkeypatch):
+    before = gpu.runnable("hf/test_*.py")
+    find = gpu.find_spec
+    monkeypatch.setattr(
+        gpu, "find_spec", lambda name: None if name == "transformers" else find(name)
+    )
+    assert len(before) > len(gpu.runnable("hf/test_*.py"))
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    assert gpu.tests("tests", 1, [], "gpu").missing == "pytest is not installed"
+
+
+def test_a_stage_ends_with_the_command(tmp_path):
+    """Whatever ends it: the GPU is not left busy."""
+    code = """
+import sys
+from pathlib import Path
+from gemma_fast.benchmarks import gpu
+hangs = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+gpu.stages = lambda cuda: [gpu.Stage("hangs", 1, ["-c", hangs])]
+gpu.main(["--out", sys.argv[1]])
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, end = tmp_path / "hangs/log.txt", time.monotonic() + 60
+    while not (log.exists() and log.read_text()) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.terminate()
+    process.wait(30)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
+@pytest.mark.slow
+def test_without_a_gpu_all_stages_run_and_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = CliRunner().invoke(gpu.main, ["--out", str(tmp_path), "--minutes", "20"])
+    assert done.exit_code == 0, done.output
+    assert NOTHING in done.output and "left out: needs a GPU" in done.output
+    saved = json.loads((tmp_path / "summary.json").read_text())
+    assert not saved["measured"]
+    assert [x["status"] for x in saved["stages"]] == ["ok"] * 5 + ["left out: needs a GPU"]
+    for name in ("decode", "prefill", "kernels"):
+        assert json.loads((tmp_path / name / "results.json").read_text())["stamp"]
