@@ -87,8 +87,8 @@ def scores_of(
     scores = logits
     if SAMPLE:
         position = tl.load(position_ptr + row, mask=row < rows, other=0)
-        temperature = tl.load(temperature_ptr + row, mask=row < rows, other=0.0)
-        seed = tl.load(seed_ptr + row, mask=row < rows, other=0)
+        setting = tl.minimum(row, rows - 1)  # a mask would cost more registers
+        temperature, seed = tl.load(temperature_ptr + setting), tl.load(seed_ptr + setting)
         noise = gumbel(seed, position, row, token)
         drawn = logits / tl.where(temperature > 0, temperature, 1.0) + noise
         scores = tl.where(temperature > 0, drawn, logits)
