@@ -2,7 +2,7 @@
 reference in float32, each beside eager PyTorch, with a verdict a line.
 
 A figure may be as large as `factor` times eager's, and `slack` more; MARGINS says why. Nothing is
-compared with figures from elsewhere, but for the slack.
+compared with figures from elsewhere, except through the slack.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def kernel_lines(device: torch.device) -> Iterator[Finding]:
 def interpreted() -> list[Finding]:
     """In a process of its own: what a kernel runs in is settled when it is imported."""
     command = [sys.executable, "-m", "gemma_fast.benchmarks.verify.kernels"]
-    root = Path(gemma_fast.__file__).parents[1]  # where the package lies, installed or not
+    root = Path(gemma_fast.__file__).parents[1]  # folder of the package, installed or not
     # It computes what masks leave out, and warns that this overflows.
     quiet = "ignore::RuntimeWarning:triton.runtime.interpreter"
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": quiet}
