@@ -27,7 +27,7 @@ from gemma_fast.benchmarks.measure.timing import Call, Times, device_times
 
 Prepare = Callable[..., Call]  # one set of inputs → what is timed
 # Limits of `error`. One rounding to bf16 gives 1.7e-3, to fp16 2.1e-4, and rivals may round in
-# between. In bf16 that hides the order of roundings, gelu by erf and a wrong eps: the tests find those.
+# between. In bf16 that hides the order of roundings, gelu by erf and a wrong eps: tests find those.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-5}
 
 

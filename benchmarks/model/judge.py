@@ -19,8 +19,8 @@ TOKENS, STEPS, PROBE = 24, 16, 8  # read after prefix or window; decoded; read a
 LONG = 1024  # windows up to this are passed by the prompt
 ROWS = 4  # that are judged; of more sequences the first and the last
 CHUNK = 1024  # of a prefix, which the reference reads
-# Limits of the logits' error (see outcome.error) and of the regret. Without rotary embedding the error is
-# 0.46; by rounding to bf16, with Gemma 3 270M, 0.012 to 0.025, and 0.016 with random weights.
+# Limits of the logits' error (see outcome.error) and of the regret. Without rotary embedding the
+# error is 0.46; rounding to bf16 gives 0.012 to 0.025 with Gemma 3 270M, 0.016 with random weights.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4}
 SLACK = 1.25  # times transformers' largest error: two roundings of one model differ by as much
 
