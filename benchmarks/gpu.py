@@ -1,13 +1,14 @@
-"""What a GPU that is there for minutes should tell: tests, speed beside transformers, a profile.
+"""One run for a GPU that is there for minutes: tests, speed beside transformers, a profile.
 
     make gpu                                                # 8 minutes, to benchmarks/results/<gpu>
     make gpu GPU_MINUTES=4                                  # every stage has half the time
     PYTHONPATH=. python3 -m benchmarks.gpu --out DIR        # the same, without make
 
 Stages run one after another, the most important first, each in a process of its own. A stage may
-take its share of the time that is left: what one saves is the later ones'. One that fails or runs
-out of time keeps what it wrote, and the rest runs. Nothing has to be installed; a test file whose
-packages are missing is left out. Without a GPU all run on tiny shapes, and nothing is measured.
+take its share of the time that is left, so time that one saves goes to the later ones. A stage that
+fails or runs out of time keeps what it wrote, and the others run. Nothing has to be installed; a
+test file whose packages are missing is left out. Without a GPU all run on tiny shapes, and nothing
+is measured.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ROOT = Path(gemma_fast.__file__).parents[1]
 GRACE = 5  # seconds that a stage has to end by itself, once its time is over
 COLUMNS = {"stage": "---", "status": "---", "seconds": "---:", "limit": "---:", "found": "---"}
 BENCHMARKS = "-mgemma_fast.benchmarks"
-# Of the kernels' suites these sizes, two of each, and these providers: none takes minutes.
+# The kernels' suites run with two sizes each, and with providers that compile fast.
 SIZES = (
     "8192 x 2", "t 2048", "t 8192, 8/1", "t 8192, n 16", "m 512", "m 4096", "geglu, b",
     "b 1, depth 2048", "b 1, depth 8192, 8/1", "16384 x 2048", "256000 x 2048, b 1",
@@ -104,7 +105,7 @@ def tests(name: str, share: float, files: Sequence[Path], marker: str) -> Stage:
 
 
 def runnable(pattern: str) -> list[Path]:
-    """Test files whose packages are installed; but for compilers' tests, which need no GPU."""
+    """Test files whose packages are installed, without the compile tests, which need no GPU."""
     tests = ROOT / "tests"
     own = {"gemma_fast", *(path.stem for path in tests.rglob("*.py"))}
     found = []
@@ -188,7 +189,7 @@ def write_summary(out: Path, head: Mapping[str, Any], measured: bool, done: list
 def run_stages(
     todo: Sequence[Stage], seconds: float, out: Path, head: Mapping[str, Any], measured: bool
 ) -> list[Done]:
-    """Within so many seconds; the summary is written after each stage."""
+    """Runs the stages within `seconds`, and writes the summary after each."""
     end, done = time.perf_counter() + seconds, list[Done]()
     for i, stage in enumerate(todo):
         left = max(end - time.perf_counter(), 0)

@@ -80,7 +80,7 @@ size_option = click.option(
 
 
 def pick_sizes(names: Iterable[str], parts: Sequence[str]) -> list[str]:
-    """Of the names those with one of the parts in them; without parts all."""
+    """The names that contain one of the parts; without parts all."""
     return [name for name in names if not parts or any(part in name for part in parts)]
 
 

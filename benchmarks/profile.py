@@ -41,7 +41,7 @@ class Kernel(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Of all launches of a kernel with one grid: per round, in µs."""
+    """All launches of a kernel with one grid: per round, in µs."""
 
     name: str
     grid: str
@@ -51,7 +51,7 @@ class Share(NamedTuple):
 
 
 def kernels(trace: Mapping[str, Any]) -> list[Kernel]:
-    """What ran on the GPU, copies too, of a trace as PyTorch's profiler exports it; by start."""
+    """Kernels and copies of a trace as PyTorch's profiler exports it, sorted by start."""
     found = []
     for event in trace["traceEvents"]:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
@@ -61,7 +61,7 @@ def kernels(trace: Mapping[str, Any]) -> list[Kernel]:
 
 
 def shares(ran: Iterable[Kernel]) -> list[Share]:
-    """The largest first. The time before the first kernel is nobody's."""
+    """The largest first. The time before the first kernel is not counted."""
     total: dict[tuple[str, str], list[float]] = {}
     done = None
     for kernel in ran:
@@ -114,8 +114,8 @@ def traced(work: Callable[[], Any]) -> dict[str, Any]:
 def prepare(
     model: str, prompt: int, depth: int, batch: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """What comes before some rounds, and a round: a prompt of so many tokens, or, with 0, a token,
-    the first after `depth`. ValueError: they do not fit."""
+    """Returns what runs before some rounds, and a round: a prompt of `prompt` tokens, or, with 0,
+    one token after `depth`. Raises ValueError if they do not fit."""
     checkpoint = find(model)
     before, context = prompt or depth, checkpoint.config.max_position_embeddings
     room = before if prompt else depth + ROUNDS

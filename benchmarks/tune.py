@@ -81,7 +81,7 @@ def compile_ahead(
 def measure(
     suite: Suite, size: str, device: torch.device, dtype: torch.dtype, roof: Roof
 ) -> list[dict[str, Any]]:
-    """What each tile took, the fastest first; `again_us` of those that were run again."""
+    """Times of each tile, the fastest first; `again_us` where it was run again."""
     results = list(run(suite, size, device, dtype, roof))
     measured = sorted((r for r in results if r.times), key=lambda r: r.figures(roof)["median_us"])
     names = dict.fromkeys([*(r.provider for r in measured[:FINALISTS]), TABLE])

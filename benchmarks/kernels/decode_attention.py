@@ -2,7 +2,7 @@
 
 eager, torch.compile and gemma_fast do all of it: the rotation, the write and the attention. The
 other rivals only attend: they are given q rotated and the cache written, which is not timed. That
-errs against gemma_fast. Every slot of the ring is visible, so nobody needs a mask.
+errs against gemma_fast. Every slot of the ring is visible, so no provider needs a mask.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ from gemma_fast.benchmarks.measure.outcome import COPY, NOT_MEASURED, OURS, Wron
 from gemma_fast.benchmarks.measure.timing import Call, Times, device_times
 
 Prepare = Callable[..., Call]  # one set of inputs → what is timed
-# Of `error`: one rounding to bf16 gives 1.7e-3, to fp16 2.1e-4, and rivals may round in between. In
-# bf16 that hides the order of roundings, gelu by erf and a wrong eps: the tests are for those.
+# Limits of `error`. One rounding to bf16 gives 1.7e-3, to fp16 2.1e-4, and rivals may round in
+# between. In bf16 that hides the order of roundings, gelu by erf and a wrong eps: tests find those.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-5}
 
 
@@ -62,8 +62,10 @@ class Suite:
 
 
 class Check(NamedTuple):
-    """What `gemma-fast verify` runs of a kernel: ours(*inputs)() beside formula(*inputs), with
-    inputs(**size, device=…, dtype=…). sizes: without and with a GPU."""
+    """A kernel's error in `gemma-fast verify`: ours(*inputs)() against formula(*inputs).
+
+    inputs: inputs(**size, device=…, dtype=…); sizes: one without a GPU, one with.
+    """
 
     name: str
     inputs: Callable[..., tuple[Any, ...]]
@@ -99,7 +101,7 @@ class KernelResult:
         return self.times and self.times.median
 
     def figures(self, roof: Roof | None) -> dict[str, Any]:
-        """Of a measured result: times, rates, and the share of the roof that bounds this size."""
+        """A measured result's times, rates, and share of the roof that bounds this size."""
         if self.times is None or roof is None:
             return {}
         median, p20, p80 = self.times

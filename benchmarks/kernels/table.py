@@ -24,7 +24,7 @@ SUITES = {
 MODULES = (embed, rmsnorm, rotary, attention, decode_attention, geglu, matvec, lm_head)
 CHECKS = [check for module in MODULES for check in module.CHECKS]
 
-# What providers need beside torch: distributions, as pip calls them.
+# Packages that providers need beside torch, by their names on PyPI.
 PACKAGES = {
     "liger": ["liger-kernel"],
     "liger (CuTe)": ["liger-kernel", "nvidia-cutlass-dsl"],

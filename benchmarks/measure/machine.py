@@ -20,7 +20,7 @@ from gemma_fast.kernels.matvec import linear
 
 
 class Work(NamedTuple):
-    """What an op must do: bytes read once and written once; additions and multiplications."""
+    """The least that an op must do: bytes read once and written once, arithmetic."""
 
     bytes: float
     flops: float
@@ -87,7 +87,7 @@ def stamp(
 
 
 def _commit(file: Path) -> str | None:
-    """Git's, where the file is tracked: an installed package may lie within another repository."""
+    """git's, if it tracks the file: an installed package may be in another repository's folder."""
     git = ("git", "-C", str(file.parent))
     if _output(*git, "ls-files", "--error-unmatch", file.name) is None:
         return None

@@ -1,5 +1,5 @@
-"""What a run found, as results.json and results.md: kernels, a table a suite; models, one table
-like llama-bench's. Both print cells of the rows that the JSON holds."""
+"""Writes the results of a run as results.json and results.md: kernels, a table a suite; models, one
+table like llama-bench's. The tables' cells are made from the rows of the JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MODEL_FOOTNOTE = (
 
 
 class Report:
-    """Of one run on one machine.
+    """A run on one machine.
 
     roof     None: nothing was measured
     results  KernelResult or ModelResult; may grow
@@ -63,7 +63,7 @@ class Report:
         return rows
 
     def describe(self, result: Any) -> dict[str, Any]:
-        """What is known of a result that was not measured, too."""
+        """A result's entries that need no measurement."""
         return {
             "provider": result.provider, "status": result.status, "error": result.error,
             "took_s": round(result.took, 2),

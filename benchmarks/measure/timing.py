@@ -20,7 +20,8 @@ Call = Callable[[], Any]
 
 REPLAYS, REPLAY_SECONDS = 50, 1e-3  # a replay lasts at least this long
 SETTLE = 0.1  # seconds of load before a time counts, so that clocks and power have settled
-ENOUGH, PATIENCE = 0.2, 2.0  # seconds: short work is repeated until so many are timed, or passed
+# Short work is repeated until this many seconds are timed, or have passed.
+ENOUGH, PATIENCE = 0.2, 2.0
 
 
 class Times(NamedTuple):

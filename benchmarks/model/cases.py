@@ -55,13 +55,13 @@ class Case:
         return self.room <= config.max_position_embeddings
 
     def status(self, config: GemmaConfig) -> str:
-        """Of who has not run it yet."""
+        """Status before the run: whether the case fits the context."""
         if self.fits(config):
             return "ok"
         return f"cannot: {self.room} tokens, the context is {config.max_position_embeddings}"
 
     def work(self, config: GemmaConfig, itemsize: int) -> Work:
-        """Of all its tokens: one pass (pp), or as many as tokens (tg)."""
+        """Work of all its tokens: one pass (pp), or a pass a token (tg)."""
         if self.kind == PROMPT:
             return pass_work(config, itemsize, self.batch, self.depth, self.tokens)
         steps = range(self.before, self.room)
@@ -78,7 +78,7 @@ def cases(
 
 
 def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens: int) -> Work:
-    """Of one pass over `tokens` in each of `batch` sequences, after `depth`.
+    """Work of one pass over `tokens` in each of `batch` sequences, after `depth`.
 
     Each weight is read once, and 2 FLOPs a token; but of the embedding only the last token's
     logits, and its row for each token, which is not counted. Attention: 4 FLOPs a head, channel and

@@ -19,8 +19,8 @@ TOKENS, STEPS, PROBE = 24, 16, 8  # read after prefix or window; decoded; read a
 LONG = 1024  # windows up to this are passed by the prompt
 ROWS = 4  # that are judged; of more sequences the first and the last
 CHUNK = 1024  # of a prefix, which the reference reads
-# Of the logits' error, see outcome.error, and of the regret. Without rotary embedding the error is
-# 0.46; by rounding to bf16, with Gemma 3 270M, 0.012 to 0.025, and 0.016 with random weights.
+# Limits of the logits' error (see outcome.error) and of the regret. Without rotary embedding the
+# error is 0.46; rounding to bf16 gives 0.012 to 0.025 with Gemma 3 270M, 0.016 with random weights.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4}
 SLACK = 1.25  # times transformers' largest error: two roundings of one model differ by as much
 
@@ -96,7 +96,7 @@ class Judge:
         return found
 
     def compare(self, name: str, found: float, rivals: list[float]) -> None:
-        """Of right ones in 16 bits: this project is to be no further off than transformers."""
+        """Raises Wrong if, in 16 bits, this project is further off than transformers."""
         if name.startswith("transformers"):
             rivals.append(found)
         if name == OURS and self.exact and self.dtype != torch.float32 and rivals:
@@ -156,5 +156,5 @@ def try_out(provider: Provider, ids: Tensor, prefix: int) -> Trial:
 
 
 def under_the_best(logits: Tensor, tokens: Tensor) -> Tensor:
-    """How far a token's logit lies under the largest: logits :: […, vocab], tokens :: […] → […]"""
+    """Distance of a token's logit from the largest: logits :: […, vocab], tokens :: […] → […]"""
     return logits.amax(-1) - logits.gather(-1, tokens[..., None])[..., 0]

@@ -1,11 +1,11 @@
-"""Who runs a whole model: each reads a prompt and decodes greedily, in a way of its own.
+"""Providers of a whole model: each reads a prompt and decodes greedily in its own way.
 
     provider = PROVIDERS["gemma_fast"](checkpoint, torch.bfloat16, device)
     provider.start(batch=1, max_length=640, kind=NEW)
     token = provider.prefill(ids)  # ids :: [b, t] → [b]
-    token = provider.step()  # the next one; on a GPU nobody waits for it
+    token = provider.step()  # the next one; does not wait for the GPU
 
-What needs a package imports it in its constructor, so that its absence is that provider's alone.
+A provider imports its packages in its constructor: if one is missing, the others still run.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Eager:
         self.model, self.mask = model, mask
 
     def start(self, batch: int, max_length: int, kind: str) -> None:
-        """A cache for so many tokens a sequence; what is compiled or captured is so for these.
-        kind: what shall be timed, cases.PROMPT or NEW."""
+        """Makes a cache of max_length tokens a sequence. Compiles and captures are for this size.
+        kind: what will be timed, cases.PROMPT or NEW."""
         self.past: Any = None
 
     def prefill(self, ids: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class Eager:
         return self.model(ids, past_key_values=self.past, use_cache=True).logits
 
     def memory(self) -> dict[str, float]:
-        """What it knows of its own memory, in bytes by name."""
+        """Its own memory, in bytes by name, as far as it knows."""
         return {}
 
 
@@ -216,7 +216,7 @@ def _transformers(
 
 STATIC = "transformers (static cache, torch.compile max-autotune)"
 RINGS = "gemma_fast.hf (rings, torch.compile max-autotune)"
-# In the order of their race. Who is compiled comes last: it takes minutes.
+# In the order of the race. Compiled providers come last: they take minutes.
 PROVIDERS: dict[str, Callable[[Checkpoint, torch.dtype, torch.device], Provider]] = {
     EAGER: _reference,
     "transformers (eager)": _transformers("eager"),

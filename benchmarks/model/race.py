@@ -62,7 +62,7 @@ class ModelResult:
         return statistics.fmean(self.seconds) if self.seconds else None
 
     def figures(self, roof: Roof | None) -> dict[str, Any]:
-        """Of a measured result; a batch counts all its tokens. Raw samples are last."""
+        """Figures of a measured result, raw samples last. A batch counts all its tokens."""
         if roof is None or (mean := self.typical) is None:
             return {}
         tokens = self.case.batch * self.case.tokens
@@ -178,7 +178,7 @@ def measure(
 
 
 def fill(provider: Provider, case: Case, ids: Tensor) -> None:
-    """What the cache holds before the clock starts."""
+    """Fills the cache before the clock starts."""
     if case.before:
         provider.prefill(ids[:, : case.before])
 
@@ -210,7 +210,7 @@ def step_seconds(step: Callable[[], Tensor], steps: int, cuda: bool) -> list[flo
 
 
 def clear() -> None:
-    """What one provider needed is not another's lack: memory, and Dynamo's few tries."""
+    """Frees memory and resets Dynamo, so that no provider takes them from the next."""
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():

@@ -2,7 +2,7 @@
 reference in float32, each beside eager PyTorch, with a verdict a line.
 
 A figure may be as large as `factor` times eager's, and `slack` more; MARGINS says why. Nothing is
-compared with figures from elsewhere, but for the slack.
+compared with figures from elsewhere, except through the slack.
 """
 
 from __future__ import annotations

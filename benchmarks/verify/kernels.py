@@ -4,7 +4,7 @@
 
 An error is counted in ulps: in spacings of the dtype at the true value, or, where that is smaller,
 at the RMS of the whole output, because a sum's rounding does not shrink with its result. The choice
-of a token errs by how far its true logit lies under the largest, in ulps of that one.
+of a token errs by the distance of its true logit from the largest, in ulps of the largest.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def choice_ulps(found: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def spacing(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """How far apart the dtype's numbers lie at `size`."""
+    """Distance of two neighbouring numbers of the dtype at `size`."""
     eps = torch.full_like(size, torch.finfo(dtype).eps)
     return torch.ldexp(eps, torch.frexp(size).exponent - 1)
 

@@ -38,7 +38,7 @@ Greedy = Callable[[Any, Tensor, Tensor, int], Tensor]  # model, ids, mask, count
 
 
 def text_ids(checkpoint: Checkpoint, tokens: int) -> Tensor:
-    """[1, t]: TEXT, or for random weights random ids; what leaves room for so many tokens more."""
+    """[1, t]: TEXT, or random ids for random weights; leaves room for `tokens` more."""
     config = checkpoint.config
     room = config.max_position_embeddings - max(tokens, NEW)
     if room < 2 * BATCH:
@@ -67,7 +67,7 @@ def dtypes_of(checkpoint: Checkpoint, device: torch.device, asked: str) -> list[
 
 
 class Subject(NamedTuple):
-    """Whose model, how it is loaded, and how it writes; the reference's ways of calling it."""
+    """A model to check: its name, how to load it, how it decodes. Called as the reference is."""
 
     name: str
     load: Load
@@ -104,7 +104,7 @@ def eager_greedy(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
 
 
 THIS_PROJECT = Subject(OURS, GemmaForCausalLM.from_checkpoint, our_greedy)
-# What is looked at, and its figures, in the order in which they are found.
+# Each check and its figures, in the order of Text.figures and Text.varying.
 CHECKS = {
     "KL(reference ‖ model), mean / max": (of.KL_MEAN, of.KL_MAX),
     "|Δ logit|, mean / max": (of.DELTA_MEAN, of.DELTA_MAX),
@@ -152,8 +152,8 @@ class Text:
         return *close, *self.agreement(chosen), *self.batch(model, greedy)
 
     def agreement(self, chosen: Tensor) -> Figures:
-        """Tokens until the first that is not the reference's, had it read the ones before; and of
-        all of them, how far one's logit lies under the reference's best."""
+        """Number of tokens before the first that the reference would not choose, and the largest
+        distance of a token's logit from the reference's best."""
         read = torch.cat((self.ids, chosen[:, :-1]), dim=1)
         truth = self.reference(read, use_cache=False, logits_to_keep=self.tokens).logits
         gaps = under_the_best(truth[0], chosen[0])
