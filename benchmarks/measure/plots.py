@@ -55,6 +55,14 @@ def model_plots(roof: Roof, results: Sequence[Any]) -> Plots:
             yield name, _step_time(roof, chosen, name)
 
 
+def _canvas(width: float, height: float, lines: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
+    """A figure and its panels, line by line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(lines, columns, squeeze=False).flat)
+
+
 def style(provider: str) -> dict[str, Any]:
     """Our line stands out, the yardstick is no rival."""
     if provider == OURS:
@@ -64,14 +72,11 @@ def style(provider: str) -> dict[str, Any]:
 
 def _speedup(results: Sequence[Any]) -> Any:
     """A panel a suite: sizes across, times eager's speed upwards, a line a provider."""
-    from matplotlib.figure import Figure
-
     factors = speedups(results)
     suites = list(dict.fromkeys(suite for (suite, _), _ in factors))
     columns = min(len(suites), 2)
     lines = math.ceil(len(suites) / columns)
-    figure = Figure(figsize=(9 * columns, 3.8 * lines + 0.6), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    figure, panels = _canvas(9 * columns, 3.8 * lines + 0.6, lines, columns)
     for suite, panel in zip(suites, panels, strict=False):
         keys = [(size, provider) for (name, size), provider in factors if name == suite]
         sizes = list(dict.fromkeys(size for size, _ in keys))
@@ -91,10 +96,7 @@ def _speedup(results: Sequence[Any]) -> Any:
 
 def _roofline(roof: Roof, results: Sequence[Any]) -> Any:
     """FLOP/s over FLOPs a byte, under the copy's slope and the product's ceiling; ours large."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    panel = figure.subplots()
+    figure, (panel,) = _canvas(9, 6)
     measured = [r for r in results if r.work.flops]
     ridge = roof.product / roof.copy
     intensities = [r.work.flops / r.work.bytes for r in measured] + [ridge]
@@ -118,11 +120,8 @@ def _roofline(roof: Roof, results: Sequence[Any]) -> Any:
 
 def _speed(roof: Roof, results: Sequence[Any]) -> Any:
     """A panel a kind of test: tests across, a bar a provider."""
-    from matplotlib.figure import Figure
-
     kinds = [kind for kind in ("pp", "tg") if any(r.case.kind == kind for r in results)]
-    figure = Figure(figsize=(9 * len(kinds), 5), layout="constrained")
-    panels = figure.subplots(1, len(kinds), squeeze=False).flat
+    figure, panels = _canvas(9 * len(kinds), 5, columns=len(kinds))
     names = list(dict.fromkeys(r.provider for r in results))
     for kind, panel in zip(kinds, panels, strict=True):
         cases = list(dict.fromkeys(r.case for r in results if r.case.kind == kind))
@@ -151,10 +150,7 @@ def _speed(roof: Roof, results: Sequence[Any]) -> Any:
 
 def _step_time(roof: Roof, results: Sequence[Any], name: str) -> Any:
     """A step's mean time upwards, a line a provider; below, what the roof allows."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    panel = figure.subplots()
+    figure, (panel,) = _canvas(9, 5)
     floors = {getattr(r.case, name): roof.floor(r.work) / r.case.tokens * 1e3 for r in results}
     for provider in dict.fromkeys(r.provider for r in results):
         line = sorted(

@@ -150,12 +150,18 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocab_size, (case.batch, case.room), generator=generator).to(device)
-    work = read if case.kind == PROMPT else write
+    before_clock, timed = ids[:, : case.before], ids[:, case.before :]
+    read = provider.extend if case.before else provider.prefill
 
     def once() -> float:
-        fill(provider, case, ids)
+        if case.before:
+            provider.prefill(before_clock)
         start = clock()
-        work(provider, case, ids)
+        if case.kind == PROMPT:
+            read(timed)
+        else:
+            for _ in range(case.tokens):
+                provider.step()
         return clock() - start
 
     if cuda:
@@ -165,7 +171,7 @@ def measure(
     seconds = repeated(once, repeats)
     token_seconds: list[float] = []
     if case.kind == NEW:
-        fill(provider, case, ids)
+        provider.prefill(before_clock)
         token_seconds = step_seconds(provider.step, case.tokens, cuda)
     peak = torch.cuda.max_memory_reserved() - before if cuda else None
     times = (floor := roof.floor(result.work)) / statistics.fmean(seconds)
@@ -175,21 +181,6 @@ def measure(
         result, seconds=tuple(seconds), token_seconds=tuple(token_seconds), peak_bytes=peak,
         memory=provider.memory(),
     )  # fmt: skip
-
-
-def fill(provider: Provider, case: Case, ids: Tensor) -> None:
-    """Fills the cache before the clock starts."""
-    if case.before:
-        provider.prefill(ids[:, : case.before])
-
-
-def read(provider: Provider, case: Case, ids: Tensor) -> None:
-    (provider.extend if case.before else provider.prefill)(ids[:, case.before :])
-
-
-def write(provider: Provider, case: Case, ids: Tensor) -> None:
-    for _ in range(case.tokens):
-        provider.step()
 
 
 def step_seconds(step: Callable[[], Tensor], steps: int, cuda: bool) -> list[float]:
