@@ -156,6 +156,7 @@ def roof(monkeypatch):
     monkeypatch.setattr("gemma_fast.benchmarks.measure.machine.measure_roof", lambda *_: ROOF)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("roof")
 def test_command_measures_every_provider_on_a_cpu(tmp_path, monkeypatch):
     """The compiled step by Dynamo alone: Inductor would take minutes."""
