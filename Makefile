@@ -3,18 +3,33 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 GPU_MINUTES ?= 8
 BIN := .venv/bin
-# Over the newest transformers, for the second run of gemma_fast.hf's tests.
+# As many processes as cores, eight at most; tests that share a costly fixture stay in one.
+PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadgroup $(PYTEST_ARGS)
+# Laid over the newest transformers, for the second run of gemma_fast.hf's tests.
 OLDEST := .venv/oldest-transformers
+NEWEST := .venv-newest
 
-.PHONY: demo test lint bench gpu
+.PHONY: demo test test-all test-newest lint bench gpu
 
 demo: .venv/demo.stamp
 	@$(BIN)/gemma-fast predict "I want to move"
 	@$(BIN)/gemma-fast generate "I want to move" --max-new-tokens 30
 
-test: .venv/test.stamp $(OLDEST)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
-	@PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/hf
+# Without the tests marked slow.
+test: .venv/test.stamp
+	@$(BIN)/python $(PYTEST)
+
+test-all: .venv/test.stamp $(OLDEST)
+	@$(BIN)/python $(PYTEST) -m ""
+	@PYTHONPATH=$(OLDEST) $(BIN)/python $(PYTEST) -m "" tests/hf
+
+# With the newest torch, triton and transformers, whatever they are: gigabytes, as torch is CUDA's.
+test-newest: $(NEWEST)/bin/pip
+	@echo "Installing gemma_fast[test] into $(NEWEST)"
+	@sed -E '/^(torch|triton|transformers)==/d' constraints.txt > $(NEWEST)/constraints.txt
+	@$(NEWEST)/bin/pip install --quiet --disable-pip-version-check --upgrade \
+		--upgrade-strategy eager -c $(NEWEST)/constraints.txt -e ".[test]"
+	@$(NEWEST)/bin/python $(PYTEST) -m ""
 
 lint: .venv/test.stamp
 	@$(BIN)/ruff check
@@ -39,6 +54,6 @@ $(OLDEST): tests/hf/oldest.txt .venv/test.stamp
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ -r $<
 	@touch $@
 
-$(BIN)/pip:
-	@echo "Creating .venv with $(PYTHON)"
-	@$(PYTHON) -m venv .venv
+$(BIN)/pip $(NEWEST)/bin/pip:
+	@echo "Creating $(@:/bin/pip=) with $(PYTHON)"
+	@$(PYTHON) -m venv $(@:/bin/pip=)

@@ -63,18 +63,18 @@ setup(
         "bench": [
             *DEMO,
             *BENCH,
-            "transformers==5.23.0",  # the model to beat
+            "transformers>=5.24,<6",  # the model to beat
         ],
         "test": [
             *DEMO,
-            "transformers==5.23.0",  # the oracle; older ones compute Gemma 1 and 2 differently
+            "transformers>=5.24,<6",  # the oracle; older ones compute Gemma 1 and 2 differently
             "peft",  # adapters on accelerated models
             "lm_eval",  # the harness that gemma_fast.lm_harness is for
             "accelerate",  # lm_eval's own model, and device_map, want it
             "kernels",  # transformers imports it; shares its name with our folder
             "hypothesis",  # hostile checkpoints, odd shapes
             *BENCH,
-            "pytest-xdist",  # PYTEST_ARGS="-n 2"
+            "pytest-xdist",  # as many processes as cores
             "build",  # wheel and sdist, to look inside
             "setuptools>=77.0.3",  # for `build` without isolation, so without a network
             "mypy",

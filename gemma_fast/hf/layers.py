@@ -57,7 +57,9 @@ class FastAttention(Fast):
     layer_idx: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        # transformers 5.24 calls `cache` what was `past_key_values` before.
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        mask = kwargs.get("attention_mask")
         rings = isinstance(cache, GemmaFastCache) and isinstance(cache.layers[self.layer_idx], Ring)
         if rings and not is_bounds(mask):  # the caller's, made without regard to rings
             raise ValueError(RINGS)

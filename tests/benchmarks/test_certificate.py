@@ -104,6 +104,7 @@ def few(monkeypatch):
     monkeypatch.setattr(verify, "interpreted", lambda: [line])
 
 
+@pytest.mark.slow
 def test_interpreter_in_its_process():
     lines = verify.interpreted()
     assert len(lines) == 2 * len(verify_kernels.CHECKS)

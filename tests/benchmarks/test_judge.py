@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from click.testing import CliRunner
+from marks import slow
 from torch._dynamo.utils import counters
 from twins import CONFIGS
 
@@ -114,6 +115,7 @@ def test_wrong_provider_is_not_timed(monkeypatch):
     assert found["absent"] == "not installed: No module named 'rival'"
 
 
+@pytest.mark.slow
 def test_check_is_as_deep_as_the_test(monkeypatch):
     providers = {EAGER: kind(Eager), "short": kind(Short)}
     for case in (Case("tg", 4, depth=300), Case("pp", 300), Case("pp", 4, depth=300, batch=6)):
@@ -174,6 +176,7 @@ def test_whether_we_were_compared_is_told():
     assert judge.about.endswith("gemma_fast's error was compared to transformers'.")
 
 
+@pytest.mark.slow
 def test_in_16_bits_we_are_no_further_from_float32_than_transformers(monkeypatch):
     found = judged(monkeypatch, BF16, {
         "rotary": provider(without_rotary), "transformers (eager)": kind(Eager), OURS: kind(Eager),
@@ -200,7 +203,8 @@ def test_exit_status_of_a_wrong_result(monkeypatch):
     assert done.exit_code == 1 and "wrong: error" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["gemma-mqa", "gemma2-gqa"])  # Gemma 3: the command's tiny one
+# Gemma 3: the command's tiny one
+@pytest.mark.parametrize("name", slow("gemma-mqa", "gemma2-gqa"))
 def test_every_provider_chooses_the_references_tokens(name, monkeypatch):
     """Past the window, whatever the family, with the static cache and its compiled step: that it
     is one graph and right; Inductor would take minutes."""

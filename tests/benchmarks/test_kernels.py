@@ -60,6 +60,7 @@ def test_work_by_hand():
     assert found == (2 * (m + 64 * m + 8 * m), 2 * 512 * 2048 * 32768)
 
 
+@pytest.mark.slow
 def test_they_run_under_pytest_benchmark(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the kernels themselves, not their references

@@ -157,6 +157,7 @@ def roof(monkeypatch):
         monkeypatch.setattr(module, "measure_roof", lambda *_: ROOF)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("roof")
 def test_command_measures_every_provider_on_a_cpu(tmp_path, monkeypatch):
     """The compiled step by Dynamo alone: Inductor would take minutes."""

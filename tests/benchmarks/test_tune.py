@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from example_suite import SUITE
+from marks import slow
 from triton.runtime.errors import OutOfResources
 from triton_interpreter import interpreter
 
@@ -31,6 +32,14 @@ CASES = [(name, size) for name in SUITES for size in SUITES[name].tiny]
 
 def test_every_kernel_that_is_measured_can_be_tuned():
     assert all(suite.tuning for suite in SUITES.values())
+
+
+# With the most choices, or the most programs for the interpreter.
+SLOW = {
+    ("lm_head", "199 x 64, b 1, sampled"), ("lm_head", "199 x 64, b 3"),
+    ("norm_linear", "64 x 48, b 1"), ("decode_attention", "b 2, depth 24, 4/2 heads, d 32"),
+}  # fmt: skip
+CASES = [x for case in CASES for x in (slow(case) if case in SLOW else [case])]
 
 
 @pytest.mark.parametrize(("name", "size"), CASES, ids=str)

@@ -1,9 +1,16 @@
-"""CUDA graphs without a GPU."""
+"""One family, and CUDA graphs without a GPU."""
 
 import pytest
 from decoder_checks import Graph
+from twins import CONFIGS, Twins
 
 from gemma_fast.engine.decoder import Decoder
+
+
+@pytest.fixture(scope="session", params=["gemma3-gqa"])
+def twins(request, tmp_path_factory) -> Twins:
+    """The richest family: most tests of this room do not depend on it."""
+    return Twins.build(CONFIGS[request.param], tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from decoder_checks import NEVER, SAMPLINGS
+from marks import ALL_FAMILIES, RICHEST_FAMILIES, slow
 from triton_interpreter import interpreter
-from twins import CONFIGS, left_padded, random_model
+from twins import CONFIGS, left_padded, random_model, two_layers
 
 from gemma_fast.engine.decoder import Decoder
 from gemma_fast.engine.sampling import Sampling
@@ -19,7 +20,7 @@ from gemma_fast.kernels.launch import Gpu, as_on
 
 
 @pytest.mark.parametrize(
-    ("config", "batch"), [("gemma-mqa", 1), ("gemma2-gqa", 8), ("gemma3-mqa", 1)], ids=str
+    ("config", "batch"), [("gemma3-mqa", 1), *slow(("gemma-mqa", 1), ("gemma2-gqa", 8))], ids=str
 )
 def test_a_token_is_five_launches_a_layer_and_three(config, batch):
     """And texts with prompts of other lengths compile nothing."""
@@ -45,23 +46,26 @@ def check_kernels(model, ids, **options):
         assert torch.equal(model.generate(ids, **options, **NEVER), expected)
 
 
+@RICHEST_FAMILIES
 def test_kernels_give_the_references_tokens(twins):
     """A batch of three, in a decoder for four; past the windows."""
     _, ids, mask = left_padded(twins, [11, 3, 6])
-    check_kernels(twins.model, ids, attention_mask=mask, max_new_tokens=4)
+    check_kernels(twins.model, ids, attention_mask=mask, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
 def test_kernels_give_the_references_choice(options):
     ids = torch.arange(3, 17).view(2, 7)
-    check_kernels(random_model(CONFIGS["gemma2-gqa"]), ids, max_new_tokens=4, **options)
+    check_kernels(random_model(two_layers("gemma2-gqa")), ids, max_new_tokens=3, **options)
 
 
-@pytest.mark.parametrize("config", ["gemma-mqa", "gemma2-gqa", "gemma3-gqa"])
+@pytest.mark.parametrize("config", ["gemma2-gqa", "gemma3-gqa", *slow("gemma-mqa")])
 def test_kernels_give_the_references_tokens_of_one_text(config):
-    check_kernels(random_model(CONFIGS[config]), torch.arange(3, 9).unsqueeze(0), max_new_tokens=4)
+    model = random_model(two_layers(config))
+    check_kernels(model, torch.arange(3, 9).unsqueeze(0), max_new_tokens=3)
 
 
+@ALL_FAMILIES
 def test_rows_do_not_see_each_other(twins):
     """Five, in a decoder for eight."""
     prompts, ids, mask = left_padded(twins, [4, 9, 2, 7, 3])

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from marks import ALL_FAMILIES
 from twins import left_padded
 
 from gemma_fast.engine import decoder
@@ -36,6 +37,7 @@ def hf_generate(twins, ids, **kwargs):
     return twins.hf.generate(ids, do_sample=False, pad_token_id=0, **kwargs)
 
 
+@ALL_FAMILIES
 @pytest.mark.parametrize("t", [1, 8, 19], ids=str)
 def test_greedy_equals_transformers(twins, t):
     ids = twins.prompt(1, t)
@@ -43,6 +45,7 @@ def test_greedy_equals_transformers(twins, t):
     assert torch.equal(twins.model.generate(ids, max_new_tokens=30, **NEVER), expected[:, : t + 30])
 
 
+@ALL_FAMILIES
 def test_left_padded_batch_equals_transformers_and_single_prompts(twins):
     prompts, ids, mask = left_padded(twins, [11, 3, 20])
     out = twins.model.generate(ids, attention_mask=mask, max_new_tokens=16, **NEVER)
@@ -53,6 +56,7 @@ def test_left_padded_batch_equals_transformers_and_single_prompts(twins):
         assert torch.equal(out[row, 20:], alone[0, prompt.shape[1] :])
 
 
+@ALL_FAMILIES
 def test_repetition_penalty_equals_transformers(twins):
     ids = twins.prompt(2, 6)
     options = {"max_new_tokens": 12, "repetition_penalty": 1.5}
@@ -60,6 +64,7 @@ def test_repetition_penalty_equals_transformers(twins):
     assert torch.equal(twins.model.generate(ids, **options, **NEVER), expected)
 
 
+@ALL_FAMILIES
 def test_eos_ends_rows_and_pads_them(twins):
     ids = twins.prompt(3, 6)
     free = twins.model.generate(ids, max_new_tokens=12, **NEVER)
@@ -86,6 +91,7 @@ def test_the_whole_context_may_be_used(twins):
     assert out.shape == (1, 6)
 
 
+@ALL_FAMILIES
 def test_prefill_in_chunks_gives_the_same(twins, monkeypatch):
     _, ids, mask = left_padded(twins, [30, 4])
     options = {"attention_mask": mask, "max_new_tokens": 8, **NEVER}

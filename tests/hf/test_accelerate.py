@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from hf_models import FAMILIES, logits, make, padded, prompt
+from marks import slow
 from triton_interpreter import interpreter
 
 from gemma_fast import hf
@@ -159,6 +160,7 @@ def test_copies_are_accelerated(model, copied):
     assert all(line.path == "reference" for line in explain(model)), "they are two models"
 
 
+@pytest.mark.parametrize("model", ["gemma3-gqa", *slow("gemma-mqa", "gemma2-gqa")], indirect=True)
 def test_an_unpickled_model_in_a_fresh_process(model, tmp_path):
     import subprocess
     import sys

@@ -1,20 +1,12 @@
 """gemma_fast.hf under torch.compile: one whole graph, and no more graphs than without."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from hf_models import padded, prompt
+from hf_models import make, padded, prompt
+from marks import slow
 from transformers import CompileConfig, DynamicCache, StaticCache
-from twins import CONFIGS, random_transformers_model
 
 from gemma_fast.hf import GemmaFastCache, accelerate
-
-
-def two_layers():
-    """One with a window of 13, one without."""
-    config, layers = CONFIGS["gemma3-gqa"], ("sliding_attention", "full_attention")
-    return random_transformers_model(replace(config, num_hidden_layers=2, layer_types=layers))
 
 
 @pytest.fixture
@@ -48,10 +40,10 @@ def tokens_by_compiled(model, cache, mask_too):
     return torch.cat(tokens, dim=1), len(graphs)
 
 
-@pytest.mark.parametrize("mask_too", [False, True], ids=["no mask", "mask"])
-@pytest.mark.parametrize("kind", [DynamicCache, StaticCache, GemmaFastCache])
+@pytest.mark.parametrize("mask_too", [False, *slow(True)], ids=["no mask", "mask"])
+@pytest.mark.parametrize("kind", [GemmaFastCache, *slow(DynamicCache, StaticCache)])
 def test_compiled_whole_in_as_many_graphs(kind, mask_too):
-    model = two_layers()
+    model = make("gemma3-gqa", layers=2)
 
     def cache(kind):
         if kind is DynamicCache:
@@ -69,7 +61,7 @@ def test_compiled_whole_in_as_many_graphs(kind, mask_too):
 
 def test_generate_compiles_rings_once(graphs):
     """As `generate` does by itself on a GPU, where it makes the masks outside the graph."""
-    model, ids = two_layers(), prompt(t=6)
+    model, ids = make("gemma3-gqa", layers=2), prompt(t=6)
     mask = padded(ids, 2, 0)
     options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
     expected = model.generate(ids, **options)
@@ -84,7 +76,7 @@ def test_generate_compiles_rings_once(graphs):
 @pytest.mark.gpu
 def test_generate_on_a_gpu_compiles_by_itself():
     """Into CUDA graphs, in which counters, rings and lengths must stay what they are."""
-    model, ids = two_layers().cuda(), prompt(t=6).cuda()
+    model, ids = make("gemma3-gqa", layers=2).cuda(), prompt(t=6).cuda()
     options = {"attention_mask": padded(ids.cpu(), 2, 0).cuda(), "do_sample": False}
     expected = model.generate(ids, max_new_tokens=40, **options)
     accelerate(model, strict=True)
@@ -96,7 +88,7 @@ def test_generate_on_a_gpu_compiles_by_itself():
 
 
 def test_a_compiled_mask_that_rings_cannot_take(graphs):
-    model = accelerate(two_layers())
+    model = accelerate(make("gemma3-gqa", layers=2))
     cache, ids = GemmaFastCache(model.config, 40), prompt(t=6)
     forward = torch.compile(model.forward, fullgraph=True, backend=keeper(graphs))
     with torch.no_grad():

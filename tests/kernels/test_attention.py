@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import ATTENTION_ERROR, DTYPES
+from marks import slow
 from oracles import angles, softmax_attention, turned
 from triton_interpreter import interpreter
 
@@ -130,7 +131,7 @@ def test_attention(case, dtype, device, poison_outputs):
     check(device, dtype, **CASES[case])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES[1:], *slow(torch.float32)], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_attention_by_descriptors(case, dtype, hopper, poison_outputs):
     check(hopper, dtype, **{"multiple": 128, **CASES[case]})
@@ -182,6 +183,7 @@ def check_any(device, dtype, shape, **options):
     check(device, dtype, **shape, **options)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.fixed_dictionaries(SHAPES))
 def test_any_shape(shape):
@@ -189,6 +191,7 @@ def test_any_shape(shape):
         check_any("cuda" if torch.cuda.is_available() else "cpu", torch.float32, shape)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=10, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

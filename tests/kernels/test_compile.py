@@ -9,17 +9,22 @@ from pathlib import Path
 import pytest
 from assembly import softmax_beside_products, spills_in_loops
 from compile_kernels import GPUS
+from marks import slow
+
+ALL = {str(capability): (str(capability),) for capability in GPUS}
+FIRST = {"90, first launches": ("90", "--first")}
 
 
-@pytest.fixture(scope="module", params=GPUS, ids=str)
+@pytest.fixture(scope="module", params=[*FIRST, *slow(*ALL)])
 def compiled(request):
-    """Capability, and what compile_kernels.py says of each kernel."""
+    """Capability, and what compile_kernels.py says of every launch, or of each kernel's first."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parents[1] / "support/compile_kernels.py"
-    command = [sys.executable, script, str(request.param)]
+    arguments = (FIRST | ALL)[request.param]
+    command = [sys.executable, script, *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    return request.param, [json.loads(line) for line in run.stdout.splitlines()]
+    return int(arguments[0]), [json.loads(line) for line in run.stdout.splitlines()]
 
 
 def test_kernels_fit(compiled):
@@ -38,11 +43,10 @@ def test_kernels_fit(compiled):
         assert kernel["shared"] <= GPUS[capability].shared_memory, f"shared memory: {kernel}"
 
 
+@pytest.mark.parametrize("compiled", slow("90"), indirect=True)  # tiles are chosen so for Hopper
 def test_where_shared_memory_holds_two_programs_registers_do(compiled):
     """Attention's smaller tiles are chosen for it; each program has 1 KiB of shared memory more."""
-    capability, kernels = compiled
-    if capability != 90:
-        pytest.skip("tiles are chosen so for Hopper")
+    _, kernels = compiled
     attention = [
         k for k in kernels
         if "attention" in k["kernel"] and k["shared"] > 65_536 and k["options"]["BLOCK_M"] <= 64
@@ -104,6 +108,7 @@ def test_weights_set_out_before_the_wait_for_the_kernel_ahead(compiled):
             assert one_row or (kernel["loads_before_wait"] == 0 < kernel["prefetches_before_wait"])
 
 
+@pytest.mark.parametrize("compiled", slow(*ALL), indirect=True)
 def test_prompts_are_made_for_each_generation(compiled):
     capability, kernels = compiled
     prompts = [

@@ -160,6 +160,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shape=st.fixed_dictionaries(SHAPES), many=st.booleans())
 def test_any_shape(shape, many):

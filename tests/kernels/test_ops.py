@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from marks import slow
 from torch.library import opcheck
 from twins import CONFIGS, random_model
 
@@ -100,7 +101,7 @@ ATTENTION = ("q", "keys", "values", "cos", "sin", "start", "norm_weight")
     ],
     ids=lambda x: getattr(x, "__name__", None) or str(x),
 )
-@pytest.mark.parametrize("permuted", [False, True], ids=["as made", "permuted"])
+@pytest.mark.parametrize("permuted", [*slow(False), True], ids=["as made", "permuted"])
 def test_op(op, names, options, permuted, device):
     """Outputs are contiguous whatever the inputs: the fake ones say so to the compiler."""
     given = tensors_on(device)
@@ -196,6 +197,7 @@ def test_the_whole_model_traces_without_a_graph_break(twins):
     check_compiled(twins.model, "aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
 def test_inductor_compiles_the_whole_model():
     check_compiled(random_model(CONFIGS["gemma3-mqa"]), "inductor")

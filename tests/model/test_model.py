@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from marks import RICHEST_FAMILIES
 from twins import CONFIGS, close, left_padded, random_model
 
 from gemma_fast.causal_lm import GemmaForCausalLM
@@ -132,6 +133,7 @@ def test_generation_config_is_read(twins, tmp_path):
     assert model.generation_config == {"top_k": 3}
 
 
+@RICHEST_FAMILIES
 def test_whole_model_on_its_kernels(twins, device):
     """The Triton kernels, in fp32, give the reference's logits and its greedy tokens."""
     model = deepcopy(twins.model).to(device)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from marks import ALL_FAMILIES
 from twins import CONFIGS, random_model
 
 from gemma_fast.causal_lm import GemmaForCausalLM
@@ -44,6 +45,7 @@ def test_input_ids(model, input_ids, message):
         model.generate(input_ids, max_new_tokens=2)
 
 
+@ALL_FAMILIES
 def test_float16_overflows_gemma_3(model, twins):
     if twins.config.model_type == "gemma3":
         with pytest.raises(ValueError, match="overflows float16: use bfloat16 or float32"):

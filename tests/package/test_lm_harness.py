@@ -11,6 +11,7 @@ import torch
 from chat_checkpoint import write_chat_checkpoint
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from marks import slow
 
 from gemma_fast.lm_harness import GemmaFastLM
 
@@ -73,7 +74,7 @@ def tasks(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["1", "3"], ids=["batch 1", "batch 3"])
+@pytest.fixture(scope="module", params=[*slow("1"), "3"], ids=["batch 1", "batch 3"])
 def both(request, checkpoint):
     """`hf` and `gemma-fast`, made by their names."""
     args = f"pretrained={checkpoint},dtype=float32"
@@ -175,6 +176,7 @@ def test_a_shorter_memory_halves_automatic_batches(checkpoint, monkeypatch):
         fixed.loglikelihood(requests("loglikelihood", ("a b", "cd"), ("a b", "ef")))
 
 
+@pytest.mark.slow
 def test_from_the_command_line(checkpoint, tasks):
     """`python -m` registers the model, and leaves the rest to lm_eval."""
     command = [sys.executable, "-m", "gemma_fast.lm_harness", "--model", "gemma-fast"]

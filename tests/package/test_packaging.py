@@ -77,6 +77,7 @@ def test_sdist_holds_the_sources_as_files(dist):
     assert not any(name.split("/")[0] in ("kernels", "benchmarks") for name in held)
 
 
+@pytest.mark.slow
 def test_wheel_installs(dist, tmp_path):
     wheel = next(dist.glob("*.whl"))
     python("-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path, wheel)

@@ -2,12 +2,13 @@
 
     python tests/support/compile_kernels.py 90
     python tests/support/compile_kernels.py 90 --hash
+    python tests/support/compile_kernels.py 90 --first
 
 Prints a JSON object for each: kernel, registers, bytes of stack (spills) and of shared memory, how
 wide its loads are, its tensor-core instructions and what the assembler warns of. With --hash it
 prints a line for each instead: a hash of its PTX, and what it was compiled for. A change of names
-or of files leaves all hashes as they were. A process of its own, because in the tests' the
-interpreter has taken the compiler's place.
+or of files leaves all hashes as they were. With --first it takes one launch of each kernel. A
+process of its own, because in the tests' the interpreter has taken the compiler's place.
 """
 
 import hashlib
@@ -244,7 +245,7 @@ def record_launches() -> None:
     knobs.runtime.interpret = True  # CPU tensors take the launch path
 
 
-def main(capability: int, describe: Callable[..., str]) -> None:
+def main(capability: int, describe: Callable[..., str], only_first: bool) -> None:
     record_launches()
     with as_on(GPUS[capability]):
         launch_all(torch.float16)
@@ -253,11 +254,12 @@ def main(capability: int, describe: Callable[..., str]) -> None:
     for i, (kernel, args, kwargs) in enumerate(launches):
         different[repr((kernel.__name__, [type_of(a) for a in args], kwargs))] = i
         first.setdefault((kernel.__name__, kwargs.get("DESCRIPTORS")), i)
-    jobs = [(i, "bf16") for i in different.values()] + [(i, "fp16") for i in first.values()]
+    jobs = [(i, "bf16") for i in (first if only_first else different).values()]
+    jobs += [] if only_first else [(i, "fp16") for i in first.values()]
     with get_context("fork").Pool() as pool:  # forked: it has the launches
         for line in pool.imap(partial(describe, capability=capability), jobs):
             print(line)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), ptx_hash if "--hash" in sys.argv else report)
+    main(int(sys.argv[1]), ptx_hash if "--hash" in sys.argv else report, "--first" in sys.argv)

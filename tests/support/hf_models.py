@@ -1,7 +1,7 @@
 """Tiny transformers models for the tests of gemma_fast.hf, and calls of them before and after."""
 
 import torch
-from twins import CONFIGS, random_transformers_model
+from twins import CONFIGS, random_transformers_model, two_layers
 
 from gemma_fast.hf import explain
 
@@ -9,9 +9,9 @@ FAMILIES = ["gemma-mqa", "gemma2-gqa", "gemma3-gqa"]
 B, T = 2, 30  # longer than the windows
 
 
-def make(family, attention="eager"):
-    """attention: Gemma 2's soft cap is eager's alone."""
-    model = random_transformers_model(CONFIGS[family])
+def make(family, attention="eager", layers=3):
+    """attention: Gemma 2's soft cap is eager's alone. layers: 2, one of each kind, or all 3."""
+    model = random_transformers_model(two_layers(family) if layers == 2 else CONFIGS[family])
     model.config._attn_implementation = attention
     return model
 

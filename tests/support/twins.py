@@ -44,6 +44,12 @@ CONFIGS = {
 }
 
 
+def two_layers(name: str) -> GemmaConfig:
+    """One with a window, if the family has them, and one without."""
+    kinds = CONFIGS[name].layer_types
+    return replace(CONFIGS[name], num_hidden_layers=2, layer_types=(max(kinds), min(kinds)))
+
+
 @dataclass
 class Twins:
     hf: transformers.PreTrainedModel
