@@ -1,4 +1,4 @@
-"""Gemma 3 270M, real weights, against transformers in fp32."""
+"""Gemma 3 270M, real weights, against transformers in fp32. The quick run has test_cli.py's."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -51,13 +52,11 @@ def test_greedy_text(model, tokenizer):
     assert tokenizer.decode(out[0, ids.shape[1] :]) == CONTINUATION
 
 
-@pytest.mark.slow
 def test_logits_past_the_window_equal_transformers(model, long_prompt, expected):
     logits = model(long_prompt, logits_to_keep=64).logits.cpu()
     assert (logits - expected).abs().max() < 2e-3  # of logits around 20; a trap costs 0.018 or more
 
 
-@pytest.mark.slow
 def test_chunks_past_the_window_equal_transformers(model, long_prompt, expected):
     cache = None
     for chunk in long_prompt.split((300, 336, 64), dim=1):
@@ -66,7 +65,6 @@ def test_chunks_past_the_window_equal_transformers(model, long_prompt, expected)
     assert (out.logits.cpu() - expected).abs().max() < 2e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_bf16_stays_close_to_fp32(demo_gguf, device, long_prompt, expected):
     half = GemmaForCausalLM.from_pretrained(demo_gguf, dtype="bfloat16", device=device)

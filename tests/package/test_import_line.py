@@ -9,7 +9,8 @@ from queue import Empty
 
 import pytest
 import torch
-from chat_checkpoint import FAMILIES, write_chat_checkpoint
+from chat_checkpoint import write_chat_checkpoint
+from marks import slow
 from model_cards import EXAMPLES, PRINT_STREAM
 from twins import TOLERANCE
 
@@ -25,7 +26,7 @@ def _no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["gemma3", *slow("gemma", "gemma2")])
 def checkpoint(request, tmp_path_factory) -> Path:
     return write_chat_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 

@@ -1,6 +1,6 @@
 """What a GPU that need not be here would launch for a text, and compile for the next one.
 
-    python tests/launches.py gemma3-mqa 1
+    python tests/support/launches.py gemma3-mqa 1
 
 Prints a JSON object: launches of a decode step, Triton's and PyTorch's, and the kernels that other
 texts, by the length of their prompts, would compile anew. Kernels are noted, not run: all tokens
