@@ -48,7 +48,13 @@ def noise(share):
 
 
 def without_rotary(reference):
-    reference.rotate = lambda x, cos, sin: x
+    attention = reference.attention
+
+    def unrotated(name, x, visible, turns, past):
+        cos, sin = turns
+        return attention(name, x, visible, (torch.ones_like(cos), torch.zeros_like(sin)), past)
+
+    reference.attention = unrotated
 
 
 class Repeating(Eager):
