@@ -20,9 +20,12 @@ def run(*args: str, **kwargs):
 
 @pytest.fixture(scope="module", autouse=True)
 def load_once():
-    """Commands with the same --model, --device and --dtype share what they load."""
+    """Commands with the same --model, --device and --dtype share what they load, on the CPU."""
+    load = cache(cli._load)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_load", cache(cli._load))
+        patch.setattr(
+            cli, "_load", lambda model, device, dtype: load(model, device or "cpu", dtype)
+        )
         yield
 
 
