@@ -45,9 +45,8 @@ def check_kernels(model, ids, **options):
         assert torch.equal(model.generate(ids, **options, **NEVER), expected)
 
 
-@pytest.mark.parametrize(
-    "twins", ["gemma3-gqa", *slow(*(x for x in CONFIGS if x != "gemma3-gqa"))], indirect=True
-)
+@ALL_FAMILIES
+@pytest.mark.slow  # the quick run has test_whole_model_on_its_kernels
 def test_kernels_give_the_references_tokens(twins):
     """A batch of three, in a decoder for four; past the windows."""
     _, ids, mask = left_padded(twins, [11, 3, 6])

@@ -34,7 +34,7 @@ def test_same_logits(model):
     torch.testing.assert_close(logits(model, ids), plain, **TIGHT)
 
 
-@pytest.mark.parametrize("family", ["gemma2-gqa", "gemma3-gqa", *slow("gemma-mqa")])
+@pytest.mark.parametrize("family", ["gemma3-gqa", *slow("gemma-mqa", "gemma2-gqa")])
 def test_same_logits_by_the_triton_kernels(family):
     """In the interpreter, or on a GPU: a prompt, then tokens one by one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
