@@ -3,8 +3,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 GPU_MINUTES ?= 8
 BIN := .venv/bin
-# As many processes as cores, eight at most; tests that share a costly fixture stay in one.
-PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadgroup $(PYTEST_ARGS)
+# As many processes as cores, eight at most. A file stays in one: its fixtures may cost a gigabyte.
+PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 # Laid over the newest transformers, for the second run of gemma_fast.hf's tests.
 OLDEST := .venv/oldest-transformers
 NEWEST := .venv-newest

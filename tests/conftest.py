@@ -22,18 +22,11 @@ knobs.runtime.interpret = False
 torch.set_num_threads(1)  # tiny models, and as many processes as cores
 
 
-# Fixtures that cost seconds or a gigabyte: one process makes each, for all tests that use it.
-COSTLY = ("demo_gguf", "compiled")
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its marks
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-        for name in {*COSTLY} & {*getattr(item, "fixturenames", ())}:
-            made_of = item.callspec.params.get(name, "") if hasattr(item, "callspec") else ""
-            item.add_marker(pytest.mark.xdist_group(f"{name} {made_of}"))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(autouse=True)

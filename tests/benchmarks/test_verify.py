@@ -25,6 +25,7 @@ def test_an_ulp_is_the_spacing_at_the_value_or_at_the_rms():
     assert value_ulps(found.bfloat16(), exact, BF16).tolist() == [1, 0, 1, 2]
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter_pass():
     with interpreter():
         lines = list(check_kernels(CPU, [FP32, FP16], INTERPRETER))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from decoder_checks import NEVER, SAMPLINGS
-from marks import ALL_FAMILIES, RICHEST_FAMILIES, slow
+from marks import ALL_FAMILIES, slow
 from triton_interpreter import interpreter
 from twins import CONFIGS, left_padded, random_model, two_layers
 
@@ -46,7 +46,8 @@ def check_kernels(model, ids, **options):
         assert torch.equal(model.generate(ids, **options, **NEVER), expected)
 
 
-@RICHEST_FAMILIES
+@ALL_FAMILIES
+@pytest.mark.slow  # the quick run has test_whole_model_on_its_kernels
 def test_kernels_give_the_references_tokens(twins):
     """A batch of three, in a decoder for four; past the windows."""
     _, ids, mask = left_padded(twins, [11, 3, 6])
@@ -59,7 +60,7 @@ def test_kernels_give_the_references_choice(options):
     check_kernels(random_model(two_layers("gemma2-gqa")), ids, max_new_tokens=3, **options)
 
 
-@pytest.mark.parametrize("config", ["gemma2-gqa", "gemma3-gqa", *slow("gemma-mqa")])
+@pytest.mark.parametrize("config", ["gemma3-gqa", *slow("gemma-mqa", "gemma2-gqa")])
 def test_kernels_give_the_references_tokens_of_one_text(config):
     model = random_model(two_layers(config))
     check_kernels(model, torch.arange(3, 9).unsqueeze(0), max_new_tokens=3)

@@ -34,7 +34,7 @@ def test_same_logits(model):
     torch.testing.assert_close(logits(model, ids), plain, **TIGHT)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gemma3-gqa", *slow("gemma-mqa", "gemma2-gqa")])
 def test_same_logits_by_the_triton_kernels(family):
     """In the interpreter, or on a GPU: a prompt, then tokens one by one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +54,7 @@ def test_same_logits_by_the_triton_kernels(family):
 
 
 @pytest.mark.parametrize("t", [1, 20])
-@pytest.mark.parametrize("family", ["gemma-mqa", "gemma-mha", "gemma3-gqa"])
+@pytest.mark.parametrize("family", ["gemma3-gqa", *slow("gemma-mqa", "gemma-mha")])
 def test_without_a_cache_by_the_triton_kernels(family, t):
     """Keys and values then lie as they were computed, each in its own way."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -160,7 +160,7 @@ def test_copies_are_accelerated(model, copied):
     assert all(line.path == "reference" for line in explain(model)), "they are two models"
 
 
-@pytest.mark.parametrize("model", ["gemma3-gqa", *slow("gemma-mqa", "gemma2-gqa")], indirect=True)
+@pytest.mark.parametrize("model", slow(*FAMILIES), indirect=True)
 def test_an_unpickled_model_in_a_fresh_process(model, tmp_path):
     import subprocess
     import sys

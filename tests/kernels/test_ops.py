@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from marks import slow
+from marks import RICHEST_FAMILIES, slow
 from torch.library import opcheck
 from twins import CONFIGS, random_model
 
@@ -193,6 +193,7 @@ def check_compiled(model, backend):
     torch.testing.assert_close(logits, model(ids).logits)
 
 
+@RICHEST_FAMILIES
 def test_the_whole_model_traces_without_a_graph_break(twins):
     check_compiled(twins.model, "aot_eager")
 

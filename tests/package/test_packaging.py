@@ -99,6 +99,7 @@ assert not [name for name in sys.modules if name.startswith("benchmarks.")]
     assert OURS in python("-c", code)
 
 
+@pytest.mark.slow
 def test_transformers_finds_the_package_kernels_from_here():
     classes = "GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM"
     imports = f"import kernels; from transformers import {classes}"
