@@ -1,4 +1,4 @@
-"""What every kernel shares: its registration with PyTorch, and the wait for the kernel ahead."""
+"""Registration of ops with PyTorch, and the wait for the kernel ahead."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""What decides how a kernel is launched: where Triton runs, the GPU's limits, the launch config.
+"""How kernels are launched: where Triton runs, the limits of the GPU, the launch config.
 
 config = launch_config("attention", table(…))      # in a launcher: the table's entry
 with override("attention", BLOCK_N=32): …          # for tuning: another entry
@@ -51,7 +51,7 @@ def gpu(device: torch.device) -> Gpu:
 
 
 def launch_config(kernel: str, table: Mapping[str, Any]) -> dict[str, Any]:
-    """What the kernel's table gives, under the values of an `override`."""
+    """The entry of the kernel's table, with the values of an `override` in force."""
     return {**table, **_overrides.get(kernel, {})}
 
 

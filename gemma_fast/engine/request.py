@@ -1,7 +1,7 @@
-"""What `generate` was asked for: a Request for each text, from the call's keywords, over its
-generation_config, over the model's.
+"""A Request for each text of a `generate` call: the call's keywords override its generation_config,
+which overrides the model's.
 
-ValueError: a value that cannot be meant, named with what is allowed.
+A value out of its range is a ValueError that names the value and what is allowed.
 """
 
 from __future__ import annotations

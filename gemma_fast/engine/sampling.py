@@ -105,7 +105,7 @@ class Sampler:
 
     @property
     def temperature(self) -> Tensor | None:
-        """Of what `process` gives: filters have divided already."""
+        """For the logits that `process` returns, which filters have divided already."""
         return self._values[2 if self._ordered else 0] if self._samples else None
 
     @property

@@ -25,7 +25,7 @@ BLOCK = 128  # slots; a multiple of the kernel's blocks, a divisor of Gemma's wi
 
 @dataclass
 class _Row:
-    """What the host knows of a sequence."""
+    """The host's state of a sequence."""
 
     length: int = 0
     unfinished: str | None = None  # why its newest positions may not be there
@@ -104,7 +104,7 @@ class KVCache:
 
     @staticmethod
     def bytes_needed(config: GemmaConfig, batch: int, max_length: int, dtype: torch.dtype) -> int:
-        """What `nbytes` of such a cache would be."""
+        """`nbytes` of such a cache."""
         windows = (config.window(i) for i in range(config.num_hidden_layers))
         slots = sum(_slots(window, max_length) for window in windows)
         return 2 * batch * config.num_key_value_heads * slots * config.head_dim * dtype.itemsize
