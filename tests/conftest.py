@@ -14,9 +14,9 @@ if not torch.cuda.is_available():
 from pathlib import Path
 
 import pytest
+from tiny_models import CONFIGS, Twins
 from triton import knobs
 from triton_interpreter import interpreter
-from twins import CONFIGS, Twins
 
 knobs.runtime.interpret = False
 torch.set_num_threads(1)  # tiny models, and as many processes as cores

@@ -26,7 +26,8 @@ from gemma_fast.benchmarks.measure.machine import stamp
 from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.benchmarks.measure.report import heading
 from gemma_fast.benchmarks.model.cases import find
-from gemma_fast.benchmarks.verify.figures import (
+from gemma_fast.benchmarks.verify.kernels import check_kernels
+from gemma_fast.benchmarks.verify.margins import (
     CPU_PATH,
     INTERPRETER,
     MARGINS,
@@ -34,7 +35,6 @@ from gemma_fast.benchmarks.verify.figures import (
     ON_GPU,
     Finding,
 )
-from gemma_fast.benchmarks.verify.kernels import check_kernels
 from gemma_fast.benchmarks.verify.model import check_model, dtypes_of, rival, text_ids
 from gemma_fast.kernels.launch import runs_triton
 from gemma_fast.load import pick_device

@@ -22,7 +22,7 @@ from gemma_fast.benchmarks.kernels.suite import Check
 from gemma_fast.benchmarks.kernels.table import CHECKS
 from gemma_fast.benchmarks.measure.outcome import Wrong, full_precision, verdict
 from gemma_fast.benchmarks.measure.timing import Call
-from gemma_fast.benchmarks.verify.figures import (
+from gemma_fast.benchmarks.verify.margins import (
     CHOICE_ULP,
     INTERPRETER,
     MAX_ULP,

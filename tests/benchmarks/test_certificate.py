@@ -8,7 +8,7 @@ import pytest
 import torch
 from certificate_lines import BF16, CPU, FP32, exact_gelu, failed, model_lines
 from click.testing import CliRunner
-from twins import CONFIGS
+from tiny_models import CONFIGS
 
 from gemma_fast.benchmarks.kernels import rmsnorm
 from gemma_fast.benchmarks.verify import certificate as verify

@@ -7,8 +7,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from marks import slow
+from tiny_models import CONFIGS
 from torch._dynamo.utils import counters
-from twins import CONFIGS
 
 from gemma_fast.benchmarks.measure import timing
 from gemma_fast.benchmarks.measure.machine import Roof

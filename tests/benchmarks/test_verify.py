@@ -9,8 +9,8 @@ from triton_interpreter import interpreter
 from gemma_fast.benchmarks.kernels.rivals import plain
 from gemma_fast.benchmarks.verify import kernels as verify_kernels
 from gemma_fast.benchmarks.verify import model as verify_model
-from gemma_fast.benchmarks.verify.figures import INTERPRETER
 from gemma_fast.benchmarks.verify.kernels import CHECKS, check_kernels, spacing, value_ulps
+from gemma_fast.benchmarks.verify.margins import INTERPRETER
 from gemma_fast.kernels import attention as attention_file
 from gemma_fast.kernels import geglu as geglu_file
 from gemma_fast.kernels import lm_head as lm_head_file

@@ -6,8 +6,8 @@ from copy import deepcopy
 import pytest
 import torch
 import transformers
+from tiny_models import CONFIGS, close, random_transformers_model
 from torch import nn
-from twins import CONFIGS, close, random_transformers_model
 
 from gemma_fast.benchmarks.model.transformers_model import transformers_config
 from gemma_fast.causal_lm import GemmaForCausalLM

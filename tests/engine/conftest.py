@@ -2,7 +2,7 @@
 
 import pytest
 from decoder_checks import Graph
-from twins import CONFIGS, Twins
+from tiny_models import CONFIGS, Twins
 
 from gemma_fast.engine.decoder import Decoder
 

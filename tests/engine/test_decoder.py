@@ -11,8 +11,8 @@ import pytest
 import torch
 from decoder_checks import NEVER, SAMPLINGS
 from marks import ALL_FAMILIES, slow
+from tiny_models import CONFIGS, left_padded, random_model, two_layers
 from triton_interpreter import interpreter
-from twins import CONFIGS, left_padded, random_model, two_layers
 
 from gemma_fast.engine.decoder import Decoder
 from gemma_fast.engine.sampling import Sampling

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from marks import ALL_FAMILIES
-from twins import left_padded
+from tiny_models import left_padded
 
 from gemma_fast.engine import decoder
 from gemma_fast.engine.sampling import Sampler

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from decoder_checks import NEVER, SAMPLINGS, Graph
-from twins import CONFIGS, random_model
+from tiny_models import CONFIGS, random_model
 
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.engine.decoder import Decoder, bucket_of

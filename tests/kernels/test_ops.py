@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from marks import RICHEST_FAMILIES, slow
+from tiny_models import CONFIGS, random_model
 from torch.library import opcheck
-from twins import CONFIGS, random_model
 
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.choose import choose_token

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from twins import CONFIGS, random_model
+from tiny_models import CONFIGS, random_model
 
 from gemma_fast.model.cache import KVCache
 

@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 from marks import RICHEST_FAMILIES
-from twins import CONFIGS, close, left_padded, random_model
+from tiny_models import CONFIGS, close, left_padded, random_model
 
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.config import SLIDING

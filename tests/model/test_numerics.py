@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from twins import CONFIGS, random_model, random_transformers_model
+from tiny_models import CONFIGS, random_model, random_transformers_model
 
 from gemma_fast import reference
 from gemma_fast.causal_lm import GemmaForCausalLM

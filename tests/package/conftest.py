@@ -1,7 +1,7 @@
 """One family."""
 
 import pytest
-from twins import CONFIGS, Twins
+from tiny_models import CONFIGS, Twins
 
 
 @pytest.fixture(scope="session", params=["gemma3-gqa"])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from marks import ALL_FAMILIES
-from twins import CONFIGS, random_model
+from tiny_models import CONFIGS, random_model
 
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.load import pick_device, pick_dtype

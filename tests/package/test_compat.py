@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers
+from tiny_models import CONFIGS, Twins
 from tiny_tokenizer import tiny_backend, write_tokenizer
-from twins import CONFIGS, Twins
 
 from gemma_fast import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from gemma_fast.text.tokenizer import Tokenizer

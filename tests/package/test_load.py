@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from twins import CONFIGS, random_transformers_model
+from tiny_models import CONFIGS, random_transformers_model
 
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint

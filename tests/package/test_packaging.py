@@ -119,7 +119,7 @@ def test_it_runs_without_triton():
 
         sys.modules["triton"] = None
         import torch
-        from twins import CONFIGS, random_model
+        from tiny_models import CONFIGS, random_model
 
         random_model(CONFIGS["gemma3-mqa"]).generate(torch.tensor([[2, 5]]), max_new_tokens=2)
     """

@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from twins import CONFIGS
+from tiny_models import CONFIGS
 
 from gemma_fast.benchmarks.verify import model as verify_model
-from gemma_fast.benchmarks.verify.figures import CPU_PATH, Finding
 from gemma_fast.benchmarks.verify.kernels import check_kernels
+from gemma_fast.benchmarks.verify.margins import CPU_PATH, Finding
 from gemma_fast.checkpoint.random import RandomCheckpoint
 
 CPU = torch.device("cpu")

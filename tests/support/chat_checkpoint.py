@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from chat_templates import OFFICIAL
+from tiny_models import CONFIGS, random_transformers_model
 from tiny_tokenizer import tiny_backend
 from transformers import PreTrainedTokenizerFast
-from twins import CONFIGS, random_transformers_model
 
 from gemma_fast.text.tokenizer import Tokenizer
 

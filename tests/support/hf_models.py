@@ -1,7 +1,7 @@
 """Tiny transformers models for the tests of gemma_fast.hf, and calls of them before and after."""
 
 import torch
-from twins import CONFIGS, random_transformers_model, two_layers
+from tiny_models import CONFIGS, random_transformers_model, two_layers
 
 from gemma_fast.hf import explain
 

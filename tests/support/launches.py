@@ -13,8 +13,8 @@ import sys
 
 import torch
 from compile_kernels import GPUS, launches, record_launches, specialised
+from tiny_models import CONFIGS, random_model
 from torch.profiler import ProfilerActivity, profile
-from twins import CONFIGS, random_model
 
 from gemma_fast.engine.decoder import Decoder
 from gemma_fast.kernels.launch import as_on

@@ -1,7 +1,7 @@
 """Marks: values that only `make test-all` takes, and which families a test runs on."""
 
 import pytest
-from twins import CONFIGS
+from tiny_models import CONFIGS
 
 
 def slow(*values) -> list:

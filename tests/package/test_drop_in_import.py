@@ -12,7 +12,7 @@ import torch
 from chat_checkpoint import write_chat_checkpoint
 from marks import slow
 from model_cards import EXAMPLES, PRINT_STREAM
-from twins import TOLERANCE
+from tiny_models import TOLERANCE
 
 from gemma_fast import GemmaForCausalLM, TextIteratorStreamer, Tokenizer
 
