@@ -15,7 +15,7 @@ from gemma_fast.benchmarks.measure.machine import installed_version
 from gemma_fast.benchmarks.measure.outcome import OURS, full_precision
 from gemma_fast.benchmarks.model.judge import Judge, under_the_best
 from gemma_fast.benchmarks.model.providers import Eager, positions
-from gemma_fast.benchmarks.verify import figures as of
+from gemma_fast.benchmarks.verify import margins as of
 from gemma_fast.benchmarks.verify.margins import MODEL, Finding, finding
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.base import Checkpoint
