@@ -12,7 +12,7 @@ from tiny_models import CONFIGS
 
 from gemma_fast.benchmarks.kernels import rmsnorm
 from gemma_fast.benchmarks.verify import certificate as verify
-from gemma_fast.benchmarks.verify import figures
+from gemma_fast.benchmarks.verify import margins
 from gemma_fast.benchmarks.verify import kernels as verify_kernels
 from gemma_fast.benchmarks.verify import model as verify_model
 from gemma_fast.causal_lm import GemmaForCausalLM
@@ -101,7 +101,7 @@ def run(*args: str):
 def few(monkeypatch):
     """Two cases, and no process for the interpreter."""
     monkeypatch.setattr(verify_kernels, "CHECKS", verify_kernels.CHECKS[1:3])
-    line = figures.finding(figures.INTERPRETER, "rms_norm", FP32, {figures.MAX_ULP: (1.0, 1.0)})
+    line = margins.finding(margins.INTERPRETER, "rms_norm", FP32, {margins.MAX_ULP: (1.0, 1.0)})
     monkeypatch.setattr(verify, "interpreted", lambda: [line])
 
 
@@ -109,7 +109,7 @@ def few(monkeypatch):
 def test_interpreter_in_its_process():
     lines = verify.interpreted()
     assert len(lines) == 2 * len(verify_kernels.CHECKS)
-    assert all(line.ok and line.part == figures.INTERPRETER for line in lines)
+    assert all(line.ok and line.part == margins.INTERPRETER for line in lines)
     assert {line.dtype for line in lines} == {"float32", "float16"}
 
 
@@ -142,7 +142,7 @@ def test_certificate_as_json():
     assert found["margins"].keys() >= {x["name"] for y in found["lines"] for x in y["figures"]} - {
         "greedy tokens until they part", "greedy texts alike",
     }  # fmt: skip
-    dtypes = {line["dtype"] for line in found["lines"] if line["part"] == figures.MODEL}
+    dtypes = {line["dtype"] for line in found["lines"] if line["part"] == margins.MODEL}
     assert dtypes == {"bfloat16"}
     assert {line["verdict"] for line in found["lines"]} == {"pass"}
 
@@ -177,7 +177,7 @@ def test_without_triton(monkeypatch):
     result = run("--dtype", "float32")
     assert result.exit_code == 0
     assert "Triton is not installed: no kernel was checked" in result.stdout.replace("\n", " ")
-    assert figures.INTERPRETER not in result.stdout
+    assert margins.INTERPRETER not in result.stdout
 
 
 def test_no_room_for_a_prompt():
