@@ -12,8 +12,8 @@ from tiny_models import CONFIGS
 
 from gemma_fast.benchmarks.kernels import rmsnorm
 from gemma_fast.benchmarks.verify import certificate as verify
-from gemma_fast.benchmarks.verify import margins
 from gemma_fast.benchmarks.verify import kernels as verify_kernels
+from gemma_fast.benchmarks.verify import margins
 from gemma_fast.benchmarks.verify import model as verify_model
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint
@@ -167,7 +167,7 @@ def test_what_is_not_finite_is_null(monkeypatch):
     found = json.loads(
         run("--json", "--dtype", "float32").stdout, parse_constant=lambda x: pytest.fail(x)
     )
-    line = next(x for x in found["lines"] if x["part"] == figures.CPU_PATH)
+    line = next(x for x in found["lines"] if x["part"] == margins.CPU_PATH)
     assert line["verdict"] == "FAIL" and line["figures"][0]["ours"] is None
 
 
