@@ -134,7 +134,6 @@ class GemmaForCausalLM(Gemma):
         logits = self.logits(hiddens.last(logits_to_keep))
         return CausalLMOutput(logits, None if use_cache is False else cache)
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor | None = None,
@@ -197,14 +196,14 @@ class GemmaForCausalLM(Gemma):
         return torch.cat((ids, new.to(ids.device)), dim=1)
 
     def memory(self) -> dict[str, int]:
-        """Bytes on the device: weights, and what `generate` keeps for its next call, caches and
-        CUDA graphs. `free_memory` frees the latter two."""
+        """Bytes on the device: "weights"; "cache", the KV caches that `generate` keeps for its next
+        call and the rotary tables; "graph", its CUDA graphs. `free_memory` frees the latter two."""
         kept = self.decoders.memory()
         kept["cache"] += self.rope.nbytes
         return {"weights": sum(weight.nbytes for weight in self.parameters()), **kept}
 
     def free_memory(self) -> None:
-        """Drops the caches and CUDA graphs that `generate` keeps."""
+        """Drops the caches and CUDA graphs that `generate` keeps, and the rotary tables."""
         self.decoders.clear()
         self.rope.clear()
 
@@ -242,14 +241,13 @@ class GemmaForCausalLM(Gemma):
             )
         if cache.config != self.config:
             raise ValueError("past_key_values is the KVCache of a model with another config")
-        made, needed = (
-            f"a batch of {b} in {str(dtype).removeprefix('torch.')} on {device}"
-            for b, dtype, device in (
-                (cache.batch, cache.dtype, cache.device), (batch, self.dtype, self.device)
+        made, call = (cache.batch, cache.dtype, cache.device), (batch, self.dtype, self.device)
+        if made != call:
+            has, needs = (
+                f"a batch of {b} in {dtype} on {where}" for b, dtype, where in (made, call)
             )
-        )  # fmt: skip
-        if made != needed:
-            raise ValueError(f"the cache is for {made}, but this call is {needed}")
+            text = f"the cache is for {has}, but this call is {needs}"
+            raise ValueError(text.replace("torch.", ""))
         return cache
 
 

@@ -25,7 +25,7 @@ _LOOP = "call the model in a loop, with past_key_values, and choose from its log
 _MINIMUM = "pass eos_token_id=[] to let no token end a text"
 _OUTPUTS = {
     "output_attentions": ((False,), "the kernels write none"),
-    "output_hidden_states": ((False,), "see model.hidden_states for the last ones"),
+    "output_hidden_states": ((False,), "only logits are returned"),
 }
 
 FORWARD: Table = _OUTPUTS | {

@@ -13,8 +13,9 @@ from torch import Tensor
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.config import GemmaConfig
 from gemma_fast.memory import out_of_memory
+from gemma_fast.model.gemma import Gemma
 
-Model = TypeVar("Model", bound=Any)  # a torch.nn.Module with `parts` and `head_dims`
+Model = TypeVar("Model", bound=Gemma)
 
 
 def load_model(

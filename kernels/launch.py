@@ -1,6 +1,6 @@
 """How kernels are launched: where Triton runs, the limits of the GPU, the launch config.
 
-config = launch_config("attention", table(…))      # in a launcher: the table's entry
+config = launch_config("attention", tile(…))      # in a launcher: the table's entry
 with override("attention", BLOCK_N=32): …          # for tuning: another entry
 with as_on(Gpu(90, 232_448, 132)): …               # for tests: the limits of another GPU
 """
@@ -57,18 +57,21 @@ def launch_config(kernel: str, table: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def override(kernel: str, **config: Any) -> Iterator[None]:
-    """Within it the kernel's launch config has these values, in every thread."""
-    before = _overrides.get(kernel, {})
-    _overrides[kernel] = {**before, **config}
+    """Within it the kernel's launch config has these values, in every thread: for one at a time."""
+    before = _overrides.get(kernel)
+    _overrides[kernel] = {**(before or {}), **config}
     try:
         yield
     finally:
-        _overrides[kernel] = before
+        del _overrides[kernel]
+        if before is not None:
+            _overrides[kernel] = before
 
 
 @contextmanager
 def as_on(limits: Gpu) -> Iterator[None]:
-    """Within it kernels are launched as on a GPU of these limits, in every thread."""
+    """Within it kernels are launched as on a GPU of these limits, in every thread: for one at a
+    time."""
     _as_on.append(limits)
     try:
         yield

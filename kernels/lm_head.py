@@ -30,7 +30,6 @@ from gemma_fast.kernels.choose import (
     best_of,
     check_choice,
     choose_token,
-    choose_token_reference,
     compare,
     partials,
     scores_of,
@@ -47,15 +46,6 @@ def _cap(logits: Tensor, softcap: float | None) -> Tensor:
     if softcap is None:
         return logits
     return torch.where(logits.isfinite(), softcap * torch.tanh(logits / softcap), logits)
-
-
-def next_token_reference(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, post_norm_weight: Tensor | None,
-    weight: Tensor, position: Tensor, temperature: Tensor | None = None,
-    seed: Tensor | None = None, *, softcap: float | None = None, eps: float = 1e-6,
-) -> Tensor:  # fmt: skip
-    logits, _ = norm_linear(x, residual, norm_weight, post_norm_weight, weight, eps=eps)
-    return choose_token_reference(_cap(logits, softcap), position, temperature, seed)
 
 
 @triton.jit(do_not_specialize=["rows"])

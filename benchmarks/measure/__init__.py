@@ -1,4 +1,4 @@
 """The machine and its roof, timing, and how results are written and plotted.
 
-May import: kernels, memory.
+May import: kernels.
 """

@@ -1,4 +1,4 @@
 """Files, or a live transformers model → named tensors and a config. Every file is untrusted.
 
-May import: config, memory.
+May import: config.
 """

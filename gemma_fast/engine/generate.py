@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.engine.decoder import Decoder
@@ -32,7 +31,7 @@ def generate_tokens(
     that are not finite. torch.OutOfMemoryError: no room for the cache.
     """
     stopping = Stopping(requests, tokenizer)
-    ids, mask = pad_prompts(requests)
+    ids, mask = stack_prompts(requests)
     b, t = ids.shape
     new = max(request.max_new_tokens for request in requests)
     pad = torch.tensor([request.pad_token_id for request in requests], device="cpu")
@@ -63,20 +62,14 @@ def generate_tokens(
     return generated[:, :end]
 
 
-def pad_prompts(requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
-    """ids :: [b, t], the shorter ones padded on the left, and mask :: [b, t], 0 for padding; None:
-    there is none."""
-    longest = max(len(request.ids) for request in requests)
-    more = [longest - len(request.ids) for request in requests]
-    ids = torch.stack([
-        F.pad(request.ids, (n, 0), value=request.pad_token_id)
-        for request, n in zip(requests, more, strict=True)
-    ])  # fmt: skip
-    padding = [n + request.padding for request, n in zip(requests, more, strict=True)]
-    if not any(padding):
+def stack_prompts(requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
+    """ids :: [b, t], and mask :: [b, t], 0 for padding; None: there is none. The requests' ids are
+    of one length."""
+    ids = torch.stack([request.ids for request in requests])
+    padding = torch.tensor([request.padding for request in requests], device=ids.device)
+    if not padding.any():
         return ids, None
-    first = torch.tensor(padding, device=ids.device).unsqueeze(1)
-    return ids, (torch.arange(longest, device=ids.device) >= first).long()
+    return ids, (torch.arange(ids.shape[1], device=ids.device) >= padding.unsqueeze(1)).long()
 
 
 def tokens(decoder: Decoder, count: int) -> Iterator[Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from gemma_fast.engine.decoder import Decoder, bucket_of
@@ -37,9 +35,6 @@ class DecoderPool(dict[int, Decoder]):
         """Bytes on the device: caches and CUDA graphs."""
         kept = [decoder.memory() for decoder in self.values()]
         return {name: sum(x[name] for x in kept) for name in ("cache", "graph")}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DecoderPool:
-        return DecoderPool()
 
     def __reduce__(self) -> tuple[type[DecoderPool], tuple[()]]:
         return DecoderPool, ()

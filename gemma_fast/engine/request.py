@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from gemma_fast.compat import GENERATE, check_keywords
 from gemma_fast.config import GemmaConfig
 from gemma_fast.engine.sampling import Sampling
-from gemma_fast.model.padding import left_padding
+from gemma_fast.model.padding import check_shape, left_padding
 
 SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 LENGTHS = ("max_new_tokens", "max_length")
@@ -29,7 +29,8 @@ OPTIONS = (*SETTINGS, *LENGTHS, "eos_token_id", "pad_token_id", "stop_strings")
 class Request:
     """A text to continue.
 
-    ids             [t], int64: the prompt, after `padding` ids that are none of it
+    ids             [t], int64: the prompt, after `padding` ids that are none of it; of one length
+                    in all requests of a call
     sampling        how its tokens are chosen
     max_new_tokens  how many at most
     eos_token_ids   tokens that end it
@@ -83,8 +84,9 @@ def requests_of(
     eos = _token_ids("eos_token_id", options, config)
     stop = _stop_strings(options.get("stop_strings"))
     sampling = Sampling(**{k: v for k, v in options.items() if k in SETTINGS})
-    seed = _seed(keywords.get("seed"), sampling.do_sample)
-    sampling = Sampling(**vars(sampling) | {"seed": seed})
+    if (seed := keywords.get("seed")) is None and sampling.do_sample:
+        seed = int(torch.randint(1 << 62, (), device="cpu"))  # torch's global generator
+    sampling = replace(sampling, seed=0 if seed is None else seed)
     return [
         Request(
             ids=row, padding=padding, sampling=sampling, max_new_tokens=new,
@@ -104,7 +106,7 @@ def _merge(
             try:
                 check_keywords("the model's generation_config", {name: value}, GENERATE)
             except TypeError as problem:
-                warnings.warn(f"{problem}; it is left out", stacklevel=5)
+                warnings.warn(f"{problem}; it is left out", stacklevel=4)
     unknown = {k: v for k, v in passed.items() if k not in (*OPTIONS, *_ABOUT) and v is not None}
     check_keywords("generation_config", unknown, GENERATE)
     levels = (keywords, passed, defaults)
@@ -117,7 +119,7 @@ def _new_tokens(prompt: int, options: Mapping[str, Any], context: int) -> int:
     set, overrides max_length, as in transformers. Warns if neither is set."""
     name = next((name for name in LENGTHS if name in options), None)
     if name is None:
-        warnings.warn(f"pass max_new_tokens: without it, {UNASKED} are written", stacklevel=5)
+        warnings.warn(f"pass max_new_tokens: without it, {UNASKED} are written", stacklevel=4)
         given, name = max(min(UNASKED, context - prompt), 1), "max_new_tokens"
     else:
         given = options[name]
@@ -157,22 +159,10 @@ def _padding(mask: Any, ids: Tensor) -> list[int]:
     """How many first ids of each row are padding."""
     if mask is None:
         return [0] * len(ids)
-    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    if shape != ids.shape:
-        raise ValueError(f"attention_mask must be a tensor of {tuple(ids.shape)}, not {shape}")
-    real = mask.bool()
+    real = check_shape("attention_mask", mask, ids).bool()
     if not real[:, -1].all():
         raise ValueError("prompts must be padded on the left: each row of the mask must end in 1")
     return left_padding(real).tolist()
-
-
-def _seed(seed: Any, do_sample: bool) -> int:
-    """`seed`, or one from torch's global generator where tokens are drawn."""
-    if seed is None:
-        return int(torch.randint(1 << 62, (), device="cpu")) if do_sample else 0
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed={seed!r} must be a whole number from 0, below 2**63")
-    return seed
 
 
 _ABOUT = ("transformers_version", "_from_model_config")  # how a config was made

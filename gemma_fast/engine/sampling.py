@@ -6,7 +6,7 @@ The order is transformers': repetition penalty, temperature, top-k, top-p, min-p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -46,6 +46,9 @@ class Sampling:
                 raise ValueError(f"{name}={value!r} is out of range: it must be {words}")
         if not isinstance(self.do_sample, bool):
             raise ValueError(f"do_sample={self.do_sample!r} must be true or false")
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if not (whole and 0 <= self.seed < 1 << 63):
+            raise ValueError(f"seed={self.seed!r} must be a whole number from 0, below 2**63")
 
 
 class Sampler:
@@ -53,33 +56,37 @@ class Sampler:
 
     token  [b], int64: the newest token of each row; -1: its logits were not finite
 
-    Everything that may differ between replays of a CUDA graph is in tensors that stay where they
-    are; `graph_key` is what a graph depends on besides.
+    Everything that may differ between replays of a CUDA graph is in tensors whose memory stays the
+    same; a graph depends on `graph_key` besides.
     """
 
     def __init__(self, batch: int, vocab_size: int, device: torch.device | str) -> None:
-        self.token = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._seed = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._top_k = torch.zeros(batch, dtype=torch.int64, device=device)
-        # A row's temperature (0: greedy), the same as a divisor, 1 (0: greedy), its penalty, what
-        # top-p leaves, and the logarithm of min-p.
-        self._values = torch.zeros(6, batch, device=device)
+        def setting(dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(batch, dtype=dtype, device=device)
+
+        self.token, self._seed, self._top_k = (setting(torch.int64) for _ in range(3))
+        self._temperature, self._divisor, self._samples = (setting() for _ in range(3))
+        self._penalty, self._tail, self._log_min_p = (setting() for _ in range(3))
         self._seen = torch.zeros(0, dtype=torch.bool, device=device)  # [b, vocab] once it is needed
         self._vocab_size = vocab_size
         self.set([])
 
     def set(self, texts: Sequence[Sampling]) -> None:
-        """The settings of the first rows; the others are greedy. No token is seen yet."""
+        """Takes the settings of the first rows; the others are greedy. No token is seen yet."""
         rows = [*texts, *[Sampling()] * (len(self.token) - len(texts))]
-        self._samples = any(row.do_sample for row in rows)
-        self._penalises = any(row.repetition_penalty != 1 for row in rows)
         # How many of the likeliest logits the filters need in order; 0: there are no filters.
-        self._ordered = max(_ordered(row, self._vocab_size) for row in rows)
-        columns = zip(*map(_values, rows), strict=True)
-        self._values.copy_(torch.tensor([*columns], device="cpu"))
-        self._seed.copy_(torch.tensor([row.seed for row in rows], device="cpu"))
-        top_k = [row.top_k or self._vocab_size for row in rows]
-        self._top_k.copy_(torch.tensor(top_k, device="cpu"))
+        ordered = max(_ordered(row, self._vocab_size) for row in rows)
+        samples = any(row.do_sample for row in rows)
+        self._penalises = any(row.repetition_penalty != 1 for row in rows)
+        self._any_samples, self._ordered = samples, ordered
+        _fill(self._seed, (row.seed for row in rows))
+        _fill(self._samples, (float(row.do_sample) for row in rows))
+        _fill(self._temperature, (row.temperature * row.do_sample for row in rows))
+        _fill(self._divisor, (row.temperature if row.do_sample else 1.0 for row in rows))
+        _fill(self._penalty, (row.repetition_penalty for row in rows))
+        _fill(self._top_k, (row.top_k or self._vocab_size for row in rows))
+        _fill(self._tail, (1 - row.top_p for row in rows))  # what top-p drops
+        _fill(self._log_min_p, (math.log(row.min_p) if row.min_p else -math.inf for row in rows))
         self.token.zero_()
         if self._penalises:
             if not self._seen.numel():
@@ -90,27 +97,30 @@ class Sampler:
     def rows(self, rows: slice) -> Sampler:
         """The sampler of these rows, in the same memory."""
         part = copy(self)
-        part.token, part._seed, part._top_k = self.token[rows], self._seed[rows], self._top_k[rows]
-        part._values, part._seen = self._values[:, rows], self._seen[rows]
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(part, name, value[rows])
         return part
 
     def read(self, ids: Tensor) -> None:
-        """ids :: [b, t], which the penalty is to know."""
+        """Notes ids :: [b, t] for the repetition penalty."""
         if self._penalises:
             self._seen.scatter_(1, ids.clamp(min=0), True)
 
     @property
     def graph_key(self) -> Hashable:
-        return self._samples, self._penalises, self._ordered
+        return self._any_samples, self._penalises, self._ordered
 
     @property
     def temperature(self) -> Tensor | None:
-        """For the logits that `process` returns, which filters have divided already."""
-        return self._values[2 if self._ordered else 0] if self._samples else None
+        """For the logits that `process` returns, which are divided already: 1, or 0 for greedy."""
+        if not self._any_samples:
+            return None
+        return self._samples if self.process else self._temperature
 
     @property
     def seed(self) -> Tensor | None:
-        return self._seed if self._samples else None
+        return self._seed if self._any_samples else None
 
     @property
     def process(self) -> Callable[[Tensor], Tensor] | None:
@@ -122,31 +132,30 @@ class Sampler:
         return self._seen.nbytes
 
     def _process(self, logits: Tensor) -> Tensor:
-        """logits :: [b, vocab] → fp32, penalised; with filters over the temperature, and -inf where
-        a filter drops the token."""
-        _, divisor, _, penalty, rest, log_min_p = self._values.unsqueeze(2)  # [b, 1]
+        """logits :: [b, vocab] → fp32, penalised, over the temperature, and -inf where a filter
+        drops the token."""
         logits = logits.float()
         if self._penalises:
+            penalty = self._penalty.unsqueeze(1)
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(self._seen, penalised, logits)
+        logits = logits / self._divisor.unsqueeze(1)
         if self._ordered:
-            logits = logits / divisor
-            least = self._least_kept(logits, rest, log_min_p)
-            logits = logits.masked_fill(logits < least, float("-inf"))
+            logits = logits.masked_fill(logits < self._least_kept(logits), float("-inf"))
         return logits
 
-    def _least_kept(self, logits: Tensor, rest: Tensor, log_min_p: Tensor) -> Tensor:
+    def _least_kept(self, logits: Tensor) -> Tensor:
         """The least logit that a row's filters keep, [b, 1]; -inf: all of them."""
         likeliest = logits.topk(self._ordered).values  # [b, ordered], the likeliest first
-        top_k, best = self._top_k.unsqueeze(1), likeliest[:, :1]
+        top_k, tail, best = self._top_k.unsqueeze(1), self._tail.unsqueeze(1), likeliest[:, :1]
         rank = torch.arange(self._ordered, device=logits.device)
         # A token stays while those less likely, itself included, hold more than 1 - top_p.
         ascending = likeliest.masked_fill(rank >= top_k, float("-inf")).flip(-1)
-        kept = (ascending.softmax(-1).cumsum(-1) > rest) | ((rest == 0) & ascending.isfinite())
+        kept = (ascending.softmax(-1).cumsum(-1) > tail) | ((tail == 0) & ascending.isfinite())
         least = torch.where(kept, ascending, best).amin(-1, keepdim=True)
-        unfiltered = (top_k >= self._vocab_size) & (rest == 0)
+        unfiltered = (top_k >= self._vocab_size) & (tail == 0)
         least = least.masked_fill(unfiltered, float("-inf"))
-        return torch.maximum(least, best + log_min_p)
+        return torch.maximum(least, best + self._log_min_p.unsqueeze(1))
 
 
 def _ordered(row: Sampling, vocab_size: int) -> int:
@@ -155,12 +164,8 @@ def _ordered(row: Sampling, vocab_size: int) -> int:
     return min(row.top_k or (vocab_size if row.top_p < 1 else 1), vocab_size)
 
 
-def _values(row: Sampling) -> tuple[float, ...]:
-    if not row.do_sample:
-        return 0.0, 1.0, 0.0, row.repetition_penalty, 0.0, -math.inf
-    log_min_p = math.log(row.min_p) if row.min_p else -math.inf
-    temperature = row.temperature
-    return temperature, temperature, 1.0, row.repetition_penalty, 1 - row.top_p, log_min_p
+def _fill(setting: Tensor, values: Iterable[float]) -> None:
+    setting.copy_(torch.tensor([*values], dtype=setting.dtype, device="cpu"))
 
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {

@@ -24,17 +24,19 @@ class Stopping:
 
     def __call__(self, generated: Tensor) -> Tensor:
         """generated :: [b, new], all tokens so far → [b], bool: whether the newest ends its row"""
-        newest, count = generated[:, -1].tolist(), generated.shape[1]
+        count = generated.shape[1]
         ended = [
             token in request.eos_token_ids
             or count >= request.max_new_tokens
-            or bool(request.stop_strings and self._has_stop_string(row, request.stop_strings))
-            for token, row, request in zip(newest, generated, self.requests, strict=True)
+            or bool(request.stop_strings and self._has_stop_string(generated[row], request))
+            for row, (token, request) in enumerate(
+                zip(generated[:, -1].tolist(), self.requests, strict=True)
+            )
         ]
         return torch.tensor(ended, device="cpu")
 
-    def _has_stop_string(self, row: Tensor, stop_strings: Sequence[str]) -> bool:
+    def _has_stop_string(self, row: Tensor, request: Request) -> bool:
         # A token of text is a byte or more, so this tail holds the end of any that is new.
-        tail = row[-4 * max(map(len, stop_strings)) :].tolist()
+        tail = row[-4 * max(map(len, request.stop_strings)) :].tolist()
         text = self.tokenizer.decode(tail)
-        return any(stop in text for stop in stop_strings)
+        return any(stop in text for stop in request.stop_strings)

@@ -114,6 +114,7 @@ class KVCache:
         one has too. Not of a cache that grows."""
         assert not self.grows, "a cache that grows moves to other memory"
         index = slice(rows, rows + 1) if isinstance(rows, int) else rows
+        assert self._rows[index], f"there are no rows {rows} in a batch of {self.batch}"
         part = copy(self)
         part._rows, part.next_position = self._rows[index], self.next_position[index]
         part.keys = [keys[index] for keys in self.keys]
@@ -153,7 +154,8 @@ class KVCache:
     def align(
         self, tokens: int, attention_mask: Tensor | None, position_ids: Tensor | None = None
     ) -> None:
-        """Takes the next tokens' left padding from a mask over all columns, past and new ones.
+        """Takes the next tokens' left padding from a mask over all columns, past and new ones. With
+        a mask all rows must have seen as many tokens.
 
         ValueError: a mask of another shape, with holes, or that disagrees with an earlier one;
         position_ids that do not count the tokens which the mask leaves. The cache stays as it was.
@@ -162,6 +164,7 @@ class KVCache:
         position, right_padded = self.next_position, [False] * self.batch
         real = torch.ones(self.batch, columns, dtype=torch.bool, device=device)
         if attention_mask is not None:
+            assert len({row.length for row in self._rows}) == 1, "rows have seen other numbers"
             real = check_shape("attention_mask", attention_mask, real).bool()
             padding = left_padding(real)
             position = (self.length - padding).int()

@@ -130,5 +130,5 @@ class Gemma(nn.Module):
         return logits
 
     def _apply(self, fn: Any, recurse: bool = True) -> Gemma:
-        self.rope.clear()  # other devices are another set of tables
+        self.rope.clear()  # the weights may move to another device
         return super()._apply(fn, recurse)

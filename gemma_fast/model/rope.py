@@ -27,7 +27,10 @@ class Rope:
         made = self._tables.get(device)
         if made is None or len(next(iter(made.values()))[0]) < positions:
             with torch.inference_mode(False):  # for callers in and out of inference mode
-                made = self._tables[device] = _tables(self.config, positions, device)
+                made = _tables(self.config, positions, device)
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()  # other streams may use them, too
+            self._tables[device] = made
         return made
 
     @property

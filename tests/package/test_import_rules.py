@@ -1,7 +1,7 @@
-"""Who may import whom: each room's __init__.py says it in its last line, and this test holds it.
+"""Who may import whom, by the table below; each room's __init__.py says the same in its last line.
 
 Imports are read from the sources, those inside functions and under TYPE_CHECKING too, through both
-links. A name in a line `May import:` is a room or a module of gemma_fast.
+links.
 """
 
 import ast
@@ -14,13 +14,25 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gemma_fast"
 EVERYTHING = "everything in gemma_fast but cli"
-# What is no room, or has no __init__.py.
+# A room or a module of gemma_fast → the rooms and modules that it may import beside itself.
 RULES = {
-    "kernels": "", "config": "", "memory": "", "compat": "", "demo": "",
-    "reference": "config, checkpoint", "load": "config, memory, checkpoint, model",
-    "causal_lm": "config, memory, compat, checkpoint, model, engine, load",
-    "lm_harness": "causal_lm, text", "cli": "causal_lm, text, demo, benchmarks", "__main__": "cli",
-    "__init__": EVERYTHING,
+    "config": "", "memory": "", "compat": "", "demo": "", "kernels": "", "hf": "kernels",
+    "checkpoint": "config",
+    "text": "compat, checkpoint.hub, checkpoint.gguf_reader",
+    "model": "config, kernels",
+    "reference": "config, checkpoint",
+    "engine": "config, memory, compat, model",
+    "load": "config, memory, checkpoint, model",
+    "causal_lm": "config, compat, checkpoint, model, engine, load",
+    "lm_harness": "causal_lm, text",
+    "benchmarks.measure": "kernels",
+    "benchmarks.kernels": "benchmarks.measure, kernels",
+    "benchmarks.model": EVERYTHING,
+    "benchmarks.verify": EVERYTHING,
+    "benchmarks": EVERYTHING,
+    "cli": "causal_lm, text, demo, benchmarks",
+    "__main__": "cli",
+    "__init__": "config, causal_lm, engine, model, reference, text",
 }  # fmt: skip
 
 
@@ -65,46 +77,49 @@ OURS = {name: {x for x in names if x in SOURCES} for name, names in IMPORTS.item
 
 
 def room_of(module: str) -> str:
-    """The longest name that has a rule: a room of benchmarks, a room, or the module itself."""
+    """A room of benchmarks, a room, or the module itself."""
     parts = module.split(".")
     names = [".".join(parts[:n]) for n in (2, 1)]
-    return next(name for name in names if name in rules())
+    return next(name for name in names if name in RULES)
 
 
-def rules() -> dict[str, str]:
-    found = dict(RULES)
-    for name, source in SOURCES.items():
-        if line := re.search(r"May import: (.*?)\.\s*$", ast.get_docstring(source) or "", re.S):
-            found[name] = " ".join(line[1].split())
-    return found
+def within(module: str, place: str) -> bool:
+    return f"{module}.".startswith(f"{place}.")
 
 
 def test_every_room_says_what_it_is_and_what_it_may_import():
     rooms = [x.parent.relative_to(PACKAGE) for x in PACKAGE.glob("*/__init__.py")]
-    rooms += [
-        Path("benchmarks", x.parent.name) for x in (ROOT / "benchmarks").glob("*/__init__.py")
-    ]
+    benchmarks = ROOT / "benchmarks"
+    rooms += [Path("benchmarks", x.parent.name) for x in benchmarks.glob("*/__init__.py")]
     for room in rooms:
         name = ".".join(room.parts)
         docstring = ast.get_docstring(SOURCES[name]) or ""
-        assert docstring.split("\n")[0] and name in rules(), f"{name}: {docstring}"
-        assert name.split(".")[0] == "hf" or len(SOURCES[name].body) == 1, f"{name} has code"
+        said = re.search(r"\nMay import: (.*?)\.$", docstring, re.S)
+        assert said and " ".join(said[1].split()) == RULES[name], f"{name}: {docstring}"
+        assert name == "hf" or len(SOURCES[name].body) == 1, f"{name} has code"
     assert len(list(PACKAGE.glob("*.py"))) <= 16
 
 
 @pytest.mark.parametrize("module", sorted(SOURCES))
 def test_imports_follow_the_rules(module):
     room = room_of(module)
-    allowed = rules()[room].split(", ")
+    allowed = RULES[room].split(", ")
     for name in OURS[module]:
         if allowed == [EVERYTHING]:
             assert room_of(name) not in ("cli", "__main__"), f"{module} imports {name}"
         elif room_of(name) != room:
-            within = any(f"{name}.".startswith(f"{x}.") for x in allowed if x)
-            assert within, f"{module} imports {name}; {room} may import: {allowed}"
+            allows = any(within(name, x) for x in allowed if x)
+            assert allows, f"{module} imports {name}; {room} may import: {allowed}"
         folder, _, last = name.rpartition(".")
         private = last.startswith("_") and not last.startswith("__")
         assert not private or folder == module.rpartition(".")[0], f"{module} imports {name}"
+
+
+def test_no_permission_is_unused():
+    for room, allowed in RULES.items():
+        used = {name for module in SOURCES if room_of(module) == room for name in OURS[module]}
+        for place in allowed.split(", ") if allowed not in ("", EVERYTHING) else ():
+            assert any(within(name, place) for name in used), f"{room} imports nothing of {place}"
 
 
 def test_kernels_import_nothing_but_torch_and_triton():
@@ -115,16 +130,13 @@ def test_kernels_import_nothing_but_torch_and_triton():
 
 
 def test_only_commands_import_the_benchmarks():
+    """And nothing else of cli, so that --help is quick."""
     for module in SOURCES:
-        if room_of(module).startswith("benchmarks"):
-            continue
-        lazy = ast.Module([node for node in ast.walk(SOURCES[module]) if inside_function(node)], [])
-        at_the_top = imported(SOURCES[module]) - imported(lazy)
-        assert not any(name.startswith("benchmarks") for name in at_the_top), module
-
-
-def inside_function(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef)
+        if not within(module, "benchmarks"):
+            commands = [node for node in SOURCES[module].body if isinstance(node, ast.FunctionDef)]
+            rest = ast.Module([x for x in SOURCES[module].body if x not in commands], [])
+            for name in imported(rest):
+                assert not within(name, "benchmarks"), f"{module} imports {name} at its top"
 
 
 def test_there_is_no_circle():

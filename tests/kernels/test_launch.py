@@ -1,0 +1,41 @@
+"""How kernels are launched: overrides, the limits of another GPU, what those limits allow."""
+
+import torch
+
+from gemma_fast.kernels.launch import Gpu, as_on, gpu, launch_config, override
+
+CPU, H100, A100 = torch.device("cpu"), Gpu(90, 232_448, 132), Gpu(80, 166_912, 108)
+
+
+def test_an_override_ends_with_its_block():
+    table = {"BLOCK": 4, "num_warps": 8}
+    with override("a kernel", BLOCK=2):
+        assert launch_config("a kernel", table) == {"BLOCK": 2, "num_warps": 8}
+        assert launch_config("another", table) == table
+        with override("a kernel", num_warps=1):
+            assert launch_config("a kernel", table) == {"BLOCK": 2, "num_warps": 1}
+        assert launch_config("a kernel", table) == {"BLOCK": 2, "num_warps": 8}
+    assert launch_config("a kernel", table) == table == {"BLOCK": 4, "num_warps": 8}
+
+
+def test_limits_of_another_gpu():
+    own = gpu(CPU)
+    with as_on(H100):
+        assert gpu(CPU) == H100
+        with as_on(A100):
+            assert gpu(CPU) == A100
+        assert gpu(CPU) == H100
+    assert gpu(CPU) == own
+
+
+def test_kernels_overlap_from_9_0_on():
+    """By programmatic dependent launch."""
+    assert H100.overlap(True) == {"PREFETCH": True, "launch_pdl": True}
+    assert H100.overlap(False) == A100.overlap(True) == {"PREFETCH": False}
+
+
+def test_descriptors_want_16_bits_and_16_byte_strides():
+    x = torch.zeros(4, 64, dtype=torch.float16)
+    assert H100.can_describe(x, x[1:]) and not A100.can_describe(x)
+    assert not H100.can_describe(x, x.float())
+    assert not H100.can_describe(x[:, 1:]) and not H100.can_describe(torch.zeros(4, 60).half())
