@@ -24,7 +24,8 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
 ) -> Model:
-    """A model of class `cls` with the checkpoint's config and weights.
+    """A model of class `cls`, which has no parameters beside Gemma's, with the checkpoint's config
+    and weights.
 
     dtype   "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
     device  None: where the checkpoint's tensors are in memory, else the GPU if there is one

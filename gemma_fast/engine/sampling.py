@@ -75,7 +75,8 @@ class Sampler:
         """Takes the settings of the first rows; the others are greedy. No token is seen yet."""
         rows = [*texts, *[Sampling()] * (len(self.token) - len(texts))]
         # How many of the likeliest logits the filters need in order; 0: there are no filters.
-        ordered = max(_ordered(row, self._vocab_size) for row in rows)
+        vocab_size = self._vocab_size
+        ordered = max(_ordered(row, vocab_size) for row in rows)
         samples = any(row.do_sample for row in rows)
         self._penalises = any(row.repetition_penalty != 1 for row in rows)
         self._any_samples, self._ordered = samples, ordered
@@ -84,7 +85,7 @@ class Sampler:
         _fill(self._temperature, (row.temperature * row.do_sample for row in rows))
         _fill(self._divisor, (row.temperature if row.do_sample else 1.0 for row in rows))
         _fill(self._penalty, (row.repetition_penalty for row in rows))
-        _fill(self._top_k, (row.top_k or self._vocab_size for row in rows))
+        _fill(self._top_k, (min(row.top_k or vocab_size, vocab_size) for row in rows))
         _fill(self._tail, (1 - row.top_p for row in rows))  # what top-p drops
         _fill(self._log_min_p, (math.log(row.min_p) if row.min_p else -math.inf for row in rows))
         self.token.zero_()

@@ -218,7 +218,8 @@ class KVCache:
             _move(values, self.values[layer], positions)
 
     def advance(self, tokens: int) -> None:
-        """The next tokens are in the rings."""
+        """The next tokens are in the rings of all rows. One without a text counts too: `clear` it
+        before it is full."""
         self.next_position += tokens
         self.count(tokens)
 

@@ -46,6 +46,7 @@ def choose(sampling: Sampling, logits: torch.Tensor, seen=None, position=None) -
         ({"temperature": 0.7, "top_k": 50}, [hf.TemperatureLogitsWarper(0.7)]),
         ({"top_k": 5}, [hf.TopKLogitsWarper(5)]),
         ({"top_k": 500}, []),
+        ({"top_k": 10**30}, []),
         ({"top_k": 500, "top_p": 0.6}, [hf.TopPLogitsWarper(0.6)]),
         ({"top_k": 7, "top_p": 0.9}, [hf.TopKLogitsWarper(7), hf.TopPLogitsWarper(0.9)]),
         ({"top_k": 7, "min_p": 0.1}, [hf.TopKLogitsWarper(7), hf.MinPLogitsWarper(0.1)]),
