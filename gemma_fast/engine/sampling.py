@@ -74,12 +74,11 @@ class Sampler:
     def set(self, texts: Sequence[Sampling]) -> None:
         """Takes the settings of the first rows; the others are greedy. No token is seen yet."""
         rows = [*texts, *[Sampling()] * (len(self.token) - len(texts))]
-        # How many of the likeliest logits the filters need in order; 0: there are no filters.
         vocab_size = self._vocab_size
-        ordered = max(_ordered(row, vocab_size) for row in rows)
-        samples = any(row.do_sample for row in rows)
+        self._any_samples = any(row.do_sample for row in rows)
         self._penalises = any(row.repetition_penalty != 1 for row in rows)
-        self._any_samples, self._ordered = samples, ordered
+        # How many of the likeliest logits the filters need in order; 0: there are no filters.
+        self._ordered = max(_ordered(row, vocab_size) for row in rows)
         _fill(self._seed, (row.seed for row in rows))
         _fill(self._samples, (float(row.do_sample) for row in rows))
         _fill(self._temperature, (row.temperature * row.do_sample for row in rows))
