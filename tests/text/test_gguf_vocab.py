@@ -109,7 +109,7 @@ def test_equals_tokenizer_json():
         ({"tokens": ["<pad>", 1]}, "tokens is no list of str"),
         ({"scores": [0.0]}, "475 tokens, 1 scores"),
         ({"scores": [1] * 475}, "scores is no list of float"),
-        ({"scores": [float("nan")] * 475}, "not finite"),
+        ({"scores": [0.0] * 474 + [float("nan")]}, "not finite"),
         ({"token_type": [1.5] * 475}, "token_type is no list of int"),
         ({"token_type": [7] * 475}, "token_type holds 7"),
         ({"tokens": ["x"] * 475}, "twice"),
