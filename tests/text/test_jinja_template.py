@@ -47,6 +47,17 @@ def test_hostile(monkeypatch, name):
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.parametrize(
+    ("ends", "reason"),
+    [("sys.exit('one line\\nthe last one')", "the last one"), ("sys.exit(3)", "exit code 3")],
+)
+def test_a_process_that_ends_without_a_reply(monkeypatch, tmp_path, ends, reason):
+    (tmp_path / "child.py").write_text(f"import sys; {ends}")
+    monkeypatch.setattr(jinja_template, "RENDERER", tmp_path / "child.py")
+    with pytest.raises(ValueError, match=rf"evil\.jinja: the template failed: {reason}"):
+        render("")
+
+
 def test_environment():
     assert render("{{ messages[0].content }} {{ bos_token }}{{ tools is none }}") == (
         "hello <bos>True"
