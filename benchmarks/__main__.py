@@ -26,7 +26,13 @@ from gemma_fast.benchmarks import options as shared
 from gemma_fast.benchmarks.kernels.suite import KernelResult, Suite, run
 from gemma_fast.benchmarks.kernels.table import RIVALS, SUITES, missing
 from gemma_fast.benchmarks.measure import report
-from gemma_fast.benchmarks.measure.machine import Roof, measure_again, measure_roof, stamp
+from gemma_fast.benchmarks.measure.machine import (
+    Roof,
+    device_and_dtype,
+    measure_again,
+    measure_roof,
+    stamp,
+)
 from gemma_fast.benchmarks.measure.outcome import serious, with_took
 from gemma_fast.benchmarks.measure.plots import kernel_plots, write_plots
 from gemma_fast.benchmarks.model.command import run_model
@@ -88,7 +94,10 @@ def run_kernels(
 ) -> tuple[bool, Roof | None]:
     """Whether all is well, and the roof, which is measured on a GPU."""
     only, out = options["only"], options["out"]
-    device, kind = shared.pick_device(options["dtype"])
+    device, kind = device_and_dtype(options["dtype"])
+    known = [x for suite in suites.values() for x in suite.sizes_on(device)]
+    if not shared.pick_sizes(known, sizes):
+        raise click.UsageError(f"no size has {' or '.join(sizes)} in its name")
     roof = measure_roof(device, kind) if device.type == "cuda" else None
     head = stamp(device, kind, RIVALS, options["commit"])
     about = {name: suite.about for name, suite in suites.items()}
@@ -100,9 +109,8 @@ def run_kernels(
             results += of_a_size
             if out:  # after each size, so that a run cut short keeps what it has
                 found.write(out)
-        show(suite, found.rows()[before:])
-    if sizes and not results:
-        raise click.UsageError(f"no size has {' or '.join(sizes)} in its name")
+        if rows := found.rows()[before:]:
+            show(suite, rows)
     if roof:
         measure_again(head, device, kind)
         if out:
@@ -125,11 +133,13 @@ def measure(
 ) -> Iterator[list[KernelResult]]:
     """The results of each size; a line for each to stderr as it comes."""
     names = [name for name in suite.names if name in only or not only]
-    sizes = shared.pick_sizes(suite.sizes if roof else suite.tiny, sizes)
+    sizes = shared.pick_sizes(suite.sizes_on(device), sizes)
+    if not names or not sizes:
+        return
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(suite.name, total=len(sizes) * len(names))
-        for size in sizes if names else ():
+        for size in sizes:
             results = []
             for result in with_took(run(suite, size, device, dtype, roof, names)):
                 results.append(result)

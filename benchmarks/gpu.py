@@ -33,7 +33,7 @@ import gemma_fast
 from gemma_fast.benchmarks import options as shared
 from gemma_fast.benchmarks.kernels.table import RIVALS, SUITES
 from gemma_fast.benchmarks.measure import report
-from gemma_fast.benchmarks.measure.machine import stamp
+from gemma_fast.benchmarks.measure.machine import device_and_dtype, stamp
 
 ROOT = Path(gemma_fast.__file__).parents[1]
 GRACE = 5  # seconds that a stage has to end by itself, once its time is over
@@ -217,7 +217,7 @@ def run_stages(
 @click.pass_context
 def main(context: click.Context, minutes: float, out: Path | None, commit: str | None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the stage, too
-    device, kind = shared.pick_device(None)
+    device, kind = device_and_dtype(None)
     head, cuda = stamp(device, kind, ["transformers", *RIVALS], commit), device.type == "cuda"
     name = re.sub("[^a-z0-9]+", "-", (head["gpu"] or "no gpu").lower()).strip("-")
     out = out or ROOT / "benchmarks" / "results" / name

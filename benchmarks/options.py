@@ -1,18 +1,15 @@
-"""Options that `gemma-fast bench` and `python -m benchmarks` share, and what they have in common
-with the other commands. Imports nothing large."""
+"""`gemma-fast bench`, its options, and those that the benchmarks' other commands share. Its top
+imports nothing large, so that help and usage errors come at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from gemma_fast.config import PRESETS
-
-if TYPE_CHECKING:
-    import torch
 
 Command = Callable[..., Any]
 MODEL_HELP = f"""demo (the demo weights), a size with random weights (tiny, {", ".join(PRESETS)}),
@@ -98,9 +95,16 @@ def refuse_unknown(only: Iterable[str], known: Iterable[str]) -> None:
         raise click.UsageError(f"no provider {', '.join(unknown)}: choose from {choices}")
 
 
-def pick_device(dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    import torch
+@click.command(short_help="Speed of a whole model, beside its rivals.")
+@options
+@click.pass_context
+def bench(context: click.Context, **chosen: Any) -> None:
+    """Tokens a second of a whole model, reading a prompt (pp) and writing (tg), beside eager
+    PyTorch and transformers, as a share of what this machine can do. Exit status 1 if a result
+    was wrong or this project's failed."""
+    from gemma_fast.benchmarks.model.command import run_model
+    from gemma_fast.benchmarks.model.providers import PROVIDERS
 
-    cuda = torch.cuda.is_available()
-    kind = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
-    return torch.device("cuda" if cuda else "cpu"), kind
+    refuse_unknown(chosen["only"], PROVIDERS)
+    make_folder(chosen["out"])
+    context.exit(0 if run_model(**chosen) else 1)

@@ -23,7 +23,7 @@ import torch
 
 from gemma_fast.benchmarks import options as shared
 from gemma_fast.benchmarks.measure import report
-from gemma_fast.benchmarks.measure.machine import stamp
+from gemma_fast.benchmarks.measure.machine import device_and_dtype, stamp
 from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.benchmarks.measure.timing import wall_seconds
 from gemma_fast.benchmarks.model.cases import NEW, PROMPT, find
@@ -148,7 +148,7 @@ def main(
     prompt: int, depth: int, batch: int, model: str, dtype: str | None, out: Path | None,
     commit: str | None,
 ) -> None:  # fmt: skip
-    device, kind = shared.pick_device(dtype)
+    device, kind = device_and_dtype(dtype)
     if device.type != "cuda":
         raise click.ClickException("a profile is of a CUDA GPU, and there is none")
     shared.make_folder(out)

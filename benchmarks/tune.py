@@ -35,7 +35,7 @@ from gemma_fast.benchmarks.kernels.suite import Prepare, Suite, make_inputs, run
 from gemma_fast.benchmarks.kernels.table import SUITES
 from gemma_fast.benchmarks.kernels.tuning import Config, Size
 from gemma_fast.benchmarks.measure import report
-from gemma_fast.benchmarks.measure.machine import Roof, measure_roof, stamp
+from gemma_fast.benchmarks.measure.machine import Roof, device_and_dtype, measure_roof, stamp
 from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels.launch import override
@@ -134,7 +134,7 @@ def main(
 ) -> None:  # fmt: skip
     if not (todo := list(chosen(names, sizes))):
         raise click.UsageError(f"no size has {' or '.join(sizes)} in its name")
-    device, kind = shared.pick_device(dtype)
+    device, kind = device_and_dtype(dtype)
     if device.type != "cuda":
         raise click.ClickException("tiles are for a CUDA GPU, and there is none")
     shared.make_folder(out)

@@ -60,6 +60,9 @@ class Suite:
     def names(self) -> list[str]:
         return [*self.providers, *([COPY] if self.yardstick else [])]
 
+    def sizes_on(self, device: torch.device) -> Mapping[str, Size]:
+        return self.sizes if device.type == "cuda" else self.tiny
+
 
 class Check(NamedTuple):
     """A kernel's error in `gemma-fast verify`: ours(*inputs)() against formula(*inputs).

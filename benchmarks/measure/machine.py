@@ -38,6 +38,13 @@ class Roof(NamedTuple):
         return "memory" if work.bytes / self.copy >= work.flops / self.product else "compute"
 
 
+def device_and_dtype(dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """The GPU if there is one; the dtype of this name, or the device's usual one."""
+    cuda = torch.cuda.is_available()
+    kind = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
+    return torch.device("cuda" if cuda else "cpu"), kind
+
+
 def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
     """A copy of 1 GiB and a product of 8192³ (on a CPU 2048³), random data; medians. The product is
     PyTorch's, but on a CPU this project's, which in float32 is oneDNN's and the better one."""

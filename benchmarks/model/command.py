@@ -1,15 +1,20 @@
-"""gemma-fast bench: the speed of a whole model beside its rivals."""
+"""What `gemma-fast bench` runs: the speed of a whole model beside its rivals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 
-from gemma_fast.benchmarks.measure.machine import Roof, measure_again, measure_roof, stamp
+from gemma_fast.benchmarks.measure.machine import (
+    Roof,
+    device_and_dtype,
+    measure_again,
+    measure_roof,
+    stamp,
+)
 from gemma_fast.benchmarks.measure.outcome import serious, with_took
 from gemma_fast.benchmarks.measure.plots import model_plots, write_plots
 from gemma_fast.benchmarks.measure.report import ModelReport
@@ -17,20 +22,7 @@ from gemma_fast.benchmarks.model.cases import cases, find
 from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import PROVIDERS
 from gemma_fast.benchmarks.model.race import ModelResult, run
-from gemma_fast.benchmarks.options import make_folder, options, pick_device, refuse_unknown
 from gemma_fast.load import refuse_overflow
-
-
-@click.command(short_help="Speed of a whole model, beside its rivals.")
-@options
-@click.pass_context
-def bench(context: click.Context, **chosen: Any) -> None:
-    """Tokens a second of a whole model, reading a prompt (pp) and writing (tg), beside eager
-    PyTorch and transformers, as a share of what this machine can do. Exit status 1 if a result
-    was wrong or this project's failed."""
-    refuse_unknown(chosen["only"], PROVIDERS)
-    make_folder(chosen["out"])
-    context.exit(0 if run_model(**chosen) else 1)
 
 
 def run_model(
@@ -39,7 +31,7 @@ def run_model(
     out: Path | None, commit: str | None, roof: Roof | None = None,
 ) -> bool:  # fmt: skip
     """Measures, prints and writes; whether all is well. roof: measured already."""
-    device, kind = pick_device(dtype)
+    device, kind = device_and_dtype(dtype)
     cuda = device.type == "cuda"
     name = model or ("gemma-2b" if cuda else "tiny")
     tests = cases(prompts, new, depths, batches)

@@ -23,6 +23,7 @@ from gemma_fast.benchmarks.model.cases import TINY, Case, cases, find, pass_work
 from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import PROVIDERS, RINGS, STATIC
 from gemma_fast.benchmarks.model.race import ModelResult, percentile
+from gemma_fast.benchmarks.options import bench
 from gemma_fast.config import PRESETS
 
 ROOF = Roof(copy=2e12, product=1e15)
@@ -194,7 +195,7 @@ def test_command_measures_every_provider_on_a_cpu(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("roof")
 def test_without_a_model_on_a_cpu_nothing_is_measured():
-    done = CliRunner().invoke(model_command.bench, ["-p", "4,4", "-n", "0", "--only", EAGER])
+    done = CliRunner().invoke(bench, ["-p", "4,4", "-n", "0", "--only", EAGER])
     assert done.exit_code == 0, done.output
     assert "| eager | pp4 | ok, not measured |" in done.stdout
     assert done.stdout.count("ok, not measured") == 1
@@ -206,7 +207,7 @@ def test_a_test_over_the_context_is_listed_and_the_rest_runs():
     options = f"-p 8,16384 -n 0 -d 0,8 --only {EAGER} --only {OURS}".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Judge, "prefix", lambda *_: 0)  # 16384 tokens would take minutes
-        done = CliRunner().invoke(model_command.bench, options)
+        done = CliRunner().invoke(bench, options)
     assert done.exit_code == 0, done.output
     for name in (EAGER, OURS):
         long = f"| {name} | pp16384 @ d8 | cannot: 16392 tokens, the context is 16384 |"
@@ -222,7 +223,7 @@ def test_a_test_over_the_context_is_listed_and_the_rest_runs():
 )
 @pytest.mark.usefixtures("roof")
 def test_nothing_to_test(options, complaint):
-    done = CliRunner().invoke(model_command.bench, options.split())
+    done = CliRunner().invoke(bench, options.split())
     assert done.exit_code == 2 and complaint in done.output
 
 

@@ -171,7 +171,7 @@ class Idle:
 def test_what_was_found_is_written(monkeypatch, tmp_path):
     roof = Roof(copy=1e12, product=1e15)
     monkeypatch.setattr(tune, "ProcessPoolExecutor", Idle)
-    monkeypatch.setattr(tune.shared, "pick_device", lambda dtype: (torch.device("cuda"), FP32))
+    monkeypatch.setattr(tune, "device_and_dtype", lambda dtype: (torch.device("cuda"), FP32))
     monkeypatch.setattr(tune, "measure_roof", lambda *_: roof)
     monkeypatch.setattr(tune, "stamp", lambda *_: {"gpu": "H100"})
     monkeypatch.setattr(tune.report, "heading", lambda *_: "H100.")
