@@ -25,14 +25,8 @@ from rich.text import Text
 from gemma_fast.benchmarks import options as shared
 from gemma_fast.benchmarks.kernels.suite import KernelResult, Suite, run
 from gemma_fast.benchmarks.kernels.table import RIVALS, SUITES, missing
-from gemma_fast.benchmarks.measure import report
-from gemma_fast.benchmarks.measure.machine import (
-    Roof,
-    device_and_dtype,
-    measure_again,
-    measure_roof,
-    stamp,
-)
+from gemma_fast.benchmarks.measure import machine, report
+from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import serious, with_took
 from gemma_fast.benchmarks.measure.plots import kernel_plots, write_plots
 from gemma_fast.benchmarks.model.command import run_model
@@ -94,27 +88,26 @@ def run_kernels(
 ) -> tuple[bool, Roof | None]:
     """Whether all is well, and the roof, which is measured on a GPU."""
     only, out = options["only"], options["out"]
-    device, kind = device_and_dtype(options["dtype"])
+    device, kind = machine.device_and_dtype(options["dtype"])
     known = [x for suite in suites.values() for x in suite.sizes_on(device)]
     if not shared.pick_sizes(known, sizes):
         raise click.UsageError(f"no size has {' or '.join(sizes)} in its name")
-    roof = measure_roof(device, kind) if device.type == "cuda" else None
-    head = stamp(device, kind, RIVALS, options["commit"])
+    roof = machine.measure_roof(device, kind) if device.type == "cuda" else None
+    head = machine.stamp(device, kind, RIVALS, options["commit"])
     about = {name: suite.about for name, suite in suites.items()}
     results: list[KernelResult] = []
-    found = report.KernelReport(head, roof, results, about)
     for suite in suites.values():
         before = len(results)
         for of_a_size in measure(suite, only, sizes, device, kind, roof):
             results += of_a_size
             if out:  # after each size, so that a run cut short keeps what it has
-                found.write(out)
-        if rows := found.rows()[before:]:
+                report.kernel_report(head, roof, results, about).write(out)
+        if rows := report.kernel_rows(roof, results)[before:]:
             show(suite, rows)
     if roof:
-        measure_again(head, device, kind)
+        machine.measure_again(head, device, kind)
         if out:
-            found.write(out)
+            report.kernel_report(head, roof, results, about).write(out)
     click.echo(report.heading(head, roof))
     if roof is None:
         click.echo(report.NOTHING)

@@ -202,18 +202,11 @@ def run_stages(
 
 @click.command(help=__doc__.split("\n")[0])
 @click.option(
-    "--minutes",
-    type=click.FloatRange(min=0, min_open=True),
-    default=8,
-    show_default=True,
+    "--minutes", type=click.FloatRange(min=0, min_open=True), default=8, show_default=True,
     help="Of all stages together.",
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Write results here. [default: benchmarks/results/<gpu name>]",
-)
-@click.option("--commit", help="What to stamp where git does not know.")
+)  # fmt: skip
+@shared.out_option("Write results here. [default: benchmarks/results/<gpu name>]")
+@shared.commit_option
 @click.pass_context
 def main(context: click.Context, minutes: float, out: Path | None, commit: str | None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the stage, too

@@ -37,6 +37,21 @@ def counts(*names: str, default: int, least: int, help: str) -> Callable[[Comman
     )
 
 
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="[default: bfloat16 on a GPU, float32 on a CPU]",
+)
+commit_option = click.option("--commit", help="What to stamp where git does not know.")
+size_option = click.option(
+    "--size", "sizes", multiple=True, help="Only sizes with this in their name; repeatable."
+)
+
+
+def out_option(help: str) -> Callable[[Command], Command]:
+    return click.option("--out", type=click.Path(path_type=Path, file_okay=False), help=help)
+
+
 OPTIONS = (
     counts("-p", "prompts", default=512, least=0, help="Tokens of prompts to read; 0: none."),
     counts("-n", "new", default=128, least=0, help="Tokens to write; 0: none."),
@@ -47,21 +62,14 @@ OPTIONS = (
         help="How often each test is timed.",
     ),
     click.option("--model", help=MODEL_HELP),
-    click.option(
-        "--dtype",
-        type=click.Choice(["bfloat16", "float16", "float32"]),
-        help="[default: bfloat16 on a GPU, float32 on a CPU]",
-    ),
+    dtype_option,
     click.option("--only", multiple=True, metavar="PROVIDER", help="Only these; repeatable."),
     click.option(
         "-o", "output", type=click.Choice(["md", "json"]), default="md", show_default=True,
         help="What the model's results are printed as.",
     ),
-    click.option(
-        "--out", type=click.Path(path_type=Path, file_okay=False),
-        help="Write results.json, results.md and plots here.",
-    ),
-    click.option("--commit", help="What to stamp where git does not know."),
+    out_option("Write results.json, results.md and plots here."),
+    commit_option,
 )  # fmt: skip
 
 
@@ -69,11 +77,6 @@ def options(command: Command) -> Command:
     for option in reversed(OPTIONS):
         command = option(command)
     return command
-
-
-size_option = click.option(
-    "--size", "sizes", multiple=True, help="Only sizes with this in their name; repeatable."
-)
 
 
 def pick_sizes(names: Iterable[str], parts: Sequence[str]) -> list[str]:

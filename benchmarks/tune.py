@@ -123,11 +123,9 @@ def chosen(names: Sequence[str], sizes: Sequence[str]) -> Iterator[tuple[str, st
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("names", nargs=-1, metavar="[SUITE]...")
 @shared.size_option
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]))
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Write tune.json here."
-)
-@click.option("--commit", help="What to stamp where git does not know.")
+@shared.dtype_option
+@shared.out_option("Write tune.json here.")
+@shared.commit_option
 def main(
     names: Sequence[str], sizes: Sequence[str], dtype: str | None, out: Path | None,
     commit: str | None,

@@ -22,14 +22,8 @@ from gemma_fast.benchmarks.kernels.suite import Check
 from gemma_fast.benchmarks.kernels.table import CHECKS
 from gemma_fast.benchmarks.measure.outcome import Wrong, full_precision, verdict
 from gemma_fast.benchmarks.measure.timing import Call
-from gemma_fast.benchmarks.verify.margins import (
-    CHOICE_ULP,
-    INTERPRETER,
-    MAX_ULP,
-    RMS_ULP,
-    Finding,
-    finding,
-)
+from gemma_fast.benchmarks.verify import margins as of
+from gemma_fast.benchmarks.verify.margins import Finding, finding
 
 # With 1 added, none is a bf16, and the last no fp16; the first is one of Gemma's.
 NORM_WEIGHTS = 15.8125, 2**-8, 2**-11
@@ -58,12 +52,12 @@ def errors(
     upcast = (x.double() if is_float(x) else x for x in inputs_of(check, device, dtype))
     exact, found = check.formula(*upcast), prepare(*inputs_of(check, device, dtype))()
     if check.chooses:
-        return {CHOICE_ULP: float(choice_ulps(found, exact, dtype).amax())}
+        return {of.CHOICE_ULP: float(choice_ulps(found, exact, dtype).amax())}
     pairs = zip(*([x] if isinstance(x, Tensor) else x for x in (found, exact)), strict=True)
     ulps = [value_ulps(ours, true, dtype) for ours, true in pairs]
     return {
-        MAX_ULP: float(torch.stack([x.abs().amax() for x in ulps]).amax()),
-        RMS_ULP: float(torch.stack([x.square().mean().sqrt() for x in ulps]).amax()),
+        of.MAX_ULP: float(torch.stack([x.abs().amax() for x in ulps]).amax()),
+        of.RMS_ULP: float(torch.stack([x.square().mean().sqrt() for x in ulps]).amax()),
     }
 
 
@@ -104,5 +98,5 @@ def spacing(size: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 if __name__ == "__main__":
-    found = check_kernels(torch.device("cpu"), [torch.float32, torch.float16], INTERPRETER)
+    found = check_kernels(torch.device("cpu"), [torch.float32, torch.float16], of.INTERPRETER)
     click.echo(json.dumps([x.as_dict() for x in found]))

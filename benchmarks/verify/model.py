@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import torch
@@ -66,29 +67,16 @@ def dtypes_of(checkpoint: Checkpoint, device: torch.device, asked: str) -> list[
     return dtypes
 
 
-class Subject(NamedTuple):
-    """A model to check: its name, how to load it, how it decodes. Called as the reference is."""
-
-    name: str
-    load: Load
-    greedy: Greedy
-
-
-def rival() -> Subject:
-    """transformers, or where it is missing or old this project's reference."""
+def rival() -> tuple[str, Load]:
+    """transformers, or where it is missing or old this project's reference: its name, and how to
+    load it. Both are called as the reference is."""
     version = installed_version("transformers")
     if version is None or tuple(map(int, version.split(".")[:2])) < OLDEST:
         found = "is not installed" if version is None else f"is {version}, older than 5.17"
-        return Subject(
-            f"eager reference, as transformers {found}", Reference.from_checkpoint, eager_greedy
-        )
-    return Subject(f"transformers {version}", load_transformers, eager_greedy)
-
-
-def load_transformers(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+        return f"eager reference, as transformers {found}", Reference.from_checkpoint
     from gemma_fast.benchmarks.model.transformers_model import transformers_model
 
-    return transformers_model(checkpoint, "eager", dtype, device)
+    return f"transformers {version}", partial(transformers_model, attention="eager")
 
 
 def our_greedy(model: GemmaForCausalLM, ids: Tensor, mask: Tensor, count: int) -> Tensor:
@@ -103,7 +91,6 @@ def eager_greedy(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
     return torch.stack([loop.prefill(ids), *(loop.step() for _ in range(count - 1))], dim=1)
 
 
-THIS_PROJECT = Subject(OURS, GemmaForCausalLM.from_checkpoint, our_greedy)
 # Each check and its figures, in the order of Text.figures and Text.varying.
 CHECKS = {
     "KL(reference ‖ model), mean / max": (of.KL_MEAN, of.KL_MAX),
@@ -118,18 +105,20 @@ CHECKS = {
 
 @torch.no_grad()
 def check_model(
-    checkpoint: Checkpoint, ids: Tensor, dtypes: Sequence[torch.dtype], tokens: int, other: Subject
-) -> Iterator[Finding]:
-    """ids :: [1, t], a text, on the device; tokens: how many are written after it."""
+    checkpoint: Checkpoint, ids: Tensor, dtypes: Sequence[torch.dtype], tokens: int,
+    other: tuple[str, Load],
+) -> Iterator[Finding]:  # fmt: skip
+    """ids :: [1, t], a text, on the device; tokens: how many are written after it; other: rival()"""
     with full_precision():
         text = Text(Judge(checkpoint, torch.float32, ids.device), ids, tokens)
         for dtype in dtypes:
             found = []
-            for subject in (other, THIS_PROJECT):
-                click.echo(f"{subject.name}, {dtype}".replace("torch.", ""), err=True)
-                model = subject.load(checkpoint, dtype=dtype, device=ids.device)
-                varying = text.varying(model) if subject is THIS_PROJECT else (None, None)
-                found.append((*text.figures(model, subject.greedy), *varying))
+            for name, load in (other, (OURS, GemmaForCausalLM.from_checkpoint)):
+                click.echo(f"{name}, {dtype}".replace("torch.", ""), err=True)
+                model = load(checkpoint, dtype=dtype, device=ids.device)
+                varying = text.varying(model) if name == OURS else (None, None)
+                greedy = our_greedy if name == OURS else eager_greedy
+                found.append((*text.figures(model, greedy), *varying))
                 del model  # its memory first
             eager, ours = map(iter, found)
             for check, names in CHECKS.items():

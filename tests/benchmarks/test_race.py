@@ -15,8 +15,7 @@ from gemma_fast.benchmarks.measure import machine, timing
 from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, WITHOUT_GRAPHS
 from gemma_fast.benchmarks.measure.plots import model_plots, write_plots
-from gemma_fast.benchmarks.measure.report import ModelReport
-from gemma_fast.benchmarks.model import command as model_command
+from gemma_fast.benchmarks.measure.report import model_report
 from gemma_fast.benchmarks.model import providers as model_providers
 from gemma_fast.benchmarks.model import race as bench_model
 from gemma_fast.benchmarks.model.cases import TINY, Case, cases, find, pass_work
@@ -118,7 +117,7 @@ def test_files_of_made_up_results(tmp_path):
     ]  # fmt: skip
     results[4] = replace(results[4], peak_bytes=5_300_000_000)
     results.append(replace(result(deep, STATIC, (0.64,), WITHOUT_GRAPHS), token_seconds=steps))
-    report = ModelReport(STAMP, ROOF, results, ABOUT)
+    report = model_report(STAMP, ROOF, results, ABOUT)
     report.write(tmp_path)
     text = (tmp_path / "results.md").read_text()
     start = "| gemma-2b | 5.01 GB | 2.51 B | GPU | "
@@ -154,8 +153,7 @@ def test_files_of_made_up_results(tmp_path):
 @pytest.fixture
 def roof(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for module in (machine, model_command):
-        monkeypatch.setattr(module, "measure_roof", lambda *_: ROOF)
+    monkeypatch.setattr(machine, "measure_roof", lambda *_: ROOF)
 
 
 @pytest.mark.slow
