@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from gemma_fast.benchmarks.kernels.attention import ALL, attend, rotated
+from gemma_fast.benchmarks.kernels.attention import ALL, attend, named_sizes, rotated
 from gemma_fast.benchmarks.kernels.rivals import SDPA, plain, sdpa, torch_compiled
 from gemma_fast.benchmarks.kernels.rmsnorm import norm as rms_norm
 from gemma_fast.benchmarks.kernels.rotary import Tensors, angles, turn
@@ -29,16 +29,15 @@ from gemma_fast.kernels.rotary import rotary_write_reference
 
 
 def inputs(
-    device: torch.device, dtype: torch.dtype, b: int, depth: int, heads: int, n: int, d: int,
-    window: int | None = None, softcap: float | None = None, norm: bool = False,
+    b: int, depth: int, heads: int, n: int, d: int, window: int | None = None,
+    softcap: float | None = None, norm: bool = False, **make: Any,
 ) -> Tensors:  # fmt: skip
     """qkv :: [b, heads + 2 n, d]; keys, values :: [b, n, slots, d], a ring of the window's length
     or of depth, to which the token at depth − 1 is still to be written; …, both norms; options"""
-    make: dict[str, Any] = {"device": device, "dtype": dtype}
     qkv = torch.randn(b, heads + 2 * n, d, **make)
     keys, values = torch.randn(2, b, n, min(depth, window or depth), d, **make)
-    cos, sin = tables(depth, d, device)
-    position = torch.full((b,), depth - 1, dtype=torch.int32, device=device)
+    cos, sin = tables(depth, d, make["device"])
+    position = torch.full((b,), depth - 1, dtype=torch.int32, device=make["device"])
     norms = [torch.randn(d, **make) / 4 if norm else None for _ in "qk"]
     return qkv, keys, values, cos, sin, position, *norms, {"scale": d**-0.5, "softcap": softcap}
 
@@ -162,27 +161,17 @@ def choices(size: Size) -> Choices:
     }  # fmt: skip
 
 
-def _sizes(*rows: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    names = ("b", "depth", "heads", "n", "d", "window")
-    sizes = [dict(zip(names, row, strict=False)) for row in rows]
-    return {
-        f"b {x['b']}, depth {x['depth']}, {x['heads']}/{x['n']} heads, d {x['d']}"
-        + (f", window {x['window']}" if "window" in x else ""): x
-        for x in sizes
-    }
-
-
+NAMES = "b", "depth", "heads", "n", "d", "window"
 DECODE_ATTENTION = Suite(
     name="decode_attention",
     about="Attention of one token over `depth`; query / kv heads. Rivals of eager only attend",
     yardstick=False,
-    sizes=_sizes(
-        (1, 2048, 8, 1, 256),
-        (1, 8192, 8, 1, 256),
-        (64, 4096, 8, 1, 256),
+    sizes=named_sizes(
+        NAMES,
+        *((1, 2048, 8, 1, 256), (1, 8192, 8, 1, 256), (64, 4096, 8, 1, 256)),
         (1, 8192, 4, 1, 256, 512),
     ),
-    tiny=_sizes((1, 40, 4, 1, 32), (2, 24, 4, 2, 32), (1, 24, 4, 1, 32, 16)),
+    tiny=named_sizes(NAMES, (1, 40, 4, 1, 32), (2, 24, 4, 2, 32), (1, 24, 4, 1, 32, 16)),
     inputs=inputs,
     oracle=oracle,
     work=work,
@@ -200,14 +189,14 @@ LATER = (
     {"t": 20, "past": 150, "n": 2, "d": 32},
     {"t": 500, "past": 3000, "n": 4, "d": 256, "window": 1024},
 )
-NEW = Check("decode_attention", inputs, formula, ours, (
+TOKEN = Check("decode_attention", inputs, formula, ours, (
     {"b": 2, "depth": 150, "heads": 4, "n": 2, "d": 32},
     {"b": 2, "depth": 4000, "heads": 8, "n": 4, "d": 256},
 ))  # fmt: skip
 PADDED = Check("attention, rotated, padding", padded_inputs, padded_formula, padded_prompt, LATER)
 CHECKS = (
-    NEW,
-    NEW.resized("decode_attention, window, cap, norm", **ALL),
+    TOKEN,
+    TOKEN.resized("decode_attention, window, cap, norm", **ALL),
     PADDED,
     PADDED._replace(ours=padded_token).resized("split_attention, padding, cap", t=1, softcap=5.0),
 )

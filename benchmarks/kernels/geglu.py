@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,11 +17,12 @@ from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, OURS_BY_POINTERS
 from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import geglu as module
 from gemma_fast.kernels.geglu import geglu_reference
+from gemma_fast.reference import geglu
 
 
-def inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Tensor]:
+def inputs(rows: int, dim: int, **make: Any) -> tuple[Tensor]:
     """gate_up :: [rows, 2 * dim]"""
-    return (torch.randn(rows, 2 * dim, device=device, dtype=dtype),)
+    return (torch.randn(rows, 2 * dim, **make),)
 
 
 def work(itemsize: int, rows: int, dim: int) -> Work:
@@ -27,13 +30,9 @@ def work(itemsize: int, rows: int, dim: int) -> Work:
     return Work(3 * rows * dim * itemsize, 10 * rows * dim)
 
 
-def formula(gate: Tensor, up: Tensor) -> Tensor:
-    """In the input's dtype; gelu(gate) is rounded before it is multiplied."""
-    return F.gelu(gate, approximate="tanh") * up
-
-
 def eager(gate_up: Tensor) -> Tensor:
-    return formula(*gate_up.chunk(2, dim=-1))
+    """In the input's dtype; gelu(gate) is rounded before it is multiplied."""
+    return geglu(*gate_up.chunk(2, dim=-1))
 
 
 def liger_geglu(gate_up: Tensor) -> Call:
@@ -45,10 +44,10 @@ def liger_geglu(gate_up: Tensor) -> Call:
 
 
 def liger_cute_geglu(gate_up: Tensor) -> Call:
-    from liger_kernel.functional import geglu
+    from liger_kernel.functional import geglu as liger
 
     gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
-    return lambda: geglu(gate, up, impl="nvidia-cutedsl")
+    return lambda: liger(gate, up, impl="nvidia-cutedsl")
 
 
 def flashinfer_geglu(gate_up: Tensor) -> Call:
@@ -57,12 +56,9 @@ def flashinfer_geglu(gate_up: Tensor) -> Call:
     return lambda: gelu_tanh_and_mul(gate_up)
 
 
-def product_inputs(
-    device: torch.device, dtype: torch.dtype, m: int, k: int, dim: int
-) -> tuple[Tensor, Tensor]:
+def product_inputs(m: int, k: int, dim: int, **make: Any) -> tuple[Tensor, Tensor]:
     """x :: [m, k], gate_up_proj :: [2 * dim, k], so that a product is about normal(0, 1)"""
-    x = torch.randn(m, k, device=device, dtype=dtype)
-    return x, torch.randn(2 * dim, k, device=device, dtype=dtype) * k**-0.5
+    return torch.randn(m, k, **make), torch.randn(2 * dim, k, **make) * k**-0.5
 
 
 def product_work(itemsize: int, m: int, k: int, dim: int) -> Work:
@@ -142,7 +138,7 @@ GATE_UP_GEGLU = Suite(
     },
 )
 CHECKS = (
-    Check("geglu", lambda **size: add_inputs(**size)[:2], formula, plain(module.geglu), ROWS),
+    Check("geglu", lambda **size: add_inputs(**size)[:2], geglu, plain(module.geglu), ROWS),
     Check(
         "gate_up_geglu", product_inputs, product_then_geglu, plain(module.gate_up_geglu),
         [{"m": 40, "k": 320, "dim": 96}, {"m": 512, "k": 2304, "dim": 4096}],

@@ -17,22 +17,20 @@ from gemma_fast.benchmarks.measure.machine import Work
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
 from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import lm_head as module
+from gemma_fast.reference import cap
 
 SOFTCAP = 30.0
 
 
-def inputs(
-    device: torch.device, dtype: torch.dtype, b: int, vocab: int, dim: int, sampled: bool
-) -> tuple[Any, ...]:
+def inputs(b: int, vocab: int, dim: int, sampled: bool, **make: Any) -> tuple[Any, ...]:
     """x, residual :: [b, dim], norm_weight :: [dim], weight :: [vocab, dim], temperature :: [b]
 
     Hiddens point to one token, far ahead of all others: rounding does not change it, nor noise.
     """
-    make: dict[str, Any] = {"device": device, "dtype": dtype}
     weight = torch.randn(vocab, dim, **make).mul_(dim**-0.5)
     residual, norm_weight = torch.randn(b, dim, **make), torch.randn(dim, **make) / 4
-    x = weight[torch.randint(vocab, (b,), device=device)] * dim**0.5 - residual
-    temperature = torch.full((b,), 0.25, device=device) if sampled else None
+    x = weight[torch.randint(vocab, (b,), device=weight.device)] * dim**0.5 - residual
+    temperature = torch.full((b,), 0.25, device=x.device) if sampled else None
     return x, residual, norm_weight, weight, temperature
 
 
@@ -91,7 +89,7 @@ def choice_inputs(**size: Any) -> tuple[Any, ...]:
 
 
 def logits(*given: Any) -> Tensor:
-    return SOFTCAP * torch.tanh(norm_formula(*given, False)[0] / SOFTCAP)
+    return cap(norm_formula(*given, False)[0], SOFTCAP)
 
 
 def choices(size: Size) -> Choices:

@@ -20,12 +20,9 @@ from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import matvec as module
 
 
-def inputs(
-    device: torch.device, dtype: torch.dtype, b: int, dim: int, out: int
-) -> tuple[Tensor, Tensor]:
+def inputs(b: int, dim: int, out: int, **make: Any) -> tuple[Tensor, Tensor]:
     """x :: [b, dim], weight :: [out, dim], so that a product is about normal(0, 1)"""
-    x = torch.randn(b, dim, device=device, dtype=dtype)
-    return x, torch.randn(out, dim, device=device, dtype=dtype) * dim**-0.5
+    return torch.randn(b, dim, **make), torch.randn(out, dim, **make) * dim**-0.5
 
 
 def work(itemsize: int, b: int, dim: int, out: int) -> Work:
@@ -33,11 +30,10 @@ def work(itemsize: int, b: int, dim: int, out: int) -> Work:
 
 
 def norm_inputs(
-    device: torch.device, dtype: torch.dtype, b: int, dim: int, out: int, geglu: bool = False,
-    post: bool = False,
-) -> tuple[Any, ...]:  # fmt: skip
+    b: int, dim: int, out: int, geglu: bool = False, post: bool = False, **make: Any
+) -> tuple[Any, ...]:
     """x, residual :: [b, dim], norm_weight, post_norm_weight :: [dim], weight :: [out, dim]"""
-    x, weight = inputs(device, dtype, b, dim, out)
+    x, weight = inputs(b, dim, out, **make)
     residual, norm_weight = torch.randn_like(x), torch.randn_like(x[0]) / 4
     post_norm_weight = torch.randn_like(norm_weight) / 2 if post else None
     return x, residual, norm_weight, post_norm_weight, weight, geglu

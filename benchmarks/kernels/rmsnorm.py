@@ -19,6 +19,7 @@ from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
 from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import rmsnorm as module
 from gemma_fast.kernels.rmsnorm import add_rms_norm_reference, rms_norm_reference
+from gemma_fast.reference import rms_norm
 
 Op = Callable[..., Any]
 EPS = 1e-6
@@ -28,21 +29,20 @@ TINY = {"5 x 48": {"rows": 5, "dim": 48}}
 ROWS = {"rows": 16, "dim": 640}, {"rows": 512, "dim": 2304}
 
 
-def norm_inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Any, ...]:
+def norm_inputs(rows: int, dim: int, **make: Any) -> tuple[Any, ...]:
     """x :: [rows, dim], weight :: [dim]"""
-    make: dict[str, Any] = {"device": device, "dtype": dtype}
     return torch.randn(rows, dim, **make), torch.randn(dim, **make) / 2
 
 
-def add_inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Any, ...]:
+def add_inputs(rows: int, dim: int, **make: Any) -> tuple[Any, ...]:
     """x, residual :: [rows, dim], weight :: [dim]"""
-    x, weight = norm_inputs(device, dtype, rows, dim)
+    x, weight = norm_inputs(rows, dim, **make)
     return x, torch.randn_like(x), weight
 
 
-def post_inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Any, ...]:
+def post_inputs(rows: int, dim: int, **make: Any) -> tuple[Any, ...]:
     """x, residual :: [rows, dim], weight, post_weight :: [dim]"""
-    *rest, weight = add_inputs(device, dtype, rows, dim)
+    *rest, weight = add_inputs(rows, dim, **make)
     return *rest, weight, torch.randn_like(weight) / 2
 
 
@@ -62,13 +62,8 @@ def post_work(itemsize: int, rows: int, dim: int) -> Work:
 
 
 def norm(x: Tensor, weight: Tensor | None) -> Tensor:
-    """The formula: in fp32 at least, rounded once. x itself where there is no weight."""
-    if weight is None:
-        return x
-    wide = torch.promote_types(x.dtype, torch.float32)
-    z = x.to(wide)
-    z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPS)
-    return (z * (1 + weight.to(wide))).to(x.dtype)
+    """The formula; x itself where there is no weight."""
+    return x if weight is None else rms_norm(x, weight, EPS)
 
 
 def add(

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.rivals import compiled
+from gemma_fast.benchmarks.kernels.rivals import compiled, plain
 from gemma_fast.benchmarks.kernels.rmsnorm import norm as rms_norm
-from gemma_fast.benchmarks.kernels.suite import Check, Prepare, Suite
+from gemma_fast.benchmarks.kernels.suite import Check, Suite
 from gemma_fast.benchmarks.kernels.tuning import Tuning
 from gemma_fast.benchmarks.measure.machine import Work
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
-from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import rotary as module
 from gemma_fast.kernels.rotary import rotary_write_reference
 
@@ -29,16 +28,13 @@ def angles(t: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def inputs(
-    device: torch.device, dtype: torch.dtype, t: int, n: int, d: int, norm: bool = False
-) -> Tensors:
+def inputs(t: int, n: int, d: int, norm: bool = False, **make: Any) -> Tensors:
     """k, v :: [1, t, n, d]; keys, values :: [1, n, t, d], full of what must be overwritten."""
-    make: dict[str, Any] = {"device": device, "dtype": dtype}
     k, v = torch.randn(2, 1, t, n, d, **make)
     keys, values = torch.randn(2, 1, n, t, d, **make)
-    start = torch.zeros(1, dtype=torch.int32, device=device)
+    start = torch.zeros(1, dtype=torch.int32, device=k.device)
     norm_weight = torch.randn(d, **make) / 2 if norm else None
-    return k, v, keys, values, *angles(t, d, device), start, norm_weight
+    return k, v, keys, values, *angles(t, d, k.device), start, norm_weight
 
 
 def work(itemsize: int, t: int, n: int, d: int, norm: bool = False) -> Work:
@@ -60,15 +56,14 @@ def formula(*given: Any) -> tuple[Tensor, Tensor]:
     return turn(rms_norm(k, weight), cos, sin).transpose(1, 2), v.transpose(1, 2)
 
 
-def writing(op: Callable[..., None]) -> Prepare:
-    def prepare(*inputs: Any) -> Call:
-        def call() -> tuple[Tensor, Tensor]:
-            op(*inputs)
-            return inputs[2], inputs[3]
+def writing(op: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The op, and what it has written: keys and values."""
 
-        return call
+    def write(*inputs: Any) -> tuple[Tensor, Tensor]:
+        op(*inputs)
+        return inputs[2], inputs[3]
 
-    return prepare
+    return write
 
 
 ROTARY_WRITE = Suite(
@@ -86,13 +81,13 @@ ROTARY_WRITE = Suite(
         "t 5, n 1, norm": {"t": 5, "n": 1, "d": 32, "norm": True},
     },
     inputs=inputs,
-    oracle=lambda *inputs: writing(rotary_write_reference)(*inputs)(),
+    oracle=writing(rotary_write_reference),
     work=work,
     tuning=Tuning("rotary_write", lambda size: {"BLOCK": (4, 8, 16, 32), "num_warps": (4, 8)}),
     providers={
-        EAGER: writing(rotary_write_reference),
-        "torch.compile": writing(lambda *inputs: compiled(rotary_write_reference)(*inputs)),
-        OURS: writing(module.rotary_write),
+        EAGER: plain(writing(rotary_write_reference)),
+        "torch.compile": plain(writing(lambda *inputs: compiled(rotary_write_reference)(*inputs))),
+        OURS: plain(writing(module.rotary_write)),
     },
 )
 TOKENS = {"t": 40, "n": 2, "d": 32}, {"t": 1024, "n": 4, "d": 256}

@@ -37,7 +37,7 @@ class Suite:
 
     yardstick  whether a plain copy of as many bytes runs beside the providers
     sizes      name → keywords of `inputs` and `work`; tiny: the same, where there is no GPU
-    inputs     inputs(device, dtype, **size) → tuple, from torch's seeded generators, never zeros
+    inputs     inputs(**size, device=…, dtype=…) → tuple, from torch's seeded generators, no zeros
     oracle     oracle(*inputs upcast to fp32) → the output or outputs, in fp32
     work       work(itemsize, **size) → the least bytes and FLOPs
     tuning     what benchmarks.tune tries
@@ -67,7 +67,7 @@ class Suite:
 class Check(NamedTuple):
     """A kernel's error in `gemma-fast verify`: ours(*inputs)() against formula(*inputs).
 
-    inputs: inputs(**size, device=…, dtype=…); sizes: one without a GPU, one with.
+    inputs: as a suite's; sizes: one without a GPU, one with.
     """
 
     name: str
@@ -158,7 +158,7 @@ def make_inputs(
     suite: Suite, size: Size, device: torch.device, dtype: torch.dtype, seed: int
 ) -> tuple[Any, ...]:
     torch.manual_seed(seed)
-    given = suite.inputs(device, dtype, **size)
+    given = suite.inputs(**size, device=device, dtype=dtype)
     if device.type == "cuda":
         torch.cuda.synchronize()  # at rest: a kernel may then prefetch its weights
     return given
@@ -166,12 +166,15 @@ def make_inputs(
 
 def truth(suite: Suite, size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The oracle's outputs for the inputs of seed 0, upcast."""
+    return outputs(suite.oracle(*upcast(make_inputs(suite, size, device, dtype, 0))))
 
-    def upcast(x: Any) -> Any:
-        floating = isinstance(x, Tensor) and x.is_floating_point()
-        return x.to(torch.float32, copy=True) if floating else x
 
-    return _outputs(suite.oracle(*map(upcast, make_inputs(suite, size, device, dtype, 0))))
+def is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def upcast(inputs: Iterable[Any], dtype: torch.dtype = torch.float32) -> list[Any]:
+    return [x.to(dtype, copy=True) if is_float(x) else x for x in inputs]
 
 
 def check(
@@ -181,7 +184,7 @@ def check(
     """The provider's error on the inputs of seed 0. Raises Wrong, or what the provider raises."""
     torch.compiler.reset()  # Dynamo stops after eight sizes of one function
     call = suite.providers[name](*make_inputs(suite, size, device, dtype, 0))
-    found = _outputs(call())
+    found = outputs(call())
     kinds = [(x.dtype, tuple(x.shape)) for x in found]
     due = [(dtype, tuple(x.shape)) for x in expected]
     if kinds != due:
@@ -198,13 +201,13 @@ def check_replay(
     """Whether our graph's last replay left what the call gives by itself: its kernels overlap. (Of
     rivals some change their inputs.) Raises Wrong."""
     if name.startswith(OURS):
-        copies = [x.clone() for x in _outputs(left)]  # the call may write to the same memory
-        for found, by_itself in zip(copies, _outputs(made[0]()), strict=True):
+        copies = [x.clone() for x in outputs(left)]  # the call may write to the same memory
+        for found, by_itself in zip(copies, outputs(made[0]()), strict=True):
             if not (off := error(found, by_itself)) <= suite.tolerance[dtype]:
                 raise Wrong(f"error {off:.2g} in the graph that was timed")
 
 
-def _outputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def outputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (x,) if isinstance(x, Tensor) else tuple(x)
 
 

@@ -26,6 +26,12 @@ class Work(NamedTuple):
     flops: float
 
 
+def visible_pairs(t: int, window: int | None) -> int:
+    """Σ min(i, window) for i from 1 to t: the keys that each query sees."""
+    w = min(t, window or t)
+    return w * (w + 1) // 2 + (t - w) * w
+
+
 class Roof(NamedTuple):
     copy: float  # bytes/s, read + written, of a large copy
     product: float  # FLOP/s of a large matrix product

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from gemma_fast.benchmarks.kernels.attention import visible_pairs
-from gemma_fast.benchmarks.measure.machine import Work
+from gemma_fast.benchmarks.measure.machine import Work, visible_pairs
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.checkpoint.random import RandomCheckpoint

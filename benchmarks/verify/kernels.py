@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.benchmarks.kernels.rivals import plain
-from gemma_fast.benchmarks.kernels.suite import Check
+from gemma_fast.benchmarks.kernels.suite import Check, is_float, outputs, upcast
 from gemma_fast.benchmarks.kernels.table import CHECKS
 from gemma_fast.benchmarks.measure.outcome import Wrong, full_precision, verdict
 from gemma_fast.benchmarks.measure.timing import Call
@@ -49,11 +49,11 @@ def errors(
     check: Check, prepare: Callable[..., Call], device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
     """The largest and the RMS error, in ulps; of several outputs the worst."""
-    upcast = (x.double() if is_float(x) else x for x in inputs_of(check, device, dtype))
-    exact, found = check.formula(*upcast), prepare(*inputs_of(check, device, dtype))()
+    exact = check.formula(*upcast(inputs_of(check, device, dtype), torch.float64))
+    found = prepare(*inputs_of(check, device, dtype))()
     if check.chooses:
         return {of.CHOICE_ULP: float(choice_ulps(found, exact, dtype).amax())}
-    pairs = zip(*([x] if isinstance(x, Tensor) else x for x in (found, exact)), strict=True)
+    pairs = zip(outputs(found), outputs(exact), strict=True)
     ulps = [value_ulps(ours, true, dtype) for ours, true in pairs]
     return {
         of.MAX_ULP: float(torch.stack([x.abs().amax() for x in ulps]).amax()),
@@ -71,10 +71,6 @@ def inputs_of(check: Check, device: torch.device, dtype: torch.dtype) -> tuple[A
     if device.type == "cuda":
         torch.cuda.synchronize()  # at rest: a kernel may then prefetch its weights
     return given
-
-
-def is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def value_ulps(found: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:

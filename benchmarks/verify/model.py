@@ -108,7 +108,8 @@ def check_model(
     checkpoint: Checkpoint, ids: Tensor, dtypes: Sequence[torch.dtype], tokens: int,
     other: tuple[str, Load],
 ) -> Iterator[Finding]:  # fmt: skip
-    """ids :: [1, t], a text, on the device; tokens: how many are written after it; other: rival()"""
+    """ids :: [1, t], a text, on the device; tokens: how many are written after it; other: see
+    rival"""
     with full_precision():
         text = Text(Judge(checkpoint, torch.float32, ids.device), ids, tokens)
         for dtype in dtypes:

@@ -129,7 +129,7 @@ def test_calls_that_do_not_overlap(name, monkeypatch):
     monkeypatch.setattr(Gpu, "overlap", lambda _, prefetch: prefetches.append(prefetch) or NO_WAIT)
     for provider in (OURS, OURS_ALONE):
         size = next(iter(suite.tiny.values()))
-        call = suite.providers[provider](*suite.inputs(CPU, FP32, **size))
+        call = suite.providers[provider](*suite.inputs(**size, device=CPU, dtype=FP32))
         with interpreter():
             call()
     assert prefetches == [True, False]
