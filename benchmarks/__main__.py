@@ -51,7 +51,7 @@ def main(
         refuse_model_options(context)
     known = [name for suite in suites.values() for name in suite.names]
     known += PROVIDERS if with_model else []
-    shared.refuse_unknown(only, dict.fromkeys(known))
+    shared.refuse_unknown("provider", only, dict.fromkeys(known))
     if suites and options["output"] == "json":
         raise click.UsageError(f"-o json is for the suite {MODEL} alone; --out writes all as JSON")
     if listing:
@@ -68,9 +68,7 @@ def main(
 
 def pick(names: Iterable[str]) -> dict[str, Suite]:
     """The kernels' suites among the names."""
-    if unknown := [name for name in names if name not in (*SUITES, MODEL)]:
-        choices = ", ".join((*SUITES, MODEL))
-        raise click.UsageError(f"no suite {', '.join(unknown)}: choose from {choices}")
+    shared.refuse_unknown("suite", names, (*SUITES, MODEL))
     return {name: SUITES[name] for name in SUITES if name in names or not names}
 
 
@@ -98,7 +96,7 @@ def run_kernels(
     results: list[KernelResult] = []
     for suite in suites.values():
         before = len(results)
-        for of_a_size in measure(suite, only, sizes, device, kind, roof):
+        for of_a_size in results_by_size(suite, only, sizes, device, kind, roof):
             results += of_a_size
             if out:  # after each size, so that a run cut short keeps what it has
                 report.kernel_report(head, roof, results, about).write(out)
@@ -116,14 +114,10 @@ def run_kernels(
     return not serious(results), roof
 
 
-def measure(
-    suite: Suite,
-    only: Iterable[str],
-    sizes: Sequence[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    roof: Roof | None,
-) -> Iterator[list[KernelResult]]:
+def results_by_size(
+    suite: Suite, only: Iterable[str], sizes: Sequence[str], device: torch.device,
+    dtype: torch.dtype, roof: Roof | None,
+) -> Iterator[list[KernelResult]]:  # fmt: skip
     """The results of each size; a line for each to stderr as it comes."""
     names = [name for name in suite.names if name in only or not only]
     sizes = shared.pick_sizes(suite.sizes_on(device), sizes)

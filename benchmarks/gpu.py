@@ -66,9 +66,8 @@ class Done(NamedTuple):
     found: str = ""
 
     def cells(self) -> dict[str, str]:
-        seconds, limit = (f"{x:.0f} s" for x in (self.seconds, self.limit_s))
-        cells = (self.stage, self.status, seconds, limit, self.found)
-        return dict(zip(COLUMNS, cells, strict=True))
+        seconds = {"seconds": f"{self.seconds:.0f} s", "limit": f"{self.limit_s:.0f} s"}
+        return self._asdict() | seconds
 
 
 def stages(cuda: bool) -> list[Stage]:
@@ -177,8 +176,7 @@ def stop(process: subprocess.Popen[str]) -> None:
 def write_summary(out: Path, head: Mapping[str, Any], measured: bool, done: list[Done]) -> str:
     """summary.json and summary.md → the latter's text"""
     found = {"stamp": head, "measured": measured, "stages": [x._asdict() for x in done]}
-    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-    (out / "summary.json").write_text(text, encoding="utf-8")
+    (out / "summary.json").write_text(report.as_json(found), encoding="utf-8")
     parts = [report.heading(head, None), *([] if measured else [report.NOTHING])]
     parts.append(report.table(COLUMNS, [x.cells() for x in done]))
     text = "\n\n".join(parts) + "\n"

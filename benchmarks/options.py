@@ -92,10 +92,9 @@ def make_folder(out: Path | None) -> None:
         raise click.ClickException(f"--out {out}: {error}") from error
 
 
-def refuse_unknown(only: Iterable[str], known: Iterable[str]) -> None:
-    if unknown := [name for name in only if name not in known]:
-        choices = ", ".join(known)
-        raise click.UsageError(f"no provider {', '.join(unknown)}: choose from {choices}")
+def refuse_unknown(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise click.UsageError(f"no {what} {', '.join(unknown)}: choose from {', '.join(known)}")
 
 
 @click.command(short_help="Speed of a whole model, beside its rivals.")
@@ -108,6 +107,6 @@ def bench(context: click.Context, **chosen: Any) -> None:
     from gemma_fast.benchmarks.model.command import run_model
     from gemma_fast.benchmarks.model.providers import PROVIDERS
 
-    refuse_unknown(chosen["only"], PROVIDERS)
+    refuse_unknown("provider", chosen["only"], PROVIDERS)
     make_folder(chosen["out"])
     context.exit(0 if run_model(**chosen) else 1)

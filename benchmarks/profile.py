@@ -78,7 +78,7 @@ def shares(ran: Iterable[Kernel]) -> list[Share]:
     return sorted(found, key=lambda share: -share.busy - share.idle)
 
 
-def table(found: Sequence[Share], clock: float) -> str:
+def kernel_table(found: Sequence[Share], clock: float) -> str:
     """clock: µs of a round without the profiler."""
     busy, idle = sum(x.busy for x in found), sum(x.idle for x in found)
     lines = [
@@ -165,7 +165,7 @@ def main(
     torch.cuda.synchronize()
     if not (ran := kernels(traced(work))):
         raise click.ClickException("PyTorch's profiler saw no kernels")
-    found = table(shares(ran), clock * 1e6)
+    found = kernel_table(shares(ran), clock * 1e6)
     what = f"A prompt of {prompt}" if prompt else f"A token after {depth} to {depth + ROUNDS - 1}"
     head = report.heading(stamp(device, kind, [], commit), None)
     text = f"{what}, batch {batch}, {model}. {head}\n\n{found}"

@@ -16,13 +16,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from gemma_fast.benchmarks.kernels.rivals import SDPA, by_pointers, compiled, plain, sdpa
-from gemma_fast.benchmarks.kernels.rmsnorm import norm as rms_norm
 from gemma_fast.benchmarks.kernels.rotary import TOKENS, Tensors, angles, turn
-from gemma_fast.benchmarks.kernels.suite import Check, Prepare, Suite
-from gemma_fast.benchmarks.kernels.tuning import Choices, Size, Tuning
+from gemma_fast.benchmarks.kernels.suite import Call, Check, Choices, Prepare, Size, Suite, Tuning
 from gemma_fast.benchmarks.measure.machine import Work, visible_pairs
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, OURS_BY_POINTERS
-from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import attention as module
 from gemma_fast.kernels.rotary import rotate
 
@@ -83,7 +80,7 @@ def hidden_keys(t: int, window: int | None, device: torch.device) -> Tensor:
 def formula(*given: Any) -> Tensor:
     q, keys, values, cos, sin, _, weight, options = given
     hidden = hidden_keys(q.shape[1], options["window"], q.device)
-    return attend(turn(rms_norm(q, weight), cos, sin), keys, values, hidden, options)
+    return attend(turn(q, weight, cos, sin), keys, values, hidden, options)
 
 
 def rotated(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -186,7 +183,6 @@ NAMES = "t", "heads", "n", "d", "window", "softcap"
 ATTENTION = Suite(
     name="attention",
     about="Causal attention of a prompt of t tokens; query / kv heads. Rivals get q rotated",
-    yardstick=False,
     sizes=named_sizes(
         NAMES,
         *((t, 8, 1, 256) for t in (512, 2048, 8192, 16384)),

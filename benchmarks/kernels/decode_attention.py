@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from gemma_fast.benchmarks.kernels.attention import ALL, attend, named_sizes, rotated
+from gemma_fast.benchmarks.kernels.attention import ALL, attend, named_sizes, rotated, with_options
 from gemma_fast.benchmarks.kernels.rivals import SDPA, plain, sdpa, torch_compiled
-from gemma_fast.benchmarks.kernels.rmsnorm import norm as rms_norm
 from gemma_fast.benchmarks.kernels.rotary import Tensors, angles, turn
-from gemma_fast.benchmarks.kernels.suite import Check, Prepare, Suite
-from gemma_fast.benchmarks.kernels.tuning import Choices, Size, Tuning
+from gemma_fast.benchmarks.kernels.suite import Call, Check, Prepare, Suite, Tuning
 from gemma_fast.benchmarks.measure.machine import Work
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, OURS_ALONE
-from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import decode_attention as module
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.rotary import rotary_write_reference
@@ -72,18 +69,18 @@ def no_arrivals(keys: Tensor) -> Tensor:
     return torch.zeros(keys[..., 0, 0].numel(), dtype=torch.int32, device=keys.device)
 
 
-def oracle(*inputs: Any) -> Tensor:
-    *tensors, options = inputs
-    return module.decode_attention_reference(*tensors, **options)
+def at_position(qkv: Tensor, keys: Tensor, *cos_sin_position: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v :: [b, 1, heads, d]; cos, sin :: [b, 1, d / 2]"""
+    n, (cos, sin, position) = keys.shape[1], cos_sin_position
+    q, k, v = qkv.unsqueeze(1).split((qkv.shape[1] - 2 * n, n, n), dim=2)
+    return q, k, v, *(x[position.long()].unsqueeze(1) for x in (cos, sin))
 
 
 def written(
     qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor
 ) -> Tensor:
     """q :: [b, heads, 1, d], rotated; K and V are written to the cache."""
-    n = keys.shape[1]
-    q, k, v = qkv.unsqueeze(1).split((qkv.shape[1] - 2 * n, n, n), dim=2)
-    cos, sin = (x[position.long()].unsqueeze(1) for x in (cos, sin))
+    q, k, v, cos, sin = at_position(qkv, keys, cos, sin, position)
     rotary_write_reference(k, v, keys, values, cos, sin, position)
     return rotated(q, cos, sin).transpose(1, 2)
 
@@ -110,10 +107,9 @@ def by_sdpa(backend: SDPBackend) -> Prepare:
 def formula(*given: Any) -> Tensor:
     """All rows at one position, in a ring that is full."""
     qkv, keys, values, cos, sin, position, q_weight, k_weight, options = given
-    n, slots = keys.shape[1:3]
-    q, k, v = qkv.unsqueeze(1).split((qkv.shape[1] - 2 * n, n, n), dim=2)  # [b, 1, heads, d]
-    cos, sin = (x[position.long()].unsqueeze(1) for x in (cos, sin))
-    q, k = turn(rms_norm(q, q_weight), cos, sin), turn(rms_norm(k, k_weight), cos, sin)
+    q, k, v, cos, sin = at_position(qkv, keys, cos, sin, position)
+    q, k = turn(q, q_weight, cos, sin), turn(k, k_weight, cos, sin)
+    slots = keys.shape[2]
     slot = int(position[0]) % slots
     keys[:, :, slot], values[:, :, slot] = k.squeeze(1), v.squeeze(1)
     hidden = torch.zeros(1, slots, dtype=torch.bool, device=q.device)
@@ -155,17 +151,13 @@ def padded_token(*given: Any) -> Call:
     ).unsqueeze(1)
 
 
-def choices(size: Size) -> Choices:
-    return {
-        "BLOCK_N": (16, 32, 64), "JOIN": (2, 4, 8, 16), "num_warps": (4, 8), "num_stages": (2, 3),
-    }  # fmt: skip
-
-
+CHOICES = {
+    "BLOCK_N": (16, 32, 64), "JOIN": (2, 4, 8, 16), "num_warps": (4, 8), "num_stages": (2, 3),
+}  # fmt: skip
 NAMES = "b", "depth", "heads", "n", "d", "window"
 DECODE_ATTENTION = Suite(
     name="decode_attention",
     about="Attention of one token over `depth`; query / kv heads. Rivals of eager only attend",
-    yardstick=False,
     sizes=named_sizes(
         NAMES,
         *((1, 2048, 8, 1, 256), (1, 8192, 8, 1, 256), (64, 4096, 8, 1, 256)),
@@ -173,10 +165,10 @@ DECODE_ATTENTION = Suite(
     ),
     tiny=named_sizes(NAMES, (1, 40, 4, 1, 32), (2, 24, 4, 2, 32), (1, 24, 4, 1, 32, 16)),
     inputs=inputs,
-    oracle=oracle,
+    oracle=with_options(module.decode_attention_reference),
     work=work,
     tolerance={torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5},
-    tuning=Tuning("decode_attention", choices),
+    tuning=Tuning("decode_attention", lambda size: CHOICES),
     providers={
         EAGER: plain(eager),
         "torch.compile": torch_compiled(eager),

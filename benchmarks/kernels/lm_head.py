@@ -8,14 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.matvec import norm_eager, norm_formula, norm_inputs
+from gemma_fast.benchmarks.kernels.matvec import (
+    matmul_choices,
+    norm_eager,
+    norm_formula,
+    norm_inputs,
+)
 from gemma_fast.benchmarks.kernels.rivals import plain, torch_compiled
 from gemma_fast.benchmarks.kernels.rmsnorm import EPS
-from gemma_fast.benchmarks.kernels.suite import Check, Suite
-from gemma_fast.benchmarks.kernels.tuning import Choices, Size, Tuning, matmul_choices
+from gemma_fast.benchmarks.kernels.suite import Call, Check, Choices, Size, Suite, Tuning
 from gemma_fast.benchmarks.measure.machine import Work
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
-from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import lm_head as module
 from gemma_fast.reference import cap
 
@@ -48,10 +51,6 @@ def eager(
         probabilities = (scores / temperature[:, None]).softmax(-1)
         scores = probabilities / torch.empty_like(probabilities).exponential_(1)
     return F.embedding(scores.argmax(-1), weight)
-
-
-def oracle(x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, _: Any) -> Tensor:
-    return eager(x, residual, norm_weight, weight, None)
 
 
 def ours(
@@ -114,14 +113,10 @@ LM_HEAD = Suite(
         "199 x 64, b 3": {"b": 3, "vocab": 199, "dim": 64, "sampled": False},
     },
     inputs=inputs,
-    oracle=oracle,
+    oracle=lambda x, residual, norm, weight, _: eager(x, residual, norm, weight, None),
     work=work,
     tuning=Tuning("next_token", choices),
-    providers={
-        EAGER: plain(eager),
-        "torch.compile": torch_compiled(eager),
-        OURS: ours,
-    },
+    providers={EAGER: plain(eager), "torch.compile": torch_compiled(eager), OURS: ours},
 )  # fmt: skip
 VOCAB = {"b": 8, "dim": 320, "out": 1001}, {"b": 8, "dim": 2304, "out": 50_001}
 CHOICE = Check("next_token, 8 rows", choice_inputs, logits, choice, VOCAB, chooses=True)

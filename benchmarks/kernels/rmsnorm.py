@@ -12,11 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.benchmarks.kernels.rivals import plain, torch_compiled
-from gemma_fast.benchmarks.kernels.suite import Check, Prepare, Suite
-from gemma_fast.benchmarks.kernels.tuning import Tuning
+from gemma_fast.benchmarks.kernels.suite import Call, Check, Prepare, Suite, Tuning
 from gemma_fast.benchmarks.measure.machine import Work
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
-from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import rmsnorm as module
 from gemma_fast.kernels.rmsnorm import add_rms_norm_reference, rms_norm_reference
 from gemma_fast.reference import rms_norm
@@ -34,16 +32,10 @@ def norm_inputs(rows: int, dim: int, **make: Any) -> tuple[Any, ...]:
     return torch.randn(rows, dim, **make), torch.randn(dim, **make) / 2
 
 
-def add_inputs(rows: int, dim: int, **make: Any) -> tuple[Any, ...]:
-    """x, residual :: [rows, dim], weight :: [dim]"""
-    x, weight = norm_inputs(rows, dim, **make)
-    return x, torch.randn_like(x), weight
-
-
-def post_inputs(rows: int, dim: int, **make: Any) -> tuple[Any, ...]:
+def add_inputs(rows: int, dim: int, post: bool = False, **make: Any) -> tuple[Any, ...]:
     """x, residual :: [rows, dim], weight, post_weight :: [dim]"""
-    *rest, weight = add_inputs(rows, dim, **make)
-    return *rest, weight, torch.randn_like(weight) / 2
+    x, weight = norm_inputs(rows, dim, **make)
+    return x, torch.randn_like(x), weight, torch.randn_like(weight) / 2 if post else None
 
 
 def norm_work(itemsize: int, rows: int, dim: int) -> Work:
@@ -51,14 +43,9 @@ def norm_work(itemsize: int, rows: int, dim: int) -> Work:
     return Work(2 * rows * dim * itemsize, 4 * rows * dim)
 
 
-def add_work(itemsize: int, rows: int, dim: int) -> Work:
-    """x and residual are read, y and h written; the sum is a fifth FLOP."""
-    return Work(4 * rows * dim * itemsize, 5 * rows * dim)
-
-
-def post_work(itemsize: int, rows: int, dim: int) -> Work:
-    """As add_work, and a norm more FLOPs."""
-    return Work(4 * rows * dim * itemsize, 9 * rows * dim)
+def add_work(itemsize: int, rows: int, dim: int, post: bool = False) -> Work:
+    """x and residual are read, y and h written; the sum is a fifth FLOP, x's norm four more."""
+    return Work(4 * rows * dim * itemsize, (5 + 4 * post) * rows * dim)
 
 
 def norm(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -159,12 +146,6 @@ RMS_NORM = Suite(
         OURS: plain(module.rms_norm),
     },
 )
-ADD_PROVIDERS = {
-    EAGER: plain(add_rms_norm_reference),
-    "torch.compile": torch_compiled(add_rms_norm_reference),
-    **{name: add_by(library) for name, library in LIBRARIES.items()},
-    OURS: plain(module.add_rms_norm),
-}
 ADD_RMS_NORM = replace(
     RMS_NORM,
     name="add_rms_norm",
@@ -172,18 +153,23 @@ ADD_RMS_NORM = replace(
     inputs=add_inputs,
     oracle=add_rms_norm_reference,
     work=add_work,
-    providers=ADD_PROVIDERS,
+    providers={
+        EAGER: plain(add_rms_norm_reference),
+        "torch.compile": torch_compiled(add_rms_norm_reference),
+        **{name: add_by(library) for name, library in LIBRARIES.items()},
+        OURS: plain(module.add_rms_norm),
+    },
 )
 ADD_RMS_NORM_POST = replace(
     ADD_RMS_NORM,
     name="add_rms_norm_post",
     about="The same, where x is normalised before it is added; the libraries take two calls",
-    sizes={name: size for name, size in SIZES.items() if size["dim"] != 2048},
-    inputs=post_inputs,
-    work=post_work,
+    sizes={k: size | {"post": True} for k, size in SIZES.items() if size["dim"] != 2048},
+    tiny={k: size | {"post": True} for k, size in TINY.items()},
 )
+ADD = Check("add_rms_norm", add_inputs, add, ADD_RMS_NORM.providers[OURS], ROWS)
 CHECKS = (
     Check("rms_norm", norm_inputs, norm, RMS_NORM.providers[OURS], ROWS),
-    Check("add_rms_norm", add_inputs, add, ADD_PROVIDERS[OURS], ROWS),
-    Check("add_rms_norm, post-norm", post_inputs, add, ADD_PROVIDERS[OURS], ROWS),
+    ADD,
+    ADD.resized("add_rms_norm, post-norm", post=True),
 )

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from gemma_fast.benchmarks.kernels.rivals import compiled, plain
-from gemma_fast.benchmarks.kernels.rmsnorm import norm as rms_norm
-from gemma_fast.benchmarks.kernels.suite import Check, Suite
-from gemma_fast.benchmarks.kernels.tuning import Tuning
+from gemma_fast.benchmarks.kernels.rmsnorm import norm
+from gemma_fast.benchmarks.kernels.suite import Check, Suite, Tuning
 from gemma_fast.benchmarks.measure.machine import Work
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
 from gemma_fast.kernels import rotary as module
@@ -43,8 +42,10 @@ def work(itemsize: int, t: int, n: int, d: int, norm: bool = False) -> Work:
     return Work(4 * t * n * d * itemsize + t * d * 4, (3 + 4 * norm) * t * n * d)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x :: [b, t, heads, d]; cos, sin :: [b, t, d / 2], rounded to x's dtype."""
+def turn(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """x :: [b, t, heads, d], normalised by weight :: [d]; cos, sin :: [b, t, d / 2], rounded to
+    x's dtype."""
+    x = norm(x, weight)
     cos, sin = (torch.cat((y, y), dim=-1).to(x.dtype).unsqueeze(2) for y in (cos, sin))
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
@@ -53,7 +54,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def formula(*given: Any) -> tuple[Tensor, Tensor]:
     """From position 0 on, as many tokens as slots."""
     k, v, _, _, cos, sin, _, weight = given
-    return turn(rms_norm(k, weight), cos, sin).transpose(1, 2), v.transpose(1, 2)
+    return turn(k, weight, cos, sin).transpose(1, 2), v.transpose(1, 2)
 
 
 def writing(op: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -71,10 +72,8 @@ ROTARY_WRITE = Suite(
     about="K rotated and written to the cache, V written; t tokens, n kv heads, d 256",
     yardstick=True,
     sizes={
-        "t 2048, n 1": {"t": 2048, "n": 1, "d": 256},
-        "t 8192, n 1": {"t": 8192, "n": 1, "d": 256},
-        "t 8192, n 16": {"t": 8192, "n": 16, "d": 256},
-        "t 8192, n 1, norm": {"t": 8192, "n": 1, "d": 256, "norm": True},
+        f"t {t}, n {n}{', norm' * norm}": {"t": t, "n": n, "d": 256, "norm": norm}
+        for t, n, norm in ((2048, 1, False), (8192, 1, False), (8192, 16, False), (8192, 1, True))
     },
     tiny={
         "t 5, n 2": {"t": 5, "n": 2, "d": 32},

@@ -15,16 +15,19 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.tuning import Size, Tuning
 from gemma_fast.benchmarks.measure.machine import Roof, Work
 from gemma_fast.benchmarks.measure.outcome import COPY, NOT_MEASURED, OURS, Wrong, error, verdict
 from gemma_fast.benchmarks.measure.timing import Call, Times, device_times
 
+Size = dict[str, Any]
+Config = dict[str, int]
+Choices = Mapping[str, Sequence[int]]
 Prepare = Callable[..., Call]  # one set of inputs → what is timed
 # Limits of `error`. One rounding to bf16 gives 1.7e-3, to fp16 2.1e-4, and rivals may round in
 # between. In bf16 that hides the order of roundings, gelu by erf and a wrong eps: tests find those.
@@ -32,6 +35,23 @@ TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """Launch configs that benchmarks.tune tries in place of the table's.
+
+    kernel: its name in kernels.launch; choices: size → what to try
+    """
+
+    kernel: str
+    choices: Callable[[Size], Choices]
+
+    def candidates(self, size: Size) -> dict[str, Config]:
+        """Every combination of the choices, by name."""
+        choices = self.choices(size)
+        configs = (dict(zip(choices, x, strict=True)) for x in product(*choices.values()))
+        return {", ".join([OURS, *(f"{k} {v}" for k, v in x.items())]): x for x in configs}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suite:
     """An op, its sizes, and who computes it.
 
@@ -46,13 +66,13 @@ class Suite:
 
     name: str
     about: str
-    yardstick: bool
     sizes: Mapping[str, Size]
     tiny: Mapping[str, Size]
     inputs: Callable[..., tuple[Any, ...]]
     oracle: Callable[..., Tensor | tuple[Tensor, ...]]
     work: Callable[..., Work]
     providers: Mapping[str, Prepare]
+    yardstick: bool = False
     tuning: Tuning | None = None
     tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
 
@@ -137,7 +157,7 @@ def run(
         own = work._replace(flops=0) if name == COPY else work
         result = KernelResult(suite.name, size, name, "ok", own)
         try:
-            torch.cuda.empty_cache()  # what one provider needed is not another's lack
+            torch.cuda.empty_cache()  # so that each provider can use all memory
             if name != COPY:
                 found = check(suite, name, keywords, device, dtype, expected)
                 result = replace(result, error=found)
@@ -155,7 +175,7 @@ def run(
 
 
 def make_inputs(
-    suite: Suite, size: Size, device: torch.device, dtype: torch.dtype, seed: int
+    suite: Suite | Check, size: Size, device: torch.device, dtype: torch.dtype, seed: int
 ) -> tuple[Any, ...]:
     torch.manual_seed(seed)
     given = suite.inputs(**size, device=device, dtype=dtype)
@@ -198,8 +218,8 @@ def check(
 def check_replay(
     suite: Suite, name: str, made: Sequence[Call], dtype: torch.dtype, left: Any
 ) -> None:
-    """Whether our graph's last replay left what the call gives by itself: its kernels overlap. (Of
-    rivals some change their inputs.) Raises Wrong."""
+    """Raises Wrong if our graph's last replay left another output than a call by itself gives: the
+    graph's kernels overlap. Rivals are not checked, because some change their inputs."""
     if name.startswith(OURS):
         copies = [x.clone() for x in outputs(left)]  # the call may write to the same memory
         for found, by_itself in zip(copies, outputs(made[0]()), strict=True):

@@ -102,7 +102,11 @@ def _report(
     found = {"stamp": stamp, "roof": roof and roof._asdict(), **notes, "results": rows}
     first = " ".join([heading(stamp, roof), *notes.values()])
     markdown = "\n\n".join([first, *([] if roof else [NOTHING]), *parts]) + "\n"
-    return Report(json.dumps(found, indent=2, ensure_ascii=False) + "\n", markdown)
+    return Report(as_json(found), markdown)
+
+
+def as_json(found: Mapping[str, Any]) -> str:
+    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
 
 
 def speedups(results: Iterable[Any]) -> dict[tuple[Any, str], float]:

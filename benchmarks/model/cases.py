@@ -50,12 +50,9 @@ class Case:
     def room(self) -> int:
         return self.before + self.tokens
 
-    def fits(self, config: GemmaConfig) -> bool:
-        return self.room <= config.max_position_embeddings
-
     def status(self, config: GemmaConfig) -> str:
-        """Status before the run: whether the case fits the context."""
-        if self.fits(config):
+        """Status before the run: "ok" if the case fits the context."""
+        if self.room <= config.max_position_embeddings:
             return "ok"
         return f"cannot: {self.room} tokens, the context is {config.max_position_embeddings}"
 

@@ -37,7 +37,7 @@ def run_model(
         refuse_overflow(checkpoint.config, kind)
     except (ValueError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error
-    fitting = [case for case in tests if case.fits(checkpoint.config)]
+    fitting = [case for case in tests if case.status(checkpoint.config) == "ok"]
     if not fitting:
         context = checkpoint.config.max_position_embeddings
         raise click.UsageError(f"no test fits the context of {name}, {context} tokens")

@@ -68,9 +68,8 @@ class ModelResult:
         tokens = self.case.batch * self.case.tokens
         rates = [tokens / seconds for seconds in self.seconds]
         if self.case.kind == PROMPT:
-            of_kind = {
-                "time_to_first_token_s": mean, "mfu": self.work.flops / mean / roof.product
-            }  # fmt: skip
+            mfu = self.work.flops / mean / roof.product
+            of_kind = {"time_to_first_token_s": mean, "mfu": mfu}
         else:
             of_kind = {
                 "token_p50_s": statistics.median(self.token_seconds),
@@ -95,8 +94,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
 @torch.no_grad()
 def run(
     checkpoint: Checkpoint, cases: Sequence[Case], device: torch.device, dtype: torch.dtype,
-    roof: Roof | None, repeats: int, names: Sequence[str],
-    judge: Judge,
+    roof: Roof | None, repeats: int, names: Sequence[str], judge: Judge,
 ) -> Iterator[ModelResult]:  # fmt: skip
     """Results provider by provider, in the order of PROVIDERS: transformers as it is, which the
     judge compares this project with, is ahead; without a roof checked, and not timed."""
@@ -133,14 +131,14 @@ def race(
         result = replace(result, error=judge.check(result.provider, provider, case))
         if roof is None:
             return replace(result, status=NOT_MEASURED)
-        result = measure(provider, result, device, judge.vocab_size, before, repeats, roof)
+        result = timed(provider, result, device, judge.vocab_size, before, repeats, roof)
         skips = skipped_graphs() > skipped
         return replace(result, status=WITHOUT_GRAPHS) if skips else result
     except Exception as problem:
         return replace(result, status=verdict(problem))
 
 
-def measure(
+def timed(
     provider: Provider, result: ModelResult, device: torch.device, vocab_size: int, before: int,
     repeats: int, roof: Roof,
 ) -> ModelResult:  # fmt: skip
@@ -150,7 +148,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocab_size, (case.batch, case.room), generator=generator).to(device)
-    before_clock, timed = ids[:, : case.before], ids[:, case.before :]
+    before_clock, rest = ids[:, : case.before], ids[:, case.before :]
     read = provider.extend if case.before else provider.prefill
 
     def once() -> float:
@@ -158,7 +156,7 @@ def measure(
             provider.prefill(before_clock)
         start = clock()
         if case.kind == PROMPT:
-            read(timed)
+            read(rest)
         else:
             for _ in range(case.tokens):
                 provider.step()

@@ -116,7 +116,8 @@ def show(head: Mapping[str, Any], lines: Iterable[Finding], passed: bool) -> Non
         for line in group:
             columns = zip(*(figure[1:] for figure in line.figures), strict=True)
             cells = [" / ".join(map(number, column)) for column in columns] or [line.note, "", ""]
-            table.add_row(line.check, line.dtype, *cells, word(line.ok))
+            verdict = "[green]pass[/]" if line.ok else "[bold red]FAIL[/]"
+            table.add_row(line.check, line.dtype, *cells, verdict)
         console.print(table)
     allowed = Table("allowed", "float32", "16 bits", "why", title="Margins")
     for name, margin in MARGINS.items():
@@ -127,7 +128,3 @@ def show(head: Mapping[str, Any], lines: Iterable[Finding], passed: bool) -> Non
 
 def number(x: float | None) -> str:
     return "–" if x is None else f"{x:.3g}"
-
-
-def word(ok: bool) -> str:
-    return "[green]pass[/]" if ok else "[bold red]FAIL[/]"

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from gemma_fast.benchmarks.kernels.rivals import plain
-from gemma_fast.benchmarks.kernels.suite import Check, is_float, outputs, upcast
+from gemma_fast.benchmarks.kernels.suite import Call, Check, is_float, make_inputs, outputs, upcast
 from gemma_fast.benchmarks.kernels.table import CHECKS
 from gemma_fast.benchmarks.measure.outcome import Wrong, full_precision, verdict
-from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.benchmarks.verify import margins as of
 from gemma_fast.benchmarks.verify.margins import Finding, finding
 
@@ -63,8 +62,7 @@ def errors(
 
 def inputs_of(check: Check, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     """The same each time, because some ops write to their inputs."""
-    torch.manual_seed(0)
-    given = check.inputs(device=device, dtype=dtype, **check.sizes[device.type == "cuda"])
+    given = make_inputs(check, check.sizes[device.type == "cuda"], device, dtype, seed=0)
     for x in given:
         if is_float(x) and x.ndim == 1:  # of a norm
             x[: len(NORM_WEIGHTS)] = torch.tensor(NORM_WEIGHTS)
