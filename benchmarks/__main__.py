@@ -76,9 +76,8 @@ def refuse_model_options(context: click.Context) -> None:
     for name in ("prompts", "new", "depths", "batches", "repeats", "model", "output"):
         if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
             option = next(x.opts[0] for x in context.command.params if x.name == name)
-            raise click.UsageError(
-                f"{option} is for the suite {MODEL}, which is not among those named"
-            )
+            why = f"is for the suite {MODEL}, which is not among those named"
+            raise click.UsageError(f"{option} {why}")
 
 
 def run_kernels(

@@ -76,9 +76,7 @@ def stages(cuda: bool) -> list[Stage]:
     depths, prompts, new = ("512,4096", "2048,8192", "64") if cuda else ("5", "8", "2")
     kernels = [BENCHMARKS, *SUITES, *repeat("--only", PROVIDERS)]
     kernels += repeat("--size", SIZES) if cuda else []
-    marked = [
-        file for file in runnable("**/test_*.py") if "mark.gpu" in file.read_text(encoding="utf-8")
-    ]
+    marked = [x for x in runnable("**/test_*.py") if "mark.gpu" in x.read_text("utf-8")]
     of_kernels = runnable("kernels/test_*.py" if cuda else "kernels/test_embed.py")
     return [
         tests("tests marked gpu", 70, marked, "gpu"),

@@ -38,10 +38,9 @@ def counts(*names: str, default: int, least: int, help: str) -> Callable[[Comman
 
 
 dtype_option = click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
     help="[default: bfloat16 on a GPU, float32 on a CPU]",
-)
+)  # fmt: skip
 commit_option = click.option("--commit", help="What to stamp where git does not know.")
 size_option = click.option(
     "--size", "sizes", multiple=True, help="Only sizes with this in their name; repeatable."

@@ -69,9 +69,11 @@ def no_arrivals(keys: Tensor) -> Tensor:
     return torch.zeros(keys[..., 0, 0].numel(), dtype=torch.int32, device=keys.device)
 
 
-def at_position(qkv: Tensor, keys: Tensor, *cos_sin_position: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v :: [b, 1, heads, d]; cos, sin :: [b, 1, d / 2]"""
-    n, (cos, sin, position) = keys.shape[1], cos_sin_position
+def at_position(
+    qkv: Tensor, keys: Tensor, cos: Tensor, sin: Tensor, position: Tensor
+) -> tuple[Tensor, ...]:
+    """q, k, v :: [b, 1, heads, d]; cos, sin :: [b, 1, d / 2] of each row's position"""
+    n = keys.shape[1]
     q, k, v = qkv.unsqueeze(1).split((qkv.shape[1] - 2 * n, n, n), dim=2)
     return q, k, v, *(x[position.long()].unsqueeze(1) for x in (cos, sin))
 
@@ -109,10 +111,9 @@ def formula(*given: Any) -> Tensor:
     qkv, keys, values, cos, sin, position, q_weight, k_weight, options = given
     q, k, v, cos, sin = at_position(qkv, keys, cos, sin, position)
     q, k = turn(q, q_weight, cos, sin), turn(k, k_weight, cos, sin)
-    slots = keys.shape[2]
-    slot = int(position[0]) % slots
+    slot = int(position[0]) % keys.shape[2]
     keys[:, :, slot], values[:, :, slot] = k.squeeze(1), v.squeeze(1)
-    hidden = torch.zeros(1, slots, dtype=torch.bool, device=q.device)
+    hidden = torch.zeros(1, keys.shape[2], dtype=torch.bool, device=q.device)
     return attend(q, keys, values, hidden, options).squeeze(1)
 
 
@@ -160,7 +161,7 @@ DECODE_ATTENTION = Suite(
     about="Attention of one token over `depth`; query / kv heads. Rivals of eager only attend",
     sizes=named_sizes(
         NAMES,
-        *((1, 2048, 8, 1, 256), (1, 8192, 8, 1, 256), (64, 4096, 8, 1, 256)),
+        *((b, depth, 8, 1, 256) for b, depth in ((1, 2048), (1, 8192), (64, 4096))),
         (1, 8192, 4, 1, 256, 512),
     ),
     tiny=named_sizes(NAMES, (1, 40, 4, 1, 32), (2, 24, 4, 2, 32), (1, 24, 4, 1, 32, 16)),

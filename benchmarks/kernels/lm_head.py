@@ -8,12 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.matvec import (
-    matmul_choices,
-    norm_eager,
-    norm_formula,
-    norm_inputs,
-)
+from gemma_fast.benchmarks.kernels import matvec
 from gemma_fast.benchmarks.kernels.rivals import plain, torch_compiled
 from gemma_fast.benchmarks.kernels.rmsnorm import EPS
 from gemma_fast.benchmarks.kernels.suite import Call, Check, Choices, Size, Suite, Tuning
@@ -46,7 +41,7 @@ def eager(
     x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, temperature: Tensor | None
 ) -> Tensor:
     """The chosen tokens' rows of the weight, [b, dim]: ids would not compare as numbers do."""
-    scores = norm_eager(x, residual, norm_weight, None, weight, False)[0].float()
+    scores = matvec.norm_eager(x, residual, norm_weight, None, weight, False)[0].float()
     if temperature is not None:  # as gpt-fast draws: torch.multinomial would wait for the host
         probabilities = (scores / temperature[:, None]).softmax(-1)
         scores = probabilities / torch.empty_like(probabilities).exponential_(1)
@@ -81,18 +76,18 @@ def choice(
 
 def choice_inputs(**size: Any) -> tuple[Any, ...]:
     """Each second token's row is a few ulps off the one before, so that rounding can decide."""
-    *tensors, matrix, _ = norm_inputs(**size)
+    *tensors, matrix, _ = matvec.norm_inputs(**size)
     off = 4 * torch.finfo(matrix.dtype).eps * torch.randn_like(matrix[1::2])
     matrix[1::2] = matrix[:-1:2] * (1 + off)
     return *tensors, matrix
 
 
 def logits(*given: Any) -> Tensor:
-    return cap(norm_formula(*given, False)[0], SOFTCAP)
+    return cap(matvec.norm_formula(*given, False)[0], SOFTCAP)
 
 
 def choices(size: Size) -> Choices:
-    return matmul_choices(size, {
+    return matvec.matmul_choices(size, {
         "BLOCK_N": (4, 8), "BLOCK_K": (1024, 2048), "BLOCKS": (1, 4, 8, 16), "num_warps": (4, 8),
     })  # fmt: skip
 

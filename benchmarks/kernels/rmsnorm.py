@@ -35,7 +35,8 @@ def norm_inputs(rows: int, dim: int, **make: Any) -> tuple[Any, ...]:
 def add_inputs(rows: int, dim: int, post: bool = False, **make: Any) -> tuple[Any, ...]:
     """x, residual :: [rows, dim], weight, post_weight :: [dim]"""
     x, weight = norm_inputs(rows, dim, **make)
-    return x, torch.randn_like(x), weight, torch.randn_like(weight) / 2 if post else None
+    residual = torch.randn_like(x)
+    return x, residual, weight, (torch.randn_like(weight) / 2 if post else None)
 
 
 def norm_work(itemsize: int, rows: int, dim: int) -> Work:

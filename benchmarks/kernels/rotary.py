@@ -43,8 +43,7 @@ def work(itemsize: int, t: int, n: int, d: int, norm: bool = False) -> Work:
 
 
 def turn(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-    """x :: [b, t, heads, d], normalised by weight :: [d]; cos, sin :: [b, t, d / 2], rounded to
-    x's dtype."""
+    """x :: [b, t, heads, d], after its norm; cos, sin :: [b, t, d / 2], rounded to x's dtype."""
     x = norm(x, weight)
     cos, sin = (torch.cat((y, y), dim=-1).to(x.dtype).unsqueeze(2) for y in (cos, sin))
     x1, x2 = x.chunk(2, dim=-1)

@@ -14,6 +14,10 @@ from gemma_fast.benchmarks.measure.outcome import COPY, OURS
 from gemma_fast.benchmarks.measure.report import speedups
 
 Plots = Iterator[tuple[str, Any]]  # a file's name and its figure
+STYLES: dict[str, dict[str, Any]] = {
+    OURS: {"linewidth": 2.5, "color": "black", "zorder": 3},
+    COPY: {"linestyle": "--", "color": "grey"},
+}
 
 
 def write_plots(
@@ -64,15 +68,10 @@ def _canvas(width: float, height: float, lines: int = 1, columns: int = 1) -> tu
 
 
 def _plot_lines(panel: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """A line for each provider through its points (provider, x, y). Our line stands out, the
-    yardstick is no rival."""
+    """A line for each provider through its points (provider, x, y)."""
     for provider in dict.fromkeys(name for name, _, _ in points):
         xs, ys = zip(*sorted((x, y) for name, x, y in points if name == provider), strict=True)
-        style: dict[str, Any] = {"linestyle": "--", "color": "grey"}
-        if provider != COPY:
-            style = {"linewidth": 1.2}
-        if provider == OURS:
-            style = {"linewidth": 2.5, "color": "black", "zorder": 3}
+        style = STYLES.get(provider, {"linewidth": 1.2})
         panel.plot(xs, ys, marker="o", label=provider, **style)
 
 

@@ -81,9 +81,7 @@ def kernel_rows(roof: Roof | None, results: Sequence[Any]) -> list[dict[str, Any
     return [{"suite": r.suite, "size": r.size, **_entries(r, roof, factors)} for r in results]
 
 
-def _entries(
-    result: Any, roof: Roof | None, factors: Mapping[tuple[Any, str], float]
-) -> dict[str, Any]:
+def _entries(result: Any, roof: Roof | None, factors: Mapping[Any, float]) -> dict[str, Any]:
     """What the JSON says of a result of either kind."""
     key = result.cell, result.provider
     return {

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from gemma_fast.benchmarks.measure.machine import Roof, Work
 from gemma_fast.benchmarks.measure.outcome import NOT_MEASURED, WITHOUT_GRAPHS, Wrong, verdict
-from gemma_fast.benchmarks.measure.timing import clock, repeated, settle_rounds
+from gemma_fast.benchmarks.measure.timing import clock, repeated, settle_rounds, wall_seconds
 from gemma_fast.benchmarks.model.cases import NEW, PROMPT, Case
 from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import PROVIDERS, Provider
@@ -182,13 +181,9 @@ def timed(
 
 
 def step_seconds(step: Callable[[], Tensor], steps: int, cuda: bool) -> list[float]:
-    """How long after the one before each step was done, on the device."""
+    """Seconds of each step, on the device: from the end of the step before to its own."""
     if not cuda:
-        marks = [time.perf_counter()]
-        for _ in range(steps):
-            step()
-            marks.append(time.perf_counter())
-        return [end - start for start, end in pairwise(marks)]
+        return [wall_seconds(step) for _ in range(steps)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     events[0].record()
     for event in events[1:]:
