@@ -25,8 +25,8 @@ from rich.text import Text
 from gemma_fast.benchmarks import options as shared
 from gemma_fast.benchmarks.kernels.suite import KernelResult, Suite, run
 from gemma_fast.benchmarks.kernels.table import RIVALS, SUITES, missing
-from gemma_fast.benchmarks.measure import report
-from gemma_fast.benchmarks.measure.machine import Roof, measure_again, measure_roof, stamp
+from gemma_fast.benchmarks.measure import machine, report
+from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import serious, with_took
 from gemma_fast.benchmarks.measure.plots import kernel_plots, write_plots
 from gemma_fast.benchmarks.model.command import run_model
@@ -51,7 +51,7 @@ def main(
         refuse_model_options(context)
     known = [name for suite in suites.values() for name in suite.names]
     known += PROVIDERS if with_model else []
-    shared.refuse_unknown(only, dict.fromkeys(known))
+    shared.refuse_unknown("provider", only, dict.fromkeys(known))
     if suites and options["output"] == "json":
         raise click.UsageError(f"-o json is for the suite {MODEL} alone; --out writes all as JSON")
     if listing:
@@ -68,9 +68,7 @@ def main(
 
 def pick(names: Iterable[str]) -> dict[str, Suite]:
     """The kernels' suites among the names."""
-    if unknown := [name for name in names if name not in (*SUITES, MODEL)]:
-        choices = ", ".join((*SUITES, MODEL))
-        raise click.UsageError(f"no suite {', '.join(unknown)}: choose from {choices}")
+    shared.refuse_unknown("suite", names, (*SUITES, MODEL))
     return {name: SUITES[name] for name in SUITES if name in names or not names}
 
 
@@ -78,9 +76,8 @@ def refuse_model_options(context: click.Context) -> None:
     for name in ("prompts", "new", "depths", "batches", "repeats", "model", "output"):
         if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
             option = next(x.opts[0] for x in context.command.params if x.name == name)
-            raise click.UsageError(
-                f"{option} is for the suite {MODEL}, which is not among those named"
-            )
+            why = f"is for the suite {MODEL}, which is not among those named"
+            raise click.UsageError(f"{option} {why}")
 
 
 def run_kernels(
@@ -88,25 +85,26 @@ def run_kernels(
 ) -> tuple[bool, Roof | None]:
     """Whether all is well, and the roof, which is measured on a GPU."""
     only, out = options["only"], options["out"]
-    device, kind = shared.pick_device(options["dtype"])
-    roof = measure_roof(device, kind) if device.type == "cuda" else None
-    head = stamp(device, kind, RIVALS, options["commit"])
+    device, kind = machine.device_and_dtype(options["dtype"])
+    known = [x for suite in suites.values() for x in suite.sizes_on(device)]
+    if not shared.pick_sizes(known, sizes):
+        raise click.UsageError(f"no size has {' or '.join(sizes)} in its name")
+    roof = machine.measure_roof(device, kind) if device.type == "cuda" else None
+    head = machine.stamp(device, kind, RIVALS, options["commit"])
     about = {name: suite.about for name, suite in suites.items()}
     results: list[KernelResult] = []
-    found = report.KernelReport(head, roof, results, about)
     for suite in suites.values():
         before = len(results)
-        for of_a_size in measure(suite, only, sizes, device, kind, roof):
+        for of_a_size in results_by_size(suite, only, sizes, device, kind, roof):
             results += of_a_size
             if out:  # after each size, so that a run cut short keeps what it has
-                found.write(out)
-        show(suite, found.rows()[before:])
-    if sizes and not results:
-        raise click.UsageError(f"no size has {' or '.join(sizes)} in its name")
+                report.kernel_report(head, roof, results, about).write(out)
+        if rows := report.kernel_rows(roof, results)[before:]:
+            show(suite, rows)
     if roof:
-        measure_again(head, device, kind)
+        machine.measure_again(head, device, kind)
         if out:
-            found.write(out)
+            report.kernel_report(head, roof, results, about).write(out)
     click.echo(report.heading(head, roof))
     if roof is None:
         click.echo(report.NOTHING)
@@ -115,21 +113,19 @@ def run_kernels(
     return not serious(results), roof
 
 
-def measure(
-    suite: Suite,
-    only: Iterable[str],
-    sizes: Sequence[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    roof: Roof | None,
-) -> Iterator[list[KernelResult]]:
+def results_by_size(
+    suite: Suite, only: Iterable[str], sizes: Sequence[str], device: torch.device,
+    dtype: torch.dtype, roof: Roof | None,
+) -> Iterator[list[KernelResult]]:  # fmt: skip
     """The results of each size; a line for each to stderr as it comes."""
     names = [name for name in suite.names if name in only or not only]
-    sizes = shared.pick_sizes(suite.sizes if roof else suite.tiny, sizes)
+    sizes = shared.pick_sizes(suite.sizes_on(device), sizes)
+    if not names or not sizes:
+        return
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(suite.name, total=len(sizes) * len(names))
-        for size in sizes if names else ():
+        for size in sizes:
             results = []
             for result in with_took(run(suite, size, device, dtype, roof, names)):
                 results.append(result)

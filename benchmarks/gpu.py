@@ -33,7 +33,7 @@ import gemma_fast
 from gemma_fast.benchmarks import options as shared
 from gemma_fast.benchmarks.kernels.table import RIVALS, SUITES
 from gemma_fast.benchmarks.measure import report
-from gemma_fast.benchmarks.measure.machine import stamp
+from gemma_fast.benchmarks.measure.machine import device_and_dtype, stamp
 
 ROOT = Path(gemma_fast.__file__).parents[1]
 GRACE = 5  # seconds that a stage has to end by itself, once its time is over
@@ -66,9 +66,8 @@ class Done(NamedTuple):
     found: str = ""
 
     def cells(self) -> dict[str, str]:
-        seconds, limit = (f"{x:.0f} s" for x in (self.seconds, self.limit_s))
-        cells = (self.stage, self.status, seconds, limit, self.found)
-        return dict(zip(COLUMNS, cells, strict=True))
+        seconds = {"seconds": f"{self.seconds:.0f} s", "limit": f"{self.limit_s:.0f} s"}
+        return self._asdict() | seconds
 
 
 def stages(cuda: bool) -> list[Stage]:
@@ -77,9 +76,7 @@ def stages(cuda: bool) -> list[Stage]:
     depths, prompts, new = ("512,4096", "2048,8192", "64") if cuda else ("5", "8", "2")
     kernels = [BENCHMARKS, *SUITES, *repeat("--only", PROVIDERS)]
     kernels += repeat("--size", SIZES) if cuda else []
-    marked = [
-        file for file in runnable("**/test_*.py") if "mark.gpu" in file.read_text(encoding="utf-8")
-    ]
+    marked = [x for x in runnable("**/test_*.py") if "mark.gpu" in x.read_text("utf-8")]
     of_kernels = runnable("kernels/test_*.py" if cuda else "kernels/test_embed.py")
     return [
         tests("tests marked gpu", 70, marked, "gpu"),
@@ -177,8 +174,7 @@ def stop(process: subprocess.Popen[str]) -> None:
 def write_summary(out: Path, head: Mapping[str, Any], measured: bool, done: list[Done]) -> str:
     """summary.json and summary.md → the latter's text"""
     found = {"stamp": head, "measured": measured, "stages": [x._asdict() for x in done]}
-    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-    (out / "summary.json").write_text(text, encoding="utf-8")
+    (out / "summary.json").write_text(report.as_json(found), encoding="utf-8")
     parts = [report.heading(head, None), *([] if measured else [report.NOTHING])]
     parts.append(report.table(COLUMNS, [x.cells() for x in done]))
     text = "\n\n".join(parts) + "\n"
@@ -202,22 +198,15 @@ def run_stages(
 
 @click.command(help=__doc__.split("\n")[0])
 @click.option(
-    "--minutes",
-    type=click.FloatRange(min=0, min_open=True),
-    default=8,
-    show_default=True,
+    "--minutes", type=click.FloatRange(min=0, min_open=True), default=8, show_default=True,
     help="Of all stages together.",
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Write results here. [default: benchmarks/results/<gpu name>]",
-)
-@click.option("--commit", help="What to stamp where git does not know.")
+)  # fmt: skip
+@shared.out_option("Write results here. [default: benchmarks/results/<gpu name>]")
+@shared.commit_option
 @click.pass_context
 def main(context: click.Context, minutes: float, out: Path | None, commit: str | None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the stage, too
-    device, kind = shared.pick_device(None)
+    device, kind = device_and_dtype(None)
     head, cuda = stamp(device, kind, ["transformers", *RIVALS], commit), device.type == "cuda"
     name = re.sub("[^a-z0-9]+", "-", (head["gpu"] or "no gpu").lower()).strip("-")
     out = out or ROOT / "benchmarks" / "results" / name

@@ -1,18 +1,15 @@
-"""Options that `gemma-fast bench` and `python -m benchmarks` share, and what they have in common
-with the other commands. Imports nothing large."""
+"""`gemma-fast bench`, its options, and those that the benchmarks' other commands share. Its top
+imports nothing large, so that help and usage errors come at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from gemma_fast.config import PRESETS
-
-if TYPE_CHECKING:
-    import torch
 
 Command = Callable[..., Any]
 MODEL_HELP = f"""demo (the demo weights), a size with random weights (tiny, {", ".join(PRESETS)}),
@@ -40,6 +37,20 @@ def counts(*names: str, default: int, least: int, help: str) -> Callable[[Comman
     )
 
 
+dtype_option = click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="[default: bfloat16 on a GPU, float32 on a CPU]",
+)  # fmt: skip
+commit_option = click.option("--commit", help="What to stamp where git does not know.")
+size_option = click.option(
+    "--size", "sizes", multiple=True, help="Only sizes with this in their name; repeatable."
+)
+
+
+def out_option(help: str) -> Callable[[Command], Command]:
+    return click.option("--out", type=click.Path(path_type=Path, file_okay=False), help=help)
+
+
 OPTIONS = (
     counts("-p", "prompts", default=512, least=0, help="Tokens of prompts to read; 0: none."),
     counts("-n", "new", default=128, least=0, help="Tokens to write; 0: none."),
@@ -50,21 +61,14 @@ OPTIONS = (
         help="How often each test is timed.",
     ),
     click.option("--model", help=MODEL_HELP),
-    click.option(
-        "--dtype",
-        type=click.Choice(["bfloat16", "float16", "float32"]),
-        help="[default: bfloat16 on a GPU, float32 on a CPU]",
-    ),
+    dtype_option,
     click.option("--only", multiple=True, metavar="PROVIDER", help="Only these; repeatable."),
     click.option(
         "-o", "output", type=click.Choice(["md", "json"]), default="md", show_default=True,
         help="What the model's results are printed as.",
     ),
-    click.option(
-        "--out", type=click.Path(path_type=Path, file_okay=False),
-        help="Write results.json, results.md and plots here.",
-    ),
-    click.option("--commit", help="What to stamp where git does not know."),
+    out_option("Write results.json, results.md and plots here."),
+    commit_option,
 )  # fmt: skip
 
 
@@ -72,11 +76,6 @@ def options(command: Command) -> Command:
     for option in reversed(OPTIONS):
         command = option(command)
     return command
-
-
-size_option = click.option(
-    "--size", "sizes", multiple=True, help="Only sizes with this in their name; repeatable."
-)
 
 
 def pick_sizes(names: Iterable[str], parts: Sequence[str]) -> list[str]:
@@ -92,15 +91,21 @@ def make_folder(out: Path | None) -> None:
         raise click.ClickException(f"--out {out}: {error}") from error
 
 
-def refuse_unknown(only: Iterable[str], known: Iterable[str]) -> None:
-    if unknown := [name for name in only if name not in known]:
-        choices = ", ".join(known)
-        raise click.UsageError(f"no provider {', '.join(unknown)}: choose from {choices}")
+def refuse_unknown(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise click.UsageError(f"no {what} {', '.join(unknown)}: choose from {', '.join(known)}")
 
 
-def pick_device(dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    import torch
+@click.command(short_help="Speed of a whole model, beside its rivals.")
+@options
+@click.pass_context
+def bench(context: click.Context, **chosen: Any) -> None:
+    """Tokens a second of a whole model, reading a prompt (pp) and writing (tg), beside eager
+    PyTorch and transformers, as a share of what this machine can do. Exit status 1 if a result
+    was wrong or this project's failed."""
+    from gemma_fast.benchmarks.model.command import run_model
+    from gemma_fast.benchmarks.model.providers import PROVIDERS
 
-    cuda = torch.cuda.is_available()
-    kind = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
-    return torch.device("cuda" if cuda else "cpu"), kind
+    refuse_unknown("provider", chosen["only"], PROVIDERS)
+    make_folder(chosen["out"])
+    context.exit(0 if run_model(**chosen) else 1)

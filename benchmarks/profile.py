@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ import torch
 
 from gemma_fast.benchmarks import options as shared
 from gemma_fast.benchmarks.measure import report
-from gemma_fast.benchmarks.measure.machine import stamp
+from gemma_fast.benchmarks.measure.machine import device_and_dtype, stamp
 from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.benchmarks.measure.timing import wall_seconds
 from gemma_fast.benchmarks.model.cases import NEW, PROMPT, find
@@ -31,6 +31,9 @@ from gemma_fast.benchmarks.model.providers import PROVIDERS
 
 ROUNDS = 20
 WARM = 5  # times as many before: then all is compiled and captured, and clocks have settled
+COLUMNS = dict.fromkeys(
+    ("kernel", "grid", "launches", "µs a launch", "µs", "share", "idle before"), "---"
+)
 
 
 class Kernel(NamedTuple):
@@ -75,23 +78,20 @@ def shares(ran: Iterable[Kernel]) -> list[Share]:
     return sorted(found, key=lambda share: -share.busy - share.idle)
 
 
-def table(found: Iterable[Share], clock: float) -> str:
+def kernel_table(found: Sequence[Share], clock: float) -> str:
     """clock: µs of a round without the profiler."""
-    found = list(found)
     busy, idle = sum(x.busy for x in found), sum(x.idle for x in found)
     lines = [
-        "| kernel | grid | launches | µs a launch | µs | share | idle before |",
-        "|---" * 7 + "|",
-    ]
-    for x in found:
-        cells = (
-            report.escape(x.name[:60]), x.grid, f"{x.launches:g}", f"{x.busy / x.launches:.2f}",
-            f"{x.busy:.1f}", f"{x.busy / (busy + idle):.1%}", f"{x.idle:.1f}",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        {
+            "kernel": x.name[:60], "grid": x.grid, "launches": f"{x.launches:g}",
+            "µs a launch": f"{x.busy / x.launches:.2f}", "µs": f"{x.busy:.1f}",
+            "share": f"{x.busy / (busy + idle):.1%}", "idle before": f"{x.idle:.1f}",
+        }
+        for x in found
+    ]  # fmt: skip
     total = f"Sum {busy + idle:.1f} µs, of which idle {idle:.1f}"
-    lines.append(f"\n{total}; by the clock, without the profiler, {clock:.1f} µs.")
-    return "\n".join(lines) + "\n"
+    clocked = f"by the clock, without the profiler, {clock:.1f} µs."
+    return f"{report.table(COLUMNS, lines)}\n\n{total}; {clocked}\n"
 
 
 def rounds(work: Callable[[], Any]) -> None:
@@ -141,14 +141,14 @@ def prepare(
     "-b", "batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."
 )
 @click.option("--model", default="gemma-2b", show_default=True, help="As of gemma-fast bench.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]))
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write profile.md.")
-@click.option("--commit", help="What to stamp where git does not know.")
+@shared.dtype_option
+@shared.out_option("Write profile.md.")
+@shared.commit_option
 def main(
     prompt: int, depth: int, batch: int, model: str, dtype: str | None, out: Path | None,
     commit: str | None,
 ) -> None:  # fmt: skip
-    device, kind = shared.pick_device(dtype)
+    device, kind = device_and_dtype(dtype)
     if device.type != "cuda":
         raise click.ClickException("a profile is of a CUDA GPU, and there is none")
     shared.make_folder(out)
@@ -165,7 +165,7 @@ def main(
     torch.cuda.synchronize()
     if not (ran := kernels(traced(work))):
         raise click.ClickException("PyTorch's profiler saw no kernels")
-    found = table(shares(ran), clock * 1e6)
+    found = kernel_table(shares(ran), clock * 1e6)
     what = f"A prompt of {prompt}" if prompt else f"A token after {depth} to {depth + ROUNDS - 1}"
     head = report.heading(stamp(device, kind, [], commit), None)
     text = f"{what}, batch {batch}, {model}. {head}\n\n{found}"

@@ -12,7 +12,6 @@ the run that found it beside it.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,13 +30,11 @@ from rich.progress import track
 from triton.runtime.errors import OutOfResources
 
 from gemma_fast.benchmarks import options as shared
-from gemma_fast.benchmarks.kernels.suite import Prepare, Suite, make_inputs, run
+from gemma_fast.benchmarks.kernels.suite import Call, Config, Prepare, Size, Suite, make_inputs, run
 from gemma_fast.benchmarks.kernels.table import SUITES
-from gemma_fast.benchmarks.kernels.tuning import Config, Size
 from gemma_fast.benchmarks.measure import report
-from gemma_fast.benchmarks.measure.machine import Roof, measure_roof, stamp
+from gemma_fast.benchmarks.measure.machine import Roof, device_and_dtype, measure_roof, stamp
 from gemma_fast.benchmarks.measure.outcome import OURS
-from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels.launch import override
 
 TABLE = f"{OURS}, as the table has it"  # names begin as this project's: their graphs are checked
@@ -72,13 +69,12 @@ def compile_ahead(
     suite: str, keywords: Size, name: str, device: torch.device, dtype: torch.dtype
 ) -> None:
     """In a process of its own: leaves the kernel in Triton's cache."""
-    given = make_inputs(SUITES[suite], keywords, device, dtype, 0)
-    variants(SUITES[suite], keywords).providers[name](*given)()
-    del given
-    torch.cuda.empty_cache()  # the others' share
+    prepare = variants(SUITES[suite], keywords).providers[name]
+    prepare(*make_inputs(SUITES[suite], keywords, device, dtype, 0))()
+    torch.cuda.empty_cache()  # for the other processes
 
 
-def measure(
+def time_configs(
     suite: Suite, size: str, device: torch.device, dtype: torch.dtype, roof: Roof
 ) -> list[dict[str, Any]]:
     """Times of each tile, the fastest first; `again_us` where it was run again."""
@@ -98,23 +94,19 @@ def measure(
     return sorted(found, key=lambda x: (x.get("again_us", never), x.get("median_us", never)))
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def result_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A line for each tile that was run again, and one for those that cannot be."""
     for x in found:
         if "again_us" in x:
             share = x["share_of_roof"] * x["median_us"] / x["again_us"]
             yield f"  {x['again_us']:9.2f} µs  {share:.3f} of the roof  {x['tile']}"
-    failed = [x for x in found if "median_us" not in x]
-    if failed:
+    if failed := [x for x in found if "median_us" not in x]:
         yield f"  {len(failed)} of {len(found)} not measured, the first: {failed[0]['status']}"
 
 
 def chosen(names: Sequence[str], sizes: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Suites and sizes of these names, and with one of these in the size's name."""
-    if unknown := [name for name in names if name not in SUITES]:
-        raise click.UsageError(
-            f"no table for {', '.join(unknown)}: choose from {', '.join(SUITES)}"
-        )
+    shared.refuse_unknown("table for", names, SUITES)
     for name in SUITES:
         if not names or name in names:
             yield from ((name, size) for size in shared.pick_sizes(SUITES[name].sizes, sizes))
@@ -123,18 +115,16 @@ def chosen(names: Sequence[str], sizes: Sequence[str]) -> Iterator[tuple[str, st
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("names", nargs=-1, metavar="[SUITE]...")
 @shared.size_option
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]))
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Write tune.json here."
-)
-@click.option("--commit", help="What to stamp where git does not know.")
+@shared.dtype_option
+@shared.out_option("Write tune.json here.")
+@shared.commit_option
 def main(
     names: Sequence[str], sizes: Sequence[str], dtype: str | None, out: Path | None,
     commit: str | None,
 ) -> None:  # fmt: skip
     if not (todo := list(chosen(names, sizes))):
         raise click.UsageError(f"no size has {' or '.join(sizes)} in its name")
-    device, kind = shared.pick_device(dtype)
+    device, kind = device_and_dtype(dtype)
     if device.type != "cuda":
         raise click.ClickException("tiles are for a CUDA GPU, and there is none")
     shared.make_folder(out)
@@ -151,15 +141,13 @@ def main(
                     for x in suite.providers
                 ]
                 for future in track(ahead, f"{name}, {size}", console=Console(stderr=True)):
-                    future.exception()  # whoever cannot be compiled or launched is listed below
-            found = measure(suite, size, device, kind, roof)
-            click.echo("\n".join([f"{name}, {size}", *table(found)]))
+                    future.exception()  # a config that fails to compile or launch is listed below
+            found = time_configs(suite, size, device, kind, roof)
+            click.echo("\n".join([f"{name}, {size}", *result_lines(found)]))
             results += [{"suite": name, "size": size, **x} for x in found]
             if out:  # after each size, so that a run cut short keeps what it has
-                text = json.dumps(
-                    {"stamp": head, "roof": roof._asdict(), "results": results}, indent=2
-                )
-                (out / "tune.json").write_text(text + "\n", encoding="utf-8")
+                written = {"stamp": head, "roof": roof._asdict(), "results": results}
+                (out / "tune.json").write_text(report.as_json(written), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
 @click.pass_context
 def bench(context: click.Context, arguments: tuple[str, ...]) -> None:
     """Hands its arguments to the benchmarks' command, which is imported only now."""
-    from gemma_fast.benchmarks.model.command import bench as command
+    from gemma_fast.benchmarks.options import bench as command
 
     with command.make_context("bench", [*arguments], parent=context.parent) as inner:
         command.invoke(inner)

@@ -7,7 +7,7 @@ up to a minute a size to tune. The soft cap is not Gemma 2's 50, which random sc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,13 +16,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from gemma_fast.benchmarks.kernels.rivals import SDPA, by_pointers, compiled, plain, sdpa
-from gemma_fast.benchmarks.kernels.rmsnorm import norm as rms_norm
 from gemma_fast.benchmarks.kernels.rotary import TOKENS, Tensors, angles, turn
-from gemma_fast.benchmarks.kernels.suite import Check, Prepare, Suite
-from gemma_fast.benchmarks.kernels.tuning import Choices, Size, Tuning
-from gemma_fast.benchmarks.measure.machine import Work
+from gemma_fast.benchmarks.kernels.suite import Call, Check, Choices, Prepare, Size, Suite, Tuning
+from gemma_fast.benchmarks.measure.machine import Work, visible_pairs
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, OURS_BY_POINTERS
-from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import attention as module
 from gemma_fast.kernels.rotary import rotate
 
@@ -30,23 +27,16 @@ Options = dict[str, Any]  # the op's keywords: scale, window, softcap
 
 
 def inputs(
-    device: torch.device, dtype: torch.dtype, t: int, heads: int, n: int, d: int,
-    window: int | None = None, softcap: float | None = None, norm: bool = False,
+    t: int, heads: int, n: int, d: int, window: int | None = None, softcap: float | None = None,
+    norm: bool = False, **make: Any,
 ) -> Tensors:  # fmt: skip
     """q :: [1, t, heads, d], not rotated; keys, values :: [1, n, t, d]; …, norm_weight; options"""
-    make: dict[str, Any] = {"device": device, "dtype": dtype}
     q = torch.randn(1, t, heads, d, **make)
     keys, values = torch.randn(2, 1, n, t, d, **make)
-    start = torch.zeros(1, dtype=torch.int32, device=device)
+    start = torch.zeros(1, dtype=torch.int32, device=make["device"])
     norm_weight = torch.randn(d, **make) / 4 if norm else None
     options = {"scale": d**-0.5, "window": window, "softcap": softcap}
-    return q, keys, values, *angles(t, d, device), start, norm_weight, options
-
-
-def visible_pairs(t: int, window: int | None) -> int:
-    """Σ min(i, window) for i from 1 to t: the keys that each query sees."""
-    w = min(t, window or t)
-    return w * (w + 1) // 2 + (t - w) * w
+    return q, keys, values, *angles(t, d, make["device"]), start, norm_weight, options
 
 
 def work(
@@ -90,7 +80,7 @@ def hidden_keys(t: int, window: int | None, device: torch.device) -> Tensor:
 def formula(*given: Any) -> Tensor:
     q, keys, values, cos, sin, _, weight, options = given
     hidden = hidden_keys(q.shape[1], options["window"], q.device)
-    return attend(turn(rms_norm(q, weight), cos, sin), keys, values, hidden, options)
+    return attend(turn(q, weight, cos, sin), keys, values, hidden, options)
 
 
 def rotated(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -179,27 +169,28 @@ def choices(size: Size) -> Choices:
     return {"BLOCK_M": (64, 128), "BLOCK_N": keys, "num_warps": (4, 8), "num_stages": (2, 3)}
 
 
-def _sizes(*rows: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    names = ("t", "heads", "n", "d", "window", "softcap")
+def named_sizes(names: Sequence[str], *rows: tuple[int, ...]) -> dict[str, Size]:
+    """Sizes of these keywords, by names like "t 24, 4/1 heads, d 32"."""
     sizes = [dict(zip(names, row, strict=False)) for row in rows]
-    return {
-        f"t {x['t']}, {x['heads']}/{x['n']} heads, d {x['d']}"
-        + "".join(f", {name} {x[name]}" for name in ("window", "softcap") if name in x): x
-        for x in sizes
-    }
+
+    def word(size: Size, name: str) -> str:
+        return f"{size[name]}/{size['n']} heads" if name == "heads" else f"{name} {size[name]}"
+
+    return {", ".join(word(x, name) for name in x if name != "n"): x for x in sizes}
 
 
+NAMES = "t", "heads", "n", "d", "window", "softcap"
 ATTENTION = Suite(
     name="attention",
     about="Causal attention of a prompt of t tokens; query / kv heads. Rivals get q rotated",
-    yardstick=False,
-    sizes=_sizes(
+    sizes=named_sizes(
+        NAMES,
         *((t, 8, 1, 256) for t in (512, 2048, 8192, 16384)),
         (8192, 16, 16, 256),
         (8192, 32, 16, 128, 4096, 5),
         (8192, 4, 1, 256, 512),
     ),
-    tiny=_sizes((24, 4, 1, 32), (24, 4, 2, 32, 8), (24, 4, 2, 32, 8, 5)),
+    tiny=named_sizes(NAMES, (24, 4, 1, 32), (24, 4, 2, 32, 8), (24, 4, 2, 32, 8, 5)),
     inputs=inputs,
     oracle=with_options(module.attention_reference),
     work=work,
@@ -218,8 +209,8 @@ ATTENTION = Suite(
     },
 )
 ALL = {"window": 29, "softcap": 5.0, "norm": True}
-PROMPT = Check(
+CAUSAL = Check(
     "attention", inputs, formula, ATTENTION.providers[OURS],
     [size | {"heads": 2 * size["n"]} for size in TOKENS],
 )  # fmt: skip
-CHECKS = (PROMPT, PROMPT.resized("attention, window, cap, norm", **ALL))
+CHECKS = (CAUSAL, CAUSAL.resized("attention, window, cap, norm", **ALL))

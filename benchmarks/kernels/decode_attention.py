@@ -14,31 +14,27 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from gemma_fast.benchmarks.kernels.attention import ALL, attend, rotated
+from gemma_fast.benchmarks.kernels.attention import ALL, attend, named_sizes, rotated, with_options
 from gemma_fast.benchmarks.kernels.rivals import SDPA, plain, sdpa, torch_compiled
-from gemma_fast.benchmarks.kernels.rmsnorm import norm as rms_norm
 from gemma_fast.benchmarks.kernels.rotary import Tensors, angles, turn
-from gemma_fast.benchmarks.kernels.suite import Check, Prepare, Suite
-from gemma_fast.benchmarks.kernels.tuning import Choices, Size, Tuning
+from gemma_fast.benchmarks.kernels.suite import Call, Check, Prepare, Suite, Tuning
 from gemma_fast.benchmarks.measure.machine import Work
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, OURS_ALONE
-from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import decode_attention as module
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.rotary import rotary_write_reference
 
 
 def inputs(
-    device: torch.device, dtype: torch.dtype, b: int, depth: int, heads: int, n: int, d: int,
-    window: int | None = None, softcap: float | None = None, norm: bool = False,
+    b: int, depth: int, heads: int, n: int, d: int, window: int | None = None,
+    softcap: float | None = None, norm: bool = False, **make: Any,
 ) -> Tensors:  # fmt: skip
     """qkv :: [b, heads + 2 n, d]; keys, values :: [b, n, slots, d], a ring of the window's length
     or of depth, to which the token at depth − 1 is still to be written; …, both norms; options"""
-    make: dict[str, Any] = {"device": device, "dtype": dtype}
     qkv = torch.randn(b, heads + 2 * n, d, **make)
     keys, values = torch.randn(2, b, n, min(depth, window or depth), d, **make)
-    cos, sin = tables(depth, d, device)
-    position = torch.full((b,), depth - 1, dtype=torch.int32, device=device)
+    cos, sin = tables(depth, d, make["device"])
+    position = torch.full((b,), depth - 1, dtype=torch.int32, device=make["device"])
     norms = [torch.randn(d, **make) / 4 if norm else None for _ in "qk"]
     return qkv, keys, values, cos, sin, position, *norms, {"scale": d**-0.5, "softcap": softcap}
 
@@ -73,18 +69,20 @@ def no_arrivals(keys: Tensor) -> Tensor:
     return torch.zeros(keys[..., 0, 0].numel(), dtype=torch.int32, device=keys.device)
 
 
-def oracle(*inputs: Any) -> Tensor:
-    *tensors, options = inputs
-    return module.decode_attention_reference(*tensors, **options)
+def at_position(
+    qkv: Tensor, keys: Tensor, cos: Tensor, sin: Tensor, position: Tensor
+) -> tuple[Tensor, ...]:
+    """q, k, v :: [b, 1, heads, d]; cos, sin :: [b, 1, d / 2] of each row's position"""
+    n = keys.shape[1]
+    q, k, v = qkv.unsqueeze(1).split((qkv.shape[1] - 2 * n, n, n), dim=2)
+    return q, k, v, *(x[position.long()].unsqueeze(1) for x in (cos, sin))
 
 
 def written(
     qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor
 ) -> Tensor:
     """q :: [b, heads, 1, d], rotated; K and V are written to the cache."""
-    n = keys.shape[1]
-    q, k, v = qkv.unsqueeze(1).split((qkv.shape[1] - 2 * n, n, n), dim=2)
-    cos, sin = (x[position.long()].unsqueeze(1) for x in (cos, sin))
+    q, k, v, cos, sin = at_position(qkv, keys, cos, sin, position)
     rotary_write_reference(k, v, keys, values, cos, sin, position)
     return rotated(q, cos, sin).transpose(1, 2)
 
@@ -111,13 +109,11 @@ def by_sdpa(backend: SDPBackend) -> Prepare:
 def formula(*given: Any) -> Tensor:
     """All rows at one position, in a ring that is full."""
     qkv, keys, values, cos, sin, position, q_weight, k_weight, options = given
-    n, slots = keys.shape[1:3]
-    q, k, v = qkv.unsqueeze(1).split((qkv.shape[1] - 2 * n, n, n), dim=2)  # [b, 1, heads, d]
-    cos, sin = (x[position.long()].unsqueeze(1) for x in (cos, sin))
-    q, k = turn(rms_norm(q, q_weight), cos, sin), turn(rms_norm(k, k_weight), cos, sin)
-    slot = int(position[0]) % slots
+    q, k, v, cos, sin = at_position(qkv, keys, cos, sin, position)
+    q, k = turn(q, q_weight, cos, sin), turn(k, k_weight, cos, sin)
+    slot = int(position[0]) % keys.shape[2]
     keys[:, :, slot], values[:, :, slot] = k.squeeze(1), v.squeeze(1)
-    hidden = torch.zeros(1, slots, dtype=torch.bool, device=q.device)
+    hidden = torch.zeros(1, keys.shape[2], dtype=torch.bool, device=q.device)
     return attend(q, keys, values, hidden, options).squeeze(1)
 
 
@@ -156,38 +152,24 @@ def padded_token(*given: Any) -> Call:
     ).unsqueeze(1)
 
 
-def choices(size: Size) -> Choices:
-    return {
-        "BLOCK_N": (16, 32, 64), "JOIN": (2, 4, 8, 16), "num_warps": (4, 8), "num_stages": (2, 3),
-    }  # fmt: skip
-
-
-def _sizes(*rows: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    names = ("b", "depth", "heads", "n", "d", "window")
-    sizes = [dict(zip(names, row, strict=False)) for row in rows]
-    return {
-        f"b {x['b']}, depth {x['depth']}, {x['heads']}/{x['n']} heads, d {x['d']}"
-        + (f", window {x['window']}" if "window" in x else ""): x
-        for x in sizes
-    }
-
-
+CHOICES = {
+    "BLOCK_N": (16, 32, 64), "JOIN": (2, 4, 8, 16), "num_warps": (4, 8), "num_stages": (2, 3),
+}  # fmt: skip
+NAMES = "b", "depth", "heads", "n", "d", "window"
 DECODE_ATTENTION = Suite(
     name="decode_attention",
     about="Attention of one token over `depth`; query / kv heads. Rivals of eager only attend",
-    yardstick=False,
-    sizes=_sizes(
-        (1, 2048, 8, 1, 256),
-        (1, 8192, 8, 1, 256),
-        (64, 4096, 8, 1, 256),
+    sizes=named_sizes(
+        NAMES,
+        *((b, depth, 8, 1, 256) for b, depth in ((1, 2048), (1, 8192), (64, 4096))),
         (1, 8192, 4, 1, 256, 512),
     ),
-    tiny=_sizes((1, 40, 4, 1, 32), (2, 24, 4, 2, 32), (1, 24, 4, 1, 32, 16)),
+    tiny=named_sizes(NAMES, (1, 40, 4, 1, 32), (2, 24, 4, 2, 32), (1, 24, 4, 1, 32, 16)),
     inputs=inputs,
-    oracle=oracle,
+    oracle=with_options(module.decode_attention_reference),
     work=work,
     tolerance={torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5},
-    tuning=Tuning("decode_attention", choices),
+    tuning=Tuning("decode_attention", lambda size: CHOICES),
     providers={
         EAGER: plain(eager),
         "torch.compile": torch_compiled(eager),
@@ -200,14 +182,14 @@ LATER = (
     {"t": 20, "past": 150, "n": 2, "d": 32},
     {"t": 500, "past": 3000, "n": 4, "d": 256, "window": 1024},
 )
-NEW = Check("decode_attention", inputs, formula, ours, (
+TOKEN = Check("decode_attention", inputs, formula, ours, (
     {"b": 2, "depth": 150, "heads": 4, "n": 2, "d": 32},
     {"b": 2, "depth": 4000, "heads": 8, "n": 4, "d": 256},
 ))  # fmt: skip
 PADDED = Check("attention, rotated, padding", padded_inputs, padded_formula, padded_prompt, LATER)
 CHECKS = (
-    NEW,
-    NEW.resized("decode_attention, window, cap, norm", **ALL),
+    TOKEN,
+    TOKEN.resized("decode_attention, window, cap, norm", **ALL),
     PADDED,
     PADDED._replace(ours=padded_token).resized("split_attention, padding, cap", t=1, softcap=5.0),
 )

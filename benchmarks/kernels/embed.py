@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.benchmarks.kernels.rmsnorm import ROWS
-from gemma_fast.benchmarks.kernels.suite import Check
-from gemma_fast.benchmarks.measure.timing import Call
+from gemma_fast.benchmarks.kernels.suite import Call, Check
 from gemma_fast.kernels.embed import embed
 
 

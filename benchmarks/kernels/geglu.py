@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.benchmarks.kernels.rivals import by_pointers, compiled, plain, torch_compiled
 from gemma_fast.benchmarks.kernels.rmsnorm import ROWS, add_inputs
-from gemma_fast.benchmarks.kernels.suite import Check, Suite
-from gemma_fast.benchmarks.kernels.tuning import Choices, Size, Tuning
+from gemma_fast.benchmarks.kernels.suite import Call, Check, Suite, Tuning
 from gemma_fast.benchmarks.measure.machine import Work
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, OURS_BY_POINTERS
-from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import geglu as module
 from gemma_fast.kernels.geglu import geglu_reference
+from gemma_fast.reference import geglu
 
 
-def inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Tensor]:
+def inputs(rows: int, dim: int, **make: Any) -> tuple[Tensor]:
     """gate_up :: [rows, 2 * dim]"""
-    return (torch.randn(rows, 2 * dim, device=device, dtype=dtype),)
+    return (torch.randn(rows, 2 * dim, **make),)
 
 
 def work(itemsize: int, rows: int, dim: int) -> Work:
@@ -27,13 +28,13 @@ def work(itemsize: int, rows: int, dim: int) -> Work:
     return Work(3 * rows * dim * itemsize, 10 * rows * dim)
 
 
-def formula(gate: Tensor, up: Tensor) -> Tensor:
-    """In the input's dtype; gelu(gate) is rounded before it is multiplied."""
-    return F.gelu(gate, approximate="tanh") * up
-
-
 def eager(gate_up: Tensor) -> Tensor:
-    return formula(*gate_up.chunk(2, dim=-1))
+    """In the input's dtype; gelu(gate) is rounded before it is multiplied."""
+    return geglu(*gate_up.chunk(2, dim=-1))
+
+
+def ours(gate_up: Tensor) -> Tensor:
+    return module.geglu(*gate_up.chunk(2, dim=-1))
 
 
 def liger_geglu(gate_up: Tensor) -> Call:
@@ -45,10 +46,10 @@ def liger_geglu(gate_up: Tensor) -> Call:
 
 
 def liger_cute_geglu(gate_up: Tensor) -> Call:
-    from liger_kernel.functional import geglu
+    from liger_kernel.functional import geglu as liger
 
     gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
-    return lambda: geglu(gate, up, impl="nvidia-cutedsl")
+    return lambda: liger(gate, up, impl="nvidia-cutedsl")
 
 
 def flashinfer_geglu(gate_up: Tensor) -> Call:
@@ -57,12 +58,9 @@ def flashinfer_geglu(gate_up: Tensor) -> Call:
     return lambda: gelu_tanh_and_mul(gate_up)
 
 
-def product_inputs(
-    device: torch.device, dtype: torch.dtype, m: int, k: int, dim: int
-) -> tuple[Tensor, Tensor]:
+def product_inputs(m: int, k: int, dim: int, **make: Any) -> tuple[Tensor, Tensor]:
     """x :: [m, k], gate_up_proj :: [2 * dim, k], so that a product is about normal(0, 1)"""
-    x = torch.randn(m, k, device=device, dtype=dtype)
-    return x, torch.randn(2 * dim, k, device=device, dtype=dtype) * k**-0.5
+    return torch.randn(m, k, **make), torch.randn(2 * dim, k, **make) * k**-0.5
 
 
 def product_work(itemsize: int, m: int, k: int, dim: int) -> Work:
@@ -74,14 +72,6 @@ def product_then_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
     return eager(F.linear(x, gate_up_proj))
 
 
-def cublas_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
-    return module.geglu(*F.linear(x, gate_up_proj).chunk(2, dim=-1))
-
-
-def cublas_compiled(x: Tensor, gate_up_proj: Tensor) -> Tensor:
-    return compiled(eager)(F.linear(x, gate_up_proj))
-
-
 def quack_product(x: Tensor, gate_up_proj: Tensor) -> Call:
     """Takes the weights as [k, 2 * dim], a gate's column beside its up's."""
     from quack.gemm_interface import gemm_gated
@@ -91,12 +81,9 @@ def quack_product(x: Tensor, gate_up_proj: Tensor) -> Call:
     return lambda: gemm_gated(x, weight, activation="geglu", store_preact=False)[1]
 
 
-def gate_up_choices(size: Size) -> Choices:
-    return {
-        "BLOCK_M": (64, 128, 256), "BLOCK_N": (64, 128), "num_stages": (3, 4), "GROUP": (4, 8),
-    }  # fmt: skip
-
-
+GATE_UP_CHOICES = {
+    "BLOCK_M": (64, 128, 256), "BLOCK_N": (64, 128), "num_stages": (3, 4), "GROUP": (4, 8),
+}  # fmt: skip
 GEGLU = Suite(
     name="geglu",
     about="gelu(gate) * up of [rows, 2 * dim]",
@@ -116,13 +103,12 @@ GEGLU = Suite(
         "liger": liger_geglu,
         "liger (CuTe)": liger_cute_geglu,
         "flashinfer": flashinfer_geglu,
-        OURS: plain(lambda x: module.geglu(*x.chunk(2, dim=-1))),
+        OURS: plain(ours),
     },
 )
 GATE_UP_GEGLU = Suite(
     name="gate_up_geglu",
     about="The product [m, k] x [k, 2 * dim] and GeGLU of it",
-    yardstick=False,
     sizes={
         f"m {m}, k 2048, dim 16384": {"m": m, "k": 2048, "dim": 16384} for m in (128, 512, 4096)
     },
@@ -130,19 +116,19 @@ GATE_UP_GEGLU = Suite(
     inputs=product_inputs,
     oracle=product_then_geglu,
     work=product_work,
-    tuning=Tuning("gate_up_geglu", gate_up_choices),
+    tuning=Tuning("gate_up_geglu", lambda size: GATE_UP_CHOICES),
     providers={
         EAGER: plain(product_then_geglu),
         "torch.compile": torch_compiled(product_then_geglu),
-        "cuBLAS + compiled epilogue": plain(cublas_compiled),
-        "cuBLAS + geglu": plain(cublas_geglu),
+        "cuBLAS + compiled epilogue": plain(lambda x, weight: compiled(eager)(F.linear(x, weight))),
+        "cuBLAS + geglu": plain(lambda x, weight: ours(F.linear(x, weight))),
         "quack": quack_product,
         OURS_BY_POINTERS: by_pointers("gate_up_geglu", plain(module.gate_up_geglu)),
         OURS: plain(module.gate_up_geglu),
     },
 )
 CHECKS = (
-    Check("geglu", lambda **size: add_inputs(**size)[:2], formula, plain(module.geglu), ROWS),
+    Check("geglu", lambda **size: add_inputs(**size)[:2], geglu, plain(module.geglu), ROWS),
     Check(
         "gate_up_geglu", product_inputs, product_then_geglu, plain(module.gate_up_geglu),
         [{"m": 40, "k": 320, "dim": 96}, {"m": 512, "k": 2304, "dim": 4096}],

@@ -8,31 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.matvec import norm_eager, norm_formula, norm_inputs
+from gemma_fast.benchmarks.kernels import matvec
 from gemma_fast.benchmarks.kernels.rivals import plain, torch_compiled
 from gemma_fast.benchmarks.kernels.rmsnorm import EPS
-from gemma_fast.benchmarks.kernels.suite import Check, Suite
-from gemma_fast.benchmarks.kernels.tuning import Choices, Size, Tuning, matmul_choices
+from gemma_fast.benchmarks.kernels.suite import Call, Check, Choices, Size, Suite, Tuning
 from gemma_fast.benchmarks.measure.machine import Work
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
-from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import lm_head as module
+from gemma_fast.reference import cap
 
 SOFTCAP = 30.0
 
 
-def inputs(
-    device: torch.device, dtype: torch.dtype, b: int, vocab: int, dim: int, sampled: bool
-) -> tuple[Any, ...]:
+def inputs(b: int, vocab: int, dim: int, sampled: bool, **make: Any) -> tuple[Any, ...]:
     """x, residual :: [b, dim], norm_weight :: [dim], weight :: [vocab, dim], temperature :: [b]
 
     Hiddens point to one token, far ahead of all others: rounding does not change it, nor noise.
     """
-    make: dict[str, Any] = {"device": device, "dtype": dtype}
     weight = torch.randn(vocab, dim, **make).mul_(dim**-0.5)
     residual, norm_weight = torch.randn(b, dim, **make), torch.randn(dim, **make) / 4
-    x = weight[torch.randint(vocab, (b,), device=device)] * dim**0.5 - residual
-    temperature = torch.full((b,), 0.25, device=device) if sampled else None
+    x = weight[torch.randint(vocab, (b,), device=weight.device)] * dim**0.5 - residual
+    temperature = torch.full((b,), 0.25, device=x.device) if sampled else None
     return x, residual, norm_weight, weight, temperature
 
 
@@ -45,15 +41,11 @@ def eager(
     x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, temperature: Tensor | None
 ) -> Tensor:
     """The chosen tokens' rows of the weight, [b, dim]: ids would not compare as numbers do."""
-    scores = norm_eager(x, residual, norm_weight, None, weight, False)[0].float()
+    scores = matvec.norm_eager(x, residual, norm_weight, None, weight, False)[0].float()
     if temperature is not None:  # as gpt-fast draws: torch.multinomial would wait for the host
         probabilities = (scores / temperature[:, None]).softmax(-1)
         scores = probabilities / torch.empty_like(probabilities).exponential_(1)
     return F.embedding(scores.argmax(-1), weight)
-
-
-def oracle(x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, _: Any) -> Tensor:
-    return eager(x, residual, norm_weight, weight, None)
 
 
 def ours(
@@ -84,18 +76,18 @@ def choice(
 
 def choice_inputs(**size: Any) -> tuple[Any, ...]:
     """Each second token's row is a few ulps off the one before, so that rounding can decide."""
-    *tensors, matrix, _ = norm_inputs(**size)
+    *tensors, matrix, _ = matvec.norm_inputs(**size)
     off = 4 * torch.finfo(matrix.dtype).eps * torch.randn_like(matrix[1::2])
     matrix[1::2] = matrix[:-1:2] * (1 + off)
     return *tensors, matrix
 
 
 def logits(*given: Any) -> Tensor:
-    return SOFTCAP * torch.tanh(norm_formula(*given, False)[0] / SOFTCAP)
+    return cap(matvec.norm_formula(*given, False)[0], SOFTCAP)
 
 
 def choices(size: Size) -> Choices:
-    return matmul_choices(size, {
+    return matvec.matmul_choices(size, {
         "BLOCK_N": (4, 8), "BLOCK_K": (1024, 2048), "BLOCKS": (1, 4, 8, 16), "num_warps": (4, 8),
     })  # fmt: skip
 
@@ -116,14 +108,10 @@ LM_HEAD = Suite(
         "199 x 64, b 3": {"b": 3, "vocab": 199, "dim": 64, "sampled": False},
     },
     inputs=inputs,
-    oracle=oracle,
+    oracle=lambda x, residual, norm, weight, _: eager(x, residual, norm, weight, None),
     work=work,
     tuning=Tuning("next_token", choices),
-    providers={
-        EAGER: plain(eager),
-        "torch.compile": torch_compiled(eager),
-        OURS: ours,
-    },
+    providers={EAGER: plain(eager), "torch.compile": torch_compiled(eager), OURS: ours},
 )  # fmt: skip
 VOCAB = {"b": 8, "dim": 320, "out": 1001}, {"b": 8, "dim": 2304, "out": 50_001}
 CHOICE = Check("next_token, 8 rows", choice_inputs, logits, choice, VOCAB, chooses=True)

@@ -12,20 +12,15 @@ from torch import Tensor
 from gemma_fast.benchmarks.kernels.geglu import eager as geglu_of
 from gemma_fast.benchmarks.kernels.rivals import plain, torch_compiled
 from gemma_fast.benchmarks.kernels.rmsnorm import EPS, add
-from gemma_fast.benchmarks.kernels.suite import Check, Suite
-from gemma_fast.benchmarks.kernels.tuning import Choices, Size, Tuning, matmul_choices
+from gemma_fast.benchmarks.kernels.suite import Call, Check, Choices, Size, Suite, Tuning
 from gemma_fast.benchmarks.measure.machine import Work
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, OURS_ALONE
-from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import matvec as module
 
 
-def inputs(
-    device: torch.device, dtype: torch.dtype, b: int, dim: int, out: int
-) -> tuple[Tensor, Tensor]:
+def inputs(b: int, dim: int, out: int, **make: Any) -> tuple[Tensor, Tensor]:
     """x :: [b, dim], weight :: [out, dim], so that a product is about normal(0, 1)"""
-    x = torch.randn(b, dim, device=device, dtype=dtype)
-    return x, torch.randn(out, dim, device=device, dtype=dtype) * dim**-0.5
+    return torch.randn(b, dim, **make), torch.randn(out, dim, **make) * dim**-0.5
 
 
 def work(itemsize: int, b: int, dim: int, out: int) -> Work:
@@ -33,11 +28,10 @@ def work(itemsize: int, b: int, dim: int, out: int) -> Work:
 
 
 def norm_inputs(
-    device: torch.device, dtype: torch.dtype, b: int, dim: int, out: int, geglu: bool = False,
-    post: bool = False,
-) -> tuple[Any, ...]:  # fmt: skip
+    b: int, dim: int, out: int, geglu: bool = False, post: bool = False, **make: Any
+) -> tuple[Any, ...]:
     """x, residual :: [b, dim], norm_weight, post_norm_weight :: [dim], weight :: [out, dim]"""
-    x, weight = inputs(device, dtype, b, dim, out)
+    x, weight = inputs(b, dim, out, **make)
     residual, norm_weight = torch.randn_like(x), torch.randn_like(x[0]) / 4
     post_norm_weight = torch.randn_like(norm_weight) / 2 if post else None
     return x, residual, norm_weight, post_norm_weight, weight, geglu
@@ -64,13 +58,15 @@ def norm_formula(*given: Any) -> tuple[Tensor, Tensor]:
     return geglu_of(y) if geglu else y, h
 
 
-def ours(*given: Any, prefetch: bool = True) -> Call:
-    return lambda: module.linear(*given, prefetch=prefetch)
-
-
 def norm_ours(*given: Any, prefetch: bool = True) -> Call:
     *tensors, geglu = given
     return lambda: module.norm_linear(*tensors, geglu=geglu, eps=EPS, prefetch=prefetch)
+
+
+def matmul_choices(size: Size, one_row: Choices) -> Choices:
+    """Several rows are multiplied on the tensor cores, with other choices than one."""
+    several = {"BLOCK_N": (16, 32, 64), "BLOCK_K": (128, 256, 512), "STAGES": (3, 4, 6)}
+    return several if size["b"] > 1 else one_row
 
 
 def choices(size: Size) -> Choices:
@@ -96,8 +92,8 @@ LINEAR = Suite(
     providers={
         EAGER: plain(F.linear),
         "torch.compile": torch_compiled(F.linear),
-        OURS_ALONE: partial(ours, prefetch=False),
-        OURS: ours,
+        OURS_ALONE: plain(partial(module.linear, prefetch=False)),
+        OURS: plain(partial(module.linear, prefetch=True)),
     },
 )
 NORM_LINEAR = Suite(
@@ -127,7 +123,7 @@ NORM_LINEAR = Suite(
     },
 )  # fmt: skip
 MATRIX = {"b": 1, "dim": 320, "out": 96}, {"b": 1, "dim": 2304, "out": 4096}
-PRODUCT = Check("linear", inputs, F.linear, ours, MATRIX)
+PRODUCT = Check("linear", inputs, F.linear, LINEAR.providers[OURS], MATRIX)
 NORM_PRODUCT = Check("norm_linear", norm_inputs, norm_formula, norm_ours, MATRIX)
 CHECKS = (
     PRODUCT,

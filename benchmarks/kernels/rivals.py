@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gemma_fast.benchmarks.kernels.suite import Prepare
-from gemma_fast.benchmarks.measure.timing import Call
+from gemma_fast.benchmarks.kernels.suite import Call, Prepare
 from gemma_fast.kernels.launch import override
 
 SDPA = {

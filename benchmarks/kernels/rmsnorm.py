@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.benchmarks.kernels.rivals import plain, torch_compiled
-from gemma_fast.benchmarks.kernels.suite import Check, Suite
-from gemma_fast.benchmarks.kernels.tuning import Tuning
+from gemma_fast.benchmarks.kernels.suite import Call, Check, Prepare, Suite, Tuning
 from gemma_fast.benchmarks.measure.machine import Work
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
-from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import rmsnorm as module
 from gemma_fast.kernels.rmsnorm import add_rms_norm_reference, rms_norm_reference
+from gemma_fast.reference import rms_norm
 
+Op = Callable[..., Any]
 EPS = 1e-6
 SHAPES = [(512, 2048), (8192, 2048), (32768, 2048), (8192, 640), (8192, 2304)]
 SIZES = {f"{rows} x {dim}": {"rows": rows, "dim": dim} for rows, dim in SHAPES}
@@ -25,22 +27,16 @@ TINY = {"5 x 48": {"rows": 5, "dim": 48}}
 ROWS = {"rows": 16, "dim": 640}, {"rows": 512, "dim": 2304}
 
 
-def norm_inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Any, ...]:
+def norm_inputs(rows: int, dim: int, **make: Any) -> tuple[Any, ...]:
     """x :: [rows, dim], weight :: [dim]"""
-    make: dict[str, Any] = {"device": device, "dtype": dtype}
     return torch.randn(rows, dim, **make), torch.randn(dim, **make) / 2
 
 
-def add_inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Any, ...]:
-    """x, residual :: [rows, dim], weight :: [dim]"""
-    x, weight = norm_inputs(device, dtype, rows, dim)
-    return x, torch.randn_like(x), weight
-
-
-def post_inputs(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> tuple[Any, ...]:
+def add_inputs(rows: int, dim: int, post: bool = False, **make: Any) -> tuple[Any, ...]:
     """x, residual :: [rows, dim], weight, post_weight :: [dim]"""
-    *rest, weight = add_inputs(device, dtype, rows, dim)
-    return *rest, weight, torch.randn_like(weight) / 2
+    x, weight = norm_inputs(rows, dim, **make)
+    residual = torch.randn_like(x)
+    return x, residual, weight, (torch.randn_like(weight) / 2 if post else None)
 
 
 def norm_work(itemsize: int, rows: int, dim: int) -> Work:
@@ -48,24 +44,14 @@ def norm_work(itemsize: int, rows: int, dim: int) -> Work:
     return Work(2 * rows * dim * itemsize, 4 * rows * dim)
 
 
-def add_work(itemsize: int, rows: int, dim: int) -> Work:
-    """x and residual are read, y and h written; the sum is a fifth FLOP."""
-    return Work(4 * rows * dim * itemsize, 5 * rows * dim)
-
-
-def post_work(itemsize: int, rows: int, dim: int) -> Work:
-    """As add_work, and a norm more FLOPs."""
-    return Work(4 * rows * dim * itemsize, 9 * rows * dim)
+def add_work(itemsize: int, rows: int, dim: int, post: bool = False) -> Work:
+    """x and residual are read, y and h written; the sum is a fifth FLOP, x's norm four more."""
+    return Work(4 * rows * dim * itemsize, (5 + 4 * post) * rows * dim)
 
 
 def norm(x: Tensor, weight: Tensor | None) -> Tensor:
-    """The formula: in fp32 at least, rounded once. x itself where there is no weight."""
-    if weight is None:
-        return x
-    wide = torch.promote_types(x.dtype, torch.float32)
-    z = x.to(wide)
-    z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPS)
-    return (z * (1 + weight.to(wide))).to(x.dtype)
+    """The formula; x itself where there is no weight."""
+    return x if weight is None else rms_norm(x, weight, EPS)
 
 
 def add(
@@ -80,70 +66,67 @@ def torch_norm(x: Tensor, weight: Tensor) -> Call:
     return lambda: F.rms_norm(x, scale.shape, scale, EPS)
 
 
-def liger_norm(x: Tensor, weight: Tensor) -> Call:
+def liger() -> tuple[Op, Op]:
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    return lambda: LigerRMSNormFunction.apply(x, weight, EPS, 1.0, "gemma", False)
+    options = EPS, 1.0, "gemma", False
+    norm, add = LigerRMSNormFunction.apply, LigerFusedAddRMSNormFunction.apply
+    return lambda *tensors: norm(*tensors, *options), lambda *tensors: add(*tensors, *options)
 
 
-def liger_cute_norm(x: Tensor, weight: Tensor) -> Call:
+def liger_cute() -> tuple[Op, Op]:
     """Liger's other implementation, for 9.0 and newer."""
-    from liger_kernel.functional import rms_norm
+    from liger_kernel.functional import fused_add_rms_norm, rms_norm
 
-    options = {"offset": 1.0, "casting_mode": "gemma", "impl": "nvidia-cutedsl"}
-    return lambda: rms_norm(x, weight, EPS, **options)
-
-
-def quack_norm(x: Tensor, weight: Tensor) -> Call:
-    from quack.rmsnorm import rmsnorm_fwd
-
-    return lambda: rmsnorm_fwd(x, weight, eps=EPS, weight_offset=1.0)[0]
+    options, impl = (EPS, 1.0, "gemma"), {"impl": "nvidia-cutedsl"}
+    return (
+        lambda x, weight: rms_norm(x, weight, EPS, offset=1.0, casting_mode="gemma", **impl),
+        lambda *tensors: fused_add_rms_norm(*tensors, *options, **impl),
+    )
 
 
-def flashinfer_norm(x: Tensor, weight: Tensor) -> Call:
-    from flashinfer.norm import gemma_rmsnorm
-
-    return lambda: gemma_rmsnorm(x, weight, EPS)
-
-
-def liger_add(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor | None = None) -> Call:
-    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
-
-    add = LigerFusedAddRMSNormFunction.apply
-    norm = (lambda: x) if post is None else liger_norm(x, post)
-    return lambda: add(norm(), residual, weight, EPS, 1.0, "gemma", False)
-
-
-def liger_cute_add(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor | None = None) -> Call:
-    from liger_kernel.functional import fused_add_rms_norm
-
-    norm = (lambda: x) if post is None else liger_cute_norm(x, post)
-    options = {"impl": "nvidia-cutedsl"}
-    return lambda: fused_add_rms_norm(norm(), residual, weight, EPS, 1.0, "gemma", **options)
-
-
-def quack_add(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor | None = None) -> Call:
+def quack() -> tuple[Op, Op]:
     """Normalises the sum before it is rounded, as do flashinfer and Liger's CuTe kernel."""
     from quack.rmsnorm import rmsnorm_fwd
 
-    norm = (lambda: x) if post is None else quack_norm(x, post)
-    options = {"residual": residual, "eps": EPS, "weight_offset": 1.0}
-    return lambda: rmsnorm_fwd(norm(), weight, **options)[:2]
+    norm = partial(rmsnorm_fwd, eps=EPS, weight_offset=1.0)
+    return (
+        lambda x, weight: norm(x, weight)[0],
+        lambda x, residual, weight: norm(x, weight, residual=residual)[:2],
+    )
 
 
-def flashinfer_add(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor | None = None) -> Call:
-    """In place: y where x was (or the post norm's output), h where residual was. Replayed, it sums
-    its own sums, which stay finite in bf16."""
-    from flashinfer.norm import gemma_fused_add_rmsnorm
+def flashinfer() -> tuple[Op, Op]:
+    """Adds in place: y where x was (or the post norm's output), h where residual was. Replayed, it
+    sums its own sums, which stay finite in bf16."""
+    from flashinfer.norm import gemma_fused_add_rmsnorm, gemma_rmsnorm
 
-    norm = (lambda: x) if post is None else flashinfer_norm(x, post)
+    def add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        gemma_fused_add_rmsnorm(x, residual, weight, EPS)
+        return x, residual
 
-    def call() -> tuple[Tensor, Tensor]:
-        y = norm()
-        gemma_fused_add_rmsnorm(y, residual, weight, EPS)
-        return y, residual
+    return lambda x, weight: gemma_rmsnorm(x, weight, EPS), add
 
-    return call
+
+# Each library's norm, and its residual add and norm. A call imports the library.
+LIBRARIES = {"liger": liger, "liger (CuTe)": liger_cute, "quack": quack, "flashinfer": flashinfer}
+
+
+def norm_by(library: Callable[[], tuple[Op, Op]]) -> Prepare:
+    def prepare(x: Tensor, weight: Tensor) -> Call:
+        norm, _ = library()
+        return lambda: norm(x, weight)
+
+    return prepare
+
+
+def add_by(library: Callable[[], tuple[Op, Op]]) -> Prepare:
+    def prepare(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor | None = None) -> Call:
+        norm, add = library()
+        return lambda: add(x if post is None else norm(x, post), residual, weight)
+
+    return prepare
 
 
 RMS_NORM = Suite(
@@ -160,22 +143,10 @@ RMS_NORM = Suite(
         EAGER: plain(rms_norm_reference),
         "torch.compile": torch_compiled(rms_norm_reference),
         "F.rms_norm": torch_norm,
-        "liger": liger_norm,
-        "liger (CuTe)": liger_cute_norm,
-        "quack": quack_norm,
-        "flashinfer": flashinfer_norm,
+        **{name: norm_by(library) for name, library in LIBRARIES.items()},
         OURS: plain(module.rms_norm),
     },
 )
-ADD_PROVIDERS = {
-    EAGER: plain(add_rms_norm_reference),
-    "torch.compile": torch_compiled(add_rms_norm_reference),
-    "liger": liger_add,
-    "liger (CuTe)": liger_cute_add,
-    "quack": quack_add,
-    "flashinfer": flashinfer_add,
-    OURS: plain(module.add_rms_norm),
-}
 ADD_RMS_NORM = replace(
     RMS_NORM,
     name="add_rms_norm",
@@ -183,18 +154,23 @@ ADD_RMS_NORM = replace(
     inputs=add_inputs,
     oracle=add_rms_norm_reference,
     work=add_work,
-    providers=ADD_PROVIDERS,
+    providers={
+        EAGER: plain(add_rms_norm_reference),
+        "torch.compile": torch_compiled(add_rms_norm_reference),
+        **{name: add_by(library) for name, library in LIBRARIES.items()},
+        OURS: plain(module.add_rms_norm),
+    },
 )
 ADD_RMS_NORM_POST = replace(
     ADD_RMS_NORM,
     name="add_rms_norm_post",
     about="The same, where x is normalised before it is added; the libraries take two calls",
-    sizes={name: size for name, size in SIZES.items() if size["dim"] != 2048},
-    inputs=post_inputs,
-    work=post_work,
+    sizes={k: size | {"post": True} for k, size in SIZES.items() if size["dim"] != 2048},
+    tiny={k: size | {"post": True} for k, size in TINY.items()},
 )
+ADD = Check("add_rms_norm", add_inputs, add, ADD_RMS_NORM.providers[OURS], ROWS)
 CHECKS = (
     Check("rms_norm", norm_inputs, norm, RMS_NORM.providers[OURS], ROWS),
-    Check("add_rms_norm", add_inputs, add, ADD_PROVIDERS[OURS], ROWS),
-    Check("add_rms_norm, post-norm", post_inputs, add, ADD_PROVIDERS[OURS], ROWS),
+    ADD,
+    ADD.resized("add_rms_norm, post-norm", post=True),
 )

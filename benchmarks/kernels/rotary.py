@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.rivals import compiled
-from gemma_fast.benchmarks.kernels.rmsnorm import norm as rms_norm
-from gemma_fast.benchmarks.kernels.suite import Check, Prepare, Suite
-from gemma_fast.benchmarks.kernels.tuning import Tuning
+from gemma_fast.benchmarks.kernels.rivals import compiled, plain
+from gemma_fast.benchmarks.kernels.rmsnorm import norm
+from gemma_fast.benchmarks.kernels.suite import Check, Suite, Tuning
 from gemma_fast.benchmarks.measure.machine import Work
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
-from gemma_fast.benchmarks.measure.timing import Call
 from gemma_fast.kernels import rotary as module
 from gemma_fast.kernels.rotary import rotary_write_reference
 
@@ -29,16 +27,13 @@ def angles(t: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def inputs(
-    device: torch.device, dtype: torch.dtype, t: int, n: int, d: int, norm: bool = False
-) -> Tensors:
+def inputs(t: int, n: int, d: int, norm: bool = False, **make: Any) -> Tensors:
     """k, v :: [1, t, n, d]; keys, values :: [1, n, t, d], full of what must be overwritten."""
-    make: dict[str, Any] = {"device": device, "dtype": dtype}
     k, v = torch.randn(2, 1, t, n, d, **make)
     keys, values = torch.randn(2, 1, n, t, d, **make)
-    start = torch.zeros(1, dtype=torch.int32, device=device)
+    start = torch.zeros(1, dtype=torch.int32, device=k.device)
     norm_weight = torch.randn(d, **make) / 2 if norm else None
-    return k, v, keys, values, *angles(t, d, device), start, norm_weight
+    return k, v, keys, values, *angles(t, d, k.device), start, norm_weight
 
 
 def work(itemsize: int, t: int, n: int, d: int, norm: bool = False) -> Work:
@@ -47,8 +42,9 @@ def work(itemsize: int, t: int, n: int, d: int, norm: bool = False) -> Work:
     return Work(4 * t * n * d * itemsize + t * d * 4, (3 + 4 * norm) * t * n * d)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x :: [b, t, heads, d]; cos, sin :: [b, t, d / 2], rounded to x's dtype."""
+def turn(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """x :: [b, t, heads, d], after its norm; cos, sin :: [b, t, d / 2], rounded to x's dtype."""
+    x = norm(x, weight)
     cos, sin = (torch.cat((y, y), dim=-1).to(x.dtype).unsqueeze(2) for y in (cos, sin))
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
@@ -57,18 +53,17 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def formula(*given: Any) -> tuple[Tensor, Tensor]:
     """From position 0 on, as many tokens as slots."""
     k, v, _, _, cos, sin, _, weight = given
-    return turn(rms_norm(k, weight), cos, sin).transpose(1, 2), v.transpose(1, 2)
+    return turn(k, weight, cos, sin).transpose(1, 2), v.transpose(1, 2)
 
 
-def writing(op: Callable[..., None]) -> Prepare:
-    def prepare(*inputs: Any) -> Call:
-        def call() -> tuple[Tensor, Tensor]:
-            op(*inputs)
-            return inputs[2], inputs[3]
+def writing(op: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The op, and what it has written: keys and values."""
 
-        return call
+    def write(*inputs: Any) -> tuple[Tensor, Tensor]:
+        op(*inputs)
+        return inputs[2], inputs[3]
 
-    return prepare
+    return write
 
 
 ROTARY_WRITE = Suite(
@@ -76,23 +71,21 @@ ROTARY_WRITE = Suite(
     about="K rotated and written to the cache, V written; t tokens, n kv heads, d 256",
     yardstick=True,
     sizes={
-        "t 2048, n 1": {"t": 2048, "n": 1, "d": 256},
-        "t 8192, n 1": {"t": 8192, "n": 1, "d": 256},
-        "t 8192, n 16": {"t": 8192, "n": 16, "d": 256},
-        "t 8192, n 1, norm": {"t": 8192, "n": 1, "d": 256, "norm": True},
+        f"t {t}, n {n}{', norm' * norm}": {"t": t, "n": n, "d": 256, "norm": norm}
+        for t, n, norm in ((2048, 1, False), (8192, 1, False), (8192, 16, False), (8192, 1, True))
     },
     tiny={
         "t 5, n 2": {"t": 5, "n": 2, "d": 32},
         "t 5, n 1, norm": {"t": 5, "n": 1, "d": 32, "norm": True},
     },
     inputs=inputs,
-    oracle=lambda *inputs: writing(rotary_write_reference)(*inputs)(),
+    oracle=writing(rotary_write_reference),
     work=work,
     tuning=Tuning("rotary_write", lambda size: {"BLOCK": (4, 8, 16, 32), "num_warps": (4, 8)}),
     providers={
-        EAGER: writing(rotary_write_reference),
-        "torch.compile": writing(lambda *inputs: compiled(rotary_write_reference)(*inputs)),
-        OURS: writing(module.rotary_write),
+        EAGER: plain(writing(rotary_write_reference)),
+        "torch.compile": plain(writing(lambda *inputs: compiled(rotary_write_reference)(*inputs))),
+        OURS: plain(writing(module.rotary_write)),
     },
 )
 TOKENS = {"t": 40, "n": 2, "d": 32}, {"t": 1024, "n": 4, "d": 256}

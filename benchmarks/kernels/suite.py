@@ -15,16 +15,19 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gemma_fast.benchmarks.kernels.tuning import Size, Tuning
 from gemma_fast.benchmarks.measure.machine import Roof, Work
 from gemma_fast.benchmarks.measure.outcome import COPY, NOT_MEASURED, OURS, Wrong, error, verdict
 from gemma_fast.benchmarks.measure.timing import Call, Times, device_times
 
+Size = dict[str, Any]
+Config = dict[str, int]
+Choices = Mapping[str, Sequence[int]]
 Prepare = Callable[..., Call]  # one set of inputs → what is timed
 # Limits of `error`. One rounding to bf16 gives 1.7e-3, to fp16 2.1e-4, and rivals may round in
 # between. In bf16 that hides the order of roundings, gelu by erf and a wrong eps: tests find those.
@@ -32,12 +35,29 @@ TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """Launch configs that benchmarks.tune tries in place of the table's.
+
+    kernel: its name in kernels.launch; choices: size → what to try
+    """
+
+    kernel: str
+    choices: Callable[[Size], Choices]
+
+    def candidates(self, size: Size) -> dict[str, Config]:
+        """Every combination of the choices, by name."""
+        choices = self.choices(size)
+        configs = (dict(zip(choices, x, strict=True)) for x in product(*choices.values()))
+        return {", ".join([OURS, *(f"{k} {v}" for k, v in x.items())]): x for x in configs}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suite:
     """An op, its sizes, and who computes it.
 
     yardstick  whether a plain copy of as many bytes runs beside the providers
     sizes      name → keywords of `inputs` and `work`; tiny: the same, where there is no GPU
-    inputs     inputs(device, dtype, **size) → tuple, from torch's seeded generators, never zeros
+    inputs     inputs(**size, device=…, dtype=…) → tuple, from torch's seeded generators, no zeros
     oracle     oracle(*inputs upcast to fp32) → the output or outputs, in fp32
     work       work(itemsize, **size) → the least bytes and FLOPs
     tuning     what benchmarks.tune tries
@@ -46,13 +66,13 @@ class Suite:
 
     name: str
     about: str
-    yardstick: bool
     sizes: Mapping[str, Size]
     tiny: Mapping[str, Size]
     inputs: Callable[..., tuple[Any, ...]]
     oracle: Callable[..., Tensor | tuple[Tensor, ...]]
     work: Callable[..., Work]
     providers: Mapping[str, Prepare]
+    yardstick: bool = False
     tuning: Tuning | None = None
     tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
 
@@ -60,11 +80,14 @@ class Suite:
     def names(self) -> list[str]:
         return [*self.providers, *([COPY] if self.yardstick else [])]
 
+    def sizes_on(self, device: torch.device) -> Mapping[str, Size]:
+        return self.sizes if device.type == "cuda" else self.tiny
+
 
 class Check(NamedTuple):
     """A kernel's error in `gemma-fast verify`: ours(*inputs)() against formula(*inputs).
 
-    inputs: inputs(**size, device=…, dtype=…); sizes: one without a GPU, one with.
+    inputs: as a suite's; sizes: one without a GPU, one with.
     """
 
     name: str
@@ -134,7 +157,7 @@ def run(
         own = work._replace(flops=0) if name == COPY else work
         result = KernelResult(suite.name, size, name, "ok", own)
         try:
-            torch.cuda.empty_cache()  # what one provider needed is not another's lack
+            torch.cuda.empty_cache()  # so that each provider can use all memory
             if name != COPY:
                 found = check(suite, name, keywords, device, dtype, expected)
                 result = replace(result, error=found)
@@ -152,10 +175,10 @@ def run(
 
 
 def make_inputs(
-    suite: Suite, size: Size, device: torch.device, dtype: torch.dtype, seed: int
+    suite: Suite | Check, size: Size, device: torch.device, dtype: torch.dtype, seed: int
 ) -> tuple[Any, ...]:
     torch.manual_seed(seed)
-    given = suite.inputs(device, dtype, **size)
+    given = suite.inputs(**size, device=device, dtype=dtype)
     if device.type == "cuda":
         torch.cuda.synchronize()  # at rest: a kernel may then prefetch its weights
     return given
@@ -163,12 +186,15 @@ def make_inputs(
 
 def truth(suite: Suite, size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The oracle's outputs for the inputs of seed 0, upcast."""
+    return outputs(suite.oracle(*upcast(make_inputs(suite, size, device, dtype, 0))))
 
-    def upcast(x: Any) -> Any:
-        floating = isinstance(x, Tensor) and x.is_floating_point()
-        return x.to(torch.float32, copy=True) if floating else x
 
-    return _outputs(suite.oracle(*map(upcast, make_inputs(suite, size, device, dtype, 0))))
+def is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def upcast(inputs: Iterable[Any], dtype: torch.dtype = torch.float32) -> list[Any]:
+    return [x.to(dtype, copy=True) if is_float(x) else x for x in inputs]
 
 
 def check(
@@ -178,7 +204,7 @@ def check(
     """The provider's error on the inputs of seed 0. Raises Wrong, or what the provider raises."""
     torch.compiler.reset()  # Dynamo stops after eight sizes of one function
     call = suite.providers[name](*make_inputs(suite, size, device, dtype, 0))
-    found = _outputs(call())
+    found = outputs(call())
     kinds = [(x.dtype, tuple(x.shape)) for x in found]
     due = [(dtype, tuple(x.shape)) for x in expected]
     if kinds != due:
@@ -192,16 +218,16 @@ def check(
 def check_replay(
     suite: Suite, name: str, made: Sequence[Call], dtype: torch.dtype, left: Any
 ) -> None:
-    """Whether our graph's last replay left what the call gives by itself: its kernels overlap. (Of
-    rivals some change their inputs.) Raises Wrong."""
+    """Raises Wrong if our graph's last replay left another output than a call by itself gives: the
+    graph's kernels overlap. Rivals are not checked, because some change their inputs."""
     if name.startswith(OURS):
-        copies = [x.clone() for x in _outputs(left)]  # the call may write to the same memory
-        for found, by_itself in zip(copies, _outputs(made[0]()), strict=True):
+        copies = [x.clone() for x in outputs(left)]  # the call may write to the same memory
+        for found, by_itself in zip(copies, outputs(made[0]()), strict=True):
             if not (off := error(found, by_itself)) <= suite.tolerance[dtype]:
                 raise Wrong(f"error {off:.2g} in the graph that was timed")
 
 
-def _outputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def outputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (x,) if isinstance(x, Tensor) else tuple(x)
 
 

@@ -26,6 +26,12 @@ class Work(NamedTuple):
     flops: float
 
 
+def visible_pairs(t: int, window: int | None) -> int:
+    """Σ min(i, window) for i from 1 to t: the keys that each query sees."""
+    w = min(t, window or t)
+    return w * (w + 1) // 2 + (t - w) * w
+
+
 class Roof(NamedTuple):
     copy: float  # bytes/s, read + written, of a large copy
     product: float  # FLOP/s of a large matrix product
@@ -36,6 +42,13 @@ class Roof(NamedTuple):
 
     def bound(self, work: Work) -> str:
         return "memory" if work.bytes / self.copy >= work.flops / self.product else "compute"
+
+
+def device_and_dtype(dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """The GPU if there is one; the dtype of this name, or the device's usual one."""
+    cuda = torch.cuda.is_available()
+    kind = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
+    return torch.device("cuda" if cuda else "cpu"), kind
 
 
 def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:

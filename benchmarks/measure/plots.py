@@ -14,6 +14,10 @@ from gemma_fast.benchmarks.measure.outcome import COPY, OURS
 from gemma_fast.benchmarks.measure.report import speedups
 
 Plots = Iterator[tuple[str, Any]]  # a file's name and its figure
+STYLES: dict[str, dict[str, Any]] = {
+    OURS: {"linewidth": 2.5, "color": "black", "zorder": 3},
+    COPY: {"linestyle": "--", "color": "grey"},
+}
 
 
 def write_plots(
@@ -63,11 +67,12 @@ def _canvas(width: float, height: float, lines: int = 1, columns: int = 1) -> tu
     return figure, list(figure.subplots(lines, columns, squeeze=False).flat)
 
 
-def style(provider: str) -> dict[str, Any]:
-    """Our line stands out, the yardstick is no rival."""
-    if provider == OURS:
-        return {"linewidth": 2.5, "color": "black", "zorder": 3}
-    return {"linestyle": "--", "color": "grey"} if provider == COPY else {"linewidth": 1.2}
+def _plot_lines(panel: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """A line for each provider through its points (provider, x, y)."""
+    for provider in dict.fromkeys(name for name, _, _ in points):
+        xs, ys = zip(*sorted((x, y) for name, x, y in points if name == provider), strict=True)
+        style = STYLES.get(provider, {"linewidth": 1.2})
+        panel.plot(xs, ys, marker="o", label=provider, **style)
 
 
 def _speedup(results: Sequence[Any]) -> Any:
@@ -80,11 +85,7 @@ def _speedup(results: Sequence[Any]) -> Any:
     for suite, panel in zip(suites, panels, strict=False):
         keys = [(size, provider) for (name, size), provider in factors if name == suite]
         sizes = list(dict.fromkeys(size for size, _ in keys))
-        for provider in dict.fromkeys(provider for _, provider in keys):
-            found = [size for size in sizes if (size, provider) in keys]
-            at = [sizes.index(size) for size in found]
-            ys = [factors[(suite, size), provider] for size in found]
-            panel.plot(at, ys, marker="o", label=provider, **style(provider))
+        _plot_lines(panel, [(p, sizes.index(size), factors[(suite, size), p]) for size, p in keys])
         panel.set_xticks(range(len(sizes)), sizes, rotation=20, ha="right", fontsize="x-small")
         panel.set(title=suite, ylabel="× eager", ylim=(0, None))
         panel.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -129,15 +130,11 @@ def _speed(roof: Roof, results: Sequence[Any]) -> Any:
         for i, name in enumerate(names):
             chosen = [r for r in results if r.provider == name and r.case.kind == kind]
             figures = [r.figures(roof) for r in chosen]
-            panel.bar(
-                [cases.index(r.case) + (i - (len(names) - 1) / 2) * width for r in chosen],
-                [x["tokens_per_s"] for x in figures],
-                width,
-                yerr=[x["tokens_per_s_sd"] or 0 for x in figures],
-                label=name,
-                color="black" if name == OURS else f"C{i}",
-                ecolor="grey",
-            )
+            xs = [cases.index(r.case) + (i - (len(names) - 1) / 2) * width for r in chosen]
+            rates = [x["tokens_per_s"] for x in figures]
+            deviations = [x["tokens_per_s_sd"] or 0 for x in figures]
+            color = "black" if name == OURS else f"C{i}"
+            panel.bar(xs, rates, width, yerr=deviations, label=name, color=color, ecolor="grey")
         batches = len({case.batch for case in cases}) > 1
         labels = [case.name + f", batch {case.batch}" * batches for case in cases]
         panel.set_xticks(range(len(cases)), labels, rotation=20, ha="right", fontsize="x-small")
@@ -152,17 +149,10 @@ def _step_time(roof: Roof, results: Sequence[Any], name: str) -> Any:
     """A step's mean time upwards, a line a provider; below, what the roof allows."""
     figure, (panel,) = _canvas(9, 5)
     floors = {getattr(r.case, name): roof.floor(r.work) / r.case.tokens * 1e3 for r in results}
-    for provider in dict.fromkeys(r.provider for r in results):
-        line = sorted(
-            (getattr(r.case, name), r.typical / r.case.tokens * 1e3)
-            for r in results
-            if r.provider == provider
-        )
-        panel.plot(*zip(*line, strict=True), marker="o", label=provider, **style(provider))
-    panel.plot(
-        *zip(*sorted(floors.items()), strict=True), color="grey", linestyle="--", label="roof"
-    )
+    steps = [(r.provider, getattr(r.case, name), r.typical / r.case.tokens) for r in results]
+    _plot_lines(panel, [(provider, x, seconds * 1e3) for provider, x, seconds in steps])
     values = sorted(floors)
+    panel.plot(values, [floors[x] for x in values], color="grey", linestyle="--", label="roof")
     panel.set_xscale("symlog", base=2, linthresh=min(value for value in values if value))  # has 0
     panel.set_xticks(values, [str(value) for value in values])
     panel.minorticks_off()

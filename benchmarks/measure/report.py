@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import EAGER, WITHOUT_GRAPHS
@@ -34,103 +35,76 @@ MODEL_FOOTNOTE = (
 )
 
 
-class Report:
-    """A run on one machine.
-
-    roof     None: nothing was measured
-    results  KernelResult or ModelResult; may grow
-    about    see the kinds
-    """
-
-    def __init__(
-        self, stamp: Mapping[str, Any], roof: Roof | None, results: Sequence[Any],
-        about: Mapping[str, Any],
-    ) -> None:  # fmt: skip
-        self.stamp, self.roof, self.results, self.about = stamp, roof, results, about
-
-    def notes(self) -> dict[str, str]:
-        """Sentences about the whole run, by their keys in the JSON."""
-        return {}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """An object a result."""
-        factors, rows = speedups(self.results), []
-        for r in self.results:
-            row = self.describe(r) | r.figures(self.roof)
-            if (key := (r.cell, r.provider)) in factors:
-                row["x_eager"] = factors[key]
-            rows.append(row)
-        return rows
-
-    def describe(self, result: Any) -> dict[str, Any]:
-        """A result's entries that need no measurement."""
-        return {
-            "provider": result.provider, "status": result.status, "error": result.error,
-            "took_s": round(result.took, 2),
-        }  # fmt: skip
-
-    def body(self) -> list[str]:
-        """Markdown after the heading, by paragraphs."""
-        raise NotImplementedError
-
-    def json(self) -> str:
-        roof = self.roof and self.roof._asdict()
-        found = {"stamp": self.stamp, "roof": roof, **self.notes(), "results": self.rows()}
-        return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-
-    def markdown(self) -> str:
-        first = " ".join([heading(self.stamp, self.roof), *self.notes().values()])
-        nothing = [] if self.roof else [NOTHING]
-        return "\n\n".join([first, *nothing, *self.body()]) + "\n"
+class Report(NamedTuple):
+    json: str
+    markdown: str
 
     def write(self, folder: Path) -> None:
         """results.json and results.md, of what there is so far; the folder exists."""
-        (folder / "results.json").write_text(self.json(), encoding="utf-8")
-        (folder / "results.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / "results.json").write_text(self.json, encoding="utf-8")
+        (folder / "results.md").write_text(self.markdown, encoding="utf-8")
 
 
-class KernelReport(Report):
-    """about: suite → what it is, in a line."""
-
-    def describe(self, result: Any) -> dict[str, Any]:
-        return {"suite": result.suite, "size": result.size, **super().describe(result)}
-
-    def body(self) -> list[str]:
-        parts = []
-        for suite, rows in groupby(self.rows(), lambda row: row["suite"]):
-            cells = [kernel_cells(row) for row in rows]
-            parts += [f"## {suite}", self.about[suite], table(KERNEL_COLUMNS, cells)]
-        return parts + [CALL_BY_CALL] * any(r.graph is False for r in self.results)
+def kernel_report(
+    stamp: Mapping[str, Any], roof: Roof | None, results: Sequence[Any], about: Mapping[str, str]
+) -> Report:
+    """results: KernelResult; about: suite → what it is, in a line."""
+    rows, parts = kernel_rows(roof, results), []
+    for suite, group in groupby(rows, lambda row: row["suite"]):
+        parts += [f"## {suite}", about[suite], table(KERNEL_COLUMNS, map(kernel_cells, group))]
+    parts += [CALL_BY_CALL] * any(r.graph is False for r in results)
+    return _report(stamp, roof, rows, parts, {})
 
 
-class ModelReport(Report):
-    """about: "model", "size_bytes", "params", "dtype", "checked" (against what)."""
+def model_report(
+    stamp: Mapping[str, Any], roof: Roof | None, results: Sequence[Any], about: Mapping[str, Any]
+) -> Report:
+    """results: ModelResult; about: "model", "size_bytes", "params", "dtype", "checked" (against
+    what). Rows are sorted by test, then by provider, in the order of the run."""
+    place = list(dict.fromkeys(r.case for r in results)).index
+    same = {key: about[key] for key in ("model", "size_bytes", "params", "dtype")}
+    same["backend"] = stamp["gpu"] or stamp["cpu"]
+    factors = speedups(results)
+    rows = [
+        same | {"test": r.case.name, **asdict(r.case), **_entries(r, roof, factors)}
+        for r in sorted(results, key=lambda r: place(r.case))
+    ]
+    batches = any(row["batch"] > 1 for row in rows)
+    columns = {k: v for k, v in MODEL_COLUMNS.items() if batches or k != "batch"}
+    parts = [table(columns, map(model_cells, rows))] + [MODEL_FOOTNOTE] * (roof is not None)
+    parts += [NO_GRAPHS] * any(row["status"] == WITHOUT_GRAPHS for row in rows)
+    return _report(stamp, roof, rows, parts, {"checked": about["checked"]})
 
-    def notes(self) -> dict[str, str]:
-        return {"checked": self.about["checked"]}
 
-    def rows(self) -> list[dict[str, Any]]:
-        """By batch, depth and test, then by provider, as these ran."""
-        keys = [(r.case.batch, r.case.depth, r.case.name) for r in self.results]
-        place = list(dict.fromkeys(keys)).index
-        return sorted(super().rows(), key=lambda x: place((x["batch"], x["depth"], x["test"])))
+def kernel_rows(roof: Roof | None, results: Sequence[Any]) -> list[dict[str, Any]]:
+    factors = speedups(results)
+    return [{"suite": r.suite, "size": r.size, **_entries(r, roof, factors)} for r in results]
 
-    def describe(self, result: Any) -> dict[str, Any]:
-        case = result.case
-        return {
-            **{key: self.about[key] for key in ("model", "size_bytes", "params", "dtype")},
-            "backend": self.stamp["gpu"] or self.stamp["cpu"],
-            "test": case.name, "kind": case.kind, "tokens": case.tokens, "depth": case.depth,
-            "batch": case.batch, **super().describe(result),
-        }  # fmt: skip
 
-    def body(self) -> list[str]:
-        rows = self.rows()
-        batches = any(row["batch"] > 1 for row in rows)
-        columns = {k: v for k, v in MODEL_COLUMNS.items() if batches or k != "batch"}
-        parts = [table(columns, map(model_cells, rows))]
-        parts += [MODEL_FOOTNOTE] * (self.roof is not None)
-        return parts + [NO_GRAPHS] * any(row["status"] == WITHOUT_GRAPHS for row in rows)
+def _entries(result: Any, roof: Roof | None, factors: Mapping[Any, float]) -> dict[str, Any]:
+    """What the JSON says of a result of either kind."""
+    key = result.cell, result.provider
+    return {
+        "provider": result.provider, "status": result.status, "error": result.error,
+        "took_s": round(result.took, 2), **result.figures(roof),
+        **({"x_eager": factors[key]} if key in factors else {}),
+    }  # fmt: skip
+
+
+def _report(
+    stamp: Mapping[str, Any], roof: Roof | None, rows: Sequence[Mapping[str, Any]],
+    parts: Sequence[str], notes: Mapping[str, str],
+) -> Report:  # fmt: skip
+    """parts: Markdown after the heading, by paragraphs; notes: sentences about the whole run, by
+    their keys in the JSON."""
+    found = {"stamp": stamp, "roof": roof and roof._asdict(), **notes, "results": rows}
+    first = " ".join([heading(stamp, roof), *notes.values()])
+    markdown = "\n\n".join([first, *([] if roof else [NOTHING]), *parts]) + "\n"
+    return Report(as_json(found), markdown)
+
+
+def as_json(found: Mapping[str, Any]) -> str:
+    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
 
 
 def speedups(results: Iterable[Any]) -> dict[tuple[Any, str], float]:

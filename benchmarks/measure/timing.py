@@ -2,8 +2,8 @@
 
 Kernels that take microseconds are replayed from a graph, so that no launch is timed. The graph
 holds one provider's calls, each with inputs of its own; together they touch more than four times
-the L2 cache (see harness.calls), and each call's outputs live until the capture ends, so none is
-written to memory that a cache still holds.
+the L2 cache (see kernels.suite.calls), and each call's outputs live until the capture ends, so none
+is written to memory that a cache still holds.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from gemma_fast.benchmarks.kernels.attention import visible_pairs
-from gemma_fast.benchmarks.measure.machine import Work
+from gemma_fast.benchmarks.measure.machine import Work, visible_pairs
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.checkpoint.random import RandomCheckpoint
@@ -51,12 +50,9 @@ class Case:
     def room(self) -> int:
         return self.before + self.tokens
 
-    def fits(self, config: GemmaConfig) -> bool:
-        return self.room <= config.max_position_embeddings
-
     def status(self, config: GemmaConfig) -> str:
-        """Status before the run: whether the case fits the context."""
-        if self.fits(config):
+        """Status before the run: "ok" if the case fits the context."""
+        if self.room <= config.max_position_embeddings:
             return "ok"
         return f"cannot: {self.room} tokens, the context is {config.max_position_embeddings}"
 

@@ -1,36 +1,23 @@
-"""gemma-fast bench: the speed of a whole model beside its rivals."""
+"""What `gemma-fast bench` runs: the speed of a whole model beside its rivals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 
-from gemma_fast.benchmarks.measure.machine import Roof, measure_again, measure_roof, stamp
+from gemma_fast.benchmarks.measure import machine
+from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import serious, with_took
 from gemma_fast.benchmarks.measure.plots import model_plots, write_plots
-from gemma_fast.benchmarks.measure.report import ModelReport
+from gemma_fast.benchmarks.measure.report import model_report
 from gemma_fast.benchmarks.model.cases import cases, find
 from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import PROVIDERS
 from gemma_fast.benchmarks.model.race import ModelResult, run
-from gemma_fast.benchmarks.options import make_folder, options, pick_device, refuse_unknown
 from gemma_fast.load import refuse_overflow
-
-
-@click.command(short_help="Speed of a whole model, beside its rivals.")
-@options
-@click.pass_context
-def bench(context: click.Context, **chosen: Any) -> None:
-    """Tokens a second of a whole model, reading a prompt (pp) and writing (tg), beside eager
-    PyTorch and transformers, as a share of what this machine can do. Exit status 1 if a result
-    was wrong or this project's failed."""
-    refuse_unknown(chosen["only"], PROVIDERS)
-    make_folder(chosen["out"])
-    context.exit(0 if run_model(**chosen) else 1)
 
 
 def run_model(
@@ -39,7 +26,7 @@ def run_model(
     out: Path | None, commit: str | None, roof: Roof | None = None,
 ) -> bool:  # fmt: skip
     """Measures, prints and writes; whether all is well. roof: measured already."""
-    device, kind = pick_device(dtype)
+    device, kind = machine.device_and_dtype(dtype)
     cuda = device.type == "cuda"
     name = model or ("gemma-2b" if cuda else "tiny")
     tests = cases(prompts, new, depths, batches)
@@ -50,23 +37,22 @@ def run_model(
         refuse_overflow(checkpoint.config, kind)
     except (ValueError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error
-    fitting = [case for case in tests if case.fits(checkpoint.config)]
+    fitting = [case for case in tests if case.status(checkpoint.config) == "ok"]
     if not fitting:
         context = checkpoint.config.max_position_embeddings
         raise click.UsageError(f"no test fits the context of {name}, {context} tokens")
-    roof = roof or (measure_roof(device, kind) if model or cuda else None)
+    roof = roof or (machine.measure_roof(device, kind) if model or cuda else None)
     try:
         judge = Judge(checkpoint, kind, device)
     except torch.OutOfMemoryError as error:
         raise click.ClickException(f"no memory for the reference that judges: {error}") from error
-    head = stamp(device, kind, ["transformers"], commit)
+    head = machine.stamp(device, kind, ["transformers"], commit)
     about = {
         "model": name, "params": checkpoint.config.num_parameters, "dtype": head["dtype"],
         "size_bytes": checkpoint.config.num_parameters * kind.itemsize, "checked": judge.about,
     }  # fmt: skip
     names = [name for name in PROVIDERS if name in only or not only]
     results: list[ModelResult] = []
-    report = ModelReport(head, roof, results, about)
     for result in with_took(run(checkpoint, tests, device, kind, roof, repeats, names, judge)):
         results.append(result)
         about["checked"] = judge.about
@@ -76,12 +62,13 @@ def run_model(
             told += f", {rate:.2f} t/s"
         click.echo(f"{told}, {result.took:.1f} s", err=True)
         if out:  # so that a run cut short keeps what it has
-            report.write(out)
+            model_report(head, roof, results, about).write(out)
     if roof:
-        measure_again(head, device, kind)
+        machine.measure_again(head, device, kind)
+    report = model_report(head, roof, results, about)
     if out:
         report.write(out)
         title = f"{name}, {head['dtype']}, {head['gpu'] or head['cpu']}"
         write_plots(model_plots, out, roof, results, title)
-    click.echo(report.json() if output == "json" else report.markdown(), nl=False)
+    click.echo(report.json if output == "json" else report.markdown, nl=False)
     return not serious(r for r in results if r.case in fitting)

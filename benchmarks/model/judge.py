@@ -124,7 +124,7 @@ class Judge:
         return out.logits.float()
 
     def _past(self, ids: Tensor, row: int) -> Past:
-        """The reference's cache of a row's prefix, read once, whoever is judged."""
+        """The reference's cache of a row's prefix, computed once for all providers."""
         key = row, ids.shape[1]
         if key not in self.pasts:
             past = None

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from gemma_fast.benchmarks.measure.machine import Roof, Work
 from gemma_fast.benchmarks.measure.outcome import NOT_MEASURED, WITHOUT_GRAPHS, Wrong, verdict
-from gemma_fast.benchmarks.measure.timing import clock, repeated, settle_rounds
+from gemma_fast.benchmarks.measure.timing import clock, repeated, settle_rounds, wall_seconds
 from gemma_fast.benchmarks.model.cases import NEW, PROMPT, Case
 from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import PROVIDERS, Provider
@@ -68,9 +67,8 @@ class ModelResult:
         tokens = self.case.batch * self.case.tokens
         rates = [tokens / seconds for seconds in self.seconds]
         if self.case.kind == PROMPT:
-            of_kind = {
-                "time_to_first_token_s": mean, "mfu": self.work.flops / mean / roof.product
-            }  # fmt: skip
+            mfu = self.work.flops / mean / roof.product
+            of_kind = {"time_to_first_token_s": mean, "mfu": mfu}
         else:
             of_kind = {
                 "token_p50_s": statistics.median(self.token_seconds),
@@ -95,8 +93,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
 @torch.no_grad()
 def run(
     checkpoint: Checkpoint, cases: Sequence[Case], device: torch.device, dtype: torch.dtype,
-    roof: Roof | None, repeats: int, names: Sequence[str],
-    judge: Judge,
+    roof: Roof | None, repeats: int, names: Sequence[str], judge: Judge,
 ) -> Iterator[ModelResult]:  # fmt: skip
     """Results provider by provider, in the order of PROVIDERS: transformers as it is, which the
     judge compares this project with, is ahead; without a roof checked, and not timed."""
@@ -133,14 +130,14 @@ def race(
         result = replace(result, error=judge.check(result.provider, provider, case))
         if roof is None:
             return replace(result, status=NOT_MEASURED)
-        result = measure(provider, result, device, judge.vocab_size, before, repeats, roof)
+        result = timed(provider, result, device, judge.vocab_size, before, repeats, roof)
         skips = skipped_graphs() > skipped
         return replace(result, status=WITHOUT_GRAPHS) if skips else result
     except Exception as problem:
         return replace(result, status=verdict(problem))
 
 
-def measure(
+def timed(
     provider: Provider, result: ModelResult, device: torch.device, vocab_size: int, before: int,
     repeats: int, roof: Roof,
 ) -> ModelResult:  # fmt: skip
@@ -150,7 +147,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocab_size, (case.batch, case.room), generator=generator).to(device)
-    before_clock, timed = ids[:, : case.before], ids[:, case.before :]
+    before_clock, rest = ids[:, : case.before], ids[:, case.before :]
     read = provider.extend if case.before else provider.prefill
 
     def once() -> float:
@@ -158,7 +155,7 @@ def measure(
             provider.prefill(before_clock)
         start = clock()
         if case.kind == PROMPT:
-            read(timed)
+            read(rest)
         else:
             for _ in range(case.tokens):
                 provider.step()
@@ -184,13 +181,9 @@ def measure(
 
 
 def step_seconds(step: Callable[[], Tensor], steps: int, cuda: bool) -> list[float]:
-    """How long after the one before each step was done, on the device."""
+    """Seconds of each step, on the device: from the end of the step before to its own."""
     if not cuda:
-        marks = [time.perf_counter()]
-        for _ in range(steps):
-            step()
-            marks.append(time.perf_counter())
-        return [end - start for start, end in pairwise(marks)]
+        return [wall_seconds(step) for _ in range(steps)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     events[0].record()
     for event in events[1:]:

@@ -13,6 +13,9 @@ SAME = (
     "head_dim", "intermediate_size", "max_position_embeddings", "rms_norm_eps", "bos_token_id",
     "eos_token_id", "pad_token_id",
 )  # fmt: skip
+SAME_IN_GEMMA_2_AND_3 = (
+    "query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+)  # fmt: skip
 
 
 def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
@@ -23,13 +26,8 @@ def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
         # Spelled out: some releases compute Gemma 1 with another gelu by default.
         same["hidden_act"] = "gelu_pytorch_tanh"
         return transformers.GemmaConfig(rope_parameters=rope, **same)
-    same |= {
-        "query_pre_attn_scalar": config.query_pre_attn_scalar,
-        "sliding_window": config.sliding_window,
-        "layer_types": list(config.layer_types),
-        "attn_logit_softcapping": config.attn_logit_softcapping,
-        "final_logit_softcapping": config.final_logit_softcapping,
-    }
+    same |= {name: getattr(config, name) for name in SAME_IN_GEMMA_2_AND_3}
+    same["layer_types"] = list(config.layer_types)
     if config.model_type == "gemma2":
         return transformers.Gemma2Config(rope_parameters=rope, **same)
     if config.rope_scaling_factor != 1:

@@ -26,15 +26,9 @@ from gemma_fast.benchmarks.measure.machine import stamp
 from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.benchmarks.measure.report import heading
 from gemma_fast.benchmarks.model.cases import find
+from gemma_fast.benchmarks.verify import margins
 from gemma_fast.benchmarks.verify.kernels import check_kernels
-from gemma_fast.benchmarks.verify.margins import (
-    CPU_PATH,
-    INTERPRETER,
-    MARGINS,
-    MODEL,
-    ON_GPU,
-    Finding,
-)
+from gemma_fast.benchmarks.verify.margins import MARGINS, MODEL, Finding
 from gemma_fast.benchmarks.verify.model import check_model, dtypes_of, rival, text_ids
 from gemma_fast.kernels.launch import runs_triton
 from gemma_fast.load import pick_device
@@ -55,7 +49,7 @@ def certify(model: str | None, device: str | None, dtype: str, tokens: int, as_j
     lines += check_model(checkpoint, ids, dtypes, tokens, other)
     head = stamp(target, torch.float32, ["transformers"])
     head["dtype"] = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    head |= {"model": model or "demo", "beside": other.name, "kernels": how_checked(target)}
+    head |= {"model": model or "demo", "beside": other[0], "kernels": how_checked(target)}
     passed = all(line.ok for line in lines)
     if as_json:
         click.echo(as_text(head, lines, passed))
@@ -77,13 +71,15 @@ def how_checked(device: torch.device) -> str:
 def kernel_lines(device: torch.device) -> Iterator[Finding]:
     if device.type == "cuda":
         click.echo("kernels, on the GPU", err=True)
-        yield from check_kernels(device, [torch.float32, torch.bfloat16, torch.float16], ON_GPU)
+        yield from check_kernels(
+            device, [torch.float32, torch.bfloat16, torch.float16], margins.ON_GPU
+        )
         return
     if find_spec("triton"):
         click.echo("kernels, in Triton's interpreter", err=True)
         yield from interpreted()
     click.echo("their references on the CPU", err=True)
-    yield from check_kernels(device, [torch.float32, torch.bfloat16], CPU_PATH)
+    yield from check_kernels(device, [torch.float32, torch.bfloat16], margins.CPU_PATH)
 
 
 def interpreted() -> list[Finding]:
@@ -96,14 +92,14 @@ def interpreted() -> list[Finding]:
     done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         problem = f"the interpreter's process ended with status {done.returncode}"
-        return [Finding(INTERPRETER, "all", "", (), problem)]
+        return [Finding(margins.INTERPRETER, "all", "", (), problem)]
     return [Finding.of_dict(line) for line in json.loads(done.stdout)]
 
 
 def as_text(head: Mapping[str, Any], lines: Iterable[Finding], passed: bool) -> str:
     """JSON, in which a figure that is not finite is null."""
-    margins = {name: margin._asdict() for name, margin in MARGINS.items()}
-    found = {"stamp": head, "margins": margins, "lines": [x.as_dict() for x in lines]}
+    limits = {name: margin._asdict() for name, margin in MARGINS.items()}
+    found = {"stamp": head, "margins": limits, "lines": [x.as_dict() for x in lines]}
     text = json.dumps(found | {"passed": passed})
     return json.dumps(json.loads(text, parse_constant=lambda _: None), ensure_ascii=False)
 
@@ -120,18 +116,15 @@ def show(head: Mapping[str, Any], lines: Iterable[Finding], passed: bool) -> Non
         for line in group:
             columns = zip(*(figure[1:] for figure in line.figures), strict=True)
             cells = [" / ".join(map(number, column)) for column in columns] or [line.note, "", ""]
-            table.add_row(line.check, line.dtype, *cells, word(line.ok))
+            verdict = "[green]pass[/]" if line.ok else "[bold red]FAIL[/]"
+            table.add_row(line.check, line.dtype, *cells, verdict)
         console.print(table)
-    margins = Table("allowed", "float32", "16 bits", "why", title="Margins")
+    allowed = Table("allowed", "float32", "16 bits", "why", title="Margins")
     for name, margin in MARGINS.items():
-        margins.add_row(name, *(f"{x:g} × eager {y:+g}" for x, y in margin[:2]), margin.why)
-    console.print(margins)
+        allowed.add_row(name, *(f"{x:g} × eager {y:+g}" for x, y in margin[:2]), margin.why)
+    console.print(allowed)
     console.print("Every line passed." if passed else "A line FAILED.", highlight=False)
 
 
 def number(x: float | None) -> str:
     return "–" if x is None else f"{x:.3g}"
-
-
-def word(ok: bool) -> str:
-    return "[green]pass[/]" if ok else "[bold red]FAIL[/]"

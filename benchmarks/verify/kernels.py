@@ -18,18 +18,11 @@ import torch
 from torch import Tensor
 
 from gemma_fast.benchmarks.kernels.rivals import plain
-from gemma_fast.benchmarks.kernels.suite import Check
+from gemma_fast.benchmarks.kernels.suite import Call, Check, is_float, make_inputs, outputs, upcast
 from gemma_fast.benchmarks.kernels.table import CHECKS
 from gemma_fast.benchmarks.measure.outcome import Wrong, full_precision, verdict
-from gemma_fast.benchmarks.measure.timing import Call
-from gemma_fast.benchmarks.verify.margins import (
-    CHOICE_ULP,
-    INTERPRETER,
-    MAX_ULP,
-    RMS_ULP,
-    Finding,
-    finding,
-)
+from gemma_fast.benchmarks.verify import margins as of
+from gemma_fast.benchmarks.verify.margins import Finding, finding
 
 # With 1 added, none is a bf16, and the last no fp16; the first is one of Gemma's.
 NORM_WEIGHTS = 15.8125, 2**-8, 2**-11
@@ -55,32 +48,27 @@ def errors(
     check: Check, prepare: Callable[..., Call], device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
     """The largest and the RMS error, in ulps; of several outputs the worst."""
-    upcast = (x.double() if is_float(x) else x for x in inputs_of(check, device, dtype))
-    exact, found = check.formula(*upcast), prepare(*inputs_of(check, device, dtype))()
+    exact = check.formula(*upcast(inputs_of(check, device, dtype), torch.float64))
+    found = prepare(*inputs_of(check, device, dtype))()
     if check.chooses:
-        return {CHOICE_ULP: float(choice_ulps(found, exact, dtype).amax())}
-    pairs = zip(*([x] if isinstance(x, Tensor) else x for x in (found, exact)), strict=True)
+        return {of.CHOICE_ULP: float(choice_ulps(found, exact, dtype).amax())}
+    pairs = zip(outputs(found), outputs(exact), strict=True)
     ulps = [value_ulps(ours, true, dtype) for ours, true in pairs]
     return {
-        MAX_ULP: float(torch.stack([x.abs().amax() for x in ulps]).amax()),
-        RMS_ULP: float(torch.stack([x.square().mean().sqrt() for x in ulps]).amax()),
+        of.MAX_ULP: float(torch.stack([x.abs().amax() for x in ulps]).amax()),
+        of.RMS_ULP: float(torch.stack([x.square().mean().sqrt() for x in ulps]).amax()),
     }
 
 
 def inputs_of(check: Check, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     """The same each time, because some ops write to their inputs."""
-    torch.manual_seed(0)
-    given = check.inputs(device=device, dtype=dtype, **check.sizes[device.type == "cuda"])
+    given = make_inputs(check, check.sizes[device.type == "cuda"], device, dtype, seed=0)
     for x in given:
         if is_float(x) and x.ndim == 1:  # of a norm
             x[: len(NORM_WEIGHTS)] = torch.tensor(NORM_WEIGHTS)
     if device.type == "cuda":
         torch.cuda.synchronize()  # at rest: a kernel may then prefetch its weights
     return given
-
-
-def is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def value_ulps(found: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,5 +92,5 @@ def spacing(size: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 if __name__ == "__main__":
-    found = check_kernels(torch.device("cpu"), [torch.float32, torch.float16], INTERPRETER)
+    found = check_kernels(torch.device("cpu"), [torch.float32, torch.float16], of.INTERPRETER)
     click.echo(json.dumps([x.as_dict() for x in found]))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import torch
@@ -26,7 +27,7 @@ from gemma_fast.reference import Reference
 from gemma_fast.text.tokenizer import Tokenizer
 
 RUNS, BATCH = 3, 8
-NEW = 16  # tokens written to each text of a batch, and in a repeated run
+WRITTEN = 16  # tokens written to each text of a batch, and in a repeated run
 CHUNK = 16  # rows of logits in float64
 OLDEST = 5, 17  # of transformers, that is compared with
 # Charles Darwin, On the Origin of Species (1859), introduction. Longer than a window of 512 tokens.
@@ -40,7 +41,7 @@ Greedy = Callable[[Any, Tensor, Tensor, int], Tensor]  # model, ids, mask, count
 def text_ids(checkpoint: Checkpoint, tokens: int) -> Tensor:
     """[1, t]: TEXT, or random ids for random weights; leaves room for `tokens` more."""
     config = checkpoint.config
-    room = config.max_position_embeddings - max(tokens, NEW)
+    room = config.max_position_embeddings - max(tokens, WRITTEN)
     if room < 2 * BATCH:
         raise ValueError(f"{tokens=} leaves no room for a prompt in a context of {room + tokens}")
     if isinstance(checkpoint, RandomCheckpoint):
@@ -66,29 +67,16 @@ def dtypes_of(checkpoint: Checkpoint, device: torch.device, asked: str) -> list[
     return dtypes
 
 
-class Subject(NamedTuple):
-    """A model to check: its name, how to load it, how it decodes. Called as the reference is."""
-
-    name: str
-    load: Load
-    greedy: Greedy
-
-
-def rival() -> Subject:
-    """transformers, or where it is missing or old this project's reference."""
+def rival() -> tuple[str, Load]:
+    """transformers, or where it is missing or old this project's reference: its name, and how to
+    load it. Both are called as the reference is."""
     version = installed_version("transformers")
     if version is None or tuple(map(int, version.split(".")[:2])) < OLDEST:
         found = "is not installed" if version is None else f"is {version}, older than 5.17"
-        return Subject(
-            f"eager reference, as transformers {found}", Reference.from_checkpoint, eager_greedy
-        )
-    return Subject(f"transformers {version}", load_transformers, eager_greedy)
-
-
-def load_transformers(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+        return f"eager reference, as transformers {found}", Reference.from_checkpoint
     from gemma_fast.benchmarks.model.transformers_model import transformers_model
 
-    return transformers_model(checkpoint, "eager", dtype, device)
+    return f"transformers {version}", partial(transformers_model, attention="eager")
 
 
 def our_greedy(model: GemmaForCausalLM, ids: Tensor, mask: Tensor, count: int) -> Tensor:
@@ -103,9 +91,8 @@ def eager_greedy(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
     return torch.stack([loop.prefill(ids), *(loop.step() for _ in range(count - 1))], dim=1)
 
 
-THIS_PROJECT = Subject(OURS, GemmaForCausalLM.from_checkpoint, our_greedy)
 # Each check and its figures, in the order of Text.figures and Text.varying.
-CHECKS = {
+LINES = {
     "KL(reference ‖ model), mean / max": (of.KL_MEAN, of.KL_MAX),
     "|Δ logit|, mean / max": (of.DELTA_MEAN, of.DELTA_MAX),
     of.TOP_1: (of.TOP_1,),
@@ -118,21 +105,24 @@ CHECKS = {
 
 @torch.no_grad()
 def check_model(
-    checkpoint: Checkpoint, ids: Tensor, dtypes: Sequence[torch.dtype], tokens: int, other: Subject
-) -> Iterator[Finding]:
-    """ids :: [1, t], a text, on the device; tokens: how many are written after it."""
+    checkpoint: Checkpoint, ids: Tensor, dtypes: Sequence[torch.dtype], tokens: int,
+    other: tuple[str, Load],
+) -> Iterator[Finding]:  # fmt: skip
+    """ids :: [1, t], a text, on the device; tokens: how many are written after it; other: see
+    rival"""
     with full_precision():
         text = Text(Judge(checkpoint, torch.float32, ids.device), ids, tokens)
         for dtype in dtypes:
             found = []
-            for subject in (other, THIS_PROJECT):
-                click.echo(f"{subject.name}, {dtype}".replace("torch.", ""), err=True)
-                model = subject.load(checkpoint, dtype=dtype, device=ids.device)
-                varying = text.varying(model) if subject is THIS_PROJECT else (None, None)
-                found.append((*text.figures(model, subject.greedy), *varying))
+            for name, load in (other, (OURS, GemmaForCausalLM.from_checkpoint)):
+                click.echo(f"{name}, {dtype}".replace("torch.", ""), err=True)
+                model = load(checkpoint, dtype=dtype, device=ids.device)
+                varying = text.varying(model) if name == OURS else (None, None)
+                greedy = our_greedy if name == OURS else eager_greedy
+                found.append((*text.figures(model, greedy), *varying))
                 del model  # its memory first
             eager, ours = map(iter, found)
-            for check, names in CHECKS.items():
+            for check, names in LINES.items():
                 pairs = {name: (next(ours), next(eager)) for name in names}
                 yield finding(MODEL, check.format(tokens=tokens), dtype, pairs)
 
@@ -171,11 +161,12 @@ class Text:
             ids, attention_mask=mask, position_ids=positions(mask), use_cache=False,
             logits_to_keep=keep,
         ).logits  # fmt: skip
-        texts = greedy(model, ids, mask, NEW)
+        texts = greedy(model, ids, mask, WRITTEN)
         deltas, gaps = [], []
         for row, length in enumerate(lengths):
             text = torch.cat((self.ids[:, :length], texts[row : row + 1, :-1]), dim=1)
-            alone = model(text, use_cache=False, logits_to_keep=keep + NEW - 1).logits[0].float()
+            out = model(text, use_cache=False, logits_to_keep=keep + WRITTEN - 1)
+            alone = out.logits[0].float()
             deltas.append((together[row].float() - alone[:keep]).abs().max())
             gaps.append(under_the_best(alone[keep - 1 :], texts[row]).max())
         gap = torch.stack(gaps)
@@ -185,14 +176,14 @@ class Text:
         """How many of the runs after the first gave other logits, to the bit, and another text."""
         mask = torch.ones_like(self.ids)
         logits = model(self.ids, use_cache=False).logits
-        text = our_greedy(model, self.ids, mask, NEW)
+        text = our_greedy(model, self.ids, mask, WRITTEN)
         again = [model(self.ids, use_cache=False).logits.equal(logits) for _ in range(RUNS - 1)]
-        repeated = [our_greedy(model, self.ids, mask, NEW).equal(text) for _ in range(RUNS - 1)]
+        repeated = [our_greedy(model, self.ids, mask, WRITTEN).equal(text) for _ in range(RUNS - 1)]
         return again.count(False), repeated.count(False)
 
 
 def closeness(logits: Tensor, truth: Tensor, ids: Tensor) -> Figures:
-    """logits, truth :: [t, vocab], after each of ids :: [t] → the first six figures of CHECKS"""
+    """logits, truth :: [t, vocab], after each of ids :: [t] → the first six figures of LINES"""
     columns = []
     for rows in torch.arange(len(ids), device=ids.device).split(CHUNK):
         ours, true = logits[rows].double(), truth[rows].double()

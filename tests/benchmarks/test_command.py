@@ -62,6 +62,11 @@ def test_sizes():
     assert "199 x 64, b 3" in done.stdout and "199 x 64, b 1" not in done.stdout
     done = CliRunner().invoke(main, ["lm_head", "geglu", "--size", "b 4"])
     assert done.exit_code == 2 and "no size has b 4 in its name" in done.output
+    # A size of a suite none of whose providers was chosen: no table, and the model runs.
+    names = ["rms_norm", "model", "--only", "transformers (eager)", "--size", "5 x 48"]
+    done = CliRunner().invoke(main, [*names, "-p", "4", "-n", "0"])
+    assert done.exit_code == 0, done.output
+    assert "pp4" in done.stdout and "rms_norm" not in done.stdout
 
 
 @pytest.mark.usefixtures("no_gpu")

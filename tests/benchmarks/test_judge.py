@@ -13,12 +13,12 @@ from torch._dynamo.utils import counters
 from gemma_fast.benchmarks.measure import timing
 from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, WITHOUT_GRAPHS, serious
-from gemma_fast.benchmarks.model import command as model_command
 from gemma_fast.benchmarks.model import providers as model_providers
 from gemma_fast.benchmarks.model.cases import TINY, Case, find
 from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import PROVIDERS, Eager
 from gemma_fast.benchmarks.model.race import run
+from gemma_fast.benchmarks.options import bench
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.reference import Reference
 
@@ -205,7 +205,7 @@ def test_where_float32_does_not_fit_the_reference_keeps_its_dtype(monkeypatch):
 def test_exit_status_of_a_wrong_result(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(PROVIDERS, OURS, provider(without_rotary))
-    done = CliRunner().invoke(model_command.bench, ["-p", "4", "--only", OURS])
+    done = CliRunner().invoke(bench, ["-p", "4", "--only", OURS])
     assert done.exit_code == 1 and "wrong: error" in done.stdout
 
 

@@ -5,7 +5,7 @@ import torch
 from click.testing import CliRunner
 
 from gemma_fast.benchmarks import profile
-from gemma_fast.benchmarks.profile import ROUNDS, Share, kernels, prepare, shares, table
+from gemma_fast.benchmarks.profile import ROUNDS, Share, kernel_table, kernels, prepare, shares
 
 
 def event(name, start, end, category="kernel", grid=(8, 1, 1)):
@@ -32,7 +32,7 @@ def test_what_overlaps_is_the_earlier_kernels():
         Share("attention", "8x1x1", 1, 3, 0),
         Share("Memcpy DtoH", "", 1, 1, 0),
     ]
-    lines = table(found, clock=100).splitlines()
+    lines = kernel_table(found, clock=100).splitlines()
     assert lines[2].startswith("| product | 8x1x1 | 2 | 5.00 | 10.0 | 10.4% |")
     assert lines[-1] == (
         "Sum 96.0 µs, of which idle 77.0; by the clock, without the profiler, 100.0 µs."

@@ -15,14 +15,14 @@ from gemma_fast.benchmarks.measure import machine, timing
 from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, WITHOUT_GRAPHS
 from gemma_fast.benchmarks.measure.plots import model_plots, write_plots
-from gemma_fast.benchmarks.measure.report import ModelReport
-from gemma_fast.benchmarks.model import command as model_command
+from gemma_fast.benchmarks.measure.report import model_report
 from gemma_fast.benchmarks.model import providers as model_providers
 from gemma_fast.benchmarks.model import race as bench_model
 from gemma_fast.benchmarks.model.cases import TINY, Case, cases, find, pass_work
 from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import PROVIDERS, RINGS, STATIC
 from gemma_fast.benchmarks.model.race import ModelResult, percentile
+from gemma_fast.benchmarks.options import bench
 from gemma_fast.config import PRESETS
 
 ROOF = Roof(copy=2e12, product=1e15)
@@ -117,7 +117,7 @@ def test_files_of_made_up_results(tmp_path):
     ]  # fmt: skip
     results[4] = replace(results[4], peak_bytes=5_300_000_000)
     results.append(replace(result(deep, STATIC, (0.64,), WITHOUT_GRAPHS), token_seconds=steps))
-    report = ModelReport(STAMP, ROOF, results, ABOUT)
+    report = model_report(STAMP, ROOF, results, ABOUT)
     report.write(tmp_path)
     text = (tmp_path / "results.md").read_text()
     start = "| gemma-2b | 5.01 GB | 2.51 B | GPU | "
@@ -153,8 +153,7 @@ def test_files_of_made_up_results(tmp_path):
 @pytest.fixture
 def roof(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for module in (machine, model_command):
-        monkeypatch.setattr(module, "measure_roof", lambda *_: ROOF)
+    monkeypatch.setattr(machine, "measure_roof", lambda *_: ROOF)
 
 
 @pytest.mark.slow
@@ -194,7 +193,7 @@ def test_command_measures_every_provider_on_a_cpu(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("roof")
 def test_without_a_model_on_a_cpu_nothing_is_measured():
-    done = CliRunner().invoke(model_command.bench, ["-p", "4,4", "-n", "0", "--only", EAGER])
+    done = CliRunner().invoke(bench, ["-p", "4,4", "-n", "0", "--only", EAGER])
     assert done.exit_code == 0, done.output
     assert "| eager | pp4 | ok, not measured |" in done.stdout
     assert done.stdout.count("ok, not measured") == 1
@@ -206,7 +205,7 @@ def test_a_test_over_the_context_is_listed_and_the_rest_runs():
     options = f"-p 8,16384 -n 0 -d 0,8 --only {EAGER} --only {OURS}".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Judge, "prefix", lambda *_: 0)  # 16384 tokens would take minutes
-        done = CliRunner().invoke(model_command.bench, options)
+        done = CliRunner().invoke(bench, options)
     assert done.exit_code == 0, done.output
     for name in (EAGER, OURS):
         long = f"| {name} | pp16384 @ d8 | cannot: 16392 tokens, the context is 16384 |"
@@ -222,7 +221,7 @@ def test_a_test_over_the_context_is_listed_and_the_rest_runs():
 )
 @pytest.mark.usefixtures("roof")
 def test_nothing_to_test(options, complaint):
-    done = CliRunner().invoke(model_command.bench, options.split())
+    done = CliRunner().invoke(bench, options.split())
     assert done.exit_code == 2 and complaint in done.output
 
 

@@ -129,7 +129,7 @@ def test_calls_that_do_not_overlap(name, monkeypatch):
     monkeypatch.setattr(Gpu, "overlap", lambda _, prefetch: prefetches.append(prefetch) or NO_WAIT)
     for provider in (OURS, OURS_ALONE):
         size = next(iter(suite.tiny.values()))
-        call = suite.providers[provider](*suite.inputs(CPU, FP32, **size))
+        call = suite.providers[provider](*suite.inputs(**size, device=CPU, dtype=FP32))
         with interpreter():
             call()
     assert prefetches == [True, False]
@@ -187,7 +187,7 @@ def test_files_of_made_up_results(tmp_path):
     ]  # fmt: skip
     about = {"rms_norm": "RMSNorm", "attention": "Attention"}
     stamp = STAMP | {"roof_at_the_end": {"copy": 1.9e12, "product": 9e14}}
-    report.KernelReport(stamp, ROOF, results, about).write(tmp_path)
+    report.kernel_report(stamp, ROOF, results, about).write(tmp_path)
     write_plots(kernel_plots, tmp_path, ROOF, results, "GPU")
 
     saved = json.loads((tmp_path / "results.json").read_text())

@@ -14,13 +14,12 @@ from triton_interpreter import interpreter
 
 from gemma_fast.benchmarks import tune
 from gemma_fast.benchmarks.kernels import suite as harness
-from gemma_fast.benchmarks.kernels.suite import run
+from gemma_fast.benchmarks.kernels.suite import Tuning, run
 from gemma_fast.benchmarks.kernels.table import SUITES
-from gemma_fast.benchmarks.kernels.tuning import Tuning
 from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.benchmarks.measure.timing import Times
-from gemma_fast.benchmarks.tune import TABLE, measure, table, variants
+from gemma_fast.benchmarks.tune import TABLE, result_lines, time_configs, variants
 from gemma_fast.kernels import matvec
 from gemma_fast.kernels.launch import launch_config, override
 
@@ -107,7 +106,7 @@ def timed(monkeypatch):
 
 def test_the_first_few_are_timed_again(timed):
     suite, seen = timed
-    found = measure(suite, "large", CPU, FP32, Roof(copy=1e10, product=1e15))
+    found = time_configs(suite, "large", CPU, FP32, Roof(copy=1e10, product=1e15))
     assert [seen.count(name) for name in (TABLE, *map(block, range(1, 7)))] == [
         4, 0, 4, 4, 4, 4, 1,
     ]  # fmt: skip
@@ -116,7 +115,7 @@ def test_the_first_few_are_timed_again(timed):
         (block(4), 2000), (block(3), 3000), (block(5), 5000), (block(2), 8000), (TABLE, 9000),
     ]  # fmt: skip
     assert [x["tile"] for x in found[5:]] == [block(6), block(1)]
-    lines = list(table(found))
+    lines = list(result_lines(found))
     assert len(lines) == 6 and lines[0].split() == [
         "2000.00", "µs", "0.419", "of", "the", "roof", "gemma_fast,", "BLOCK", "4",
     ]  # fmt: skip
@@ -171,12 +170,12 @@ class Idle:
 def test_what_was_found_is_written(monkeypatch, tmp_path):
     roof = Roof(copy=1e12, product=1e15)
     monkeypatch.setattr(tune, "ProcessPoolExecutor", Idle)
-    monkeypatch.setattr(tune.shared, "pick_device", lambda dtype: (torch.device("cuda"), FP32))
+    monkeypatch.setattr(tune, "device_and_dtype", lambda dtype: (torch.device("cuda"), FP32))
     monkeypatch.setattr(tune, "measure_roof", lambda *_: roof)
     monkeypatch.setattr(tune, "stamp", lambda *_: {"gpu": "H100"})
     monkeypatch.setattr(tune.report, "heading", lambda *_: "H100.")
     found = [{"tile": TABLE, "median_us": 2.0, "again_us": 2.0, "share_of_roof": 0.5}]
-    monkeypatch.setattr(tune, "measure", lambda *_: found)
+    monkeypatch.setattr(tune, "time_configs", lambda *_: found)
     done = CliRunner().invoke(tune.main, ["geglu", "--size", "512", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert (

@@ -38,7 +38,7 @@ SUITE = Suite(
     yardstick=True,
     sizes={"large": {"n": 1 << 20}},
     tiny={"small": {"n": 64}},
-    inputs=lambda device, dtype, n: (torch.randn(n, device=device, dtype=dtype),),
+    inputs=lambda n, **make: (torch.randn(n, **make),),
     oracle=lambda x: 2 * x,
     work=lambda itemsize, n: Work(2 * n * itemsize, n),
     providers=PROVIDERS,
