@@ -1,6 +1,8 @@
 """python -m benchmarks."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -104,6 +106,18 @@ def test_command_says_what_is_wrong(arguments, complaint):
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit)
     assert complaint in done.output
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-p", "x"]], ids=str)
+def test_help_and_usage_errors_of_bench_import_nothing_large(arguments):
+    code = f"""if True:
+        import atexit, sys
+        from gemma_fast.cli import main
+        atexit.register(lambda: print('torch' in sys.modules))
+        main(['bench', *{arguments}])
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("False\n"), done.stdout + done.stderr
 
 
 def test_list():
