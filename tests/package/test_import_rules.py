@@ -26,7 +26,7 @@ RULES = {
     "causal_lm": "config, compat, checkpoint, model, engine, load",
     "lm_harness": "causal_lm, text",
     "benchmarks.measure": "kernels",
-    "benchmarks.kernels": "benchmarks.measure, kernels",
+    "benchmarks.kernels": "benchmarks.measure, kernels, reference",
     "benchmarks.model": EVERYTHING,
     "benchmarks.verify": EVERYTHING,
     "benchmarks": EVERYTHING,
