@@ -16,7 +16,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing import get_context
 
@@ -51,8 +51,17 @@ GPUS = {
         Gpu(100, 232_448, 148), Gpu(120, 101_376, 170),
     )
 }  # fmt: skip
-# One for each size of shared memory, which is all that fp32's launch configs depend on.
-FP32_ON = (80, 90, 120)
+WHOLE = 90  # on others fp32 and small heads, whose launch configs hardly differ, are left out
+PROMPTS = (  # kv heads, query heads a kv head, head dim, window, soft cap, q and k norms
+    (1, 8, 256, None, None, False),  # Gemma 2B
+    (16, 1, 256, None, None, False),  # 7B
+    (4, 2, 256, 4096, 50.0, False),  # Gemma 2 2B
+    (16, 2, 128, None, 50.0, False),  # 27B
+    (1, 4, 256, 512, None, True),  # Gemma 3 270M and 1B
+    (8, 2, 256, 1024, None, True),  # 12B
+    (16, 2, 128, None, None, True),  # 27B
+)
+SMALL_HEADS = (1, 4, 64, None, None, False), (1, 4, 32, None, None, False)
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "bf16",  # launched as fp16, since off the GPU bf16 is refused; see `report`
@@ -109,14 +118,14 @@ def compile_launch(kernel, args, kwargs, capability: int):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def launch_all(dtype: torch.dtype) -> None:
+def launch_all(dtype: torch.dtype, prompts: Sequence[tuple]) -> None:
     """Calls each op with the shapes of Gemma 1, 2 and 3, for prompts and for one token."""
     memory = torch.empty(256_000 * 2304, dtype=dtype)  # never written, so it takes no memory
 
     def blank(*shape: int) -> Tensor:
         return memory[: math.prod(shape)].view(shape)
 
-    launch_prompts(dtype, blank)
+    launch_prompts(dtype, blank, prompts)
     for name in ("gemma-2b", "gemma-2-2b", "gemma-3-270m")[2 * (dtype == torch.float32) :]:
         for batch in (1, 8):
             launch_step(PRESETS[name], batch, blank)
@@ -161,7 +170,9 @@ def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -
             )  # fmt: skip
 
 
-def launch_prompts(dtype: torch.dtype, blank: Callable[..., Tensor]) -> None:
+def launch_prompts(
+    dtype: torch.dtype, blank: Callable[..., Tensor], prompts: Sequence[tuple]
+) -> None:
     weight = blank(5376)
     for dim in (640, 2048, 2304, 3072, 5376):
         x = blank(2, dim)
@@ -172,17 +183,7 @@ def launch_prompts(dtype: torch.dtype, blank: Callable[..., Tensor]) -> None:
         geglu.geglu(*blank(rows, 32768).chunk(2, dim=-1))
         geglu.geglu(*blank(2, rows, 6912))
         geglu.gate_up_geglu(blank(rows, 2048), blank(4096, 2048))
-    for n, m, d, window, softcap, norm in (
-        (1, 8, 256, None, None, False),  # Gemma 2B
-        (16, 1, 256, None, None, False),  # 7B
-        (4, 2, 256, 4096, 50.0, False),  # Gemma 2 2B
-        (16, 2, 128, None, 50.0, False),  # 27B
-        (1, 4, 256, 512, None, True),  # Gemma 3 270M and 1B
-        (8, 2, 256, 1024, None, True),  # 12B
-        (16, 2, 128, None, None, True),  # 27B
-        (1, 4, 64, None, None, False),
-        (1, 4, 32, None, None, False),
-    ):
+    for n, m, d, window, softcap, norm in prompts:
         for t, spare in ((2, 0), (128, 0), (128, 8), (8192, 0), (8192, 8)):
             qkv = blank(1, t, n * m + 2 * n, d)
             q, k, v = qkv.split((n * m, n, n), dim=2)
@@ -250,9 +251,10 @@ def record_launches() -> None:
 def main(capability: int, describe: Callable[..., str], only_first: bool) -> None:
     record_launches()
     with as_on(GPUS[capability]):
-        launch_all(torch.float16)
-        if capability in FP32_ON:
-            launch_all(torch.float32)
+        prompts = PROMPTS + SMALL_HEADS * (capability == WHOLE)
+        launch_all(torch.float16, prompts)
+        if capability == WHOLE:
+            launch_all(torch.float32, prompts)
     different, first = {}, {}
     for i, (kernel, args, kwargs) in enumerate(launches):
         different[repr((kernel.__name__, [type_of(a) for a in args], kwargs))] = i
