@@ -35,7 +35,7 @@ def test_kernels_overlap_from_9_0_on():
 
 
 def test_descriptors_want_16_bits_and_16_byte_strides():
-    x = torch.zeros(4, 64, dtype=torch.float16)
+    x = torch.zeros(4, 72, dtype=torch.float16)
     assert H100.can_describe(x, x[1:]) and not A100.can_describe(x)
     assert not H100.can_describe(x, x.float())
     assert not H100.can_describe(x[:, 1:]) and not H100.can_describe(torch.zeros(4, 60).half())
