@@ -15,8 +15,7 @@ from torch import Tensor
 
 EAGER, OURS = "eager", "gemma_fast"
 OURS_BY_POINTERS = "gemma_fast, no descriptors"
-# What a call takes by itself: without programmatic dependent launch, which rivals do not have, and
-# by which a call's first loads overlap the call before.
+# Without programmatic dependent launch: no call overlaps the call before, as rivals' calls do not.
 OURS_ALONE = "gemma_fast, no overlap"
 COPY = "copy of the same bytes (yardstick)"
 NOT_MEASURED, WITHOUT_GRAPHS = "ok, not measured", "ok, Inductor skipped CUDA graphs"

@@ -82,7 +82,7 @@ def kernel_rows(roof: Roof | None, results: Sequence[Any]) -> list[dict[str, Any
 
 
 def _entries(result: Any, roof: Roof | None, factors: Mapping[Any, float]) -> dict[str, Any]:
-    """What the JSON says of a result of either kind."""
+    """The JSON entry of a result of either kind."""
     key = result.cell, result.provider
     return {
         "provider": result.provider, "status": result.status, "error": result.error,

@@ -1,4 +1,4 @@
-"""What `gemma-fast bench` runs: the speed of a whole model beside its rivals."""
+"""The race of `gemma-fast bench`: the speed of a whole model beside its rivals."""
 
 from __future__ import annotations
 

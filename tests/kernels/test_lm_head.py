@@ -161,7 +161,7 @@ def test_noise_depends_on_seed_row_and_position(device):
 
 @pytest.mark.parametrize("b", [1, 3, 9])
 def test_each_row_has_its_temperature_and_seed(b, device):
-    """Greedy rows, too: as if all rows had its settings."""
+    """A row has the token that it has where all rows have its settings; some rows are greedy."""
     given = [x.to(device) for x in inputs(b, 64, 500)]
     logits = exact_logits(*given).float()
     settings = [((0.0, 30.0, 9.0)[i % 3], 7 + i) for i in range(b)]

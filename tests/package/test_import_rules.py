@@ -1,4 +1,4 @@
-"""Who may import whom, by the table below; each room's __init__.py says the same in its last line.
+"""The table of import rules, and whether the code and the rooms' docstrings follow it.
 
 Imports are read from the sources, those inside functions and under TYPE_CHECKING too, through both
 links.

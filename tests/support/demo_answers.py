@@ -1,4 +1,4 @@
-"""What transformers says in fp32 with the demo's weights, Gemma 3 270M."""
+"""Answers of transformers in fp32 with the demo's weights, Gemma 3 270M."""
 
 PROMPT = "I want to move"
 TOP_TEN = {
