@@ -21,7 +21,7 @@ test: .venv/test.stamp
 
 test-all: .venv/test.stamp $(OLDEST)
 	@$(BIN)/python $(PYTEST) -m ""
-	@PYTHONPATH=$(OLDEST) $(BIN)/python $(PYTEST) -m "" tests/hf
+	@PYTHONPATH=$(OLDEST) $(BIN)/python $(PYTEST) tests/hf
 
 # With the newest torch, triton and transformers, whatever they are: gigabytes, as torch is CUDA's.
 test-newest: $(NEWEST)/bin/pip

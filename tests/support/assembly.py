@@ -45,7 +45,7 @@ def softmax_beside_products(ptx: str) -> list[bool]:
     return found
 
 
-def assemble(compiled, capability: int) -> dict:
+def assemble(compiled) -> dict:
     """Registers, stack, spills in loops, and the assembler's warnings that tensor-core products run
     one by one."""
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,7 @@ def assemble(compiled, capability: int) -> dict:
             sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             spills = spills_in_loops(sass)
         warnings = ""
-        if capability == 90:
+        if "wgmma" in compiled.asm["ptx"]:  # on 9.0
             ptx.write_text(compiled.asm["ptx"])
             command = [BIN / "ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", cubin]
             warnings = subprocess.run(command, capture_output=True, text=True, check=True).stderr

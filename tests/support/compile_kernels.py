@@ -51,17 +51,20 @@ GPUS = {
         Gpu(100, 232_448, 148), Gpu(120, 101_376, 170),
     )
 }  # fmt: skip
-WHOLE = 90  # on others fp32 and small heads, whose launch configs hardly differ, are left out
+WHOLE = 90  # on others fp32, and shapes whose launch configs hardly differ, are left out
 PROMPTS = (  # kv heads, query heads a kv head, head dim, window, soft cap, q and k norms
     (1, 8, 256, None, None, False),  # Gemma 2B
-    (16, 1, 256, None, None, False),  # 7B
     (4, 2, 256, 4096, 50.0, False),  # Gemma 2 2B
-    (16, 2, 128, None, 50.0, False),  # 27B
+    (16, 2, 128, None, 50.0, False),  # Gemma 2 27B
     (1, 4, 256, 512, None, True),  # Gemma 3 270M and 1B
-    (8, 2, 256, 1024, None, True),  # 12B
-    (16, 2, 128, None, None, True),  # 27B
 )
-SMALL_HEADS = (1, 4, 64, None, None, False), (1, 4, 32, None, None, False)
+MORE_PROMPTS = (
+    (16, 1, 256, None, None, False),  # Gemma 7B
+    (8, 2, 256, 1024, None, True),  # Gemma 3 12B
+    (16, 2, 128, None, None, True),  # Gemma 3 27B
+    (1, 4, 64, None, None, False),
+    (1, 4, 32, None, None, False),
+)
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "bf16",  # launched as fp16, since off the GPU bf16 is refused; see `report`
@@ -224,7 +227,7 @@ def report(job: tuple[int, str], capability: int) -> str:
         "kernel": kernel.__name__,
         "types": [type_of(arg) for arg in args],
         "options": kwargs,
-        **assemble(compiled, capability),
+        **assemble(compiled),
         "shared": compiled.metadata.shared,
         "wide_loads": bool(
             re.search(r"ld\.global[.\w:]*\.v4|cp\.async\S* .*, 0x10|cp\.async\.bulk\.tensor", ptx)
@@ -251,7 +254,7 @@ def record_launches() -> None:
 def main(capability: int, describe: Callable[..., str], only_first: bool) -> None:
     record_launches()
     with as_on(GPUS[capability]):
-        prompts = PROMPTS + SMALL_HEADS * (capability == WHOLE)
+        prompts = PROMPTS + MORE_PROMPTS * (capability == WHOLE)
         launch_all(torch.float16, prompts)
         if capability == WHOLE:
             launch_all(torch.float32, prompts)
