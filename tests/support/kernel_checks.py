@@ -21,7 +21,7 @@ TOLERANCE = {
 # Relative to the RMS of the result: weights and rotated queries are rounded to the dtype.
 ATTENTION_ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
-# Tensor descriptors; one multiprocessor, for the largest tiles, or so many that tiles are halved.
+# GPUs with tensor descriptors. One multiprocessor gets the largest tiles, 132 get halved ones.
 HOPPERS = {"one": Gpu(90, 232_448, 1), "132": Gpu(90, 232_448, 132)}
 MANY_MULTIPROCESSORS = Gpu(80, 232_448, 132)  # below 90: the interpreter knows no prefetch
 
