@@ -17,7 +17,6 @@ def load_block(
     slot_stride, slots, batch, kv_head,
     block,  # the first position
     end,  # at most 2 * slots
-    MASKED: tl.constexpr,  # whether some positions are not before the end
     BLOCK_N: tl.constexpr,
     D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -30,46 +29,37 @@ def load_block(
         position = block + tl.arange(0, BLOCK_N)
         slot = tl.where(position < slots, position, position - slots).to(tl.int64)[:, None]
         pointer = ring + slot * slot_stride + tl.arange(0, D)[None, :]
-        if MASKED:
-            return tl.load(pointer, mask=(position < end)[:, None], other=0.0)
-        else:
-            return tl.load(pointer)
+        return tl.load(pointer, mask=(position < end)[:, None], other=0.0)
 
 
 @triton.jit
-def scores_of_block(
-    q, query,
-    keys, slot_stride, slots, batch, kv_head,
-    block, begin, end,
-    MASKED: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    D: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """[rows, BLOCK_N] of positions block, block + 1, …, for softmax_step to scale; -inf: unseen"""
-    k = load_block(
-        keys, slot_stride, slots, batch, kv_head, block, end, MASKED, BLOCK_N, D, DESCRIPTORS
-    )  # fmt: skip
-    scores = tl.dot(q, k.T, input_precision="ieee")
+def soft_cap(scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """tanh(SCALE * scores / SOFTCAP), for softmax_step to scale; without a cap, the scores."""
     if SOFTCAP > 0:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
         scores = 1 - 2 / (tl.exp2(scores * (2 * SCALE * LOG2_E / SOFTCAP)) + 1)
-    if MASKED:
-        key = block + tl.arange(0, BLOCK_N)[None, :]
-        visible = (key <= query) & (key >= begin)
-        if WINDOW > 0:  # one comparison for both: a negative distance is a large one
-            visible = ((query - key).to(tl.uint32) < WINDOW) & (key >= begin)
-        scores = tl.where(visible, scores, float("-inf"))
     return scores
 
 
 @triton.jit
+def mask_scores(
+    scores,  # [rows, BLOCK_N]
+    block,  # position of the first key
+    oldest,  # [rows, 1], or a scalar: position of the oldest key that a row sees
+    visible,  # like oldest: number of keys that a row sees, from the oldest on, at least 0
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The scores of the keys that their row sees; -inf for the others."""
+    key = block + tl.arange(0, BLOCK_N)[None, :]
+    # As unsigned numbers, so that keys before the oldest are far beyond the newest.
+    seen = (key - oldest).to(tl.uint32) < visible.to(tl.uint32)
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
 def softmax_step(scores, row_max, row_sum, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Weights of a block that joins the running softmax (row_max, finite; row_sum), and what the
-    sums so far are to be multiplied by."""
+    """One step of the online softmax. Returns the block's weights, the factor that rescales the
+    sums so far, the new row_max (finite) and the new row_sum."""
     FACTOR: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2_E  # for exp2
     new_max = tl.maximum(row_max, tl.max(scores, axis=1) * FACTOR)
     weights = tl.exp2(tl.fma(scores, FACTOR, -new_max[:, None]))

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._attend import HEAD_DIMS, load_block, scores_of_block, softmax_step
+from gemma_fast.kernels._attend import HEAD_DIMS, load_block, mask_scores, soft_cap, softmax_step
 from gemma_fast.kernels._op import op
 from gemma_fast.kernels._triton import TensorDescriptor, tl, triton
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
@@ -70,30 +70,15 @@ def attention_reference(
 
 
 @triton.jit
-def _next_block(
-    q, out, scores, row_max, row_sum, previous,
-    query, keys, values, slot_stride, slots, batch, kv_head, block, begin, end,
-    MASKED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+def _softmax_of_block(
+    scores, row_max, row_sum, block, oldest, visible, whole_begin, whole_end,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The block `previous`, whose scores these are, joins out; and the scores of `block`. In this
-    order Hopper's tensor cores still add the round before's values while softmax is computed."""
-    weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, SCALE, SOFTCAP)
-    scores = scores_of_block(
-        q, query, keys, slot_stride, slots, batch, kv_head, block, begin, end,
-        MASKED, SCALE, SOFTCAP, WINDOW, BLOCK_N, D, DESCRIPTORS,
-    )  # fmt: skip
-    v = load_block(
-        values, slot_stride, slots, batch, kv_head, previous, end, True, BLOCK_N, D, DESCRIPTORS
-    )  # fmt: skip
-    out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
-    return out, scores, row_max, row_sum
-
-
-@triton.jit
-def _other_block(i, first, before, whole_end):
-    """Of those that only some rows see, the i-th position's."""
-    return tl.where(i < before, first + i, whole_end + i - before)
+    """Soft cap, mask and softmax step of a block's scores."""
+    scores = soft_cap(scores, SCALE, SOFTCAP)
+    if (block < whole_begin) | (block >= whole_end):
+        scores = mask_scores(scores, block, oldest, visible, BLOCK_N)
+    return softmax_step(scores, row_max, row_sum, SCALE, SOFTCAP)
 
 
 @triton.jit(do_not_specialize=["t", "slots"])
@@ -121,6 +106,7 @@ def _attention_kernel(
     BLOCK_M: tl.constexpr,  # rows: GROUP query heads of BLOCK_M / GROUP tokens
     BLOCK_N: tl.constexpr,  # keys
     DESCRIPTORS: tl.constexpr,
+    WGMMA: tl.constexpr,  # whether the products are Hopper's asynchronous ones
 ):  # fmt: skip
     kv_head, batch = tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1) * GROUP
@@ -156,84 +142,84 @@ def _attention_kernel(
     if first_ptr is not None:
         begin = tl.maximum(begin, tl.load(first_ptr + batch))
     begin -= turn
-    query = (start - turn + token)[:, None]
+    query = (start - turn + token)[:, None]  # [BLOCK_M, 1]
     first_query = start - turn + first_row // GROUP
-    last_query = start - turn + tl.minimum((first_row + BLOCK_M - 1) // GROUP, t - 1)
-    whole_begin, end = begin, last_query + 1
+    end = start - turn + tl.minimum((first_row + BLOCK_M - 1) // GROUP, t - 1) + 1
+    oldest, whole_begin = begin, begin
     if WINDOW > 0:
-        whole_begin = tl.maximum(begin, last_query - WINDOW + 1)
-        begin = tl.maximum(begin, first_query - WINDOW + 1)
-    # Blocks begin at multiples of BLOCK_N; from whole_begin to whole_end all rows see them.
-    first = begin // BLOCK_N * BLOCK_N
-    whole_begin = tl.cdiv(whole_begin, BLOCK_N) * BLOCK_N
-    whole_end = tl.maximum((first_query + 1) // BLOCK_N * BLOCK_N, whole_begin)
+        oldest = tl.maximum(query - WINDOW + 1, begin)
+        whole_begin = tl.maximum(end - WINDOW, begin)
+        begin = tl.maximum(first_query - WINDOW + 1, begin)
+    visible = tl.maximum(query + 1 - oldest, 0)
+    whole_end = first_query + 2 - BLOCK_N
+    first = begin // BLOCK_N * BLOCK_N  # blocks begin at multiples of BLOCK_N
+    blocks = tl.maximum(tl.cdiv(end - first, BLOCK_N), 1)
 
     if not DESCRIPTORS:
         first_slot = batch.to(tl.int64) * batch_stride + kv_head.to(tl.int64) * kv_head_stride
         keys += first_slot
         values += first_slot
     out = tl.zeros([BLOCK_M, 2 * HALF], tl.float32)
+    if WGMMA:  # zeros too; but ptxas has loops wait for accumulators that no product began
+        zeros = tl.zeros([16, 2 * HALF], q.dtype)
+        out = tl.dot(tl.zeros([BLOCK_M, 16], q.dtype), zeros)
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see nothing at all
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    newest = tl.maximum(end - 1, begin) // BLOCK_N * BLOCK_N
-    before = tl.maximum(tl.minimum(whole_begin, newest) - first, 0)
-    after = tl.maximum(newest - whole_end, 0)
-    scores = scores_of_block(
-        q, query, keys, slot_stride, slots, batch, kv_head, newest, begin, end,
-        True, SCALE, SOFTCAP, WINDOW, BLOCK_N, 2 * HALF, DESCRIPTORS,
+    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # A round: softmax of the block before, scores of this one, values of the one before. In this
+    # order Hopper's tensor cores add a round's values while softmax of the next one is computed.
+    # Before the first block all is masked.
+    # disable_licm: else the addresses of q for each product fill 32 registers a thread.
+    for i in tl.range(0, blocks, disable_licm=True):
+        block = first + i * BLOCK_N
+        weights, rescale, row_max, row_sum = _softmax_of_block(
+            scores, row_max, row_sum, block - BLOCK_N, oldest, visible, whole_begin, whole_end,
+            SCALE, SOFTCAP, BLOCK_N,
+        )  # fmt: skip
+        weights = weights.to(q.dtype)  # before the products, which leave registers for no more
+        k = load_block(
+            keys, slot_stride, slots, batch, kv_head, block, end, BLOCK_N, 2 * HALF, DESCRIPTORS
+        )
+        scores = tl.dot(q, k.T, input_precision="ieee")
+        before = tl.maximum(block - BLOCK_N, first)
+        v = load_block(
+            values, slot_stride, slots, batch, kv_head, before, end, BLOCK_N, 2 * HALF, DESCRIPTORS
+        )
+        out = tl.dot(weights, v, out * rescale[:, None], input_precision="ieee")
+    last = first + (blocks - 1) * BLOCK_N
+    weights, rescale, row_max, row_sum = _softmax_of_block(
+        scores, row_max, row_sum, last, oldest, visible, whole_begin, whole_end,
+        SCALE, SOFTCAP, BLOCK_N,
     )  # fmt: skip
-    whole_end = tl.minimum(whole_end, newest)
-    others = before + after
-    for i in range(0, others, BLOCK_N):
-        block = _other_block(i, first, before, whole_end)
-        previous = tl.where(i == 0, newest, _other_block(i - BLOCK_N, first, before, whole_end))
-        out, scores, row_max, row_sum = _next_block(
-            q, out, scores, row_max, row_sum, previous,
-            query, keys, values, slot_stride, slots, batch, kv_head, block, begin, end,
-            True, SCALE, SOFTCAP, WINDOW, BLOCK_N, 2 * HALF, DESCRIPTORS,
-        )  # fmt: skip
-    last_other = tl.where(
-        others > 0, _other_block(others - BLOCK_N, first, before, whole_end), newest
-    )
-    for block in range(whole_begin, whole_end, BLOCK_N):
-        previous = tl.where(block == whole_begin, last_other, block - BLOCK_N)
-        out, scores, row_max, row_sum = _next_block(
-            q, out, scores, row_max, row_sum, previous,
-            query, keys, values, slot_stride, slots, batch, kv_head, block, begin, end,
-            False, SCALE, SOFTCAP, WINDOW, BLOCK_N, 2 * HALF, DESCRIPTORS,
-        )  # fmt: skip
-    last = tl.where(whole_begin < whole_end, whole_end - BLOCK_N, last_other)
-    weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, SCALE, SOFTCAP)
     v = load_block(
-        values, slot_stride, slots, batch, kv_head, last, end, True, BLOCK_N, 2 * HALF, DESCRIPTORS
-    )  # fmt: skip
+        values, slot_stride, slots, batch, kv_head, last, end, BLOCK_N, 2 * HALF, DESCRIPTORS
+    )
     out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
 
     out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
-    # Computed again: kept through the loops, these addresses would spill. `start` is loaded again
-    # so that the compiler cannot know them to be the same.
-    row = first_row + tl.load(start_ptr + batch) - start + tl.arange(0, BLOCK_M)
+    # Counted, since the values of tl.arange above would be kept in 16 registers through the loop.
+    row = first_row - 1 + tl.cumsum(tl.full([BLOCK_M], 1, tl.int32), 0)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     out_row = (((batch.to(tl.int64) * t + token) * heads + head) * (2 * HALF))[:, None]
     tl.store(out_ptr + out_row + channel, out, mask=(token < t)[:, None])
 
 
-def tile(rows: int, heads: int, d: int, itemsize: int, softcap: bool, gpu: Gpu) -> dict[str, int]:
+def tile(
+    rows: int, heads: int, d: int, itemsize: int, describes_128: bool, gpu: Gpu
+) -> dict[str, int]:
     """Rows, keys, warps and stages, for `rows` in each of `heads`: what fits in shared memory (q,
-    the newest k, and two stages of k and v), does not spill registers in the loops, and gives every
-    multiprocessor work."""
-    wide = max(d, 128)
-    scarce = softcap or gpu.capability >= 100  # registers
+    and two stages of k and v), does not spill registers in the loop, and gives every multiprocessor
+    work. describes_128: descriptors can copy 128 keys at once."""
     if itemsize == 4:  # no tensor cores
         block_m, block_n, num_warps = 16 if rows <= 16 else 32, 16, 8
     elif rows <= 16:
         block_m, block_n, num_warps = 16, 32, 8
     elif gpu.shared_memory < 200_000:
-        block_m, block_n, num_warps = 64, 8192 // wide, 8
+        block_m, block_n, num_warps = 64, 32 if d == 256 else 64, 8
     elif triton.cdiv(rows, 128) * heads < 2 * gpu.multiprocessors:
-        block_m, block_n, num_warps = 64, 8192 // wide, 4  # two tiles a multiprocessor
+        block_m, block_n, num_warps = 64, 32 if d == 256 else 64, 4  # two tiles a multiprocessor
     else:
-        block_m, block_n, num_warps = 128, (8192 if scarce else 16384) // wide, 8
+        block_m, block_n, num_warps = 128, 128 if describes_128 and d <= 128 else 64, 8
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}
 
 
@@ -272,10 +258,11 @@ def attention(
     assert q.is_cuda or q.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
     rows = t * (heads // n)
     limits = gpu(q.device)
-    blocks = tile(rows, n * b, d, q.element_size(), softcap is not None, limits)
-    blocks["DESCRIPTORS"] = rows > 16 and limits.can_describe(keys, values)
-    blocks = launch_config("attention", blocks)
+    descriptors = rows > 16 and limits.can_describe(keys, values)
+    blocks = tile(rows, n * b, d, q.element_size(), descriptors and slots % 128 == 0, limits)
+    blocks = launch_config("attention", blocks | {"DESCRIPTORS": descriptors})
     blocks["DESCRIPTORS"] &= slots % blocks["BLOCK_N"] == 0  # else one straddles the ring's ends
+    blocks["WGMMA"] = limits.capability == 90 and q.element_size() == 2 and rows > 16
     rings: list[Any] = [keys, values]
     if blocks["DESCRIPTORS"]:
         rings = [TensorDescriptor.from_tensor(x, [1, 1, blocks["BLOCK_N"], d]) for x in rings]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gemma_fast.kernels._op import op
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels.launch import runs_triton
+from gemma_fast.kernels.launch import launch_config, runs_triton
 
 PARTIALS = 512  # bests of programs that a warp compares at a time: 16 a thread
 
@@ -176,14 +176,14 @@ def choose_token(
     if not runs_triton(logits):
         token.copy_(choose_token_reference(logits, position, temperature, seed))
         return
-    logits, block = logits.contiguous(), 1024
-    programs = triton.cdiv(vocab, block)
+    blocks = launch_config("choose_token", {"BLOCK_N": 1024, "num_warps": 4})
+    logits, programs = logits.contiguous(), triton.cdiv(vocab, blocks["BLOCK_N"])
     best, best_token = partials(rows, programs, logits.device)
     if rows:
         _choose_token_kernel[(programs, rows)](
             logits, position, token, arrived, temperature, seed, best, best_token,
-            VOCAB=vocab, BLOCK_N=block, CHUNK=min(4 * PARTIALS, triton.next_power_of_2(programs)),
-            SAMPLE=temperature is not None, num_warps=4,
+            VOCAB=vocab, CHUNK=min(4 * PARTIALS, triton.next_power_of_2(programs)),
+            SAMPLE=temperature is not None, **blocks,
         )  # fmt: skip
 
 

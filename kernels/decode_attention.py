@@ -30,7 +30,13 @@ Bound by memory: bytes = 2 * b * n * visible keys * d * itemsize. Walk-through s
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._attend import HEAD_DIMS, load_block, scores_of_block, softmax_step
+from gemma_fast.kernels._attend import (
+    HEAD_DIMS,
+    load_block,
+    mask_scores,
+    soft_cap,
+    softmax_step,
+)
 from gemma_fast.kernels._op import op, wait_for_kernel_ahead
 from gemma_fast.kernels._splits import chunk, count_splits, join_splits, tile
 from gemma_fast.kernels._triton import tl, triton
@@ -157,14 +163,11 @@ def _decode_attention_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     share = begin + split * blocks_per_split * BLOCK_N
     for block in range(share, tl.minimum(share + blocks_per_split * BLOCK_N, end), BLOCK_N):
-        scores = scores_of_block(
-            q, end - 1, keys_ptr, slot_stride, slots, 0, 0, block, begin, end,
-            True, SCALE, SOFTCAP, 0, BLOCK_N, D, False,
-        )  # fmt: skip
+        k = load_block(keys_ptr, slot_stride, slots, 0, 0, block, end, BLOCK_N, D, False)
+        scores = soft_cap(tl.dot(q, k.T, input_precision="ieee"), SCALE, SOFTCAP)
+        scores = mask_scores(scores, block, begin, end - begin, BLOCK_N)
         weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, SCALE, SOFTCAP)
-        block_v = load_block(
-            values_ptr, slot_stride, slots, 0, 0, block, end, True, BLOCK_N, D, False
-        )  # fmt: skip
+        block_v = load_block(values_ptr, slot_stride, slots, 0, 0, block, end, BLOCK_N, D, False)
         out = tl.dot(weights.to(q.dtype), block_v, out * rescale[:, None], input_precision="ieee")
 
     pair = batch * n + kv_head

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gemma_fast.kernels._op import op, wait_for_kernel_ahead
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels.launch import gpu, runs_triton
+from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 
 
 def embed_reference(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
@@ -60,11 +60,12 @@ def embed(ids: Tensor, weight: Tensor, scale: float, *, prefetch: bool = False) 
         return embed_reference(ids, weight, scale)
     ids, dim = ids.contiguous(), weight.shape[1]
     out = torch.empty(*ids.shape, dim, dtype=weight.dtype, device=weight.device)
-    block = min(triton.next_power_of_2(dim), 1024)
+    table = {"BLOCK": min(triton.next_power_of_2(dim), 1024), "num_warps": 4}
+    blocks = launch_config("embed", table)
     if out.numel():
-        _embed_kernel[(ids.numel(), triton.cdiv(dim, block))](
+        _embed_kernel[(ids.numel(), triton.cdiv(dim, blocks["BLOCK"]))](
             ids, weight, out,
-            SCALE=_rounded(scale, weight.dtype), DIM=dim, BLOCK=block,
-            num_warps=4, **gpu(weight.device).overlap(prefetch),
+            SCALE=_rounded(scale, weight.dtype), DIM=dim,
+            **blocks, **gpu(weight.device).overlap(prefetch),
         )  # fmt: skip
     return out

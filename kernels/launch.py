@@ -1,6 +1,6 @@
 """How kernels are launched: where Triton runs, the limits of the GPU, the launch config.
 
-config = launch_config("attention", tile(…))      # in a launcher: the table's entry
+config = launch_config("attention", tile(…))      # in every launcher: the table's entry
 with override("attention", BLOCK_N=32): …          # for tuning: another entry
 with as_on(Gpu(90, 232_448, 132)): …               # for tests: the limits of another GPU
 """
@@ -51,8 +51,12 @@ def gpu(device: torch.device) -> Gpu:
 
 
 def launch_config(kernel: str, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of the kernel's table, with the values of an `override` in force."""
-    return {**table, **_overrides.get(kernel, {})}
+    """The entry of the kernel's table, with the values of an `override` in force.
+
+    Multiplications and additions are fused, whatever this Triton's default is: it differs between
+    versions and can be set in the environment, and results would differ with it.
+    """
+    return {"enable_fp_fusion": True, **table, **_overrides.get(kernel, {})}
 
 
 @contextmanager

@@ -5,68 +5,83 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import networkx
 import triton
+from triton.backends.nvidia.compiler import get_ptxas
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def spills_in_loops(sass: str) -> int:
-    """How often loops that multiply store or load a register, each round. A loop ends in a branch
-    back: on a condition, or behind a call on one, which leaves it."""
-    labels, instructions, spills, loops = {}, [""], set(), 0
+def loops(sass: str) -> list[list[str]]:
+    """The instructions of each loop that multiplies, by address. Nested loops are one.
+
+    A loop is a strongly connected component of the graph of instructions, so it includes the blocks
+    that the assembler lays elsewhere, such as a wait that tries again.
+    """
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
     for line in sass.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(instructions)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             instructions.append(instruction[1])
-    for end, instruction in enumerate(instructions):
-        called = re.match(r"@\S+\s+CALL\.REL", instructions[end - 1])
-        condition = "" if called else r"(?:@\S+\s+BRA|BRA\.U)"
-        branch = re.match(condition + r"\S*\s.*?(\.L_\w+)", instruction)
-        loop = range(labels.get(branch[1], end) if branch else end, end)
-        if any(re.search(r"MMA|FFMA", instructions[i]) for i in loop):
-            loops += 1
-            spills.update(i for i in loop if re.search(r"\b(STL|LDL)\b", instructions[i]))
-    assert loops, "no loop found"
-    return len(spills)
+    graph = networkx.DiGraph()
+    for i, instruction in enumerate(instructions):
+        if branch := re.search(r"\bBRA\b.*(\.L_\w+)", instruction):
+            graph.add_edge(i, labels[branch[1]])
+        if not re.match(r"BRA[.\w]*\s+`|EXIT|RET", instruction):  # else it always goes elsewhere
+            graph.add_edge(i, i + 1)
+    found = (sorted(x) for x in networkx.strongly_connected_components(graph) if len(x) > 1)
+    bodies = [[instructions[i] for i in loop] for loop in sorted(found)]
+    return [body for body in bodies if count(r"MMA|FFMA", body)]
 
 
-def softmax_beside_products(ptx: str) -> list[bool]:
-    """Of each loop with both: whether products of the round before are still under way when it
-    computes softmax, and are waited for once."""
-    found, wait = [], "wgmma.wait_group"
-    for branch in re.finditer(r"\bbra(?:\.uni)?\s+(\$L\w+);", ptx):
-        begin = ptx.find(f"\n{branch[1]}:", 0, branch.start())
-        loop = ptx[begin : branch.start()] if begin >= 0 else ""
-        if "ex2" in loop and wait in loop:
-            waits = loop.index(wait)
-            beside = loop.index("ex2") < waits < loop.rindex("wgmma.mma_async")
-            found.append(beside and loop.count(wait) == 1)
+def count(pattern: str, instructions: list[str]) -> int:
+    return sum(bool(re.search(pattern, x)) for x in instructions)
+
+
+def spills_in_loops(sass: str) -> int:
+    """Instructions that store or load a spilled register, in loops that multiply."""
+    assert (found := loops(sass)), "no loop found"
+    return sum(count(r"\b(STL|LDL)\b", body) for body in found)
+
+
+def softmax_in_loops(sass: str) -> list[dict[str, int]]:
+    """For each loop with asynchronous matmuls and exponentials: how often it waits for matmuls, its
+    exponentials, and how many of them stand before the last wait, beside the matmuls under way."""
+    found = []
+    for body in loops(sass):
+        waits = [i for i, x in enumerate(body) if "WARPGROUP.DEPBAR" in x]
+        if waits and (exps := count("EX2", body)):
+            before = count("EX2", body[: waits[-1]])
+            found.append({"waits": len(waits), "exps": exps, "before_wait": before})
     return found
 
 
 def assemble(compiled) -> dict:
-    """Registers, stack, spills in loops, and the assembler's warnings that tensor-core products run
-    one by one."""
+    """Registers, stack, spills and softmax in loops, and the assembler's warnings that matmuls on
+    the tensor cores run one by one."""
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "cubin"), Path(folder, "ptx")
         cubin.write_bytes(compiled.asm["cubin"])
         command = [BIN / "cuobjdump", "--dump-resource-usage", cubin]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-        spills = 0
-        if int(stack):
+        spills, softmax, warnings = 0, [], ""
+        wgmma = "wgmma" in compiled.asm["ptx"]  # on 9.0
+        if int(stack) or wgmma:
             command = [BIN / "nvdisasm", "-c", cubin]
             sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            spills = spills_in_loops(sass)
-        warnings = ""
-        if "wgmma" in compiled.asm["ptx"]:  # on 9.0
+            spills = spills_in_loops(sass) if int(stack) else 0
+            softmax = softmax_in_loops(sass)
+        if wgmma:
             ptx.write_text(compiled.asm["ptx"])
-            command = [BIN / "ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", cubin]
+            command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", ptx, "-o", cubin]
             warnings = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return {
         "registers": int(registers),
         "stack": int(stack),
         "spills_in_loops": spills,
+        "softmax_in_loops": softmax,
         "serialized": re.findall(r"Potential Performance Loss: .*", warnings),
     }

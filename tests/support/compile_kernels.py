@@ -62,8 +62,8 @@ MORE_PROMPTS = (
     (16, 1, 256, None, None, False),  # Gemma 7B
     (8, 2, 256, 1024, None, True),  # Gemma 3 12B
     (16, 2, 128, None, None, True),  # Gemma 3 27B
-    (1, 4, 64, None, None, False),
-    (1, 4, 32, None, None, False),
+    (2, 4, 64, None, None, False),
+    (2, 4, 32, None, None, False),
 )
 TYPES = {
     torch.float32: "fp32",
@@ -74,7 +74,12 @@ TYPES = {
 MODULES = (
     attention, choose, decode_attention, embed, geglu, lm_head, matvec, rmsnorm, rotary
 )  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "launch_pdl")  # of the compiler, not of the kernel
+OPTIONS = (
+    "num_warps",
+    "num_stages",
+    "launch_pdl",
+    "enable_fp_fusion",
+)  # of the compiler, not of the kernel
 LOAD = re.compile(r"ld\.global\S* ")
 WIDE_LOAD = re.compile(r"ld\.global\S*\.v4\S* ")
 NARROW_LOAD = re.compile(r"ld\.global(?!\S*\.v4)\S* ")
