@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_checks import ATTENTION_ERROR, DTYPES
+from kernel_checks import ATTENTION_ERROR, DTYPES, attention_error
 from marks import slow
 from oracles import angles, softmax_attention, turned
 from triton_interpreter import interpreter
@@ -85,8 +85,8 @@ def check(
             turned(k[row, :total], k_positions, k_weight).to(dtype), v[row, :total],
             q_positions, k_positions, window, softcap, scale,
         )  # fmt: skip
-        error = (out[row, real].double() - expected).abs().max() / expected.square().mean().sqrt()
-        assert error < 6 * ATTENTION_ERROR[dtype], f"{row=}: {error=}"
+        error = attention_error(out[row, real], expected)
+        assert error < ATTENTION_ERROR[dtype], f"{row=}: {error=}"
 
 
 CASES = {

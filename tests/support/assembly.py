@@ -42,7 +42,8 @@ def count(pattern: str, instructions: list[str]) -> int:
 
 def spills_in_loops(sass: str) -> int:
     """Instructions that store or load a spilled register, in loops that multiply."""
-    assert (found := loops(sass)), "no loop found"
+    found = loops(sass)
+    assert found, "no loop found"
     return sum(count(r"\b(STL|LDL)\b", body) for body in found)
 
 

@@ -18,12 +18,20 @@ TOLERANCE = {
     torch.float16: {"rtol": 6e-4, "atol": 3e-6},
     torch.bfloat16: {"rtol": 4.5e-3, "atol": 3e-6},
 }
-# Relative to the RMS of the result: weights and rotated queries are rounded to the dtype.
-ATTENTION_ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# Limits of `attention_error`: weights and rotated queries are rounded to the dtype.
+ATTENTION_ERROR = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 # GPUs with tensor descriptors. One multiprocessor gets the largest tiles, 132 get halved ones.
 HOPPERS = {"one": Gpu(90, 232_448, 1), "132": Gpu(90, 232_448, 132)}
 MANY_MULTIPROCESSORS = Gpu(80, 232_448, 132)  # below 90: the interpreter knows no prefetch
+
+
+def attention_error(out: Tensor, expected: Tensor) -> float:
+    """RMS error of the worst head [..., d], over the RMS of the result. (The maximum over channels
+    grows with d, and depends on the machine's order of summation.)"""
+    error, expected = out.double() - expected.double(), expected.double()
+    worst = error.square().mean(-1).sqrt().max()
+    return float(worst / expected.square().mean().sqrt())
 
 
 def multiprocessors(many: bool) -> AbstractContextManager[None]:

@@ -1,0 +1,147 @@
+"""What each compiled kernel must hold. A gate takes what compile_kernels.py reports of a kernel,
+and the GPU that it was compiled for; it returns what is wrong, or None."""
+
+from collections.abc import Callable
+from typing import Any
+
+from gemma_fast.kernels.launch import Gpu
+
+Kernel = dict[str, Any]
+
+# Loads of less than 16 bytes a thread: positions, norms, splits; never weights, keys, values.
+NARROW_LOADS = {
+    "_rms_norm_kernel": 0,
+    "_geglu_kernel": 0,
+    "_embed_kernel": 1,
+    "_matvec_kernel": 8,
+    "_choose_token_kernel": 16,
+    "_next_token_kernel": 64,
+    "_decode_attention_kernel": 24,
+}
+
+
+def spills(kernel: Kernel, gpu: Gpu) -> str | None:
+    """The assembler itself may spill two registers, so that twice as many programs fit; and more
+    where that is done once a program, outside the loops."""
+    few = kernel["stack"] <= 8 and kernel["registers"] <= 128
+    once = kernel["stack"] <= 64 and not kernel["spills_in_loops"]
+    return None if few or once else f"{kernel['spills_in_loops']} spills in loops"
+
+
+def slack(kernel: Kernel, gpu: Gpu) -> str | None:
+    """Prefill attention's loop must not need the last registers: with 245 of 255 it spills none."""
+    return (
+        f"{found} spills in loops with 245 registers"
+        if (found := kernel["spills_at_245"])
+        else None
+    )
+
+
+def shared_memory(kernel: Kernel, gpu: Gpu) -> str | None:
+    used = kernel["shared"]
+    return f"{used} bytes of shared memory" if used > gpu.shared_memory else None
+
+
+def two_programs(kernel: Kernel, gpu: Gpu) -> str | None:
+    """Attention's smaller launch configs are chosen so that two programs fit in Hopper's shared
+    memory, 1 KiB more each; then their registers must fit twice, too."""
+    if not fits_twice(kernel, gpu):
+        return None
+    registers = kernel["registers"] * 32 * kernel["options"]["num_warps"]
+    return f"2 x {registers} registers" if 2 * registers > 65_536 else None
+
+
+def fits_twice(kernel: Kernel, gpu: Gpu) -> bool:
+    small = gpu.capability == 90 and kernel["shared"] > 65_536
+    small = small and kernel["options"].get("BLOCK_M", 128) <= 64
+    return small and 2 * (kernel["shared"] + 1024) <= gpu.shared_memory + 1024
+
+
+def wide_loads(kernel: Kernel, gpu: Gpu) -> str | None:
+    """Kernels that are bound by memory load 16 bytes a thread at a time."""
+    narrow = NARROW_LOADS.get(kernel["kernel"])
+    if kernel["kernel"] == "_rotary_write_kernel":
+        narrow = 3 if kernel["options"]["HAS_NORM"] else 1  # start; the norm's weights, once
+    if narrow is None or (kernel["wide_loads"] and kernel["narrow_loads"] <= narrow):
+        return None
+    return f"{kernel['narrow_loads']} narrow loads"
+
+
+def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
+    """Before its wait for the previous kernel (PDL) a kernel fetches 64 bytes of weights a thread
+    or more, and nothing that the previous kernel may write. split_attention, which transformers'
+    layers call, never waits."""
+    name, options = kernel["kernel"], kernel["options"]
+    if "PREFETCH" not in options or only_queries(kernel):
+        return None
+    loads = kernel["loads_before_wait"]
+    if (loads is not None) != options["PREFETCH"] or options["PREFETCH"] != (gpu.capability >= 90):
+        return "waits" if loads is not None else "does not wait"
+    one_row = options.get("BLOCK_B") == 1
+    if loads is None:
+        held = True
+    elif name == "_embed_kernel":
+        held = loads == 0
+    elif name == "_decode_attention_kernel":  # position, cos, sin; norms. Not qkv
+        held = loads <= (9 if options["HAS_NORM"] else 5)
+    elif one_row:
+        held = loads == kernel["wide_loads_before_wait"] >= 4
+    else:  # to the L2 cache
+        held = loads == 0 < kernel["prefetches_before_wait"]
+    return None if held else f"{loads} loads before the wait"
+
+
+def only_queries(kernel: Kernel) -> bool:
+    return kernel["kernel"] == "_decode_attention_kernel" and kernel["types"][3] == "constexpr"
+
+
+def is_prompt(kernel: Kernel) -> bool:
+    """Whether it multiplies a prompt's rows in 16 bits."""
+    matmul = kernel["kernel"] in ("_attention_kernel", "_gate_up_geglu_kernel")
+    return matmul and kernel["options"]["BLOCK_M"] > 16 and "fp32" not in kernel["types"][0]
+
+
+def is_prefill_attention(kernel: Kernel) -> bool:
+    return kernel["kernel"] == "_attention_kernel" and is_prompt(kernel)
+
+
+def tensor_cores(kernel: Kernel, gpu: Gpu) -> str | None:
+    """Prompts: Hopper's asynchronous matmuls (wgmma), none of them serialized; descriptors copy
+    tiles in hardware."""
+    if not is_prompt(kernel):
+        return None
+    if kernel["tile_copies"] != kernel["options"]["DESCRIPTORS"]:
+        return "tile copies do not match DESCRIPTORS"
+    if kernel["wgmma"] != (gpu.capability == 90):
+        return "no wgmma" if gpu.capability == 90 else "wgmma"
+    return kernel["serialized"][0] if kernel["serialized"] else None
+
+
+def softmax_beside_matmuls(kernel: Kernel, gpu: Gpu) -> str | None:
+    """Hopper's prefill attention waits once a round for its matmuls, and computes most exponentials
+    before, while they run. (With a head_dim below 128 the exponentials take longer than they.)"""
+    if not is_prefill_attention(kernel) or gpu.capability != 90:
+        return None
+    loops = kernel["softmax_in_loops"]
+    if len(loops) != 1 or loops[0]["waits"] != 1:
+        return f"waits for matmuls: {loops}"
+    late = 2 * loops[0]["before_wait"] < loops[0]["exps"] and kernel["options"]["HALF"] >= 64
+    return f"exponentials after the wait: {loops}" if late else None
+
+
+def fp_fusion(kernel: Kernel, gpu: Gpu) -> str | None:
+    """Set by the launch, so that no default and no environment changes results."""
+    return None if kernel["options"].get("enable_fp_fusion") is True else "the default is used"
+
+
+GATES: dict[str, Callable[[Kernel, Gpu], str | None]] = {
+    "spills": spills,
+    "slack": slack,
+    "shared memory": shared_memory,
+    "two programs": two_programs,
+    "16-byte loads": wide_loads,
+    "weights before the wait": weights_before_wait,
+    "tensor cores": tensor_cores,
+    "softmax beside matmuls": softmax_beside_matmuls,
+    "FP fusion": fp_fusion,
+}
