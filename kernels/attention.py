@@ -170,7 +170,7 @@ def _attention_kernel(
     # order Hopper's tensor cores add a round's values while softmax of the next one is computed.
     # Before the first block all is masked.
     # disable_licm: else the addresses of q for each product fill 32 registers a thread.
-    for i in tl.range(0, blocks, disable_licm=True):
+    for i in tl.range(0, blocks, disable_licm=WGMMA):
         block = first + i * BLOCK_N
         weights, rescale, row_max, row_sum = _softmax_of_block(
             scores, row_max, row_sum, block - BLOCK_N, oldest, visible, whole_begin, whole_end,
