@@ -8,8 +8,11 @@ PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 # Laid over the newest transformers, for the second run of gemma_fast.hf's tests.
 OLDEST := .venv/oldest-transformers
 NEWEST := .venv-newest
+# Beside the pinned one: the oldest, the newest, and those between them that a torch comes with.
+TRITONS := .venv/triton-3.6.0 .venv/triton-3.8.0 .venv/triton-3.9.0
+COMPILE := -m "" -k "90 or first" tests/kernels/test_compile.py
 
-.PHONY: demo test test-all test-newest lint bench gpu
+.PHONY: demo test test-all test-newest tritons lint bench gpu
 
 demo: .venv/demo.stamp
 	@$(BIN)/gemma-fast predict "I want to move"
@@ -19,9 +22,15 @@ demo: .venv/demo.stamp
 test: .venv/test.stamp
 	@$(BIN)/python $(PYTEST)
 
-test-all: .venv/test.stamp $(OLDEST)
+test-all: .venv/test.stamp $(OLDEST) $(firstword $(TRITONS)) $(lastword $(TRITONS))
 	@$(BIN)/python $(PYTEST) -m ""
 	@PYTHONPATH=$(OLDEST) $(BIN)/python $(PYTEST) tests/hf
+	@PYTHONPATH=$(firstword $(TRITONS)) $(BIN)/python $(PYTEST) $(COMPILE)
+	@PYTHONPATH=$(lastword $(TRITONS)) $(BIN)/python $(PYTEST) $(COMPILE)
+
+# Every kernel, compiled for each GPU by each of these versions; one table.
+tritons: .venv/test.stamp $(TRITONS)
+	@PYTHONPATH=. $(BIN)/python tests/support/tritons.py $(TRITONS)
 
 # With the newest torch, triton and transformers, whatever they are: gigabytes, as torch is CUDA's.
 test-newest: $(NEWEST)/bin/pip
@@ -53,6 +62,11 @@ $(OLDEST): tests/hf/oldest.txt .venv/test.stamp
 	@rm -rf $@
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ -r $<
 	@touch $@
+
+.venv/triton-%: | .venv/test.stamp
+	@echo "Installing Triton $* into $@"
+	@rm -rf $@
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$*
 
 $(BIN)/pip $(NEWEST)/bin/pip:
 	@echo "Creating $(@:/bin/pip=) with $(PYTHON)"

@@ -14,10 +14,10 @@ window       :: a query at p sees the keys p - window + 1 … p; None: 0 … p
 returns      :: [b, t, heads, d], q.dtype
 
 Scores, cap, mask and softmax are in fp32; rotated queries and weights are rounded to q.dtype before
-the products. The m = heads / n query heads of a kv head share its keys: a tile of the kernel is
-tokens x m rows. It goes over the newest block of keys, then over the others that only some of its
-rows see (the diagonal, the window's far edge), then over those that all see, unmasked, and no more.
-Of a kv head's tiles the late ones, with the most to do, start first.
+the matmuls. The m = heads / n query heads of a kv head share its keys: a program has a tile of
+tokens x m rows. It visits the blocks of keys that at least one of its rows sees, oldest first, and
+masks those that not all rows see whole (the diagonal, the window's far edge). The tiles with the
+most blocks, the last tokens', start first.
 Bound by compute for prompts: FLOPs = 4 * b * heads * d * (visible pairs); by memory for one token:
 bytes = 2 * b * n * positions * d * itemsize. Walk-through step: attention.
 """
@@ -74,7 +74,8 @@ def _softmax_of_block(
     scores, row_max, row_sum, block, oldest, visible, whole_begin, whole_end,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Soft cap, mask and softmax step of a block's scores."""
+    """Soft cap, mask and softmax step of the scores of a block. Blocks that begin from whole_begin
+    to whole_end - 1 are seen whole by each row, and are not masked."""
     scores = soft_cap(scores, SCALE, SOFTCAP)
     if (block < whole_begin) | (block >= whole_end):
         scores = mask_scores(scores, block, oldest, visible, BLOCK_N)
@@ -106,7 +107,7 @@ def _attention_kernel(
     BLOCK_M: tl.constexpr,  # rows: GROUP query heads of BLOCK_M / GROUP tokens
     BLOCK_N: tl.constexpr,  # keys
     DESCRIPTORS: tl.constexpr,
-    WGMMA: tl.constexpr,  # whether the products are Hopper's asynchronous ones
+    WGMMA: tl.constexpr,  # Hopper's asynchronous matmuls
 ):  # fmt: skip
     kv_head, batch = tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1) * GROUP
@@ -116,9 +117,8 @@ def _attention_kernel(
     mask = (token < t)[:, None]
     start = tl.load(start_ptr + batch)
 
-    # By way of memory: what is loaded from where it was stored lies in shared memory, but computed
-    # queries Triton would hold in 64 registers a thread, for want of which ptxas makes Hopper's
-    # products wait for each other; and addresses of the queries' would be kept through the loops.
+    # The queries are stored, and loaded again: Triton keeps a loaded operand in shared memory, but
+    # a computed one in 64 registers a thread, without which ptxas serializes Hopper's matmuls.
     batch_token = batch.to(tl.int64) * t + token  # int64: times heads * d passes 2**31
     q_ptr += batch.to(tl.int64) * q_batch_stride
     q_row = (token.to(tl.int64) * q_token_stride + head.to(tl.int64) * q_head_stride)[:, None]
@@ -160,31 +160,34 @@ def _attention_kernel(
         keys += first_slot
         values += first_slot
     out = tl.zeros([BLOCK_M, 2 * HALF], tl.float32)
-    if WGMMA:  # zeros too; but ptxas has loops wait for accumulators that no product began
+    if WGMMA:
+        # The same zeros, but by a matmul: a loop whose accumulator no matmul has written before is
+        # made by ptxas to wait at its top, and softmax would not run beside a matmul.
         zeros = tl.zeros([16, 2 * HALF], q.dtype)
         out = tl.dot(tl.zeros([BLOCK_M, 16], q.dtype), zeros)
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see nothing at all
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # A round: softmax of the block before, scores of this one, values of the one before. In this
-    # order Hopper's tensor cores add a round's values while softmax of the next one is computed.
-    # Before the first block all is masked.
-    # disable_licm: else the addresses of q for each product fill 32 registers a thread.
+    # A round: softmax of the previous block, scores of this block, values of the previous one. In
+    # this order Hopper's tensor cores multiply the values while the next round computes softmax.
+    # The first round has no previous block: all its weights are masked.
+    # disable_licm: hoisted out of the loop, the addresses of q take 32 registers a thread.
     for i in tl.range(0, blocks, disable_licm=WGMMA):
         block = first + i * BLOCK_N
         weights, rescale, row_max, row_sum = _softmax_of_block(
             scores, row_max, row_sum, block - BLOCK_N, oldest, visible, whole_begin, whole_end,
             SCALE, SOFTCAP, BLOCK_N,
         )  # fmt: skip
-        weights = weights.to(q.dtype)  # before the products, which leave registers for no more
+        weights = weights.to(q.dtype)  # here, since half as many registers are live at the matmuls
         k = load_block(
             keys, slot_stride, slots, batch, kv_head, block, end, BLOCK_N, 2 * HALF, DESCRIPTORS
         )
         scores = tl.dot(q, k.T, input_precision="ieee")
-        before = tl.maximum(block - BLOCK_N, first)
+        previous = tl.maximum(block - BLOCK_N, first)
         v = load_block(
-            values, slot_stride, slots, batch, kv_head, before, end, BLOCK_N, 2 * HALF, DESCRIPTORS
-        )
+            values, slot_stride, slots, batch, kv_head, previous, end, BLOCK_N, 2 * HALF,
+            DESCRIPTORS,
+        )  # fmt: skip
         out = tl.dot(weights, v, out * rescale[:, None], input_precision="ieee")
     last = first + (blocks - 1) * BLOCK_N
     weights, rescale, row_max, row_sum = _softmax_of_block(
@@ -197,7 +200,7 @@ def _attention_kernel(
     out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
 
     out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
-    # Counted, since the values of tl.arange above would be kept in 16 registers through the loop.
+    # The rows are counted: those of tl.arange would stay in 16 registers through the loop.
     row = first_row - 1 + tl.cumsum(tl.full([BLOCK_M], 1, tl.int32), 0)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     out_row = (((batch.to(tl.int64) * t + token) * heads + head) * (2 * HALF))[:, None]

@@ -14,7 +14,7 @@ from marks import slow
 
 # An 8.6 and an 8.9 have the shared memory of a 12.0, and the instructions of an 8.0.
 ALL = {str(x): (str(x),) for x in GPUS if x not in (86, 89)}
-FIRST = {f"{x}, first launches": (str(x), "--first") for x in (90, 86, 89)}
+FIRST = {f"{x}, first launches": (str(x), "--first") for x in sorted(GPUS, key=lambda x: x != 90)}
 
 
 @pytest.fixture(scope="module", params=["90, first launches", *slow(*list(FIRST)[1:], *ALL)])
