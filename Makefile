@@ -10,6 +10,7 @@ OLDEST := .venv/oldest-transformers
 NEWEST := .venv-newest
 # Beside the pinned one: the oldest, the newest, and those between them that a torch comes with.
 TRITONS := .venv/triton-3.6.0 .venv/triton-3.8.0 .venv/triton-3.9.0
+# Every launch for 9.0; of each kernel one for the other GPUs.
 COMPILE := -m "" -k "90 or first" tests/kernels/test_compile.py
 
 .PHONY: demo test test-all test-newest tritons lint bench gpu
@@ -65,8 +66,9 @@ $(OLDEST): tests/hf/oldest.txt .venv/test.stamp
 
 .venv/triton-%: | .venv/test.stamp
 	@echo "Installing Triton $* into $@"
-	@rm -rf $@
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$*
+	@rm -rf $@ $@.part
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==$*
+	@mv $@.part $@
 
 $(BIN)/pip $(NEWEST)/bin/pip:
 	@echo "Creating $(@:/bin/pip=) with $(PYTHON)"

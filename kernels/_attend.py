@@ -1,5 +1,5 @@
-"""What attention.py and decode_attention.py share: a block of the ring's keys or values, its
-scores, and how it joins the softmax of the blocks before.
+"""What attention.py and decode_attention.py share: loading a block of the ring's keys or values,
+the soft cap of scores, and one step of the online softmax.
 
 Positions are counted from the beginning of that turn of the ring which the oldest of them is in, so
 they are below twice its slots.
@@ -39,21 +39,6 @@ def soft_cap(scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
         scores = 1 - 2 / (tl.exp2(scores * (2 * SCALE * LOG2_E / SOFTCAP)) + 1)
     return scores
-
-
-@triton.jit
-def mask_scores(
-    scores,  # [rows, BLOCK_N]
-    block,  # position of the first key
-    oldest,  # [rows, 1], or a scalar: position of the oldest key that a row sees
-    visible,  # like oldest: number of keys that a row sees, from the oldest on, at least 0
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The scores of the keys that their row sees; -inf for the others."""
-    key = block + tl.arange(0, BLOCK_N)[None, :]
-    # As unsigned numbers, so that keys before the oldest are far beyond the newest.
-    seen = (key - oldest).to(tl.uint32) < visible.to(tl.uint32)
-    return tl.where(seen, scores, float("-inf"))
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._attend import HEAD_DIMS, load_block, mask_scores, soft_cap, softmax_step
+from gemma_fast.kernels._attend import HEAD_DIMS, load_block, soft_cap, softmax_step
 from gemma_fast.kernels._op import op
 from gemma_fast.kernels._triton import TensorDescriptor, tl, triton
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
@@ -71,14 +71,22 @@ def attention_reference(
 
 @triton.jit
 def _softmax_of_block(
-    scores, row_max, row_sum, block, oldest, visible, whole_begin, whole_end,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr,
+    scores,  # [BLOCK_M, BLOCK_N]: q @ kᵀ of the keys block, block + 1, …
+    row_max, row_sum,  # [BLOCK_M]
+    block, begin, whole_begin, whole_end, first_row, offset,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Soft cap, mask and softmax step of the scores of a block. Blocks that begin from whole_begin
-    to whole_end - 1 are seen whole by each row, and are not masked."""
+    """Soft cap, mask and softmax step of a block's scores. Every row sees all keys of a block that
+    begins at whole_begin … whole_end - 1; such a block is not masked."""
     scores = soft_cap(scores, SCALE, SOFTCAP)
     if (block < whole_begin) | (block >= whole_end):
-        scores = mask_scores(scores, block, oldest, visible, BLOCK_N)
+        key = block + tl.arange(0, BLOCK_N)[None, :]
+        query = offset + (first_row + tl.arange(0, BLOCK_M)[:, None]) // GROUP
+        visible = (key <= query) & (key >= begin)
+        if WINDOW > 0:
+            visible &= key > query - WINDOW
+        scores = tl.where(visible, scores, float("-inf"))
     return softmax_step(scores, row_max, row_sum, SCALE, SOFTCAP)
 
 
@@ -117,8 +125,8 @@ def _attention_kernel(
     mask = (token < t)[:, None]
     start = tl.load(start_ptr + batch)
 
-    # The queries are stored, and loaded again: Triton keeps a loaded operand in shared memory, but
-    # a computed one in 64 registers a thread, without which ptxas serializes Hopper's matmuls.
+    # Triton keeps a loaded operand in shared memory, but a computed one in 64 registers a thread.
+    # ptxas then has too few, and serializes Hopper's matmuls. So queries are stored and loaded.
     batch_token = batch.to(tl.int64) * t + token  # int64: times heads * d passes 2**31
     q_ptr += batch.to(tl.int64) * q_batch_stride
     q_row = (token.to(tl.int64) * q_token_stride + head.to(tl.int64) * q_head_stride)[:, None]
@@ -136,24 +144,22 @@ def _attention_kernel(
     tl.debug_barrier()
     q = tl.load(out_ptr + out_row + channel, mask=mask, other=0.0)
 
-    # Positions are counted as _attend.py says; `begin` is the oldest that the ring still holds.
-    begin = tl.maximum(start + t - slots, 0)
+    # Positions are counted as _attend.py says. Rows see no key before `begin`, and the tile sees
+    # those from `first` to `end`.
+    begin = tl.maximum(start + t - slots, 0)  # the oldest that the ring holds
     turn = begin // slots * slots
     if first_ptr is not None:
         begin = tl.maximum(begin, tl.load(first_ptr + batch))
     begin -= turn
-    query = (start - turn + token)[:, None]  # [BLOCK_M, 1]
-    first_query = start - turn + first_row // GROUP
-    end = start - turn + tl.minimum((first_row + BLOCK_M - 1) // GROUP, t - 1) + 1
-    oldest, whole_begin = begin, begin
+    offset = start - turn  # the position of token 0
+    first_query = offset + first_row // GROUP
+    end = offset + tl.minimum((first_row + BLOCK_M - 1) // GROUP, t - 1) + 1
+    first, whole_begin, whole_end = begin, begin, first_query + 2 - BLOCK_N
     if WINDOW > 0:
-        oldest = tl.maximum(query - WINDOW + 1, begin)
+        first = tl.maximum(first_query - WINDOW + 1, begin)
         whole_begin = tl.maximum(end - WINDOW, begin)
-        begin = tl.maximum(first_query - WINDOW + 1, begin)
-    visible = tl.maximum(query + 1 - oldest, 0)
-    whole_end = first_query + 2 - BLOCK_N
-    first = begin // BLOCK_N * BLOCK_N  # blocks begin at multiples of BLOCK_N
-    blocks = tl.maximum(tl.cdiv(end - first, BLOCK_N), 1)
+    first = first // BLOCK_N * BLOCK_N  # blocks begin at multiples of BLOCK_N
+    last = tl.maximum(end - 1, first) // BLOCK_N * BLOCK_N  # at least one block
 
     if not DESCRIPTORS:
         first_slot = batch.to(tl.int64) * batch_stride + kv_head.to(tl.int64) * kv_head_stride
@@ -161,8 +167,8 @@ def _attention_kernel(
         values += first_slot
     out = tl.zeros([BLOCK_M, 2 * HALF], tl.float32)
     if WGMMA:
-        # The same zeros, but by a matmul: a loop whose accumulator no matmul has written before is
-        # made by ptxas to wait at its top, and softmax would not run beside a matmul.
+        # Zeros by a matmul: if no matmul has written the accumulator before the loop, ptxas waits
+        # for matmuls at the loop's top, and softmax does not overlap them.
         zeros = tl.zeros([16, 2 * HALF], q.dtype)
         out = tl.dot(tl.zeros([BLOCK_M, 16], q.dtype), zeros)
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see nothing at all
@@ -172,13 +178,13 @@ def _attention_kernel(
     # this order Hopper's tensor cores multiply the values while the next round computes softmax.
     # The first round has no previous block: all its weights are masked.
     # disable_licm: hoisted out of the loop, the addresses of q take 32 registers a thread.
-    for i in tl.range(0, blocks, disable_licm=WGMMA):
-        block = first + i * BLOCK_N
+    for block in tl.range(first, last + 1, BLOCK_N, disable_licm=WGMMA):
         weights, rescale, row_max, row_sum = _softmax_of_block(
-            scores, row_max, row_sum, block - BLOCK_N, oldest, visible, whole_begin, whole_end,
-            SCALE, SOFTCAP, BLOCK_N,
+            scores, row_max, row_sum,
+            block - BLOCK_N, begin, whole_begin, whole_end, first_row, offset,
+            SCALE, SOFTCAP, WINDOW, GROUP, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        weights = weights.to(q.dtype)  # here, since half as many registers are live at the matmuls
+        weights = weights.to(q.dtype)  # before the matmuls: across them, half as many registers
         k = load_block(
             keys, slot_stride, slots, batch, kv_head, block, end, BLOCK_N, 2 * HALF, DESCRIPTORS
         )
@@ -189,10 +195,9 @@ def _attention_kernel(
             DESCRIPTORS,
         )  # fmt: skip
         out = tl.dot(weights, v, out * rescale[:, None], input_precision="ieee")
-    last = first + (blocks - 1) * BLOCK_N
     weights, rescale, row_max, row_sum = _softmax_of_block(
-        scores, row_max, row_sum, last, oldest, visible, whole_begin, whole_end,
-        SCALE, SOFTCAP, BLOCK_N,
+        scores, row_max, row_sum, last, begin, whole_begin, whole_end, first_row, offset,
+        SCALE, SOFTCAP, WINDOW, GROUP, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     v = load_block(
         values, slot_stride, slots, batch, kv_head, last, end, BLOCK_N, 2 * HALF, DESCRIPTORS
@@ -200,19 +205,17 @@ def _attention_kernel(
     out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
 
     out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
-    # The rows are counted: those of tl.arange would stay in 16 registers through the loop.
+    # cumsum, not arange: the rows of arange, above, would stay in 16 registers through the loop.
     row = first_row - 1 + tl.cumsum(tl.full([BLOCK_M], 1, tl.int32), 0)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     out_row = (((batch.to(tl.int64) * t + token) * heads + head) * (2 * HALF))[:, None]
     tl.store(out_ptr + out_row + channel, out, mask=(token < t)[:, None])
 
 
-def tile(
-    rows: int, heads: int, d: int, itemsize: int, describes_128: bool, gpu: Gpu
-) -> dict[str, int]:
+def tile(rows: int, heads: int, d: int, itemsize: int, gpu: Gpu) -> dict[str, int]:
     """Rows, keys, warps and stages, for `rows` in each of `heads`: what fits in shared memory (q,
     and two stages of k and v), does not spill registers in the loop, and gives every multiprocessor
-    work. describes_128: descriptors can copy 128 keys at once."""
+    work."""
     if itemsize == 4:  # no tensor cores
         block_m, block_n, num_warps = 16 if rows <= 16 else 32, 16, 8
     elif rows <= 16:
@@ -222,7 +225,7 @@ def tile(
     elif triton.cdiv(rows, 128) * heads < 2 * gpu.multiprocessors:
         block_m, block_n, num_warps = 64, 32 if d == 256 else 64, 4  # two tiles a multiprocessor
     else:
-        block_m, block_n, num_warps = 128, 128 if describes_128 and d <= 128 else 64, 8
+        block_m, block_n, num_warps = 128, 64, 8
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}
 
 
@@ -261,11 +264,11 @@ def attention(
     assert q.is_cuda or q.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
     rows = t * (heads // n)
     limits = gpu(q.device)
-    descriptors = rows > 16 and limits.can_describe(keys, values)
-    blocks = tile(rows, n * b, d, q.element_size(), descriptors and slots % 128 == 0, limits)
-    blocks = launch_config("attention", blocks | {"DESCRIPTORS": descriptors})
+    blocks = tile(rows, n * b, d, q.element_size(), limits)
+    blocks["DESCRIPTORS"] = rows > 16 and limits.can_describe(keys, values)
+    blocks = launch_config("attention", blocks)
     blocks["DESCRIPTORS"] &= slots % blocks["BLOCK_N"] == 0  # else one straddles the ring's ends
-    blocks["WGMMA"] = limits.capability == 90 and q.element_size() == 2 and rows > 16
+    blocks["WGMMA"] = limits.capability == 90 and blocks["BLOCK_M"] >= 64  # wgmma takes 64 rows
     rings: list[Any] = [keys, values]
     if blocks["DESCRIPTORS"]:
         rings = [TensorDescriptor.from_tensor(x, [1, 1, blocks["BLOCK_N"], d]) for x in rings]

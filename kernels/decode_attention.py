@@ -30,13 +30,7 @@ Bound by memory: bytes = 2 * b * n * visible keys * d * itemsize. Walk-through s
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._attend import (
-    HEAD_DIMS,
-    load_block,
-    mask_scores,
-    soft_cap,
-    softmax_step,
-)
+from gemma_fast.kernels._attend import HEAD_DIMS, load_block, soft_cap, softmax_step
 from gemma_fast.kernels._op import op, wait_for_kernel_ahead
 from gemma_fast.kernels._splits import chunk, count_splits, join_splits, tile
 from gemma_fast.kernels._triton import tl, triton
@@ -165,7 +159,8 @@ def _decode_attention_kernel(
     for block in range(share, tl.minimum(share + blocks_per_split * BLOCK_N, end), BLOCK_N):
         k = load_block(keys_ptr, slot_stride, slots, 0, 0, block, end, BLOCK_N, D, False)
         scores = soft_cap(tl.dot(q, k.T, input_precision="ieee"), SCALE, SOFTCAP)
-        scores = mask_scores(scores, block, begin, end - begin, BLOCK_N)
+        key = block + tl.arange(0, BLOCK_N)[None, :]
+        scores = tl.where((key >= begin) & (key < end), scores, float("-inf"))
         weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, SCALE, SOFTCAP)
         block_v = load_block(values_ptr, slot_stride, slots, 0, 0, block, end, BLOCK_N, D, False)
         out = tl.dot(weights.to(q.dtype), block_v, out * rescale[:, None], input_precision="ieee")

@@ -1,16 +1,11 @@
 """Every kernel, in every way its launchers launch it, compiled for each generation of GPUs."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from assembly import softmax_in_loops, spills_in_loops
 from compile_kernels import GPUS
-from gates import GATES, fits_twice, is_prompt, only_queries
+from gates import GATES, is_prompt, only_queries
 from marks import slow
+from tritons import compile_with
 
 # An 8.6 and an 8.9 have the shared memory of a 12.0, and the instructions of an 8.0.
 ALL = {str(x): (str(x),) for x in GPUS if x not in (86, 89)}
@@ -20,13 +15,8 @@ FIRST = {f"{x}, first launches": (str(x), "--first") for x in sorted(GPUS, key=l
 @pytest.fixture(scope="module", params=["90, first launches", *slow(*list(FIRST)[1:], *ALL)])
 def compiled(request):
     """GPU, and what compile_kernels.py says of every launch, or of each kernel's first."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).parents[1] / "support/compile_kernels.py"
     arguments = (FIRST | ALL)[request.param]
-    command = [sys.executable, "-W", "error::UserWarning", script, *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return GPUS[int(arguments[0])], [json.loads(line) for line in run.stdout.splitlines()]
+    return GPUS[int(arguments[0])], compile_with(None, *arguments)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -45,13 +35,6 @@ def test_every_kernel_is_compiled(compiled):
     }  # fmt: skip
     steps = [k for k in kernels if "PREFETCH" in k["options"] and not only_queries(k)]
     assert len({k["kernel"] for k in steps}) == 4
-
-
-@pytest.mark.parametrize("compiled", slow("90"), indirect=True)  # tiles are chosen so for Hopper
-def test_two_programs_are_meant_to_fit_a_multiprocessor(compiled):
-    gpu, kernels = compiled
-    twice = {k["kernel"] for k in kernels if fits_twice(k, gpu)}
-    assert twice == {"_attention_kernel", "_decode_attention_kernel"}
 
 
 @pytest.mark.parametrize("compiled", slow(*ALL), indirect=True)
@@ -85,13 +68,15 @@ def test_spills_are_found_in_loops_of_each_generation():
 
 
 def test_softmax_is_beside_matmuls_that_are_waited_for_later():
-    def found(*body: str) -> list[tuple[int, int, int]]:
+    def found(*body: str) -> list[tuple[int, ...]]:
+        """Waits, exponentials, those before the last wait, matmuls after it."""
         loop = sass(".L_x_1:", *body, "@P1 BRA `(.L_x_1)", "EXIT")
-        return [(x["waits"], x["before_wait"], x["exps"]) for x in softmax_in_loops(loop)]
+        return [tuple(x.values()) for x in softmax_in_loops(loop)]
 
     scores, values, exp = "HGMMA R8", "HGMMA R24", "MUFU.EX2 R2, R3"
     wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
-    assert found(exp, scores, wait, values) == [(1, 1, 1)]
-    assert found(scores, wait, exp, values) == [(1, 0, 1)]
-    assert found(wait, exp, scores, wait, values) == [(2, 1, 1)]
+    assert found(exp, scores, wait, values) == [(1, 1, 1, 1)]
+    assert found(scores, wait, exp, values) == [(1, 1, 0, 1)]
+    assert found(wait, exp, scores, wait, values) == [(2, 1, 1, 1)]
+    assert found(exp, scores, values, wait) == [(1, 1, 1, 0)]
     assert found(scores, wait) == []

@@ -1,4 +1,4 @@
-"""What the assembler made of a kernel: registers, spills, and what its loops do at once."""
+"""What the assembler made of a kernel: registers, spills, and what its loops wait for."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ def loops(sass: str) -> list[list[str]]:
     """The instructions of each loop that multiplies, by address. Nested loops are one.
 
     A loop is a strongly connected component of the graph of instructions, so it includes the blocks
-    that the assembler lays elsewhere, such as a wait that tries again.
+    that the assembler places elsewhere, such as a wait that tries again.
     """
     labels: dict[str, int] = {}
     instructions: list[str] = []
@@ -49,13 +49,17 @@ def spills_in_loops(sass: str) -> int:
 
 def softmax_in_loops(sass: str) -> list[dict[str, int]]:
     """For each loop with asynchronous matmuls and exponentials: how often it waits for matmuls, its
-    exponentials, and how many of them stand before the last wait, beside the matmuls under way."""
+    exponentials, how many of them stand before the last wait, and how many matmuls follow it. Those
+    run on while the next round computes softmax."""
     found = []
     for body in loops(sass):
         waits = [i for i, x in enumerate(body) if "WARPGROUP.DEPBAR" in x]
         if waits and (exps := count("EX2", body)):
-            before = count("EX2", body[: waits[-1]])
-            found.append({"waits": len(waits), "exps": exps, "before_wait": before})
+            before, after = body[: waits[-1]], body[waits[-1] :]
+            found.append({
+                "waits": len(waits), "exps": exps, "exps_before_wait": count("EX2", before),
+                "matmuls_after_wait": count("GMMA", after),
+            })  # fmt: skip
     return found
 
 

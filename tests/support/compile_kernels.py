@@ -23,7 +23,6 @@ from multiprocessing import get_context
 import torch
 import triton
 from assembly import assemble
-from gates import is_prefill_attention
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -56,14 +55,18 @@ WHOLE = 90  # on others fp32, and shapes whose launch configs hardly differ, are
 PROMPTS = (  # kv heads, query heads a kv head, head dim, window, soft cap, q and k norms
     (1, 8, 256, None, None, False),  # Gemma 2B
     (4, 2, 256, 4096, 50.0, False),  # Gemma 2 2B
-    (16, 2, 128, None, 50.0, False),  # Gemma 2 27B
+    (16, 2, 128, None, 50.0, False),  # Gemma 2 27B, and every second layer with a window
+    (16, 2, 128, 4096, 50.0, False),
     (1, 4, 256, 512, None, True),  # Gemma 3 270M and 1B
 )
 MORE_PROMPTS = (
     (16, 1, 256, None, None, False),  # Gemma 7B
     (8, 2, 256, 1024, None, True),  # Gemma 3 12B
-    (16, 2, 128, None, None, True),  # Gemma 3 27B
-    (2, 4, 64, None, None, False),
+    (16, 2, 128, None, None, True),  # Gemma 3 27B, and its layers with a window
+    (16, 2, 128, 1024, None, True),
+    (1, 4, 256, None, None, True),  # Gemma 3 270M and 1B, layers without a window
+    (4, 2, 256, None, 50.0, False),  # Gemma 2 2B, layers without a window
+    (2, 4, 64, None, None, False),  # two kv heads: with one, no tile has 128 rows
     (2, 4, 32, None, None, False),
 )
 TYPES = {
@@ -75,12 +78,8 @@ TYPES = {
 MODULES = (
     attention, choose, decode_attention, embed, geglu, lm_head, matvec, rmsnorm, rotary
 )  # fmt: skip
-OPTIONS = (
-    "num_warps",
-    "num_stages",
-    "launch_pdl",
-    "enable_fp_fusion",
-)  # of the compiler, not of the kernel
+# Options of the compiler, not of the kernel.
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion")
 LOAD = re.compile(r"ld\.global\S* ")
 WIDE_LOAD = re.compile(r"ld\.global\S*\.v4\S* ")
 NARROW_LOAD = re.compile(r"ld\.global(?!\S*\.v4)\S* ")
@@ -120,10 +119,9 @@ def specialised(kernel, args, kwargs) -> tuple[dict, dict, dict]:
     return signature | dict.fromkeys(kwargs, "constexpr"), constants, attributes
 
 
-def compile_launch(kernel, args, kwargs, capability: int, **options):
-    """options: for the compiler, beside those of the launch."""
+def compile_launch(kernel, args, kwargs, capability: int):
     kwargs = dict(kwargs)
-    options |= {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
+    options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
     source = ASTSource(kernel, *specialised(kernel, args, kwargs))
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -230,12 +228,11 @@ def report(job: tuple[int, str], capability: int) -> str:
     compiled = compile_launch(kernel, args, kwargs, capability)
     ptx = compiled.asm["ptx"]
     before_wait, wait, _ = ptx.partition("griddepcontrol.wait")
-    found = {
+    return json.dumps({
         "kernel": kernel.__name__,
         "types": [type_of(arg) for arg in args],
         "options": kwargs,
         **assemble(compiled),
-        "spills_at_245": 0,
         "shared": compiled.metadata.shared,
         "wide_loads": bool(
             re.search(r"ld\.global[.\w:]*\.v4|cp\.async\S* .*, 0x10|cp\.async\.bulk\.tensor", ptx)
@@ -246,11 +243,7 @@ def report(job: tuple[int, str], capability: int) -> str:
         "wide_loads_before_wait": len(WIDE_LOAD.findall(before_wait)),
         "tile_copies": "cp.async.bulk.tensor" in ptx,
         "wgmma": "wgmma" in ptx,
-    }  # fmt: skip
-    if capability == 90 and is_prefill_attention(found):
-        less = compile_launch(kernel, args, kwargs, capability, maxnreg=245)
-        found["spills_at_245"] = assemble(less)["spills_in_loops"]
-    return json.dumps(found)
+    })  # fmt: skip
 
 
 def record_launches() -> None:
@@ -272,7 +265,8 @@ def main(capability: int, describe: Callable[..., str], only_first: bool) -> Non
     different, first = {}, {}
     for i, (kernel, args, kwargs) in enumerate(launches):
         different[repr((kernel.__name__, [type_of(a) for a in args], kwargs))] = i
-        first.setdefault((kernel.__name__, kwargs.get("DESCRIPTORS")), i)
+        kind = kernel.__name__, kwargs.get("DESCRIPTORS"), kwargs.get("BLOCK_M")
+        first.setdefault(kind, i)
     jobs = [(i, "bf16") for i in (first if only_first else different).values()]
     jobs += [] if only_first else [(i, "fp16") for i in first.values()]
     with get_context("fork").Pool() as pool:  # forked: it has the launches

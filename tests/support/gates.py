@@ -21,20 +21,19 @@ NARROW_LOADS = {
 
 
 def spills(kernel: Kernel, gpu: Gpu) -> str | None:
-    """The assembler itself may spill two registers, so that twice as many programs fit; and more
-    where that is done once a program, outside the loops."""
+    """ptxas may spill two registers where that lets twice as many programs fit, and up to 64 bytes
+    outside the loops."""
     few = kernel["stack"] <= 8 and kernel["registers"] <= 128
     once = kernel["stack"] <= 64 and not kernel["spills_in_loops"]
     return None if few or once else f"{kernel['spills_in_loops']} spills in loops"
 
 
 def slack(kernel: Kernel, gpu: Gpu) -> str | None:
-    """Prefill attention's loop must not need the last registers: with 245 of 255 it spills none."""
-    return (
-        f"{found} spills in loops with 245 registers"
-        if (found := kernel["spills_at_245"])
-        else None
-    )
+    """Hopper's prefill attention by descriptors has 10 of the 255 registers to spare, so that the
+    next compiler does not spill."""
+    main = is_prefill_attention(kernel) and kernel["options"]["DESCRIPTORS"]
+    registers = kernel["registers"]
+    return f"{registers} registers" if main and gpu.capability == 90 and registers > 245 else None
 
 
 def shared_memory(kernel: Kernel, gpu: Gpu) -> str | None:
@@ -43,18 +42,17 @@ def shared_memory(kernel: Kernel, gpu: Gpu) -> str | None:
 
 
 def two_programs(kernel: Kernel, gpu: Gpu) -> str | None:
-    """Attention's smaller launch configs are chosen so that two programs fit in Hopper's shared
-    memory, 1 KiB more each; then their registers must fit twice, too."""
-    if not fits_twice(kernel, gpu):
+    """Hopper: prefill attention's tiles of 64 rows are chosen so that two programs fit a
+    multiprocessor. Where decode attention's shared memory fits twice, its registers must, too."""
+    if gpu.capability != 90 or kernel["options"].get("BLOCK_M", 128) > 64:
+        return None
+    twice = 2 * (kernel["shared"] + 1024) <= gpu.shared_memory + 1024
+    if not twice:
+        return f"{kernel['shared']} bytes, twice" if is_prefill_attention(kernel) else None
+    if "attention" not in kernel["kernel"] or kernel["shared"] <= 65_536:
         return None
     registers = kernel["registers"] * 32 * kernel["options"]["num_warps"]
-    return f"2 x {registers} registers" if 2 * registers > 65_536 else None
-
-
-def fits_twice(kernel: Kernel, gpu: Gpu) -> bool:
-    small = gpu.capability == 90 and kernel["shared"] > 65_536
-    small = small and kernel["options"].get("BLOCK_M", 128) <= 64
-    return small and 2 * (kernel["shared"] + 1024) <= gpu.shared_memory + 1024
+    return f"{registers} registers, twice" if 2 * registers > 65_536 else None
 
 
 def wide_loads(kernel: Kernel, gpu: Gpu) -> str | None:
@@ -118,15 +116,18 @@ def tensor_cores(kernel: Kernel, gpu: Gpu) -> str | None:
 
 
 def softmax_beside_matmuls(kernel: Kernel, gpu: Gpu) -> str | None:
-    """Hopper's prefill attention waits once a round for its matmuls, and computes most exponentials
-    before, while they run. (With a head_dim below 128 the exponentials take longer than they.)"""
+    """Hopper's prefill attention waits once a round for its matmuls. Before, it computes most
+    exponentials; after, it starts a matmul that runs on beside the next round's. With a head_dim
+    below 128 exponentials take longer than the matmuls, and may stand anywhere."""
     if not is_prefill_attention(kernel) or gpu.capability != 90:
         return None
     loops = kernel["softmax_in_loops"]
-    if len(loops) != 1 or loops[0]["waits"] != 1:
+    if len(loops) != 1 or loops[0]["waits"] != 1 or not loops[0]["matmuls_after_wait"]:
         return f"waits for matmuls: {loops}"
-    late = 2 * loops[0]["before_wait"] < loops[0]["exps"] and kernel["options"]["HALF"] >= 64
-    return f"exponentials after the wait: {loops}" if late else None
+    late = 2 * loops[0]["exps_before_wait"] < loops[0]["exps"]
+    if late and kernel["options"]["HALF"] >= 64:
+        return f"exponentials after the wait: {loops}"
+    return None
 
 
 def fp_fusion(kernel: Kernel, gpu: Gpu) -> str | None:

@@ -28,7 +28,7 @@ MANY_MULTIPROCESSORS = Gpu(80, 232_448, 132)  # below 90: the interpreter knows 
 
 def attention_error(out: Tensor, expected: Tensor) -> float:
     """RMS error of the worst head [..., d], over the RMS of the result. (The maximum over channels
-    grows with d, and depends on the machine's order of summation.)"""
+    grows with d; the RMS does not.)"""
     error, expected = out.double() - expected.double(), expected.double()
     worst = error.square().mean(-1).sqrt().max()
     return float(worst / expected.square().mean().sqrt())

@@ -11,9 +11,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import click
+import triton
 from compile_kernels import GPUS
 from gates import GATES, is_prefill_attention
 from rich.console import Console
@@ -27,45 +29,60 @@ def compile_with(folder: Path | None, *arguments: str) -> list[dict]:
     """What compile_kernels.py reports with the Triton in the folder, or with the environment's."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if folder:
-        environment["PYTHONPATH"] = f"{folder.resolve()}:{environment.get('PYTHONPATH', '')}"
+        path = [str(folder.resolve()), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     command = [sys.executable, "-W", "error::UserWarning", REPORT, *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
-        raise click.ClickException(run.stderr[-3000:])
+        raise RuntimeError(run.stderr[-3000:])
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
 def version(folder: Path | None) -> str:
     if folder is None:
-        from triton import __version__
+        return triton.__version__
+    found = [x.version for x in distributions(name="triton", path=[str(folder)])]
+    if not found:
+        raise click.BadParameter(f"{folder} holds no Triton; `make tritons` installs them")
+    return found[0]
 
-        return __version__
-    return next(folder.glob("triton-*.dist-info")).name.split("-")[1].removesuffix(".dist")
+
+def by_version(folder: Path | None) -> list[int]:
+    return [int(x) for x in version(folder).split("+")[0].split(".")]
 
 
 @click.command(help=__doc__.split("\n")[0])
-@click.argument("folders", nargs=-1, type=click.Path(exists=True, path_type=Path))
-@click.option("--gpu", "gpus", multiple=True, type=int, help="90: compute capability 9.0.")
-def main(folders: tuple[Path, ...], gpus: tuple[int, ...]) -> None:
-    todo = [(x, gpu) for x in sorted([None, *folders], key=version) for gpu in gpus or GPUS]
+@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--gpu", "gpus", multiple=True, type=click.Choice([str(x) for x in GPUS]),
+    help="90: compute capability 9.0. Several are allowed; without one, all.",
+)  # fmt: skip
+def main(folders: tuple[Path, ...], gpus: tuple[str, ...]) -> None:
+    ordered = sorted([None, *folders], key=by_version)
+    todo = [(folder, int(gpu)) for folder in ordered for gpu in gpus or GPUS]
     table = Table("Triton", "GPU", "kernels", "prefill attention, registers", *GATES)
     broken = []
     for folder, gpu in track(todo, "Compiling", console=Console(stderr=True)):
-        kernels = compile_with(folder, str(gpu))
+        where = version(folder), f"{gpu / 10}"
+        try:
+            kernels = compile_with(folder, str(gpu))
+        except RuntimeError as problem:
+            table.add_row(*where, "failed")
+            broken.append(f"{' '.join(where)}: {problem}")
+            continue
         registers = [k["registers"] for k in kernels if is_prefill_attention(k)]
         cells = []
         for name, gate in GATES.items():
             found = [(k, wrong) for k in kernels if (wrong := gate(k, GPUS[gpu]))]
             cells.append(f"{len(found)} broken" if found else "ok")
             broken += [
-                f"{version(folder)} {gpu} {name}: {wrong}: {k['kernel']} {k['types'][0]} "
-                f"{k['options']}"
+                f"{' '.join(where)} {name}: {wrong}: {k['kernel']} {k['types'][0]} {k['options']}"
                 for k, wrong in found
             ]
-        span = f"{min(registers)} to {max(registers)}"
-        table.add_row(version(folder), f"{gpu / 10}", str(len(kernels)), span, *cells)
+        table.add_row(*where, str(len(kernels)), f"{min(registers)} to {max(registers)}", *cells)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-    print("\n".join(broken))
+    for line in broken:
+        print(line)
     sys.exit(bool(broken))
 
 
