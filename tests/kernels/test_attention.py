@@ -66,7 +66,7 @@ def check(
     index = columns.clamp(min=0)[..., None, None].expand(b, t, n, d)
     new_k, new_v = k.gather(1, index), v.gather(1, index)
     rotary_write(new_k, new_v, keys, values, cos, sin, start, k_weight)
-    scale = 0.3
+    scale = 0.3 * (32 / d) ** 0.5  # scores are as large for any d, and so are their errors
     out = attention(
         q, keys, values, cos, sin, start, q_weight, scale=scale, window=window, softcap=softcap
     )

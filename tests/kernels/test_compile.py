@@ -1,7 +1,7 @@
 """Every kernel, in every way its launchers launch it, compiled for each generation of GPUs."""
 
 import pytest
-from assembly import softmax_in_loops, spills_in_loops
+from assembly import softmax_in_loops, spilled_bytes, spills_in_loops
 from compile_kernels import GPUS
 from gates import GATES, is_prompt, only_queries
 from marks import slow
@@ -63,6 +63,9 @@ def test_spills_are_found_in_loops_of_each_generation():
     ):  # fmt: skip
         begin = ["STL [R1], R2", ".L_x_1:", "HGMMA R4", "LDL R3, [R1]"]
         assert spills_in_loops(sass(*begin, *end, "LDL R2, [R1]", "EXIT")) == 1
+    assert spilled_bytes(sass("STL [R1+0x8], R5", "STL [R1+0x8], R6", "STL.64 [R1], R8")) == 12
+    call = sass(".L_x_1:", "HGMMA R4", "STL.64 [R1], RZ", "@P0 BRA `(.L_x_1)", "EXIT")
+    assert spills_in_loops(call) == spilled_bytes(call) == 0
     with pytest.raises(AssertionError, match="no loop found"):
         spills_in_loops(sass(".L_x_1:", "LDL R2, [R1]", "@P0 BRA `(.L_x_1)", "HGMMA R4", "EXIT"))
 

@@ -4,7 +4,7 @@
     python tests/support/compile_kernels.py 90 --hash
     python tests/support/compile_kernels.py 90 --first
 
-Prints a JSON object for each: kernel, registers, bytes of stack (spills) and of shared memory,
+Prints a JSON object for each: kernel, registers, bytes spilled and of shared memory,
 spills and softmax in its loops, how wide its loads are, its tensor-core instructions and what the
 assembler warns of. With --hash it prints a line for each instead: a hash of its PTX, and what it
 was compiled for. A change of names or of files leaves all hashes as they were. With --first it

@@ -23,8 +23,8 @@ NARROW_LOADS = {
 def spills(kernel: Kernel, gpu: Gpu) -> str | None:
     """ptxas may spill two registers where that lets twice as many programs fit, and up to 64 bytes
     outside the loops."""
-    few = kernel["stack"] <= 8 and kernel["registers"] <= 128
-    once = kernel["stack"] <= 64 and not kernel["spills_in_loops"]
+    few = kernel["spilled"] <= 8 and kernel["registers"] <= 128
+    once = kernel["spilled"] <= 64 and not kernel["spills_in_loops"]
     return None if few or once else f"{kernel['spills_in_loops']} spills in loops"
 
 
