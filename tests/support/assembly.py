@@ -28,6 +28,8 @@ def loops(sass: str) -> list[list[str]]:
             labels[label[1]] = len(instructions)
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             instructions.append(instruction[1])
+    branches = len(re.findall(r"\bBRA\b", sass))
+    assert instructions and branches == count(r"\bBRA\b", instructions), "lines were not read"
     graph = networkx.DiGraph()
     for i, instruction in enumerate(instructions):
         if branch := re.search(r"\bBRA\b.*(\.L_\w+)", instruction):
@@ -45,9 +47,7 @@ def count(pattern: str, instructions: list[str]) -> int:
 
 def spills_in_loops(sass: str) -> int:
     """Instructions that store or load a spilled register, in loops that multiply."""
-    found = loops(sass)
-    assert found, "no loop found"
-    return sum(count(rf"{SPILL}|\bLDL\b", body) for body in found)
+    return sum(count(rf"{SPILL}|\bLDL\b", body) for body in loops(sass))
 
 
 def spilled_bytes(sass: str) -> int:

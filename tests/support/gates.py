@@ -116,18 +116,20 @@ def tensor_cores(kernel: Kernel, gpu: Gpu) -> str | None:
 
 
 def softmax_beside_matmuls(kernel: Kernel, gpu: Gpu) -> str | None:
-    """Hopper's prefill attention waits once a round for its matmuls. Before, it computes most
-    exponentials; after, it starts a matmul that runs on beside the next round's. With a head_dim
-    below 128 exponentials take longer than the matmuls, and may stand anywhere."""
+    """Hopper's prefill attention waits once a round for its matmuls. After the wait it starts a
+    matmul that runs on beside the next round's softmax: beside most of its exponentials, or beside
+    as many as take the matmul's time."""
     if not is_prefill_attention(kernel) or gpu.capability != 90:
         return None
-    loops = kernel["softmax_in_loops"]
+    loops, options = kernel["softmax_in_loops"], kernel["options"]
     if len(loops) != 1 or loops[0]["waits"] != 1 or not loops[0]["matmuls_after_wait"]:
         return f"waits for matmuls: {loops}"
-    late = 2 * loops[0]["exps_before_wait"] < loops[0]["exps"]
-    if late and kernel["options"]["HALF"] >= 64:
-        return f"exponentials after the wait: {loops}"
-    return None
+    # A scheduler has a quarter of the warps, and 4 exponentials a cycle; the tensor cores together
+    # 2,048 multiplications.
+    beside = loops[0]["exps_before_wait"] * 8 * options["num_warps"] // 4  # cycles
+    matmul = options["BLOCK_M"] * options["BLOCK_N"] * 2 * options["HALF"] // 2048
+    late = 2 * loops[0]["exps_before_wait"] < loops[0]["exps"] and beside < matmul
+    return f"exponentials after the wait: {loops}" if late else None
 
 
 def fp_fusion(kernel: Kernel, gpu: Gpu) -> str | None:
