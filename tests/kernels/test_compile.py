@@ -3,7 +3,7 @@
 import pytest
 from assembly import softmax_in_loops, spilled_bytes, spills_in_loops
 from compile_kernels import GPUS
-from gates import GATES, is_prompt, only_queries
+from gates import GATES, fits_twice, is_prompt, only_queries
 from marks import slow
 from tritons import compile_with
 
@@ -37,6 +37,14 @@ def test_every_kernel_is_compiled(compiled):
     assert len({k["kernel"] for k in steps}) == 4
 
 
+@pytest.mark.parametrize("compiled", slow("90"), indirect=True)  # launch configs are chosen for it
+def test_two_programs_of_decode_attention_fit_a_multiprocessor(compiled):
+    """Where its tiles are small; so the gate on two programs has something to check."""
+    gpu, kernels = compiled
+    decode = [k for k in kernels if k["kernel"] == "_decode_attention_kernel"]
+    assert any(k["shared"] > 65_536 and fits_twice(k, gpu) for k in decode)
+
+
 @pytest.mark.parametrize("compiled", slow(*ALL), indirect=True)
 def test_prompts_are_made_for_each_generation(compiled):
     gpu, kernels = compiled
@@ -46,7 +54,7 @@ def test_prompts_are_made_for_each_generation(compiled):
     used = {(k["kernel"], k["options"]["DESCRIPTORS"]) for k in prompts}
     describes = gpu.capability >= 90
     ways = {("_attention_kernel", False), ("_gate_up_geglu_kernel", describes)}
-    if describes:  # without, too: rings that do not end on a block
+    if describes:  # some rings are read by pointers: their length is no multiple of a block
         ways.add(("_attention_kernel", True))
     assert used == ways
 

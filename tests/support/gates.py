@@ -46,13 +46,17 @@ def two_programs(kernel: Kernel, gpu: Gpu) -> str | None:
     multiprocessor. Where decode attention's shared memory fits twice, its registers must, too."""
     if gpu.capability != 90 or kernel["options"].get("BLOCK_M", 128) > 64:
         return None
-    twice = 2 * (kernel["shared"] + 1024) <= gpu.shared_memory + 1024
-    if not twice:
+    if not fits_twice(kernel, gpu):
         return f"{kernel['shared']} bytes, twice" if is_prefill_attention(kernel) else None
     if "attention" not in kernel["kernel"] or kernel["shared"] <= 65_536:
         return None
     registers = kernel["registers"] * 32 * kernel["options"]["num_warps"]
     return f"{registers} registers, twice" if 2 * registers > 65_536 else None
+
+
+def fits_twice(kernel: Kernel, gpu: Gpu) -> bool:
+    """Whether two programs fit in a multiprocessor's shared memory, with 1 KiB more each."""
+    return 2 * (kernel["shared"] + 1024) <= gpu.shared_memory + 1024
 
 
 def wide_loads(kernel: Kernel, gpu: Gpu) -> str | None:
