@@ -71,7 +71,7 @@ def _differentiated(x: Tensor) -> bool:
 
 
 @triton.jit
-def wait_for_kernel_ahead(PREFETCH: tl.constexpr):
+def wait_for_previous_kernel(PREFETCH: tl.constexpr):
     """Programmatic dependent launch: what comes before runs beside the kernel ahead."""
     if PREFETCH:
         tl.extra.cuda.gdc_wait()

@@ -7,8 +7,8 @@ q            :: [b, t, heads, d], bf16 | fp16 | fp32, not rotated; a view of the
 keys, values :: [b, n, slots, d], q.dtype, K rotated: a ring, slot `p % slots` holds position p, and
                 the newest position is that of the last query. An unused slot holds finite numbers.
 cos, sin     :: [b, t, d / 2], fp32, of the queries' positions; None: q is rotated already
-start        :: [b], int32: query i of a row stands at position start + i
-first        :: [b], int32: positions below it are left padding, whose rows are 0; None: below zero
+query_offset :: [b], int32: query i of a row stands at position query_offset + i
+left_padding :: [b], int32: positions below it are left padding, whose rows are 0; None: below zero
 norm_weight  :: [d] or None: no norm (Gemma 3 normalises queries before it rotates them)
 window       :: a query at p sees the keys p - window + 1 … p; None: 0 … p
 returns      :: [b, t, heads, d], q.dtype
@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._attend import HEAD_DIMS, load_block, soft_cap, softmax_step
 from gemma_fast.kernels._op import op
+from gemma_fast.kernels._ring import HEAD_DIMS, load_block, soft_cap, softmax_step
 from gemma_fast.kernels._triton import TensorDescriptor, tl, triton
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
@@ -36,26 +36,28 @@ from gemma_fast.kernels.rotary import rotate, rotate_rows
 
 
 def visible_keys(
-    start: Tensor, first: Tensor | None, t: int, slots: int, window: int | None
+    query_offset: Tensor, left_padding: Tensor | None, t: int, slots: int, window: int | None
 ) -> Tensor:
     """[b, t, slots], whether a query sees what a slot of the ring holds."""
-    query = start.unsqueeze(1) + torch.arange(t, device=start.device)  # [b, t] positions
+    device = query_offset.device
+    query = query_offset.unsqueeze(1) + torch.arange(t, device=device)  # [b, t] positions
     last = query[:, -1:]
-    key = last - (last - torch.arange(slots, device=start.device)) % slots  # [b, slots] positions
+    key = last - (last - torch.arange(slots, device=device)) % slots  # [b, slots] positions
     query, key = query.unsqueeze(2), key.unsqueeze(1)
-    oldest = 0 if first is None else first.clamp(min=0).view(-1, 1, 1)
+    oldest = 0 if left_padding is None else left_padding.clamp(min=0).view(-1, 1, 1)
     visible = (key >= oldest) & (key <= query)
     return visible if window is None else visible & (key > query - window)
 
 
 def attention_reference(
-    q: Tensor, keys: Tensor, values: Tensor, cos: Tensor | None, sin: Tensor | None, start: Tensor,
-    norm_weight: Tensor | None = None, *, scale: float, first: Tensor | None = None,
-    window: int | None = None, softcap: float | None = None, eps: float = 1e-6,
+    q: Tensor, keys: Tensor, values: Tensor, cos: Tensor | None, sin: Tensor | None,
+    query_offset: Tensor, norm_weight: Tensor | None = None, *, scale: float,
+    left_padding: Tensor | None = None, window: int | None = None, softcap: float | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
     b, t, heads, d = q.shape
     n, slots = keys.shape[1:3]
-    visible = visible_keys(start, first, t, slots, window)
+    visible = visible_keys(query_offset, left_padding, t, slots, window)
     q = q.float() if norm_weight is None else rms_norm_reference(q.float(), norm_weight, eps)
     q = q if cos is None or sin is None else rotate(q, cos, sin)
     q = q.view(b, t, n, heads // n, d).permute(0, 2, 3, 1, 4)  # [b, n, m, t, d]
@@ -97,8 +99,8 @@ def _attention_kernel(
     values,  # like keys
     cos_ptr,  # [b, t, HALF], contiguous | None: q is rotated
     sin_ptr,  # [b, t, HALF], contiguous | None
-    start_ptr,  # [b]
-    first_ptr,  # [b] | None
+    query_offset_ptr,  # [b]
+    left_padding_ptr,  # [b] | None
     norm_weight_ptr,  # [d] | None
     out_ptr,  # [b, t, n * GROUP, d], contiguous
     q_batch_stride, q_token_stride, q_head_stride,
@@ -123,7 +125,7 @@ def _attention_kernel(
     row = first_row + tl.arange(0, BLOCK_M)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     mask = (token < t)[:, None]
-    start = tl.load(start_ptr + batch)
+    query_offset = tl.load(query_offset_ptr + batch)
 
     # Triton keeps a loaded operand in shared memory, but a computed one in 64 registers a thread.
     # ptxas then has too few, and serializes Hopper's matmuls. So queries are stored and loaded.
@@ -144,14 +146,14 @@ def _attention_kernel(
     tl.debug_barrier()
     q = tl.load(out_ptr + out_row + channel, mask=mask, other=0.0)
 
-    # Positions are counted as _attend.py says. Rows see no key before `begin`, and the tile sees
+    # Positions are counted as _ring.py says. Rows see no key before `begin`, and the tile sees
     # those from `first` to `end`.
-    begin = tl.maximum(start + t - slots, 0)  # the oldest that the ring holds
+    begin = tl.maximum(query_offset + t - slots, 0)  # the oldest that the ring holds
     turn = begin // slots * slots
-    if first_ptr is not None:
-        begin = tl.maximum(begin, tl.load(first_ptr + batch))
+    if left_padding_ptr is not None:
+        begin = tl.maximum(begin, tl.load(left_padding_ptr + batch))
     begin -= turn
-    offset = start - turn  # the position of token 0
+    offset = query_offset - turn  # the position of token 0
     first_query = offset + first_row // GROUP
     end = offset + tl.minimum((first_row + BLOCK_M - 1) // GROUP, t - 1) + 1
     first, whole_begin, whole_end = begin, begin, first_query + 2 - BLOCK_N
@@ -231,9 +233,10 @@ def tile(rows: int, heads: int, d: int, itemsize: int, gpu: Gpu) -> dict[str, in
 
 @op(fake=lambda q, *_, **__: torch.empty_like(q, memory_format=torch.contiguous_format))
 def attention(
-    q: Tensor, keys: Tensor, values: Tensor, cos: Tensor | None, sin: Tensor | None, start: Tensor,
-    norm_weight: Tensor | None = None, *, scale: float, first: Tensor | None = None,
-    window: int | None = None, softcap: float | None = None, eps: float = 1e-6,
+    q: Tensor, keys: Tensor, values: Tensor, cos: Tensor | None, sin: Tensor | None,
+    query_offset: Tensor, norm_weight: Tensor | None = None, *, scale: float,
+    left_padding: Tensor | None = None, window: int | None = None, softcap: float | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
     """Causal attention of t queries over a cache. Falls back to the reference off the GPU."""
     b, t, heads, d = q.shape
@@ -246,7 +249,7 @@ def attention(
         assert angles is None or (angles.shape == (b, t, d // 2) and angles.dtype == torch.float32)
         assert angles is None or angles.is_contiguous()
     assert (cos is None) == (sin is None) and (norm_weight is None or cos is not None)
-    for bound in (start, start if first is None else first):
+    for bound in (query_offset, query_offset if left_padding is None else left_padding):
         assert bound.shape == (b,) and bound.dtype == torch.int32 and bound.is_contiguous()
     assert q.dtype == keys.dtype == values.dtype, f"{q.dtype=}, {keys.dtype=}, {values.dtype=}"
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -254,8 +257,8 @@ def attention(
         return out
     if not runs_triton(q):
         return attention_reference(
-            q, keys, values, cos, sin, start, norm_weight,
-            scale=scale, first=first, window=window, softcap=softcap, eps=eps,
+            q, keys, values, cos, sin, query_offset, norm_weight,
+            scale=scale, left_padding=left_padding, window=window, softcap=softcap, eps=eps,
         )  # fmt: skip
 
     assert d in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}: {d=}"
@@ -273,7 +276,7 @@ def attention(
     if blocks["DESCRIPTORS"]:
         rings = [TensorDescriptor.from_tensor(x, [1, 1, blocks["BLOCK_N"], d]) for x in rings]
     _attention_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]), n, b)](
-        q, *rings, cos, sin, start, first, norm_weight, out,
+        q, *rings, cos, sin, query_offset, left_padding, norm_weight, out,
         *q.stride()[:3], *keys.stride()[:3], t, slots,
         SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,
         HAS_NORM=norm_weight is not None, GROUP=heads // n, HALF=d // 2, **blocks,

@@ -12,8 +12,8 @@ keys, values :: [b, n, slots, d], qkv.dtype, K rotated: the whole ring, written 
                 `p % slots` holds position p. An unused slot holds finite numbers.
 cos, sin     :: [positions, d / 2], fp32: row p is of position p
 position     :: [b], int32, of the new token. Below zero: padding, its output 0, nothing written
-first        :: [b], int32: positions below it are left padding, which none sees; None: below zero
-arrived      :: [at least b * n], int32, zeros, and left so: counts programs
+left_padding :: [b], int32: positions below it are left padding, which none sees; None: below zero
+counter      :: [at least b * n], int32, zeros, and left so: counts programs
 q_norm, k_norm :: [d] or None: no norm (Gemma 3 normalises q and k before it rotates them)
 window       :: the token sees the keys position - window + 1 … position; None: all in the ring
 prefetch     :: start while the kernel ahead still runs, where the GPU can (programmatic dependent
@@ -30,9 +30,9 @@ Bound by memory: bytes = 2 * b * n * visible keys * d * itemsize. Walk-through s
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._attend import HEAD_DIMS, load_block, soft_cap, softmax_step
-from gemma_fast.kernels._op import op, wait_for_kernel_ahead
-from gemma_fast.kernels._splits import chunk, count_splits, join_splits, tile
+from gemma_fast.kernels._op import op, wait_for_previous_kernel
+from gemma_fast.kernels._ring import HEAD_DIMS, load_block, soft_cap, softmax_step
+from gemma_fast.kernels._split_kv import chunk, count_splits, join_splits, tile
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.attention import attention_reference
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
@@ -75,7 +75,7 @@ def _turn(
         q_norm_ptr, k_norm_ptr = q_norm_ptr + half, k_norm_ptr + half
         weight1 = tl.where(is_query, tl.load(q_norm_ptr), tl.load(k_norm_ptr))
         weight2 = tl.where(is_query, tl.load(q_norm_ptr + HALF), tl.load(k_norm_ptr + HALF))
-    wait_for_kernel_ahead(PREFETCH)
+    wait_for_previous_kernel(PREFETCH)
 
     head = tl.where(is_query, kv_head * GROUP + row, n * GROUP + kv_head)
     x_ptr = qkv_ptr + head * head_stride + half
@@ -96,8 +96,8 @@ def _decode_attention_kernel(
     keys_ptr, values_ptr,  # [b, n, slots, d]
     cos_ptr, sin_ptr,  # [positions, HALF], contiguous | None: only queries, that are rotated
     position_ptr,  # [b]
-    first_ptr,  # [b] | None
-    arrived_ptr,  # [b * n]
+    left_padding_ptr,  # [b] | None
+    counter_ptr,  # [b * n]
     q_norm_ptr, k_norm_ptr,  # [d] | None
     partial_ptr,  # [b, n, splits, GROUP, d], contiguous
     stats_ptr,  # [b, n, splits, 2, GROUP], contiguous
@@ -111,18 +111,18 @@ def _decode_attention_kernel(
     GROUP: tl.constexpr, HALF: tl.constexpr,  # query heads per kv head; d / 2
     BLOCK_M: tl.constexpr,  # rows: GROUP query heads and the new key
     BLOCK_N: tl.constexpr,  # keys
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, JOIN: tl.constexpr,  # see _splits.py
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, JOIN: tl.constexpr,  # see _split_kv.py
 ):  # fmt: skip
     D: tl.constexpr = 2 * HALF
     kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     split, splits, n = tl.program_id(0), tl.num_programs(0), tl.num_programs(1)
     position = tl.load(position_ptr + batch)
-    # The visible ones from begin to end are counted as _attend.py says.
+    # The visible ones from begin to end are counted as _ring.py says.
     turn = tl.maximum(position + 1 - slots, 0) // slots * slots
     end = position + 1 - turn
     begin = tl.maximum(end - (tl.minimum(slots, WINDOW) if WINDOW > 0 else slots), 0)
-    if first_ptr is not None:
-        begin = tl.maximum(begin, tl.load(first_ptr + batch) - turn)
+    if left_padding_ptr is not None:
+        begin = tl.maximum(begin, tl.load(left_padding_ptr + batch) - turn)
     blocks = tl.maximum(tl.cdiv(end - begin, BLOCK_N), 1)  # one for padding, too: it stores zeros
     # As count_splits has it, but of the keys that are there by now.
     balanced = tl.sqrt((JOIN * tl.maximum(end - begin, 0)).to(tl.float32)) / BLOCK_N
@@ -137,7 +137,7 @@ def _decode_attention_kernel(
     keys_ptr += batch * batch_stride + kv_head * kv_head_stride
     values_ptr += batch * batch_stride + kv_head * kv_head_stride
     if cos_ptr is None:
-        wait_for_kernel_ahead(PREFETCH)
+        wait_for_previous_kernel(PREFETCH)
         q_ptr = qkv_ptr + (kv_head * GROUP + row) * qkv_head_stride + channel
         q = tl.load(q_ptr, mask=is_query, other=0.0)
     else:
@@ -179,15 +179,15 @@ def _decode_attention_kernel(
         tl.store(stats, row_max[:, None], mask=is_query)
         tl.store(stats + GROUP, row_sum[:, None], mask=is_query)
         tl.debug_barrier()  # all threads have stored: one of them announces it
-        before = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel", scope="gpu")
+        before = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel", scope="gpu")
         if before == active - 1:
             join_splits(partial_ptr, stats_ptr, out_ptr, active, GROUP, D, ROWS, CHUNK)
-            tl.store(arrived_ptr + pair, 0)
+            tl.store(counter_ptr + pair, 0)
 
 
 def _launch(
     qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor | None, sin: Tensor | None,
-    position: Tensor, first: Tensor | None, arrived: Tensor, q_norm: Tensor | None,
+    position: Tensor, left_padding: Tensor | None, counter: Tensor, q_norm: Tensor | None,
     k_norm: Tensor | None, *, scale: float, window: int | None, softcap: float | None,
     eps: float, prefetch: bool,
 ) -> Tensor:  # fmt: skip
@@ -197,7 +197,7 @@ def _launch(
     out = torch.empty(b, heads, d, dtype=qkv.dtype, device=qkv.device)
     assert d in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}: {d=}"
     assert qkv.stride(2) == keys.stride(3) == 1 and keys.stride() == values.stride()
-    assert all(x is None or x.is_contiguous() for x in (cos, sin, position, first, arrived))
+    assert all(x is None or x.is_contiguous() for x in (cos, sin, position, left_padding, counter))
     assert scale > 0 and window != 0 and softcap != 0
     assert qkv.is_cuda or qkv.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
     limits, visible = gpu(qkv.device), min(slots, window or slots)
@@ -207,7 +207,7 @@ def _launch(
     partial = torch.empty(b, n, splits, heads // n, d, dtype=torch.float32, device=qkv.device)
     stats = torch.empty(b, n, splits, 2, heads // n, dtype=torch.float32, device=qkv.device)
     _decode_attention_kernel[(splits, n, b)](
-        qkv, keys, values, cos, sin, position, first, arrived, q_norm, k_norm,
+        qkv, keys, values, cos, sin, position, left_padding, counter, q_norm, k_norm,
         partial, stats, out,
         *qkv.stride()[:2], *keys.stride()[:3], slots,
         SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,
@@ -222,11 +222,11 @@ def _launch(
     fake=lambda qkv, keys, *_, **__: qkv.new_empty(
         qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1], qkv.shape[2]
     ),
-    mutates_args=("keys", "values", "arrived"),
+    mutates_args=("keys", "values", "counter"),
 )
 def decode_attention(
     qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor,
-    arrived: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None, *, scale: float,
+    counter: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None, *, scale: float,
     window: int | None = None, softcap: float | None = None, eps: float = 1e-6,
     prefetch: bool = False,
 ) -> Tensor:  # fmt: skip
@@ -238,7 +238,7 @@ def decode_attention(
     assert cos.shape == sin.shape == (cos.shape[0], d // 2) and position.shape == (b,)
     assert qkv.dtype == keys.dtype == values.dtype, f"{qkv.dtype=}, {keys.dtype=}, {values.dtype=}"
     assert cos.dtype == sin.dtype == torch.float32
-    assert position.dtype == arrived.dtype == torch.int32 and arrived.numel() >= b * n
+    assert position.dtype == counter.dtype == torch.int32 and counter.numel() >= b * n
     assert (q_norm is None) == (k_norm is None), "norm q and k, or neither"
     assert all(x is None or (x.shape == (d,) and x.stride(0) == 1) for x in (q_norm, k_norm))
     if not qkv.numel():
@@ -251,33 +251,33 @@ def decode_attention(
         )  # fmt: skip
 
     return _launch(
-        qkv, keys, values, cos, sin, position, None, arrived, q_norm, k_norm,
+        qkv, keys, values, cos, sin, position, None, counter, q_norm, k_norm,
         scale=scale, window=window, softcap=softcap, eps=eps, prefetch=prefetch,
     )  # fmt: skip
 
 
-@op(fake=lambda q, *_, **__: q.new_empty(q.shape), mutates_args=("arrived",))
+@op(fake=lambda q, *_, **__: q.new_empty(q.shape), mutates_args=("counter",))
 def split_attention(
-    q: Tensor, keys: Tensor, values: Tensor, position: Tensor, first: Tensor | None,
-    arrived: Tensor, *, scale: float, window: int | None = None, softcap: float | None = None,
+    q: Tensor, keys: Tensor, values: Tensor, position: Tensor, left_padding: Tensor | None,
+    counter: Tensor, *, scale: float, window: int | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of one query a sequence over a cache that holds its key. Off the GPU, the
     reference of attention.py."""
     (b, heads, d), (n, slots) = q.shape, keys.shape[1:3]
     assert keys.shape == values.shape == (b, n, slots, d), f"{tuple(keys.shape)=}, {q.shape=}"
     assert heads % n == 0, f"{heads} query heads are not a multiple of {n} kv heads"
-    for bound in (position, position if first is None else first):
+    for bound in (position, position if left_padding is None else left_padding):
         assert bound.shape == (b,) and bound.dtype == torch.int32
-    assert arrived.dtype == torch.int32 and arrived.numel() >= b * n
+    assert counter.dtype == torch.int32 and counter.numel() >= b * n
     assert q.dtype == keys.dtype == values.dtype, f"{q.dtype=}, {keys.dtype=}, {values.dtype=}"
     if not q.numel():
         return q.new_empty(q.shape)
     if not runs_triton(q):
         return attention_reference(
             q.unsqueeze(1), keys, values, None, None, position,
-            scale=scale, first=first, window=window, softcap=softcap,
+            scale=scale, left_padding=left_padding, window=window, softcap=softcap,
         ).squeeze(1)  # fmt: skip
     return _launch(
-        q, keys, values, None, None, position, first, arrived, None, None,
+        q, keys, values, None, None, position, left_padding, counter, None, None,
         scale=scale, window=window, softcap=softcap, eps=0.0, prefetch=False,
     )  # fmt: skip

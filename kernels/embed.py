@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.kernels._op import op, wait_for_kernel_ahead
+from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 
@@ -38,7 +38,7 @@ def _embed_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    wait_for_kernel_ahead(PREFETCH)
+    wait_for_previous_kernel(PREFETCH)
     row = tl.maximum(tl.load(ids_ptr + token), 0)
     hidden = tl.load(weight_ptr + row * DIM + cols, mask=cols < DIM).to(tl.float32) * SCALE
     tl.store(out_ptr + token * DIM + cols, hidden, mask=cols < DIM)

@@ -30,7 +30,7 @@ class Gpu(NamedTuple):
         )
 
     def overlap(self, prefetch: bool) -> dict[str, bool]:
-        """Options of a kernel that begins with `wait_for_kernel_ahead`."""
+        """Options of a kernel that begins with `wait_for_previous_kernel`."""
         if prefetch and self.capability >= 90:
             return {"PREFETCH": True, "launch_pdl": True}
         return {"PREFETCH": False}

@@ -1,11 +1,11 @@
 """The next token in one launch: last norm, product with the tied embedding, soft cap, choice.
 
     logits = cap(norm_linear(x, residual, norm_weight, post_norm_weight, weight)), see matvec.py
-    cap(l) = softcap * tanh(l / softcap);   token = choose_token(logits, …), see choose.py
+    cap(l) = softcap * tanh(l / softcap);   token = sample_token(logits, …), see sample.py
 
 x, residual      :: [b, dim], bf16 | fp16 | fp32; residual and norm weights as in norm_linear
 weight           :: [vocab, dim], x.dtype
-position, token, arrived, temperature, seed: as in choose_token
+position, token, counter, temperature, seed: as in sample_token
 
 Up to MAX_ROWS rows, logits are in fp32 and never written: each program keeps its best token of
 each row, and the last one to be done compares them. Above, logits are rounded to x.dtype.
@@ -15,7 +15,7 @@ Bound by memory: bytes = weight.numel() * itemsize. Walk-through steps: last nor
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._op import op, wait_for_kernel_ahead
+from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._product import (
     check_product,
     first_weight,
@@ -25,17 +25,17 @@ from gemma_fast.kernels._product import (
 )
 from gemma_fast.kernels._product import tile as product_tile
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels.choose import (
-    PARTIALS,
-    best_of,
-    check_choice,
-    choose_token,
-    compare,
-    partials,
-    scores_of,
-)
 from gemma_fast.kernels.launch import gpu, launch_config
 from gemma_fast.kernels.matvec import norm_linear
+from gemma_fast.kernels.sample import (
+    PARTIALS,
+    best_of,
+    check_sampling,
+    compare,
+    partials,
+    sample_token,
+    scores_of,
+)
 
 BYTES = 131_072  # of the weight, for a program with one row
 
@@ -57,7 +57,7 @@ def _next_token_kernel(
     weight_ptr,  # [VOCAB, DIM]
     position_ptr,  # [rows]
     token_ptr,  # [rows]
-    arrived_ptr,  # [1]
+    counter_ptr,  # [1]
     temperature_ptr,  # [rows] | None
     seed_ptr,  # [rows] | None
     best_ptr,  # [rows, programs]
@@ -82,7 +82,7 @@ def _next_token_kernel(
     token = first + tl.arange(0, BLOCK_N)
     weight_row = tl.minimum(token, VOCAB - 1)
     weight = first_weight(weight_ptr, weight_row, DIM, BLOCK_B, BLOCK_K, PREFETCH)
-    wait_for_kernel_ahead(PREFETCH)
+    wait_for_previous_kernel(PREFETCH)
     scale, post_scale = norm_scales(
         x_ptr, residual_ptr, post_norm_weight_ptr, None, rows, False,
         EPS, DIM, BLOCK_B, BLOCK_K, HAS_RESIDUAL, HAS_POST_NORM,
@@ -111,7 +111,7 @@ def _next_token_kernel(
         weight, weight_row = next_weight, next_row
     best, best_token = best_of(best, best_token)
     compare(
-        best, best_token, row, rows, best_ptr, best_token_ptr, arrived_ptr, token_ptr,
+        best, best_token, row, rows, best_ptr, best_token_ptr, counter_ptr, token_ptr,
         BLOCK_B, CHUNK,
     )  # fmt: skip
 
@@ -124,10 +124,10 @@ def tile(rows: int, vocab: int, dim: int, itemsize: int) -> dict[str, int]:
     return blocks
 
 
-@op(fake=lambda *_, **__: None, mutates_args=("token", "arrived"))
+@op(fake=lambda *_, **__: None, mutates_args=("token", "counter"))
 def next_token(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, post_norm_weight: Tensor | None,
-    weight: Tensor, position: Tensor, token: Tensor, arrived: Tensor,
+    weight: Tensor, position: Tensor, token: Tensor, counter: Tensor,
     temperature: Tensor | None = None, seed: Tensor | None = None, *,
     softcap: float | None = None, eps: float = 1e-6, prefetch: bool = False,
 ) -> None:  # fmt: skip
@@ -137,12 +137,12 @@ def next_token(
     prefetch: weights that no kernel is still writing may be read while the kernel ahead runs.
     """
     (rows, dim), vocab = x.shape, weight.shape[0]
-    check_choice(rows, position, token, arrived, temperature, seed)
+    check_sampling(rows, position, token, counter, temperature, seed)
     assert softcap is None or softcap > 0
     check_product(x, residual, norm_weight, post_norm_weight, weight)
     if not is_matvec(x, weight):
         y, _ = norm_linear(x, residual, norm_weight, post_norm_weight, weight, eps=eps)
-        choose_token(_cap(y, softcap), position, token, arrived, temperature, seed)
+        sample_token(_cap(y, softcap), position, token, counter, temperature, seed)
         return
 
     blocks = launch_config("next_token", tile(rows, vocab, dim, x.element_size()))
@@ -150,7 +150,7 @@ def next_token(
     best, best_token = partials(rows, programs, x.device)
     _next_token_kernel[(programs,)](
         x.contiguous(), None if residual is None else residual.contiguous(),
-        norm_weight, post_norm_weight, weight, position, token, arrived, temperature, seed,
+        norm_weight, post_norm_weight, weight, position, token, counter, temperature, seed,
         best, best_token, rows,
         SOFTCAP=softcap or 0.0, EPS=eps, DIM=dim, VOCAB=vocab,
         CHUNK=PARTIALS * blocks["num_warps"] // blocks["BLOCK_B"],

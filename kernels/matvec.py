@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.kernels._op import op, wait_for_kernel_ahead
+from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._product import (
     check_product,
     first_weight,
@@ -64,7 +64,7 @@ def _matvec_kernel(
     program, n = tl.program_id(0), tl.arange(0, BLOCK_N)
     weight_row = (program * COLS + n % COLS) % OUT + n // COLS * OUT
     weight = first_weight(weight_ptr, weight_row, DIM, BLOCK_B, BLOCK_K, PREFETCH)
-    wait_for_kernel_ahead(PREFETCH)
+    wait_for_previous_kernel(PREFETCH)
     scale, post_scale = 0.0, 0.0
     if HAS_NORM:
         scale, post_scale = norm_scales(

@@ -5,8 +5,8 @@
 k, v         :: [b, t, n, d], bf16 | fp16 | fp32; views of the qkv product are fine
 keys, values :: [b, n, slots, d], a ring; written in place
 cos, sin     :: [b, t, d / 2], fp32, of the angles position * theta^(-2i / d)
-start        :: [b], int32: token i of a row stands at position start + i. Positions below zero are
-                left padding.
+query_offset :: [b], int32: position of each row's token 0; token i has position query_offset + i.
+                Positions below zero are left padding.
 norm_weight  :: [d] or None: no norm
 
 Rotary embedding turns channel i against i + d / 2, in fp32; K is rounded once, at the store.
@@ -32,8 +32,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_write_reference(
-    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
-    norm_weight: Tensor | None = None, eps: float = 1e-6,
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor,
+    query_offset: Tensor, norm_weight: Tensor | None = None, eps: float = 1e-6,
 ) -> None:  # fmt: skip
     b, t, _, _ = k.shape
     slots = keys.shape[2]
@@ -42,7 +42,7 @@ def rotary_write_reference(
     k = rotate(k, cos, sin).to(keys.dtype)
     kept = torch.arange(max(t - slots, 0), t, device=k.device)
     # Positions below zero land in slots that hold nothing yet: a row that has them has no past.
-    slot = (start.unsqueeze(1) + kept) % slots  # [b, kept]
+    slot = (query_offset.unsqueeze(1) + kept) % slots  # [b, kept]
     row = torch.arange(b, device=k.device).unsqueeze(1)
     keys[row, :, slot] = k[:, -slots:]
     values[row, :, slot] = v[:, -slots:]
@@ -90,7 +90,7 @@ def _rotary_write_kernel(
     values_ptr,  # [b, n, slots, d]
     cos_ptr,  # [b, t, HALF], contiguous
     sin_ptr,  # [b, t, HALF], contiguous
-    start_ptr,  # [b]
+    query_offset_ptr,  # [b]
     norm_weight_ptr,  # [d] | None
     k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride,
@@ -106,7 +106,7 @@ def _rotary_write_kernel(
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     channel = tl.arange(0, 2 * HALF)[None, :]
     mask = token < t
-    position = tl.load(start_ptr + batch) + token
+    position = tl.load(query_offset_ptr + batch) + token
     kept = mask & (position >= 0) & (token >= t - slots)
     slot = (position % slots).to(tl.int64)
     token = token.to(tl.int64)
@@ -131,27 +131,27 @@ def tile(d: int) -> dict[str, int]:
 
 @op(fake=lambda *_: None, mutates_args=("keys", "values"))
 def rotary_write(
-    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, start: Tensor,
-    norm_weight: Tensor | None = None, eps: float = 1e-6,
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor,
+    query_offset: Tensor, norm_weight: Tensor | None = None, eps: float = 1e-6,
 ) -> None:  # fmt: skip
     """Writes t tokens' K, rotated, and V to their slots. Off the GPU, the reference."""
     b, t, n, d = k.shape
     slots = keys.shape[2]
     assert v.shape == k.shape and keys.shape == values.shape == (b, n, slots, d)
-    assert cos.shape == sin.shape == (b, t, d // 2) and start.shape == (b,)
+    assert cos.shape == sin.shape == (b, t, d // 2) and query_offset.shape == (b,)
     assert k.dtype == v.dtype == keys.dtype == values.dtype, f"{k.dtype=}, {keys.dtype=}"
-    assert cos.dtype == sin.dtype == torch.float32 and start.dtype == torch.int32
+    assert cos.dtype == sin.dtype == torch.float32 and query_offset.dtype == torch.int32
     if not k.numel():
         return None
     if not runs_triton(k):
-        return rotary_write_reference(k, v, keys, values, cos, sin, start, norm_weight, eps)
+        return rotary_write_reference(k, v, keys, values, cos, sin, query_offset, norm_weight, eps)
 
     assert d & (d - 1) == 0, f"head_dim must be a power of two: {d=}"
     assert k.stride(3) == v.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()
-    assert cos.is_contiguous() and sin.is_contiguous() and start.is_contiguous()
+    assert cos.is_contiguous() and sin.is_contiguous() and query_offset.is_contiguous()
     blocks = launch_config("rotary_write", tile(d))
     _rotary_write_kernel[(triton.cdiv(t, blocks["BLOCK"]), n, b)](
-        k, v, keys, values, cos, sin, start, norm_weight,
+        k, v, keys, values, cos, sin, query_offset, norm_weight,
         *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], t, slots,
         EPS=eps, HALF=d // 2, HAS_NORM=norm_weight is not None, **blocks,
     )  # fmt: skip

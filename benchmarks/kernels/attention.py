@@ -33,10 +33,10 @@ def inputs(
     """q :: [1, t, heads, d], not rotated; keys, values :: [1, n, t, d]; …, norm_weight; options"""
     q = torch.randn(1, t, heads, d, **make)
     keys, values = torch.randn(2, 1, n, t, d, **make)
-    start = torch.zeros(1, dtype=torch.int32, device=make["device"])
+    query_offset = torch.zeros(1, dtype=torch.int32, device=make["device"])
     norm_weight = torch.randn(d, **make) / 4 if norm else None
     options = {"scale": d**-0.5, "window": window, "softcap": softcap}
-    return q, keys, values, *angles(t, d, make["device"]), start, norm_weight, options
+    return q, keys, values, *angles(t, d, make["device"]), query_offset, norm_weight, options
 
 
 def work(

@@ -59,13 +59,13 @@ def work(
 
 def ours(*inputs: Any, prefetch: bool = True) -> Call:
     qkv, keys, values, cos, sin, position, q_norm, k_norm, options = inputs
-    arrived = no_arrivals(keys)
+    counter = zero_counter(keys)
     return lambda: module.decode_attention(
-        qkv, keys, values, cos, sin, position, arrived, q_norm, k_norm, **options, prefetch=prefetch
+        qkv, keys, values, cos, sin, position, counter, q_norm, k_norm, **options, prefetch=prefetch
     )
 
 
-def no_arrivals(keys: Tensor) -> Tensor:
+def zero_counter(keys: Tensor) -> Tensor:
     return torch.zeros(keys[..., 0, 0].numel(), dtype=torch.int32, device=keys.device)
 
 
@@ -129,26 +129,28 @@ def padded_inputs(
 
 
 def padded_formula(*given: Any) -> Tensor:
-    """q and keys are rotated; a row's keys begin at its `first`."""
-    q, keys, values, start, first, options = given
-    query = start[:, None] + torch.arange(q.shape[1], device=q.device)
+    """q and keys are rotated; a row's keys begin at its `left_padding`."""
+    q, keys, values, query_offset, left_padding, options = given
+    query = query_offset[:, None] + torch.arange(q.shape[1], device=q.device)
     distance = query[:, :, None] - torch.arange(keys.shape[2], device=q.device)  # [b, t, s]
-    hidden = (distance < 0) | (distance > (query - first[:, None])[:, :, None])
+    hidden = (distance < 0) | (distance > (query - left_padding[:, None])[:, :, None])
     if window := options["window"]:
         hidden |= distance >= window
     return attend(q, keys, values, hidden.unsqueeze(1), options)
 
 
 def padded_prompt(*given: Any) -> Call:
-    q, keys, values, start, first, options = given
-    return lambda: attention(q, keys, values, None, None, start, first=first, **options)
+    q, keys, values, query_offset, left_padding, options = given
+    return lambda: attention(
+        q, keys, values, None, None, query_offset, left_padding=left_padding, **options
+    )
 
 
 def padded_token(*given: Any) -> Call:
-    q, keys, values, start, first, options = given
-    arrived = no_arrivals(keys)
+    q, keys, values, query_offset, left_padding, options = given
+    counter = zero_counter(keys)
     return lambda: module.split_attention(
-        q[:, 0], keys, values, start, first, arrived, **options
+        q[:, 0], keys, values, query_offset, left_padding, counter, **options
     ).unsqueeze(1)
 
 

@@ -60,13 +60,13 @@ def choice(
     weight: Tensor, temperature: Tensor | None = None, softcap: float | None = SOFTCAP,
 ) -> Call:  # fmt: skip
     """A call that gives the next tokens :: [b]."""
-    position, arrived = torch.zeros(2, len(x), dtype=torch.int32, device=x.device)
+    position, counter = torch.zeros(2, len(x), dtype=torch.int32, device=x.device)
     token = torch.full((len(x),), -1, device=x.device)
     seed = None if temperature is None else torch.ones(len(x), dtype=torch.int64, device=x.device)
 
     def call() -> Tensor:
         module.next_token(
-            x, residual, norm_weight, post_norm_weight, weight, position, token, arrived,
+            x, residual, norm_weight, post_norm_weight, weight, position, token, counter,
             temperature, seed, softcap=softcap, eps=EPS, prefetch=True,
         )  # fmt: skip
         return token

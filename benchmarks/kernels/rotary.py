@@ -31,9 +31,9 @@ def inputs(t: int, n: int, d: int, norm: bool = False, **make: Any) -> Tensors:
     """k, v :: [1, t, n, d]; keys, values :: [1, n, t, d], full of what must be overwritten."""
     k, v = torch.randn(2, 1, t, n, d, **make)
     keys, values = torch.randn(2, 1, n, t, d, **make)
-    start = torch.zeros(1, dtype=torch.int32, device=k.device)
+    query_offset = torch.zeros(1, dtype=torch.int32, device=k.device)
     norm_weight = torch.randn(d, **make) / 2 if norm else None
-    return k, v, keys, values, *angles(t, d, k.device), start, norm_weight
+    return k, v, keys, values, *angles(t, d, k.device), query_offset, norm_weight
 
 
 def work(itemsize: int, t: int, n: int, d: int, norm: bool = False) -> Work:

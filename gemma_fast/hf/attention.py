@@ -1,10 +1,10 @@
 """Attention of a transformers model on the kernels: transformers calls the two functions here, one
 to make its masks and one to attend, by the name that its config holds, `gemma_fast+sdpa`.
 
-A mask that says no more than causality, a window and left padding is not made: in its place comes
-`bounds` :: [2, b, 1, 1], int32, the kernels' `start` and `first`, as slots of the keys. Any other
-mask is made by the original, `sdpa` in that name, or for want of one that takes any mask by eager,
-and so attend the layers that it masks.
+A mask that is only causality, a window and left padding is not built. In its place the layers get
+`bounds` :: [2, b, 1, 1], int32: the kernels' `query_offset` and `left_padding`, counted in slots of
+the keys. Any other mask is built by the original attention: by `sdpa` if the model used that, else
+by `eager`, and the layers that are masked by it run that attention.
 """
 
 from __future__ import annotations
@@ -178,16 +178,20 @@ def attend(
         )  # fmt: skip
     assert bounds is not None
     (b, heads, t, d), n = query.shape, key.shape[1]
-    start, first = bounds.view(2, b)
+    query_offset, left_padding = bounds.view(2, b)
     if key.stride() != value.stride() or key.stride(3) != 1:
         key, value = torch.stack((key, value))  # contiguous() may keep strides, of size 1, apart
     options: Any = {"scale": scaling, "window": sliding_window, "softcap": softcap}
     if t == 1:
-        arrived = torch.zeros(b * n, dtype=torch.int32, device=query.device)
-        out = split_attention(query[:, :, 0], key, value, start, first, arrived, **options)
+        counter = torch.zeros(b * n, dtype=torch.int32, device=query.device)
+        out = split_attention(
+            query[:, :, 0], key, value, query_offset, left_padding, counter, **options
+        )
         return out.view(b, 1, heads, d), None
     query = query.transpose(1, 2)
-    return attention(query, key, value, None, None, start, first=first, **options), None
+    return attention(
+        query, key, value, None, None, query_offset, left_padding=left_padding, **options
+    ), None
 
 
 def is_bounds(mask: Tensor | None) -> bool:
@@ -232,8 +236,10 @@ def _original(original: str, module: nn.Module) -> Callable[..., tuple[Tensor, T
 
 def _mask(original: str, query: Tensor, key: Tensor, bounds: Tensor, window: int | None) -> Tensor:
     """[b, 1, t, s], what `bounds` stand for, as the original takes it."""
-    start, first = bounds.view(2, -1)
-    visible = visible_keys(start, first, query.shape[2], key.shape[2], window).unsqueeze(1)
+    query_offset, left_padding = bounds.view(2, -1)
+    visible = visible_keys(
+        query_offset, left_padding, query.shape[2], key.shape[2], window
+    ).unsqueeze(1)
     if fallback(original) == "sdpa":
         return visible
     lowest = torch.finfo(query.dtype).min

@@ -39,7 +39,7 @@ class KVCache:
     next_position :: [b], int32: where each row's next token stands; negative while a row is still
                      in its left padding
     angles        :: kind of layer → cos, sin :: [≥ max_length, d / 2], fp32, see rope.py
-    arrived       :: [≥ b * n] zeros, int32: kernels count their programs there
+    counter       :: [≥ b * n] zeros, int32: kernels count their programs there
 
     A cache with `grows=True` doubles when it is full, up to the model's context; any other raises a
     ValueError. `rope`: tables to share with other caches of the model.
@@ -64,7 +64,7 @@ class KVCache:
         empty = torch.zeros(shape, dtype=dtype, device=device)
         self.keys, self.values = ([empty] * len(self._windows) for _ in "kv")
         self.next_position = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.arrived = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
+        self.counter = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
         self._rows = [_Row() for _ in range(batch)]
         self._allocate(max_length)
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.attention import HEAD_DIMS
-from gemma_fast.kernels.choose import choose_token
 from gemma_fast.kernels.embed import embed
 from gemma_fast.kernels.lm_head import next_token
 from gemma_fast.kernels.matvec import norm_linear
+from gemma_fast.kernels.sample import sample_token
 from gemma_fast.model.cache import KVCache
 from gemma_fast.model.layer import Layer, Residual, frozen
 from gemma_fast.model.rope import Rope
@@ -90,16 +90,16 @@ class Gemma(nn.Module):
         """Reads ids :: [b, t] after what the cache holds, and chooses each row's next token, into
         sampler.token. The caller has reserved room for t tokens."""
         hiddens = self.hidden_states(ids, cache).last(1)
-        position, arrived, token = cache.next_position, cache.arrived, sampler.token
+        position, counter, token = cache.next_position, cache.counter, sampler.token
         chosen_by = sampler.temperature, sampler.seed
         if sampler.process is not None:
             logits = sampler.process(self.logits(hiddens)[:, -1])
-            choose_token(logits, position, token, arrived, *chosen_by)
+            sample_token(logits, position, token, counter, *chosen_by)
             return
         assert hiddens.residual is not None
         next_token(
             hiddens.x[:, -1], hiddens.residual[:, -1], self.norm, hiddens.post_norm,
-            self.embed_tokens, position, token, arrived, *chosen_by,
+            self.embed_tokens, position, token, counter, *chosen_by,
             softcap=self.config.final_logit_softcapping, eps=self.config.rms_norm_eps,
             prefetch=True,
         )  # fmt: skip

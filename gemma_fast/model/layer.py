@@ -113,18 +113,19 @@ class Layer(nn.Module):
             "scale": config.query_pre_attn_scalar**-0.5, "window": config.window(self.index),
             "softcap": config.attn_logit_softcapping, "eps": config.rms_norm_eps,
         }  # fmt: skip
-        start = cache.next_position
+        query_offset = cache.next_position
         cos, sin = angles[config.layer_types[self.index]]
         if t == 1:
             out = decode_attention(
                 qkv.view(b, heads + 2 * n, d), cache.keys[self.index], cache.values[self.index],
-                cos, sin, start, cache.arrived, self.q_norm, self.k_norm, prefetch=True, **options,
+                cos, sin, query_offset, cache.counter, self.q_norm, self.k_norm, prefetch=True,
+                **options,
             )  # fmt: skip
             return out.view(b, 1, heads * d)
         q, k, v = qkv.view(b, t, heads + 2 * n, d).split((heads, n, n), dim=2)
         keys, values = cache.rings(self.index, t)
-        rotary_write(k, v, keys, values, cos, sin, start, self.k_norm, config.rms_norm_eps)
-        out = attention(q, keys, values, cos, sin, start, self.q_norm, **options)
+        rotary_write(k, v, keys, values, cos, sin, query_offset, self.k_norm, config.rms_norm_eps)
+        out = attention(q, keys, values, cos, sin, query_offset, self.q_norm, **options)
         cache.keep(self.index, keys, values, t)
         return out.view(b, t, heads * d)
 

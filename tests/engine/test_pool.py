@@ -126,7 +126,7 @@ def test_graphs_keep_their_memory(twins):
     def addresses(decoder):
         own = [x for x in vars(decoder.sampler).values() if isinstance(x, torch.Tensor)]
         cache = decoder.cache
-        own += [cache.next_position, cache.arrived, *cache.keys, *cache.values]
+        own += [cache.next_position, cache.counter, *cache.keys, *cache.values]
         own += [x for tables in cache.angles.values() for x in tables]
         return [x.data_ptr() for x in own]
 

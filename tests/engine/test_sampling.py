@@ -8,7 +8,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from gemma_fast.engine.sampling import Sampler, Sampling
-from gemma_fast.kernels.choose import choose_token
+from gemma_fast.kernels.sample import sample_token
 
 
 def logits(batch: int = 4, vocab: int = 50) -> torch.Tensor:
@@ -33,10 +33,10 @@ def choose(sampling: Sampling, logits: torch.Tensor, seen=None, position=None) -
     b = len(logits)
     if position is None:
         position = torch.zeros(b, dtype=torch.int32)
-    sampler, arrived = sampler_of(sampling, *logits.shape, seen), torch.zeros(b, dtype=torch.int32)
+    sampler, counter = sampler_of(sampling, *logits.shape, seen), torch.zeros(b, dtype=torch.int32)
     if sampler.process:
         logits = sampler.process(logits)
-    choose_token(logits, position, sampler.token, arrived, sampler.temperature, sampler.seed)
+    sample_token(logits, position, sampler.token, counter, sampler.temperature, sampler.seed)
     return sampler.token
 
 

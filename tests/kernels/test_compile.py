@@ -29,7 +29,7 @@ def test_every_kernel_holds(compiled, gate):
 def test_every_kernel_is_compiled(compiled):
     _, kernels = compiled
     assert {k["kernel"] for k in kernels} == {
-        "_attention_kernel", "_choose_token_kernel", "_decode_attention_kernel", "_embed_kernel",
+        "_attention_kernel", "_sample_token_kernel", "_decode_attention_kernel", "_embed_kernel",
         "_gate_up_geglu_kernel", "_geglu_kernel", "_matvec_kernel", "_next_token_kernel",
         "_rms_norm_kernel", "_rotary_write_kernel",
     }  # fmt: skip

@@ -62,16 +62,16 @@ class Case:
             self.values[row, old % self.slots] = self.v[row, old]
         self.keys, self.values = self.keys.transpose(1, 2), self.values.transpose(1, 2)
         self.position = torch.tensor(past, dtype=torch.int32, device=device)
-        self.arrived = torch.zeros(self.b * n + 1, dtype=torch.int32, device=device)
+        self.counter = torch.zeros(self.b * n + 1, dtype=torch.int32, device=device)
         self.cos, self.sin = table(length, d, device)
         self.options = {"scale": SCALE, "window": window, "softcap": softcap}
 
     def run(self, **options):
         out = decode_attention(
-            self.qkv, self.keys, self.values, self.cos, self.sin, self.position, self.arrived,
+            self.qkv, self.keys, self.values, self.cos, self.sin, self.position, self.counter,
             *self.norms, **self.options, **options,
         )  # fmt: skip
-        assert not self.arrived.any(), "counters are left as they were"
+        assert not self.counter.any(), "counters are left as they were"
         return out
 
     def check(self):
@@ -183,9 +183,9 @@ def test_agrees_with_prefill(dtype, device):
     expected = attention(q, keys, values, *turn, start, q_norm, **options)[0]
 
     cos, sin = table(t, D, device)
-    ring, arrived = torch.zeros(2, 1, n, slots, D, device=device, dtype=dtype), start.repeat(n)
+    ring, counter = torch.zeros(2, 1, n, slots, D, device=device, dtype=dtype), start.repeat(n)
     out = torch.cat([
-        decode_attention(qkv[:, i], *ring, cos, sin, start + i, arrived, q_norm, k_norm, **options)
+        decode_attention(qkv[:, i], *ring, cos, sin, start + i, counter, q_norm, k_norm, **options)
         for i in range(t)
     ])  # fmt: skip
     assert attention_error(out, expected) < ATTENTION_ERROR[dtype]
@@ -238,11 +238,11 @@ def test_prefetch_waits_for_the_kernel_before():
 def test_wrong_input(device):
     keys, values = torch.randn(2, 1, 2, 4, D, device=device)
     cos, sin = table(4, D, device)
-    position, arrived = torch.zeros(2, 1, dtype=torch.int32, device=device)
+    position, counter = torch.zeros(2, 1, dtype=torch.int32, device=device)
 
     def call(heads, norms=()):
         qkv = torch.randn(1, heads + 4, D, device=device)
-        more = arrived.repeat(2)
+        more = counter.repeat(2)
         return decode_attention(qkv, keys, values, cos, sin, position, more, *norms, scale=1.0)
 
     assert call(4).shape == (1, 4, D)

@@ -1,4 +1,4 @@
-"""choose_token and next_token: kernel against reference, noise against Random123 and softmax."""
+"""sample_token and next_token: kernel against reference, noise against Random123 and softmax."""
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from kernel_checks import DTYPES
 from marks import slow
 from triton_interpreter import interpreter
 
-from gemma_fast.kernels import choose
-from gemma_fast.kernels.choose import choose_token, gumbel, gumbel_reference, philox_reference
+from gemma_fast.kernels import sample
 from gemma_fast.kernels.lm_head import next_token
+from gemma_fast.kernels.sample import gumbel, gumbel_reference, philox_reference, sample_token
 
 INF, NAN = float("inf"), float("nan")
 
@@ -26,17 +26,17 @@ def chosen(op, *given, b, device, position=None, **options):
         if options[name] is not None:
             options[name] = options[name].expand(b).contiguous()
     token = torch.full((b,), -7, device=device)
-    arrived = torch.zeros(b + 1, dtype=torch.int32, device=device)
+    counter = torch.zeros(b + 1, dtype=torch.int32, device=device)
     if position is None:
         position = torch.arange(3, 3 + b, dtype=torch.int32, device=device)
-    op(*given, position, token, arrived, **options)
-    assert not arrived.any(), "the counter is not as it was found"
+    op(*given, position, token, counter, **options)
+    assert not counter.any(), "the counter is not as it was found"
     return token
 
 
 def choose_from(logits, temperature=None, seed=None, position=None):
     return chosen(
-        choose_token, logits, b=len(logits), device=logits.device, position=position,
+        sample_token, logits, b=len(logits), device=logits.device, position=position,
         temperature=temperature, seed=seed,
     )  # fmt: skip
 
@@ -93,7 +93,7 @@ def test_the_kernels_noise_is_exact_to_its_tails():
 
 @pytest.mark.parametrize("drawn", [0, 2**32 - 1])
 def test_noise_of_the_least_and_the_largest_number_is_finite(drawn, monkeypatch):
-    monkeypatch.setattr(choose, "philox_reference", lambda *_: 4 * (torch.full((1, 2), drawn),))
+    monkeypatch.setattr(sample, "philox_reference", lambda *_: 4 * (torch.full((1, 2), drawn),))
     assert gumbel_reference(torch.tensor([1]), torch.tensor([0]), 8).isfinite().all()
 
 
@@ -109,7 +109,7 @@ def test_noise_is_gumbel_to_its_tails():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("b", "vocab"), [(1, 199), (3, 1000), (2, 4099), (9, 5), (0, 7)], ids=str)
-def test_choose_token(b, vocab, dtype, poison_outputs):
+def test_sample_token(b, vocab, dtype, poison_outputs):
     logits = torch.randn(b, vocab).to(dtype)
     logits[:, ::3] = -INF
     for options in ((), sampled()):
@@ -132,7 +132,7 @@ def test_not_finite(temperature, device):
 
 
 def test_of_equal_logits_the_lowest_id(device, monkeypatch):
-    monkeypatch.setattr(choose, "PARTIALS", 1)  # 4 of the 5 programs are compared in a round
+    monkeypatch.setattr(sample, "PARTIALS", 1)  # 4 of the 5 programs are compared in a round
     logits = torch.zeros(3, 5000, device=device)
     logits[1, [1023, 1024, 4999]] = 1.0
     logits[2, [3500, 4999]], logits[2, 7] = 1.0, -0.0
@@ -168,7 +168,7 @@ def test_each_row_has_its_temperature_and_seed(b, device):
     temperature = torch.tensor([t for t, _ in settings], device=device)
     seed = torch.tensor([s for _, s in settings], device=device)
     mixed = {"b": b, "device": device, "temperature": temperature, "seed": seed}
-    for op, args in ((choose_token, [logits]), (next_token, given)):
+    for op, args in ((sample_token, [logits]), (next_token, given)):
         found = chosen(op, *args, **mixed)
         for row, (t, s) in enumerate(settings):
             options = dict(zip(("temperature", "seed"), sampled(t, s, device), strict=True))
@@ -298,16 +298,16 @@ def test_rows_that_are_not_finite(b, softcap, device):
 def test_what_does_not_fit(device):
     logits = torch.randn(3, 10, device=device)
     position = torch.zeros(3, dtype=torch.int32, device=device)
-    token, arrived = torch.zeros(3, dtype=torch.int64, device=device), torch.zeros_like(position)
+    token, counter = torch.zeros(3, dtype=torch.int64, device=device), torch.zeros_like(position)
     temperature, seed = (x.expand(3).contiguous() for x in sampled(device=device))
-    choose_token(logits, position, token, arrived, temperature, seed)
+    sample_token(logits, position, token, counter, temperature, seed)
     for wrong in (
-        (position[:2], token, arrived), (position, token.int(), arrived),
-        (position.long(), token, arrived), (position, token, arrived[:2]),
-        (position, token, arrived, temperature), (position, token, arrived, None, seed),
-        (position, token, arrived, temperature.double(), seed),
-        (position, token, arrived, temperature[:1], seed),
-        (position, token, arrived, temperature, seed[:2]),
+        (position[:2], token, counter), (position, token.int(), counter),
+        (position.long(), token, counter), (position, token, counter[:2]),
+        (position, token, counter, temperature), (position, token, counter, None, seed),
+        (position, token, counter, temperature.double(), seed),
+        (position, token, counter, temperature[:1], seed),
+        (position, token, counter, temperature, seed[:2]),
     ):  # fmt: skip
         with pytest.raises(AssertionError):
-            choose_token(logits, *wrong)
+            sample_token(logits, *wrong)

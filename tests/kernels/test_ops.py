@@ -10,7 +10,6 @@ from tiny_models import CONFIGS, random_model
 from torch.library import opcheck
 
 from gemma_fast.kernels.attention import attention
-from gemma_fast.kernels.choose import choose_token
 from gemma_fast.kernels.decode_attention import decode_attention, split_attention
 from gemma_fast.kernels.embed import embed
 from gemma_fast.kernels.geglu import gate_up_geglu, geglu
@@ -18,6 +17,7 @@ from gemma_fast.kernels.lm_head import next_token
 from gemma_fast.kernels.matvec import linear, norm_linear
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 from gemma_fast.kernels.rotary import rotary_write
+from gemma_fast.kernels.sample import sample_token
 from gemma_fast.model.cache import KVCache
 
 B, T, N, M, D, SLOTS = 2, 5, 2, 2, 32, 16
@@ -27,14 +27,14 @@ def tensors() -> dict[str, torch.Tensor | None]:
     return {
         "q": torch.randn(B, T, N * M, D),
         "query": torch.randn(B, N * M, D),
-        "first": torch.tensor([0, 2], dtype=torch.int32),
+        "left_padding": torch.tensor([0, 2], dtype=torch.int32),
         "k": torch.randn(B, T, N, D),
         "v": torch.randn(B, T, N, D),
         "keys": torch.randn(B, N, SLOTS, D),
         "values": torch.randn(B, N, SLOTS, D),
         "cos": torch.randn(B, T, D // 2),
         "sin": torch.randn(B, T, D // 2),
-        "start": torch.tensor([3, -2], dtype=torch.int32),
+        "query_offset": torch.tensor([3, -2], dtype=torch.int32),
         "norm_weight": torch.randn(D),
         "gate_up_proj": torch.randn(6, D),
         "x": torch.randn(B, T, D),
@@ -50,7 +50,7 @@ def tensors() -> dict[str, torch.Tensor | None]:
         "cos_table": torch.randn(SLOTS, D // 2),
         "sin_table": torch.randn(SLOTS, D // 2),
         "k_norm": torch.randn(D),
-        "arrived": torch.zeros(B * N, dtype=torch.int32),
+        "counter": torch.zeros(B * N, dtype=torch.int32),
         "token": torch.zeros(B, dtype=torch.int64),
         "temperature": torch.ones(B),
         "seed": torch.ones(B, dtype=torch.int64),
@@ -61,14 +61,14 @@ def tensors_on(device: str) -> dict[str, torch.Tensor | None]:
     return {name: x if x is None else x.to(device) for name, x in tensors().items()}
 
 
-ROTARY = ("k", "v", "keys", "values", "cos", "sin", "start", "norm_weight")
+ROTARY = ("k", "v", "keys", "values", "cos", "sin", "query_offset", "norm_weight")
 NORM_LINEAR = ("x", "residual", "norm_weight", "post_norm_weight", "gate_up_proj")
-DECODE = ("qkv", "keys", "values", "cos_table", "sin_table", "start", "arrived")
-CHOICE = ("start", "token", "arrived", "temperature", "seed")
+DECODE = ("qkv", "keys", "values", "cos_table", "sin_table", "query_offset", "counter")
+CHOICE = ("query_offset", "token", "counter", "temperature", "seed")
 NEXT = ("rows", "residual_rows", "norm_weight", "post_norm_weight", "embedding", *CHOICE)
-ROTATED = ("q", "keys", "values", "no_tensor", "no_tensor", "start")
-SPLIT = ("query", "keys", "values", "start", "first", "arrived")
-ATTENTION = ("q", "keys", "values", "cos", "sin", "start", "norm_weight")
+ROTATED = ("q", "keys", "values", "no_tensor", "no_tensor", "query_offset")
+SPLIT = ("query", "keys", "values", "query_offset", "left_padding", "counter")
+ATTENTION = ("q", "keys", "values", "cos", "sin", "query_offset", "norm_weight")
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ ATTENTION = ("q", "keys", "values", "cos", "sin", "start", "norm_weight")
         (embed, ("ids", "embedding"), {"scale": 2.0}),
         (decode_attention, DECODE, {"scale": 0.2, "window": 4, "softcap": 3.0}),
         (decode_attention, (*DECODE, "norm_weight", "k_norm"), {"scale": 0.2}),
-        (choose_token, ("logits", *CHOICE), {}),
-        (choose_token, ("logits", *CHOICE[:-2]), {}),
+        (sample_token, ("logits", *CHOICE), {}),
+        (sample_token, ("logits", *CHOICE[:-2]), {}),
         (next_token, NEXT, {"softcap": 30.0}),
     ],
     ids=lambda x: getattr(x, "__name__", None) or str(x),
@@ -125,7 +125,7 @@ def test_op(op, names, options, permuted, device):
         (norm_linear, NORM_LINEAR),
         (embed, ("ids", "embedding")),
         (decode_attention, (*DECODE, "norm_weight", "k_norm")),
-        (choose_token, ("logits", *CHOICE)),
+        (sample_token, ("logits", *CHOICE)),
         (next_token, NEXT),
     ],
     ids=lambda x: getattr(x, "__name__", None),
@@ -161,7 +161,7 @@ def test_autograd_knows_what_was_overwritten(device):
         loss.backward()
 
 
-@pytest.mark.parametrize("name", ["keys", "cos", "start"])
+@pytest.mark.parametrize("name", ["keys", "cos", "query_offset"])
 def test_wrong_dtypes(name, device):
     given = tensors_on(device)
     given[name] = given[name].double()

@@ -16,12 +16,12 @@ D, SCALE = 32, 0.3
 
 
 def check(
-    device, dtype, first, *, t=1, past=0, n=1, m=1, d=D, spare=0, slots=None, window=None,
+    device, dtype, left_padding, *, t=1, past=0, n=1, m=1, d=D, spare=0, slots=None, window=None,
     softcap=None, seed=0,
 ):  # fmt: skip
-    """t queries at past, past + 1, …, of rows whose tokens begin at position `first`."""
+    """t queries at past, past + 1, …, of rows whose tokens begin at position left_padding."""
     torch.manual_seed(seed)
-    b, total, make = len(first), past + t, {"device": device, "dtype": dtype}
+    b, total, make = len(left_padding), past + t, {"device": device, "dtype": dtype}
     slots = slots or total + spare
     q = torch.randn(b, t, n * m, 2 * d, **make)[..., :d]  # heads lie apart
     k, v = torch.randn(2, b, total, n, d, **make)
@@ -29,17 +29,17 @@ def check(
     held = torch.arange(max(total - slots, 0), total, device=device)
     keys[:, held % slots], values[:, held % slots] = k[:, held], v[:, held]
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    start, begin = torch.tensor([[past] * b, first], dtype=torch.int32, device=device)
+    start, begin = torch.tensor([[past] * b, left_padding], dtype=torch.int32, device=device)
     scale = SCALE * (D / d) ** 0.5  # scores are as large for any d, and so are their errors
     options = {"scale": scale, "window": window, "softcap": softcap}
     if t == 1:
-        arrived = torch.zeros(b * n, dtype=torch.int32, device=device)
-        out = split_attention(q[:, 0], keys, values, start, begin, arrived, **options).unsqueeze(1)
-        assert not arrived.any(), "counters are left as they were"
+        counter = torch.zeros(b * n, dtype=torch.int32, device=device)
+        out = split_attention(q[:, 0], keys, values, start, begin, counter, **options).unsqueeze(1)
+        assert not counter.any(), "counters are left as they were"
     else:
-        out = attention(q, keys, values, None, None, start, first=begin, **options)
+        out = attention(q, keys, values, None, None, start, left_padding=begin, **options)
     assert out.dtype == dtype and out.shape == q.shape and not out.isnan().any()
-    for row, oldest in enumerate(first):
+    for row, oldest in enumerate(left_padding):
         padding = min(max(oldest - past, 0), t)
         assert (out[row, :padding] == 0).all(), "padding sees nothing"
         if padding == t:
@@ -54,24 +54,28 @@ def check(
 
 
 CASES = {
-    "first token": {"first": [0]},
-    "no padding": {"first": [0, 0], "past": 70, "m": 4},
-    "padding": {"first": [0, 3, 69, 70], "past": 70, "n": 2, "m": 2},
-    "padding past a block": {"first": [130, 64, 65, 0], "past": 300, "m": 8, "d": 64},
-    "padding beyond the token": {"first": [9, 0], "past": 5},
-    "padding the window has left": {"first": [3, 60], "past": 70, "window": 20},
-    "ring that wraps": {"first": [0, 95], "past": 100, "slots": 32, "window": 32},
-    "odd ring that wraps": {"first": [5, 99], "past": 100, "slots": 13, "window": 13, "m": 2},
-    "spare slots": {"first": [0, 7], "past": 40, "spare": 500},
-    "soft cap": {"first": [2, 0], "past": 80, "softcap": 1.5, "m": 2},
-    "many splits": {"first": [600, 0], "past": 999, "m": 2},
-    "prompt": {"first": [0, 0], "t": 70, "m": 2},
-    "padded prompt": {"first": [0, 1, 33, 69], "t": 70, "n": 2, "m": 2},
-    "prompt of padding": {"first": [9, 40], "t": 9, "spare": 3},
-    "chunk": {"first": [0, 20, 41], "t": 30, "past": 40, "m": 4},
-    "chunk in a window": {"first": [0, 60], "t": 50, "past": 40, "window": 16, "softcap": 2.0},
-    "chunk, spare slots": {"first": [0, 33], "t": 5, "past": 60, "spare": 100, "window": 16},
-    "chunk, d 256": {"first": [0, 70], "t": 20, "past": 64, "d": 256, "m": 8},
+    "first token": {"left_padding": [0]},
+    "no padding": {"left_padding": [0, 0], "past": 70, "m": 4},
+    "padding": {"left_padding": [0, 3, 69, 70], "past": 70, "n": 2, "m": 2},
+    "padding past a block": {"left_padding": [130, 64, 65, 0], "past": 300, "m": 8, "d": 64},
+    "padding beyond the token": {"left_padding": [9, 0], "past": 5},
+    "padding the window has left": {"left_padding": [3, 60], "past": 70, "window": 20},
+    "ring that wraps": {"left_padding": [0, 95], "past": 100, "slots": 32, "window": 32},
+    "odd ring that wraps": {
+        "left_padding": [5, 99], "past": 100, "slots": 13, "window": 13, "m": 2,
+    },
+    "spare slots": {"left_padding": [0, 7], "past": 40, "spare": 500},
+    "soft cap": {"left_padding": [2, 0], "past": 80, "softcap": 1.5, "m": 2},
+    "many splits": {"left_padding": [600, 0], "past": 999, "m": 2},
+    "prompt": {"left_padding": [0, 0], "t": 70, "m": 2},
+    "padded prompt": {"left_padding": [0, 1, 33, 69], "t": 70, "n": 2, "m": 2},
+    "prompt of padding": {"left_padding": [9, 40], "t": 9, "spare": 3},
+    "chunk": {"left_padding": [0, 20, 41], "t": 30, "past": 40, "m": 4},
+    "chunk in a window": {
+        "left_padding": [0, 60], "t": 50, "past": 40, "window": 16, "softcap": 2.0,
+    },
+    "chunk, spare slots": {"left_padding": [0, 33], "t": 5, "past": 60, "spare": 100, "window": 16},
+    "chunk, d 256": {"left_padding": [0, 70], "t": 20, "past": 64, "d": 256, "m": 8},
 }  # fmt: skip
 
 
@@ -82,7 +86,7 @@ def test_over_a_cache(case, dtype, device, poison_outputs):
 
 
 SHAPES = {
-    "first": st.lists(st.integers(0, 90) | st.integers(120, 135), min_size=1, max_size=3),
+    "left_padding": st.lists(st.integers(0, 90) | st.integers(120, 135), min_size=1, max_size=3),
     "t": st.just(1) | st.integers(2, 40),
     "past": st.integers(0, 40) | st.integers(0, 300),
     "n": st.integers(1, 3),
@@ -102,14 +106,14 @@ def test_any_shape(shape, many):
         check("cuda" if torch.cuda.is_available() else "cpu", torch.float32, **shape)
 
 
-def test_without_first_nothing_is_padding(device):
+def test_without_left_padding_nothing_is_padding(device):
     q, keys, values = torch.randn(3, 2, 2, 9, D, device=device)
     start = torch.tensor([8, 8], dtype=torch.int32, device=device)
-    arrived = torch.zeros(4, dtype=torch.int32, device=device)
+    counter = torch.zeros(4, dtype=torch.int32, device=device)
     query = q[:, :, 0].contiguous()
-    with_zero = split_attention(query, keys, values, start, start * 0, arrived, scale=SCALE)
+    with_zero = split_attention(query, keys, values, start, start * 0, counter, scale=SCALE)
     assert torch.equal(
-        split_attention(query, keys, values, start, None, arrived, scale=SCALE), with_zero
+        split_attention(query, keys, values, start, None, counter, scale=SCALE), with_zero
     )
 
 
@@ -122,7 +126,7 @@ def test_an_empty_batch(device):
 
 def test_wrong_input(device):
     keys, values = torch.randn(2, 1, 2, 4, D, device=device)
-    position, arrived = torch.zeros(2, 1, dtype=torch.int32, device=device)
+    position, counter = torch.zeros(2, 1, dtype=torch.int32, device=device)
     q = torch.randn(1, 3, D, device=device)
     with pytest.raises(AssertionError, match="3 query heads are not a multiple of 2 kv heads"):
-        split_attention(q, keys, values, position, None, arrived.repeat(2), scale=1.0)
+        split_attention(q, keys, values, position, None, counter.repeat(2), scale=1.0)

@@ -33,7 +33,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gemma_fast.config import PRESETS, GemmaConfig
 from gemma_fast.kernels import (
     attention,
-    choose,
     decode_attention,
     embed,
     geglu,
@@ -41,6 +40,7 @@ from gemma_fast.kernels import (
     matvec,
     rmsnorm,
     rotary,
+    sample,
 )
 from gemma_fast.kernels.launch import Gpu, as_on
 
@@ -77,7 +77,7 @@ TYPES = {
     torch.int64: "i64",
 }
 MODULES = (
-    attention, choose, decode_attention, embed, geglu, lm_head, matvec, rmsnorm, rotary
+    attention, sample, decode_attention, embed, geglu, lm_head, matvec, rmsnorm, rotary
 )  # fmt: skip
 # Options of the compiler, not of the kernel.
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion")
@@ -147,7 +147,7 @@ def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -
     x, norm, vocab = blank(batch, dim), blank(dim), blank(config.vocab_size, dim)
     post_norm = norm if config.post_norms else None
     token, position = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, dtype=torch.int32)
-    arrived = torch.zeros(128, dtype=torch.int32)
+    counter = torch.zeros(128, dtype=torch.int32)
     drawn = torch.ones(batch), torch.ones(batch).long()
     embed.embed(token.unsqueeze(1), vocab, dim**0.5, prefetch=True)
     for out, geglu_too in (((heads + 2 * n) * d, False), (2 * ffn, True)):
@@ -158,23 +158,23 @@ def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -
         matvec.linear(blank(batch, columns), blank(dim, columns), prefetch=True)
     for choice in ((), drawn):
         lm_head.next_token(
-            x, x, norm, post_norm, vocab, position, token, arrived, *choice,
+            x, x, norm, post_norm, vocab, position, token, counter, *choice,
             softcap=config.final_logit_softcapping, prefetch=True,
         )  # fmt: skip
-        choose.choose_token(
-            torch.empty(batch, config.vocab_size), position, token, arrived, *choice
+        sample.sample_token(
+            torch.empty(batch, config.vocab_size), position, token, counter, *choice
         )
     qk_norm = blank(d) if config.qk_norm else None
     for slots in (512, 8192):
         ring = blank(batch, n, slots, d)
         decode_attention.decode_attention(
             blank(batch, heads + 2 * n, d), ring, ring, *torch.empty(2, slots, d // 2), position,
-            arrived, qk_norm, qk_norm, scale=1.0, window=config.window(0),
+            counter, qk_norm, qk_norm, scale=1.0, window=config.window(0),
             softcap=config.attn_logit_softcapping, prefetch=True,
         )  # fmt: skip
-        for first in (None, position):
+        for left_padding in (None, position):
             decode_attention.split_attention(
-                blank(batch, heads, d), ring, ring, position, first, arrived, scale=1.0,
+                blank(batch, heads, d), ring, ring, position, left_padding, counter, scale=1.0,
                 window=config.window(0), softcap=config.attn_logit_softcapping,
             )  # fmt: skip
 
@@ -198,16 +198,16 @@ def launch_prompts(
             q, k, v = qkv.split((n * m, n, n), dim=2)
             keys, values = blank(2, 1, n, max(t, 128) + spare, d)
             cos, sin = torch.empty(2, 1, t, d // 2)
-            start = torch.zeros(1, dtype=torch.int32)
+            query_offset = torch.zeros(1, dtype=torch.int32)
             norm_weight = weight[:d] if norm else None
-            rotary.rotary_write(k, v, keys, values, cos, sin, start, norm_weight)
+            rotary.rotary_write(k, v, keys, values, cos, sin, query_offset, norm_weight)
             attention.attention(
-                q, keys, values, cos, sin, start, norm_weight,
+                q, keys, values, cos, sin, query_offset, norm_weight,
                 scale=d**-0.5, window=window, softcap=softcap,
             )  # fmt: skip
             attention.attention(  # within a transformers model: rotated, perhaps padded
-                q, keys, values, None, None, start,
-                scale=d**-0.5, first=start, window=window, softcap=softcap,
+                q, keys, values, None, None, query_offset,
+                scale=d**-0.5, left_padding=query_offset, window=window, softcap=softcap,
             )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ NARROW_LOADS = {
     "_geglu_kernel": 0,
     "_embed_kernel": 1,
     "_matvec_kernel": 8,
-    "_choose_token_kernel": 16,
+    "_sample_token_kernel": 16,
     "_next_token_kernel": 64,
     "_decode_attention_kernel": 24,
 }

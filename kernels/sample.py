@@ -6,7 +6,7 @@
 logits           :: [b, vocab], bf16 | fp16 | fp32; -inf: a token that cannot be chosen
 position         :: [b], int32: where the chosen token will stand
 token            :: [b], int64, written in place; -1: a logit is NaN or inf, or all are -inf
-arrived          :: [≥ b], int32, zeros, and left so: counts programs
+counter          :: [≥ b], int32, zeros, and left so: counts programs
 temperature      :: [b], fp32, or None; 0 or None: the likeliest token, of equal ones the lowest
 seed             :: [b], int64, with a temperature
 
@@ -50,7 +50,7 @@ def gumbel_reference(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
     return -torch.log(-torch.log1p(-u.clamp_(max=1 - 2**-24)))
 
 
-def choose_token_reference(
+def sample_token_reference(
     logits: Tensor, position: Tensor, temperature: Tensor | None = None, seed: Tensor | None = None
 ) -> Tensor:
     scores = logits.float()
@@ -120,7 +120,7 @@ def _best_program(best_ptr, row, rows, programs, BLOCK_B: tl.constexpr, CHUNK: t
 
 @triton.jit
 def compare(
-    best, best_token, row, rows, best_ptr, best_token_ptr, arrived_ptr, token_ptr,
+    best, best_token, row, rows, best_ptr, best_token_ptr, counter_ptr, token_ptr,
     BLOCK_B: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Stores this program's best; the last one to be done stores the token."""
@@ -128,20 +128,20 @@ def compare(
     tl.store(best_ptr + row * programs + program, best, mask=row < rows)
     tl.store(best_token_ptr + row * programs + program, best_token, mask=row < rows)
     tl.debug_barrier()  # all threads have stored: one of them announces it
-    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
         winner = _best_program(best_ptr, row, rows, programs, BLOCK_B, CHUNK)
         mask = (winner >= 0) & (row < rows)
         token = tl.load(best_token_ptr + row * programs + winner, mask=mask, other=-1)
         tl.store(token_ptr + row, token.to(tl.int64), mask=row < rows)
-        tl.store(arrived_ptr, 0)
+        tl.store(counter_ptr, 0)
 
 
 @triton.jit
-def _choose_token_kernel(
+def _sample_token_kernel(
     logits_ptr,  # [rows, VOCAB]
     position_ptr,  # [rows]
     token_ptr,  # [rows]
-    arrived_ptr,  # [rows]
+    counter_ptr,  # [rows]
     temperature_ptr,  # [rows] | None
     seed_ptr,  # [rows] | None
     best_ptr,  # [rows, programs]
@@ -161,27 +161,27 @@ def _choose_token_kernel(
     best, best_token = best_of(scores, token)
     compare(
         best, best_token, row, rows, best_ptr, best_token_ptr,
-        arrived_ptr + tl.program_id(1), token_ptr, 1, CHUNK,
+        counter_ptr + tl.program_id(1), token_ptr, 1, CHUNK,
     )  # fmt: skip
 
 
-@op(fake=lambda *_, **__: None, mutates_args=("token", "arrived"))
-def choose_token(
-    logits: Tensor, position: Tensor, token: Tensor, arrived: Tensor,
+@op(fake=lambda *_, **__: None, mutates_args=("token", "counter"))
+def sample_token(
+    logits: Tensor, position: Tensor, token: Tensor, counter: Tensor,
     temperature: Tensor | None = None, seed: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The next token of each row, into `token`. Off the GPU, the reference."""
     rows, vocab = logits.shape
-    check_choice(rows, position, token, arrived, temperature, seed)
+    check_sampling(rows, position, token, counter, temperature, seed)
     if not runs_triton(logits):
-        token.copy_(choose_token_reference(logits, position, temperature, seed))
+        token.copy_(sample_token_reference(logits, position, temperature, seed))
         return
-    blocks = launch_config("choose_token", {"BLOCK_N": 1024, "num_warps": 4})
+    blocks = launch_config("sample_token", {"BLOCK_N": 1024, "num_warps": 4})
     logits, programs = logits.contiguous(), triton.cdiv(vocab, blocks["BLOCK_N"])
     best, best_token = partials(rows, programs, logits.device)
     if rows:
-        _choose_token_kernel[(programs, rows)](
-            logits, position, token, arrived, temperature, seed, best, best_token,
+        _sample_token_kernel[(programs, rows)](
+            logits, position, token, counter, temperature, seed, best, best_token,
             VOCAB=vocab, CHUNK=min(4 * PARTIALS, triton.next_power_of_2(programs)),
             SAMPLE=temperature is not None, **blocks,
         )  # fmt: skip
@@ -193,14 +193,14 @@ def partials(rows: int, programs: int, device: torch.device) -> tuple[Tensor, Te
     return best, torch.empty(rows, programs, dtype=torch.int32, device=device)
 
 
-def check_choice(
-    rows: int, position: Tensor, token: Tensor, arrived: Tensor, temperature: Tensor | None,
+def check_sampling(
+    rows: int, position: Tensor, token: Tensor, counter: Tensor, temperature: Tensor | None,
     seed: Tensor | None,
 ) -> None:  # fmt: skip
     assert position.shape == token.shape == (rows,), f"{rows=}, {position.shape=}, {token.shape=}"
-    assert position.dtype == arrived.dtype == torch.int32 and token.dtype == torch.int64
-    assert arrived.numel() >= rows, f"{arrived.numel()=} is less than {rows=}"
-    assert position.is_contiguous() and token.is_contiguous() and arrived.is_contiguous()
+    assert position.dtype == counter.dtype == torch.int32 and token.dtype == torch.int64
+    assert counter.numel() >= rows, f"{counter.numel()=} is less than {rows=}"
+    assert position.is_contiguous() and token.is_contiguous() and counter.is_contiguous()
     assert (temperature is None) == (seed is None), "a temperature and a seed, or neither"
     if temperature is not None and seed is not None:
         assert temperature.shape == seed.shape == (rows,)
