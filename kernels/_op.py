@@ -1,4 +1,4 @@
-"""Registration of ops with PyTorch, and the wait for the kernel ahead."""
+"""Registration of ops with PyTorch, and the wait for the previous kernel (PDL)."""
 
 import functools
 import inspect
@@ -17,14 +17,14 @@ _library = torch.library.Library("gemma_fast", "DEF")
 
 
 def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable[[F], F]:
-    """Registers a launcher as torch.ops.gemma_fast.<its name>, for eager and for torch.compile.
+    """Registers a launcher as torch.ops.gemma_fast.<its name>, for eager mode and torch.compile.
 
-    fake          gives outputs of the right shape, dtype and strides, with nothing in them
-    mutates_args  the names of the tensors that are written in place
+    fake          returns empty outputs of the right shape, dtype and strides
+    mutates_args  names of the tensors that are written in place
 
-    It runs on the GPU of its first tensor. The compiler sees the op as a whole. (It could see
-    through a `triton_op`, which costs 8 µs a call instead of 4, and imports the compiler.) A tensor
-    that is to be differentiated, backward or forward, is a ValueError.
+    The op runs on the GPU of its first tensor. torch.compile treats it as opaque. (A `triton_op`
+    would not be, but costs 8 µs a call instead of 4, and imports the compiler.) Raises ValueError
+    if a tensor needs a gradient, backward or forward.
     """
 
     def register(launcher: F) -> F:
@@ -36,7 +36,7 @@ def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable
             device = args[0].device
             if device.type != "cuda" or device.index == torch.cuda.current_device():
                 return launcher(*args, **kwargs)
-            with torch.cuda.device(device):  # Triton launches on the current one
+            with torch.cuda.device(device):  # Triton launches on the current device
                 return launcher(*args, **kwargs)
 
         def without_autograd(*args: Any, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable
                         "call it under torch.no_grad(), or detach the tensor"
                     )
                 if parameter in mutates_args:
-                    increment_version(value)  # so that autograd knows, if it saved the tensor
+                    increment_version(value)  # autograd then detects writes to saved tensors
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*args, **kwargs)
 
@@ -72,8 +72,9 @@ def _differentiated(x: Tensor) -> bool:
 
 @triton.jit
 def wait_for_previous_kernel(PREFETCH: tl.constexpr):
-    """Programmatic dependent launch: what comes before runs beside the kernel ahead."""
+    """Programmatic dependent launch: code before this call overlaps the previous kernel."""
     if PREFETCH:
         tl.extra.cuda.gdc_wait()
-        # Only now: a kernel then starts when the one before the one ahead of it is done.
+        # After the wait, so at most two kernels overlap: the next kernel starts only when the
+        # previous one has finished.
         tl.extra.cuda.gdc_launch_dependents()

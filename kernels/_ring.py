@@ -1,52 +1,99 @@
-"""What attention.py and decode_attention.py share: loading a block of the ring's keys or values,
-the soft cap of scores, and one step of the online softmax.
+"""Attention over a ring buffer, shared by attention.py and decode_attention.py: arguments that
+belong together, loading a block of keys or values, the soft cap, one online-softmax step.
 
-Positions are counted from the beginning of that turn of the ring which the oldest of them is in, so
-they are below twice its slots.
+Slot `p % slots` of a ring holds position p. Kernels subtract the start of the ring revolution that
+holds the oldest visible key, so positions are below 2 * slots and one subtraction finds a slot.
+attention.py has a picture.
 """
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from gemma_fast.kernels._triton import tl, triton
 
-HEAD_DIMS = (32, 64, 128, 256)  # of those, a tile fits in registers and shared memory
+HEAD_DIMS = (32, 64, 128, 256)  # for these, tiles fit in registers and shared memory
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class AttentionSpec(NamedTuple):
+    """Compile-time constants of a layer's attention: one `tl.constexpr`."""
+
+    group: int  # m: query heads per kv head
+    dim: int  # d: head dim
+    scale: float  # multiplies q · k
+    softcap: float  # 0: no soft cap
+    window: int  # 0: no window
+    eps: float  # epsilon of the RMSNorm of q and k
+
+
+class Heads(NamedTuple):
+    """A tensor [b, t, heads, d] whose channels are contiguous; without t, token_stride is None."""
+
+    ptr: Any
+    batch_stride: Any
+    token_stride: Any
+    head_stride: Any
+
+
+class RingStrides(NamedTuple):
+    """Strides of keys and of values [b, n, slots, d]; channels are contiguous."""
+
+    batch: Any
+    head: Any
+    slot: Any
+
+
+class Positions(NamedTuple):
+    """int32 pointers."""
+
+    query: Any  # [b]: position of each row's first query
+    left_padding: Any  # [b] | None: positions below it are padding
+
+
+def heads_of(x: Tensor) -> Heads:
+    """x :: [b, t, heads, d] as an argument of a kernel."""
+    return Heads(x, *x.stride()[:3])
 
 
 @triton.jit
 def load_block(
     ring,  # [b, n, slots, d]: a tensor descriptor if DESCRIPTORS, else a pointer to a head's slots
     slot_stride, slots, batch, kv_head,
-    block,  # the first position
-    end,  # at most 2 * slots
+    block,  # first position
+    end,  # positions from here on are not loaded; at most 2 * slots
     BLOCK_N: tl.constexpr,
     D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_N, D]: the keys or values of positions block, block + 1, …"""
+    """Loads the keys or values of positions block … block + BLOCK_N - 1: [BLOCK_N, D]."""
     if DESCRIPTORS:
         slot = tl.where(block < slots, block, block - slots)
-        return ring.load([batch, kv_head, slot, 0]).reshape([BLOCK_N, D])
+        return ring.load([batch, kv_head, slot, 0]).reshape([BLOCK_N, D])  # from [1, 1, BLOCK_N, D]
     else:
-        position = block + tl.arange(0, BLOCK_N)
+        position = block + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         slot = tl.where(position < slots, position, position - slots).to(tl.int64)[:, None]
-        pointer = ring + slot * slot_stride + tl.arange(0, D)[None, :]
+        pointer = ring + slot * slot_stride + tl.arange(0, D)[None, :]  # [BLOCK_N, D]
         return tl.load(pointer, mask=(position < end)[:, None], other=0.0)
 
 
 @triton.jit
-def soft_cap(scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """tanh(SCALE * scores / SOFTCAP), for softmax_step to scale; without a cap, the scores."""
-    if SOFTCAP > 0:
+def soft_cap(scores, SPEC: tl.constexpr):
+    """Returns tanh(scale * scores / softcap), which softmax_step scales by softcap; without a soft
+    cap, the scores unchanged."""
+    if SPEC.softcap > 0:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
-        scores = 1 - 2 / (tl.exp2(scores * (2 * SCALE * LOG2_E / SOFTCAP)) + 1)
+        scores = 1 - 2 / (tl.exp2(scores * (2 * SPEC.scale * LOG2_E / SPEC.softcap)) + 1)
     return scores
 
 
 @triton.jit
-def softmax_step(scores, row_max, row_sum, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """One step of the online softmax. Returns the block's weights, the factor that rescales the
-    sums so far, the new row_max (finite) and the new row_sum."""
-    FACTOR: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2_E  # for exp2
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * FACTOR)
-    weights = tl.exp2(tl.fma(scores, FACTOR, -new_max[:, None]))
-    rescale = tl.exp2(row_max - new_max)
+def softmax_step(scores, row_max, row_sum, SPEC: tl.constexpr):
+    """One online-softmax step over the scores of a block, [BLOCK_M, BLOCK_N]. Returns the block's
+    weights, the rescale factor of the accumulator, the new row max (finite) and row sum."""
+    # exp2 is one instruction, exp is two: log2(e) is part of the scale.
+    SCALE: tl.constexpr = (SPEC.softcap if SPEC.softcap > 0 else SPEC.scale) * LOG2_E
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * SCALE)  # [BLOCK_M]
+    weights = tl.exp2(tl.fma(scores, SCALE, -new_max[:, None]))  # [BLOCK_M, BLOCK_N]
+    rescale = tl.exp2(row_max - new_max)  # [BLOCK_M]
     return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, axis=1)

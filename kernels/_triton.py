@@ -1,6 +1,6 @@
-"""Triton where it is installed, as on Linux; elsewhere a stand-in that lets kernel files import.
+"""Triton if it is installed, as on Linux; else a stand-in, so that kernel files can be imported.
 
-Their ops then take the PyTorch references, as they do for any tensor that is not on a GPU.
+Without Triton, ops run their PyTorch references, as for any tensor that is not on a GPU.
 """
 
 try:

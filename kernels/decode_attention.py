@@ -1,38 +1,80 @@
-"""Attention of one new token a sequence over the cache.
+"""Decode attention: one new token per sequence attends to the cache.
 
-    decode_attention  its K and V are written into the cache:
+    decode_attention  normalises and rotates the token's q and k, and writes its k and v:
     q, k = rotate(rms_norm(q)), rotate(rms_norm(k));  slot = position % slots
     keys[:, :, slot] = k;  values[:, :, slot] = v
-    split_attention   q is rotated, and the cache holds its K and V, already
+    split_attention   takes a q that is rotated and a cache that holds the token's k and v already
     both: out = softmax(cap(scale * q @ keysᵀ)) @ values, over the visible keys
 
 qkv          :: [b, n * m + 2 * n, d], bf16 | fp16 | fp32: query heads, then keys, then values
-q            :: [b, n * m, d], likewise
-keys, values :: [b, n, slots, d], qkv.dtype, K rotated: the whole ring, written in place; slot
-                `p % slots` holds position p. An unused slot holds finite numbers.
-cos, sin     :: [positions, d / 2], fp32: row p is of position p
-position     :: [b], int32, of the new token. Below zero: padding, its output 0, nothing written
-left_padding :: [b], int32: positions below it are left padding, which none sees; None: below zero
-counter      :: [at least b * n], int32, zeros, and left so: counts programs
+q            :: [b, n * m, d], like qkv
+keys, values :: [b, n, slots, d], qkv.dtype, K rotated: a ring buffer, slot `p % slots` holds
+                position p; written in place. Unused slots hold finite numbers.
+cos, sin     :: [positions, d / 2], fp32: row p belongs to position p
+position     :: [b], int32, of the new token. Below zero: padding; its output is 0, nothing is
+                written
+left_padding :: [b], int32: positions below it are padding, which no token sees; None: below zero
+counter      :: [at least b * n], int32, zeros, and zeros again afterwards: counts programs
 q_norm, k_norm :: [d] or None: no norm (Gemma 3 normalises q and k before it rotates them)
 window       :: the token sees the keys position - window + 1 … position; None: all in the ring
-prefetch     :: start while the kernel ahead still runs, where the GPU can (programmatic dependent
-                launch). position, cos, sin and norms are older than that kernel, and it starts
-                others only when it has itself waited for the one ahead of it
+prefetch     :: start while the previous kernel still runs, if the GPU can (programmatic dependent
+                launch, PDL). position, cos, sin and norms must be older than the previous kernel,
+                which itself must wait for the one before it before it lets this one start
 returns      :: [b, n * m, d], qkv.dtype
 
-Numerics as in attention.py; partial results are in fp32, joined in a fixed order. A kv head's keys
-are dealt out to programs, whose tile has its m query heads as rows; the last to be done joins all.
-Their shares are computed on the GPU, from position, so that a CUDA graph holds for every position.
+Numerics as in attention.py; partial results are in fp32 and merged in a fixed order.
 Bound by memory: bytes = 2 * b * n * visible keys * d * itemsize. Walk-through step: attention.
+
+The key axis of one kv head, here with three splits of three blocks:
+
+    position ────►
+        revolution                              revolution + slots
+        │ slot 0                                │ slot 0, overwritten
+        ┄┄┄│▒██ ███ ███│███ ███ ███│███ ███ █▒ │┄┄┄
+           │           │           │         │
+         oldest: the   split 1     split 2   newest: the new token, written by the last split
+         window's edge, the ring's oldest
+         slot, or the end of left padding
+
+Blocks are counted from `oldest`, so only the last one is partly masked (▒); with a window, all are
+checked against both ends. A ring that has wrapped holds the keys of two revolutions; positions are
+counted from the start of oldest's, as in attention.py. Each program has the m query heads as rows.
+
+The order of work in a program:
+
+1. position, cos, sin and norm weights are loaded before the wait for the previous kernel, whose
+   tail they overlap; qkv is loaded after it. (PDL)
+2. num_stages = 3: K and V of the next two blocks are on the way to shared memory while a block is
+   computed. Without that, each block would wait for memory.
+3. Each program stores its partial result and increments the kv head's counter; the last one to do
+   so merges all. One launch, and no second kernel that waits for the first.
+
+The number of active splits is computed on the GPU, from position: a CUDA graph serves every length.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
-from gemma_fast.kernels._ring import HEAD_DIMS, load_block, soft_cap, softmax_step
-from gemma_fast.kernels._split_kv import chunk, count_splits, join_splits, tile
+from gemma_fast.kernels._ring import (
+    HEAD_DIMS,
+    AttentionSpec,
+    Heads,
+    Positions,
+    RingStrides,
+    load_block,
+    soft_cap,
+    softmax_step,
+)
+from gemma_fast.kernels._split_kv import (
+    Splits,
+    count_splits,
+    default_config,
+    merge_chunk,
+    merge_splits,
+)
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.attention import attention_reference
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
@@ -58,162 +100,166 @@ def decode_attention_reference(
     ).squeeze(1)  # fmt: skip
 
 
+class QKRotary(NamedTuple):
+    """Pointers to what rotates and normalises q and k."""
+
+    cos: Any  # [positions, d / 2], contiguous | None: only queries, rotated already
+    sin: Any  # as cos
+    q_norm: Any  # [d] | None: no norm
+    k_norm: Any  # [d] | None
+
+
 @triton.jit
-def _turn(
-    qkv_ptr, head_stride, cos_ptr, sin_ptr, position, q_norm_ptr, k_norm_ptr,
-    row, kv_head, n,
-    EPS: tl.constexpr, HAS_NORM: tl.constexpr, PREFETCH: tl.constexpr,
-    GROUP: tl.constexpr, HALF: tl.constexpr,
+def _rotate_new_token(
+    qkv,  # Heads of one sequence
+    rotary,  # QKRotary
+    position, row, kv_head, n,
+    SPEC: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """A kv head's queries and, as row GROUP, its key, normalised and rotated; and its value."""
-    D: tl.constexpr = 2 * HALF
-    channel, half = tl.arange(0, D)[None, :], tl.arange(0, HALF)[None, :]
-    mask, is_query = row <= GROUP, row < GROUP
+    """Loads a kv head's queries and, as row group, its key: normalised and rotated, [BLOCK_M, d].
+    Also returns its value, [1, d]."""
+    GROUP: tl.constexpr = SPEC.group
+    D: tl.constexpr = SPEC.dim
+    HALF: tl.constexpr = SPEC.dim // 2
+    channel, half = tl.arange(0, D)[None, :], tl.arange(0, HALF)[None, :]  # [1, d], [1, d / 2]
+    mask, is_query = row <= GROUP, row < GROUP  # [BLOCK_M, 1]
     angle = tl.maximum(position, 0).to(tl.int64) * HALF + half
-    cos, sin = tl.load(cos_ptr + angle), tl.load(sin_ptr + angle)
-    if HAS_NORM:
-        q_norm_ptr, k_norm_ptr = q_norm_ptr + half, k_norm_ptr + half
-        weight1 = tl.where(is_query, tl.load(q_norm_ptr), tl.load(k_norm_ptr))
-        weight2 = tl.where(is_query, tl.load(q_norm_ptr + HALF), tl.load(k_norm_ptr + HALF))
+    cos, sin = tl.load(rotary.cos + angle), tl.load(rotary.sin + angle)  # [1, d / 2]
+    if rotary.q_norm is not None:
+        q_norm, k_norm = rotary.q_norm + half, rotary.k_norm + half
+        weight1 = tl.where(is_query, tl.load(q_norm), tl.load(k_norm))  # [BLOCK_M, d / 2]
+        weight2 = tl.where(is_query, tl.load(q_norm + HALF), tl.load(k_norm + HALF))
     wait_for_previous_kernel(PREFETCH)
 
     head = tl.where(is_query, kv_head * GROUP + row, n * GROUP + kv_head)
-    x_ptr = qkv_ptr + head * head_stride + half
-    x1 = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    x_ptr = qkv.ptr + head * qkv.head_stride + half
+    x1 = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, d / 2]
     x2 = tl.load(x_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(qkv_ptr + (n * GROUP + n + kv_head) * head_stride + channel)
-    if HAS_NORM:
-        inv_rms = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / D + EPS)
+    v = tl.load(qkv.ptr + (n * GROUP + n + kv_head) * qkv.head_stride + channel)  # [1, d]
+    if rotary.q_norm is not None:
+        square_sum = tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True)  # [BLOCK_M, 1]
+        inv_rms = tl.rsqrt(square_sum / D + SPEC.eps)
         x1 *= inv_rms * (1 + weight1.to(tl.float32))
         x2 *= inv_rms * (1 + weight2.to(tl.float32))
-    turned = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin).permute(0, 2, 1)
-    return turned.reshape(mask.shape[0], D).to(qkv_ptr.dtype.element_ty), v
+    rotated = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)  # [BLOCK_M, d / 2, 2]
+    rotated = rotated.permute(0, 2, 1).reshape(mask.shape[0], D)  # [BLOCK_M, d]
+    return rotated.to(qkv.ptr.dtype.element_ty), v
 
 
 @triton.jit(do_not_specialize=["slots"])
 def _decode_attention_kernel(
-    qkv_ptr,  # [b, n * GROUP + 2 * n, d]
-    keys_ptr, values_ptr,  # [b, n, slots, d]
-    cos_ptr, sin_ptr,  # [positions, HALF], contiguous | None: only queries, that are rotated
-    position_ptr,  # [b]
-    left_padding_ptr,  # [b] | None
-    counter_ptr,  # [b * n]
-    q_norm_ptr, k_norm_ptr,  # [d] | None
-    partial_ptr,  # [b, n, splits, GROUP, d], contiguous
-    stats_ptr,  # [b, n, splits, 2, GROUP], contiguous
-    out_ptr,  # [b, n * GROUP, d], contiguous
-    qkv_batch_stride, qkv_head_stride,
-    batch_stride, kv_head_stride, slot_stride,  # of keys and of values
+    qkv,  # Heads [b, n * group + 2 * n, d], or only queries if rotary.cos is None
+    keys_ptr,  # [b, n, slots, d]
+    values_ptr,  # [b, n, slots, d]
+    strides,  # RingStrides
+    rotary,  # QKRotary
+    positions,  # Positions
+    splits,  # Splits
+    out_ptr,  # [b, n * group, d], contiguous
     slots,
-    SCALE: tl.constexpr, EPS: tl.constexpr,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,  # 0: none
-    HAS_NORM: tl.constexpr, PREFETCH: tl.constexpr,
-    GROUP: tl.constexpr, HALF: tl.constexpr,  # query heads per kv head; d / 2
-    BLOCK_M: tl.constexpr,  # rows: GROUP query heads and the new key
+    SPEC: tl.constexpr,  # AttentionSpec
+    BLOCK_M: tl.constexpr,  # rows: group query heads and the new key
     BLOCK_N: tl.constexpr,  # keys
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, JOIN: tl.constexpr,  # see _split_kv.py
-):  # fmt: skip
-    D: tl.constexpr = 2 * HALF
+    CHUNK: tl.constexpr,  # splits merged at a time
+    MERGE_COST: tl.constexpr,  # keys: see count_splits
+    PREFETCH: tl.constexpr,
+):
+    GROUP: tl.constexpr = SPEC.group
+    D: tl.constexpr = SPEC.dim
     kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    split, splits, n = tl.program_id(0), tl.num_programs(0), tl.num_programs(1)
-    position = tl.load(position_ptr + batch)
-    # The visible ones from begin to end are counted as _ring.py says.
-    turn = tl.maximum(position + 1 - slots, 0) // slots * slots
-    end = position + 1 - turn
-    begin = tl.maximum(end - (tl.minimum(slots, WINDOW) if WINDOW > 0 else slots), 0)
-    if left_padding_ptr is not None:
-        begin = tl.maximum(begin, tl.load(left_padding_ptr + batch) - turn)
-    blocks = tl.maximum(tl.cdiv(end - begin, BLOCK_N), 1)  # one for padding, too: it stores zeros
-    # As count_splits has it, but of the keys that are there by now.
-    balanced = tl.sqrt((JOIN * tl.maximum(end - begin, 0)).to(tl.float32)) / BLOCK_N
-    blocks_per_split = tl.maximum(tl.cdiv(blocks, splits), (balanced + 0.5).to(tl.int32))
+    split, max_splits, n = tl.program_id(0), tl.num_programs(0), tl.num_programs(1)
+    position = tl.load(positions.query + batch)
+    # Visible keys are oldest … end - 1, counted from the start of oldest's ring revolution.
+    revolution = tl.maximum(position + 1 - slots, 0) // slots * slots
+    end = position + 1 - revolution
+    oldest = tl.maximum(end - (tl.minimum(slots, SPEC.window) if SPEC.window > 0 else slots), 0)
+    if positions.left_padding is not None:
+        oldest = tl.maximum(oldest, tl.load(positions.left_padding + batch) - revolution)
+    blocks = tl.maximum(tl.cdiv(end - oldest, BLOCK_N), 1)  # padding has one block: it stores zeros
+    # As in count_splits, for the keys that are visible now.
+    balanced = tl.sqrt((MERGE_COST * tl.maximum(end - oldest, 0)).to(tl.float32)) / BLOCK_N
+    blocks_per_split = tl.maximum(tl.cdiv(blocks, max_splits), (balanced + 0.5).to(tl.int32))
     active = tl.cdiv(blocks, blocks_per_split)
     if split >= active:
         return
 
-    row, channel = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, D)[None, :]
+    row, channel = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, D)[None, :]  # [BLOCK_M, 1], [1, d]
     is_query = row < GROUP
-    qkv_ptr += batch * qkv_batch_stride
-    keys_ptr += batch * batch_stride + kv_head * kv_head_stride
-    values_ptr += batch * batch_stride + kv_head * kv_head_stride
-    if cos_ptr is None:
+    qkv_ptr = qkv.ptr + batch * qkv.batch_stride
+    keys_ptr += batch * strides.batch + kv_head * strides.head
+    values_ptr += batch * strides.batch + kv_head * strides.head
+    if rotary.cos is None:
         wait_for_previous_kernel(PREFETCH)
-        q_ptr = qkv_ptr + (kv_head * GROUP + row) * qkv_head_stride + channel
-        q = tl.load(q_ptr, mask=is_query, other=0.0)
+        q_ptr = qkv_ptr + (kv_head * GROUP + row) * qkv.head_stride + channel
+        q = tl.load(q_ptr, mask=is_query, other=0.0)  # [BLOCK_M, d]
     else:
-        # The new key is a row of the queries' tile: it is turned as they are, its scores are lost.
-        q, v = _turn(
-            qkv_ptr, qkv_head_stride, cos_ptr, sin_ptr, position, q_norm_ptr, k_norm_ptr,
-            row, kv_head, n, EPS, HAS_NORM, PREFETCH, GROUP, HALF,
-        )  # fmt: skip
-        slot = (position % slots).to(tl.int64) * slot_stride
+        # The new key is a row of the queries' tile, and rotated with them. Its scores are not used.
+        qkv_row = Heads(qkv_ptr, None, None, qkv.head_stride)
+        q, v = _rotate_new_token(qkv_row, rotary, position, row, kv_head, n, SPEC, PREFETCH)
+        slot = (position % slots).to(tl.int64) * strides.slot
         newest = (split == active - 1) & (position >= 0)
         tl.store(keys_ptr + slot + 0 * row + channel, q, mask=(row == GROUP) & newest)
         tl.store(values_ptr + slot + channel, v, mask=newest)
-        tl.debug_barrier()  # this program, and no other, reads them now
+        tl.debug_barrier()  # only this program reads them in this launch
 
     out = tl.zeros([BLOCK_M, D], tl.float32)
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    share = begin + split * blocks_per_split * BLOCK_N
-    for block in range(share, tl.minimum(share + blocks_per_split * BLOCK_N, end), BLOCK_N):
-        k = load_block(keys_ptr, slot_stride, slots, 0, 0, block, end, BLOCK_N, D, False)
-        scores = soft_cap(tl.dot(q, k.T, input_precision="ieee"), SCALE, SOFTCAP)
-        key = block + tl.arange(0, BLOCK_N)[None, :]
-        scores = tl.where((key >= begin) & (key < end), scores, float("-inf"))
-        weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, SCALE, SOFTCAP)
-        block_v = load_block(values_ptr, slot_stride, slots, 0, 0, block, end, BLOCK_N, D, False)
+    begin = oldest + split * blocks_per_split * BLOCK_N
+    for block in range(begin, tl.minimum(begin + blocks_per_split * BLOCK_N, end), BLOCK_N):
+        # [BLOCK_N, d]
+        k = load_block(keys_ptr, strides.slot, slots, 0, 0, block, end, BLOCK_N, D, False)
+        scores = soft_cap(tl.dot(q, k.T, input_precision="ieee"), SPEC)  # [BLOCK_M, BLOCK_N]
+        key = block + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
+        scores = tl.where((key >= oldest) & (key < end), scores, float("-inf"))
+        weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, SPEC)
+        block_v = load_block(values_ptr, strides.slot, slots, 0, 0, block, end, BLOCK_N, D, False)
         out = tl.dot(weights.to(q.dtype), block_v, out * rescale[:, None], input_precision="ieee")
 
     pair = batch * n + kv_head
     out_ptr += pair * (GROUP * D)
-    cell = row * D + channel
+    cell = row * D + channel  # [BLOCK_M, d]
     if active == 1:
-        out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+        out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]  # [BLOCK_M, d]
         tl.store(out_ptr + cell, out, mask=is_query)
     else:
-        partial_ptr += pair * splits * (GROUP * D)
-        stats_ptr += pair * splits * (2 * GROUP)
+        partial_ptr = splits.partial + pair * max_splits * (GROUP * D)
+        stats_ptr = splits.stats + pair * max_splits * (2 * GROUP)
         tl.store(partial_ptr + split * (GROUP * D) + cell, out, mask=is_query)
         stats = stats_ptr + split * (2 * GROUP) + row
         tl.store(stats, row_max[:, None], mask=is_query)
         tl.store(stats + GROUP, row_sum[:, None], mask=is_query)
-        tl.debug_barrier()  # all threads have stored: one of them announces it
-        before = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()  # all threads have stored before one of them increments the counter
+        before = tl.atomic_add(splits.counter + pair, 1, sem="acq_rel", scope="gpu")
         if before == active - 1:
-            join_splits(partial_ptr, stats_ptr, out_ptr, active, GROUP, D, ROWS, CHUNK)
-            tl.store(counter_ptr + pair, 0)
+            merge_splits(partial_ptr, stats_ptr, out_ptr, active, GROUP, D, CHUNK)
+            tl.store(splits.counter + pair, 0)
 
 
 def _launch(
-    qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor | None, sin: Tensor | None,
-    position: Tensor, left_padding: Tensor | None, counter: Tensor, q_norm: Tensor | None,
-    k_norm: Tensor | None, *, scale: float, window: int | None, softcap: float | None,
-    eps: float, prefetch: bool,
+    qkv: Tensor, keys: Tensor, values: Tensor, rotary: QKRotary, positions: Positions,
+    counter: Tensor, spec: AttentionSpec, prefetch: bool,
 ) -> Tensor:  # fmt: skip
-    (b, n, slots, d), heads = keys.shape, qkv.shape[1]
-    if cos is not None:
-        heads -= 2 * n
-    out = torch.empty(b, heads, d, dtype=qkv.dtype, device=qkv.device)
+    b, n, slots, d = keys.shape
+    out = torch.empty(b, n * spec.group, d, dtype=qkv.dtype, device=qkv.device)
     assert d in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}: {d=}"
     assert qkv.stride(2) == keys.stride(3) == 1 and keys.stride() == values.stride()
-    assert all(x is None or x.is_contiguous() for x in (cos, sin, position, left_padding, counter))
-    assert scale > 0 and window != 0 and softcap != 0
+    contiguous = (rotary.cos, rotary.sin, *positions, counter)
+    assert all(x is None or x.is_contiguous() for x in contiguous)
+    assert spec.scale > 0
     assert qkv.is_cuda or qkv.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
-    limits, visible = gpu(qkv.device), min(slots, window or slots)
-    blocks = tile(b * n, heads // n, visible, d, qkv.element_size(), limits)
-    blocks = launch_config("decode_attention", blocks)
-    splits = count_splits(b * n, blocks["JOIN"], visible, limits)
-    partial = torch.empty(b, n, splits, heads // n, d, dtype=torch.float32, device=qkv.device)
-    stats = torch.empty(b, n, splits, 2, heads // n, dtype=torch.float32, device=qkv.device)
-    _decode_attention_kernel[(splits, n, b)](
-        qkv, keys, values, cos, sin, position, left_padding, counter, q_norm, k_norm,
-        partial, stats, out,
-        *qkv.stride()[:2], *keys.stride()[:3], slots,
-        SCALE=scale, SOFTCAP=softcap or 0.0, WINDOW=window or 0, EPS=eps,
-        HAS_NORM=q_norm is not None, GROUP=heads // n, HALF=d // 2,
-        CHUNK=chunk(blocks["ROWS"], d, blocks["num_warps"]),
-        **blocks, **limits.overlap(prefetch),
+    limits, visible = gpu(qkv.device), min(slots, spec.window or slots)
+    config = default_config(b * n, spec.group, visible, d, qkv.element_size(), limits)
+    config = launch_config("decode_attention", config)
+    count = count_splits(b * n, config["MERGE_COST"], visible, limits)
+    partial = torch.empty(b, n, count, spec.group, d, dtype=torch.float32, device=qkv.device)
+    stats = torch.empty(b, n, count, 2, spec.group, dtype=torch.float32, device=qkv.device)
+    batch_stride, head_stride, _ = qkv.stride()
+    _decode_attention_kernel[(count, n, b)](
+        Heads(qkv, batch_stride, None, head_stride), keys, values, RingStrides(*keys.stride()[:3]),
+        rotary, positions, Splits(partial, stats, counter), out, slots,
+        SPEC=spec, CHUNK=merge_chunk(spec.group, d, config["num_warps"]),
+        **config, **limits.overlap(prefetch),
     )  # fmt: skip
     return out
 
@@ -230,7 +276,8 @@ def decode_attention(
     window: int | None = None, softcap: float | None = None, eps: float = 1e-6,
     prefetch: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Attention of one new token a sequence, which joins the cache. Off the GPU, the reference."""
+    """Attention of one new token per sequence, whose K and V are written to the cache. Off the GPU
+    it runs the reference."""
     n, slots = keys.shape[1:3]
     b, heads, d = qkv.shape[0], qkv.shape[1] - 2 * n, qkv.shape[2]
     assert keys.shape == values.shape == (b, n, slots, d), f"{tuple(keys.shape)=}, {qkv.shape=}"
@@ -244,16 +291,16 @@ def decode_attention(
     if not qkv.numel():
         return qkv.new_empty(b, heads, d)
     if not runs_triton(qkv):
-        used = min(max(int(position.max()) + 1, 1), slots)  # until it wraps, a ring is its begin
+        used = min(max(int(position.max()) + 1, 1), slots)  # slots from here on are unused
         return decode_attention_reference(
             qkv, keys[:, :, :used], values[:, :, :used], cos, sin, position, q_norm, k_norm,
             scale=scale, window=window, softcap=softcap, eps=eps,
         )  # fmt: skip
 
-    return _launch(
-        qkv, keys, values, cos, sin, position, None, counter, q_norm, k_norm,
-        scale=scale, window=window, softcap=softcap, eps=eps, prefetch=prefetch,
-    )  # fmt: skip
+    assert window != 0 and softcap != 0
+    spec = AttentionSpec(heads // n, d, scale, softcap or 0.0, window or 0, eps)
+    rotary = QKRotary(cos, sin, q_norm, k_norm)
+    return _launch(qkv, keys, values, rotary, Positions(position, None), counter, spec, prefetch)
 
 
 @op(fake=lambda q, *_, **__: q.new_empty(q.shape), mutates_args=("counter",))
@@ -261,8 +308,8 @@ def split_attention(
     q: Tensor, keys: Tensor, values: Tensor, position: Tensor, left_padding: Tensor | None,
     counter: Tensor, *, scale: float, window: int | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of one query a sequence over a cache that holds its key. Off the GPU, the
-    reference of attention.py."""
+    """Attention of one query per sequence over a cache that already holds its key. Off the GPU it
+    runs the reference of attention.py."""
     (b, heads, d), (n, slots) = q.shape, keys.shape[1:3]
     assert keys.shape == values.shape == (b, n, slots, d), f"{tuple(keys.shape)=}, {q.shape=}"
     assert heads % n == 0, f"{heads} query heads are not a multiple of {n} kv heads"
@@ -277,7 +324,7 @@ def split_attention(
             q.unsqueeze(1), keys, values, None, None, position,
             scale=scale, left_padding=left_padding, window=window, softcap=softcap,
         ).squeeze(1)  # fmt: skip
-    return _launch(
-        q, keys, values, None, None, position, left_padding, counter, None, None,
-        scale=scale, window=window, softcap=softcap, eps=0.0, prefetch=False,
-    )  # fmt: skip
+    assert window != 0 and softcap != 0
+    spec = AttentionSpec(heads // n, d, scale, softcap or 0.0, window or 0, eps=0.0)
+    rotary, positions = QKRotary(None, None, None, None), Positions(position, left_padding)
+    return _launch(q, keys, values, rotary, positions, counter, spec, prefetch=False)

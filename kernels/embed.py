@@ -1,13 +1,13 @@
-"""Embedding: rows of the table, scaled.
+"""Embedding lookup, scaled.
 
     y = weight[ids] * scale
 
-ids    :: [b, t], int64; below zero, a token that was refused: row 0
+ids    :: [b, t], int64; below zero (a token that could not be sampled): row 0
 weight :: [vocab, dim], bf16 | fp16 | fp32
 y      :: [b, t, dim], weight.dtype
 
-Gemma's scale, sqrt(dim), is rounded to the weight's dtype before it multiplies, and so is scale
-here; the product is rounded once.
+Gemma rounds its scale, sqrt(dim), to the weight's dtype before the multiplication, and so does this
+kernel. The result is rounded once.
 Bound by memory: bytes = 2 * y.numel() * itemsize. Walk-through step: embed.
 """
 
@@ -51,9 +51,9 @@ def _rounded(scale: float, dtype: torch.dtype) -> float:
 
 @op(fake=lambda ids, weight, *_, **__: weight.new_empty(*ids.shape, weight.shape[1]))
 def embed(ids: Tensor, weight: Tensor, scale: float, *, prefetch: bool = False) -> Tensor:
-    """The scaled rows of ids, contiguous. Off the GPU, the reference.
+    """Scaled rows of the table, contiguous. Off the GPU it runs the reference.
 
-    prefetch: this may be launched while the kernel ahead, which wrote ids, still runs.
+    prefetch: start while the previous kernel, which writes ids, still runs, and wait for it (PDL).
     """
     assert ids.dtype == torch.int64 and weight.is_contiguous()
     if not runs_triton(weight):
@@ -61,11 +61,11 @@ def embed(ids: Tensor, weight: Tensor, scale: float, *, prefetch: bool = False) 
     ids, dim = ids.contiguous(), weight.shape[1]
     out = torch.empty(*ids.shape, dim, dtype=weight.dtype, device=weight.device)
     table = {"BLOCK": min(triton.next_power_of_2(dim), 1024), "num_warps": 4}
-    blocks = launch_config("embed", table)
+    config = launch_config("embed", table)
     if out.numel():
-        _embed_kernel[(ids.numel(), triton.cdiv(dim, blocks["BLOCK"]))](
+        _embed_kernel[(ids.numel(), triton.cdiv(dim, config["BLOCK"]))](
             ids, weight, out,
             SCALE=_rounded(scale, weight.dtype), DIM=dim,
-            **blocks, **gpu(weight.device).overlap(prefetch),
+            **config, **gpu(weight.device).overlap(prefetch),
         )  # fmt: skip
     return out

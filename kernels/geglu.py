@@ -1,17 +1,17 @@
-"""GeGLU, the gated activation of the MLP: on the product of both projections, or within it.
+"""GeGLU, the gated activation of the MLP: after both projections, or fused into their matmul.
 
     geglu          y = gelu(gate) * up
-    gate_up_geglu  the same, of gate, up = halves of x @ gate_up_projᵀ, which is never written out
+    gate_up_geglu  y = geglu(gate, up); gate, up = halves of x @ gate_up_projᵀ, never written out
     gelu(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g³)))     # the tanh approximation
 
-gate, up     :: [..., dim], bf16 | fp16 | fp32; halves of one product are fine
+gate, up     :: [..., dim], bf16 | fp16 | fp32; may be halves of one tensor
 x            :: [..., hidden], bf16 | fp16 | fp32
-gate_up_proj :: [2 * dim, hidden], x.dtype; the first half of the rows projects to the gate
+gate_up_proj :: [2 * dim, hidden], x.dtype; rows of the gate, then rows of up
 y            :: [..., dim], the input's dtype
 
-Computed in fp32 and rounded once. (Eager PyTorch rounds gelu(gate) too, and the product before.)
+Computed in fp32 and rounded once. (Eager PyTorch also rounds gelu(gate) and the projections.)
 geglu is bound by memory: bytes = 3 * y.numel() * itemsize. gate_up_geglu is bound by compute:
-FLOPs = 4 * y.numel() * hidden; it spares 4 * y.numel() * itemsize bytes. Walk-through step: GeGLU.
+FLOPs = 4 * y.numel() * hidden; it saves 4 * y.numel() * itemsize bytes. Walk-through step: GeGLU.
 """
 
 from typing import Any
@@ -35,7 +35,8 @@ def gate_up_geglu_reference(x: Tensor, gate_up_proj: Tensor) -> Tensor:
 
 
 @triton.jit
-def geglu_tile(gate, up):
+def geglu_in_fp32(gate, up):
+    """gelu(gate) * up, elementwise."""
     z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
     return gate * tl.sigmoid(2 * z) * up  # (1 + tanh(z)) / 2 == sigmoid(2 z)
 
@@ -58,7 +59,7 @@ def _geglu_kernel(
     up_ptr += row * up_row_stride
     gate = tl.load(gate_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * DIM + cols, geglu_tile(gate, up), mask=mask)
+    tl.store(out_ptr + row * DIM + cols, geglu_in_fp32(gate, up), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -72,46 +73,48 @@ def _gate_up_geglu_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of the gate, and the same ones of up
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,  # tiles of rows that share weights while those lie in the L2 cache
+    GROUP: tl.constexpr,  # tiles of rows that share weights in the L2 cache
     DESCRIPTORS: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(DIM, BLOCK_N)
-    # Flattened into one loop, so that a tile's first loads overlap the epilogue of the one before.
+    # Flattened into one loop: a tile's first loads overlap the epilogue of the previous tile.
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         group = tile // (GROUP * tiles_n) * GROUP
         group_m = tl.minimum(tiles_m - group, GROUP)
         row = (group + tile % (GROUP * tiles_n) % group_m) * BLOCK_M
         col = tile % (GROUP * tiles_n) // group_m * BLOCK_N
-        m, n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+        m, n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)  # [BLOCK_M], [BLOCK_N]
 
-        # One product for both, because Hopper's is fastest when 256 columns wide.
+        # One matmul for gate and up: Hopper's is fastest when it is 256 columns wide.
         gate_up = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
         for k in range(0, HIDDEN, BLOCK_K):
             if DESCRIPTORS:
-                a = x.load([row, k])
-                b = gate_up_proj.load([0, col, k]).reshape([2 * BLOCK_N, BLOCK_K])
+                a = x.load([row, k])  # [BLOCK_M, BLOCK_K]
+                b = gate_up_proj.load([0, col, k])  # [2, BLOCK_N, BLOCK_K]
+                b = b.reshape([2 * BLOCK_N, BLOCK_K])
             else:
                 channel = (tl.multiple_of(k, BLOCK_K) + tl.arange(0, BLOCK_K))[None, :]
-                side = tl.arange(0, 2 * BLOCK_N)
+                side = tl.arange(0, 2 * BLOCK_N)  # gate columns, then up columns
                 side = side // BLOCK_N * DIM + (col + side % BLOCK_N) % DIM
                 a_ptr = x + (m % rows).to(tl.int64)[:, None] * HIDDEN + channel
                 b_ptr = gate_up_proj + side.to(tl.int64)[:, None] * HIDDEN + channel
-                a = tl.load(a_ptr, mask=channel < HIDDEN, other=0.0)
-                b = tl.load(b_ptr, mask=channel < HIDDEN, other=0.0)
-            gate_up = tl.dot(a, b.T, gate_up, input_precision="ieee")
-        gate, up = gate_up.reshape([BLOCK_M, 2, BLOCK_N]).permute(0, 2, 1).split()
+                a = tl.load(a_ptr, mask=channel < HIDDEN, other=0.0)  # [BLOCK_M, BLOCK_K]
+                b = tl.load(b_ptr, mask=channel < HIDDEN, other=0.0)  # [2 * BLOCK_N, BLOCK_K]
+            gate_up = tl.dot(a, b.T, gate_up, input_precision="ieee")  # [BLOCK_M, 2 * BLOCK_N]
+        gate_up = gate_up.reshape([BLOCK_M, 2, BLOCK_N]).permute(0, 2, 1)  # [BLOCK_M, BLOCK_N, 2]
+        gate, up = gate_up.split()  # [BLOCK_M, BLOCK_N]
         out = out_ptr + m.to(tl.int64)[:, None] * DIM + n[None, :]
-        tl.store(out, geglu_tile(gate, up), mask=(m < rows)[:, None] & (n < DIM)[None, :])
+        tl.store(out, geglu_in_fp32(gate, up), mask=(m < rows)[:, None] & (n < DIM)[None, :])
 
 
-def tile(dim: int) -> dict[str, int]:
-    """Of geglu: columns of a row, and warps."""
+def default_config(dim: int) -> dict[str, int]:
+    """Launch config of geglu."""
     return {"BLOCK": min(triton.next_power_of_2(dim), 1024), "num_warps": 4}
 
 
 @op(fake=lambda gate, up: torch.empty_like(gate, memory_format=torch.contiguous_format))
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up. Falls back to the reference off the GPU."""
+    """gelu(gate) * up. Off the GPU it runs the reference."""
     assert gate.shape == up.shape and gate.dtype == up.dtype, (
         f"gate {tuple(gate.shape)} {gate.dtype} does not fit up {tuple(up.shape)} {up.dtype}"
     )
@@ -122,29 +125,29 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     dim = gate.shape[-1]
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gate, up = gate.reshape(-1, dim), up.reshape(-1, dim)
-    blocks = launch_config("geglu", tile(dim))
+    config = launch_config("geglu", default_config(dim))
     if gate.shape[0]:
-        _geglu_kernel[(gate.shape[0], triton.cdiv(dim, blocks["BLOCK"]))](
-            gate, up, out, gate.stride(0), up.stride(0), DIM=dim, **blocks
+        _geglu_kernel[(gate.shape[0], triton.cdiv(dim, config["BLOCK"]))](
+            gate, up, out, gate.stride(0), up.stride(0), DIM=dim, **config
         )
     return out
 
 
-def gate_up_tile(rows: int, itemsize: int, gpu: Gpu) -> dict[str, int]:
-    """What fits in shared memory and does not spill registers."""
+def gate_up_config(rows: int, itemsize: int, gpu: Gpu) -> dict[str, int]:
+    """Launch config of gate_up_geglu. It fits in shared memory and spills no registers."""
     group = {"GROUP": 8, "num_warps": 8}
     if itemsize == 4:  # no tensor cores
         return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_stages": 2} | group
     block_m = 64 if rows <= 64 else 128
     if gpu.shared_memory > 200_000:
         return {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 4} | group
-    stages = 4 if gpu.shared_memory > 160_000 else 3  # of 99 KB two programs take 3 stages
+    stages = 4 if gpu.shared_memory > 160_000 else 3  # with 3, two programs fit in 99 KB
     return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 32, "num_stages": stages} | group
 
 
 @op(fake=lambda x, gate_up_proj: x.new_empty(*x.shape[:-1], gate_up_proj.shape[0] // 2))
 def gate_up_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
-    """geglu(x @ gate_up_projᵀ) in one kernel. Falls back to the reference off the GPU."""
+    """geglu of the halves of x @ gate_up_projᵀ, in one kernel. Off the GPU: the reference."""
     (double, hidden), dim = gate_up_proj.shape, gate_up_proj.shape[0] // 2
     assert double == 2 * dim and x.shape[-1] == hidden, (
         f"{tuple(gate_up_proj.shape)=} does not fit {tuple(x.shape)=}"
@@ -155,19 +158,19 @@ def gate_up_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
     assert x.dtype == gate_up_proj.dtype and gate_up_proj.is_contiguous()
     assert x.is_cuda or x.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
     matrix = x.reshape(-1, hidden).contiguous()
-    if matrix.data_ptr() % 16:  # neither descriptors nor wide loads could read it
+    if matrix.data_ptr() % 16:  # descriptors and 16-byte loads need an aligned address
         matrix = matrix.clone()
     rows, limits = matrix.shape[0], gpu(x.device)
     out = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
     operands: list[Any] = [matrix, gate_up_proj.view(2, dim, hidden)]
-    blocks = gate_up_tile(rows, x.element_size(), limits)
-    blocks["DESCRIPTORS"] = limits.can_describe(*operands)
-    blocks = launch_config("gate_up_geglu", blocks)
-    programs = triton.cdiv(rows, blocks["BLOCK_M"]) * triton.cdiv(dim, blocks["BLOCK_N"])
-    if rows and blocks["DESCRIPTORS"]:
+    config = gate_up_config(rows, x.element_size(), limits)
+    config["DESCRIPTORS"] = limits.can_describe(*operands)
+    config = launch_config("gate_up_geglu", config)
+    programs = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(dim, config["BLOCK_N"])
+    if rows and config["DESCRIPTORS"]:
         programs = min(programs, limits.multiprocessors)
-        m, n, k = (blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        m, n, k = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
         operands = list(map(TensorDescriptor.from_tensor, operands, ([m, k], [2, n, k])))
     if rows:
-        _gate_up_geglu_kernel[(programs,)](*operands, out, rows, HIDDEN=hidden, DIM=dim, **blocks)
+        _gate_up_geglu_kernel[(programs,)](*operands, out, rows, HIDDEN=hidden, DIM=dim, **config)
     return out.view(*x.shape[:-1], dim)

@@ -1,8 +1,8 @@
-"""How kernels are launched: where Triton runs, the limits of the GPU, the launch config.
+"""Launching kernels: whether Triton runs, the limits of the GPU, the launch config.
 
-config = launch_config("attention", tile(…))      # in every launcher: the table's entry
-with override("attention", BLOCK_N=32): …          # for tuning: another entry
-with as_on(Gpu(90, 232_448, 132)): …               # for tests: the limits of another GPU
+config = launch_config("attention", default_config(…))  # in every launcher
+with override("attention", BLOCK_N=32): …                # in tuning: another launch config
+with as_on(Gpu(90, 232_448, 132)): …                     # in tests: the limits of another GPU
 """
 
 import functools
@@ -17,12 +17,14 @@ from gemma_fast.kernels._triton import knobs, triton
 
 
 class Gpu(NamedTuple):
+    """Limits of a GPU that launch configs depend on."""
+
     capability: int  # 90: compute capability 9.0
-    shared_memory: int  # bytes that one program can have
+    shared_memory: int  # bytes available to one program
     multiprocessors: int
 
     def can_describe(self, *tensors: Tensor) -> bool:
-        """Whether tensor descriptors can copy tiles of them, in hardware (TMA), to tensor cores."""
+        """Whether tensor descriptors can copy tiles of them to shared memory in hardware (TMA)."""
         return self.capability >= 90 and all(
             x.element_size() == 2
             and all(n % 16 == 0 for n in (x.data_ptr(), *(2 * s for s in x.stride()[:-1])))
@@ -30,7 +32,7 @@ class Gpu(NamedTuple):
         )
 
     def overlap(self, prefetch: bool) -> dict[str, bool]:
-        """Options of a kernel that begins with `wait_for_previous_kernel`."""
+        """Launch options of a kernel that calls `wait_for_previous_kernel`."""
         if prefetch and self.capability >= 90:
             return {"PREFETCH": True, "launch_pdl": True}
         return {"PREFETCH": False}
@@ -41,27 +43,27 @@ _as_on: list[Gpu] = []
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether ops run their kernels on x, compiled or interpreted, and not their references."""
+    """Whether ops run their kernels on x, compiled or interpreted, instead of their references."""
     return x.is_cuda or bool(knobs.runtime.interpret)
 
 
 def gpu(device: torch.device) -> Gpu:
-    """The limits that launch configs are chosen by; the smallest, for the interpreter."""
+    """Limits of the device; for a CPU (the interpreter), those of a small GPU."""
     return _as_on[-1] if _as_on else _limits(device)
 
 
 def launch_config(kernel: str, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of the kernel's table, with the values of an `override` in force.
+    """Returns the kernel's launch config: `table`, updated by an active `override`.
 
-    Multiplications and additions are fused, whatever this Triton's default is: it differs between
-    versions and can be set in the environment, and results would differ with it.
+    FP fusion (multiply-add) is set explicitly: results depend on it, and Triton's default differs
+    between versions and can be changed in the environment.
     """
     return {"enable_fp_fusion": True, **table, **_overrides.get(kernel, {})}
 
 
 @contextmanager
 def override(kernel: str, **config: Any) -> Iterator[None]:
-    """Within it the kernel's launch config has these values, in every thread: for one at a time."""
+    """Sets values of the kernel's launch config inside the `with` block, for all threads."""
     before = _overrides.get(kernel)
     _overrides[kernel] = {**(before or {}), **config}
     try:
@@ -74,8 +76,7 @@ def override(kernel: str, **config: Any) -> Iterator[None]:
 
 @contextmanager
 def as_on(limits: Gpu) -> Iterator[None]:
-    """Within it kernels are launched as on a GPU of these limits, in every thread: for one at a
-    time."""
+    """Launches kernels with the limits of another GPU inside the `with` block, for all threads."""
     _as_on.append(limits)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The products of decoding: few rows of activations, and every weight read once.
+"""Matmuls of a decode step: few rows of activations, each weight read once.
 
     linear       y = x @ weightᵀ
     norm_linear  h = residual + x, or in Gemma 2 and 3 residual + rms_norm(x, post_norm_weight)
@@ -9,11 +9,11 @@ weight           :: [out, dim], x.dtype
 norm_weight      :: [dim], any float; post_norm_weight :: the same, or None
 y                :: [..., out], with geglu [..., out / 2]; h :: [..., dim]; both x.dtype
 
-The norm, h and the normalised row are rounded as rmsnorm.py rounds them, sums are in fp32. Up to
-MAX_ROWS rows (_product.py) are one launch: each program reads all of x, whose norm is one number a
-row, and some rows of the weight; the first writes h. Its first weights are on their way before the
-kernel ahead is done (prefetch). One row is multiplied elementwise, more by the tensor cores. Above
-MAX_ROWS, the norm, the library's product and geglu follow each other.
+The norm, h and the normalised row are rounded as in rmsnorm.py; sums are in fp32. Up to MAX_ROWS
+rows are one launch: one row in registers (_gemv.py), 2 to 8 on tensor cores (_skinny.py). Each
+program loads all of x and some rows of the weight; program 0 stores h. With `prefetch`, the first
+block of the weight is fetched before the wait for the previous kernel. More rows take three steps:
+norm, PyTorch's matmul, GeGLU.
 Bound by memory: bytes = weight.numel() * itemsize. Walk-through steps: project to Q, K, V; MLP.
 """
 
@@ -21,31 +21,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma_fast.kernels._gemv import default_config as gemv_config
+from gemma_fast.kernels._gemv import gemv
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
-from gemma_fast.kernels._product import (
-    check_product,
-    first_weight,
-    is_matvec,
-    norm_scales,
-    product,
-    tile,
-)
+from gemma_fast.kernels._skinny import MAX_ROWS, prefetch_weight, skinny_matmul
+from gemma_fast.kernels._skinny import default_config as skinny_config
+from gemma_fast.kernels._stream import Scales, Stream, load_weight, norm_scales
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.geglu import geglu as geglu_of
-from gemma_fast.kernels.geglu import geglu_tile
-from gemma_fast.kernels.launch import gpu, launch_config
+from gemma_fast.kernels.geglu import geglu_in_fp32
+from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _matvec_kernel(
-    x_ptr,  # [rows, DIM]
-    residual_ptr,  # [rows, DIM] | None
-    norm_weight_ptr,  # [DIM] | None
-    post_norm_weight_ptr,  # [DIM] | None
-    weight_ptr,  # [OUT, DIM], with GEGLU [2 * OUT, DIM]
+    stream,  # Stream
+    weight_ptr,  # [OUT, DIM]; with GEGLU [2 * OUT, DIM], gate then up
     out_ptr,  # [rows, OUT]
-    sum_ptr,  # [rows, DIM] | None
+    h_ptr,  # [rows, DIM] | None
     rows,
     EPS: tl.constexpr,
     DIM: tl.constexpr,
@@ -54,33 +48,61 @@ def _matvec_kernel(
     BLOCK_B: tl.constexpr,  # rows, rounded up
     BLOCK_N: tl.constexpr,  # rows of the weight; with GEGLU half of them gate, half up
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,  # blocks under way at once, and one ahead of all
-    HAS_NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_POST_NORM: tl.constexpr,
+    STAGES: tl.constexpr,  # blocks in flight at once
     PREFETCH: tl.constexpr,
 ):
-    COLS: tl.constexpr = BLOCK_N // 2 if GEGLU else BLOCK_N  # of the output
+    COLS: tl.constexpr = BLOCK_N // 2 if GEGLU else BLOCK_N  # columns of the output
     program, n = tl.program_id(0), tl.arange(0, BLOCK_N)
-    weight_row = (program * COLS + n % COLS) % OUT + n // COLS * OUT
-    weight = first_weight(weight_ptr, weight_row, DIM, BLOCK_B, BLOCK_K, PREFETCH)
+    weight_row = (program * COLS + n % COLS) % OUT + n // COLS * OUT  # [BLOCK_N]
+    if BLOCK_B == 1:
+        first_weight = load_weight(weight_ptr, weight_row, 0, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+    elif PREFETCH:
+        prefetch_weight(weight_ptr, weight_row, DIM, BLOCK_K)
     wait_for_previous_kernel(PREFETCH)
-    scale, post_scale = 0.0, 0.0
-    if HAS_NORM:
-        scale, post_scale = norm_scales(
-            x_ptr, residual_ptr, post_norm_weight_ptr, sum_ptr, rows, program == 0,
-            EPS, DIM, BLOCK_B, BLOCK_K, HAS_RESIDUAL, HAS_POST_NORM,
-        )  # fmt: skip
-    out = product(
-        weight, weight_ptr, weight_row,
-        x_ptr, residual_ptr, norm_weight_ptr, post_norm_weight_ptr, scale, post_scale, rows,
-        DIM, BLOCK_B, BLOCK_K, STAGES, HAS_NORM, HAS_RESIDUAL, HAS_POST_NORM,
-    )  # fmt: skip
+    scales = Scales(0.0, 0.0)
+    if stream.norm_weight is not None:
+        scales = norm_scales(stream, h_ptr, rows, program == 0, EPS, DIM, BLOCK_B, BLOCK_K)
+    if BLOCK_B == 1:  # [BLOCK_N, BLOCK_B]
+        out = gemv(first_weight, weight_ptr, weight_row, stream, scales, rows, DIM, BLOCK_K, STAGES)
+    else:
+        out = skinny_matmul(
+            weight_ptr, weight_row, stream, scales, rows, DIM, BLOCK_B, BLOCK_K, STAGES
+        )
     if GEGLU:
-        gate, up = out.reshape([2, COLS, BLOCK_B]).permute(1, 2, 0).split()
-        out = geglu_tile(gate, up)
+        gate, up = out.reshape([2, COLS, BLOCK_B]).permute(1, 2, 0).split()  # [COLS, BLOCK_B]
+        out = geglu_in_fp32(gate, up)
     col, row = program * COLS + tl.arange(0, COLS)[:, None], tl.arange(0, BLOCK_B)[None, :]
     tl.store(out_ptr + row * OUT + col, out, mask=(col < OUT) & (row < rows))
+
+
+def default_config(rows: int, out: int, dim: int, itemsize: int) -> dict[str, int]:
+    """Launch config for `rows` rows and a weight [out, dim]."""
+    return gemv_config(out, dim, itemsize) if rows == 1 else skinny_config(out, itemsize)
+
+
+def check_matmul(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor | None,
+    post_norm_weight: Tensor | None, weight: Tensor,
+) -> None:  # fmt: skip
+    dim = weight.shape[1]
+    assert x.shape[-1] == dim, f"{tuple(weight.shape)=} does not fit {tuple(x.shape)=}"
+    for norm in (norm_weight, post_norm_weight):
+        assert norm is None or norm.shape == (dim,), f"{tuple(norm.shape)=}, {tuple(x.shape)=}"
+        assert norm is None or norm.stride(0) == 1, "a norm's weight must be contiguous"
+    assert residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    assert residual is not None or post_norm_weight is None, "a post-norm needs a residual"
+
+
+def is_matvec(x: Tensor, weight: Tensor) -> bool:
+    """Whether x @ weightᵀ takes this file's kernel: Triton runs, and x has 1 to MAX_ROWS rows."""
+    if not runs_triton(x) or not 0 < x[..., 0].numel() <= MAX_ROWS:
+        return False
+    assert x.dtype == weight.dtype and weight.is_contiguous(), f"{x.dtype=}, {weight.dtype=}"
+    one_row = x.numel() == x.shape[-1]
+    assert x.is_cuda or one_row or x.dtype != torch.bfloat16, (
+        "the interpreter multiplies bf16 as integers"
+    )
+    return True
 
 
 def _launch(
@@ -88,36 +110,35 @@ def _launch(
     post_norm_weight: Tensor | None, weight: Tensor, geglu: bool, eps: float, prefetch: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     out_dim, dim = weight.shape[0] // (1 + geglu), weight.shape[1]
-    flat = x.reshape(-1, dim).contiguous()
+    flat = x.reshape(-1, dim).contiguous()  # [rows, dim]
     rows = flat.shape[0]
     out = torch.empty((rows, out_dim), dtype=x.dtype, device=x.device)
-    total = None if norm_weight is None else torch.empty_like(flat)
+    h = None if norm_weight is None else torch.empty_like(flat)
     if residual is not None:
         residual = residual.reshape(-1, dim).contiguous()
-    blocks = launch_config("matvec", tile(rows, weight.shape[0], dim, x.element_size()))
-    _matvec_kernel[(triton.cdiv(out_dim, blocks["BLOCK_N"] // (1 + geglu)),)](
-        flat, residual, norm_weight, post_norm_weight, weight, out, total, rows,
-        EPS=eps, DIM=dim, OUT=out_dim, GEGLU=geglu,
-        HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
-        HAS_POST_NORM=post_norm_weight is not None, **blocks, **gpu(x.device).overlap(prefetch),
+    config = default_config(rows, weight.shape[0], dim, x.element_size())
+    config = launch_config("matvec", config)
+    _matvec_kernel[(triton.cdiv(out_dim, config["BLOCK_N"] // (1 + geglu)),)](
+        Stream(flat, residual, norm_weight, post_norm_weight), weight, out, h, rows,
+        EPS=eps, DIM=dim, OUT=out_dim, GEGLU=geglu, **config, **gpu(x.device).overlap(prefetch),
     )  # fmt: skip
-    return out.view(*x.shape[:-1], out_dim), None if total is None else total.view(x.shape)
+    return out.view(*x.shape[:-1], out_dim), None if h is None else h.view(x.shape)
 
 
 @op(fake=lambda x, weight, **_: x.new_empty(*x.shape[:-1], weight.shape[0]))
 def linear(x: Tensor, weight: Tensor, *, prefetch: bool = False) -> Tensor:
-    """x @ weightᵀ. Off the GPU, and for more than MAX_ROWS rows, PyTorch's product.
+    """x @ weightᵀ. Off the GPU, and for more than MAX_ROWS rows, it runs PyTorch's matmul.
 
-    prefetch: weights that no kernel is still writing may be read while the kernel ahead runs.
+    prefetch: read the weight while the previous kernel still runs. No running kernel may write it.
     """
-    check_product(x, None, None, None, weight)
+    check_matmul(x, None, None, None, weight)
     if is_matvec(x, weight):
         return _launch(x, None, None, None, weight, False, 0.0, prefetch)[0]
     if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        # F.linear takes MKL's product, which reads weights 2.6 times slower on an AMD processor
-        # (benchmarks/LOG.md); this is oneDNN's, as Inductor calls it.
+        # F.linear calls MKL, which reads weights 2.6 times slower on an AMD processor
+        # (benchmarks/LOG.md). This calls oneDNN, as Inductor does.
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    # One matrix: of a strided batch F.linear makes a batched product and copies the weights.
+    # As one matrix: for a strided batch F.linear runs a batched matmul and copies the weight.
     rows = x.reshape(-1, x.shape[-1])
     return F.linear(rows, weight).view(*x.shape[:-1], weight.shape[0])
 
@@ -134,11 +155,11 @@ def norm_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, post_norm_weight: Tensor | None,
     weight: Tensor, *, geglu: bool = False, eps: float = 1e-6, prefetch: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, h), see above. Off the GPU, and for more than MAX_ROWS rows, step by step.
+    """Returns (y, h). Off the GPU, and for more than MAX_ROWS rows, it runs step by step.
 
-    prefetch: weights that no kernel is still writing may be read while the kernel ahead runs.
+    prefetch: as in linear.
     """
-    check_product(x, residual, norm_weight, post_norm_weight, weight)
+    check_matmul(x, residual, norm_weight, post_norm_weight, weight)
     if is_matvec(x, weight):
         y, h = _launch(
             x, residual, norm_weight, post_norm_weight, weight, geglu, eps, prefetch

@@ -1,15 +1,15 @@
-"""RMSNorm in one pass: each row is read once, normalised in fp32, and written once.
+"""RMSNorm in one pass: each row is read once, normalised in fp32 and written once.
 
     rms_norm      y = x / sqrt(mean(x², axis=-1) + eps) * (1 + weight)
     add_rms_norm  h = residual + x, or in Gemma 2 and 3 residual + rms_norm(x, post_weight)
                   y = rms_norm(h, weight)
 
 x, residual         :: [..., dim], bf16 | fp16 | fp32
-weight, post_weight :: [dim], any float; the checkpoint has `weight`, and `1 + weight` scales
+weight, post_weight :: [dim], any float; the checkpoint stores w, the norm multiplies by 1 + w
 y, h                :: [..., dim], x.dtype
 
-Gemma scales in fp32 and rounds once, at the store. (Llama rounds before it scales.) Post-norm and
-sum are rounded to x.dtype before they are read, as they are when the steps are apart.
+Gemma scales in fp32 and rounds once, at the store. (Llama rounds before it scales.) The post-norm's
+result and h are rounded to x.dtype, as in separate steps.
 Bound by memory: bytes = 2 (4 with the residual) * x.numel() * itemsize. Walk-through step: RMSNorm.
 """
 
@@ -37,6 +37,7 @@ def add_rms_norm_reference(
 
 @triton.jit
 def _normalise(x, weight_ptr, cols, mask, EPS: tl.constexpr, DIM: tl.constexpr):
+    """RMSNorm of one row, [BLOCK], fp32."""
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     return x * tl.rsqrt(tl.sum(x * x) / DIM + EPS) * (1 + weight)
 
@@ -48,33 +49,31 @@ def _rms_norm_kernel(
     weight_ptr,  # [DIM]
     post_weight_ptr,  # [DIM] | None
     out_ptr,  # [rows, DIM], contiguous
-    sum_ptr,  # [rows, DIM], contiguous | None
+    h_ptr,  # [rows, DIM], contiguous | None
     x_row_stride,
     residual_row_stride,
     EPS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,  # DIM rounded up to a power of two
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_POST_NORM: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # int64: row * DIM passes 2**31 on long batches
-    cols = tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK)  # [BLOCK]
     mask = cols < DIM
     dtype = out_ptr.dtype.element_ty
 
     x = tl.load(x_ptr + row * x_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
+    if residual_ptr is not None:
         residual = tl.load(residual_ptr + row * residual_row_stride + cols, mask=mask, other=0.0)
-        if HAS_POST_NORM:
+        if post_weight_ptr is not None:
             x = _normalise(x, post_weight_ptr, cols, mask, EPS, DIM).to(dtype).to(tl.float32)
         h = (x + residual.to(tl.float32)).to(dtype)
-        tl.store(sum_ptr + row * DIM + cols, h, mask=mask)
+        tl.store(h_ptr + row * DIM + cols, h, mask=mask)
         x = h.to(tl.float32)
     tl.store(out_ptr + row * DIM + cols, _normalise(x, weight_ptr, cols, mask, EPS, DIM), mask=mask)
 
 
-def tile(dim: int) -> dict[str, int]:
-    """A whole row, and warps."""
+def default_config(dim: int) -> dict[str, int]:
+    """Launch config: a block is a whole row."""
     block = triton.next_power_of_2(dim)
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
 
@@ -88,19 +87,18 @@ def _launch(
         assert x.stride(-1) == w.stride(0) == 1, "rows and weights must be contiguous"
     rows = x.reshape(-1, dim)
     out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-    total, residual_row_stride = None, 0
+    h, residual_row_stride = None, 0
     if residual is not None:
         assert residual.shape == x.shape and residual.dtype == x.dtype and residual.stride(-1) == 1
         residual = residual.reshape(-1, dim)
-        total, residual_row_stride = torch.empty_like(out), residual.stride(0)
+        h, residual_row_stride = torch.empty_like(out), residual.stride(0)
 
     if rows.shape[0]:
         _rms_norm_kernel[(rows.shape[0],)](
-            rows, residual, weight, post_weight, out, total, rows.stride(0), residual_row_stride,
-            EPS=eps, DIM=dim, HAS_RESIDUAL=residual is not None,
-            HAS_POST_NORM=post_weight is not None, **launch_config("rms_norm", tile(dim)),
+            rows, residual, weight, post_weight, out, h, rows.stride(0), residual_row_stride,
+            EPS=eps, DIM=dim, **launch_config("rms_norm", default_config(dim)),
         )  # fmt: skip
-    return out.view(x.shape), None if total is None else total.view(x.shape)
+    return out.view(x.shape), None if h is None else h.view(x.shape)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -109,7 +107,7 @@ def _like(x: Tensor) -> Tensor:
 
 @op(fake=lambda x, *_: _like(x))
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """Gemma's RMSNorm of the last axis. Falls back to the reference off the GPU."""
+    """Gemma's RMSNorm of the last axis. Off the GPU it runs the reference."""
     if not runs_triton(x):
         return rms_norm_reference(x, weight, eps).contiguous()
     return _launch(x, None, weight, None, eps)[0]
@@ -120,10 +118,11 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, post_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The residual add, after x's own norm if it has one, and the next RMSNorm: (y, h)."""
+    """Adds x, normalised if post_weight is given, to the residual, and normalises the sum: (y, h).
+    Off the GPU it runs the reference."""
     if not runs_triton(x):
-        normed, total = add_rms_norm_reference(x, residual, weight, post_weight, eps)
-        return normed.contiguous(), total.contiguous()
-    y, h = _launch(x, residual, weight, post_weight, eps)
-    assert h is not None
-    return y, h
+        y, h = add_rms_norm_reference(x, residual, weight, post_weight, eps)
+        return y.contiguous(), h.contiguous()
+    y, total = _launch(x, residual, weight, post_weight, eps)
+    assert total is not None
+    return y, total

@@ -1,34 +1,45 @@
-"""Keys and values into the cache: K normalised (Gemma 3) and rotated by its position; V as it is.
+"""Rotary embedding and KV cache write: K is normalised (Gemma 3) and rotated; V is copied.
 
     keys[:, :, slot] = rotate(rms_norm(k));  values[:, :, slot] = v;  slot = position % slots
 
-k, v         :: [b, t, n, d], bf16 | fp16 | fp32; views of the qkv product are fine
-keys, values :: [b, n, slots, d], a ring; written in place
+k, v         :: [b, t, n, d], bf16 | fp16 | fp32; views of the qkv projection are fine
+keys, values :: [b, n, slots, d], a ring buffer, written in place
 cos, sin     :: [b, t, d / 2], fp32, of the angles position * theta^(-2i / d)
 query_offset :: [b], int32: position of each row's token 0; token i has position query_offset + i.
                 Positions below zero are left padding.
 norm_weight  :: [d] or None: no norm
 
-Rotary embedding turns channel i against i + d / 2, in fp32; K is rounded once, at the store.
-Of more tokens than slots, the last ones stay.
+Channel i is rotated with channel i + d / 2, in fp32; K is rounded once, at the store. If there are
+more tokens than slots, the ring holds the last ones.
 Bound by memory: bytes = 4 * k.numel() * itemsize + 4 * b * t * d. Walk-through step: rotary
 embedding, KV cache.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import op
+from gemma_fast.kernels._ring import RingStrides, heads_of
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import launch_config, runs_triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
 
 
+class Rotary(NamedTuple):
+    """Pointers to what rotates and normalises heads."""
+
+    cos: Any  # fp32, rows of d / 2, contiguous | None: heads are rotated already
+    sin: Any  # as cos
+    norm_weight: Any  # [d] | None: no norm
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x :: [b, t, heads, d], turned by the angles of cos and sin :: [b, t, d / 2], in fp32."""
-    x1, x2 = x.float().chunk(2, dim=-1)
+    """Rotates x :: [b, t, heads, d] by the angles of cos and sin :: [b, t, d / 2], in fp32."""
+    x1, x2 = x.float().chunk(2, dim=-1)  # [b, t, heads, d / 2]
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [b, t, 1, d / 2]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)  # [b, t, heads, d]
 
 
 def rotary_write_reference(
@@ -41,91 +52,82 @@ def rotary_write_reference(
         k = rms_norm_reference(k.float(), norm_weight, eps)
     k = rotate(k, cos, sin).to(keys.dtype)
     kept = torch.arange(max(t - slots, 0), t, device=k.device)
-    # Positions below zero land in slots that hold nothing yet: a row that has them has no past.
+    # A row with positions below zero has no earlier tokens, so these slots are still unused.
     slot = (query_offset.unsqueeze(1) + kept) % slots  # [b, kept]
-    row = torch.arange(b, device=k.device).unsqueeze(1)
+    row = torch.arange(b, device=k.device).unsqueeze(1)  # [b, 1]
     keys[row, :, slot] = k[:, -slots:]
     values[row, :, slot] = v[:, -slots:]
 
 
 @triton.jit
 def rotate_rows(
-    x_ptr,  # [rows, 1]: where each row of x begins
-    out_ptr,  # [rows, 1]
-    cos_ptr,  # [rows, 1]
-    sin_ptr,  # [rows, 1]
-    norm_weight_ptr,  # [d] | None
-    mask,  # [rows, 1]: which rows there are
-    kept,  # [rows, 1]: of those, which are written
+    x_ptr,  # [rows, 1]: start of each row of x
+    out_ptr,  # [rows, 1]: start of each row of the output
+    rotary,  # Rotary, with cos and sin [rows, 1]: starts of their rows
+    mask,  # [rows, 1]: rows that exist
+    kept,  # [rows, 1]: rows that are stored
     EPS: tl.constexpr,
     HALF: tl.constexpr,  # d / 2
-    CHUNK: tl.constexpr,  # channels of each half at a time: what registers can hold
-    HAS_NORM: tl.constexpr,
+    CHUNK: tl.constexpr,  # channels of each half per iteration; bounds the registers
 ):
-    """Rows from memory to memory: normalised if HAS_NORM, then rotated."""
-    chunk = tl.arange(0, CHUNK)[None, :]
-    if HAS_NORM:
-        square_sum = tl.zeros([mask.shape[0], 1], tl.float32)
+    """Loads rows of heads, normalises them if there is a norm, rotates them and stores them."""
+    chunk = tl.arange(0, CHUNK)[None, :]  # [1, CHUNK]
+    if rotary.norm_weight is not None:
+        square_sum = tl.zeros([mask.shape[0], 1], tl.float32)  # [rows, 1]
         for i in tl.static_range(0, 2 * HALF, CHUNK):
-            x = tl.load(x_ptr + i + chunk, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + i + chunk, mask=mask, other=0.0).to(tl.float32)  # [rows, CHUNK]
             square_sum += tl.sum(x * x, axis=1, keep_dims=True)
         inv_rms = tl.rsqrt(square_sum / (2 * HALF) + EPS)
     for i in tl.static_range(0, HALF, CHUNK):
-        x1 = tl.load(x_ptr + i + chunk, mask=mask, other=0.0).to(tl.float32)
+        x1 = tl.load(x_ptr + i + chunk, mask=mask, other=0.0).to(tl.float32)  # [rows, CHUNK]
         x2 = tl.load(x_ptr + HALF + i + chunk, mask=mask, other=0.0).to(tl.float32)
-        if HAS_NORM:
-            x1 *= inv_rms * (1 + tl.load(norm_weight_ptr + i + chunk).to(tl.float32))
-            x2 *= inv_rms * (1 + tl.load(norm_weight_ptr + HALF + i + chunk).to(tl.float32))
-        cos = tl.load(cos_ptr + i + chunk, mask=mask, other=0.0)
-        sin = tl.load(sin_ptr + i + chunk, mask=mask, other=0.0)
+        if rotary.norm_weight is not None:
+            x1 *= inv_rms * (1 + tl.load(rotary.norm_weight + i + chunk).to(tl.float32))
+            x2 *= inv_rms * (1 + tl.load(rotary.norm_weight + HALF + i + chunk).to(tl.float32))
+        cos = tl.load(rotary.cos + i + chunk, mask=mask, other=0.0)  # [rows, CHUNK]
+        sin = tl.load(rotary.sin + i + chunk, mask=mask, other=0.0)
         tl.store(out_ptr + i + chunk, x1 * cos - x2 * sin, mask=kept)
         tl.store(out_ptr + HALF + i + chunk, x2 * cos + x1 * sin, mask=kept)
 
 
 @triton.jit(do_not_specialize=["t", "slots"])
 def _rotary_write_kernel(
-    k_ptr,  # [b, t, n, d]
-    v_ptr,  # [b, t, n, d]
+    k,  # Heads [b, t, n, d]
+    v,  # Heads [b, t, n, d]
     keys_ptr,  # [b, n, slots, d]
     values_ptr,  # [b, n, slots, d]
-    cos_ptr,  # [b, t, HALF], contiguous
-    sin_ptr,  # [b, t, HALF], contiguous
+    strides,  # RingStrides
+    rotary,  # Rotary, with cos and sin [b, t, HALF]
     query_offset_ptr,  # [b]
-    norm_weight_ptr,  # [d] | None
-    k_batch_stride, k_token_stride, k_head_stride,
-    v_batch_stride, v_token_stride, v_head_stride,
-    batch_stride, head_stride, slot_stride,  # of keys and of values
     t,
     slots,
     EPS: tl.constexpr,
     HALF: tl.constexpr,  # d / 2
     BLOCK: tl.constexpr,  # tokens
-    HAS_NORM: tl.constexpr,
-):  # fmt: skip
+):
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
-    channel = tl.arange(0, 2 * HALF)[None, :]
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]  # [BLOCK, 1]
+    channel = tl.arange(0, 2 * HALF)[None, :]  # [1, d]
     mask = token < t
     position = tl.load(query_offset_ptr + batch) + token
     kept = mask & (position >= 0) & (token >= t - slots)
     slot = (position % slots).to(tl.int64)
     token = token.to(tl.int64)
 
-    v_ptr += batch * v_batch_stride + head * v_head_stride + token * v_token_stride
-    v = tl.load(v_ptr + channel, mask=mask)  # now, and kept or not, so that all loads wait at once
-    k_ptr += batch * k_batch_stride + head * k_head_stride + token * k_token_stride
-    ring = batch * batch_stride + head * head_stride + slot * slot_stride
+    v_ptr = v.ptr + (batch * v.batch_stride + head * v.head_stride + token * v.token_stride)
+    # Loaded before K, and whether it is stored or not, so that one wait covers all loads.
+    v_rows = tl.load(v_ptr + channel, mask=mask)  # [BLOCK, d]
+    k_ptr = k.ptr + (batch * k.batch_stride + head * k.head_stride + token * k.token_stride)
+    ring = batch * strides.batch + head * strides.head + slot * strides.slot  # [BLOCK, 1]
     angle = (batch * t + token) * HALF
-    rotate_rows(
-        k_ptr, keys_ptr + ring, cos_ptr + angle, sin_ptr + angle, norm_weight_ptr, mask, kept,
-        EPS, HALF, HALF, HAS_NORM,
-    )  # fmt: skip
-    tl.store(values_ptr + ring + channel, v, mask=kept)
+    rotary_rows = Rotary(rotary.cos + angle, rotary.sin + angle, rotary.norm_weight)
+    rotate_rows(k_ptr, keys_ptr + ring, rotary_rows, mask, kept, EPS, HALF, HALF)
+    tl.store(values_ptr + ring + channel, v_rows, mask=kept)
 
 
-def tile(d: int) -> dict[str, int]:
-    """Tokens, so that a thread loads 16 bytes of each half, and warps; the same for any t: one
-    kernel."""
+def default_config(d: int) -> dict[str, int]:
+    """Launch config: as many tokens as let a thread load 16 bytes of each half. It does not depend
+    on t, so one compiled kernel serves all prompts."""
     return {"BLOCK": max(2048 // d, 1), "num_warps": 4}
 
 
@@ -134,7 +136,7 @@ def rotary_write(
     k: Tensor, v: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor,
     query_offset: Tensor, norm_weight: Tensor | None = None, eps: float = 1e-6,
 ) -> None:  # fmt: skip
-    """Writes t tokens' K, rotated, and V to their slots. Off the GPU, the reference."""
+    """Writes rotated K, and V, of t tokens to the ring. Off the GPU it runs the reference."""
     b, t, n, d = k.shape
     slots = keys.shape[2]
     assert v.shape == k.shape and keys.shape == values.shape == (b, n, slots, d)
@@ -149,10 +151,9 @@ def rotary_write(
     assert d & (d - 1) == 0, f"head_dim must be a power of two: {d=}"
     assert k.stride(3) == v.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()
     assert cos.is_contiguous() and sin.is_contiguous() and query_offset.is_contiguous()
-    blocks = launch_config("rotary_write", tile(d))
-    _rotary_write_kernel[(triton.cdiv(t, blocks["BLOCK"]), n, b)](
-        k, v, keys, values, cos, sin, query_offset, norm_weight,
-        *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], t, slots,
-        EPS=eps, HALF=d // 2, HAS_NORM=norm_weight is not None, **blocks,
+    config = launch_config("rotary_write", default_config(d))
+    _rotary_write_kernel[(triton.cdiv(t, config["BLOCK"]), n, b)](
+        heads_of(k), heads_of(v), keys, values, RingStrides(*keys.stride()[:3]),
+        Rotary(cos, sin, norm_weight), query_offset, t, slots, EPS=eps, HALF=d // 2, **config,
     )  # fmt: skip
     return None

@@ -155,7 +155,7 @@ def padded_token(*given: Any) -> Call:
 
 
 CHOICES = {
-    "BLOCK_N": (16, 32, 64), "JOIN": (2, 4, 8, 16), "num_warps": (4, 8), "num_stages": (2, 3),
+    "BLOCK_N": (16, 32, 64), "MERGE_COST": (2, 4, 8, 16), "num_warps": (4, 8), "num_stages": (2, 3),
 }  # fmt: skip
 NAMES = "b", "depth", "heads", "n", "d", "window"
 DECODE_ATTENTION = Suite(

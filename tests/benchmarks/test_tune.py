@@ -54,7 +54,7 @@ def test_every_choice_computes_the_same(name, size):
 
 def test_the_launcher_is_told_what_is_tried():
     """And for the rest what the table says."""
-    table = launch_config("matvec", matvec.tile(1, 48, 64, 4))
+    table = launch_config("matvec", matvec.default_config(1, 48, 64, 4))
     with override(SUITES["linear"].tuning.kernel, BLOCK_N=2):
         assert launch_config("matvec", table) == table | {"BLOCK_N": 2}
     assert launch_config("matvec", table) == table

@@ -7,7 +7,7 @@ from oracles import geglu_oracle
 from triton import knobs
 
 from gemma_fast.kernels import matvec
-from gemma_fast.kernels._product import MAX_ROWS
+from gemma_fast.kernels._skinny import MAX_ROWS
 from gemma_fast.kernels.matvec import linear, norm_linear
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 

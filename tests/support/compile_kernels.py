@@ -97,7 +97,9 @@ class Recorder:
         return lambda *args, **kwargs: launches.append((self.kernel, args, kwargs))
 
 
-def type_of(value) -> str:
+def type_of(value) -> str | tuple:
+    if isinstance(value, tuple):
+        return tuple(map(type_of, value))
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
     if isinstance(value, Tensor):
@@ -105,18 +107,45 @@ def type_of(value) -> str:
     return "constexpr" if value is None else "i32"
 
 
+def types_by_name(kernel, args) -> dict[str, str]:
+    """Types of the arguments; q.ptr: the field `ptr` of the NamedTuple q."""
+    types = {}
+    for parameter, value in zip(kernel.params, args, strict=False):
+        fields = value._asdict() if isinstance(value, tuple) else {"": value}
+        for field, x in fields.items():
+            types[f"{parameter.name}.{field}".rstrip(".")] = type_of(x)
+    return types
+
+
+def options_by_name(kwargs) -> dict:
+    """Constants and compiler options; those of a NamedTuple by the names of its fields."""
+    options = dict(kwargs)
+    for value in kwargs.values():
+        if isinstance(value, tuple):
+            options |= value._asdict()
+    return options
+
+
 def specialised(kernel, args, kwargs) -> tuple[dict, dict, dict]:
     """Signature, constants and attributes that Triton's launcher would compile a kernel for."""
-    signature, constants, attributes = {}, dict(kwargs), {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
-        name, is_int = parameter.name, isinstance(value, int)
-        if value is None or (is_int and value == 1 and not parameter.do_not_specialize):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        signature[name] = type_of(value)
-        divisible = is_int and value % 16 == 0 and not parameter.do_not_specialize
+    constants, attributes = dict(kwargs), {}
+
+    def specialise(value, path: tuple, fixed: bool):
+        if isinstance(value, tuple):
+            return type(value)(*(specialise(x, (*path, i), fixed) for i, x in enumerate(value)))
+        is_int = isinstance(value, int)
+        if value is None or (is_int and value == 1 and fixed):
+            constants[path] = value
+            return "constexpr"
+        divisible = is_int and value % 16 == 0 and fixed
         if divisible or (isinstance(value, Tensor) and value.data_ptr() % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        return type_of(value)
+
+    signature = {
+        parameter.name: specialise(value, (i,), not parameter.do_not_specialize)
+        for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False))
+    }
     return signature | dict.fromkeys(kwargs, "constexpr"), constants, attributes
 
 
@@ -219,7 +248,7 @@ def ptx_hash(job: tuple[int, str], capability: int) -> str:
     ptx = compile_launch(kernel, args, kwargs, capability).asm["ptx"]
     digest = hashlib.sha256(ptx.replace(kernel.__name__, "kernel").encode()).hexdigest()[:16]
     options = " ".join(f"{name}={value}" for name, value in sorted(kwargs.items()))
-    types = ",".join(type_of(arg) for arg in args)
+    types = ",".join(types_by_name(kernel, args).values())
     return f"{capability} {kernel.__name__} {digest} {options} {types}"
 
 
@@ -231,8 +260,8 @@ def report(job: tuple[int, str], capability: int) -> str:
     before_wait, wait, _ = ptx.partition("griddepcontrol.wait")
     return json.dumps({
         "kernel": kernel.__name__,
-        "types": [type_of(arg) for arg in args],
-        "options": kwargs,
+        "types": types_by_name(kernel, args),
+        "options": options_by_name(kwargs),
         **assemble(compiled),
         "shared": compiled.metadata.shared,
         "wide_loads": bool(
@@ -251,7 +280,7 @@ def record_launches() -> None:
     """Ops note what they would launch, and launch nothing."""
     for module in MODULES:
         for name, value in vars(module).copy().items():
-            if name.endswith("_kernel"):
+            if name.startswith("_") and name.endswith("_kernel"):
                 setattr(module, name, Recorder(value))
     knobs.runtime.interpret = True  # CPU tensors take the launch path
 

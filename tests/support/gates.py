@@ -63,7 +63,8 @@ def wide_loads(kernel: Kernel, gpu: Gpu) -> str | None:
     """Kernels that are bound by memory load 16 bytes a thread at a time."""
     narrow = NARROW_LOADS.get(kernel["kernel"])
     if kernel["kernel"] == "_rotary_write_kernel":
-        narrow = 3 if kernel["options"]["HAS_NORM"] else 1  # start; the norm's weights, once
+        norm = kernel["types"]["rotary.norm_weight"] != "constexpr"
+        narrow = 3 if norm else 1  # query offset; the norm's weights, once
     if narrow is None or (kernel["wide_loads"] and kernel["narrow_loads"] <= narrow):
         return None
     return f"{kernel['narrow_loads']} narrow loads"
@@ -85,7 +86,8 @@ def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
     elif name == "_embed_kernel":
         held = loads == 0
     elif name == "_decode_attention_kernel":  # position, cos, sin; norms. Not qkv
-        held = loads <= (9 if options["HAS_NORM"] else 5)
+        norm = kernel["types"]["rotary.q_norm"] != "constexpr"
+        held = loads <= (9 if norm else 5)
     elif one_row:
         held = loads == kernel["wide_loads_before_wait"] >= 4
     else:  # to the L2 cache
@@ -94,13 +96,14 @@ def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
 
 
 def only_queries(kernel: Kernel) -> bool:
-    return kernel["kernel"] == "_decode_attention_kernel" and kernel["types"][3] == "constexpr"
+    return kernel["types"].get("rotary.cos") == "constexpr" and "PREFETCH" in kernel["options"]
 
 
 def is_prompt(kernel: Kernel) -> bool:
     """Whether it multiplies a prompt's rows in 16 bits."""
     matmul = kernel["kernel"] in ("_attention_kernel", "_gate_up_geglu_kernel")
-    return matmul and kernel["options"]["BLOCK_M"] > 16 and "fp32" not in kernel["types"][0]
+    fp32 = "*fp32" in (kernel["types"].get("q.ptr"), kernel["types"].get("x"))
+    return matmul and kernel["options"]["BLOCK_M"] > 16 and not fp32
 
 
 def is_prefill_attention(kernel: Kernel) -> bool:
@@ -131,7 +134,7 @@ def softmax_beside_matmuls(kernel: Kernel, gpu: Gpu) -> str | None:
     # A scheduler has a quarter of the warps, and 4 exponentials a cycle; the tensor cores together
     # 2,048 multiplications.
     beside = loops[0]["exps_before_wait"] * 8 * options["num_warps"] // 4  # cycles
-    matmul = options["BLOCK_M"] * options["BLOCK_N"] * 2 * options["HALF"] // 2048
+    matmul = options["BLOCK_M"] * options["BLOCK_N"] * options["dim"] // 2048
     late = 2 * loops[0]["exps_before_wait"] < loops[0]["exps"] and beside < matmul
     return f"exponentials after the wait: {loops}" if late else None
 

@@ -1,0 +1,55 @@
+"""Weight × 2 to 8 rows, on tensor cores; the weight is read once, through shared memory."""
+
+from gemma_fast.kernels._stream import load_input, load_weight
+from gemma_fast.kernels._triton import tl, triton
+
+MAX_ROWS = 8
+
+
+@triton.jit
+def prefetch_weight(
+    weight_ptr,  # [out, DIM]
+    weight_row,  # [BLOCK_N]
+    DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Fetches the first block into the L2 cache. Tensor cores take it from shared memory, for which
+    Triton has no load that can start before the loop."""
+    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
+    col = tl.minimum(tl.arange(0, BLOCK_K // LINE) * LINE, DIM - 1)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+        [weight_ptr + weight_row.to(tl.int64)[:, None] * DIM + col],  # [BLOCK_N, BLOCK_K / LINE]
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def skinny_matmul(
+    weight_ptr,  # [out, DIM]
+    weight_row,  # [BLOCK_N]
+    stream,  # Stream
+    scales,  # Scales
+    rows,
+    DIM: tl.constexpr,
+    BLOCK_B: tl.constexpr,  # rows, rounded up
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Rows weight_row of the weight times the input: [BLOCK_N, BLOCK_B], fp32."""
+    BLOCK_N: tl.constexpr = weight_row.shape[0]
+    out = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    for k in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
+        x = load_input(stream, scales, rows, k, DIM, BLOCK_B, BLOCK_K)  # [BLOCK_B, BLOCK_K]
+        weight = load_weight(weight_ptr, weight_row, k, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+        out = tl.dot(weight, x.T, out, input_precision="ieee")
+    return out
+
+
+def default_config(out: int, itemsize: int) -> dict[str, int]:
+    """Launch config: rows and columns of a block of the weight, and blocks in flight at once."""
+    few = out <= 4096  # few programs: each keeps more blocks in flight
+    return {
+        "BLOCK_B": MAX_ROWS, "BLOCK_N": 16 if few or itemsize == 4 else 32,
+        "BLOCK_K": 512 // itemsize, "STAGES": 6 if few else 3, "num_warps": 4,
+    }  # fmt: skip

@@ -1,0 +1,92 @@
+"""The residual stream as input of a decode step's matmul: it is added, normalised and rounded while
+it is loaded, as in rmsnorm.py. Each program loads whole rows, because the norm needs them."""
+
+from typing import Any, NamedTuple
+
+from gemma_fast.kernels._triton import tl, triton
+
+
+class Stream(NamedTuple):
+    """Pointers to the input of a matmul. h = residual + rms_norm(x, post_norm_weight); the matmul
+    takes rms_norm(h, norm_weight)."""
+
+    x: Any  # [rows, DIM], contiguous
+    residual: Any  # [rows, DIM], contiguous | None: h = x
+    norm_weight: Any  # [DIM] | None: no norm, the matmul takes x
+    post_norm_weight: Any  # [DIM] | None: h = residual + x
+
+
+class Scales(NamedTuple):
+    """1 / rms, [BLOCK_B, 1], fp32."""
+
+    norm: Any  # of h
+    post_norm: Any  # of x; zeros without a post-norm
+
+
+@triton.jit
+def _load_h(stream, post_scale, row, col, mask, DIM: tl.constexpr):
+    """h at [row, col], rounded to x's dtype, in fp32: [BLOCK_B, cols]."""
+    dtype = stream.x.dtype.element_ty
+    x = tl.load(stream.x + row * DIM + col, mask=mask, other=0.0)
+    if stream.post_norm_weight is not None:
+        weight = tl.load(stream.post_norm_weight + col, mask=col < DIM, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) * post_scale * (1 + weight)).to(dtype)
+    if stream.residual is not None:
+        residual = tl.load(stream.residual + row * DIM + col, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def norm_scales(
+    stream,
+    h_ptr,  # [rows, DIM] | None: h is not stored
+    rows,
+    stores_h,  # whether this program does
+    EPS: tl.constexpr, DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Computes the Scales of all rows, and stores h."""
+    BLOCK: tl.constexpr = BLOCK_K if BLOCK_K >= DIM else BLOCK_K * (4 if BLOCK_B == 1 else 2)
+    row, offset = tl.arange(0, BLOCK_B)[:, None], tl.arange(0, BLOCK)[None, :]
+    post_scale = tl.zeros([BLOCK_B, 1], tl.float32)
+    if stream.post_norm_weight is not None:
+        for k in range(0, DIM, BLOCK):
+            mask = (row < rows) & (k + offset < DIM)  # [BLOCK_B, BLOCK]
+            x = tl.load(stream.x + row * DIM + k + offset, mask=mask, other=0.0).to(tl.float32)
+            post_scale += tl.sum(x * x, axis=1, keep_dims=True)  # [BLOCK_B, 1]
+        post_scale = tl.rsqrt(post_scale / DIM + EPS)
+    scale = tl.zeros([BLOCK_B, 1], tl.float32)
+    for k in range(0, DIM, BLOCK):
+        mask = (row < rows) & (k + offset < DIM)  # [BLOCK_B, BLOCK]
+        h = _load_h(stream, post_scale, row, k + offset, mask, DIM)
+        scale += tl.sum(h * h, axis=1, keep_dims=True)  # [BLOCK_B, 1]
+        if h_ptr is not None:
+            tl.store(h_ptr + row * DIM + k + offset, h, mask=mask & stores_h)
+    return Scales(tl.rsqrt(scale / DIM + EPS), post_scale)
+
+
+@triton.jit
+def load_input(
+    stream, scales, rows, k, DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Loads columns k … k + BLOCK_K - 1 of the matmul's input, normalised: [BLOCK_B, BLOCK_K], in
+    x's dtype."""
+    row, col = tl.arange(0, BLOCK_B)[:, None], k + tl.arange(0, BLOCK_K)[None, :]
+    mask = (row < rows) & (col < DIM)  # [BLOCK_B, BLOCK_K]
+    if stream.norm_weight is not None:
+        h = _load_h(stream, scales.post_norm, row, col, mask, DIM)
+        norm_weight = tl.load(stream.norm_weight + col, mask=col < DIM, other=0.0).to(tl.float32)
+        return (h * scales.norm * (1 + norm_weight)).to(stream.x.dtype.element_ty)
+    else:
+        return tl.load(stream.x + row * DIM + col, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_weight(weight_ptr, row, k, DIM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Loads columns k … k + BLOCK_K - 1 of rows :: [BLOCK_N] of the weight: [BLOCK_N, BLOCK_K]."""
+    col = k + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
+    pointer = weight_ptr + row.to(tl.int64)[:, None] * DIM + col  # [BLOCK_N, BLOCK_K]
+    if DIM % BLOCK_K == 0:
+        return tl.load(pointer, eviction_policy="evict_first")
+    else:
+        return tl.load(pointer, mask=col < DIM, other=0.0, eviction_policy="evict_first")
