@@ -59,7 +59,7 @@ def test_a_generation_config(one, kind):
     first = one.model.generate(IDS, generation_config=config, eos_token_id=[])
     assert torch.equal(first, one.model.generate(IDS, max_new_tokens=6, eos_token_id=[]))
     assert one.model.generate(IDS, generation_config=config, **GREEDY).shape == (1, 7)
-    with pytest.raises(ValueError, match="generation_config must be one, or a dict, not 7"):
+    with pytest.raises(ValueError, match="must be a GenerationConfig or a dict, not 7"):
         one.model.generate(IDS, generation_config=7)
 
 
@@ -69,9 +69,9 @@ def test_lengths(one):
 
     assert length(max_length=8) == 8
     assert length(max_length=8, max_new_tokens=2) == 5
-    with pytest.raises(ValueError, match="max_length=3 counts the prompt, which has 3 tokens"):
+    with pytest.raises(ValueError, match="max_length=3 includes the prompt, which already has 3"):
         length(max_length=3)
-    with pytest.warns(UserWarning, match="pass max_new_tokens: without it, 20 are written"):
+    with pytest.warns(UserWarning, match="pass max_new_tokens: the default is 20"):
         assert length() == 23
     long = torch.full((1, 250), 5)
     with pytest.warns(UserWarning, match="pass max_new_tokens"):
