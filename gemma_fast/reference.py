@@ -84,7 +84,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def cap(x: Tensor, softcap: float | None) -> Tensor:
-    """Soft cap: keeps x between -softcap and softcap. None: returns x."""
+    """Limits x smoothly to the range from -softcap to softcap; None: returns x."""
     return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
@@ -185,7 +185,7 @@ class Reference:
         turns: tuple[Tensor, Tensor],
         past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Returns hiddens :: [b, t, hidden] after layer i, and K and V of its past and new tokens.
+        """Returns hiddens :: [b, t, hidden] after layer i, and its K and V of past and new tokens.
 
         turns: cos and sin of the new tokens' rotary angles; past: K and V of the past tokens.
         """
@@ -232,7 +232,7 @@ class Reference:
         return self.project(geglu(gate, up), f"{name}.down_proj")
 
     def predict(self, hiddens: Tensor) -> Tensor:
-        """Returns logits. The output projection is tied: its weight is the embedding's."""
+        """Returns logits :: [b, t, vocab]. The output projection's weight is the embedding's."""
         logits = self.project(hiddens, "model.embed_tokens")
         return cap(logits, self.config.final_logit_softcapping)
 

@@ -86,7 +86,7 @@ class Decoder:
         self.extend(ids, attention_mask)
 
     def extend(self, ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Reads more tokens ids :: [b, t] instead of `token`, and samples the next token."""
+        """Appends ids :: [b, t] to the rows in place of `token`, and samples the next token."""
         b, t = ids.shape
         cache, sampler = self.cache.rows(self._rows), self.sampler.rows(self._rows)
         cache.reserve(t)

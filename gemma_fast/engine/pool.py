@@ -12,7 +12,7 @@ class DecoderPool(dict[int, Decoder]):
     """Batch size → decoder, which one caller uses at a time. A copy of the pool is empty."""
 
     def take(self, model: Gemma, batch: int, max_length: int) -> Decoder:
-        """Removes a decoder that fits from the pool, or creates one. Return it by `give_back`."""
+        """Removes a decoder that fits from the pool, or creates one. Return it with `give_back`."""
         kept = self.pop(bucket_of(batch), None)
         if kept is not None and kept.fits(model, max_length):
             kept.model = model

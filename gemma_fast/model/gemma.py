@@ -3,7 +3,7 @@
     token ids → embed → layers (attention, MLP) → final norm → logits → next token
 
 The norm after a residual addition also computes the addition. On a GPU the ops run Triton kernels,
-elsewhere their PyTorch references.
+and cuBLAS for matmuls of many rows; elsewhere they run their PyTorch references.
 """
 
 from __future__ import annotations
