@@ -96,7 +96,7 @@ class GemmaConfig:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         _check_ranges(values | {"sliding_window_pattern": sliding_window_pattern})
         if not isinstance(self.layer_types, tuple):
-            raise ValueError(f"layer_types={self.layer_types!r} must be a list (a tuple) of names")
+            raise ValueError(f"layer_types={self.layer_types!r} must be a tuple (JSON: a list)")
         if not self.layer_types:
             pattern = sliding_window_pattern or 1
             kinds = [SLIDING if i % pattern else FULL for i in range(1, self.num_hidden_layers + 1)]

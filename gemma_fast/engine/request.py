@@ -101,7 +101,7 @@ def requests_of(
 def _merge(
     keywords: Mapping[str, Any], generation_config: Any, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the options that are set; keywords come before generation_config, then defaults."""
+    """Returns the set options: keywords override generation_config, which overrides defaults."""
     passed = _as_mapping(generation_config)
     for name, value in defaults.items():
         if name in GENERATE:
