@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # `as`: exported, to a type checker
+if TYPE_CHECKING:  # for type checkers, `as` marks an exported name
     from gemma_fast.causal_lm import AutoModelForCausalLM as AutoModelForCausalLM
     from gemma_fast.causal_lm import Gemma2ForCausalLM as Gemma2ForCausalLM
     from gemma_fast.causal_lm import Gemma3ForCausalLM as Gemma3ForCausalLM
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # `as`: exported, to a type checker
 
 __version__ = "0.1.0"
 
-# Imported when first asked for: a kernel alone needs neither checkpoints nor a tokenizer.
+# Imported on first use: code that needs only a kernel loads neither checkpoints nor a tokenizer.
 _MODULES = {
     "AutoModelForCausalLM": "causal_lm",
     "AutoTokenizer": "text.tokenizer",

@@ -1,7 +1,7 @@
-"""GemmaForCausalLM: the model as transformers' callers know it.
+"""GemmaForCausalLM: the model with the interface of transformers' class.
 
-It reads checkpoints, checks what callers pass, and has `forward` and `generate`; the computation is
-model/'s, the decoding engine/'s.
+This file loads checkpoints, checks arguments, and has `forward` and `generate`. model/ implements
+the forward pass, and engine/ the decoding.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from gemma_fast.model.gemma import Gemma
 
 
 class CausalLMOutput(NamedTuple):
-    logits: Tensor  # [b, t, vocab], or its last `logits_to_keep` rows
+    logits: Tensor  # [b, t, vocab], or [b, logits_to_keep, vocab]
     past_key_values: KVCache | None
 
 
 class GemmaForCausalLM(Gemma):
-    """Gemma 1, 2 or 3 (text), with the call, `generate` and result that transformers' class has.
+    """Gemma 1, 2 or 3 (text), with the call, `generate` and outputs of transformers' class.
 
-    A new instance's weights are uninitialised; see `from_pretrained` and `from_checkpoint`.
+    A new instance has uninitialized weights; see `from_pretrained` and `from_checkpoint`.
     """
 
     def __init__(self, config: GemmaConfig) -> None:
@@ -53,19 +53,20 @@ class GemmaForCausalLM(Gemma):
         torch_dtype: torch.dtype | str | None = None,
         **others: Any,
     ) -> GemmaForCausalLM:
-        """Reads a directory of safetensors, a .gguf file or a hub id.
+        """Loads a directory of safetensors, a .gguf file or a hub id.
 
-        dtype       None or "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
-        device      None: the GPU if there is one, else the CPU
-        device_map  for transformers' callers: "auto", a device, or {"": device}; torch_dtype is
-                    dtype's older name, `compat.FROM_PRETRAINED` lists the others that are taken
+        dtype        None or "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
+        device       None: the GPU if there is one, else the CPU
+        device_map   for transformers' callers: "auto", a device, or {"": device}
+        torch_dtype  older name of dtype
+        others       transformers' keywords that have no effect here, see `compat.FROM_PRETRAINED`
 
-        Config, tensor names, shapes and dtypes are checked before memory is taken for them; tensors
-        then stream, one at a time. ValueError or FileNotFoundError name the file and the tensor.
+        Checks config, tensor names, shapes and dtypes before it allocates the weights; then reads
+        one tensor at a time. Raises ValueError or FileNotFoundError with the file and the tensor.
         """
         check_keywords("from_pretrained()", others, FROM_PRETRAINED)
         if dtype is not None and torch_dtype is not None:
-            raise TypeError("from_pretrained() got dtype and torch_dtype, which name the same")
+            raise TypeError("from_pretrained() got both dtype and torch_dtype: pass only dtype")
         dtype = dtype or torch_dtype or "auto"
         checkpoint = open_checkpoint(name_or_path)
         return cls.from_checkpoint(checkpoint, dtype=dtype, device=pick_device(device, device_map))
@@ -78,22 +79,23 @@ class GemmaForCausalLM(Gemma):
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
     ) -> GemmaForCausalLM:
-        """The model of a checkpoint that is open already; see `checkpoint.random`."""
+        """Builds the model from an open checkpoint, for example that of `checkpoint.random`."""
         model = load_model(cls, checkpoint, dtype, device)
         model.generation_config = GenerationConfig(checkpoint.generation_config)
         return model
 
     @classmethod
     def from_transformers(cls, model: nn.Module) -> GemmaForCausalLM:
-        """The text model of a live Gemma of transformers: its weights, dtype, device and
-        generation_config.
+        """Builds the model from a Gemma model of transformers that is in memory.
 
-        The embedding, norms, o_proj and down_proj are shared: a change in place is seen by both
-        models, until one is moved or converted. The projections that are fused here are copied, q,
-        k, v, gate and up, which is 2.60 GB of Gemma 2B's 5.01 in 16 bits: build anew after
-        training. They are shared, too, where they are adjacent in memory.
+        Takes the weights, dtype and device of its text model, and its generation_config.
 
-        ValueError: the model is not one that `checkpoint.transformers` takes.
+        Shares the embedding, norms, o_proj and down_proj: an in-place change affects both models,
+        until one is moved or converted. Copies q, k, v, gate and up, which are fused here, unless
+        they are adjacent in memory. For Gemma 2B in 16 bits these are 2.60 of 5.01 GB. A copy does
+        not follow later training: build the model again after it.
+
+        Raises ValueError if `checkpoint.transformers` does not support the model.
         """
         return cls.from_checkpoint(TransformersCheckpoint(model))
 
@@ -108,27 +110,27 @@ class GemmaForCausalLM(Gemma):
         logits_to_keep: int = 0,
         **others: Any,
     ) -> CausalLMOutput:
-        """Next-token logits after each token.
+        """Returns the logits of the next token after each token.
 
-        input_ids        [b, t], integers; t tokens that follow those in past_key_values
-        attention_mask   [b, past + t], 0 for padding on the left (or, of a finished text, on the
-                         right); None: no padding
-        position_ids     [b, t], for transformers' callers: what the mask says, or ValueError
-        past_key_values  the KVCache of an earlier call; it is extended in place
-        use_cache        False: return no cache. Default: return one
-        logits_to_keep   1: only the last token's logits; 0: all
-        others           `compat.FORWARD`: transformers' that change nothing here
+        input_ids        [b, t], integers; the tokens that follow those in past_key_values
+        attention_mask   [b, past + t], 0 for padding on the left; None: no padding. Padding may be
+                         on the right, but then the cache cannot be continued
+        position_ids     [b, t], for transformers' callers: must agree with attention_mask
+        past_key_values  the KVCache that an earlier call returned; it is extended in place
+        use_cache        False: return no cache; default: return the cache
+        logits_to_keep   return the logits of this many last tokens; 0: of all
+        others           transformers' keywords that have no effect here, see `compat.FORWARD`
         """
         check_keywords("forward()", others, FORWARD)
         input_ids = self.check_ids(input_ids)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-            raise ValueError(f"{logits_to_keep=} must be a whole number from 0 (all)")
+            raise ValueError(f"{logits_to_keep=} must be an integer of at least 0 (0: all)")
         b, t = input_ids.shape
         if past_key_values is None:
             cache = self.new_cache(b, t, grows=True)
         else:
             cache = self._check_cache(past_key_values, b)
-        cache.reserve(t)  # before the cache learns of the padding
+        cache.reserve(t)  # before align: if it raises, the padding in the cache is unchanged
         cache.align(t, attention_mask, position_ids)
         hiddens = self.hidden_states(input_ids, cache)
         logits = self.logits(hiddens.last(logits_to_keep))
@@ -157,31 +159,33 @@ class GemmaForCausalLM(Gemma):
         inputs: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        """Continues prompts: [b, t] ids → [b, t + new], prompt included, as transformers gives it.
+        """Continues prompts. Returns ids :: [b, t + new], prompt included, as in transformers.
 
         input_ids       [b, t]; prompts of different lengths are padded on the left
         attention_mask  [b, t], 0 for padding; None: no padding
-        max_new_tokens  how many tokens at most; max_length counts the prompt along. Neither: 20
+        max_new_tokens  maximum number of new tokens; max_length includes the prompt. Default: 20
         do_sample, temperature, top_k, top_p, min_p, repetition_penalty  see
                         `engine.sampling.Sampling`
-        seed            the same seed draws the same text; None: one from torch's global generator
-        eos_token_id    one or more ids that end a row; pad_token_id then fills it up
-        stop_strings    texts that end a row as soon as they appear in what it generated; needs
-                        `tokenizer`, anything with a `decode(ids) -> str`
-        streamer        gets the prompt's ids, then each token's: `put(ids)`, at last `end()`
+        seed            the same seed samples the same text; None: seed by torch's global generator
+        eos_token_id    one or more ids that end a row; then pad_token_id fills it
+        stop_strings    strings that end a row when they appear in its generated text; they need
+                        `tokenizer`, any object with `decode(ids) -> str`
+        streamer        receives the prompt and then each token by `put(ids)`, at last `end()`
         generation_config  these options as a mapping, or as transformers' object
-        inputs, others  input_ids' other name; keywords of transformers' that change nothing here,
-                        see `compat.GENERATE`. TypeError: one that is unknown, or would
+        inputs          another name of input_ids
+        others          transformers' keywords that have no effect here, see `compat.GENERATE`;
+                        others raise TypeError
 
-        What is None is what generation_config says, or the checkpoint's generation_config.json, if
-        anything. Ctrl-C ends generation and returns what there is. ValueError: an empty prompt, an
-        id outside the vocabulary, more tokens than the model's context, a sampling value out of
-        range, logits that are not finite. torch.OutOfMemoryError: no room for the cache. The model
-        stays usable.
+        An option that is None is taken from generation_config, or else from the checkpoint's
+        generation_config.json. Ctrl-C ends generation and returns the tokens so far.
+
+        Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the
+        model's context, a sampling value out of range, or logits that are not finite; raises
+        torch.OutOfMemoryError if the cache does not fit. The model stays usable.
         """
         check_keywords("generate()", others, GENERATE)
         if inputs is not None and input_ids is not None:
-            raise TypeError("generate() got input_ids and inputs, which name the same")
+            raise TypeError("generate() got both input_ids and inputs: pass only input_ids")
         ids = self.check_ids(inputs if input_ids is None else input_ids)
         keywords = {
             "max_new_tokens": max_new_tokens, "max_length": max_length, "do_sample": do_sample,
@@ -196,24 +200,27 @@ class GemmaForCausalLM(Gemma):
         return torch.cat((ids, new.to(ids.device)), dim=1)
 
     def memory(self) -> dict[str, int]:
-        """Bytes on the device: "weights"; "cache", the KV caches that `generate` keeps for its next
-        call and the rotary tables; "graph", its CUDA graphs. `free_memory` frees the latter two."""
+        """Bytes on the device by use; `free_memory` frees "cache" and "graph".
+
+        "cache" has the rotary tables and the KV caches that `generate` keeps for its next call,
+        "graph" its CUDA graphs, and "weights" the weights.
+        """
         kept = self.decoders.memory()
         kept["cache"] += self.rope.nbytes
         return {"weights": sum(weight.nbytes for weight in self.parameters()), **kept}
 
     def free_memory(self) -> None:
-        """Drops the caches and CUDA graphs that `generate` keeps, and the rotary tables."""
+        """Frees the KV caches and CUDA graphs that `generate` keeps, and the rotary tables."""
         self.decoders.clear()
         self.rope.clear()
 
     def _apply(self, fn: Any, recurse: bool = True) -> GemmaForCausalLM:
-        self.decoders.clear()  # graphs know weights by their addresses
+        self.decoders.clear()  # CUDA graphs read the weights at fixed addresses
         super()._apply(fn, recurse)
         return self
 
     def check_ids(self, input_ids: Any) -> Tensor:
-        """input_ids :: [b, t] on the model's device. ValueError: what is wrong with them."""
+        """Returns input_ids :: [b, t] on the model's device. Raises ValueError for bad ids."""
         refuse_overflow(self.config, self.dtype)
         if not isinstance(input_ids, Tensor):
             raise ValueError(f"input_ids must be a tensor, not a {type(input_ids).__name__}")
@@ -233,7 +240,7 @@ class GemmaForCausalLM(Gemma):
         return input_ids
 
     def _check_cache(self, cache: Any, batch: int) -> KVCache:
-        """A cache that an earlier call of such a model returned, or a ValueError."""
+        """Returns the cache. Raises ValueError if it does not fit this model and batch."""
         if not isinstance(cache, KVCache):
             kind = type(cache).__name__
             raise ValueError(

@@ -1,9 +1,10 @@
 """GemmaConfig: one frozen dataclass for Gemma 1, 2 and 3 (the text model).
 
-    PRESETS["gemma-2b"]  # one of the ten published sizes; config_files.py reads a checkpoint's
+    PRESETS["gemma-2b"]  # one of ten published sizes; config_files.py reads checkpoints' configs
 
-Field names are transformers'. Creating a config checks the range of every field, so that nothing
-absurdly large is allocated. The ValueError has the field, its value and the allowed range.
+The field names are those of transformers. Creating a config checks the range of every field, so
+that nothing absurdly large is allocated. A value out of range raises ValueError, which names the
+field, the value and the allowed range.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class GemmaConfig:
     """Config of a Gemma of any family.
 
     The families differ only in these fields. Gemma 2 has soft caps. Gemma 2 and 3 mix windowed and
-    full layers (`layer_types`) and normalise the outputs of attention and MLP (`post_norms`).
-    Gemma 3 also normalises queries and keys (`qk_norm`).
+    full layers (`layer_types`) and normalize the outputs of attention and MLP (`post_norms`).
+    Gemma 3 also normalizes queries and keys (`qk_norm`).
     """
 
     model_type: str  # "gemma" | "gemma2" | "gemma3"
@@ -95,33 +96,36 @@ class GemmaConfig:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         _check_ranges(values | {"sliding_window_pattern": sliding_window_pattern})
         if not isinstance(self.layer_types, tuple):
-            raise ValueError(f"layer_types={self.layer_types!r} must be a list of names")
+            raise ValueError(f"layer_types={self.layer_types!r} must be a tuple (JSON: a list)")
         if not self.layer_types:
             pattern = sliding_window_pattern or 1
             kinds = [SLIDING if i % pattern else FULL for i in range(1, self.num_hidden_layers + 1)]
             object.__setattr__(self, "layer_types", tuple(kinds))
         if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(f"{len(self.layer_types)} layer_types for {self.num_hidden_layers=}")
+            raise ValueError(
+                f"{len(self.layer_types)} layer_types for "
+                f"num_hidden_layers={self.num_hidden_layers!r}"
+            )
         if unknown := {str(kind) for kind in self.layer_types} - {SLIDING, FULL}:
             raise ValueError(f"layer_types has {sorted(unknown)}: only {SLIDING} and {FULL} exist")
         if SLIDING in self.layer_types and self.sliding_window is None:
             raise ValueError(f"layer_types has {SLIDING}, but sliding_window is not set")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"{self.num_attention_heads=} is not divisible by {self.num_key_value_heads=}"
+                f"num_attention_heads={self.num_attention_heads!r} is not divisible by "
+                f"num_key_value_heads={self.num_key_value_heads!r}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"{self.head_dim=} is odd, but rotary embedding turns pairs")
+            raise ValueError(f"head_dim={self.head_dim!r} is odd: rotary embedding needs pairs")
 
     @property
     def post_norms(self) -> bool:
-        """Whether outputs of attention and MLP are normalised before they are added to the
-        residual."""
+        """Whether the outputs of attention and MLP are normalized before the residual addition."""
         return self.model_type != "gemma"
 
     @property
     def qk_norm(self) -> bool:
-        """Whether queries and keys are normalised over head_dim before the rotary embedding."""
+        """Whether queries and keys are normalized over head_dim before the rotary embedding."""
         return self.model_type == "gemma3"
 
     def window(self, layer: int) -> int | None:
@@ -129,7 +133,7 @@ class GemmaConfig:
         return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of the checkpoint's tensors, in the order of their use."""
+        """Returns name → shape of the checkpoint's tensors, in the order in which they are used."""
         hidden, ffn, d = self.hidden_size, self.intermediate_size, self.head_dim
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
         layer: dict[str, tuple[int, ...]] = {

@@ -1,4 +1,4 @@
-"""Checkpoint → model: device, dtype, memory for the weights, fused copies, progress."""
+"""Loads a checkpoint into a model: picks device and dtype, allocates, fuses and copies weights."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
 ) -> Model:
-    """A model of class `cls`, which has no parameters beside Gemma's, with the checkpoint's config
-    and weights.
+    """Returns a model of class `cls` with the checkpoint's config and weights.
 
+    cls     a class that adds no parameters to Gemma's
     dtype   "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
-    device  None: where the checkpoint's tensors are in memory, else the GPU if there is one
+    device  None: the device of the checkpoint's tensors, or if they are not in memory, the GPU if
+            there is one
 
-    `model.parts` lists, for each parameter, the checkpoint's tensors stacked in it. A parameter
-    shares their memory where it can; else it is allocated and they are copied. All memory is
-    allocated before the first tensor is read.
+    `model.parts` lists, for each parameter, the checkpoint's tensors that are stacked in it. If
+    possible, the parameter shares their memory; otherwise it is allocated and they are copied. All
+    memory is allocated before the first tensor is read.
     """
     config = checkpoint.config
     device = pick_device(checkpoint.device if device is None else device, None)
@@ -55,8 +56,11 @@ def load_model(
 def _share(
     checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
-    """The tensors stacked along their first dimension, in the memory where they are. None: they
-    have to be read, converted or moved, or are not contiguous and adjacent in this order."""
+    """Returns the tensors stacked along their first dimension, without a copy.
+
+    Returns None if they must be read, converted or moved, or if they are not contiguous and
+    adjacent in this order.
+    """
     if checkpoint.tensors is None or (checkpoint.dtype, checkpoint.device) != (dtype, device):
         return None
     parts = [checkpoint.tensors[name] for name in names]
@@ -74,7 +78,7 @@ def _share(
 def _allocation(
     checkpoint: Checkpoint, empty: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> AbstractContextManager[None]:
-    """Explains what the memory is for if it runs out."""
+    """Context for the allocation of weights: an out-of-memory error in it names them."""
     if checkpoint.tensors is not None:
         return out_of_memory("the copies of fused weights", 0, device, "from_pretrained")
     what = f"{checkpoint.path.name} in {str(dtype).removeprefix('torch.')}"
@@ -85,7 +89,7 @@ def _allocation(
 def _copy(
     checkpoint: Checkpoint, weights: Mapping[str, Tensor], parts: Mapping[str, list[str]]
 ) -> None:
-    """Copies each tensor of the checkpoint into its rows of a weight."""
+    """Copies the checkpoint's tensors to their rows of the weights that are stacked from them."""
     targets: dict[str, Tensor] = {}
     for name, weight in weights.items():
         rows = [checkpoint.shapes[tensor][0] for tensor in parts[name]]
@@ -96,7 +100,7 @@ def _copy(
 
 
 def _track(names: Iterable[str], label: str) -> Iterable[str]:
-    """The names, one by one, with a progress bar where stderr is a terminal."""
+    """Returns an iterator over the names that shows a progress bar if stderr is a terminal."""
     from rich.console import Console
     from rich.progress import track
 
@@ -106,17 +110,15 @@ def _track(names: Iterable[str], label: str) -> Iterable[str]:
 
 
 def refuse_head_dim(config: GemmaConfig, device: torch.device, head_dims: Sequence[int]) -> None:
-    """ValueError unless the kernels, which run on a GPU only, take this head dim."""
+    """Raises ValueError if the model is on a GPU and the kernels do not support its head dim."""
     d = config.head_dim
     if device.type == "cuda" and d not in head_dims:
-        raise ValueError(f"head_dim={d}: the kernels take one of {head_dims}; use device='cpu'")
+        raise ValueError(f"head_dim={d}: the kernels need one of {head_dims}; use device='cpu'")
 
 
 def refuse_overflow(config: GemmaConfig, dtype: torch.dtype) -> None:
     if config.model_type == "gemma3" and dtype == torch.float16:
-        raise ValueError(
-            "Gemma 3's residual stream passes 65,504 and overflows float16: use bfloat16 or float32"
-        )
+        raise ValueError("Gemma 3's residual stream overflows float16: use bfloat16 or float32")
 
 
 def pick_device(
@@ -125,7 +127,7 @@ def pick_device(
     if isinstance(device_map, Mapping):
         if list(device_map) != [""]:
             raise ValueError(
-                f"device_map {dict(device_map)}: the model runs on one device, {{'': …}}"
+                f"device_map {dict(device_map)}: the model runs on one device, pass {{'': device}}"
             )
         device_map = device_map[""]
     asked: Any = device if device is not None else device_map
@@ -139,7 +141,7 @@ def pick_device(
         raise ValueError(f"device {picked} is not supported: only cpu and cuda")
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise ValueError(f"device {picked} was asked for, but this PyTorch sees {found} CUDA GPUs")
+        raise ValueError(f"device {picked} is not available: PyTorch finds {found} CUDA GPUs")
     return picked
 
 

@@ -1,4 +1,4 @@
-"""Free memory of a device, and errors that say what did not fit."""
+"""Free memory of a device, and out-of-memory errors that name what did not fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that can still be allocated; infinite where the system does not tell."""
+    """Returns the bytes that can still be allocated, or infinity if the system has no figure."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -25,14 +25,17 @@ def free_bytes(device: torch.device) -> float:
 
 @contextmanager
 def out_of_memory(what: str, size: int, device: torch.device, way_out: str) -> Iterator[None]:
-    """Raises an OutOfMemoryError that names what did not fit, its `size` in bytes (0: unknown),
-    what was free, and the way out."""
+    """Context in which an out-of-memory error is raised again with details.
+
+    The torch.OutOfMemoryError names `what` did not fit, its `size` in bytes (0: unknown), the free
+    memory, and the way out.
+    """
     try:
         yield
-    except RuntimeError as error:  # PyTorch's, the driver's, cuBLAS', the CPU's
+    except RuntimeError as error:  # from PyTorch, the driver, cuBLAS or the CPU
         if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold what was made so far
+        traceback.clear_frames(error.__traceback__)  # frames keep partial results alive
         needed = f" takes {size / 1e9:.2f} GB" if size else ""
         free = ""
         if device.type == "cuda":

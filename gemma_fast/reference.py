@@ -1,13 +1,14 @@
-"""The walk-through in bare PyTorch: token ids to next-token logits, one plain step after another.
+"""The walk-through in plain PyTorch: from token ids to next-token logits, one step at a time.
 
-Every test compares with it, and it is "eager" in every benchmark. It shares no code with the model
-and the kernels.
+Tests compare the model with this file, and the model benchmarks run it as "eager". It shares no
+code with the model or the kernels.
 
-    b batch · t new tokens · s tokens so far, past included · n kv heads · m query heads per kv head
-    d head dim
+    b batch · t new tokens · s all tokens, past ones included · n kv heads
+    m query heads per kv head · d head dim · heads: n * m for queries, n for keys and values
 
-Follows Graphcore Research's "A transformer walk-through, with Gemma"; numerics as in Google's
-gemma_pytorch and transformers: RMSNorm, angles and softmax in fp32, all else in the weights' dtype.
+The steps follow Graphcore Research's "A transformer walk-through, with Gemma". The numerics follow
+Google's gemma_pytorch and transformers: RMSNorm, rotary embedding and softmax are computed in fp32,
+all else in the weights' dtype.
 """
 
 from __future__ import annotations
@@ -25,21 +26,26 @@ from gemma_fast.config import FULL, GemmaConfig
 
 
 def embed(input_ids: Tensor, embeddings: Tensor) -> Tensor:
-    """Rows of the embedding, times sqrt(hidden) rounded to the weights' dtype: [b, t, hidden]."""
+    """Looks up input_ids :: [b, t] and multiplies by sqrt(hidden), rounded to the weights' dtype.
+
+    Returns [b, t, hidden].
+    """
     scale = torch.tensor(embeddings.shape[1] ** 0.5).to(embeddings.dtype)
     return embeddings[input_ids] * scale.to(embeddings.device)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * (1 + weight), all in fp32, rounded once."""
+    """Returns x / rms(x) * (1 + weight), computed in fp32 and rounded once."""
     z = wide(x)
     z = z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + eps)
     return (z * (1 + wide(weight))).to(x.dtype)
 
 
 def angles(config: GemmaConfig, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """cos and sin :: [b, 1, t, d / 2] of position * theta^(-2i / d), in fp32, on a kind of layer;
-    positions :: [b, t]"""
+    """Returns cos and sin :: [b, 1, t, d / 2] of the rotary angles position * theta^(-2i / d).
+
+    positions :: [b, t]; kind: the layer's type, which sets theta and the scaling. All in fp32.
+    """
     full = kind == FULL
     theta = config.rope_theta if full else config.rope_local_base_freq
     i = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
@@ -51,7 +57,7 @@ def angles(config: GemmaConfig, positions: Tensor, kind: str) -> tuple[Tensor, T
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns channel i of x :: [b, heads, t, d] against channel i + d / 2, in fp32."""
+    """Rotates each channel pair (i, i + d / 2) of x :: [b, heads, t, d] by its angle, in fp32."""
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
@@ -59,40 +65,44 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(
     q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """softmax(cap(scale * q @ keysᵀ)) @ values :: [b, heads, t, d], the softmax in fp32.
+    """Returns softmax(cap(scale * q @ keysᵀ)) @ values :: [b, n * m, t, d], with an fp32 softmax.
 
-    q :: [b, heads, t, d]; keys, values :: [b, n, s, d]; visible :: [b or 1, t, s], bool
+    q :: [b, n * m, t, d]; keys, values :: [b, n, s, d]
+    visible :: [b or 1, t, s], bool: whether a new token sees a key
     """
     m = q.shape[1] // keys.shape[1]
-    keys, values = (x.repeat_interleave(m, dim=1) for x in (keys, values))
-    scores = cap(q @ keys.transpose(2, 3) * scale, softcap)  # [b, heads, t, s]
+    keys, values = (x.repeat_interleave(m, dim=1) for x in (keys, values))  # [b, n * m, s, d]
+    scores = cap(q @ keys.transpose(2, 3) * scale, softcap)  # [b, n * m, t, s]
+    # The minimum is finite: with -inf, the softmax of a padding row, which sees no key, is NaN.
     scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
     return wide(scores).softmax(-1).to(q.dtype) @ values
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Returns gelu(gate) * up, with the tanh approximation of GELU."""
     return F.gelu(gate, approximate="tanh") * up
 
 
 def cap(x: Tensor, softcap: float | None) -> Tensor:
+    """Limits x smoothly to the range from -softcap to softcap; None: returns x."""
     return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
 def wide(x: Tensor) -> Tensor:
-    """In fp32 at least."""
+    """Returns x in fp32, or unchanged if it is fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 class Output(NamedTuple):
-    logits: Tensor  # [b, t, vocab], or the last rows only
-    past_key_values: list[tuple[Tensor, Tensor]] | None  # a layer's K and V: [b, n, s, d]
+    logits: Tensor  # [b, t, vocab], or [b, logits_to_keep, vocab]
+    past_key_values: list[tuple[Tensor, Tensor]] | None  # K and V of each layer: [b, n, s, d]
 
 
 class Reference:
-    """Gemma 1, 2 or 3 over a dict of tensors under their checkpoint's names.
+    """Gemma 1, 2 or 3 (text) on a dict of weights, which has the checkpoint's tensor names.
 
-    config  :: any GemmaConfig
-    weights :: those of config.tensor_shapes(), all of one dtype and on one device
+    config   any GemmaConfig
+    weights  all tensors of config.tensor_shapes(), in one dtype and on one device
     """
 
     def __init__(self, config: GemmaConfig, weights: dict[str, Tensor]) -> None:
@@ -107,14 +117,14 @@ class Reference:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Reference:
-        """Reads the same checkpoints as the model, with the same errors."""
+        """Reads a directory of safetensors, a .gguf file or a hub id, like GemmaForCausalLM."""
         return cls.from_checkpoint(open_checkpoint(name_or_path), dtype=dtype, device=device)
 
     @classmethod
     def from_checkpoint(
         cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str
     ) -> Reference:
-        """From an open checkpoint."""
+        """Reads all weights of an open checkpoint."""
         weights = {}
         for name, shape in checkpoint.shapes.items():
             weights[name] = torch.empty(shape, dtype=dtype, device=device)
@@ -131,7 +141,14 @@ class Reference:
         use_cache: bool = True,
         logits_to_keep: int = 0,
     ) -> Output:
-        """input_ids :: [b, t]; attention_mask :: [b, s], 0 for padding. logits_to_keep=0: all."""
+        """Returns the logits of the next token after each new token, and the KV cache.
+
+        input_ids        [b, t]
+        attention_mask   [b, s], 0 for padding; None: no padding
+        position_ids     [b, t]; None: counted from attention_mask
+        past_key_values  the KV cache that an earlier call returned; it is not changed
+        logits_to_keep   return the logits of this many last tokens; 0: of all
+        """
         past = past_key_values[0][0].shape[2] if past_key_values else 0
         t = input_ids.shape[1]
         s = past + t
@@ -168,11 +185,14 @@ class Reference:
         turns: tuple[Tensor, Tensor],
         past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """hiddens :: [b, t, hidden] → after layer i; and its K and V, past ones included."""
+        """Returns hiddens :: [b, t, hidden] after layer i, and its K and V of past and new tokens.
+
+        turns: cos and sin of the new tokens' rotary angles; past: K and V of the past tokens.
+        """
         name = f"model.layers.{i}"
         x = self.norm(hiddens, f"{name}.input_layernorm")
         x, key_values = self.attention(f"{name}.self_attn", x, visible, turns, past)
-        # Gemma 1 calls the norm before its MLP post_attention_layernorm.
+        # In Gemma 1, post_attention_layernorm is the name of the norm before the MLP.
         before_mlp = "post_attention_layernorm"
         if self.config.post_norms:
             x = self.norm(x, f"{name}.post_attention_layernorm")
@@ -193,6 +213,7 @@ class Reference:
         turns: tuple[Tensor, Tensor],
         past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Returns the output :: [b, t, hidden], and K and V of past and new tokens."""
         config, (b, t, _), d = self.config, x.shape, self.config.head_dim
         q, k, v = (self.project(x, f"{name}.{p}_proj") for p in "qkv")
         q, k, v = (y.view(b, t, -1, d).transpose(1, 2) for y in (q, k, v))  # [b, heads, t, d]
@@ -211,7 +232,7 @@ class Reference:
         return self.project(geglu(gate, up), f"{name}.down_proj")
 
     def predict(self, hiddens: Tensor) -> Tensor:
-        """Logits: the product with the embedding, which serves both ends, and its soft cap."""
+        """Returns logits :: [b, t, vocab]. The output projection's weight is the embedding's."""
         logits = self.project(hiddens, "model.embed_tokens")
         return cap(logits, self.config.final_logit_softcapping)
 

@@ -1,4 +1,4 @@
-"""Token ids → token ids: requests, sampling, stopping, decoders and the loop of generate().
+"""Generates token ids from token ids: requests, sampling, stopping, decoders, generate()'s loop.
 
 May import: config, memory, compat, model.
 """

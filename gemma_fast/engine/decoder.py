@@ -1,11 +1,11 @@
-"""Decoder: one cache, and the step that adds a token to each of its rows.
+"""Decoder: one cache, and a step that adds one token to each of its rows.
 
     prompt → prefill → token → step → token → step → …
 
-On a GPU the step is captured in a CUDA graph, embedding to choice, and then replayed: the host
-launches one thing a token. The first step of a kind runs as it is, so that its kernels are
-compiled; the second is captured. Everything that changes between replays is in device tensors:
-tokens, positions, and the settings of each row's sampling.
+On a GPU the step, from embedding to sampling, is captured in a CUDA graph and then replayed: the
+host launches one graph per token. The first step of each kind runs without a graph, to compile its
+kernels; the second is captured. Everything that changes between replays is stored in device
+tensors: tokens, positions, and the sampling settings of each row.
 """
 
 from __future__ import annotations
@@ -24,21 +24,20 @@ from gemma_fast.memory import out_of_memory
 from gemma_fast.model.cache import KVCache
 from gemma_fast.model.gemma import Gemma
 
-# Prompts are read in chunks of this many tokens, of all rows, which bounds what activations take.
+# Prefill runs in chunks of this many tokens over all rows, which limits the memory of activations.
 PREFILL_CHUNK = 2048
-ROUND_UP = 256  # tokens: a slightly longer text needs no new cache, and no new graph
-MAX_GRAPHS = 8  # of a decoder: one for each way to choose
+ROUND_UP = 256  # tokens, for cache lengths: a slightly longer text needs no new cache or graph
+MAX_GRAPHS = 8  # per decoder, which has one graph for each `graph_key` of its sampler
 _capturing = threading.Lock()
 
 
 class Decoder:
-    """Decoding of up to `batch` sequences of up to `max_length` tokens.
+    """Decodes up to `batch` sequences of up to `max_length` tokens.
 
-    cache         KVCache for the batch, rounded up by `bucket_of`: rows without a text are decoded
-                  along
-    token         [b], int64, on the device: the newest token of each text; -1 where the logits were
-                  not finite. The cache does not hold it yet.
-    asynchronous  whether `step` returns before its token is there, as on a GPU
+    cache         KVCache for a batch rounded up by `bucket_of`; unused rows are decoded, too
+    token         [b], int64, on the device: the newest token of each row, or -1 if its logits were
+                  not finite. It is not in the cache yet.
+    asynchronous  whether `step` returns before its token is computed, as on a GPU
     """
 
     def __init__(self, model: Gemma, batch: int, max_length: int) -> None:
@@ -47,24 +46,24 @@ class Decoder:
         length = min(-(-max_length // ROUND_UP) * ROUND_UP, model.config.max_position_embeddings)
         bucket, device = bucket_of(batch), model.device
         size = KVCache.bytes_needed(model.config, bucket, length, model.dtype)
-        # Not as inference tensors, which could not be written to outside of inference mode.
+        # Inference tensors could not be changed in place outside of inference mode.
         with (
             torch.inference_mode(False),
             out_of_memory(
                 f"a KV cache for {bucket} sequences of {length} tokens", size, device,
-                "a smaller batch, shorter prompts or max_new_tokens",
+                "a smaller batch, shorter prompts or a smaller max_new_tokens",
             ),
         ):  # fmt: skip
             self.cache = model.new_cache(bucket, length)
             self.sampler = Sampler(bucket, model.config.vocab_size, device)
         self.asynchronous = device.type == "cuda"
         self._rows = slice(0, batch)
-        self._warm: set[Hashable] = set()  # graph keys of steps that ran
+        self._warm: set[Hashable] = set()  # graph keys of steps that have run
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._graph_bytes, self.capture_seconds = 0, 0.0
 
     def fits(self, model: Gemma, max_length: int) -> bool:
-        """Whether it is for this model as it is now, and for texts of this length."""
+        """Whether this decoder works with the model's current weights and with this length."""
         return self._weights == _addresses(model) and max_length <= self.cache.max_length
 
     @property
@@ -74,28 +73,28 @@ class Decoder:
     def prefill(
         self, ids: Tensor, attention_mask: Tensor | None = None, texts: Sequence[Sampling] = ()
     ) -> None:
-        """Starts anew: reads prompts, ids :: [b, t], and chooses the first token of each.
+        """Empties the cache, reads prompts ids :: [b, t], and samples the first token of each.
 
         attention_mask  [b, t], 0 for padding on the left; None: no padding
-        texts           how each row's tokens are chosen; none: the likeliest
+        texts           sampling settings of each row; empty: all rows are greedy
         """
         if len(ids) > self.cache.batch:
-            raise ValueError(f"{len(ids)} texts do not fit a decoder for {self.cache.batch}")
+            raise ValueError(f"a batch of {len(ids)} does not fit a decoder for {self.cache.batch}")
         self._rows = slice(0, len(ids))
         self.cache.clear()
         self.sampler.set(texts)
         self.extend(ids, attention_mask)
 
     def extend(self, ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Reads more of the texts, ids :: [b, t], in place of `token`, and chooses the next one."""
+        """Appends ids :: [b, t] to the rows in place of `token`, and samples the next token."""
         b, t = ids.shape
         cache, sampler = self.cache.rows(self._rows), self.sampler.rows(self._rows)
         cache.reserve(t)
         cache.align(t, attention_mask)
         *chunks, last = ids.split(max(PREFILL_CHUNK // b, 1), dim=1)
         with (
-            cache.unfinished("a prompt was not read to its end"),
-            self._memory_for(f"reading {b} x {t} tokens"),
+            cache.unfinished("the prefill of a prompt did not finish"),
+            self._memory_for(f"a prefill of {b} x {t} tokens"),
         ):
             sampler.read(ids)
             for chunk in chunks:
@@ -103,7 +102,7 @@ class Decoder:
             self.model.step(last, cache, sampler)
 
     def step(self) -> None:
-        """Decodes `token` and chooses the next one."""
+        """Decodes `token` and samples the next one."""
         self.cache.reserve(1)
         key = self.sampler.graph_key
         if not self.asynchronous:
@@ -122,7 +121,7 @@ class Decoder:
             self._graphs[key].replay()
 
     def read(self) -> Callable[[], Tensor]:
-        """Starts copying `token` to the host → a call that waits for it and gives it: [b]."""
+        """Starts to copy `token` to the host. Returns a function that waits and returns it: [b]."""
         if not self.asynchronous:
             token = self.token.clone()
             return lambda: token
@@ -138,11 +137,11 @@ class Decoder:
         return wait
 
     def memory(self) -> dict[str, int]:
-        """Bytes on the device: the cache with what goes with it, and the graphs."""
+        """Bytes on the device: "cache" (KV cache and sampler) and "graph" (CUDA graphs)."""
         return {"cache": self.cache.nbytes + self.sampler.nbytes, "graph": self._graph_bytes}
 
     def wait(self) -> None:
-        """Returns when the device has done all steps."""
+        """Waits until the device has finished all steps."""
         if self.token.is_cuda:
             torch.cuda.current_stream(self.token.device).synchronize()
 
@@ -152,20 +151,23 @@ class Decoder:
         self.model.step(ids, self.cache, self.sampler)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """The step as a graph, which is still to be replayed: the cache has counted its token."""
+        """Captures the step as a CUDA graph, which the caller must replay.
+
+        The capture counts the step's token in the cache, but does not compute it.
+        """
         start, device = time.perf_counter(), self.token.device
         graph = torch.cuda.CUDAGraph()
         with (
             _capturing,
             self._memory_for("the CUDA graph of a decode step"),
             torch.cuda.device(device),
-            # Its end brings the current stream back, also if the capture fails.
+            # Restores the current stream, even if the capture fails.
             torch.cuda.stream(torch.cuda.current_stream(device)),
         ):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
-            # By default the stream is the one of the device that captured first.
+            # The default capture stream belongs to the device that captured first.
             stream = _capture_stream(device)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._step()
@@ -179,12 +181,12 @@ class Decoder:
 
 
 def bucket_of(batch: int) -> int:
-    """1, 2, 4, 8, and above a multiple of 8."""
+    """Rounds a batch size up to 1, 2, 4, 8 or a multiple of 8."""
     return 1 << (batch - 1).bit_length() if batch <= 8 else -(-batch // 8) * 8
 
 
 def _addresses(model: Gemma) -> list[int]:
-    """Where the weights are: a graph reads them there."""
+    """Returns the weights' addresses. CUDA graphs read the weights at fixed addresses."""
     return [weight.data_ptr() for weight in model.parameters()]
 
 

@@ -1,8 +1,8 @@
-"""Requests → their new tokens, read top to bottom:
+"""The main loop of generate(), from requests to new tokens:
 
-prefill the cache with the prompts → choose a token → decode it → choose the next → … → stop
+prefill the cache with the prompts → sample a token → decode it → sample the next → … → stop
 
-What happens between two tokens is decoder.py's.
+decoder.py implements prefill and the decode step.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from gemma_fast.model.gemma import Gemma
 def generate_tokens(
     model: Gemma, decoders: DecoderPool, requests: Sequence[Request], tokenizer: Any, streamer: Any
 ) -> Tensor:
-    """[b, new], on the host: what follows each prompt, filled up with padding once it has ended.
+    """Returns the new tokens of each request, [b, new], on the host. Ended rows are padded.
 
-    tokenizer reads what stop strings are looked for in. streamer, or None, gets the prompts, then
-    each token: `put(ids)`, and at last `end()`. Ctrl-C returns what there is. ValueError: logits
-    that are not finite. torch.OutOfMemoryError: no room for the cache.
+    tokenizer  decodes generated tokens to find stop strings; needed only if there are any
+    streamer   None, or an object that receives the prompts and then each token by `put(ids)`,
+               and at last `end()`
+
+    Ctrl-C ends generation and returns the tokens so far. Raises ValueError if logits are not
+    finite, and torch.OutOfMemoryError if the cache does not fit.
     """
     stopping = Stopping(requests, tokenizer)
     ids, mask = stack_prompts(requests)
@@ -63,8 +66,10 @@ def generate_tokens(
 
 
 def stack_prompts(requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
-    """ids :: [b, t], and mask :: [b, t], 0 for padding; None: there is none. The requests' ids are
-    of one length."""
+    """Returns ids :: [b, t] and mask :: [b, t], 0 for padding, or None if there is no padding.
+
+    The ids of all requests must have the same length.
+    """
     ids = torch.stack([request.ids for request in requests])
     padding = torch.tensor([request.padding for request in requests], device=ids.device)
     if not padding.any():
@@ -73,8 +78,10 @@ def stack_prompts(requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
 
 
 def tokens(decoder: Decoder, count: int) -> Iterator[Tensor]:
-    """The next `count` tokens of each text, [b] on the host. While the caller looks at one, a GPU
-    is at the next one already."""
+    """Yields the next `count` tokens of each row, [b] on the host.
+
+    A GPU already computes the next token while the caller processes this one.
+    """
     ahead = decoder.asynchronous
     read = decoder.read()
     for left in reversed(range(count)):
@@ -91,9 +98,10 @@ def tokens(decoder: Decoder, count: int) -> Iterator[Tensor]:
 
 
 def refuse_not_finite(token: Tensor, tokens: int) -> None:
+    """Raises ValueError if a row's token is -1, which marks logits that are not finite."""
     rows = (token < 0).nonzero().flatten().tolist()
     if rows:
         raise ValueError(
             f"the logits after {tokens} tokens are not finite, in rows {rows}: the weights are "
-            "damaged, or overflow this dtype; try dtype='float32'"
+            "damaged, or values overflow this dtype; try dtype='float32'"
         )

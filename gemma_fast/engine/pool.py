@@ -1,4 +1,4 @@
-"""The decoders that a model keeps for its next texts."""
+"""DecoderPool: the decoders that a model keeps for its next calls."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from gemma_fast.model.gemma import Gemma
 
 
 class DecoderPool(dict[int, Decoder]):
-    """Decoders by batch size, each for one caller at a time; a copy of the pool is empty."""
+    """Batch size → decoder, which one caller uses at a time. A copy of the pool is empty."""
 
     def take(self, model: Gemma, batch: int, max_length: int) -> Decoder:
-        """One that fits, for this caller alone until it is given back."""
+        """Removes a decoder that fits from the pool, or creates one. Return it with `give_back`."""
         kept = self.pop(bucket_of(batch), None)
         if kept is not None and kept.fits(model, max_length):
             kept.model = model
             return kept
-        del kept  # its memory first
+        del kept  # frees its memory first
         try:
             return Decoder(model, batch, max_length)
         except torch.OutOfMemoryError:
             if not self:
                 raise
-        self.clear()  # what other batches left
+        self.clear()  # frees the decoders of other batch sizes
         return Decoder(model, batch, max_length)
 
     def give_back(self, decoder: Decoder) -> None:
         decoder.wait()
-        del decoder.model  # which would else live until cycles are collected
+        del decoder.model  # or the reference cycle keeps the model alive until garbage collection
         self[decoder.cache.batch] = decoder
 
     def memory(self) -> dict[str, int]:
-        """Bytes on the device: caches and CUDA graphs."""
+        """Bytes on the device: "cache" (KV caches and samplers) and "graph" (CUDA graphs)."""
         kept = [decoder.memory() for decoder in self.values()]
         return {name: sum(x[name] for x in kept) for name in ("cache", "graph")}
 

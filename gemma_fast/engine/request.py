@@ -1,7 +1,7 @@
-"""A Request for each text of a `generate` call: the call's keywords override its generation_config,
-which overrides the model's.
+"""Request: one text to continue, with its settings; and `requests_of`, which creates them.
 
-A value out of its range is a ValueError that names the value and what is allowed.
+The call's keywords override its generation_config, which overrides the model's. A value out of
+range raises ValueError, which names the value and the allowed values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gemma_fast.model.padding import check_shape, left_padding
 
 SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 LENGTHS = ("max_new_tokens", "max_length")
-UNASKED = 20  # tokens, as in transformers, whose examples of Gemma count on it
+DEFAULT_NEW_TOKENS = 20  # as in transformers, whose Gemma examples rely on it
 OPTIONS = (*SETTINGS, *LENGTHS, "eos_token_id", "pad_token_id", "stop_strings")
 
 
@@ -29,13 +29,14 @@ OPTIONS = (*SETTINGS, *LENGTHS, "eos_token_id", "pad_token_id", "stop_strings")
 class Request:
     """A text to continue.
 
-    ids             [t], int64: the prompt, after `padding` ids that are none of it; of one length
-                    in all requests of a call
-    sampling        how its tokens are chosen
-    max_new_tokens  how many at most
-    eos_token_ids   tokens that end it
-    stop_strings    texts that end it as soon as they appear in what was generated
-    pad_token_id    what fills its row up once it has ended
+    ids             [t], int64: the prompt after its left padding; all requests of a call have the
+                    same t
+    padding         number of padding ids on the left
+    sampling        its sampling settings
+    max_new_tokens  maximum number of new tokens
+    eos_token_ids   tokens that end the text
+    stop_strings    strings that end the text when they appear in its generated part
+    pad_token_id    fills the row after the text has ended
     """
 
     ids: Tensor
@@ -48,9 +49,10 @@ class Request:
 
 
 class GenerationConfig(dict[str, Any]):
-    """`generate`'s defaults, as in generation_config.json; items are attributes too.
+    """Defaults of `generate`, as in generation_config.json. Items are also attributes.
 
-    An option that is not set is None. Setting one that generate does not have is a TypeError.
+    An option that is not set is None. Setting an option that generate does not have raises
+    TypeError.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -72,11 +74,11 @@ def requests_of(
     defaults: Mapping[str, Any],
     config: GemmaConfig,
 ) -> list[Request]:
-    """A request for each row of ids :: [b, t], padded on the left where mask :: [b, t] is 0.
+    """Returns a request for each row of ids :: [b, t], with left padding where mask :: [b, t] is 0.
 
-    keywords           OPTIONS and "seed"; None: not given
-    generation_config  None, a mapping or transformers' GenerationConfig, below the keywords
-    defaults           the model's, below both
+    keywords           the call's OPTIONS and "seed"; None: not given
+    generation_config  None, a mapping or transformers' GenerationConfig; keywords override it
+    defaults           the model's generation_config, which the other two override
     """
     options = _merge(keywords, generation_config, defaults)
     new = _new_tokens(ids.shape[1], options, config.max_position_embeddings)
@@ -99,15 +101,15 @@ def requests_of(
 def _merge(
     keywords: Mapping[str, Any], generation_config: Any, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The options that are set."""
+    """Returns the set options: keywords override generation_config, which overrides defaults."""
     passed = _as_mapping(generation_config)
     for name, value in defaults.items():
         if name in GENERATE:
             try:
                 check_keywords("the model's generation_config", {name: value}, GENERATE)
             except TypeError as problem:
-                warnings.warn(f"{problem}; it is left out", stacklevel=4)
-    unknown = {k: v for k, v in passed.items() if k not in (*OPTIONS, *_ABOUT) and v is not None}
+                warnings.warn(f"{problem}; it is ignored", stacklevel=4)
+    unknown = {k: v for k, v in passed.items() if k not in (*OPTIONS, *_METADATA) and v is not None}
     check_keywords("generation_config", unknown, GENERATE)
     levels = (keywords, passed, defaults)
     values = {k: [level[k] for level in levels if level.get(k) is not None] for k in OPTIONS}
@@ -119,15 +121,15 @@ def _new_tokens(prompt: int, options: Mapping[str, Any], context: int) -> int:
     set, overrides max_length, as in transformers. Warns if neither is set."""
     name = next((name for name in LENGTHS if name in options), None)
     if name is None:
-        warnings.warn(f"pass max_new_tokens: without it, {UNASKED} are written", stacklevel=4)
-        given, name = max(min(UNASKED, context - prompt), 1), "max_new_tokens"
+        warnings.warn(f"pass max_new_tokens: the default is {DEFAULT_NEW_TOKENS}", stacklevel=4)
+        given, name = max(min(DEFAULT_NEW_TOKENS, context - prompt), 1), "max_new_tokens"
     else:
         given = options[name]
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise ValueError(f"{name}={given!r} must be a whole number from 1")
+        raise ValueError(f"{name}={given!r} must be an integer of at least 1")
     new = given if name == "max_new_tokens" else given - prompt
     if new < 1:
-        raise ValueError(f"{name}={given} counts the prompt, which has {prompt} tokens already")
+        raise ValueError(f"{name}={given} includes the prompt, which already has {prompt} tokens")
     if prompt + new > context:
         raise ValueError(
             f"a prompt of {prompt} tokens and max_new_tokens={new} do not fit the model's context "
@@ -137,40 +139,42 @@ def _new_tokens(prompt: int, options: Mapping[str, Any], context: int) -> int:
 
 
 def _token_ids(name: str, options: Mapping[str, Any], config: GemmaConfig) -> tuple[int, ...]:
-    """The ids that an option, or else the model's config, names."""
+    """Returns the ids in this option, or in the model's config if the option is not set."""
     given = options.get(name, getattr(config, name))
     ids = given.tolist() if isinstance(given, Tensor) else given
     ids = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
     for token in ids:
         whole = isinstance(token, int) and not isinstance(token, bool)
         if not (whole and 0 <= token < config.vocab_size):
-            raise ValueError(f"{name}={given!r} must be ids below {config.vocab_size}")
+            raise ValueError(f"{name}={given!r} must be token ids below {config.vocab_size}")
     return ids
 
 
 def _stop_strings(given: str | Sequence[str] | None) -> tuple[str, ...]:
     stop = (given,) if isinstance(given, str) else tuple(given or ())
     if not all(isinstance(text, str) and text for text in stop):
-        raise ValueError(f"stop_strings={given!r} must be one or more texts, none empty")
+        raise ValueError(f"stop_strings={given!r} must be non-empty strings")
     return stop
 
 
 def _padding(mask: Any, ids: Tensor) -> list[int]:
-    """How many first ids of each row are padding."""
+    """Returns the number of padding ids on the left of each row."""
     if mask is None:
         return [0] * len(ids)
     real = check_shape("attention_mask", mask, ids).bool()
     if not real[:, -1].all():
-        raise ValueError("prompts must be padded on the left: each row of the mask must end in 1")
+        raise ValueError("pad prompts on the left: each row of attention_mask must end in 1")
     return left_padding(real).tolist()
 
 
-_ABOUT = ("transformers_version", "_from_model_config")  # how a config was made
+_METADATA = ("transformers_version", "_from_model_config")  # these are not options
 
 
 def _as_mapping(config: Any) -> Mapping[str, Any]:
     if config is None or isinstance(config, Mapping):
         return config or {}
     if not callable(getattr(config, "to_dict", None)):
-        raise ValueError(f"generation_config must be one, or a dict, not {config!r:.60}")
+        raise ValueError(
+            f"generation_config must be a GenerationConfig or a dict, not {config!r:.60}"
+        )
     return config.to_dict()

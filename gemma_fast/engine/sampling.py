@@ -1,6 +1,6 @@
-"""How tokens are chosen: the settings of a text, and the sampler of a batch, a row's settings each.
+"""Sampling: the settings of one text. Sampler: the settings of all rows of a batch.
 
-The order is transformers': repetition penalty, temperature, top-k, top-p, min-p.
+The order of the steps is transformers': repetition penalty, temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to choose the tokens of a text. ValueError: a value out of its range.
+    """Sampling settings of one text. Raises ValueError for a value out of range.
 
-    do_sample           False: the likeliest token, whatever temperature and filters say
-    temperature         logits are divided by it
-    top_k               ≥ 1: only the k likeliest; 0: all
-    top_p               in (0, 1]: only the fewest likeliest whose probabilities reach p together
-    min_p               in [0, 1]: only those at least min_p times as likely as the likeliest
-    repetition_penalty  > 0: logits of tokens seen before are divided by it where positive, else
-                        multiplied (Keskar et al. 2019, CTRL)
-    seed                of the noise that draws: from 0, below 2**63
+    do_sample           False: greedy, the most likely token; temperature and filters are ignored
+    temperature         divides the logits
+    top_k               ≥ 1: keep only the k most likely tokens; 0: keep all
+    top_p               in (0, 1]: keep only the fewest most likely tokens whose probabilities sum
+                        to at least top_p
+    min_p               in [0, 1]: keep only tokens that have at least min_p times the probability
+                        of the most likely one
+    repetition_penalty  > 0: divides the positive logits of tokens seen before, and multiplies their
+                        negative logits (Keskar et al. 2019, CTRL)
+    seed                seed of the sampling noise, from 0 to 2**63 - 1
 
-    A filter keeps all that are as likely as the least likely one it keeps.
+    If several tokens are as likely as the least likely one that a filter keeps, it keeps them all.
     """
 
     do_sample: bool = False
@@ -45,19 +47,19 @@ class Sampling:
             if not (number and in_range(value)):
                 raise ValueError(f"{name}={value!r} is out of range: it must be {words}")
         if not isinstance(self.do_sample, bool):
-            raise ValueError(f"do_sample={self.do_sample!r} must be true or false")
+            raise ValueError(f"do_sample={self.do_sample!r} must be True or False")
         whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
         if not (whole and 0 <= self.seed < 1 << 63):
-            raise ValueError(f"seed={self.seed!r} must be a whole number from 0, below 2**63")
+            raise ValueError(f"seed={self.seed!r} must be an integer from 0 to 2**63 - 1")
 
 
 class Sampler:
-    """Chooses the next token of each row by the settings of its text, see model.gemma.Sampler.
+    """Each row's sampling settings and newest token; used by `Gemma.step` as model.gemma.Sampler.
 
     token  [b], int64: the newest token of each row; -1: its logits were not finite
 
-    Everything that may differ between replays of a CUDA graph is in tensors whose memory stays the
-    same; a graph depends on `graph_key` besides.
+    Everything that changes between replays of a CUDA graph is stored in tensors with fixed
+    addresses. A graph is valid for one value of `graph_key` only.
     """
 
     def __init__(self, batch: int, vocab_size: int, device: torch.device | str) -> None:
@@ -67,17 +69,17 @@ class Sampler:
         self.token, self._seed, self._top_k = (setting(torch.int64) for _ in range(3))
         self._temperature, self._divisor, self._samples = (setting() for _ in range(3))
         self._penalty, self._tail, self._log_min_p = (setting() for _ in range(3))
-        self._seen = torch.zeros(0, dtype=torch.bool, device=device)  # [b, vocab] once it is needed
+        self._seen = torch.zeros(0, dtype=torch.bool, device=device)  # [b, vocab] if needed
         self._vocab_size = vocab_size
         self.set([])
 
     def set(self, texts: Sequence[Sampling]) -> None:
-        """Takes the settings of the first rows; the others are greedy. No token is seen yet."""
+        """Sets the first rows' settings; the other rows are greedy. Forgets all seen tokens."""
         rows = [*texts, *[Sampling()] * (len(self.token) - len(texts))]
         vocab_size = self._vocab_size
         self._any_samples = any(row.do_sample for row in rows)
         self._penalises = any(row.repetition_penalty != 1 for row in rows)
-        # How many of the likeliest logits the filters need in order; 0: there are no filters.
+        # Number of top logits that the filters need in sorted order; 0: there are no filters.
         self._ordered = max(_ordered(row, vocab_size) for row in rows)
         _fill(self._seed, (row.seed for row in rows))
         _fill(self._samples, (float(row.do_sample) for row in rows))
@@ -85,7 +87,7 @@ class Sampler:
         _fill(self._divisor, (row.temperature if row.do_sample else 1.0 for row in rows))
         _fill(self._penalty, (row.repetition_penalty for row in rows))
         _fill(self._top_k, (min(row.top_k or vocab_size, vocab_size) for row in rows))
-        _fill(self._tail, (1 - row.top_p for row in rows))  # what top-p drops
+        _fill(self._tail, (1 - row.top_p for row in rows))  # probability to drop
         _fill(self._log_min_p, (math.log(row.min_p) if row.min_p else -math.inf for row in rows))
         self.token.zero_()
         if self._penalises:
@@ -95,7 +97,7 @@ class Sampler:
             self._seen.zero_()
 
     def rows(self, rows: slice) -> Sampler:
-        """The sampler of these rows, in the same memory."""
+        """Returns a sampler of these rows in the same memory."""
         part = copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
@@ -103,7 +105,7 @@ class Sampler:
         return part
 
     def read(self, ids: Tensor) -> None:
-        """Notes ids :: [b, t] for the repetition penalty."""
+        """Marks ids :: [b, t] as seen, for the repetition penalty."""
         if self._penalises:
             self._seen.scatter_(1, ids.clamp(min=0), True)
 
@@ -113,7 +115,10 @@ class Sampler:
 
     @property
     def temperature(self) -> Tensor | None:
-        """For the logits that `process` returns, which are divided already: 1, or 0 for greedy."""
+        """Temperatures :: [b], 0 for greedy rows; None: all rows are greedy.
+
+        If there is `process`, the others are 1, because it already divides by the temperature.
+        """
         if not self._any_samples:
             return None
         return self._samples if self.process else self._temperature
@@ -128,12 +133,14 @@ class Sampler:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what the penalty has seen; the rest is small."""
+        """Bytes of the mask of seen tokens; the other tensors are small."""
         return self._seen.nbytes
 
     def _process(self, logits: Tensor) -> Tensor:
-        """logits :: [b, vocab] → fp32, penalised, over the temperature, and -inf where a filter
-        drops the token."""
+        """Applies penalty, temperature and filters to logits :: [b, vocab].
+
+        Returns fp32 logits, which are -inf for the tokens that a filter drops.
+        """
         logits = logits.float()
         if self._penalises:
             penalty = self._penalty.unsqueeze(1)
@@ -145,11 +152,11 @@ class Sampler:
         return logits
 
     def _least_kept(self, logits: Tensor) -> Tensor:
-        """The least logit that a row's filters keep, [b, 1]; -inf: all of them."""
-        likeliest = logits.topk(self._ordered).values  # [b, ordered], the likeliest first
+        """Returns the lowest logit that each row's filters keep, [b, 1]; -inf: they keep all."""
+        likeliest = logits.topk(self._ordered).values  # [b, ordered], descending
         top_k, tail, best = self._top_k.unsqueeze(1), self._tail.unsqueeze(1), likeliest[:, :1]
         rank = torch.arange(self._ordered, device=logits.device)
-        # A token stays while those less likely, itself included, hold more than 1 - top_p.
+        # A token is kept if it and the less likely ones sum to a probability above 1 - top_p.
         ascending = likeliest.masked_fill(rank >= top_k, float("-inf")).flip(-1)
         kept = (ascending.softmax(-1).cumsum(-1) > tail) | ((tail == 0) & ascending.isfinite())
         least = torch.where(kept, ascending, best).amin(-1, keepdim=True)
@@ -169,9 +176,9 @@ def _fill(setting: Tensor, values: Iterable[float]) -> None:
 
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda x: 1e-3 <= x <= 1e3, "from 0.001 to 1000 (greedy is do_sample=False)"),
-    "top_k": (lambda x: isinstance(x, int) and x >= 0, "a whole number from 0 (all tokens)"),
+    "temperature": (lambda x: 1e-3 <= x <= 1e3, "from 0.001 to 1000 (do_sample=False is greedy)"),
+    "top_k": (lambda x: isinstance(x, int) and x >= 0, "an integer from 0 (0 keeps all)"),
     "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1"),
-    "repetition_penalty": (lambda x: 0 < x < float("inf"), "above 0 (1 is none)"),
+    "repetition_penalty": (lambda x: 0 < x < float("inf"), "above 0 (1: no penalty)"),
 }

@@ -1,4 +1,4 @@
-"""Where a text ends: an end token, a stop string, or the number of tokens that it may have."""
+"""Stopping: ends a text at an end token, a stop string or its maximum number of new tokens."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from gemma_fast.engine.request import Request
 
 
 class Stopping:
-    """Which rows are complete. tokenizer: anything with a `decode(ids) -> str`.
+    """Finds the rows that are complete. tokenizer: any object with `decode(ids) -> str`.
 
-    ValueError: a request has stop strings, and there is no tokenizer.
+    Raises ValueError if a request has stop strings and tokenizer is None.
     """
 
     def __init__(self, requests: Sequence[Request], tokenizer: Any) -> None:
         if tokenizer is None and any(request.stop_strings for request in requests):
-            raise ValueError("stop_strings needs tokenizer=…, to read what was generated")
+            raise ValueError("stop_strings needs tokenizer=…, which decodes the generated tokens")
         self.requests, self.tokenizer = requests, tokenizer
 
     def __call__(self, generated: Tensor) -> Tensor:
-        """generated :: [b, new], all tokens so far → [b], bool: whether the newest ends its row"""
+        """generated :: [b, new], all tokens so far → [b], bool: whether the newest ends its row."""
         count = generated.shape[1]
         ended = [
             token in request.eos_token_ids
@@ -36,7 +36,7 @@ class Stopping:
         return torch.tensor(ended, device="cpu")
 
     def _has_stop_string(self, row: Tensor, request: Request) -> bool:
-        # A token of text is a byte or more, so this tail holds the end of any that is new.
+        # A character is at most 4 bytes, a token at least one: the tail contains any new match.
         tail = row[-4 * max(map(len, request.stop_strings)) :].tolist()
         text = self.tokenizer.decode(tail)
         return any(stop in text for stop in request.stop_strings)

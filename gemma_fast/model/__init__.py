@@ -1,4 +1,4 @@
-"""Gemma's weights, its steps and its KV cache: tensors in, tensors out; no files, no text.
+"""Gemma's weights, forward pass and KV cache. This folder handles tensors only, no files or text.
 
 May import: config, kernels.
 """

@@ -1,9 +1,9 @@
-"""KVCache: every key and value the model has computed, preallocated; positions live on the device.
+"""KVCache: preallocated memory for the keys and values of all layers; positions are on the device.
 
-A layer's cache is a ring: slot `p % slots` holds position p. A layer that sees everything has a
-slot for each position of the context and never wraps; one that sees a window of W has W slots, so
-its memory does not grow with the context. Any other ring ends on a whole block, because the
-attention kernel copies blocks of keys.
+Each layer has a ring of slots: slot `p % slots` holds position p. The ring of a full layer has a
+slot for every position, so it never wraps. The ring of a layer with a window of W tokens has W
+slots, so its memory does not grow with the context. All other sizes are rounded up to whole
+blocks, because the attention kernel copies blocks of keys.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from gemma_fast.config import GemmaConfig
 from gemma_fast.model.padding import check_position_ids, check_shape, left_padding
 from gemma_fast.model.rope import Rope
 
-BLOCK = 128  # slots; a multiple of the kernel's blocks, a divisor of Gemma's windows
+BLOCK = 128  # slots; a multiple of the kernels' key blocks, a divisor of Gemma's windows
 
 
 @dataclass
 class _Row:
-    """The host's state of a sequence."""
+    """Host-side state of one sequence."""
 
     length: int = 0
-    unfinished: str | None = None  # why its newest positions may not be there
+    unfinished: str | None = None  # the reason why its newest positions may be missing
     right_padded: bool = False
 
 
 class KVCache:
-    """Room for `max_length` tokens in each of `batch` sequences.
+    """Keys and values of `batch` sequences of up to `max_length` tokens each.
 
-    keys, values  :: one [b, n, slots, d] a layer
-    next_position :: [b], int32: where each row's next token stands; negative while a row is still
-                     in its left padding
-    angles        :: kind of layer → cos, sin :: [≥ max_length, d / 2], fp32, see rope.py
-    counter       :: [≥ b * n] zeros, int32: kernels count their programs there
+    keys, values  :: list with one [b, n, slots, d] per layer
+    next_position :: [b], int32: position of each row's next token; negative while a row is still in
+                     its left padding
+    angles        :: layer type → cos, sin :: [≥ max_length, d / 2], fp32, see rope.py
+    counter       :: [≥ b * n], int32, zeros: kernels count their finished programs here
 
-    A cache with `grows=True` doubles when it is full, up to the model's context; any other raises a
-    ValueError. `rope`: tables to share with other caches of the model.
+    With `grows=True` a full cache doubles, up to the model's context; otherwise it raises
+    ValueError. `rope` has tables that all caches of a model share.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class KVCache:
         rope: Rope | None = None,
     ) -> None:
         if batch < 1 or max_length < 1:
-            raise ValueError(f"a cache for {batch=} and {max_length=} holds nothing")
+            raise ValueError(f"{batch=} and {max_length=} must both be at least 1")
         self.config, self.grows, self._rope = config, grows, rope or Rope(config)
         self._windows = [config.window(i) for i in range(config.num_hidden_layers)]
         shape = (batch, config.num_key_value_heads, 0, config.head_dim)
@@ -74,19 +74,19 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens seen by the longest row, left padding included."""
+        """Number of tokens in the longest row, left padding included."""
         return max(row.length for row in self._rows)
 
     def get_seq_length(self) -> int:
-        """`length`, by transformers' name."""
+        """Returns `length`, under transformers' name."""
         return self.length
 
     @property
     def stale(self) -> str | None:
-        """Why it cannot be continued; None: it can."""
+        """The reason why the cache cannot be continued, or None if it can."""
         for row in self._rows:
             if row.unfinished or row.right_padded:
-                return row.unfinished or "it holds padding on the right as tokens"
+                return row.unfinished or "it contains padding on the right"
         return None
 
     @property
@@ -99,20 +99,22 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that keys and values take on the device."""
+        """Bytes of the keys and values on the device."""
         return sum(x.nbytes for x in (*self.keys, *self.values))
 
     @staticmethod
     def bytes_needed(config: GemmaConfig, batch: int, max_length: int, dtype: torch.dtype) -> int:
-        """`nbytes` of such a cache."""
+        """Returns `nbytes` of a cache with these settings."""
         windows = (config.window(i) for i in range(config.num_hidden_layers))
         slots = sum(_slots(window, max_length) for window in windows)
         return 2 * batch * config.num_key_value_heads * slots * config.head_dim * dtype.itemsize
 
     def rows(self, rows: int | slice) -> KVCache:
-        """A cache of these rows in the same memory: what is written to it, and what it counts, this
-        one has too. Not of a cache that grows."""
-        assert not self.grows, "a cache that grows moves to other memory"
+        """Returns a cache of these rows that shares this cache's memory and token counts.
+
+        A cache with `grows=True` does not support it.
+        """
+        assert not self.grows, "a cache that grows reallocates, so its rows cannot be shared"
         index = slice(rows, rows + 1) if isinstance(rows, int) else rows
         assert self._rows[index], f"there are no rows {rows} in a batch of {self.batch}"
         part = copy(self)
@@ -122,23 +124,26 @@ class KVCache:
         return part
 
     def clear(self) -> None:
-        """Ready for new texts. Zeros, because what it held need not be finite: see _allocate."""
+        """Empties all rows. Fills them with zeros, because slots must be finite: see _allocate."""
         for x in (self.next_position, *self.keys, *self.values):
             x.zero_()
         for row in self._rows:
             row.length, row.unfinished, row.right_padded = 0, None, False
 
     def angles_of(self, tokens: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Kind of layer → cos, sin of the next tokens, [b, t, d / 2]; of one token, the table."""
+        """Returns layer type → cos, sin :: [b, t, d / 2] of the next tokens.
+
+        For one token it returns the whole tables: decode_attention indexes them by position.
+        """
         if tokens == 1:
             return self.angles
         position = self._positions(0, tokens).clamp(min=0)
         return {kind: (cos[position], sin[position]) for kind, (cos, sin) in self.angles.items()}
 
     def reserve(self, tokens: int) -> None:
-        """Makes sure that `tokens` more fit. ValueError: they do not, or the cache is `stale`."""
+        """Ensures room for `tokens` more. Raises ValueError if they do not fit, or if `stale`."""
         if self.stale:
-            raise ValueError(f"this cache cannot be continued, {self.stale}: start with a new one")
+            raise ValueError(f"this cache cannot be continued: {self.stale}; start with a new one")
         needed = self.length + tokens
         sizes = f"{self.length} tokens so far and {tokens} more do not fit"
         context = self.config.max_position_embeddings
@@ -154,21 +159,21 @@ class KVCache:
     def align(
         self, tokens: int, attention_mask: Tensor | None, position_ids: Tensor | None = None
     ) -> None:
-        """Takes the next tokens' left padding from a mask over all columns, past and new ones. With
-        a mask all rows must have seen as many tokens.
+        """Sets the rows' positions from the left padding in a mask over all columns, past and new.
 
-        ValueError: a mask of another shape, with holes, or that disagrees with an earlier one;
-        position_ids that do not count the tokens which the mask leaves. The cache stays as it was.
+        With a mask, all rows must have the same number of tokens. Raises ValueError, and leaves the
+        cache unchanged, if the mask has the wrong shape or holes, if it disagrees with an earlier
+        mask, or if position_ids do not count the real tokens.
         """
         columns, device = self.length + tokens, self.next_position.device
         position, right_padded = self.next_position, [False] * self.batch
         real = torch.ones(self.batch, columns, dtype=torch.bool, device=device)
         if attention_mask is not None:
-            assert len({row.length for row in self._rows}) == 1, "rows have seen other numbers"
+            assert len({row.length for row in self._rows}) == 1, "the rows' lengths differ"
             real = check_shape("attention_mask", attention_mask, real).bool()
             padding = left_padding(real)
             position = (self.length - padding).int()
-            # A row still in its padding, at 0 or below, may stay there.
+            # A row that is still in its left padding (position <= 0) may get more padding.
             if not torch.equal(position.clamp(min=0), self.next_position.clamp(min=0)):
                 raise ValueError("attention_mask disagrees with the padding of the cached tokens")
             right_padded = (real.any(1) & ~real[:, -1]).tolist()
@@ -181,8 +186,10 @@ class KVCache:
 
     @contextmanager
     def unfinished(self, reason: str) -> Iterator[None]:
-        """Around what writes to the rows: an exception in it leaves them stale, for this reason or
-        for that of an `unfinished` around this one."""
+        """Context for code that writes to the rows: if it raises, the rows stay stale.
+
+        When these contexts are nested, the outermost reason is kept.
+        """
         before = [row.unfinished for row in self._rows]
         for row in self._rows:
             row.unfinished = row.unfinished or reason
@@ -191,13 +198,16 @@ class KVCache:
             row.unfinished = reason_before
 
     def rings(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Where the next tokens' K and V go: the layer's own rings where nothing that those tokens
-        still see would be overwritten, else longer ones that begin with what they still see."""
+        """Returns the rings of K and V that the next tokens are written to.
+
+        These are the layer's own rings while they do not wrap. Otherwise they are temporary longer
+        rings, which already contain the past keys and values that the next tokens see.
+        """
         keys, values = self.keys[layer], self.values[layer]
         slots = keys.shape[2]
         used = self.length + tokens
         if used <= slots:
-            # Up to its last used block a ring that has not wrapped is a shorter ring.
+            # A ring that has not wrapped remains valid if it is cut after its last used block.
             used = min(_whole_blocks(used), slots)
             return keys[:, :, :used], values[:, :, :used]
         past = min(self.length, slots - 1)
@@ -210,7 +220,7 @@ class KVCache:
         return longer
 
     def keep(self, layer: int, keys: Tensor, values: Tensor, tokens: int) -> None:
-        """Brings the newest positions back from longer rings, if those are what `rings` gave."""
+        """Copies the newest positions back to the layer's rings, if `rings` returned other ones."""
         slots = self.keys[layer].shape[2]
         if keys.shape[2] > slots:
             positions = self._positions(tokens - slots, tokens)
@@ -218,18 +228,20 @@ class KVCache:
             _move(values, self.values[layer], positions)
 
     def advance(self, tokens: int) -> None:
-        """The next tokens are in the rings of all rows. One without a text counts too: `clear` it
-        before it is full."""
+        """Counts `tokens` tokens, which were written to the rings, in all rows.
+
+        Unused rows count them too: `clear` such a row before it is full.
+        """
         self.next_position += tokens
         self.count(tokens)
 
     def count(self, tokens: int) -> None:
-        """The host's part of `advance`: all of it for a pass that a CUDA graph replays."""
+        """The host's part of `advance`. A replayed CUDA graph does the device's part itself."""
         for row in self._rows:
             row.length += tokens
 
     def _positions(self, first: int, last: int) -> Tensor:
-        """[b, last - first] positions, counted from each row's next one."""
+        """Returns positions :: [b, last - first], relative to each row's next position."""
         offsets = torch.arange(first, last, device=self.next_position.device)
         return self.next_position.unsqueeze(1) + offsets
 
@@ -241,7 +253,7 @@ class KVCache:
             for rings in (self.keys, self.values):
                 b, n, used, d = rings[layer].shape
                 if slots > used:
-                    # Zeros, because what was never written is weighted by zero: it must be finite.
+                    # Zeros, because attention multiplies unused slots by 0: they must be finite.
                     longer = rings[layer].new_zeros(b, n, slots, d)
                     longer[:, :, :used] = rings[layer]
                     rings[layer] = longer
@@ -257,6 +269,6 @@ def _whole_blocks(slots: int) -> int:
 
 
 def _move(source: Tensor, target: Tensor, positions: Tensor) -> None:
-    """Copies positions :: [b, p] of one ring [b, n, slots, d] into another."""
+    """Copies positions :: [b, p] from one ring [b, n, slots, d] to another."""
     row = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
     target[row, :, positions % target.shape[2]] = source[row, :, positions % source.shape[2]]

@@ -1,9 +1,9 @@
-"""Gemma: the walk-through's steps on the kernels, over a KV cache. Tensors in, tensors out.
+"""Gemma: the steps of the walk-through on the kernels, with a KV cache.
 
     token ids → embed → layers (attention, MLP) → final norm → logits → next token
 
-A residual is added by the norm that reads it next. Each kernel picks Triton on a GPU, and its
-reference elsewhere.
+The norm after a residual addition also computes the addition. On a GPU the ops run Triton kernels,
+and cuBLAS for matmuls of many rows; elsewhere they run their PyTorch references.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from gemma_fast.model.rope import Rope
 
 
 class Sampler(Protocol):
-    """How `Gemma.step` chooses the next token of each of b rows; see engine/sampling.py.
+    """How `Gemma.step` samples the next token of each of b rows; see engine/sampling.py.
 
-    token        [b], int64, written: the next token; -1: its logits are not finite
-    temperature  [b], fp32; 0: the likeliest token. None: the likeliest in every row
-    seed         [b], int64, of the noise; None without a temperature
-    process      logits :: [b, vocab] → those to choose from; None: as they are
+    token        [b], int64: output, the next token, or -1 if the logits are not finite
+    temperature  [b], fp32; 0: the most likely token. None: the most likely token in every row
+    seed         [b], int64: seed of the sampling noise; None without a temperature
+    process      logits :: [b, vocab] → logits to sample from; None: they are not changed
     """
 
     token: Tensor
@@ -45,13 +45,14 @@ class Sampler(Protocol):
 
 
 class Gemma(nn.Module):
-    """The weights of Gemma 1, 2 or 3 (text), and its steps.
+    """The weights of Gemma 1, 2 or 3 (text), and its forward pass.
 
-    Weights are frozen: the kernels have no backward. A new instance's are uninitialised.
-    state_dict() has the fused weights, so it is for another instance, not a checkpoint.
+    The weights are frozen, because the kernels have no backward. A new instance has uninitialized
+    weights. state_dict() contains fused weights: load it into another instance; it does not have
+    the layout of a checkpoint.
     """
 
-    head_dims = HEAD_DIMS  # the kernels' on a GPU
+    head_dims = HEAD_DIMS  # supported by the kernels on a GPU
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class Gemma(nn.Module):
 
     @property
     def parts(self) -> dict[str, list[str]]:
-        """Each parameter, and the checkpoint's tensors that are stacked in it."""
+        """Parameter name → names of the checkpoint's tensors that are stacked in it."""
         parts = {"embed_tokens": ["model.embed_tokens.weight"], "norm": ["model.norm.weight"]}
         for i, layer in enumerate(self.layers):
             parts |= {f"layers.{i}.{name}": given for name, given in layer.parts.items() if given}
@@ -80,15 +81,17 @@ class Gemma(nn.Module):
         return self.embed_tokens.dtype
 
     def new_cache(self, batch: int, max_length: int, *, grows: bool = False) -> KVCache:
-        """An empty cache for this model, see KVCache."""
+        """Returns an empty cache for this model, see KVCache."""
         return KVCache(
             self.config, batch, max_length,
             dtype=self.dtype, device=self.device, grows=grows, rope=self.rope,
         )  # fmt: skip
 
     def step(self, ids: Tensor, cache: KVCache, sampler: Sampler) -> None:
-        """Reads ids :: [b, t] after what the cache holds, and chooses each row's next token, into
-        sampler.token. The caller has reserved room for t tokens."""
+        """Runs ids :: [b, t] after the cached tokens and samples the next tokens to sampler.token.
+
+        The caller must have reserved room for t tokens in the cache.
+        """
         hiddens = self.hidden_states(ids, cache).last(1)
         position, counter, token = cache.next_position, cache.counter, sampler.token
         chosen_by = sampler.temperature, sampler.seed
@@ -105,11 +108,13 @@ class Gemma(nn.Module):
         )  # fmt: skip
 
     def hidden_states(self, ids: Tensor, cache: KVCache) -> Residual:
-        """ids :: [b, t] → the stream after the last layer, before the final norm; the cache, in
-        which the caller has reserved room, advances by t."""
+        """Returns the residual stream of ids :: [b, t] after the last layer, before the final norm.
+
+        Advances the cache by t tokens. The caller must have reserved room for them.
+        """
         t = ids.shape[1]
         assert cache.length + t <= cache.max_length, f"no room for {t} tokens: {cache.length=}"
-        with cache.unfinished("a pass over it did not finish"):
+        with cache.unfinished("a forward pass did not finish"):
             angles = cache.angles_of(t)
             stream = Residual(
                 embed(ids, self.embed_tokens, self.config.hidden_size**0.5, prefetch=True)
@@ -120,7 +125,7 @@ class Gemma(nn.Module):
         return stream
 
     def logits(self, hiddens: Residual) -> Tensor:
-        """The stream after the last layer → [b, t, vocab]: the embedding serves both ends."""
+        """Returns logits :: [b, t, vocab]. The output projection's weight is the embedding's."""
         logits, _ = norm_linear(
             hiddens.x, hiddens.residual, self.norm, hiddens.post_norm, self.embed_tokens,
             eps=self.config.rms_norm_eps,

@@ -1,11 +1,11 @@
-"""One layer of Gemma on the kernels: its weights, and its two branches off the residual stream.
+"""One layer of Gemma on the kernels: its weights, attention and MLP.
 
-norm, qkv product · attention · output product · norm, gate+up product, GeGLU · down product: of one
-new token each is one kernel.
+norm, QKV projection · attention · output projection · norm, gate and up projection, GeGLU · down
+projection: in a decode step of a few sequences, each of these five is one kernel.
 
     b batch · t new tokens · n kv heads · m query heads per kv head · d head dim
 
-Projections that read the same input are one product: `qkv_proj`, `gate_up_proj`.
+Projections that read the same input are fused into one matmul: `qkv_proj`, `gate_up_proj`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gemma_fast.kernels.rotary import rotary_write
 from gemma_fast.model.cache import KVCache
 from gemma_fast.model.rope import Tables
 
-# A layer's weights, and the checkpoint's tensors that each is made of, stacked.
+# Weight of a layer → the checkpoint's tensors that are stacked in it.
 LAYER_WEIGHTS = {
     "input_layernorm": ["input_layernorm"],
     "qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -36,7 +36,8 @@ LAYER_WEIGHTS = {
     "down_proj": ["mlp.down_proj"],
     "post_feedforward_layernorm": ["post_feedforward_layernorm"],
 }
-# Gemma 1 has only two norms a layer; the second, before its MLP, has a name that says otherwise.
+# Gemma 1 has only two norms per layer. In its checkpoints, post_attention_layernorm is the name of
+# the norm before the MLP.
 GEMMA1_WEIGHTS = {
     "post_attention_layernorm": [],
     "pre_feedforward_layernorm": ["post_attention_layernorm"],
@@ -44,11 +45,11 @@ GEMMA1_WEIGHTS = {
 
 
 class Residual(NamedTuple):
-    """The residual stream, whose newest term the next norm adds.
+    """The residual stream, as two terms that the next norm adds.
 
-    x          [b, t, hidden], of the layer before, not yet added to `residual`
-    residual   [b, t, hidden]; None: x, the embedding, is the stream
-    post_norm  [hidden], weight of the norm that is applied to x before it is added; None: none
+    x          [b, t, hidden], the previous layer's output, not yet added to `residual`
+    residual   [b, t, hidden]; None: x is the embedding, and there is nothing to add
+    post_norm  [hidden], weight of the norm that is applied to x before the addition; None: no norm
     """
 
     x: Tensor
@@ -56,13 +57,13 @@ class Residual(NamedTuple):
     post_norm: Tensor | None = None
 
     def last(self, tokens: int) -> Residual:
-        """The stream of the last tokens only; 0: of all."""
+        """Returns the stream of the last `tokens` tokens only; 0: of all tokens."""
         assert self.residual is not None
         return Residual(self.x[:, -tokens:], self.residual[:, -tokens:], self.post_norm)
 
 
 class Layer(nn.Module):
-    """Weights under their checkpoint's names, fused."""
+    """One layer. Weights have the checkpoint's names, except the fused projections."""
 
     input_layernorm: Tensor
     qkv_proj: Tensor
@@ -90,8 +91,10 @@ class Layer(nn.Module):
             self.register_parameter(name, weight)
 
     def forward(self, stream: Residual, angles: Tables, cache: KVCache) -> Residual:
-        """The stream before this layer → after it. angles: the tokens', from `cache.angles_of`.
-        Their K and V join the cache."""
+        """Returns the residual stream after this layer. Writes the tokens' K and V to the cache.
+
+        angles: cos and sin of the tokens, from `cache.angles_of`.
+        """
         eps = self.config.rms_norm_eps
         qkv, residual = norm_linear(
             stream.x, stream.residual, self.input_layernorm, stream.post_norm, self.qkv_proj,
@@ -106,7 +109,7 @@ class Layer(nn.Module):
         return Residual(x, residual, self.post_feedforward_layernorm)
 
     def attend(self, qkv: Tensor, angles: Tables, cache: KVCache) -> Tensor:
-        """qkv :: [b, t, (n * m + 2 * n) * d] → [b, t, n * m * d]"""
+        """Attention on qkv :: [b, t, (n * m + 2 * n) * d]. Returns [b, t, n * m * d]."""
         config, (b, t, _), d = self.config, qkv.shape, self.config.head_dim
         n, heads = config.num_key_value_heads, config.num_attention_heads
         options = {

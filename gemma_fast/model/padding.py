@@ -1,4 +1,4 @@
-"""Padding of a batch, as callers describe it: attention_mask and position_ids."""
+"""Checks of attention_mask and position_ids, by which callers describe a batch's padding."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from torch import Tensor
 
 
 def left_padding(mask: Tensor) -> Tensor:
-    """mask :: [b, columns], bool, False for padding → each row's first real column :: [b]; of a row
-    without one, all columns. ValueError: padding between real columns."""
+    """Returns the number of padding columns :: [b] on the left of each row.
+
+    mask :: [b, columns], bool, False for padding. Raises ValueError for padding between real
+    columns.
+    """
     columns = mask.shape[1]
     column = torch.arange(columns, device=mask.device)
     count = mask.sum(1, keepdim=True)
@@ -19,18 +22,18 @@ def left_padding(mask: Tensor) -> Tensor:
 
 
 def check_shape(name: str, given: Tensor, like: Tensor) -> Tensor:
-    """`given` on `like`'s device. ValueError: it is not a tensor of like's shape."""
+    """Returns `given` on the device of `like`. Raises ValueError unless it has the same shape."""
     shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
     if shape != like.shape:
-        raise ValueError(f"{name} must be a tensor of {tuple(like.shape)}, not {shape}")
+        raise ValueError(f"{name} must be a tensor of shape {tuple(like.shape)}, not {shape}")
     return given.to(like.device)
 
 
 def check_position_ids(given: Tensor, expected: Tensor, real: Tensor) -> None:
-    """ValueError unless `given` has the positions :: [b, t] that are expected of real tokens."""
+    """Raises ValueError unless `given` :: [b, t] has the expected positions at the real tokens."""
     given = check_shape("position_ids", given, expected)
     if not torch.equal(given[real].long(), expected[real]):
         raise ValueError(
-            "position_ids must count on from the cache, padding left out: "
+            "position_ids must continue the cache's positions and must not count padding: "
             f"expected {expected.tolist()}, got {given.tolist()}"
         )

@@ -1,4 +1,4 @@
-"""Rotary embedding: cos and sin of every position's angles, which a model's caches share."""
+"""Rotary embedding: tables of cos and sin for every position, shared by the caches of a model."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ Tables = dict[str, tuple[Tensor, Tensor]]
 
 
 class Rope:
-    """Tables of a config, one set a device; copies of a model make their own."""
+    """Rotary tables of a config, one set per device. A copy of a model computes its own tables."""
 
     def __init__(self, config: GemmaConfig) -> None:
         self.config = config
         self._tables: dict[torch.device, Tables] = {}
 
     def tables(self, positions: int, device: torch.device) -> Tables:
-        """Kind of layer → cos, sin :: [at least `positions`, d / 2], fp32; row p is of position p.
+        """Returns layer type → cos, sin :: [≥ positions, d / 2], fp32; row p is for position p.
 
-        Longer ones replace shorter ones, which live on in the caches and graphs that use them.
+        Longer tables replace shorter ones. Caches and CUDA graphs keep the ones that they use.
         """
         made = self._tables.get(device)
         if made is None or len(next(iter(made.values()))[0]) < positions:
-            with torch.inference_mode(False):  # for callers in and out of inference mode
+            with torch.inference_mode(False):  # usable inside and outside inference mode
                 made = _tables(self.config, positions, device)
             if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()  # other streams may use them, too
+                torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
             self._tables[device] = made
         return made
 
     @property
     def nbytes(self) -> int:
-        """Bytes on all devices."""
+        """Bytes of the tables on all devices."""
         kinds = (kind for tables in self._tables.values() for kind in tables.values())
         return sum(cos.nbytes + sin.nbytes for cos, sin in kinds)
 
@@ -47,7 +47,10 @@ class Rope:
 
 
 def _tables(config: GemmaConfig, positions: int, device: torch.device) -> Tables:
-    """The angle of channel i at position p is p * theta^(-2i / d)."""
+    """Computes the tables: at position p, channel pair i rotates by p * theta^(-2i / d).
+
+    On full layers the angle is also divided by rope_scaling_factor.
+    """
     position = torch.arange(positions, device=device).unsqueeze(1).float()
     i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     tables = {}

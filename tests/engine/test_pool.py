@@ -96,7 +96,7 @@ def test_a_decoder_that_is_full(twins, asynchronous):
 
 
 def test_more_texts_than_a_decoder_has_room_for(twins):
-    with pytest.raises(ValueError, match="5 texts do not fit a decoder for 4"):
+    with pytest.raises(ValueError, match="a batch of 5 does not fit a decoder for 4"):
         Decoder(twins.model, 3, 20).prefill(twins.prompt(5, 4))
 
 
@@ -110,7 +110,7 @@ def test_a_prompt_that_was_not_read_to_its_end(twins, monkeypatch):
         patch.setattr(gemma, "next_token", interrupt)
         with pytest.raises(KeyboardInterrupt):
             decoder.prefill(twins.prompt(1, 5))
-    with pytest.raises(ValueError, match="a prompt was not read to its end"):
+    with pytest.raises(ValueError, match="the prefill of a prompt did not finish"):
         decoder.step()
     decoder.prefill(twins.prompt(1, 5))
 
@@ -240,6 +240,6 @@ def test_no_memory_for_a_prompt(twins, monkeypatch, message):
     model = random_model(twins.config)
     with monkeypatch.context() as patch:
         patch.setattr(GemmaForCausalLM, "hidden_states", full)
-        with pytest.raises(torch.OutOfMemoryError, match=r"reading 2 x 5 tokens on cpu; try a sm"):
+        with pytest.raises(torch.OutOfMemoryError, match="prefill of 2 x 5 tokens on cpu; try a"):
             model.generate(twins.prompt(2, 5), max_new_tokens=3)
     assert model.generate(twins.prompt(2, 5), max_new_tokens=3, **NEVER).shape == (2, 8)

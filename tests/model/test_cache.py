@@ -67,7 +67,7 @@ def test_a_pass_that_fails_leaves_its_rows_stale(model):
     assert cache.stale == cache.rows(1).stale == "the first reason"
     assert cache.rows(0).stale is None
     cache.rows(0).reserve(3)
-    with pytest.raises(ValueError, match="cannot be continued, the first reason: start with a new"):
+    with pytest.raises(ValueError, match="cannot be continued: the first reason; start with a new"):
         cache.reserve(3)
     cache.rows(1).clear()
     assert cache.stale is None

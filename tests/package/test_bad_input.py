@@ -62,8 +62,8 @@ def test_float16_overflows_gemma_3(model, twins):
     ("mask", "message"),
     [
         ([[1, 0, 1, 1]], "has holes"),
-        ([[1, 1, 1]], r"attention_mask must be a tensor of \(1, 4\), not \(1, 3\)"),
-        ([[1, 1, 1, 1]] * 2, r"attention_mask must be a tensor of \(1, 4\), not \(2, 4\)"),
+        ([[1, 1, 1]], r"attention_mask must be a tensor of shape \(1, 4\), not \(1, 3\)"),
+        ([[1, 1, 1, 1]] * 2, r"attention_mask must be a tensor of shape \(1, 4\), not \(2, 4\)"),
     ],
     ids=str,
 )
@@ -101,7 +101,7 @@ def test_position_ids(model):
     expected = model(ids(), attention_mask=mask).logits
     given = model(ids(), attention_mask=mask, position_ids=positions).logits
     assert torch.equal(given, expected)
-    message = re.escape("position_ids must count on from the cache") + ".*3, 4, 5, 6"
+    message = re.escape("position_ids must continue the cache") + ".*3, 4, 5, 6"
     with pytest.raises(ValueError, match=message):
         model(ids(), position_ids=torch.tensor([[3, 4, 5, 6]]))
     cache = model(ids(), attention_mask=mask).past_key_values
@@ -137,7 +137,7 @@ def test_a_cache_that_does_not_fit(model):
     other = KVCache(CONFIGS["gemma-mqa"], 1, 8, dtype=torch.float32)
     with pytest.raises(ValueError, match="a model with another config"):
         model(ids(), past_key_values=other)
-    with pytest.raises(ValueError, match="max_length=-3 holds nothing"):
+    with pytest.raises(ValueError, match="max_length=-3 must both be at least 1"):
         KVCache(model.config, 1, -3, dtype=torch.float32)
     half = KVCache(model.config, 1, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"in bfloat16 on cpu, but .* in float32"):
@@ -151,7 +151,7 @@ def test_a_first_prompt_beyond_the_context(model):
 
 def test_a_right_padded_cache_cannot_be_continued(model):
     cache = model(ids(), attention_mask=torch.tensor([[1, 1, 1, 0]])).past_key_values
-    with pytest.raises(ValueError, match="cannot be continued, it holds padding on the right"):
+    with pytest.raises(ValueError, match="cannot be continued: it contains padding on the right"):
         model(ids(1), past_key_values=cache)
 
 
@@ -161,7 +161,7 @@ def test_a_cache_of_an_interrupted_pass_cannot_be_continued(model, monkeypatch):
         patch.setattr(cache, "keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             model(ids(), past_key_values=cache)
-    with pytest.raises(ValueError, match="a pass over it did not finish: start with a new one"):
+    with pytest.raises(ValueError, match="a forward pass did not finish; start with a new one"):
         model(ids(), past_key_values=cache)
 
 
@@ -169,10 +169,10 @@ def test_a_refused_call_leaves_the_cache_as_it_was(model):
     mask = torch.tensor([[0, 1, 1, 1, 1, 1]])
     cache = model(ids(), attention_mask=mask[:, :4]).past_key_values
     wrong = torch.tensor([[9, 9]])
-    with pytest.raises(ValueError, match="position_ids must count on"):
+    with pytest.raises(ValueError, match="position_ids must continue"):
         model(ids(2), attention_mask=mask, position_ids=wrong, past_key_values=cache)
     with pytest.raises(
-        ValueError, match=r"position_ids must be a tensor of \(1, 2\), not \(1, 3\)"
+        ValueError, match=r"position_ids must be a tensor of shape \(1, 2\), not \(1, 3\)"
     ):
         model(ids(2), position_ids=torch.ones(1, 3), past_key_values=cache)
     out = model(ids(2), attention_mask=mask, past_key_values=cache).logits
@@ -199,7 +199,7 @@ def test_unknown_keywords_are_named(model, twins):
         ({"dtype": torch.int32}, "torch.int32"),
         ({"device": "abacus"}, "device 'abacus' is unknown"),
         ({"device": "meta"}, "device meta is not supported"),
-        ({"device": "cuda:99"}, "cuda:99 was asked for, but this PyTorch sees"),
+        ({"device": "cuda:99"}, "cuda:99 is not available: PyTorch finds"),
         ({"device_map": {"model.layers.0": 0, "": 1}}, "the model runs on one device"),
     ],
     ids=str,
@@ -224,5 +224,5 @@ def test_device_and_dtype_that_are_picked():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(twins):
-    with pytest.raises(ValueError, match="device cuda was asked for"):
+    with pytest.raises(ValueError, match="device cuda is not available"):
         GemmaForCausalLM.from_pretrained(twins.path, device="cuda")

@@ -30,7 +30,7 @@ def one(tmp_path_factory) -> Twins:
         ({"past_key_values": torch.ones(2)}, "past_key_values=.* is not supported"),
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized' is not"),
         ({"num_beans": 1}, r"generate\(\) got an unexpected keyword argument 'num_beans'"),
-        ({"inputs": IDS}, "input_ids and inputs, which name the same"),
+        ({"inputs": IDS}, "both input_ids and inputs"),
         ({"generation_config": {"num_beams": 2}}, "generation_config: num_beams=2 is not"),
         ({"generation_config": {"nonsense": 2}}, "generation_config got an unexpected.*nonsense"),
     ],
@@ -59,7 +59,7 @@ def test_a_generation_config(one, kind):
     first = one.model.generate(IDS, generation_config=config, eos_token_id=[])
     assert torch.equal(first, one.model.generate(IDS, max_new_tokens=6, eos_token_id=[]))
     assert one.model.generate(IDS, generation_config=config, **GREEDY).shape == (1, 7)
-    with pytest.raises(ValueError, match="generation_config must be one, or a dict, not 7"):
+    with pytest.raises(ValueError, match="must be a GenerationConfig or a dict, not 7"):
         one.model.generate(IDS, generation_config=7)
 
 
@@ -69,9 +69,9 @@ def test_lengths(one):
 
     assert length(max_length=8) == 8
     assert length(max_length=8, max_new_tokens=2) == 5
-    with pytest.raises(ValueError, match="max_length=3 counts the prompt, which has 3 tokens"):
+    with pytest.raises(ValueError, match="max_length=3 includes the prompt, which already has 3"):
         length(max_length=3)
-    with pytest.warns(UserWarning, match="pass max_new_tokens: without it, 20 are written"):
+    with pytest.warns(UserWarning, match="pass max_new_tokens: the default is 20"):
         assert length() == 23
     long = torch.full((1, 250), 5)
     with pytest.warns(UserWarning, match="pass max_new_tokens"):
@@ -113,7 +113,7 @@ def test_forward(one):
         ({"trust_remote_code": True}, "a checkpoint's code is not run"),
         ({"revision": "float16"}, "revision='float16' is not supported: .*snapshot_download"),
         ({"token": "hf_x"}, "hf auth login"),
-        ({"dtype": "float32", "torch_dtype": "float32"}, "dtype and torch_dtype, which name"),
+        ({"dtype": "float32", "torch_dtype": "float32"}, "both dtype and torch_dtype"),
         ({"nonsense": 1}, "unexpected keyword argument 'nonsense'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
