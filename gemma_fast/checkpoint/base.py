@@ -38,7 +38,7 @@ class Checkpoint(ABC):
     path               the directory or the file
     generation_config  content of generation_config.json; {} if there is none
     shapes             name → shape of each tensor
-    files              name → the file that holds it
+    files              name → the file that contains it
     """
 
     config: GemmaConfig
@@ -73,7 +73,7 @@ class Checkpoint(ABC):
 
     @torch.no_grad()
     def copy(self, name: str, out: Tensor) -> None:
-        """Reads one tensor into `out`, which has its shape, and any float dtype and device.
+        """Reads one tensor into `out`, which has its shape. Converts dtype and device.
 
         Uses host memory for the stored tensor and one converted block.
         """

@@ -54,7 +54,9 @@ class GGUFFile(GGUFReader):
     def _get(self, offset, dtype, count=1, override_order=None):
         end = int(offset) + np.dtype(dtype).itemsize * int(count)
         if end > len(self.data):
-            raise ValueError(f"truncated: {end} bytes are needed, but it has {len(self.data)}")
+            raise ValueError(
+                f"truncated: {end} bytes are needed, but the file has {len(self.data)}"
+            )
         return super()._get(int(offset), dtype, int(count), override_order)
 
     def _get_str(self, offset):
@@ -115,7 +117,7 @@ class GGUFFile(GGUFReader):
         if not 0 < n_bytes <= len(self.data) or offset[0] > len(self.data):
             raise ValueError(
                 f"tensor {field.name!r} of shape {dims.tolist()} at offset {offset[0]} does not fit"
-                f" into {len(self.data)} bytes"
+                f" into the file's {len(self.data)} bytes"
             )
         return field
 

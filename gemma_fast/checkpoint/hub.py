@@ -41,11 +41,12 @@ def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = HUB_
         return path
     if path.exists():
         raise ValueError(
-            f"{path} is neither a directory of safetensors nor a .gguf file: pass the directory"
+            f"{path} is neither a directory of safetensors nor a .gguf file: pass the model's"
+            " directory"
         )
     if HUB_ID.fullmatch(name) and path.suffix not in (".gguf", ".safetensors"):
         return _download(name, patterns)
-    raise FileNotFoundError(f"{path} does not exist, and is not a hub id (owner/name)")
+    raise FileNotFoundError(f"{path} does not exist, and is not a hub id (owner/name): check it")
 
 
 def _download(hub_id: str, patterns: Sequence[str]) -> Path:

@@ -61,7 +61,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def _shards(path: Path) -> dict[Path, set[str]]:
-    """Returns file → names of its tensors in the index; no names if the model is one file."""
+    """Returns file → names of its tensors in the index, or no names for a single-file model."""
     if (single := path / "model.safetensors").is_file():
         return {single: set()}
     if not (path / INDEX).is_file():
