@@ -50,7 +50,7 @@ class RingOffset:
 
 
 class Run(NamedTuple):
-    """Which code ran a module, and why."""
+    """The code path of a module's last call, and the reason for it."""
 
     path: str  # "triton", "reference" or "transformers"
     why: str

@@ -40,7 +40,7 @@ class Tokenizer:
     vocab_size     :: int, also len(tokenizer)
     pad_token      :: str, can be set, as in transformers
     padding_side   :: "left"
-    chat           renders messages; None without a template and without turn tokens
+    chat           renders messages; None if there is no template and no turn tokens
     """
 
     bos_token, eos_token, unk_token = "<bos>", "<eos>", "<unk>"
@@ -123,7 +123,7 @@ class Tokenizer:
     def pad_token(self, token: str) -> None:
         token_id = self.token_to_id(token)
         if token_id is None:
-            raise ValueError(f"pad_token={token!r} is not in the vocabulary: use a token of it")
+            raise ValueError(f"pad_token={token!r} is not in the vocabulary: use one of its tokens")
         self.pad_token_id = token_id
 
     @property
