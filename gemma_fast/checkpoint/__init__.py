@@ -1,4 +1,4 @@
-"""Files, or a live transformers model → named tensors and a config. Every file is untrusted.
+"""Loads named tensors and a config from files or a live transformers model. Files are untrusted.
 
 May import: config.
 """

@@ -4,9 +4,9 @@
     checkpoint.config, checkpoint.dtype, checkpoint.shapes
     checkpoint.copy("model.norm.weight", out)
 
-Everything in a file is untrusted. Opening reads headers only. It compares every name, shape and
-dtype with the config before anything large is allocated. Then tensors are read one at a time,
-straight into the memory where they belong.
+Everything in a file is untrusted. Opening a checkpoint reads headers only, and compares every
+name, shape and dtype with the config before anything large is allocated. Tensors are then read one
+at a time, directly into the model's memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gemma_fast.config import GemmaConfig
 
-# Names in transformers' classes: prefix of the text model in a multimodal one, vision, lm_head.
+# transformers' tensor names: the text model's prefix in a multimodal model, vision, lm_head.
 MULTIMODAL_PREFIX = re.compile(r"^(language_model\.model|model\.language_model)\.")
 NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 TIED_HEAD = re.compile(r"((model\.)?language_model\.)?lm_head\.weight$")
@@ -33,12 +33,12 @@ class Checkpoint(ABC):
 
     config             the model's config
     dtype              dtype of the tensors; None for GGUF, where each has its own type
-    tensors            name → tensor, if they are in memory; None: they have to be read
-    device             where the tensors in memory are
+    tensors            name → tensor if the tensors are in memory, else None
+    device             device of the tensors in memory, else None
     path               the directory or the file
-    generation_config  the content of generation_config.json, {} when there is none
+    generation_config  content of generation_config.json; {} if there is none
     shapes             name → shape of each tensor
-    files              name → the file that holds it
+    files              name → the file that contains it
     """
 
     config: GemmaConfig
@@ -51,26 +51,31 @@ class Checkpoint(ABC):
     files: dict[str, Path]
 
     def check(self) -> None:
-        """ValueError, with file and tensor, if one is missing, unknown or of another shape than in
-        the config."""
+        """Raises ValueError, with file and tensor name, if a tensor is missing, unknown, or has
+        another shape than the config requires."""
         expected = self.config.tensor_shapes()
         for name, shape in expected.items():
             if name not in self.shapes:
-                raise ValueError(f"{self.path}: tensor {name} is missing")
+                raise ValueError(
+                    f"{self.path}: tensor {name} is missing: download or convert the model again"
+                )
             if self.shapes[name] != shape:
                 raise ValueError(
                     f"{self.files[name]}: tensor {name} has shape {self.shapes[name]},"
-                    f" but the config asks for {shape}"
+                    f" but the config requires {shape}: download or convert the model again"
                 )
         for name in self.shapes:
             if name not in expected:
-                raise ValueError(f"{self.files[name]}: tensor {name} is unknown to the config")
+                raise ValueError(
+                    f"{self.files[name]}: tensor {name} is unknown: the config's model has no"
+                    " tensor of this name"
+                )
 
     @torch.no_grad()
     def copy(self, name: str, out: Tensor) -> None:
-        """Reads one tensor into `out`, which has its shape, any float dtype, any device.
+        """Reads one tensor into `out`, which has its shape. Converts dtype and device.
 
-        Takes host memory for the stored tensor and one converted block.
+        Uses host memory for the stored tensor and one converted block.
         """
         assert out.shape == self.shapes[name], f"{name}: {out.shape=} is not {self.shapes[name]}"
         self._read(name, out)
@@ -82,7 +87,7 @@ class Checkpoint(ABC):
 def parse_config(
     path: Path, parse: Callable[[dict[str, Any]], GemmaConfig], content: dict[str, Any]
 ) -> GemmaConfig:
-    """`parse(content)`, with the path in its ValueError."""
+    """Returns `parse(content)`. Adds the path to its ValueError."""
     try:
         return parse(content)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""config.json (old and new spelling) or GGUF metadata → GemmaConfig.
+"""Converts config.json (old or new field names) or GGUF metadata to a GemmaConfig.
 
-Both are untrusted. A field that is missing, of a wrong type, out of range, or that asks for another
-computation than this model's raises a ValueError with its name.
+Both are untrusted. A ValueError names a field that is missing, has a wrong type, is out of range,
+or requires a computation that this project does not support.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GGUF_KEYS = {
 }
 # Fields that a multimodal config.json may have outside its text_config.
 TOP_LEVEL = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
-# Fields with the only value that this model computes.
+# The only supported value of each of these fields.
 VARIANTS = {
     "attention_bias": False,
     "tie_word_embeddings": True,
@@ -44,22 +44,22 @@ VARIANTS = {
 
 
 def config_from_json(config: Mapping[str, Any]) -> GemmaConfig:
-    """From the content of a config.json. A multimodal Gemma 3 has the text model's fields under
-    `text_config`, most of them left out. ValueError: no Gemma, or a variant that is not supported.
-    """
+    """Converts the content of a config.json. A multimodal Gemma 3 has the text model's fields under
+    `text_config`, and omits most of them. Raises ValueError for another model than Gemma, or a
+    variant that is not supported."""
     if not isinstance(config, Mapping):
-        raise ValueError(f"a config must be an object, not a {type(config).__name__}")
+        raise ValueError(f"the config must be a JSON object, not a {type(config).__name__}")
     family = str(config.get("model_type")).removesuffix("_text")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
     given = config.get("text_config", config)
     if not isinstance(given, Mapping):
-        raise ValueError(f"text_config must be an object, not a {type(given).__name__}")
+        raise ValueError(f"text_config must be a JSON object, not a {type(given).__name__}")
     given = {k: config[k] for k in TOP_LEVEL if k in config} | dict(given)
     _refuse_variants(given)
     values = dict(zip(SHAPES, DEFAULT_SHAPES[family], strict=True)) | FAMILIES[family]
     for name in {f.name for f in fields(GemmaConfig)} | {"sliding_window_pattern"}:
-        value = given.get(name, given.get(f"_{name}"))  # some versions save it with a _
+        value = given.get(name, given.get(f"_{name}"))  # some versions save the name with a _
         if value is not None or (name in given and name.endswith("softcapping")):
             values[name] = tuple(value) if isinstance(value, list) else value
     if family == "gemma":
@@ -69,7 +69,7 @@ def config_from_json(config: Mapping[str, Any]) -> GemmaConfig:
 
 
 def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
-    """From a GGUF file's metadata. GGUF does not store the layer pattern, the local theta and
+    """Converts a GGUF file's metadata. GGUF does not store the layer pattern, the local theta and
     query_pre_attn_scalar: they follow from the architecture, as in llama.cpp."""
     family = metadata.get("general.architecture")
     if not isinstance(family, str) or family not in FAMILIES:
@@ -82,14 +82,17 @@ def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
     for name, key in keys.items():
         value = metadata.get(key)
         if isinstance(value, float):
-            value = float(f"{value:.7g}")  # stored as float32: 1e-6 reads 9.99999997e-07
+            value = float(f"{value:.7g}")  # stored as float32: 1e-6 becomes 9.99999997e-07
         if value is not None:
             values[name] = value
         elif name in SHAPES:
-            raise ValueError(f"the GGUF metadata has no {key}")
+            raise ValueError(f"the GGUF metadata has no {key}: convert the model again")
     scaling = metadata.get(f"{family}.rope.scaling.type", "none")
     if scaling not in ("none", "linear") or (scaling == "linear" and family != "gemma3"):
-        raise ValueError(f"{family}.rope.scaling.type {scaling!r} is not supported")
+        raise ValueError(
+            f"{family}.rope.scaling.type {scaling!r} is not supported, only 'none' and, for gemma3,"
+            " 'linear'"
+        )
     if scaling == "none":
         values["rope_scaling_factor"] = 1.0
     if family == "gemma2" and "rope_theta" in values:
@@ -103,19 +106,21 @@ def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
 
 
 def _refuse_variants(given: Mapping[str, Any]) -> None:
-    """ValueError for a variant that this model would compute wrongly."""
+    """Raises ValueError for a variant of Gemma that this project does not support."""
     activation = given.get("hidden_activation") or given.get("hidden_act") or "gelu"
-    # Gemma 1 configs say "gelu" where the model means its tanh approximation
+    # Gemma 1's configs contain "gelu", but the model uses its tanh approximation
     if activation not in ("gelu", "gelu_pytorch_tanh"):
-        raise ValueError(f"hidden_activation {activation!r} is not gelu_pytorch_tanh")
+        raise ValueError(
+            f"hidden_activation {activation!r} is not supported, only gelu_pytorch_tanh"
+        )
     for name, expected in VARIANTS.items():
         if (value := given.get(name)) not in (None, expected):
             raise ValueError(f"{name}={value!r} is not supported, only {expected}")
 
 
 def _rope(given: Mapping[str, Any], family: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Thetas and scaling, from `rope_parameters` (new spelling) or from rope_theta,
-    rope_local_base_freq and rope_scaling (old)."""
+    """Returns thetas and scaling factor, from `rope_parameters` (new name) or from rope_theta,
+    rope_local_base_freq and rope_scaling (old names)."""
     new = given.get("rope_parameters") or {}
     per_layer = isinstance(new, Mapping) and (FULL in new or SLIDING in new)
     full = (new.get(FULL) if per_layer else new) or {}
@@ -123,12 +128,17 @@ def _rope(given: Mapping[str, Any], family: str, values: Mapping[str, Any]) -> d
     scaling = given.get("rope_scaling") or full
     for rope in (full, local, scaling):
         if not isinstance(rope, Mapping):
-            raise ValueError(f"rope_parameters and rope_scaling must be objects, not {rope!r}")
+            raise ValueError(f"rope_parameters and rope_scaling must be JSON objects, not {rope!r}")
     kind = scaling.get("rope_type", scaling.get("type")) or "default"
     if kind not in ("default", "linear") or (kind == "linear" and family == "gemma2"):
-        raise ValueError(f"rope_type {kind!r} is not supported for {family}")
+        raise ValueError(
+            f"rope_type {kind!r} is not supported for {family}, only 'default' and, for gemma and"
+            " gemma3, 'linear'"
+        )
     if local.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type {local['rope_type']!r} on {SLIDING} layers is not supported")
+        raise ValueError(
+            f"rope_type {local['rope_type']!r} on {SLIDING} layers is not supported, only 'default'"
+        )
     theta = full.get("rope_theta", values.get("rope_theta", 1e4))
     local_theta = values.get("rope_local_base_freq", 1e4 if family == "gemma3" else theta)
     return {

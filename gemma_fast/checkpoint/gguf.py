@@ -1,4 +1,4 @@
-"""Gemma in a .gguf file → Checkpoint: llama.cpp's names, reversed dimensions, quantized blocks.
+"""Opens a .gguf file, with llama.cpp's tensor names, reversed dimensions and quantized blocks.
 
 Imported only when a GGUF file is opened, so that the package `gguf` stays optional.
 """
@@ -13,7 +13,7 @@ from gemma_fast.checkpoint.base import Checkpoint, parse_config
 from gemma_fast.checkpoint.config_files import config_from_gguf
 from gemma_fast.checkpoint.gguf_reader import GGUFFile, read_rows
 
-BLOCK = 1 << 20  # elements dequantized at a time, few enough for the CPU's cache
+BLOCK = 1 << 20  # number of elements dequantized at once; they fit into the CPU's cache
 
 MODEL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -41,11 +41,11 @@ GEMMA_3_NAMES = GEMMA_2_NAMES | {
 }
 LAYER_NAMES = {"gemma": GEMMA_1_NAMES, "gemma2": GEMMA_2_NAMES, "gemma3": GEMMA_3_NAMES}
 LAYER_TENSOR = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.weight")
-IGNORED = ("rope_freqs.weight", "output.weight")  # no weight; the embedding again
+IGNORED = ("rope_freqs.weight", "output.weight")  # not a weight; a copy of the embedding
 
 
 class GGUFCheckpoint(Checkpoint):
-    """Gemma in a GGUF file. Norms are stored as 1 + weight."""
+    """A Gemma checkpoint in a GGUF file, which stores norms as 1 + weight."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -59,7 +59,7 @@ class GGUFCheckpoint(Checkpoint):
         self.shapes = {name: tuple(t.shape[::-1].tolist()) for name, t in self._tensors.items()}
 
     def _name(self, stored_name: str) -> str:
-        """The tensor's name in transformers."""
+        """Returns the tensor's name in transformers."""
         family = self.config.model_type
         if stored_name in MODEL_NAMES:
             return MODEL_NAMES[stored_name]
@@ -67,7 +67,9 @@ class GGUFCheckpoint(Checkpoint):
             layer, part = match.groups()
             if part in LAYER_NAMES[family]:
                 return f"model.layers.{layer}.{LAYER_NAMES[family][part]}.weight"
-        raise ValueError(f"{self.path}: tensor {stored_name} is unknown to {family}")
+        raise ValueError(
+            f"{self.path}: tensor {stored_name} is unknown: {family} has no such tensor"
+        )
 
     def check(self) -> None:
         super().check()
@@ -77,7 +79,7 @@ class GGUFCheckpoint(Checkpoint):
             except NotImplementedError:
                 raise ValueError(
                     f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which the"
-                    " package gguf cannot dequantize"
+                    " package gguf cannot dequantize: convert the model to BF16 or Q8_0"
                 ) from None
 
     def _read(self, name: str, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A bounds-checked reader of GGUF files, which are untrusted: metadata, tensors, dequantized rows.
+"""Reads GGUF files, which are untrusted, with bounds checks: metadata, tensors, dequantized rows.
 
 Imported only when a GGUF file is opened, so that the package `gguf` stays optional.
 """
@@ -16,7 +16,7 @@ try:
     from gguf.gguf_reader import ReaderField, ReaderTensor
     from gguf.quants import dequantize
 except ModuleNotFoundError as error:
-    raise ImportError('GGUF files need: pip install "gemma_fast[gguf]"') from error
+    raise ImportError('GGUF files need the package gguf: pip install "gemma_fast[gguf]"') from error
 
 MAX_STRING = 1 << 20  # bytes; the longest in a Gemma file is its chat template
 MAX_ARRAY = 1 << 20  # items; the longest in a Gemma file is its vocabulary or its merges
@@ -24,14 +24,14 @@ MAX_DIMS = 4
 
 
 class GGUFFile(GGUFReader):
-    """`gguf.GGUFReader`, safe on hostile files and quick on long arrays.
+    """`gguf.GGUFReader`, made safe for hostile files and fast for long arrays.
 
-    The base class checks no bound, multiplies dimensions in wrapping uint64, and walks arrays item
-    by item (9 s for a vocabulary of 262,144). The overridden methods are private, so setup.py pins
-    `gguf` to one version.
+    The base class does not check bounds, multiplies dimensions in uint64, which wraps, and reads
+    arrays item by item (9 s for a vocabulary of 262,144). The overridden methods are private, so
+    setup.py pins `gguf` to one version.
 
     `metadata` holds the file's key/values as Python scalars, strings and lists. A malformed file
-    raises ValueError with its path. Memory stays in proportion to the size of the file.
+    raises ValueError with its path. Memory use is proportional to the size of the file.
     """
 
     metadata: dict[str, Any]
@@ -43,27 +43,31 @@ class GGUFFile(GGUFReader):
             self.metadata = {
                 name: field.contents()
                 for name, field in self.fields.items()
-                if not name.startswith("GGUF.")  # the header's own counts
+                if not name.startswith("GGUF.")  # counts in the header
             }
         except (ValueError, KeyError, OverflowError) as error:
             reason = error.args[0] if isinstance(error, KeyError) else error
-            raise ValueError(f"{self.path} is not a readable GGUF file: {reason}") from error
+            raise ValueError(
+                f"{self.path} is not a readable GGUF file: {reason}; download or convert it again"
+            ) from error
 
     def _get(self, offset, dtype, count=1, override_order=None):
         end = int(offset) + np.dtype(dtype).itemsize * int(count)
         if end > len(self.data):
-            raise ValueError(f"truncated: needs {end} bytes, has {len(self.data)}")
+            raise ValueError(
+                f"truncated: {end} bytes are needed, but the file has {len(self.data)}"
+            )
         return super()._get(int(offset), dtype, int(count), override_order)
 
     def _get_str(self, offset):
         length = int(self._get(offset, np.uint64)[0])
         if length > MAX_STRING:
-            raise ValueError(f"a string of {length} bytes at byte {offset}")
+            raise ValueError(f"a string of {length} bytes at byte {offset} is too long")
         return super()._get_str(offset)
 
     def _build_fields(self, offs, count):
         if self.byte_order == "S":
-            raise ValueError("its byte order is not this machine's")
+            raise ValueError("its byte order differs from this machine's")
         return super()._build_fields(offs, count)
 
     def _get_field_parts(self, orig_offs, raw_type):
@@ -72,7 +76,7 @@ class GGUFFile(GGUFReader):
         head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
         item_type, count = GGUFValueType(head[0][0]), int(head[1][0])
         if count > MAX_ARRAY:
-            raise ValueError(f"an array of {count} items at byte {orig_offs}")
+            raise ValueError(f"an array of {count} items at byte {orig_offs} is too long")
 
         start = orig_offs + 12
         if item_type == GGUFValueType.STRING:
@@ -81,12 +85,12 @@ class GGUFFile(GGUFReader):
             items = [self._get(start, self.gguf_scalar_to_np[item_type], count)]
             size = items[0].nbytes
         else:
-            raise ValueError(f"an array of {item_type.name} at byte {orig_offs}")
+            raise ValueError(f"an array of {item_type.name} at byte {orig_offs} is not supported")
         indices = list(range(len(head), len(head) + len(items)))
         return 12 + size, head + items, indices, [GGUFValueType.ARRAY, item_type]
 
     def _get_strings(self, start: int, count: int) -> tuple[list[memoryview], int]:
-        """`count` strings from byte `start`, as views of the file, and their size in bytes."""
+        """Returns `count` strings from byte `start`, as views of the file, and their total size."""
         data, offset, items = self.data.data, start, []
         for _ in range(count):
             if offset + 8 > len(data):
@@ -94,7 +98,9 @@ class GGUFFile(GGUFReader):
             (length,) = struct.unpack_from("<Q", data, offset)
             offset += 8 + length
             if offset > len(data):
-                raise ValueError(f"a string of {length} bytes at byte {offset - 8 - length}")
+                raise ValueError(
+                    f"a string of {length} bytes at byte {offset - 8 - length} runs past the end"
+                )
             items.append(data[offset - length : offset])
         return items, offset - start
 
@@ -102,24 +108,26 @@ class GGUFFile(GGUFReader):
         field = super()._get_tensor_info_field(orig_offs)
         _, _, _, dims, raw_type, offset = field.parts
         if not 1 <= len(dims) <= MAX_DIMS:
-            raise ValueError(f"tensor {field.name!r} has {len(dims)} dimensions")
-        # Python's integers do not wrap. After this check neither product nor sum can wrap either.
+            raise ValueError(
+                f"tensor {field.name!r} has {len(dims)} dimensions, which is not supported"
+            )
+        # Python's integers do not wrap. After this check, the base class's uint64 does not either.
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(raw_type[0])]
         n_bytes = math.prod(dims.tolist()) // block * block_bytes
         if not 0 < n_bytes <= len(self.data) or offset[0] > len(self.data):
             raise ValueError(
-                f"tensor {field.name!r} of {dims.tolist()} at {offset[0]} does not fit"
-                f" in {len(self.data)} bytes"
+                f"tensor {field.name!r} of shape {dims.tolist()} at offset {offset[0]} does not fit"
+                f" into the file's {len(self.data)} bytes"
             )
         return field
 
 
 def read_rows(path: Path, tensor: ReaderTensor, start: int, stop: int) -> np.ndarray:
-    """Rows start to stop of a tensor in the file, dequantized to float32; a vector is one row.
+    """Returns rows start to stop of a tensor, dequantized to float32; a vector is one row.
 
-    NotImplementedError: the package cannot dequantize this type.
+    Raises NotImplementedError if the package gguf cannot dequantize the tensor's type.
     """
-    # A new mapping for each call: unmapping releases the pages that were read.
+    # Map the file for each call: unmapping releases the pages that were read.
     stored = np.memmap(path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
     rows = dequantize(np.atleast_2d(stored)[start:stop], tensor.tensor_type)
-    return np.require(rows, requirements="W")  # float32 is a view of the read-only mapping
+    return np.require(rows, requirements="W")  # copies float32, a view of the mapping

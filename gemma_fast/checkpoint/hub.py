@@ -1,4 +1,4 @@
-"""The name of a model → its files: a path, or a download from the Hugging Face Hub."""
+"""Finds a model's files: a local path, or a download from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ MAX_JSON = 16 << 20  # bytes; the index of the largest Gemma takes 0.1 MB
 
 
 def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = HUB_FILES) -> Path:
-    """The path itself if it is a directory or a .gguf file, else the directory of a downloaded hub
-    id. Downloads the files that match `patterns`.
+    """Returns the path itself for a directory or a .gguf file. For a hub id, downloads the files
+    that match `patterns` and returns their directory.
 
-    ValueError: a pickle, which can run code when it is read, or another kind of file. OSError: a
-    hub id that cannot be downloaded. FileNotFoundError: neither a path nor a hub id.
+    Raises ValueError for a pickle, which can run code when it is read, or another kind of file,
+    OSError if a hub id cannot be downloaded, and FileNotFoundError for neither a path nor a hub id.
     """
     if not name_or_path or not isinstance(name_or_path, str | os.PathLike):
-        raise ValueError(f"{name_or_path!r} is no path and no hub id")
+        raise ValueError(
+            f"{name_or_path!r} is neither a path nor a hub id: pass a directory, a .gguf file or an"
+            " owner/name"
+        )
     name, path = os.fspath(name_or_path), Path(name_or_path)
     if path.is_dir():
         files = sorted(path.iterdir())
@@ -37,10 +40,13 @@ def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = HUB_
     if path.suffix == ".gguf" and path.is_file():
         return path
     if path.exists():
-        raise ValueError(f"{path} is neither a directory of safetensors nor a .gguf file")
+        raise ValueError(
+            f"{path} is neither a directory of safetensors nor a .gguf file: pass the model's"
+            " directory"
+        )
     if HUB_ID.fullmatch(name) and path.suffix not in (".gguf", ".safetensors"):
         return _download(name, patterns)
-    raise FileNotFoundError(f"{path} does not exist, and is no hub id (owner/name)")
+    raise FileNotFoundError(f"{path} does not exist, and is not a hub id (owner/name): check it")
 
 
 def _download(hub_id: str, patterns: Sequence[str]) -> Path:
@@ -50,23 +56,23 @@ def _download(hub_id: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:  # base classes of the library's errors
         raise OSError(
-            f"{hub_id} is not a directory here, and could not be fetched from the Hugging Face Hub"
+            f"{hub_id} is not a local directory, and its download from the Hugging Face Hub failed"
             f" ({type(error).__name__}). If it is gated, accept its terms on"
-            f" https://huggingface.co/{hub_id} and run `hf auth login`; offline, give the path of"
+            f" https://huggingface.co/{hub_id} and run `hf auth login`; offline, pass the path of"
             " a local copy."
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. ValueError, with the path, if it holds no object."""
+    """Returns the object in a JSON file. Raises ValueError, with the path, for other content."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}")
+        raise FileNotFoundError(f"{path.parent} has no {path.name}: pass the directory of a model")
     if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"{path} is {path.stat().st_size} bytes long, above {MAX_JSON}")
+        raise ValueError(f"{path} is {path.stat().st_size} bytes long; the limit is {MAX_JSON}")
     try:
         content = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object, not a {type(content).__name__}")
+        raise ValueError(f"{path} must contain a JSON object, not a {type(content).__name__}")
     return content

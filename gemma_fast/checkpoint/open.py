@@ -1,4 +1,4 @@
-"""open_checkpoint: a path or a hub id → its Checkpoint, checked."""
+"""open_checkpoint: opens and checks the checkpoint of a path or a hub id."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from gemma_fast.checkpoint.safetensors import SafetensorsCheckpoint
 
 
 def open_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
-    """Open and check a directory of safetensors, a .gguf file, or a model on the Hugging Face Hub.
+    """Opens and checks a directory of safetensors, a .gguf file or a model on the Hugging Face Hub.
 
-    ValueError: something in it is malformed or unexpected. Other errors: see `hub.resolve`.
+    Raises ValueError if something in it is malformed or unexpected, and `hub.resolve`'s errors.
     """
     path = resolve(name_or_path)
     checkpoint: Checkpoint

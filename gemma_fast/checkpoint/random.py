@@ -1,4 +1,4 @@
-"""Seeded random weights → Checkpoint, without a file."""
+"""A checkpoint of seeded random weights, without a file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gemma_fast.config import GemmaConfig
 
 
 class RandomCheckpoint(Checkpoint):
-    """Weights from normal(0, 0.02), for tests, and for benchmarks at true size without a download.
+    """Weights from normal(0, 0.02), for tests and for full-size benchmarks without a download.
 
-    Tensor name, seed, shape and device determine the numbers. They are then rounded to the dtype.
+    Tensor name, seed, shape and device determine the values, which are then rounded to the dtype.
     """
 
     def __init__(self, config: GemmaConfig, seed: int = 0, name: str = "random weights") -> None:
@@ -27,6 +27,6 @@ class RandomCheckpoint(Checkpoint):
         seed = self.seed + zlib.crc32(name.encode())
         generator = torch.Generator(out.device).manual_seed(seed)
         for part in out.view(-1).split(1 << 24):
-            # PyTorch's generator gives different numbers in different dtypes, so always float32.
+            # PyTorch's generator gives different numbers in each dtype, so always use float32.
             drawn = torch.empty(part.shape, dtype=torch.float32, device=out.device)
             part.copy_(drawn.normal_(std=0.02, generator=generator))

@@ -1,4 +1,4 @@
-"""A directory of safetensors, as transformers saves it → Checkpoint."""
+"""Opens a directory of safetensors, as transformers saves it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DTYPES = {
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A directory as transformers saves it. A multimodal Gemma 3 gives its text model only."""
+    """A directory as transformers saves it. For a multimodal Gemma 3, only its text model."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -47,7 +47,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 if dtype not in DTYPES:
                     allowed = ", ".join(DTYPES)
                     raise ValueError(
-                        f"{file}: tensor {name} has dtype {dtype}, not one of {allowed}"
+                        f"{file}: tensor {name} has dtype {dtype}, which is not one of {allowed}"
                     )
                 if name == "model.embed_tokens.weight":
                     self.dtype = DTYPES[dtype]
@@ -55,40 +55,47 @@ class SafetensorsCheckpoint(Checkpoint):
                 self._stored_names[name] = stored_name
 
     def _read(self, name: str, out: Tensor) -> None:
-        # Opened again for each tensor: closing releases the pages that were read.
+        # Open the file for each tensor: closing it releases the pages that were read.
         with _open_safetensors(self.files[name]) as tensors:
             out.copy_(tensors.get_tensor(self._stored_names[name]))
 
 
 def _shards(path: Path) -> dict[Path, set[str]]:
-    """File → the names of its tensors in the index; none for a model of one file."""
+    """Returns file → names of its tensors in the index, or no names for a single-file model."""
     if (single := path / "model.safetensors").is_file():
         return {single: set()}
     if not (path / INDEX).is_file():
         found = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))) or "none"
-        raise ValueError(f"{path} has neither model.safetensors nor {INDEX} (shards: {found})")
+        raise ValueError(
+            f"{path} has neither model.safetensors nor {INDEX} (shards: {found}): download the"
+            " weights again"
+        )
     weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path / INDEX} has no weight_map")
+        raise ValueError(f"{path / INDEX} has no weight_map from tensor names to files")
 
     shards: dict[Path, set[str]] = {}
     for name, shard in weight_map.items():
-        # A bare name cannot leave the directory. Symlinks are allowed: the Hub's cache has them.
+        # A plain name cannot leave the directory. Symlinks are allowed: the Hub's cache uses them.
         if not isinstance(shard, str) or not SHARD.fullmatch(shard):
             raise ValueError(f"{path / INDEX}: {shard!r} is not the name of a .safetensors file")
         shards.setdefault(path / shard, set()).add(name)
     for file in shards:
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist, which {INDEX} lists")
+            raise FileNotFoundError(
+                f"{file} does not exist, but {INDEX} lists it: download it again"
+            )
     return shards
 
 
 def _header(file: Path, listed: set[str]) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Stored name, shape and dtype of each tensor of the text model in a file."""
+    """Yields stored name, shape and dtype of each tensor of the text model in a file."""
     with _open_safetensors(file) as tensors:
         stored_names = set(tensors.keys())
         if absent := sorted(listed - stored_names):
-            raise ValueError(f"{file}: tensor {absent[0]} is missing, though in {INDEX}")
+            raise ValueError(
+                f"{file}: tensor {absent[0]} is missing, but {INDEX} lists it: download it again"
+            )
         for stored_name in sorted(stored_names):
             if not (NOT_TEXT.match(stored_name) or TIED_HEAD.match(stored_name)):
                 header = tensors.get_slice(stored_name)
@@ -101,4 +108,6 @@ def _open_safetensors(file: Path) -> Iterator[Any]:
         with safe_open(file, "pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+        raise ValueError(
+            f"{file} is not a readable safetensors file: {error}; download it again"
+        ) from error

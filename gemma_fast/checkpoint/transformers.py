@@ -1,6 +1,6 @@
-"""A live Gemma of transformers → Checkpoint: its weights are shared or copied, not read.
+"""A checkpoint of a live transformers model: its weights are shared or copied in memory.
 
-transformers is not imported: everything needed is an attribute of the instance.
+transformers is not imported: the instance's attributes contain all that is needed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class TransformersCheckpoint(Checkpoint):
     """The text model of an instance of one of CLASSES, with its generation_config.
 
-    ValueError: another class, a variant that this project does not compute, weights that are
-    quantized, wrapped by an adapter, incomplete, on several devices or in several dtypes, or an
-    lm_head that is not tied to the embedding.
+    Raises ValueError for another class, a variant that this project does not support, an lm_head
+    that is not tied to the embedding, and weights that are quantized, wrapped by an adapter,
+    incomplete, on several devices or in several dtypes.
     """
 
     tensors: dict[str, Tensor]
@@ -48,11 +48,9 @@ class TransformersCheckpoint(Checkpoint):
 def _read_config(source: nn.Module) -> GemmaConfig:
     kind = type(source).__name__
     if kind.startswith("Peft"):
-        raise ValueError(
-            f"{kind}: an adapter is not read; pass what model.merge_and_unload() gives"
-        )
+        raise ValueError(f"{kind}: adapters are not supported; pass model.merge_and_unload()")
     if kind not in CLASSES or not hasattr(source.config, "to_dict"):
-        raise ValueError(f"{kind} is none of transformers' {', '.join(CLASSES)}")
+        raise ValueError(f"{kind} is not one of transformers' {', '.join(CLASSES)}")
     try:
         return config_from_json(source.config.to_dict())  # type: ignore[union-attr, operator]
     except ValueError as error:
@@ -60,7 +58,7 @@ def _read_config(source: nn.Module) -> GemmaConfig:
 
 
 def _read_weights(source: nn.Module, config: GemmaConfig) -> dict[str, Tensor]:
-    """The text model's tensors under the checkpoint's names, all as the config asks for."""
+    """Returns the text model's tensors under the checkpoint's names, checked against the config."""
     found, head = {}, None
     for stored_name, weight in source.named_parameters(remove_duplicate=False):
         if TIED_HEAD.match(stored_name):
@@ -70,20 +68,28 @@ def _read_weights(source: nn.Module, config: GemmaConfig) -> dict[str, Tensor]:
     expected = config.tensor_shapes()
     for name in found:
         if name not in expected:
-            way_out = "an adapter must be merged first (merge_and_unload)" if "lora" in name else ""
-            raise ValueError(f"parameter {name} is unknown to the config; {way_out}".rstrip("; "))
+            way_out = "merge the adapter first (merge_and_unload)" if "lora" in name else ""
+            raise ValueError(
+                f"parameter {name} is not part of the config's model; {way_out}".rstrip("; ")
+            )
     for name, shape in expected.items():
         if name not in found:
-            raise ValueError(f"parameter {name} is missing: only plain, unfused weights are read")
+            raise ValueError(
+                f"parameter {name} is missing: only plain, unfused weights are supported"
+            )
         _check_weight(name, found[name], shape)
     embedding = found["model.embed_tokens.weight"]
     if head is not None and head.data_ptr() != embedding.data_ptr():
-        raise ValueError("lm_head has weights of its own: only one tied to embed_tokens is read")
+        raise ValueError(
+            "lm_head has its own weights: only an lm_head that is tied to embed_tokens is supported"
+        )
     for what in ("device", "dtype"):
         kinds = {getattr(weight, what): name for name, weight in found.items()}
         if len(kinds) > 1:
             places = ", ".join(f"{name} {kind}" for kind, name in kinds.items())
-            raise ValueError(f"weights are of several {what}s, only one is supported: {places}")
+            raise ValueError(
+                f"the weights have several {what}s: {places}; move them to one with model.to(…)"
+            )
     return {name: weight.detach() for name, weight in found.items()}
 
 
@@ -91,11 +97,14 @@ def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
     if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
         raise ValueError(
             f"parameter {name} is a {type(weight).__name__} of {weight.dtype}: quantized and"
-            " distributed weights are not read, only float32, bfloat16 and float16"
+            " distributed weights are not supported, only float32, bfloat16 and float16"
         )
     if weight.is_meta:
-        raise ValueError(f"parameter {name} is on the meta device or offloaded: it has no data")
+        raise ValueError(
+            f"parameter {name} is on the meta device or offloaded, so it has no data: load the"
+            " model on one device"
+        )
     if weight.shape != shape:
         raise ValueError(
-            f"parameter {name} has shape {tuple(weight.shape)}, but the config asks for {shape}"
+            f"parameter {name} has shape {tuple(weight.shape)}, but the config requires {shape}"
         )

@@ -1,15 +1,15 @@
-"""The kernels inside a transformers model: two lines, the same model, the same words.
+"""Runs a transformers model on this project's kernels, by one call.
 
     from gemma_fast.hf import accelerate
     accelerate(model)                      # GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM
 
-Norms, MLPs and attention of the model run on the kernels from then on; class, config file, weights,
-`generate`, caches, adapters stay what they were. What the kernels do not take, transformers' own
-code does, and says so once: `explain` lists it. On the CPU the kernels' references run.
-Extra `hf`; transformers from 5.17.
+From then on the model's norms, MLPs and attention run on the kernels. Its class, config file,
+weights, `generate`, caches and adapters do not change. Where the kernels do not support a call,
+transformers' own code runs, with one warning; `explain` lists these cases. On the CPU the kernels'
+references run. Needs the extra `hf`, with transformers 5.17 or newer.
 
-swap.py puts them in, takes them out, explains; layers.py has norms and MLPs, attention.py masks and
-attention, cache.py GemmaFastCache.
+swap.py inserts and removes the kernels, and explains which code runs; layers.py has norms and MLPs,
+attention.py masks and attention, cache.py GemmaFastCache.
 
 May import: kernels.
 """
@@ -25,7 +25,7 @@ except ImportError as error:
     ) from error
 if not Version(OLDEST) <= Version(transformers.__version__) < Version(BEYOND):
     raise ImportError(
-        f"gemma_fast.hf supports transformers from {OLDEST} to below {BEYOND}, and found "
+        f"gemma_fast.hf supports transformers from {OLDEST} to below {BEYOND}, but found "
         f"{transformers.__version__}: pip install 'gemma_fast[hf]'"
     )
 

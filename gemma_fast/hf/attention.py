@@ -1,10 +1,10 @@
-"""Attention of a transformers model on the kernels: transformers calls the two functions here, one
-to make its masks and one to attend, by the name that its config holds, `gemma_fast+sdpa`.
+"""Runs the attention of a transformers model on the kernels. transformers calls `make_mask` and
+`attend`, which are registered under the attention name in the config, such as `gemma_fast+sdpa`.
 
-A mask that is only causality, a window and left padding is not built. In its place the layers get
-`bounds` :: [2, b, 1, 1], int32: the kernels' `query_offset` and `left_padding`, counted in slots of
-the keys. Any other mask is built by the original attention: by `sdpa` if the model used that, else
-by `eager`, and the layers that are masked by it run that attention.
+A mask of only causality, a window and left padding is not built. Instead the layers get `bounds` ::
+[2, b, 1, 1], int32: the kernels' `query_offset` and `left_padding`, counted in slots of the keys.
+Any other mask is built by the original attention: `sdpa` if the model used it, else `eager`. Layers
+that get such a mask run that attention.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from gemma_fast.kernels.launch import runs_triton
 
 PREFIX = "gemma_fast+"
 RINGS = (
-    "GemmaFastCache takes an accelerated model, and a causal mask with padding on the left: call "
-    "gemma_fast.hf.accelerate(model), or use a DynamicCache or a StaticCache"
+    "GemmaFastCache needs an accelerated model, and a causal mask with padding on the left only: "
+    "call gemma_fast.hf.accelerate(model), or use a DynamicCache or a StaticCache"
 )
-# Of what layers pass on to attention, what does not bear on it.
+# Keywords that layers pass to attention and that do not change its result.
 IDLE = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
     "return_dict", "num_items_in_batch",
@@ -40,7 +40,7 @@ logger = logging.get_logger(__name__)
 
 
 class RingOffset:
-    """Of a ring's keys the position of the first, which no mask of transformers' can add up."""
+    """Position of a ring's first key. transformers' own masks add it, which raises ValueError."""
 
     def __init__(self, position: int | Tensor) -> None:
         self.position = position
@@ -50,42 +50,43 @@ class RingOffset:
 
 
 class Run(NamedTuple):
-    """How a module ran."""
+    """The code path of a module's last call, and the reason for it."""
 
     path: str  # "triton", "reference" or "transformers"
     why: str
 
 
 def hands_over(module: nn.Module, part: str, x: Tensor, why: str | None) -> bool:
-    """Whether transformers' own code is to run, `why`; said once, noted for `explain`."""
+    """Returns whether transformers' own code must run: `why` is the reason, or None. Warns once
+    and records the path for `explain`. Raises RuntimeError instead if the module is strict."""
     if why and module.strict:
-        raise RuntimeError(f"{part} cannot run on the kernels, which strict=True demands: {why}")
+        raise RuntimeError(f"{part} cannot run on the kernels, which strict=True requires: {why}")
     if not torch.compiler.is_compiling():
         if why:
             logger.warning_once(
                 f"gemma_fast leaves {part} to transformers: {why}. gemma_fast.hf.explain(model, …) "
-                "says where."
+                "lists the modules."
             )
             module.run = Run("transformers", why)  # type: ignore[assignment]
         elif runs_triton(x):
             module.run = Run("triton", str(x.dtype))  # type: ignore[assignment]
         else:
-            module.run = Run("reference", f"on {x.device} there is no Triton")  # type: ignore[assignment]
+            module.run = Run("reference", f"Triton does not run on {x.device}")  # type: ignore[assignment]
     return why is not None
 
 
 def reason(module: nn.Module, x: Tensor, *others: Tensor) -> str | None:
-    """Why the kernels cannot take x (and keys, values) of this module, or None."""
+    """Returns why the kernels cannot run this module on x (and keys, values), or None."""
     if module.training:
-        return "training mode; model.eval() leaves it"
+        return "the module is in training mode: call model.eval()"
     if torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (x, *others, *module.parameters())
     ):
-        return "gradients are recorded, and the kernels have none; call it under torch.no_grad()"
+        return "gradients are recorded, but the kernels have no backward: use torch.no_grad()"
     if x.device.type not in ("cuda", "cpu"):
         return f"device {x.device}: the kernels run on cuda"
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"dtype {x.dtype}: the kernels take bfloat16, float16, float32"
+        return f"dtype {x.dtype}: the kernels support bfloat16, float16, float32"
     return None
 
 
@@ -103,9 +104,10 @@ def make_mask(
     device: torch.device | str = "cpu",
     **rest: Any,
 ) -> Tensor | None:
-    """transformers' mask interface; attention_mask :: [b, past + t], bool."""
-    # What is more than causality and window comes through vmap, or forbids the skip; so does, of
-    # one token, a cache that is compiled. Both directions: a keyword of their own.
+    """transformers' mask interface. attention_mask :: [b, past + t], bool. Returns `bounds`, or the
+    original attention's mask for all that `bounds` cannot express."""
+    # A mask that is more than causal and windowed uses vmap, or forbids the is_causal skip. For one
+    # token, a compileable cache forbids it too. A bidirectional mask has its own keyword.
     plain = not use_vmap and "allow_is_bidirectional_skip" not in rest
     if not allow_is_causal_skip:
         plain &= q_length == 1 and not _is_union(mask_function)
@@ -133,14 +135,15 @@ def make_mask(
 
 
 def _is_union(mask_function: Callable[..., Any]) -> bool:
-    """Whether tokens of an image see each other. Dynamo cannot tell; one token sees none later."""
+    """Returns whether image tokens see each other. Always False under Dynamo, which cannot read the
+    name. It is called for one token only, which has no later token to see."""
     name = "" if torch.compiler.is_compiling() else mask_function.__qualname__
     return name.startswith("or_masks")
 
 
 def left_padding(mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
-    """mask :: [b, positions] → each row's first token, and whether nothing is hidden after it; of
-    positions from `end` on the mask does not matter."""
+    """Returns each row's first visible position, and whether no row hides a position after it.
+    mask :: [b, positions]; from `end` on it is ignored. If it is shorter, the latter is False."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     seen = mask | (positions >= end)
     first = (~seen).cumprod(dim=1).sum(dim=1)
@@ -161,10 +164,10 @@ def attend(
     softcap: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface. query :: [b, n * m, t, d]; key, value :: [b, n, s, d], the
-    cache's, both rotated → [b, t, n * m, d] and no weights."""
+    """transformers' attention interface. query :: [b, n * m, t, d]; key, value :: [b, n, s, d] of
+    the cache; query and key are rotated. Returns [b, t, n * m, d], and weights, if any."""
     bounds = attention_mask if is_bounds(attention_mask) else None
-    accelerated = hasattr(module, "part")  # or of another model, with which it shares a config
+    accelerated = hasattr(module, "part")  # False for another model with this config
     if accelerated:
         why = reason(module, query, key, value)
         why = why or _reason(module, query, key, value, bounds, dropout, rest)
@@ -180,7 +183,8 @@ def attend(
     (b, heads, t, d), n = query.shape, key.shape[1]
     query_offset, left_padding = bounds.view(2, b)
     if key.stride() != value.stride() or key.stride(3) != 1:
-        key, value = torch.stack((key, value))  # contiguous() may keep strides, of size 1, apart
+        # contiguous() is not enough: it may keep different strides where a size is 1.
+        key, value = torch.stack((key, value))
     options: Any = {"scale": scaling, "window": sliding_window, "softcap": softcap}
     if t == 1:
         counter = torch.zeros(b * n, dtype=torch.int32, device=query.device)
@@ -208,23 +212,23 @@ def _reason(
     rest: dict[str, Any],
 ) -> str | None:
     if bounds is None:
-        return "a mask that is more than causal with padding on the left, or is read while compiled"
+        return "a mask is more than causal with left padding, or is first read inside torch.compile"
     if dropout:
-        return f"dropout {dropout}"
+        return f"dropout {dropout}: the kernels have no dropout; set it to 0"
     if rest.get("output_attentions") or module.config.output_attentions:  # type: ignore[union-attr]
-        return "output_attentions asks for the weights, which the kernels never hold"
+        return "output_attentions needs the attention weights, which the kernels do not store"
     unknown = [name for name, x in rest.items() if x is not None and name not in IDLE]
     if unknown:
-        return f"{', '.join(unknown)}: unknown to the kernels"
+        return f"{', '.join(unknown)}: unknown keywords of attention"
     if not query.dtype == key.dtype == value.dtype:
-        return f"queries, keys and values are {query.dtype}, {key.dtype}, {value.dtype}"
+        return f"queries, keys, values are {query.dtype}, {key.dtype}, {value.dtype}: not one dtype"
     if query.is_cuda and query.shape[3] not in HEAD_DIMS:
-        return f"head_dim {query.shape[3]}: the kernels take one of {HEAD_DIMS}"
+        return f"head_dim {query.shape[3]}: the kernels support {HEAD_DIMS}"
     return None
 
 
 def fallback(original: str) -> str:
-    """The way for what the kernels do not take: the original, if it takes any mask, or eager."""
+    """Returns the attention for calls without kernels: sdpa if that is the original, else eager."""
     return original if original == "sdpa" else "eager"
 
 
@@ -235,7 +239,7 @@ def _original(original: str, module: nn.Module) -> Callable[..., tuple[Tensor, T
 
 
 def _mask(original: str, query: Tensor, key: Tensor, bounds: Tensor, window: int | None) -> Tensor:
-    """[b, 1, t, s], what `bounds` stand for, as the original takes it."""
+    """Returns the mask that `bounds` describe, [b, 1, t, s], in the original attention's format."""
     query_offset, left_padding = bounds.view(2, -1)
     visible = visible_keys(
         query_offset, left_padding, query.shape[2], key.shape[2], window
@@ -247,12 +251,12 @@ def _mask(original: str, query: Tensor, key: Tensor, bounds: Tensor, window: int
 
 
 def register(original: str) -> str:
-    """The name of attention on the kernels with `original` for the rest; known to transformers."""
+    """Registers attention on the kernels, with `original` for other calls. Returns its name."""
     name = PREFIX + original
     AttentionInterface.register(name, partial(attend, original))
     AttentionMaskInterface.register(name, partial(make_mask, original))
     return name
 
 
-for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):  # an unpickled model needs its own
+for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):  # unpickled models use them
     register(name)

@@ -1,8 +1,8 @@
-"""GemmaFastCache: a static cache for accelerated models whose windowed layers are rings.
+"""GemmaFastCache: a static cache for accelerated models. Its windowed layers are rings.
 
-transformers' own static layers shift and copy a whole window for each token once it is full, and
-compile to one graph before and another after. In a ring a token takes the slot of the one that
-leaves the window, `position % slots`, and all that changes lies in tensors: one graph.
+Once a window is full, transformers' own static layers shift and copy all of it for each token, and
+need another compiled graph than before. In a ring, a new token overwrites the one that leaves the
+window, at slot `position % slots`. All that changes is in tensors, so one graph is enough.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from gemma_fast.hf.attention import RingOffset
 
 
 class GemmaFastCache(StaticCache):
-    """StaticCache(config, max_cache_len) with rings. Give it to `generate` or to the model as
+    """StaticCache(config, max_cache_len) with rings. Pass it to `generate` or to the model as
     `past_key_values`.
 
-    The model must be accelerated, with its attention, and its mask be causal with padding on the
-    left: where a ring begins, no other attention knows. All else is a ValueError; a mask that is
-    first read within a compiled CUDA graph, PyTorch's assertion on the device. `reset()` empties it
-    for the next text. As of any static cache, nothing can be taken back from it.
+    The model's attention must be accelerated, and its mask causal with padding on the left only,
+    because other attention does not support rings. Anything else raises ValueError, or fails an
+    assertion on the device if the mask is first read inside a compiled graph. `reset()` empties the
+    cache for the next text. Tokens cannot be removed from it.
     """
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int, **options: Any) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(f"config must be model.config, not a {type(config).__name__}")
         if not isinstance(max_cache_len, int) or max_cache_len < 1:
-            raise ValueError(f"{max_cache_len=} must be a whole number from 1")
+            raise ValueError(f"{max_cache_len=} must be an integer of at least 1")
         super().__init__(config, max_cache_len, **options)
         self.layers = [
             Ring(layer.max_cache_len, layer.max_cache_len)
@@ -42,16 +42,16 @@ class GemmaFastCache(StaticCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError(
-            "a static cache takes nothing back, as assisted and prompt-lookup decoding want it to: "
+            "GemmaFastCache cannot remove tokens, as assisted and prompt-lookup decoding require: "
             "use a DynamicCache"
         )
 
 
 class Ring(StaticSlidingWindowLayer):
-    """keys, values :: [b, n, slots, d]: slot `position % slots` holds that position.
+    """keys, values :: [b, n, slots, d]. Slot `position % slots` stores a position's key and value.
 
-    One token's attention is over the ring as it lies; that of more, over a copy in their order of
-    the window before them, and themselves.
+    One new token attends to the ring itself. Several attend to a copy, in order of position: the
+    window before them, then their own keys and values.
     """
 
     def update(
@@ -73,7 +73,7 @@ class Ring(StaticSlidingWindowLayer):
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
-        """Length, and the position of the first key; of the whole ring 0: positions are slots."""
+        """Returns the number of keys and the first one's position; for one token, 0: ring order."""
         if query_length == 1:
             return self.max_cache_len, RingOffset(0)
         before = self.max_cache_len - 1

@@ -1,7 +1,7 @@
 """transformers' Gemma layers with a forward on the kernels.
 
-An accelerated module is of a subclass of its own class: same parameters, same submodules, which it
-calls, so that adapters and hooks on them stay in force.
+An accelerated module gets a subclass of its own class. It has the same parameters and calls the
+same submodules, so adapters and hooks on these still work.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gemma_fast.kernels.rmsnorm import rms_norm
 class Fast(nn.Module):
     part: ClassVar[str]
     strict: bool = False
-    run: Run | None = None  # the last one, but for compiled ones
+    run: Run | None = None  # of the last call that was not compiled
 
 
 class FastNorm(Fast):
@@ -51,17 +51,17 @@ class FastMLP(Fast):
 
 
 class FastAttention(Fast):
-    """Its forward is transformers', which calls attention.py by the name in the config."""
+    """Runs transformers' forward, which calls attention.py through the name in the config."""
 
     part = "attention"
     layer_idx: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # transformers 5.24 calls `cache` what was `past_key_values` before.
+        # transformers 5.24 renamed `past_key_values` to `cache`.
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         mask = kwargs.get("attention_mask")
         rings = isinstance(cache, GemmaFastCache) and isinstance(cache.layers[self.layer_idx], Ring)
-        if rings and not is_bounds(mask):  # the caller's, made without regard to rings
+        if rings and not is_bounds(mask):  # the caller's mask, which does not support rings
             raise ValueError(RINGS)
         return super().forward(*args, **kwargs)
 
@@ -108,9 +108,9 @@ ORIGINAL = {fast: original for original, fast in FAST.items()}
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why this module keeps its forward, whatever it is called with; None: it need not."""
+    """Returns why this module can never run on the kernels, or None if it can."""
     if type(module) not in FAST:
-        return f"{type(module).__name__} is not transformers' own class"
+        return f"{type(module).__name__} is not one of transformers' own Gemma classes"
     if FAST[type(module)].part == "mlp" and not _is_tanh_gelu(module.act_fn):
         return f"its activation is {module.act_fn}, not the GELU's tanh approximation"
     return None

@@ -1,4 +1,4 @@
-"""Puts the kernels into a transformers model, takes them out, and tells which path runs."""
+"""Inserts the kernels into a transformers model, removes them, and reports which code runs."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ M = TypeVar("M", bound=nn.Module)
 def accelerate(
     model: M, *, norm: bool = True, attention: bool = True, mlp: bool = True, strict: bool = False
 ) -> M:
-    """Puts the kernels into this model, and returns it.
+    """Runs parts of this model on the kernels. Changes the model in place, and returns it.
 
-    norm, attention, mlp  which parts
-    strict                whatever the kernels cannot take is a RuntimeError that says why
+    norm, attention, mlp  parts to run on the kernels
+    strict                raise RuntimeError, with the reason, for calls that they do not support
 
-    The kernels have no backward: training, and calls that record gradients, run transformers' code;
-    so do masks with more than padding on the left, dropout, and `output_attentions`. Of attention
-    that is sdpa, if it was so before, and else eager.
-    ValueError, and the model as it was: another architecture, a device other than cuda or cpu, a
-    GPU before compute capability 8.0, modules whose forward another library has replaced.
+    The kernels have no backward: training, and calls that record gradients, run transformers' code.
+    So do masks with more than padding on the left, dropout, and `output_attentions`. For attention,
+    that code is sdpa if the model used sdpa before, else eager.
+    Raises ValueError, and leaves the model unchanged, for another architecture, a device other than
+    cuda or cpu, a GPU below compute capability 8.0, and modules whose forward another library has
+    replaced.
     """
     text = _text_model(model)
     _refuse(text)
@@ -52,7 +53,7 @@ def accelerate(
 
 
 def restore(model: M) -> M:
-    """Takes the kernels out again, and returns the model as it was before `accelerate`."""
+    """Removes the kernels, and returns the model as it was before `accelerate`."""
     text = _text_model(model)
     for module in text.modules():
         if isinstance(module, Fast):
@@ -67,7 +68,7 @@ def restore(model: M) -> M:
 
 @contextmanager
 def accelerated(model: M, **options: bool) -> Iterator[M]:
-    """`with accelerated(model):` — accelerate's options; at the end all is as it was before."""
+    """`with accelerated(model):`, with accelerate's options. Restores the model at its end."""
     text = _text_model(model)
     before = [(module, type(module), vars(module).get("strict")) for module in text.modules()]
     attention = text.config._attn_implementation
@@ -83,8 +84,8 @@ def accelerated(model: M, **options: bool) -> Iterator[M]:
 
 
 class FastGemma:
-    """`FastGemma.from_pretrained(…)` instead of `AutoModelForCausalLM.from_pretrained(…)`: the same
-    arguments, the same object, accelerated."""
+    """`FastGemma.from_pretrained(…)` takes the arguments of `AutoModelForCausalLM.from_pretrained`,
+    and returns the same model, accelerated."""
 
     @staticmethod
     @functools.wraps(AutoModelForCausalLM.from_pretrained)
@@ -95,18 +96,17 @@ class FastGemma:
 class Line(NamedTuple):
     module: str  # "model.layers.0.mlp"
     part: str  # "norm", "mlp" or "attention"
-    path: str  # "triton", "reference" (the kernel's, in PyTorch) or "transformers"
+    path: str  # "triton", "reference" (of the kernel, in PyTorch) or "transformers"
     why: str
 
 
 def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Line]:
-    """Which path each norm, MLP and attention takes, and why, in one call of the model.
+    """Calls the model once, and returns which code each norm, MLP and attention ran, and why.
 
-    inputs  what the model is called with, as in a call of yours; none: two tokens under no_grad, as
-            `generate` calls it
-    strict  a path that is not the kernels' is a RuntimeError
+    inputs  keyword arguments of the call; default: two tokens under no_grad, as in `generate`
+    strict  raise RuntimeError if a module runs transformers' code
 
-    What is compiled runs as it would uncompiled.
+    A compiled model runs uncompiled in this call.
     """
     text = _text_model(model)
     fast = [module for module in text.modules() if isinstance(module, Fast)]
@@ -127,12 +127,14 @@ def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Li
     ]
     left = [f"{line.module}: {line.why}" for line in lines if line.path == "transformers"]
     if strict and left:
-        raise RuntimeError("not on the kernels, which strict=True demands: " + "; ".join(left))
+        raise RuntimeError(
+            "modules are not on the kernels, which strict=True requires: " + "; ".join(left)
+        )
     return lines
 
 
 def _run(module: nn.Module, part: str) -> Run:
-    """How a module ran just now."""
+    """Returns which code the module ran in the last call, and why."""
     if not isinstance(module, Fast):
         return Run("transformers", why_not(module) or f"not accelerated: {part}=False")
     if module.run is not None:
@@ -140,12 +142,15 @@ def _run(module: nn.Module, part: str) -> Run:
     config: Any = getattr(module, "config", None)
     if part == "attention" and not config._attn_implementation.startswith(PREFIX):
         name = config._attn_implementation
-        return Run("transformers", f"the config's attention was set to {name!r}: accelerate again")
+        return Run(
+            "transformers",
+            f"the config's attention was set to {name!r}: call accelerate(model) again",
+        )
     return Run("transformers", "not called")
 
 
 def _part(module: nn.Module) -> str | None:
-    """Which part of a Gemma the module is, whoever's it is."""
+    """Returns which part of Gemma the module is, accelerated or not; None if it is none."""
     for original, fast in FAST.items():
         if isinstance(module, original):
             return fast.part
@@ -153,9 +158,9 @@ def _part(module: nn.Module) -> str | None:
 
 
 def _text_model(model: nn.Module) -> PreTrainedModel:
-    """The decoder, which has the norms, MLPs and attentions."""
+    """Returns the text decoder, which contains the norms, MLPs and attentions."""
     inner: Any = model
-    if hasattr(inner, "get_base_model"):  # of peft
+    if hasattr(inner, "get_base_model"):  # PEFT models
         inner = inner.get_base_model()
     if isinstance(inner, (GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM)):
         return inner.model
@@ -165,7 +170,7 @@ def _text_model(model: nn.Module) -> PreTrainedModel:
     raise ValueError(
         f"{kind.__module__}.{kind.__name__} cannot be accelerated: only transformers' "
         "GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, and the text part of "
-        "Gemma3ForConditionalGeneration; before torch.compile or DataParallel wraps them"
+        "Gemma3ForConditionalGeneration can, before torch.compile or DataParallel wraps them"
     )
 
 
@@ -173,14 +178,16 @@ def _refuse(text: PreTrainedModel) -> None:
     for device in {weight.device for weight in text.parameters()}:
         if device.type not in ("cuda", "cpu"):
             raise ValueError(
-                f"the model lies on {device}: the kernels run on cuda, their references on cpu"
+                f"the model is on {device}: move it to cuda for the kernels, or cpu for references"
             )
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-            raise ValueError(f"{device} is of compute capability {found}: the kernels need 8.0")
+            raise ValueError(
+                f"{device} has compute capability {found}, but the kernels need 8.0 or higher"
+            )
     for name, module in text.named_modules():
         if _part(module) and "forward" in module.__dict__:
             raise ValueError(
-                f"another library has replaced the forward of {name} (accelerate does, for a model "
-                "spread over devices): load the model on one device"
+                f"another library has replaced the forward of {name} (the package accelerate does "
+                "this for a model on several devices): load the model on one device"
             )

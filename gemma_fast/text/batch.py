@@ -1,4 +1,4 @@
-"""Encoding, the tokenizer's result: rows of ids as lists, or one tensor padded on the left."""
+"""Encoding, the tokenizer's result: lists of ids, or one tensor with left padding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Encoding(dict[str, Any]):
-    """`input_ids` and `attention_mask` (1: a token, 0: padding), as items and as attributes."""
+    """`input_ids` and `attention_mask` (1: token, 0: padding), as items and as attributes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -19,8 +19,8 @@ class Encoding(dict[str, Any]):
             raise AttributeError(f"an Encoding has no {name!r}, only {', '.join(self)}") from None
 
     def to(self, device: torch.device | torch.dtype | str) -> Encoding:
-        """A copy on `device`. Lists stay lists. A dtype is accepted, as in transformers, but ids
-        stay integers."""
+        """Returns a copy on `device`. Lists stay lists. As in transformers, a dtype is accepted,
+        but ids stay integers."""
         if isinstance(device, torch.dtype):
             return Encoding(self)
         return Encoding({k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.items()})
@@ -33,11 +33,11 @@ def pack(
     padding: bool | str,
     flat: bool,
 ) -> Encoding:
-    """An Encoding of the rows. `flat`: a single row, returned as a plain list. ValueError: rows of
-    different lengths do not fit one tensor without padding."""
+    """Returns an Encoding of the rows. `flat`: there is one row, returned as a plain list. Raises
+    ValueError if rows of different lengths are to become one tensor without padding."""
     if return_tensors not in (None, "pt") or padding not in (True, False, "longest"):
         raise ValueError(
-            f'return_tensors must be None or "pt", padding a bool or "longest", not'
+            f'return_tensors must be None or "pt", and padding a bool or "longest", not'
             f" {return_tensors!r} and {padding!r}"
         )
     lengths = [len(row) for row in rows]
@@ -45,7 +45,7 @@ def pack(
         raise ValueError(
             f"texts of {lengths} tokens do not fit one tensor: pass padding=True"
             if rows
-            else "no texts to make a tensor of"
+            else "no texts were given: pass at least one to get a tensor"
         )
     pads = [max(lengths) - length if padding else 0 for length in lengths]
     ids: Any = [[pad_token_id] * n + row for n, row in zip(pads, rows, strict=True)]

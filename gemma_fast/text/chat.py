@@ -1,9 +1,9 @@
-"""Chat messages → one prompt in Gemma's turns. A message cannot contain a control token.
+"""Converts chat messages to one prompt of Gemma's turns. Messages cannot add control tokens.
 
     <bos><start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n
 
-A message is {"role": "system" | "user" | "assistant", "content": text}. The role may also be
-`model` instead of `assistant`, and content a list of {"type": "text", "text": ...}.
+A message is {"role": "system" | "user" | "assistant", "content": text}. The role can also be
+`model` instead of `assistant`, and the content a list of {"type": "text", "text": ...}.
 """
 
 import re
@@ -17,7 +17,7 @@ Message = dict[str, str]
 
 
 class Template(Protocol):
-    """Renders messages as one text. `text` is the template's source."""
+    """Renders messages to one text. `text` is the template's source."""
 
     @property
     def text(self) -> str: ...
@@ -27,23 +27,24 @@ class Template(Protocol):
 
 @dataclass(frozen=True)
 class GemmaTurns:
-    """The official turns of Gemma 1 and 2 (without a system turn) and of Gemma 3 (with one)."""
+    """Renders the official turns of Gemma 1 and 2 (no system turn) and Gemma 3 (system turn)."""
 
     system_turn: bool
     text: str = ""
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """ValueError unless user and assistant alternate, after an optional system turn."""
+        """Raises ValueError unless user and assistant alternate after an optional system turn."""
         prefix = ""
         if messages[0]["role"] == "system":
             if not self.system_turn:
                 raise ValueError(
-                    "message 0: Gemma 1 and 2 have no system turn; put it into the first user turn"
+                    "message 0: Gemma 1 and 2 have no system turn; put its text into the first"
+                    " user message"
                 )
             prefix = messages[0]["content"] + "\n\n"
         turns = messages[1:] if prefix else messages
         if not turns:
-            raise ValueError("the system turn has no user turn after it to be put into")
+            raise ValueError("there is no user turn after the system turn: add one")
 
         text = "<bos>"
         for i, message in enumerate(turns):
@@ -59,18 +60,22 @@ class GemmaTurns:
 
 
 def check_messages(messages: object) -> list[Message]:
-    """The messages, each content joined to one str. ValueError, with the message, if malformed."""
+    """Returns the messages, each content joined to one str. A ValueError names the message."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"messages must be a list of at least one message, not {messages!r:.60}")
     checked = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"message {i} is no dict with a role and a content: {message!r:.60}")
+            raise ValueError(
+                f"message {i} must be a dict with role and content, not {message!r:.60}"
+            )
         extra = [k for k, v in message.items() if k not in ("role", "content") and v is not None]
         if extra:
             raise ValueError(f"message {i}: {extra[0]!r} is not supported, only role and content")
-        if not message["role"].isidentifier():  # it is not escaped
-            raise ValueError(f"message {i}: {message['role']!r:.60} is no role")
+        if not message["role"].isidentifier():  # the role is not escaped
+            raise ValueError(
+                f"message {i}: {message['role']!r:.60} is not a role: use system, user or assistant"
+            )
         checked.append({"role": message["role"], "content": _content(message.get("content"), i)})
     return checked
 
@@ -88,7 +93,7 @@ def _content(content: object, i: int) -> str:
         if not isinstance(part.get("text"), str):
             raise ValueError(f"message {i}: text must be a str, not {part.get('text')!r:.60}")
         texts.append(part["text"])
-    # Gemma 3's template trims each part. A single part is trimmed, or not, with its turn.
+    # Gemma 3's template strips each part. A single part is stripped with its turn, if at all.
     return texts[0] if len(texts) == 1 else "".join(text.strip() for text in texts)
 
 
@@ -98,16 +103,16 @@ def render_pieces(
     add_generation_prompt: bool,
     find_control_tokens: Callable[[str], Iterable[tuple[int, int]]],
 ) -> list[str]:
-    """The rendered prompt, split at each control token that came from a message.
+    """Renders the prompt, and splits it at each control token that came from a message.
 
-    Pieces 1, 3, 5, … are those tokens, to be encoded as plain text. While the template runs, a
-    private character stands for each: the template can move or drop it, but not split it. (It could
-    still build a token from the halves in two messages, if it joined them directly; no known
+    Pieces 1, 3, 5, … are these tokens, to be encoded as plain text. While the template runs, a
+    private-use character replaces each: the template can move or drop it, but cannot split it. (It
+    could still build a token from halves in two messages by joining them directly; no known
     template does.)
     """
     taken = set(template.text).union(*(message["content"] for message in messages))
     free = (char for char in map(chr, PRIVATE_USE) if char not in taken)
-    marks: dict[str, str] = {}  # token → the character that stands for it
+    marks: dict[str, str] = {}  # token → the character that replaces it
 
     def mark(text: str) -> str:
         parts, end = [], 0
@@ -116,7 +121,9 @@ def render_pieces(
             if token not in marks:
                 marks[token] = next(free, "")
                 if not marks[token]:
-                    raise ValueError("the messages leave no private character to use as a mark")
+                    raise ValueError(
+                        "messages and template use all private-use characters, but one must be free"
+                    )
             parts += [text[end:start], marks[token]]
             end = stop
         return "".join(parts) + text[end:]

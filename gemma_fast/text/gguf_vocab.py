@@ -1,8 +1,8 @@
-"""A GGUF file's vocabulary → BPE, the same as before the conversion to GGUF.
+"""Builds a BPE tokenizer from a GGUF file, equal to the one before the conversion to GGUF.
 
-GGUF has the pieces of a SentencePiece model and their scores, not BPE's merges. The scores give the
-merges: SentencePiece merges the two neighbours whose joint piece has the highest score, so every
-split of a piece into two pieces is a merge, ranked by the score.
+GGUF stores the pieces of a SentencePiece model and their scores, but not BPE's merges. The scores
+define the merges: SentencePiece merges the two neighbours whose joint piece has the highest score,
+so every split of a piece into two pieces is a merge, ranked by the score.
 """
 
 import math
@@ -14,19 +14,19 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-TYPES = range(1, 7)  # 5 is unused, 6 a byte
+TYPES = range(1, 7)  # 5: unused, 6: byte
 COLUMNS = {"tokens": str, "scores": float, "token_type": int}
-MAX_PIECE = 256  # characters; Gemma's longest piece has 31, and splitting one is quadratic
+MAX_PIECE = 256  # characters; Gemma's longest piece has 31. The cost of splitting is quadratic.
 
 
 def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
-    """The tokenizer in a GGUF file's `metadata`, without normalizer and decoder.
+    """Returns the tokenizer of a GGUF file's `metadata`, without normalizer and decoder.
 
-    ValueError, with `source`: malformed metadata.
+    Raises ValueError, with `source`, for malformed metadata.
     """
     if metadata.get("tokenizer.ggml.model") != "llama":
         model = metadata.get("tokenizer.ggml.model")
-        raise ValueError(f"{source}: tokenizer.ggml.model is {model!r}, not Gemma's 'llama'")
+        raise ValueError(f"{source}: tokenizer.ggml.model is {model!r}, but Gemma's is 'llama'")
     tokens, scores, types = _columns(metadata, source)
     pieces = [
         token.replace(" ", "▁") if type_ == USER_DEFINED else token
@@ -34,7 +34,7 @@ def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
     ]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     if len(vocab) != len(pieces):
-        raise ValueError(f"{source}: tokenizer.ggml.tokens holds a token twice")
+        raise ValueError(f"{source}: tokenizer.ggml.tokens contains a token twice")
 
     backend = Backend(
         BPE(
@@ -60,31 +60,36 @@ def _columns(metadata: Mapping[str, object], source: str) -> list[list]:
     for name, kind in COLUMNS.items():
         column = metadata.get(f"tokenizer.ggml.{name}")
         if not isinstance(column, list) or set(map(type, column)) != {kind}:
-            raise ValueError(f"{source}: tokenizer.ggml.{name} is no list of {kind.__name__}")
+            raise ValueError(
+                f"{source}: tokenizer.ggml.{name} must be a non-empty list of {kind.__name__}"
+            )
         columns.append(column)
 
     tokens, scores, types = columns
     if not len(tokens) == len(scores) == len(types):
         raise ValueError(
-            f"{source}: {len(tokens)} tokens, {len(scores)} scores and {len(types)} token types"
+            f"{source}: {len(tokens)} tokens, {len(scores)} scores and {len(types)} token types:"
+            " the numbers must be equal"
         )
     if longest := next((token for token in tokens if len(token) > MAX_PIECE), ""):
-        raise ValueError(f"{source}: a token of {len(longest)} characters, above {MAX_PIECE}")
+        raise ValueError(
+            f"{source}: a token has {len(longest)} characters; the limit is {MAX_PIECE}"
+        )
     if not all(map(math.isfinite, scores)):
-        raise ValueError(f"{source}: tokenizer.ggml.scores holds a number that is not finite")
+        raise ValueError(f"{source}: tokenizer.ggml.scores contains a number that is not finite")
     if unknown := set(types).difference(TYPES):
-        raise ValueError(f"{source}: tokenizer.ggml.token_type holds {min(unknown)}")
+        raise ValueError(f"{source}: tokenizer.ggml.token_type {min(unknown)} is not one of 1 to 6")
     return columns
 
 
 def _merges(
     vocab: Mapping[str, int], scores: Sequence[float], types: Sequence[int]
 ) -> list[tuple[str, str]]:
-    """Pairs of pieces that join to a piece, best score first, then longest left half."""
+    """Returns pairs of pieces that merge to a piece, best score first, then longest left half."""
     ranked = []
     for piece, score, type_ in zip(vocab, scores, types, strict=True):
         if type_ == USER_DEFINED:
-            score = 0.0  # SentencePiece cuts these out of the text before it merges
+            score = 0.0  # SentencePiece splits the text at these before it merges
         elif type_ != NORMAL:
             continue
         for cut in range(1, len(piece)):

@@ -1,7 +1,7 @@
 """Renders an untrusted chat template. jinja_template.py runs this file as a process.
 
-A checkpoint's template is a program by a stranger. Jinja's sandbox keeps it from Python's objects,
-but not from endless loops or filling the memory, so the process has limits on time and memory.
+A checkpoint's template is untrusted code. Jinja's sandbox blocks access to Python's objects, but
+not endless loops or large allocations, so the process has limits on time and memory.
 """
 
 import json
@@ -25,14 +25,14 @@ def main() -> None:
 
 
 def render(request: dict) -> str:
-    """The rendered template. The environment is that of transformers' chat templates."""
+    """Renders the template in the environment of transformers' chat templates."""
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
     class SafeNamespace(Namespace):
         def __setitem__(self, name, value):
-            if name.startswith("_"):  # Jinja itself would call `ns.__call__`, unchecked
+            if name.startswith("_"):  # Jinja calls `ns.__call__` without a check
                 raise SecurityError(f"a namespace may not have an attribute {name}")
             super().__setitem__(name, value)
 
@@ -53,7 +53,7 @@ def render(request: dict) -> str:
     )
     environment.filters["tojson"] = tojson
     environment.globals = {
-        "range": environment.globals["range"],  # the sandbox's, which is bounded
+        "range": environment.globals["range"],  # the sandbox's range, which is bounded
         "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         "namespace": namespace,
         "raise_exception": raise_exception,
@@ -61,7 +61,9 @@ def render(request: dict) -> str:
     }
     text = environment.from_string(request["template"]).render(request["variables"])
     if len(text) > request["max_length"]:
-        raise ValueError(f"it rendered {len(text)} characters, above {request['max_length']}")
+        raise ValueError(
+            f"it rendered {len(text)} characters; the limit is {request['max_length']}"
+        )
     return text
 
 

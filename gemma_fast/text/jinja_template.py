@@ -1,4 +1,4 @@
-"""A checkpoint's own chat template: found as transformers does, rendered in a limited process."""
+"""Finds a checkpoint's chat template as transformers does, and renders it in a limited process."""
 
 import json
 import subprocess
@@ -14,20 +14,20 @@ SPECIAL_TOKENS = {
     "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>",
 }  # fmt: skip
 MAX_SECONDS = 5
-MAX_BYTES = 512 << 20  # of address space, Python's own included
-MAX_LENGTH = 1 << 20  # characters, of the template, and added by it to those of the messages
+MAX_BYTES = 512 << 20  # of address space, including Python's own
+MAX_LENGTH = 1 << 20  # characters of a template, and characters that it may add to the messages
 RENDERER = Path(__file__).with_name("jinja_child.py")
 
 
 @dataclass(frozen=True)
 class JinjaTemplate:
-    """A checkpoint's own template, which is untrusted. `source` is the path for errors."""
+    """A checkpoint's own template, which is untrusted. `source` is the path in error messages."""
 
     text: str
     source: str
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """Renders in another process. ValueError: the template fails or reaches a limit."""
+        """Renders in another process. Raises ValueError if the template fails or hits a limit."""
         request = {
             "template": self.text,
             "variables": {
@@ -53,7 +53,7 @@ class JinjaTemplate:
             )
         except subprocess.TimeoutExpired:
             raise ValueError(
-                f"{self.source}: the template did not end within {MAX_SECONDS} s"
+                f"{self.source}: the chat template did not end within {MAX_SECONDS} s: correct it"
             ) from None
         if child.returncode:
             reason = child.stderr.strip().rpartition("\n")[2] or f"exit code {child.returncode}"
@@ -63,13 +63,13 @@ class JinjaTemplate:
                 return reply["text"]
             reason = reply["error"]
         raise ValueError(
-            f"{self.source}: the template failed: {reason}"
+            f"{self.source}: the chat template failed: {reason}"
             f" (limits: {MAX_SECONDS} s, {MAX_BYTES >> 20} MiB)"
         )
 
 
 def read_template(directory: Path) -> JinjaTemplate | None:
-    """The checkpoint's template, from the same files as in transformers; None if it has none."""
+    """Returns the template from the files that transformers reads; None if there is none."""
     path: Path = directory / "chat_template.jinja"
     template: object = None
     if path.is_file():
@@ -77,18 +77,18 @@ def read_template(directory: Path) -> JinjaTemplate | None:
             template = file.read(MAX_LENGTH + 1)
     elif (path := directory / "tokenizer_config.json").is_file():
         template = read_json(path).get("chat_template")
-        if isinstance(template, list):  # several, by name
+        if isinstance(template, list):  # several named templates
             named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
             template = named[0].get("template") if named else None
     return check_template(template, str(path))
 
 
 def check_template(template: object, source: str) -> JinjaTemplate | None:
-    """A template from a file's value; None for None. ValueError: not a str, or too long."""
+    """Returns a file's template; None for None. Raises ValueError if it is no str or too long."""
     if template is None:
         return None
     if not isinstance(template, str) or len(template) > MAX_LENGTH:
         raise ValueError(
-            f"{source}: the chat template is no string of up to {MAX_LENGTH} characters"
+            f"{source}: the chat template must be a string of at most {MAX_LENGTH} characters"
         )
     return JinjaTemplate(template, source)

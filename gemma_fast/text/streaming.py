@@ -1,4 +1,4 @@
-"""Streaming: ids in, text out as soon as its characters are complete."""
+"""Streams text: receives token ids, and writes each character as soon as it is complete."""
 
 import sys
 from collections.abc import Callable
@@ -12,10 +12,10 @@ MAX_HELD = 16  # ids; a character has at most four bytes
 
 
 class TextStreamer:
-    """`generate` calls `put` with the prompt, then with each new token.
+    """Writes text as `generate` calls `put`: first with the prompt, then with each new token.
 
-    `write` receives pieces of text, never empty and never ending inside a character. Joined, they
-    equal `tokenizer.decode` of the same ids, unless the bytes are not valid UTF-8.
+    `write` receives pieces of text that are not empty and do not end inside a character. Joined,
+    they equal `tokenizer.decode` of the same ids, unless the bytes are not valid UTF-8.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class TextStreamer:
         skip_prompt: bool = True,
         skip_special_tokens: bool = True,
     ):
-        """write  default: to stdout, flushed, without a newline"""
+        """write  receives each piece of text; default: to stdout, flushed, without a newline"""
         self.tokenizer, self.write = tokenizer, write or _print
         self.skip_prompt, self.skip_special_tokens = skip_prompt, skip_special_tokens
         self._held: list[int] = []
@@ -35,18 +35,20 @@ class TextStreamer:
     def put(self, ids: Tensor) -> None:
         """ids :: [t] or [1, t], the prompt first. Raises ValueError for a batch."""
         if ids.dim() > 1 and len(ids) > 1:
-            raise ValueError(f"a TextStreamer shows one text, not a batch of {len(ids)}")
+            raise ValueError(
+                f"a TextStreamer shows one text, not a batch of {len(ids)}: pass one prompt"
+            )
         skip, self._at_prompt = self._at_prompt and self.skip_prompt, False
         if skip:
             return
         for token_id in ids.flatten().tolist():
             self._held.append(token_id)
-            # tokenizers' DecodeStream raises if bytes that form no character follow others.
+            # tokenizers' DecodeStream is not used: it can raise on bytes that form no character.
             if len(self._held) >= MAX_HELD or not self._text().endswith("�"):
                 self._flush()
 
     def end(self) -> None:
-        """Writes the ids held back, complete or not. The next `put` is a prompt again."""
+        """Writes the text of held ids, complete or not. The next `put` starts a new prompt."""
         self._flush()
         self._at_prompt = True
 
@@ -60,10 +62,10 @@ class TextStreamer:
 
 
 class TextIteratorStreamer(TextStreamer):
-    """An iterator over the same pieces, to be read in another thread than the one that generates.
+    """Iterates over the same pieces in another thread than the one that runs `generate`.
 
-    Arguments as in transformers: prompt and special tokens are shown by default. queue.Empty: no
-    piece came for `timeout` seconds (None: wait forever).
+    The arguments are transformers': prompt and special tokens are shown by default. Raises
+    queue.Empty if no piece arrives for `timeout` seconds (None: wait forever).
     """
 
     def __init__(

@@ -4,8 +4,9 @@
     tokenizer("I want to move", return_tensors="pt").input_ids  # [b, t]
     tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_tensors="pt")
 
-It has the interface of transformers' tokenizers. Two things differ: there is exactly one <bos> at
-the start, even if the text has one of its own, and a chat message cannot contain a control token.
+It has the interface of transformers' tokenizers. Two things differ: ids start with exactly one
+<bos>, even if the text starts with one, and names of control tokens in a chat message are encoded
+as plain text.
 """
 
 import os
@@ -35,11 +36,11 @@ class Tokenizer:
     """Gemma's tokenizer.
 
     bos_token_id, eos_token_id, pad_token_id, unk_token_id :: int
-    stop_token_ids :: list[int], <eos> and, where there is one, <end_of_turn>
+    stop_token_ids :: list[int], <eos>, and <end_of_turn> if it exists
     vocab_size     :: int, also len(tokenizer)
-    pad_token      :: str; as in transformers, it can be set
+    pad_token      :: str, can be set, as in transformers
     padding_side   :: "left"
-    chat           renders messages; None if there are neither a template nor turn tokens
+    chat           renders messages; None if there is no template and no turn tokens
     """
 
     bos_token, eos_token, unk_token = "<bos>", "<eos>", "<unk>"
@@ -52,22 +53,22 @@ class Tokenizer:
         model_type: str = "",
         template: Template | None = None,
     ):
-        """Changes `backend` in place. Errors name `source`; `model_type` is config.json's.
+        """Changes `backend` in place. Errors contain `source`. `model_type` is config.json's.
 
-        ValueError: no BPE with Gemma's core tokens.
+        Raises ValueError if `backend` is not a BPE with Gemma's core tokens.
         """
         names = {name: backend.token_to_id(name) for name in CORE + TURNS}
         ids = {name: token_id for name, token_id in names.items() if token_id is not None}
         missing = [name for name in CORE if name not in ids]
         if not isinstance(backend.model, models.BPE) or missing:
-            raise ValueError(f"{source} is no Gemma tokenizer: it lacks {missing or 'BPE'}")
+            raise ValueError(f"{source} is not a Gemma tokenizer: it lacks {missing or 'BPE'}")
         self.backend, self.source = backend, source
         self.vocab_size = backend.get_vocab_size()
         self.pad_token_id, self.eos_token_id = ids["<pad>"], ids["<eos>"]
         self.bos_token_id, self.unk_token_id = ids["<bos>"], ids["<unk>"]
         self.stop_token_ids = [ids[name] for name in ("<eos>", "<end_of_turn>") if name in ids]
 
-        # Normalizer and decoder are the same for every Gemma, so the file's are ignored.
+        # Normalizer and decoder are the same for every Gemma, so those of the file are ignored.
         backend.normalizer = normalizers.Replace(" ", "▁")
         backend.pre_tokenizer = None
         backend.decoder = decoders.Sequence(
@@ -86,10 +87,10 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **others: Any) -> "Tokenizer":
-        """Load tokenizer.json from a directory or the hub, or rebuild the tokenizer of a .gguf.
+        """Loads tokenizer.json from a directory or the hub, or rebuilds the tokenizer of a .gguf.
 
-        `others` are transformers' keywords that change nothing here, see `compat.TOKENIZER`.
-        ValueError, with the path: a malformed file. Other errors: see `hub.resolve`.
+        `others` are transformers' keywords that have no effect here, see `compat.TOKENIZER`.
+        Raises ValueError, with the path, for a malformed file, and `hub.resolve`'s errors.
         """
         check_keywords("from_pretrained()", others, TOKENIZER)
         path = resolve(name_or_path, patterns=["*.json", "*.jinja"])
@@ -122,7 +123,7 @@ class Tokenizer:
     def pad_token(self, token: str) -> None:
         token_id = self.token_to_id(token)
         if token_id is None:
-            raise ValueError(f"pad_token={token!r} is not in the vocabulary")
+            raise ValueError(f"pad_token={token!r} is not in the vocabulary: use one of its tokens")
         self.pad_token_id = token_id
 
     @property
@@ -141,11 +142,11 @@ class Tokenizer:
         padding: bool | str = False,
         add_special_tokens: bool = True,
     ) -> Encoding:
-        """Encode one text or several.
+        """Encodes one text or several.
 
         Returns lists of ids, one flat list for a str; with return_tensors="pt", int64 tensors
-        [b, t]. `padding`, True or "longest", adds <pad> on the left. ValueError: texts of different
-        lengths do not fit one tensor without padding.
+        [b, t]. `padding`, True or "longest", adds <pad> on the left. Raises ValueError if texts of
+        different lengths are to become one tensor without padding.
         """
         texts = [text] if isinstance(text, str) else text
         rows = [self._ids(text, add_special_tokens) for text in texts]
@@ -154,36 +155,38 @@ class Tokenizer:
     def encode(
         self, text: str, add_special_tokens: bool = True, *, return_tensors: str | None = None
     ) -> Any:
-        """The ids of `text`: a list, or with return_tensors="pt" a tensor [1, t]. Names of special
-        tokens in the text become those tokens.
+        """Returns the ids of `text`: a list, or with return_tensors="pt" a tensor [1, t]. Names of
+        special tokens in the text become those tokens.
 
-        `add_special_tokens` puts <bos> first, unless the text starts with it. ValueError: not a
-        str, or it contains half a surrogate pair.
+        `add_special_tokens` puts <bos> first, unless the text starts with it. Raises ValueError if
+        `text` is not a str or contains half a surrogate pair.
         """
         ids = self._ids(text, add_special_tokens)
         return pack([ids], self.pad_token_id, return_tensors, False, flat=True).input_ids
 
     def decode(self, ids: int | Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
-        """The text of one row of ids. Ids beyond the vocabulary are skipped."""
+        """Returns the text of one row of ids. Ids outside the vocabulary are skipped."""
         row = ids.tolist() if isinstance(ids, Tensor) else ids
         row = [row] if isinstance(row, int) else list(row)
         try:
             return self.backend.decode(row, skip_special_tokens=skip_special_tokens)
         except (OverflowError, TypeError):
-            raise ValueError(f"not a row of token ids: {ids!r:.60}") from None
+            raise ValueError(
+                f"ids must be one row of token ids, not {ids!r:.60}; for a batch, use batch_decode"
+            ) from None
 
     def batch_decode(
         self, rows: Iterable[Sequence[int] | Tensor], skip_special_tokens: bool = False
     ) -> list[str]:
-        """The text of each row of ids, [b, t] or a list of lists."""
+        """Returns the text of each row of ids, [b, t] or a list of lists."""
         return [self.decode(row, skip_special_tokens) for row in rows]
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token such as "<end_of_turn>"; None if it is not in the vocabulary."""
+        """Returns the id of a token such as "<end_of_turn>"; None if the vocabulary has none."""
         return self.backend.token_to_id(token)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
-        """The id of a token, or the ids of several; <unk>'s for an unknown one."""
+        """Returns the id of a token, or the ids of several; the id of <unk> for unknown ones."""
         names = [tokens] if isinstance(tokens, str) else tokens
         found = [self.token_to_id(name) for name in names]
         ids = [self.unk_token_id if token_id is None else token_id for token_id in found]
@@ -199,17 +202,20 @@ class Tokenizer:
         return_dict: bool = True,
         padding: bool | str = False,
     ) -> Any:
-        """A conversation, or a list of them, as a prompt. Uses the checkpoint's template, or
-        Gemma's own turns if it has none.
+        """Converts a conversation, or a list of them, to prompts with the checkpoint's template, or
+        with Gemma's own turns if it has none.
 
-        Returns the same as `tokenizer(text)`, or only the input_ids without `return_dict`. Control
+        Returns the same as `tokenizer(text)`, or only the input_ids if not `return_dict`. Control
         tokens come from the template only: their names in a message are encoded as plain text.
-        tokenize=False returns the rendered str, in which the two cannot be told apart.
+        tokenize=False returns the rendered str, which cannot show this difference.
 
-        ValueError: the messages do not fit Gemma's turns, or the template fails.
+        Raises ValueError if the messages do not fit Gemma's turns, or the template fails.
         """
         if self.chat is None:
-            raise ValueError(f"{self.source} has no chat template, and no {' and '.join(TURNS)}")
+            raise ValueError(
+                f"{self.source} has no chat template, and no {' and '.join(TURNS)}: use an"
+                " instruction-tuned (-it) model"
+            )
         several = isinstance(messages, list | tuple) and isinstance([*messages, 0][0], list | tuple)
         chats = [check_messages(chat) for chat in (messages if several else [messages])]
         if not tokenize:
@@ -241,29 +247,32 @@ class Tokenizer:
         try:
             return self.backend.encode(text, add_special_tokens=False)
         except TypeError:
-            raise ValueError(f"not a str of valid Unicode: {text!r:.60}") from None
+            raise ValueError(f"text must be a str of valid Unicode, not {text!r:.60}") from None
 
     def _find_control_tokens(self, text: str) -> list[tuple[int, int]]:
-        """(start, stop), in characters, of each control token that encoding finds in `text`."""
+        """Returns (start, stop), in characters, of each control token that `text` encodes to."""
         found = self._encode(text)
         spans = zip(found.ids, found.offsets, strict=True)
         return [span for token_id, span in spans if token_id in self._control_ids]
 
     def _encode_plain(self, text: str) -> list[int]:
-        """Ids from the BPE alone, which has no control tokens."""
+        """Encodes with the BPE alone, which does not look for control tokens."""
         text = self.backend.normalizer.normalize_str(text)
         ids = [token.id for token in self.backend.model.tokenize(text)]
         if (self._control_ids - {self.unk_token_id}) & set(ids):
-            raise ValueError(f"{self.source}: its merges make a control token of {text!r}")
+            raise ValueError(
+                f"{self.source}: the BPE merges turn the plain text {text!r} into a control token:"
+                " remove it from the messages"
+            )
         return ids
 
 
 def _load(file: Path) -> Backend:
     if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}")
+        raise FileNotFoundError(f"{file.parent} has no {file.name}: pass the directory of a model")
     try:
         return Backend.from_file(str(file))
-    except Exception as error:  # tokenizers raises the bare class
+    except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"{file} is not a readable tokenizer: {error}") from error
 
 

@@ -24,7 +24,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ({"model.layers.2.mlp.up_proj.weight": torch.ones(96, 64)}, r"layers\.2\.mlp.* is unknown"),
         ({"lm_head.bias": torch.ones(12)}, r"lm_head\.bias is unknown"),
         ({UP: torch.ones(64, 96)}, rf"model\.safetensors: tensor {UP} has shape \(64, 96\)"),
-        ({UP: torch.ones(96 * 64)}, rf"tensor {UP} has shape \(6144,\).* asks for \(96, 64\)"),
+        ({UP: torch.ones(96 * 64)}, rf"tensor {UP} has shape \(6144,\).* requires \(96, 64\)"),
         ({UP: torch.ones(96, 64, dtype=torch.int8)}, f"tensor {UP} has dtype I8"),
         ({UP: torch.ones(96, 64, dtype=torch.int64)}, f"tensor {UP} has dtype I64"),
         ({UP: torch.ones(96, 64).to(torch.float8_e4m3fn)}, f"tensor {UP} has dtype F8_E4M3"),
@@ -44,7 +44,7 @@ def test_tensors_must_be_those_of_the_config(tmp_path, change, match):
 
 @pytest.mark.parametrize("name", ["", None, 5, b"model"])
 def test_no_path(name):
-    with pytest.raises(ValueError, match="is no path and no hub id"):
+    with pytest.raises(ValueError, match="is neither a path nor a hub id"):
         open_checkpoint(name)
 
 
@@ -121,8 +121,8 @@ BAD_JSON = {
     "binary": (b"\xff\xfe\x00", "is not valid JSON"),
     "deep": (b"[" * 100_000, "is not valid JSON"),
     "long-number": (b'{"a": 1' + b"0" * 9999 + b"}", "is not valid JSON"),
-    "list": (b"[]", "must hold an object, not a list"),
-    "null": (b"null", "must hold an object, not a NoneType"),
+    "list": (b"[]", "must contain a JSON object, not a list"),
+    "null": (b"null", "must contain a JSON object, not a NoneType"),
     "large": (b" " * (MAX_JSON + 1), f"is {MAX_JSON + 1} bytes long"),
 }
 
@@ -147,7 +147,7 @@ def test_json_must_hold_an_object(tmp_path, name, case):
         ({"hidden_size": -64}, "hidden_size=-64 must be"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000 must be"),
         ({"vocab_size": 2**62}, "vocab_size=4611686018427387904 must be"),
-        ({"intermediate_size": 2**18}, r"has shape \(96, 64\), but .* asks for \(262144, 64\)"),
+        ({"intermediate_size": 2**18}, r"has shape \(96, 64\), but .* requires \(262144, 64\)"),
     ],
     ids=["family", "type", "negative", "layers", "vocabulary", "too-large-for-the-file"],
 )

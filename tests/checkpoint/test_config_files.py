@@ -186,7 +186,7 @@ def test_fields_out_of_range(field, value):
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "yarn"),
-        ({"rope_scaling": "linear"}, "must be objects"),
+        ({"rope_scaling": "linear"}, "must be JSON objects"),
         ({"hidden_activation": None, "hidden_act": "silu"}, "silu"),
         (
             {"model_type": "gemma2", "rope_scaling": {"type": "linear", "factor": 2}},

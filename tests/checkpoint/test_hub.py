@@ -58,7 +58,7 @@ def test_downloads_no_pickle(monkeypatch, tmp_path):
 
 
 def test_offline_hub_id_says_what_to_do(offline):
-    with pytest.raises(OSError, match=r"owner/absent .*LocalEntryNotFoundError.*give the path of"):
+    with pytest.raises(OSError, match=r"owner/absent .*LocalEntryNotFoundError.*pass the path of"):
         resolve("owner/absent")
 
 
@@ -98,5 +98,5 @@ def test_other_files_are_refused(tmp_path):
     "name", ["absent", "./absent/model", "a/b/c", "/absent", "a/b.gguf", "../a/b"]
 )
 def test_absent_paths_are_no_hub_ids(name):
-    with pytest.raises(FileNotFoundError, match="does not exist, and is no hub id"):
+    with pytest.raises(FileNotFoundError, match="does not exist, and is not a hub id"):
         resolve(name)

@@ -102,7 +102,7 @@ def test_tensors_that_lie_one_behind_the_other_in_another_order_are_copied(sourc
 
 
 def test_one_of_ours_is_refused(source):
-    with pytest.raises(ValueError, match="GemmaForCausalLM is none of transformers'"):
+    with pytest.raises(ValueError, match="GemmaForCausalLM is not one of transformers'"):
         GemmaForCausalLM.from_transformers(GemmaForCausalLM.from_transformers(source))
 
 
@@ -148,26 +148,28 @@ def test_other_models_are_refused(source):
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(num_key_value_heads=1, intermediate_size=8, **small)
     )
-    refused(llama, "LlamaForCausalLM is none of transformers' GemmaForCausalLM")
-    refused(source.model, "Gemma3TextModel is none of")
+    refused(llama, "LlamaForCausalLM is not one of transformers' GemmaForCausalLM")
+    refused(source.model, "Gemma3TextModel is not one of")
     source.config.use_bidirectional_attention = True
     refused(source, "Gemma3ForCausalLM: use_bidirectional_attention=True is not supported")
 
 
 def test_a_head_of_its_own_is_refused(source):
     source.lm_head.weight = nn.Parameter(source.lm_head.weight.detach().clone())
-    refused(source, "lm_head has weights of its own")
+    refused(source, "lm_head has its own weights")
 
 
 def test_adapters_are_refused(source):
     projection = source.model.layers[0].self_attn.q_proj
     projection.lora_A = nn.Linear(48, 2, bias=False)
-    refused(source, r"q_proj.lora_A.weight is unknown.*merge_and_unload")
+    refused(source, r"q_proj.lora_A.weight is not part.*merge_and_unload")
 
     class PeftModelForCausalLM(nn.Module):
         pass
 
-    refused(PeftModelForCausalLM(), "PeftModelForCausalLM: an adapter is not read.*merge_and_un")
+    refused(
+        PeftModelForCausalLM(), "PeftModelForCausalLM: adapters are not supported.*merge_and_un"
+    )
 
 
 class Quantized(nn.Parameter):
@@ -181,7 +183,7 @@ def test_other_weights_are_refused(source):
         (lambda p: nn.Parameter(p.data.char(), requires_grad=False), "Parameter of torch.int8"),
         (lambda p: nn.Parameter(p.data.to("meta")), "q_proj.weight is on the meta device"),
         (lambda p: nn.Parameter(p.data.bfloat16()), "several dtypes.*bfloat16"),
-        (lambda p: nn.Parameter(p.data[:4]), r"has shape \(4, 48\), but the config asks for"),
+        (lambda p: nn.Parameter(p.data[:4]), r"has shape \(4, 48\), but the config requires"),
     ]
     kept = layer.self_attn.q_proj.weight
     for change, message in changes:
@@ -189,7 +191,7 @@ def test_other_weights_are_refused(source):
         refused(source, message)
     layer.self_attn.q_proj.weight = kept
     layer.mlp.up_proj.bias = nn.Parameter(torch.zeros(88))
-    refused(source, "layers.1.mlp.up_proj.bias is unknown to the config")
+    refused(source, "layers.1.mlp.up_proj.bias is not part of the config's model")
     layer.mlp.up_proj = nn.Identity()
     refused(source, "layers.1.mlp.up_proj.weight is missing")
 

@@ -22,7 +22,7 @@ def one(tmp_path_factory) -> Twins:
     ("keywords", "message"),
     [
         ({"num_beams": 4}, r"generate\(\): num_beams=4 is not supported: .*greedy"),
-        ({"num_return_sequences": 2}, "num_return_sequences=2 is not supported: a row is one"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2 is not supported: each row gives"),
         ({"return_dict_in_generate": True}, "the result is the ids"),
         ({"output_scores": True}, "call the model in a loop"),
         ({"min_new_tokens": 3}, "pass eos_token_id="),
@@ -95,7 +95,7 @@ def test_forward(one):
     keywords = {"return_dict": True, "output_attentions": False, "labels": None}
     assert torch.equal(one.model(IDS, **keywords).logits, expected)
     for given, message in (
-        ({"labels": IDS}, "labels=.* is not supported: compute it from the logits"),
+        ({"labels": IDS}, "labels=.* is not supported: compute the loss from"),
         ({"output_hidden_states": True}, "output_hidden_states=True is not supported"),
         ({"return_dict": False}, "return_dict=False is not supported: index the result"),
         ({"token_type_idz": IDS}, r"forward\(\) got an unexpected keyword.*token_type_idz"),
@@ -107,7 +107,7 @@ def test_forward(one):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"quantization_config": object()}, r"quantization_config=.*only .gguf files are read"),
+        ({"quantization_config": object()}, r"quantization_config=.*read from .gguf files"),
         ({"load_in_4bit": True}, "load_in_4bit=True is not supported"),
         ({"attn_implementation": "egaer"}, "attn_implementation='egaer' is not supported"),
         ({"trust_remote_code": True}, "a checkpoint's code is not run"),

@@ -122,7 +122,7 @@ def test_text_makes_no_control_token(ours, jinja, judge, attack):
 def test_merges_cannot_make_a_control_token():
     backend = tiny_backend()
     backend.add_special_tokens(["the"])  # which is what merges make of t, h and e
-    with pytest.raises(ValueError, match="make a control token of 'the'"):
+    with pytest.raises(ValueError, match="turn the plain text 'the' into a control"):
         Tokenizer(backend, "odd").apply_chat_template(turns("the"))
 
 
@@ -147,7 +147,7 @@ def test_system_turn(ours, family):
         (turns("a") * 2, "message 1: the role is 'user'"),
         (turns("a", "b")[1:], "message 0: the role is 'assistant'"),
         ([{"role": "tool", "content": "a"}], "'tool'"),
-        ([{"role": "user<eos>", "content": "a"}], "is no role"),
+        ([{"role": "user<eos>", "content": "a"}], "is not a role"),
         ([{"role": "user", "content": "a", "tool_calls": []}], "'tool_calls'"),
         (turns([{"type": "image", "url": "a.png"}]), "only text is supported, not 'image'"),
         (turns([{"type": "text"}]), "text must be a str"),

@@ -54,7 +54,7 @@ def test_hostile(monkeypatch, name):
 def test_a_process_that_ends_without_a_reply(monkeypatch, tmp_path, ends, reason):
     (tmp_path / "child.py").write_text(f"import sys; {ends}")
     monkeypatch.setattr(jinja_template, "RENDERER", tmp_path / "child.py")
-    with pytest.raises(ValueError, match=rf"evil\.jinja: the template failed: {reason}"):
+    with pytest.raises(ValueError, match=rf"evil\.jinja: the chat template failed: {reason}"):
         render("")
 
 
