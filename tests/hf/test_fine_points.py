@@ -1,4 +1,4 @@
-"""gemma_fast.hf: where faster Gemmas elsewhere have gone wrong; and Gemma 3 with its eyes."""
+"""gemma_fast.hf: mistakes known from other fast Gemmas, and multimodal Gemma 3."""
 
 import pytest
 import torch
@@ -33,13 +33,13 @@ def test_one_plus_weight_is_summed_in_fp32(family, kernel):
         ).any()
 
     assert not far(found)
-    assert far((normed * (1 + weight)).to(dtype)), "the mistake would show"
+    assert far((normed * (1 + weight)).to(dtype)), "a sum in 16 bits must be detected"
 
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["reference", "kernel"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_the_caller_holds_is_left_alone(family, kernel):
-    """The residual, each norm's and MLP's input, inputs_embeds, the cache's older keys."""
+def test_tensors_of_the_caller_are_not_overwritten(family, kernel):
+    """Checked: inputs of norms (the residual) and MLPs, inputs_embeds, older keys in the cache."""
     model = accelerate(make(family), strict=True)
     held = []
 
@@ -65,7 +65,7 @@ def test_what_the_caller_holds_is_left_alone(family, kernel):
 
 @pytest.fixture(scope="module")
 def seeing():
-    """A Gemma 3 with a vision tower: images of 4 tokens."""
+    """A Gemma 3 with a vision tower; an image takes 4 tokens."""
     vision = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 8,
         "num_attention_heads": 2, "patch_size": 2,
@@ -83,7 +83,7 @@ def seeing():
     return model
 
 
-def test_multimodal_text(seeing):
+def test_multimodal_model_gives_the_same_output_for_text(seeing):
     ids = prompt(t=20).clamp(min=8)
     expected = logits(seeing, ids)
     text = seeing.generate(ids, max_new_tokens=8, do_sample=False)
@@ -96,8 +96,8 @@ def test_multimodal_text(seeing):
     restore(seeing)
 
 
-def test_multimodal_image(seeing):
-    """Image tokens see each other, both ways: such a mask is transformers' to apply."""
+def test_multimodal_model_gives_the_same_output_for_an_image(seeing):
+    """Image tokens attend to each other in both directions, so transformers' attention runs."""
     ids = prompt(b=1, t=20).clamp(min=8)
     ids[0, 5:9] = 7
     inputs = {
