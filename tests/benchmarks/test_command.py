@@ -51,14 +51,14 @@ def test_exit_status_is_1_if_a_result_is_wrong_or_ours_failed(names, code, monke
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_only_runs_the_named_provider():
+def test_only_option_runs_the_named_provider():
     done = CliRunner().invoke(main, ["geglu", "--only", OURS])
     assert done.exit_code == 0
     assert OURS in done.output and EAGER not in done.output.split("× eager")[1]
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_size_selects_sizes_by_a_part_of_their_name():
+def test_size_option_selects_sizes_by_part_of_their_name():
     done = CliRunner().invoke(main, ["lm_head", "--only", OURS, "--size", "b 3"])
     assert done.exit_code == 0
     assert "199 x 64, b 3" in done.stdout and "199 x 64, b 1" not in done.stdout
@@ -120,7 +120,7 @@ def test_help_and_usage_errors_of_bench_do_not_import_torch(arguments):
     assert done.stdout.endswith("False\n"), done.stdout + done.stderr
 
 
-def test_list_shows_suites_and_providers():
+def test_list_option_shows_suites_and_providers():
     done = CliRunner().invoke(main, ["--list"])
     assert done.exit_code == 0
     assert all(name in done.output for name in (*SUITES, *MODEL_PROVIDERS))

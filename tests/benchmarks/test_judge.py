@@ -212,8 +212,8 @@ def test_exit_status_is_1_if_a_result_is_wrong(monkeypatch):
 # Gemma 3 is covered by test_race.py, whose tiny model is one.
 @pytest.mark.parametrize("name", slow("gemma-mqa", "gemma2-gqa"))
 def test_every_provider_chooses_the_references_tokens(name, monkeypatch):
-    """Tokens exceed the window. Dynamo alone compiles the static cache's step, which shows that
-    it is one correct graph; Inductor would take minutes."""
+    """The prompt exceeds the window. Dynamo alone compiles the step with the static cache, which
+    checks that it is one graph and correct; Inductor would take minutes."""
     monkeypatch.setattr(model_providers, "compiled_step", QUICK)
     checkpoint = RandomCheckpoint(replace(CONFIGS[name], max_position_embeddings=1024))
     judge = Judge(checkpoint, FP32, CPU)

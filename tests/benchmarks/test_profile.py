@@ -1,4 +1,4 @@
-"""`python -m benchmarks.profile` without a GPU: how much time each kernel is given."""
+"""`python -m benchmarks.profile` without a GPU: how time is assigned to kernels."""
 
 import pytest
 import torch

@@ -44,8 +44,8 @@ def test_work_of_a_tiny_model_equals_numbers_computed_by_hand():
     layer = 48 * 32 * (2 * 4 + 2 * 2) + 3 * 48 * 88 + 4 * 48 + 2 * 32
     embedding = 199 * 48
     assert TINY.num_parameters == embedding + 3 * layer + 48 == 103_680
-    # Of 20 cached tokens and the new one, the layers see 8, 21 and 8. K and V have 2 heads of 32
-    # numbers, 4 bytes each.
+    # The layers see 8, 21 and 8 of the 20 cached tokens and the new one. K and V have 2 heads of
+    # 32 numbers, 4 bytes each.
     assert [TINY.window(i) for i in range(3)] == [8, None, 8]
     step = pass_work(TINY, 4, 3, 20, 1)
     assert step.bytes == 4 * (103_680 + 3 * 2 * 2 * 32 * (8 + 21 + 8))

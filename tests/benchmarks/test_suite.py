@@ -92,7 +92,7 @@ def test_oracle_gets_its_own_fp32_copies():
 
 
 def test_faster_than_the_roof_is_wrong(monkeypatch):
-    """For example the replay of a graph that captured nothing."""
+    """For example, a graph that captured nothing replays this fast."""
     monkeypatch.setattr(harness, "calls", lambda *_: [lambda: None])
     monkeypatch.setattr(
         harness, "device_times", lambda calls, check: (Times(1e-6, 1e-6, 1e-6), True)
@@ -114,7 +114,7 @@ def test_output_of_our_timed_graph_is_checked(monkeypatch):
 
 
 def test_by_pointers_launches_without_descriptors():
-    """OURS_BY_POINTERS is made with it."""
+    """`by_pointers` makes the provider OURS_BY_POINTERS."""
     found = []
     call = by_pointers("double", lambda x: lambda: found.append(launch_config("double", {})))(1)
     call()

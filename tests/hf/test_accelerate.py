@@ -180,7 +180,7 @@ def test_unpickled_model_in_a_new_process_gives_the_same_logits(model, tmp_path)
 
 @pytest.mark.parametrize("first", ["accelerated", "moved"])
 def test_model_can_be_moved_to_another_dtype(model, first):
-    """The error of bfloat16 is at most 1.1 times transformers', in either order of both steps."""
+    """The error of bfloat16 is at most 1.1 times transformers', whichever step comes first."""
     ids = prompt()
     exact = logits(model, ids)
     theirs = (logits(copy.deepcopy(model).bfloat16(), ids) - exact).square().mean().sqrt()

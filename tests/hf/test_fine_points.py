@@ -39,7 +39,7 @@ def test_one_plus_weight_is_summed_in_fp32(family, kernel):
 @pytest.mark.parametrize("kernel", [False, True], ids=["reference", "kernel"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensors_of_the_caller_are_not_overwritten(family, kernel):
-    """Checked: inputs of norms (the residual) and MLPs, inputs_embeds, older keys in the cache."""
+    """Checks the inputs of norms (the residual) and MLPs, inputs_embeds and older cached keys."""
     model = accelerate(make(family), strict=True)
     held = []
 

@@ -22,7 +22,7 @@ IMPORT = re.compile(r"^from transformers import (.*)$", re.MULTILINE)
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch):
-    """gemma_fast would place its model on a GPU by default, transformers would not."""
+    """Hides the GPU, which gemma_fast would use by default and transformers would not."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -36,7 +36,7 @@ def theirs(names: str) -> str:
 
 
 def with_our_model(names: str) -> str:
-    """Imports only the model from gemma_fast; for example the tokenizer stays transformers'."""
+    """Only the model is imported from gemma_fast; the tokenizer and others stay transformers'."""
     ours = [name for name in names.split(", ") if MODELS.match(name)]
     others = [name for name in names.split(", ") if not MODELS.match(name)]
     return f"from transformers import {', '.join(others)}; from gemma_fast import {', '.join(ours)}"

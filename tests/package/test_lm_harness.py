@@ -137,7 +137,7 @@ def requests(kind: str, *arguments: tuple) -> list[Instance]:
     ids=str,
 )
 def test_windows_truncation_and_bos_equal_hf(checkpoint, options):
-    """Also the token before an empty context is the same. Truncation is on the left."""
+    """Checks windows, truncation on the left, <bos>, and the token before an empty context."""
     args = {"pretrained": str(checkpoint), "dtype": "float32", "device": "cpu", "batch_size": 2}
     models = [
         lm_eval.api.registry.get_model(name)(**args, **options) for name in ("hf", "gemma-fast")

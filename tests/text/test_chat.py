@@ -1,4 +1,4 @@
-"""Chat turns equal transformers' with official templates; texts cannot inject control tokens."""
+"""Chat turns equal transformers' official templates; texts cannot inject control tokens."""
 
 import pytest
 from chat_templates import OFFICIAL
