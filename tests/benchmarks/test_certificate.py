@@ -98,7 +98,7 @@ def run(*args: str):
 
 
 @pytest.fixture
-def few(monkeypatch):
+def few_checks(monkeypatch):
     """Two kernel checks, and no process that runs the interpreter."""
     monkeypatch.setattr(verify_kernels, "CHECKS", verify_kernels.CHECKS[1:3])
     line = margins.finding(margins.INTERPRETER, "rms_norm", FP32, {margins.MAX_ULP: (1.0, 1.0)})
@@ -119,7 +119,7 @@ def test_interpreter_process_that_dies_is_a_failed_line(monkeypatch):
     assert not line.ok and "status 1" in line.note
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few_checks")
 def test_certificate_is_printed_and_passes():
     result = run()
     assert result.exit_code == 0, result.output
@@ -133,7 +133,7 @@ def test_certificate_is_printed_and_passes():
     assert "gemma_fast, bfloat16" in result.stderr, "progress goes to stderr"
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few_checks")
 def test_certificate_is_printed_as_json():
     result = run("--json", "--dtype", "bfloat16")
     found = json.loads(result.stdout)
@@ -147,7 +147,7 @@ def test_certificate_is_printed_as_json():
     assert {line["verdict"] for line in found["lines"]} == {"pass"}
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few_checks")
 @pytest.mark.parametrize("as_json", [(), ("--json",)], ids=["table", "json"])
 def test_exit_status_is_1_if_a_kernel_is_wrong(as_json, monkeypatch):
     monkeypatch.setattr(rmsnorm, "EPS", 1.0)
@@ -159,7 +159,7 @@ def test_exit_status_is_1_if_a_kernel_is_wrong(as_json, monkeypatch):
         assert "A line FAILED." in result.stdout
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few_checks")
 def test_figures_that_are_not_finite_are_null_in_json(monkeypatch):
     check = verify_kernels.CHECKS[0]
     wrong = check._replace(ours=lambda x, weight: lambda: x * torch.nan)
@@ -171,7 +171,7 @@ def test_figures_that_are_not_finite_are_null_in_json(monkeypatch):
     assert line["verdict"] == "FAIL" and line["figures"][0]["ours"] is None
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few_checks")
 def test_certificate_without_triton_checks_no_kernel(monkeypatch):
     monkeypatch.setattr(verify, "find_spec", lambda name: None)
     result = run("--dtype", "float32")

@@ -15,7 +15,7 @@ def graphs():
     return []
 
 
-def keeper(graphs):
+def recording_backend(graphs):
     """A backend of torch.compile that records each graph and runs it unchanged."""
 
     def backend(graph, inputs, **options):
@@ -29,7 +29,7 @@ def tokens_by_compiled(model, cache, mask_too):
     """Decodes 16 tokens with a compiled forward → tokens, number of graphs."""
     torch._dynamo.reset()
     graphs, ids, tokens = [], prompt(t=6), []
-    forward = torch.compile(model.forward, fullgraph=True, backend=keeper(graphs))
+    forward = torch.compile(model.forward, fullgraph=True, backend=recording_backend(graphs))
     with torch.no_grad():
         token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
         for i in range(16):
@@ -66,7 +66,7 @@ def test_generate_with_rings_compiles_one_graph(graphs):
     options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
     expected = model.generate(ids, **options)
     accelerate(model, strict=True)
-    config = CompileConfig(backend=keeper(graphs), fullgraph=True)
+    config = CompileConfig(backend=recording_backend(graphs), fullgraph=True)
     config._compile_all_devices = True  # transformers then compiles on a CPU too
     cache = GemmaFastCache(model.config, 60)
     found = model.generate(ids, past_key_values=cache, compile_config=config, **options)
@@ -90,7 +90,7 @@ def test_generate_on_a_gpu_compiles_automatically():
 def test_compiled_mask_with_holes_is_refused_by_rings(graphs):
     model = accelerate(make("gemma3-gqa", layers=2))
     cache, ids = GemmaFastCache(model.config, 40), prompt(t=6)
-    forward = torch.compile(model.forward, fullgraph=True, backend=keeper(graphs))
+    forward = torch.compile(model.forward, fullgraph=True, backend=recording_backend(graphs))
     with torch.no_grad():
         model(ids, past_key_values=cache)
         mask = torch.ones(2, 7, dtype=torch.long)
