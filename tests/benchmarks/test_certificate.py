@@ -1,4 +1,4 @@
-"""The certificate of a model, its command, and what it prints."""
+"""`gemma-fast verify`: the certificate of a model, its command line and its output."""
 
 import json
 import subprocess
@@ -25,12 +25,12 @@ from gemma_fast.model.layer import Layer
 TINY = ("verify", "--model", "tiny", "--device", "cpu", "--tokens", "8")
 
 
-def test_exact_gelu_fails(monkeypatch):
+def test_exact_gelu_fails_the_certificate(monkeypatch):
     monkeypatch.setattr(geglu_file, "geglu_reference", exact_gelu)
     assert "|Δ logit|, mean / max" in failed(model_lines().values())
 
 
-def test_a_window_off_by_one_fails(monkeypatch):
+def test_window_off_by_one_fails_the_certificate(monkeypatch):
     attend, window = Layer.attend, GemmaConfig.window
 
     def wider(self, *args):
@@ -43,12 +43,12 @@ def test_a_window_off_by_one_fails(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_wrong_text_fails(dtype, monkeypatch):
+def test_wrong_new_tokens_fail_the_certificate(dtype, monkeypatch):
     generate = GemmaForCausalLM.generate
 
     def wrong(self, ids, *args, **options):
         out = generate(self, ids, *args, **options)
-        first = ids.shape[1]  # in 16 bits later ones may part by themselves
+        first = ids.shape[1]  # in 16 bits, tokens after it may differ anyway
         out[:, first] = (out[:, first] + 1) % 190
         return out
 
@@ -58,7 +58,7 @@ def test_wrong_text_fails(dtype, monkeypatch):
     }  # fmt: skip
 
 
-def test_bits_that_vary_fail(monkeypatch):
+def test_logits_that_vary_between_runs_fail_the_certificate(monkeypatch):
     forward = GemmaForCausalLM.forward
 
     def noisy(self, *args, **options):
@@ -69,7 +69,7 @@ def test_bits_that_vary_fail(monkeypatch):
     assert failed(model_lines().values()) == {"3 runs: differing logits / texts"}
 
 
-def test_a_batch_that_is_not_its_rows_fails(monkeypatch):
+def test_batch_without_its_mask_fails_the_certificate(monkeypatch):
     forward = GemmaForCausalLM.forward
 
     def without_mask(self, ids, attention_mask=None, position_ids=None, **options):
@@ -80,7 +80,7 @@ def test_a_batch_that_is_not_its_rows_fails(monkeypatch):
     assert check.startswith("batch 8")
 
 
-def test_dtypes():
+def test_dtypes_depend_on_model_device_and_memory():
     gemma2, gemma3 = (RandomCheckpoint(CONFIGS[f"{name}-gqa"]) for name in ("gemma2", "gemma3"))
     assert verify_model.dtypes_of(gemma3, CPU, "auto") == [FP32, BF16]
     cuda = torch.device("cuda")
@@ -98,29 +98,29 @@ def run(*args: str):
 
 
 @pytest.fixture
-def few(monkeypatch):
-    """Two cases, and no process for the interpreter."""
+def few_checks(monkeypatch):
+    """Two kernel checks, and no process that runs the interpreter."""
     monkeypatch.setattr(verify_kernels, "CHECKS", verify_kernels.CHECKS[1:3])
     line = margins.finding(margins.INTERPRETER, "rms_norm", FP32, {margins.MAX_ULP: (1.0, 1.0)})
     monkeypatch.setattr(verify, "interpreted", lambda: [line])
 
 
 @pytest.mark.slow
-def test_interpreter_in_its_process():
+def test_interpreter_process_passes_every_check():
     lines = verify.interpreted()
     assert len(lines) == 2 * len(verify_kernels.CHECKS)
     assert all(line.ok and line.part == margins.INTERPRETER for line in lines)
     assert {line.dtype for line in lines} == {"float32", "float16"}
 
 
-def test_a_process_that_dies_fails(monkeypatch):
+def test_interpreter_process_that_dies_is_a_failed_line(monkeypatch):
     monkeypatch.setattr(verify.sys, "executable", "/bin/false")
     (line,) = verify.interpreted()
     assert not line.ok and "status 1" in line.note
 
 
-@pytest.mark.usefixtures("few")
-def test_certificate():
+@pytest.mark.usefixtures("few_checks")
+def test_certificate_is_printed_and_passes():
     result = run()
     assert result.exit_code == 0, result.output
     for text in (
@@ -130,11 +130,11 @@ def test_certificate():
     ):  # fmt: skip
         assert text in result.stdout
     assert "FAIL" not in result.stdout
-    assert "gemma_fast, bfloat16" in result.stderr, "progress"
+    assert "gemma_fast, bfloat16" in result.stderr, "progress goes to stderr"
 
 
-@pytest.mark.usefixtures("few")
-def test_certificate_as_json():
+@pytest.mark.usefixtures("few_checks")
+def test_certificate_is_printed_as_json():
     result = run("--json", "--dtype", "bfloat16")
     found = json.loads(result.stdout)
     assert result.exit_code == 0 and found["passed"]
@@ -147,9 +147,9 @@ def test_certificate_as_json():
     assert {line["verdict"] for line in found["lines"]} == {"pass"}
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few_checks")
 @pytest.mark.parametrize("as_json", [(), ("--json",)], ids=["table", "json"])
-def test_exit_status_of_a_wrong_kernel(as_json, monkeypatch):
+def test_exit_status_is_1_if_a_kernel_is_wrong(as_json, monkeypatch):
     monkeypatch.setattr(rmsnorm, "EPS", 1.0)
     result = run("--dtype", "float32", *as_json)
     assert result.exit_code == 1
@@ -159,8 +159,8 @@ def test_exit_status_of_a_wrong_kernel(as_json, monkeypatch):
         assert "A line FAILED." in result.stdout
 
 
-@pytest.mark.usefixtures("few")
-def test_what_is_not_finite_is_null(monkeypatch):
+@pytest.mark.usefixtures("few_checks")
+def test_figures_that_are_not_finite_are_null_in_json(monkeypatch):
     check = verify_kernels.CHECKS[0]
     wrong = check._replace(ours=lambda x, weight: lambda: x * torch.nan)
     monkeypatch.setattr(verify_kernels, "CHECKS", [wrong])
@@ -171,8 +171,8 @@ def test_what_is_not_finite_is_null(monkeypatch):
     assert line["verdict"] == "FAIL" and line["figures"][0]["ours"] is None
 
 
-@pytest.mark.usefixtures("few")
-def test_without_triton(monkeypatch):
+@pytest.mark.usefixtures("few_checks")
+def test_certificate_without_triton_checks_no_kernel(monkeypatch):
     monkeypatch.setattr(verify, "find_spec", lambda name: None)
     result = run("--dtype", "float32")
     assert result.exit_code == 0
@@ -180,13 +180,13 @@ def test_without_triton(monkeypatch):
     assert margins.INTERPRETER not in result.stdout
 
 
-def test_no_room_for_a_prompt():
+def test_more_tokens_than_the_context_is_an_error():
     result = run("--tokens", "16380", "--dtype", "float32")
     assert result.exit_code == 1
     assert "no room for a prompt in a context of 16384" in result.output
 
 
-def test_the_module_imports_no_transformers():
+def test_importing_the_model_check_does_not_import_transformers():
     module = "gemma_fast.benchmarks.verify.model"
     code = f"import sys, {module}; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""python -m benchmarks."""
+"""The command `python -m benchmarks`."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def test_command_without_a_gpu_measures_nothing(tmp_path):
     [([EAGER, OURS, "absent", "unable", "broken"], 0), ([OURS, "off"], 1), ([OURS, "NaN"], 1)],
     ids=str,
 )
-def test_exit_status(names, code, monkeypatch):
+def test_exit_status_is_1_if_a_result_is_wrong_or_ours_failed(names, code, monkeypatch):
     providers = {name: PROVIDERS[name] for name in names}
     monkeypatch.setitem(SUITES, "double", replace(SUITE, providers=providers))
     assert CliRunner().invoke(main, ["double"]).exit_code == code
@@ -51,20 +51,20 @@ def test_exit_status(names, code, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_only():
+def test_only_option_runs_the_named_provider():
     done = CliRunner().invoke(main, ["geglu", "--only", OURS])
     assert done.exit_code == 0
     assert OURS in done.output and EAGER not in done.output.split("× eager")[1]
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_sizes():
+def test_size_option_selects_sizes_by_part_of_their_name():
     done = CliRunner().invoke(main, ["lm_head", "--only", OURS, "--size", "b 3"])
     assert done.exit_code == 0
     assert "199 x 64, b 3" in done.stdout and "199 x 64, b 1" not in done.stdout
     done = CliRunner().invoke(main, ["lm_head", "geglu", "--size", "b 4"])
     assert done.exit_code == 2 and "no size has b 4 in its name" in done.output
-    # A size of a suite none of whose providers was chosen: no table, and the model runs.
+    # The named provider is not in rms_norm, so rms_norm has no table, but the model runs.
     names = ["rms_norm", "model", "--only", "transformers (eager)", "--size", "5 x 48"]
     done = CliRunner().invoke(main, [*names, "-p", "4", "-n", "0"])
     assert done.exit_code == 0, done.output
@@ -72,8 +72,8 @@ def test_sizes():
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_what_is_done_is_written_at_once(monkeypatch, tmp_path):
-    """A run that is cut short keeps the sizes before."""
+def test_results_are_written_after_each_size(monkeypatch, tmp_path):
+    """An interrupted run keeps the results of the sizes that are done."""
     providers = {OURS: lambda *inputs: stop()}
 
     def stop():
@@ -102,14 +102,14 @@ def test_what_is_done_is_written_at_once(monkeypatch, tmp_path):
     ],
     ids=str,
 )
-def test_command_says_what_is_wrong(arguments, complaint):
+def test_errors_name_the_wrong_argument(arguments, complaint):
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit)
     assert complaint in done.output
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-p", "x"]], ids=str)
-def test_help_and_usage_errors_of_bench_import_nothing_large(arguments):
+def test_help_and_usage_errors_of_bench_do_not_import_torch(arguments):
     code = f"""if True:
         import atexit, sys
         from gemma_fast.cli import main
@@ -120,7 +120,7 @@ def test_help_and_usage_errors_of_bench_import_nothing_large(arguments):
     assert done.stdout.endswith("False\n"), done.stdout + done.stderr
 
 
-def test_list():
+def test_list_option_shows_suites_and_providers():
     done = CliRunner().invoke(main, ["--list"])
     assert done.exit_code == 0
     assert all(name in done.output for name in (*SUITES, *MODEL_PROVIDERS))

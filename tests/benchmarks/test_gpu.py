@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu: its limits, and that one bad stage does not stop the others."""
+"""`python -m benchmarks.gpu`: time limits; one bad stage does not stop the others."""
 
 import json
 import os
@@ -31,8 +31,8 @@ def _quick(monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 0.2)
 
 
-def test_limits_add_up(monkeypatch, tmp_path):
-    """As time passes: a stage that takes none leaves its share to the others."""
+def test_stage_limits_add_up_to_the_total_time(monkeypatch, tmp_path):
+    """A stage that takes no time leaves its share to the stages after it."""
     now = [0.0]
     monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
 
@@ -68,7 +68,7 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(tmp_path, capsys):
         ("works", "ok", 0, "all well"),
     ]
     assert (tmp_path / "its-child-hangs/log.txt").read_text().startswith("before\n")
-    assert "all well" in capsys.readouterr().out, "shown as it comes"
+    assert "all well" in capsys.readouterr().out, "output is shown while the stage runs"
     saved = json.loads((tmp_path / "summary.json").read_text())
     assert saved["stamp"] == HEAD and saved["measured"]
     assert [x["stage"] for x in saved["stages"]] == [stage.name for stage in todo]
@@ -78,18 +78,18 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(tmp_path, capsys):
     assert "| fails | failed |" in (tmp_path / "summary.md").read_text()
 
 
-def test_every_stage_but_the_tests_is_told_where_to_write():
+def test_every_stage_except_the_tests_gets_an_output_folder():
     told = [x.name for x in stages(cuda=True) if x.arguments[0].startswith(gpu.BENCHMARKS)]
     assert told == ["decode", "prefill", "kernels", "profile"]
 
 
-def test_every_suite_has_at_most_two_sizes():
+def test_every_suite_runs_with_at_most_two_sizes():
     found = {name: pick_sizes(suite.sizes, SIZES) for name, suite in SUITES.items()}
     assert {name for name, sizes in found.items() if len(sizes) != 2} == {"add_rms_norm_post"}
     assert found["add_rms_norm_post"] == ["8192 x 2304"]
 
 
-def test_a_test_file_without_its_packages_is_left_out(monkeypatch):
+def test_test_files_with_missing_packages_are_left_out(monkeypatch):
     before = gpu.runnable("hf/test_*.py")
     find = gpu.find_spec
     monkeypatch.setattr(
@@ -100,8 +100,8 @@ def test_a_test_file_without_its_packages_is_left_out(monkeypatch):
     assert gpu.tests("tests", 1, [], "gpu").missing == "pytest is not installed"
 
 
-def test_a_stage_ends_with_the_command(tmp_path):
-    """Whatever ends it: the GPU is not left busy."""
+def test_stopping_the_command_ends_its_stage(tmp_path):
+    """SIGTERM to the command ends the stage's process too, so the GPU is free again."""
     code = """
 import sys
 from pathlib import Path
@@ -122,7 +122,7 @@ gpu.main(["--out", sys.argv[1]])
 
 
 @pytest.mark.slow
-def test_without_a_gpu_all_stages_run_and_nothing_is_measured(tmp_path, monkeypatch):
+def test_without_a_gpu_stages_run_and_nothing_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

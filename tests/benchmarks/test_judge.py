@@ -1,4 +1,4 @@
-"""Who the whole model's benchmark finds wrong, and that every provider computes the model."""
+"""The judge of the model benchmark finds wrong providers, and all real providers are right."""
 
 from dataclasses import replace
 from functools import partial
@@ -29,7 +29,7 @@ QUICK = partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
 
 
 def provider(change):
-    """The reference in a provider's clothes, its weights changed in place."""
+    """A provider that runs the reference, after `change` has modified it in place."""
 
     def load(checkpoint, dtype, device):
         reference = Reference.from_checkpoint(checkpoint, dtype=dtype, device=device)
@@ -58,7 +58,7 @@ def without_rotary(reference):
 
 
 class Repeating(Eager):
-    """Reads each token rightly and says it again."""
+    """Computes each step correctly, but returns the previous token."""
 
     def step(self):
         said = self.token
@@ -67,7 +67,7 @@ class Repeating(Eager):
 
 
 class Forgetting(Eager):
-    """Does not keep what it decodes: tokens of random weights need not show it, the cache does."""
+    """Drops new tokens from the cache. Greedy tokens may not show it, the logits after them do."""
 
     def step(self):
         past = self.past
@@ -77,7 +77,7 @@ class Forgetting(Eager):
 
 
 class Short(Eager):
-    """Right until it holds more than 100 tokens; then they are noise."""
+    """Correct up to 100 cached tokens; with more, the cache becomes noise."""
 
     def extend(self, ids):
         token = super().extend(ids)
@@ -95,7 +95,7 @@ def kind(eager):
 
 
 def judged(monkeypatch, dtype, providers, case=TG2):
-    """provider → status, of the tiny model, with a roof: so a right one would be timed."""
+    """Provider → status, for the tiny model. A roof is given, so correct providers are timed."""
     monkeypatch.setattr(timing, "ENOUGH", 0)
     for name in list(PROVIDERS):
         monkeypatch.delitem(PROVIDERS, name)
@@ -109,7 +109,7 @@ def judged(monkeypatch, dtype, providers, case=TG2):
     return {r.provider: r.status for r in found}
 
 
-def test_wrong_provider_is_not_timed(monkeypatch):
+def test_wrong_providers_are_not_timed(monkeypatch):
     found = judged(monkeypatch, FP32, {
         EAGER: kind(Eager), "rotary": provider(without_rotary), "repeating": kind(Repeating),
         "forgetting": kind(Forgetting), "absent": absent,
@@ -122,7 +122,7 @@ def test_wrong_provider_is_not_timed(monkeypatch):
 
 
 @pytest.mark.slow
-def test_check_is_as_deep_as_the_test(monkeypatch):
+def test_check_reads_as_many_tokens_as_the_timed_test(monkeypatch):
     providers = {EAGER: kind(Eager), "short": kind(Short)}
     for case in (Case("tg", 4, depth=300), Case("pp", 300), Case("pp", 4, depth=300, batch=6)):
         found = judged(monkeypatch, FP32, providers, case)
@@ -130,7 +130,7 @@ def test_check_is_as_deep_as_the_test(monkeypatch):
     assert judged(monkeypatch, FP32, providers) == {EAGER: "ok", "short": "ok"}
 
 
-def test_skipped_cuda_graphs_are_told(monkeypatch):
+def test_skipped_cuda_graphs_are_in_the_status(monkeypatch):
     class Skipping(Eager):
         def start(self, *given):
             super().start(*given)
@@ -140,7 +140,7 @@ def test_skipped_cuda_graphs_are_told(monkeypatch):
     assert found == {EAGER: "ok", "static": WITHOUT_GRAPHS}
 
 
-def test_the_reference_reads_a_prefix_once(monkeypatch):
+def test_reference_reads_each_prefix_once(monkeypatch):
     judge, read = Judge(RandomCheckpoint(TINY), FP32, CPU), []
     forward = judge.reference.forward
 
@@ -154,10 +154,10 @@ def test_the_reference_reads_a_prefix_once(monkeypatch):
         deep.start(1, 0, "tg")
         judge.check(EAGER, deep, Case("tg", 4, depth=1100))
     assert read == [1024, 76, 48, 48]
-    assert judge.prefix(Case("pp", 16384)) == 16384 - 48  # the trial is within the context, too
+    assert judge.prefix(Case("pp", 16384)) == 16384 - 48  # the trial must fit the context too
 
 
-def test_a_judge_without_memory_says_so(monkeypatch):
+def test_judge_out_of_memory_is_in_the_status(monkeypatch):
     def too_much(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -166,14 +166,14 @@ def test_a_judge_without_memory_says_so(monkeypatch):
     assert found == {EAGER: "cannot: no memory for the reference that judges"}
 
 
-def test_a_wrong_rival_does_not_excuse_us(monkeypatch):
+def test_wrong_rival_does_not_raise_our_error_limit(monkeypatch):
     providers = {"transformers (eager)": kind(Eager), "transformers (sdpa)": noise(0.5)}
     found = judged(monkeypatch, BF16, {**providers, OURS: noise(0.01)})
     assert found["transformers (sdpa)"].startswith("wrong: error ")
     assert found[OURS].startswith("wrong: error ") and "transformers' is" in found[OURS]
 
 
-def test_whether_we_were_compared_is_told():
+def test_report_states_whether_ours_was_compared_to_transformers():
     judge = Judge(RandomCheckpoint(TINY), BF16, CPU)
     judge.compare(OURS, 0.01, [])
     assert judge.about.endswith("gemma_fast's error was not compared to transformers'.")
@@ -183,7 +183,7 @@ def test_whether_we_were_compared_is_told():
 
 
 @pytest.mark.slow
-def test_in_16_bits_we_are_no_further_from_float32_than_transformers(monkeypatch):
+def test_in_16_bits_our_error_is_limited_by_transformers_error(monkeypatch):
     found = judged(monkeypatch, BF16, {
         "rotary": provider(without_rotary), "transformers (eager)": kind(Eager), OURS: kind(Eager),
     })  # fmt: skip
@@ -195,25 +195,25 @@ def test_in_16_bits_we_are_no_further_from_float32_than_transformers(monkeypatch
     assert judged(monkeypatch, BF16, {OURS: noise(0.01)}) == {OURS: "ok"}
 
 
-def test_where_float32_does_not_fit_the_reference_keeps_its_dtype(monkeypatch):
+def test_reference_keeps_the_given_dtype_if_float32_does_not_fit(monkeypatch):
     monkeypatch.setattr("gemma_fast.benchmarks.model.judge.free_bytes", lambda device: 0)
     judge = Judge(find("tiny"), BF16, CPU)
     assert "the reference in bfloat16, as float32 does not fit." in judge.about
     assert judge.reference.weights["model.norm.weight"].dtype == BF16
 
 
-def test_exit_status_of_a_wrong_result(monkeypatch):
+def test_exit_status_is_1_if_a_result_is_wrong(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(PROVIDERS, OURS, provider(without_rotary))
     done = CliRunner().invoke(bench, ["-p", "4", "--only", OURS])
     assert done.exit_code == 1 and "wrong: error" in done.stdout
 
 
-# Gemma 3: the command's tiny one
+# Gemma 3 is covered by test_race.py, whose tiny model is one.
 @pytest.mark.parametrize("name", slow("gemma-mqa", "gemma2-gqa"))
 def test_every_provider_chooses_the_references_tokens(name, monkeypatch):
-    """Past the window, whatever the family, with the static cache and its compiled step: that it
-    is one graph and right; Inductor would take minutes."""
+    """The prompt exceeds the window. Dynamo alone compiles the step with the static cache, which
+    checks that it is one graph and correct; Inductor would take minutes."""
     monkeypatch.setattr(model_providers, "compiled_step", QUICK)
     checkpoint = RandomCheckpoint(replace(CONFIGS[name], max_position_embeddings=1024))
     judge = Judge(checkpoint, FP32, CPU)

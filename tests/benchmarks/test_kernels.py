@@ -1,4 +1,4 @@
-"""Every suite: its inputs, its formulas, and that it runs."""
+"""Every kernel suite runs, and its inputs and work formulas are right."""
 
 import subprocess
 import sys
@@ -18,14 +18,14 @@ CASES = [(name, size) for name, suite in SUITES.items() for size in suite.tiny]
 
 
 @pytest.mark.parametrize(("name", "size"), CASES, ids=str)
-def test_tiny_sizes_run(name, size):
-    with interpreter():  # the kernels themselves, not their references
+def test_tiny_sizes_run_in_the_interpreter(name, size):
+    with interpreter():  # runs the kernels, not their references
         results = list(run(SUITES[name], size, CPU, FP32, None, [EAGER, OURS]))
     assert [r.status for r in results] == ["ok, not measured"] * 2
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_suites_have_inputs_for_every_size_and_no_zeros(name):
+def test_suite_inputs_are_repeatable_and_not_zero(name):
     suite = SUITES[name]
     for size in suite.tiny.values():
         inputs = harness.make_inputs(suite, size, CPU, FP32, seed=0)
@@ -41,7 +41,7 @@ def work(name, size):
     return SUITES[name].work(2, **SUITES[name].sizes[size])
 
 
-def test_work_by_hand():
+def test_work_equals_numbers_computed_by_hand():
     m = 1 << 20
     assert work("rms_norm", "512 x 2048") == (4 * m, 4 * m)  # 1 Mi elements, in and out
     assert work("add_rms_norm", "512 x 2048") == (8 * m, 5 * m)
@@ -61,10 +61,10 @@ def test_work_by_hand():
 
 
 @pytest.mark.slow
-def test_they_run_under_pytest_benchmark(monkeypatch):
+def test_suites_run_under_pytest_benchmark(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the kernels themselves, not their references
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark heeds it
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # runs the kernels, not their references
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark reads it
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-only"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""python -m benchmarks.profile, but for the GPU: whose time is whose."""
+"""`python -m benchmarks.profile` without a GPU: how time is assigned to kernels."""
 
 import pytest
 import torch
@@ -13,34 +13,34 @@ def event(name, start, end, category="kernel", grid=(8, 1, 1)):
     return {"cat": category, "name": name, "ts": start, "dur": end - start, "args": args}
 
 
-def test_what_overlaps_is_the_earlier_kernels():
+def test_overlapping_time_counts_for_the_earlier_kernel():
     of_a_round = [
-        event("product", 10, 20),
-        event("attention", 14, 23),  # launched while the product ran
-        event("product", 15, 22),  # within it: no time of its own
+        event("matmul", 10, 20),
+        event("attention", 14, 23),  # starts while the matmul runs
+        event("matmul", 15, 22),  # ends before attention does: adds no time
         event("aten::mm", 0, 100, "cpu_op"),
-        event("product", 25, 30, grid=(2, 1, 1)),
+        event("matmul", 25, 30, grid=(2, 1, 1)),
         event("Memcpy DtoH", 30, 31, "gpu_memcpy"),
-        {"cat": "ac2g", "name": "product", "ts": 1},
+        {"cat": "ac2g", "name": "matmul", "ts": 1},
     ]
     trace = [{**x, "ts": x["ts"] + 100 * i} for i in range(ROUNDS) for x in reversed(of_a_round)]
     found = shares(kernels({"traceEvents": trace}))
-    idle = (110 - 31) * (ROUNDS - 1) / ROUNDS  # between rounds, before each but the first
+    idle = (110 - 31) * (ROUNDS - 1) / ROUNDS  # between rounds: before each one except the first
     assert found == [
-        Share("product", "8x1x1", 2, 10, pytest.approx(idle)),
-        Share("product", "2x1x1", 1, 5, 2),
+        Share("matmul", "8x1x1", 2, 10, pytest.approx(idle)),
+        Share("matmul", "2x1x1", 1, 5, 2),
         Share("attention", "8x1x1", 1, 3, 0),
         Share("Memcpy DtoH", "", 1, 1, 0),
     ]
     lines = kernel_table(found, clock=100).splitlines()
-    assert lines[2].startswith("| product | 8x1x1 | 2 | 5.00 | 10.0 | 10.4% |")
+    assert lines[2].startswith("| matmul | 8x1x1 | 2 | 5.00 | 10.0 | 10.4% |")
     assert lines[-1] == (
         "Sum 96.0 µs, of which idle 77.0; by the clock, without the profiler, 100.0 µs."
     )
 
 
 @pytest.mark.parametrize("prompt", [0, 7])
-def test_a_round_is_a_token_or_a_prompt(prompt):
+def test_a_round_is_one_decode_step_or_one_prompt(prompt):
     cpu = torch.device("cpu")
     begin, work = prepare("tiny", prompt, depth=5, batch=2, device=cpu, dtype=torch.float32)
     cache = begin.func.__self__.decoder.cache
@@ -51,7 +51,7 @@ def test_a_round_is_a_token_or_a_prompt(prompt):
             work()
 
 
-def test_what_does_not_fit_the_context_is_refused_at_once():
+def test_more_tokens_than_the_context_is_refused_before_loading():
     cpu = torch.device("cpu")
     message = "8193 tokens do not fit the context of gemma-2b, 8192"
     for prompt, depth in ((8193, 1), (0, 8193 - ROUNDS)):
@@ -59,7 +59,7 @@ def test_what_does_not_fit_the_context_is_refused_at_once():
             prepare("gemma-2b", prompt, depth, batch=1, device=cpu, dtype=torch.float32)
 
 
-def test_command_wants_a_gpu(monkeypatch):
+def test_command_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = CliRunner().invoke(profile.main, ["-p", "512"])
     assert done.exit_code and "a profile is of a CUDA GPU, and there is none" in done.output

@@ -1,5 +1,5 @@
-"""The whole model's benchmark: its arithmetic, what it refuses, what it prints, and every provider
-that runs on a CPU."""
+"""The model benchmark: its work formulas, figures, errors and reports, and a run of every provider
+on a CPU."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ GEMMA = PRESETS["gemma-2b"]
 TIMED = {"samples_s", "token_samples_s", "tokens_per_s", "tokens_per_s_sd"}
 
 
-def test_tests_are_named_as_llama_bench_names_them():
+def test_cases_are_named_as_in_llama_bench():
     found = cases([512, 8192], [128], [0, 4096], [1, 4])
     names = [case.name for case in found if case.batch == 1]
     assert names[:3] == ["pp512", "pp8192", "tg128"]
@@ -40,17 +40,18 @@ def test_tests_are_named_as_llama_bench_names_them():
     assert [case.room for case in cases([8], [4], [0, 5], [1])] == [8, 1 + 4, 5 + 8, 5 + 4]
 
 
-def test_work_of_a_tiny_model_by_hand():
+def test_work_of_a_tiny_model_equals_numbers_computed_by_hand():
     layer = 48 * 32 * (2 * 4 + 2 * 2) + 3 * 48 * 88 + 4 * 48 + 2 * 32
     embedding = 199 * 48
     assert TINY.num_parameters == embedding + 3 * layer + 48 == 103_680
-    # Layers see 8, 21 and 8 keys of 20 before and their own; K and V are 2 heads of 32, in 4 bytes.
+    # The layers see 8, 21 and 8 of the 20 cached tokens and the new one. K and V have 2 heads of
+    # 32 numbers, 4 bytes each.
     assert [TINY.window(i) for i in range(3)] == [8, None, 8]
     step = pass_work(TINY, 4, 3, 20, 1)
     assert step.bytes == 4 * (103_680 + 3 * 2 * 2 * 32 * (8 + 21 + 8))
     assert step.flops == 3 * (2 * 103_680 + 4 * 4 * 32 * (8 + 21 + 8))
-    # 10 tokens after 5: all 15 are read or written where all is seen, else 5 and the last 8; the
-    # windowed ones see 6, 7, 8 … 8, the others 6 … 15.
+    # 10 tokens after 5. The full layer reads or writes 15 keys and its queries see 6 … 15 keys; a
+    # windowed layer reads 5, writes 8, and its queries see 6, 7, 8 … 8.
     read = pass_work(TINY, 4, 1, 5, 10)
     assert read.bytes == 4 * (103_680 + 2 * 2 * 32 * (15 + 2 * 13))
     pairs = 2 * (6 + 7 + 8 * 8) + sum(range(6, 16))
@@ -58,7 +59,7 @@ def test_work_of_a_tiny_model_by_hand():
     assert read.flops == products + 4 * 4 * 32 * pairs
 
 
-def test_work_of_gemma_2b_by_hand():
+def test_work_of_gemma_2b_equals_numbers_computed_by_hand():
     embedding, layer = 256_000 * 2048, 2048 * (256 * (8 + 2) + 256 * 8 + 3 * 16384 + 2)
     weights = embedding + 18 * layer + 2048
     assert weights == GEMMA.num_parameters == 2_506_172_416  # 5.01 GB
@@ -77,11 +78,11 @@ def result(case, provider, seconds=(), status="ok", token_seconds=()):
     return ModelResult(case, provider, status, case.work(GEMMA, 2), 0.03, seconds, token_seconds)
 
 
-def test_figures_of_made_up_times():
+def test_figures_are_computed_from_times():
     case = Case("tg", 100, depth=512, batch=2)
     steps = (0.002,) * 98 + (0.003, 0.004)
     x = result(case, OURS, (0.2, 0.25), token_seconds=steps).figures(ROOF)
-    assert x["tokens_per_s"] == pytest.approx(200 / 0.225)  # of one mean, as all its row
+    assert x["tokens_per_s"] == pytest.approx(200 / 0.225)  # from the mean time
     assert x["tokens_per_s_sd"] == pytest.approx(100 * 2**0.5)
     assert x["token_p50_s"] == 0.002 and 0.003 <= x["token_p99_s"] < 0.004
     held = 2 * 18_432 * sum(range(513, 613)) / 100
@@ -106,7 +107,7 @@ ABOUT = {
 }  # fmt: skip
 
 
-def test_files_of_made_up_results(tmp_path):
+def test_results_are_written_as_files_and_plots(tmp_path):
     read, write, deep = Case("pp", 512), Case("tg", 128), Case("tg", 128, depth=4096)
     steps = (0.0025,) * 128
     results = [
@@ -159,7 +160,7 @@ def roof(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("roof")
 def test_command_measures_every_provider_on_a_cpu(tmp_path, monkeypatch):
-    """The compiled step by Dynamo alone: Inductor would take minutes."""
+    """Dynamo alone compiles the step: Inductor would take minutes."""
     quick = partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
     monkeypatch.setattr(model_providers, "compiled_step", quick)
     monkeypatch.setattr(timing, "ENOUGH", 0)
@@ -192,7 +193,7 @@ def test_command_measures_every_provider_on_a_cpu(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("roof")
-def test_without_a_model_on_a_cpu_nothing_is_measured():
+def test_without_the_model_option_nothing_is_measured_on_a_cpu():
     done = CliRunner().invoke(bench, ["-p", "4,4", "-n", "0", "--only", EAGER])
     assert done.exit_code == 0, done.output
     assert "| eager | pp4 | ok, not measured |" in done.stdout
@@ -201,7 +202,7 @@ def test_without_a_model_on_a_cpu_nothing_is_measured():
 
 
 @pytest.mark.usefixtures("roof")
-def test_a_test_over_the_context_is_listed_and_the_rest_runs():
+def test_case_longer_than_the_context_is_listed_and_the_others_run():
     options = f"-p 8,16384 -n 0 -d 0,8 --only {EAGER} --only {OURS}".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Judge, "prefix", lambda *_: 0)  # 16384 tokens would take minutes
@@ -220,13 +221,13 @@ def test_a_test_over_the_context_is_listed_and_the_rest_runs():
     ],
 )
 @pytest.mark.usefixtures("roof")
-def test_nothing_to_test(options, complaint):
+def test_no_case_to_run_is_a_usage_error(options, complaint):
     done = CliRunner().invoke(bench, options.split())
     assert done.exit_code == 2 and complaint in done.output
 
 
-def test_a_fault_is_the_providers(monkeypatch):
-    """After a CUDA fault every call raises; the run lists it, and goes on to its end."""
+def test_cuda_fault_is_listed_and_the_run_continues(monkeypatch):
+    """After a CUDA fault every call raises. The run lists the failures and ends normally."""
 
     def fault(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -240,12 +241,12 @@ def test_a_fault_is_the_providers(monkeypatch):
     assert not head
 
 
-def test_commit_of_another_repository_is_not_ours(tmp_path):
+def test_commit_of_another_repository_is_not_reported(tmp_path):
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     (tmp_path / "machine.py").touch()
     assert machine._commit(tmp_path / "machine.py") is None
 
 
-def test_time_of_a_step_is_that_of_the_step():
+def test_step_seconds_returns_a_time_for_each_step():
     times = bench_model.step_seconds(lambda: torch.zeros(1), 5, cuda=False)
     assert len(times) == 5 and min(times) > 0

@@ -1,4 +1,4 @@
-"""The benchmarks' own truth, without a GPU: what is refused, what is listed, and the arithmetic."""
+"""The kernel benchmarks without a GPU: how each provider is judged, figures and reports."""
 
 import json
 from dataclasses import replace
@@ -33,7 +33,7 @@ def statuses(suite=SUITE, size="small", **options):
     return {r.provider: r.status for r in run(suite, size, CPU, FP32, None, **options)}
 
 
-def test_every_provider_is_listed_with_its_fate():
+def test_every_provider_is_listed_with_its_status():
     found = statuses()
     assert list(found) == [*PROVIDERS, COPY]
     assert found[EAGER] == found[OURS] == "ok, not measured"
@@ -48,13 +48,13 @@ def test_every_provider_is_listed_with_its_fate():
     assert found["broken"] == "failed: illegal instruction"
 
 
-def test_a_failure_is_explained_to_stderr(capsys):
+def test_traceback_of_a_failed_provider_goes_to_stderr(capsys):
     statuses(names=["broken", "absent"])
     told = capsys.readouterr().err
     assert "and a long story" in told and "in broken" in told and "No module" not in told
 
 
-def test_an_oracle_that_fails_is_listed_for_all():
+def test_failed_oracle_is_listed_for_every_provider():
     def too_large(x):
         raise MemoryError("too large")
 
@@ -62,7 +62,7 @@ def test_an_oracle_that_fails_is_listed_for_all():
     assert found == {EAGER: "failed: too large", OURS: "failed: too large"}
 
 
-def test_wrong_provider_is_not_timed(monkeypatch):
+def test_wrong_providers_are_not_timed(monkeypatch):
     timed = []
 
     def calls(suite, name, *_):
@@ -78,7 +78,7 @@ def test_wrong_provider_is_not_timed(monkeypatch):
     assert all(r.graph for r in results if r.times)
 
 
-def test_oracle_sees_its_own_fp32_copies():
+def test_oracle_gets_its_own_fp32_copies():
     seen = []
 
     def oracle(x):
@@ -92,7 +92,7 @@ def test_oracle_sees_its_own_fp32_copies():
 
 
 def test_faster_than_the_roof_is_wrong(monkeypatch):
-    """As the replay of a graph is that captured nothing."""
+    """For example, a graph that captured nothing replays this fast."""
     monkeypatch.setattr(harness, "calls", lambda *_: [lambda: None])
     monkeypatch.setattr(
         harness, "device_times", lambda calls, check: (Times(1e-6, 1e-6, 1e-6), True)
@@ -101,7 +101,7 @@ def test_faster_than_the_roof_is_wrong(monkeypatch):
     assert found.status == "wrong: 4.2 times as fast as the roof" and found.times is None
 
 
-def test_what_our_timed_graph_wrote_is_checked(monkeypatch):
+def test_output_of_our_timed_graph_is_checked(monkeypatch):
     def device_times(calls, check):
         check(torch.tensor([1.0, 2.01]))
         return Times(1e-3, 1e-3, 1e-3), True
@@ -110,11 +110,11 @@ def test_what_our_timed_graph_wrote_is_checked(monkeypatch):
     monkeypatch.setattr(harness, "device_times", device_times)
     eager, ours = run(SUITE, "large", CPU, FP32, ROOF, [EAGER, OURS])
     assert ours.status == "wrong: error 0.0045 in the graph that was timed" and ours.times is None
-    assert eager.status == "ok"  # a rival may change its inputs from call to call
+    assert eager.status == "ok"  # not checked: a rival may change its inputs between calls
 
 
-def test_calls_by_pointers():
-    """As OURS_BY_POINTERS makes them."""
+def test_by_pointers_launches_without_descriptors():
+    """`by_pointers` makes the provider OURS_BY_POINTERS."""
     found = []
     call = by_pointers("double", lambda x: lambda: found.append(launch_config("double", {})))(1)
     call()
@@ -123,8 +123,8 @@ def test_calls_by_pointers():
 
 
 @pytest.mark.parametrize("name", ["linear", "norm_linear", "decode_attention"])
-def test_calls_that_do_not_overlap(name, monkeypatch):
-    """As OURS_ALONE makes them."""
+def test_ours_alone_launches_without_overlap(name, monkeypatch):
+    """Its launches do not use programmatic dependent launch."""
     prefetches, suite = [], SUITES[name]
     monkeypatch.setattr(Gpu, "overlap", lambda _, prefetch: prefetches.append(prefetch) or NO_WAIT)
     for provider in (OURS, OURS_ALONE):
@@ -135,13 +135,13 @@ def test_calls_that_do_not_overlap(name, monkeypatch):
     assert prefetches == [True, False]
 
 
-def test_rows_count_alike_however_small():
+def test_error_weighs_rows_of_small_and_large_numbers_equally():
     expected = torch.tensor([[1000.0, 1000.0], [1.0, 1.0]])
     found = torch.tensor([[1000.0, 1000.0], [1.5, 1.0]])
     assert outcome.error(found, expected) == pytest.approx(0.25)  # √(mean(0, 0.25 / 2))
 
 
-def test_two_roundings_pass_and_four_do_not():
+def test_tolerance_is_two_to_three_rounding_errors():
     for dtype, one_rounding in [(torch.bfloat16, 1.7e-3), (torch.float16, 2.1e-4)]:
         exact = torch.randn(64, 1024)
         off = outcome.error(exact.to(dtype), exact)
@@ -154,20 +154,20 @@ def result(provider, seconds=None, status="ok", suite="rms_norm", size="8192 x 2
     return KernelResult(suite, size, provider, status, Work(6e7, flops), 1e-3, times, bool(times))
 
 
-def test_figures_of_a_made_up_time():
+def test_figures_are_computed_from_a_time():
     x = result(OURS, seconds=40e-6).figures(ROOF)
     assert x["median_us"] == pytest.approx(40)
     assert x["GB_per_s"] == pytest.approx(1500)  # 6e7 bytes / 40e-6 s
     assert x["TFLOP_per_s"] == pytest.approx(1)  # 4e7 FLOPs / 40e-6 s
     assert x["bound"] == "memory" and x["share_of_roof"] == pytest.approx(0.75)
-    x = result(OURS, seconds=40e-6, flops=2e10).figures(ROOF)  # 20 µs of products, 30 of bytes
+    x = result(OURS, seconds=40e-6, flops=2e10).figures(ROOF)  # 20 µs of FLOPs, 30 of bytes
     assert x["bound"] == "memory"
     x = result(OURS, seconds=400e-6, flops=2e11).figures(ROOF)
     assert x["bound"] == "compute" and x["share_of_roof"] == pytest.approx(0.5)
     assert result(OURS).figures(ROOF) == {}
 
 
-def test_speed_up_over_eager_of_the_same_size():
+def test_speedup_is_over_eager_at_the_same_size():
     results = [
         result(EAGER, 80e-6), result(OURS, 20e-6), result("liger", status="not installed: x"),
         result(OURS, 10e-6, size="1 x 1"),
@@ -177,7 +177,7 @@ def test_speed_up_over_eager_of_the_same_size():
     assert len(found) == 2
 
 
-def test_files_of_made_up_results(tmp_path):
+def test_results_are_written_as_files_and_plots(tmp_path):
     results = [
         result(EAGER, 80e-6), result(OURS, 40e-6), replace(result("quack", 50e-6), graph=False),
         result("liger", status="not installed: No module named 'liger_kernel'"),
@@ -213,7 +213,7 @@ def test_files_of_made_up_results(tmp_path):
     assert len(list(tmp_path.iterdir())) <= 8
 
 
-def test_each_result_says_how_long_it_took(monkeypatch):
+def test_each_result_has_the_seconds_it_took(monkeypatch):
     clock = iter([0.0, 3.0, 3.0, 10.0, 10.0])
     monkeypatch.setattr(outcome.time, "perf_counter", lambda: next(clock))
     results = outcome.with_took(run(SUITE, "small", CPU, FP32, None, [EAGER, OURS]))

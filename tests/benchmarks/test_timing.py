@@ -1,4 +1,4 @@
-"""How the benchmarks time, with something that stands in for a GPU."""
+"""Timing of the benchmarks, tested with a fake GPU."""
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -19,13 +19,13 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """Stands in for torch.cuda: a call takes 2^-17 s in a graph, and 2^-13 with its launch."""
+    """Replaces torch.cuda: a call takes 2^-17 s in a graph, and 2^-13 s outside of one."""
     gpu = SimpleNamespace(now=0.0, capturing=False, refuses=False, captured=[])
 
     def call():
         gpu.captured[-1] += gpu.capturing
         gpu.now += 0 if gpu.capturing else 2**-13
-        return len(gpu.captured) - 1, gpu.captured[-1]  # which graph, and its how manieth call
+        return len(gpu.captured) - 1, gpu.captured[-1]  # number of the graph, and of the call in it
 
     class Event:
         def __init__(self, enable_timing):
@@ -71,7 +71,7 @@ def fake_gpu(monkeypatch):
     return gpu
 
 
-def test_graph_cycles_until_a_replay_is_long_enough(fake_gpu):
+def test_graph_repeats_the_calls_until_a_replay_is_long_enough(fake_gpu):
     left = []
     times, graph = timing.device_times([fake_gpu.call] * 4, left.append)
     assert graph and times == pytest.approx((2**-17,) * 3)
@@ -79,7 +79,7 @@ def test_graph_cycles_until_a_replay_is_long_enough(fake_gpu):
     assert fake_gpu.captured == [0, 4, 4 * 33]  # 33 / 2^15 of a second
 
 
-def test_what_cannot_be_captured_is_timed_with_its_launches(fake_gpu):
+def test_calls_that_cannot_be_captured_are_timed_with_their_launches(fake_gpu):
     fake_gpu.refuses = True
     times, graph = timing.device_times([fake_gpu.call] * 4, pytest.fail)
     assert not graph and times == pytest.approx((2**-13,) * 3)
@@ -88,7 +88,7 @@ def test_what_cannot_be_captured_is_timed_with_its_launches(fake_gpu):
 
 @pytest.mark.usefixtures("fake_gpu")
 @pytest.mark.parametrize("name", [OURS, COPY])
-def test_sets_of_inputs_pass_four_times_the_l2_cache(name):
+def test_input_sets_are_larger_than_four_l2_caches(name):
     seen = []
     providers = {OURS: lambda x: lambda: seen.append(x)}
     made = harness.calls(replace(SUITE, providers=providers), name, {"n": 64}, CPU, FP32)
@@ -100,8 +100,8 @@ def test_sets_of_inputs_pass_four_times_the_l2_cache(name):
 
 
 @pytest.mark.usefixtures("fake_gpu")
-def test_what_is_held_and_not_touched_does_not_count():
-    """As the rotary table is, of which a step reads one row."""
+def test_only_bytes_that_a_call_touches_are_compared_to_the_l2_cache():
+    """For example, a step reads only one row of the rotary table."""
     table = lambda device, dtype, n: (torch.randn(n, 100),)  # noqa: E731
     made = harness.calls(replace(SUITE, inputs=table), OURS, {"n": 64}, CPU, FP32)
     assert len(made) == 8
@@ -109,7 +109,7 @@ def test_what_is_held_and_not_touched_does_not_count():
 
 @pytest.fixture
 def rounds(monkeypatch):
-    """Runs rounds of so many seconds by a clock of their own → how many there were."""
+    """Runs `measure` with rounds that take `seconds` on a fake clock → number of rounds."""
 
     def run(measure, seconds):
         now, seen = [0.0], []
@@ -126,7 +126,7 @@ def rounds(monkeypatch):
     return run
 
 
-def test_clocks_settle_before_a_time_counts(rounds):
+def test_settling_takes_two_rounds_and_a_tenth_of_a_second(rounds):
     assert rounds(timing.settle_rounds, repeat(1.0)) == 2
     assert rounds(timing.settle_rounds, chain([60.0], repeat(2**-5))) == 1 + 4  # 0.125 s
 
@@ -138,7 +138,7 @@ def test_short_work_is_repeated_more_often(rounds):
     assert rounds(five, repeat(0.0625)) == 5
 
 
-def test_repeats_end_where_all_else_takes_long(monkeypatch):
+def test_repeats_end_when_the_patience_time_is_over(monkeypatch):
     now = iter(range(100))
     monkeypatch.setattr(timing, "clock", lambda: next(now))
     assert len(timing.repeated(lambda: 1e-3, 2)) == 3

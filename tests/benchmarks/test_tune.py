@@ -1,4 +1,4 @@
-"""python -m benchmarks.tune, as far as it goes without a GPU: whether what it tries is right."""
+"""`python -m benchmarks.tune` without a GPU: the launch configs that it tries are correct."""
 
 import json
 from dataclasses import replace
@@ -25,15 +25,15 @@ from gemma_fast.kernels.launch import launch_config, override
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 CUDA = torch.cuda.is_available()
-WHERE = (torch.device("cuda"), torch.bfloat16) if CUDA else (CPU, FP32)  # kernels run
+WHERE = (torch.device("cuda"), torch.bfloat16) if CUDA else (CPU, FP32)  # where kernels run
 CASES = [(name, size) for name in SUITES for size in SUITES[name].tiny]
 
 
-def test_every_kernel_that_is_measured_can_be_tuned():
+def test_every_suite_has_launch_configs_to_try():
     assert all(suite.tuning for suite in SUITES.values())
 
 
-# With the most choices, or the most programs for the interpreter.
+# These have the most configs, or the most programs for the interpreter.
 SLOW = {
     ("lm_head", "199 x 64, b 1, sampled"), ("lm_head", "199 x 64, b 3"),
     ("norm_linear", "64 x 48, b 1"), ("decode_attention", "b 2, depth 24, 4/2 heads, d 32"),
@@ -42,7 +42,7 @@ CASES = [x for case in CASES for x in (slow(case) if case in SLOW else [case])]
 
 
 @pytest.mark.parametrize(("name", "size"), CASES, ids=str)
-def test_every_choice_computes_the_same(name, size):
+def test_every_launch_config_computes_the_same(name, size):
     suite = variants(SUITES[name], SUITES[name].tiny[size])
     with interpreter():
         results = list(run(suite, size, *WHERE, None))
@@ -52,8 +52,8 @@ def test_every_choice_computes_the_same(name, size):
     assert results[0].status == "ok, not measured"
 
 
-def test_the_launcher_is_told_what_is_tried():
-    """And for the rest what the table says."""
+def test_override_changes_the_launch_config():
+    """Values that are not overridden come from the kernel's table."""
     table = launch_config("matvec", matvec.default_config(1, 48, 64, 4))
     with override(SUITES["linear"].tuning.kernel, BLOCK_N=2):
         assert launch_config("matvec", table) == table | {"BLOCK_N": 2}
@@ -65,7 +65,7 @@ def test_the_launcher_is_told_what_is_tried():
     assert ours.status == "ok, not measured" and tried.status.startswith("failed: ")
 
 
-def test_a_tile_that_does_not_fit_is_no_failure():
+def test_config_that_exceeds_shared_memory_is_not_a_failure():
     def too_large(x):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
@@ -82,7 +82,7 @@ def block(i: int) -> str:
 
 @pytest.fixture
 def timed(monkeypatch):
-    """SUITE, tuned: BLOCK 1 to 6; 1 is wrong, 2 looks best until it is timed again."""
+    """SUITE with BLOCK 1 to 6 to try: 1 is wrong, 2 is the fastest only when first timed."""
     first = {TABLE: 9, block(2): 1, block(3): 3, block(4): 4, block(5): 5, block(6): 6}
     seen = []
 
@@ -104,7 +104,7 @@ def timed(monkeypatch):
     return variants(replace(SUITE, providers=providers, tuning=tuning), {}), seen
 
 
-def test_the_first_few_are_timed_again(timed):
+def test_fastest_configs_are_timed_again(timed):
     suite, seen = timed
     found = time_configs(suite, "large", CPU, FP32, Roof(copy=1e10, product=1e15))
     assert [seen.count(name) for name in (TABLE, *map(block, range(1, 7)))] == [
@@ -122,7 +122,7 @@ def test_the_first_few_are_timed_again(timed):
     assert lines[-1].startswith("  1 of 7 not measured, the first: wrong: error ")
 
 
-def test_command(monkeypatch):
+def test_command_refuses_bad_arguments_and_selects_sizes(monkeypatch):
     def told(*names: str) -> str:
         done = CliRunner().invoke(tune.main, names)
         assert done.exit_code
@@ -139,20 +139,20 @@ def test_command(monkeypatch):
     ]
 
 
-def test_kernels_are_compiled_ahead_by_a_call(monkeypatch):
+def test_compile_ahead_launches_the_given_config(monkeypatch):
     launched = []
     monkeypatch.setattr(
         matvec, "_launch", lambda *given: launched.append(launch_config("matvec", {"BLOCK_N": 4}))
     )
     tiny = SUITES["linear"].tiny["64 x 48, b 1"]
     name = next(x for x in SUITES["linear"].tuning.candidates(tiny) if "BLOCK_N 2," in x)
-    with interpreter(), pytest.raises(TypeError):  # of no output
+    with interpreter(), pytest.raises(TypeError):  # the replaced _launch returns None
         tune.compile_ahead("linear", tiny, name, *WHERE)
     assert [x["BLOCK_N"] for x in launched] == [2]
 
 
 class Idle:
-    """Stands in for the processes that compile ahead."""
+    """Replaces the ProcessPoolExecutor, and compiles nothing ahead."""
 
     def __init__(self, *_):
         pass
@@ -167,7 +167,7 @@ class Idle:
         return SimpleNamespace(exception=lambda: None)
 
 
-def test_what_was_found_is_written(monkeypatch, tmp_path):
+def test_results_are_printed_and_written(monkeypatch, tmp_path):
     roof = Roof(copy=1e12, product=1e15)
     monkeypatch.setattr(tune, "ProcessPoolExecutor", Idle)
     monkeypatch.setattr(tune, "device_and_dtype", lambda dtype: (torch.device("cuda"), FP32))

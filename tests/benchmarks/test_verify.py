@@ -1,4 +1,4 @@
-"""The certificate passes what is right and fails what is wrong, kernel by kernel and as a model."""
+"""The certificate passes correct kernels and models, and fails wrong ones."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from gemma_fast.kernels import lm_head as lm_head_file
 from gemma_fast.kernels import rmsnorm as rmsnorm_file
 
 
-def test_an_ulp_is_the_spacing_at_the_value_or_at_the_rms():
+def test_ulp_is_the_spacing_at_the_value_or_at_a_larger_rms():
     size = torch.tensor([1.0, 1.9, 2.0, 0.75], dtype=torch.float64)
     assert spacing(size, BF16).tolist() == [2**-7, 2**-7, 2**-6, 2**-8]
     exact = torch.tensor([1.0, -1.0, 0.0, 1.0], dtype=torch.float64)  # RMS 0.87
@@ -33,13 +33,13 @@ def test_kernels_in_the_interpreter_pass():
     assert not failed(lines)
 
 
-def test_references_pass_and_are_no_worse_in_bf16_than_eager():
+def test_references_pass_and_their_attention_beats_eager_in_bf16():
     lines = kernels(FP32, BF16)
     assert not failed(lines.values())
     for (check, dtype), found in lines.items():
         if dtype == "bfloat16" and "attention" in check:
             rms = found.figures[1]
-            assert rms.ours < 0.5 < rms.eager, "eager rounds scores and weights"
+            assert rms.ours < 0.5 < rms.eager, "eager attention rounds scores and weights"
 
 
 def rounded_weight(x, weight, eps=1e-6):
@@ -65,7 +65,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_wrong_kernel_fails(mistake, monkeypatch):
+def test_wrong_kernel_fails(mistake, monkeypatch):
     module, name, wrong, expected = MISTAKES[mistake]
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
     for dtype, check in expected.items():
@@ -74,7 +74,7 @@ def test_a_wrong_kernel_fails(mistake, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("wrong", ["scaled", "another dtype", "another shape", "NaN", "raises"])
-def test_every_case_can_fail(wrong, dtype, monkeypatch, capsys):
+def test_every_check_can_fail(wrong, dtype, monkeypatch, capsys):
     change = {
         "scaled": lambda x: x * 1.02, "another dtype": lambda x: x.double(),
         "another shape": lambda x: x[..., :-1], "NaN": lambda x: x * torch.nan,
@@ -94,13 +94,13 @@ def test_every_case_can_fail(wrong, dtype, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_a_wrong_choice_fails(dtype, monkeypatch):
+def test_wrong_token_fails(dtype, monkeypatch):
     def wrong(*args, **options):
         args[6].fill_(0)
 
     monkeypatch.setattr(lm_head_file, "next_token", wrong)
     assert failed(kernels(dtype).values()) == {"next_token, 8 rows", "next_token, 16 rows"}
-    monkeypatch.setattr(lm_head_file, "next_token", lambda *_, **__: None)  # refused: -1
+    monkeypatch.setattr(lm_head_file, "next_token", lambda *_, **__: None)  # the token stays -1
     assert failed(kernels(dtype).values()) == {"next_token, 8 rows", "next_token, 16 rows"}
 
 
@@ -112,10 +112,10 @@ def test_models_pass(name):
     assert not failed(lines.values())
     assert len(lines) == 2 * len(verify_model.LINES)
     greedy = lines["24 greedy tokens: until they part / gap float32"].figures[0]
-    assert (greedy.ours, greedy.eager) == (24, 24), "in float32 all tokens are the reference's"
+    assert (greedy.ours, greedy.eager) == (24, 24), "in float32 all tokens must be the reference's"
 
 
-def test_without_transformers_the_reference_is_beside_it(monkeypatch):
+def test_reference_replaces_a_missing_or_old_transformers(monkeypatch):
     for version, said in ((None, "is not installed"), ("4.57.1", "is 4.57.1, older than 5.17")):
         monkeypatch.setattr(verify_model, "installed_version", lambda _, found=version: found)
         other = verify_model.rival()

@@ -1,4 +1,4 @@
-"""Bad checkpoints: each is refused before it is read, by a message that names what is wrong."""
+"""Bad safetensors checkpoints are refused before weights are read; errors name the fault."""
 
 import json
 import random
@@ -31,10 +31,11 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ({f"language_model.{UP}": torch.ones(96, 64)}, f"tensor {UP} is in .* as well"),
     ],
     ids=[
-        "missing", "extra-layer", "extra", "transposed", "flat", "int8", "int64", "fp8", "twice",
+        "missing", "extra-layer", "extra-tensor", "transposed", "flat", "int8", "int64", "fp8",
+        "duplicate",
     ],
 )  # fmt: skip
-def test_tensors_must_be_those_of_the_config(tmp_path, change, match):
+def test_tensors_must_match_the_config(tmp_path, change, match):
     tensors = random_tensors("gemma3") | change
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     write_safetensors(tmp_path, tensors=tensors)
@@ -43,12 +44,12 @@ def test_tensors_must_be_those_of_the_config(tmp_path, change, match):
 
 
 @pytest.mark.parametrize("name", ["", None, 5, b"model"])
-def test_no_path(name):
+def test_name_must_be_a_path_or_a_hub_id(name):
     with pytest.raises(ValueError, match="is neither a path nor a hub id"):
         open_checkpoint(name)
 
 
-def test_a_family_has_its_own_tensors(tmp_path):
+def test_tensors_of_another_family_are_refused(tmp_path):
     write_safetensors(tmp_path, tensors=random_tensors("gemma2"))
     with pytest.raises(ValueError, match=r"q_norm\.weight is missing"):
         open_checkpoint(tmp_path)
@@ -63,7 +64,7 @@ def test_a_family_has_its_own_tensors(tmp_path):
     ],
     ids=repr,
 )  # fmt: skip
-def test_shards_must_be_plain_names(tmp_path, shard):
+def test_shard_names_must_be_plain_file_names(tmp_path, shard):
     directory = tmp_path / "model"
     directory.mkdir()
     tensors = write_safetensors(directory)
@@ -83,7 +84,7 @@ def test_shards_must_exist(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_shards_must_hold_what_the_index_lists(tmp_path):
+def test_shards_must_contain_the_tensors_that_the_index_lists(tmp_path):
     weight_map = split(tmp_path, write_safetensors(tmp_path))
     other = {SHARD_1: SHARD_2, SHARD_2: SHARD_1}[weight_map[UP]]
     write_index(tmp_path, weight_map | {UP: other})
@@ -117,13 +118,13 @@ def test_the_index_must_have_a_weight_map(tmp_path, weight_map):
 
 BAD_JSON = {
     "empty": (b"", "is not valid JSON"),
-    "cut": (b'{"model_type": "gem', "is not valid JSON"),
+    "truncated": (b'{"model_type": "gem', "is not valid JSON"),
     "binary": (b"\xff\xfe\x00", "is not valid JSON"),
-    "deep": (b"[" * 100_000, "is not valid JSON"),
+    "deeply-nested": (b"[" * 100_000, "is not valid JSON"),
     "long-number": (b'{"a": 1' + b"0" * 9999 + b"}", "is not valid JSON"),
     "list": (b"[]", "must contain a JSON object, not a list"),
     "null": (b"null", "must contain a JSON object, not a NoneType"),
-    "large": (b" " * (MAX_JSON + 1), f"is {MAX_JSON + 1} bytes long"),
+    "too-large": (b" " * (MAX_JSON + 1), f"is {MAX_JSON + 1} bytes long"),
 }
 
 
@@ -131,7 +132,7 @@ BAD_JSON = {
 @pytest.mark.parametrize(
     "name", ["config.json", "generation_config.json", "model.safetensors.index.json"]
 )
-def test_json_must_hold_an_object(tmp_path, name, case):
+def test_json_files_must_contain_a_valid_object(tmp_path, name, case):
     split(tmp_path, write_safetensors(tmp_path))
     content, match = BAD_JSON[case]
     (tmp_path / name).write_bytes(content)
@@ -149,9 +150,9 @@ def test_json_must_hold_an_object(tmp_path, name, case):
         ({"vocab_size": 2**62}, "vocab_size=4611686018427387904 must be"),
         ({"intermediate_size": 2**18}, r"has shape \(96, 64\), but .* requires \(262144, 64\)"),
     ],
-    ids=["family", "type", "negative", "layers", "vocabulary", "too-large-for-the-file"],
+    ids=["family", "type", "negative", "layers", "vocabulary", "larger-than-the-file"],
 )
-def test_config_must_make_sense(tmp_path, change, match):
+def test_config_must_be_valid(tmp_path, change, match):
     write_safetensors(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config_json("gemma3") | change))
     with pytest.raises(ValueError, match=match) as error:
@@ -167,14 +168,14 @@ def test_config_must_exist(tmp_path):
 
 
 BREAKAGES: dict[str, Callable[[bytearray, random.Random], bytearray]] = {
-    "cut": lambda content, rng: content[: rng.randrange(len(content))],
-    "longer": lambda content, rng: content + bytes(rng.randrange(1, 99)),
-    "header-length": lambda content, rng: bytearray(rng.randbytes(8)) + content[8:],
+    "truncated": lambda content, rng: content[: rng.randrange(len(content))],
+    "trailing-bytes": lambda content, rng: content + bytes(rng.randrange(1, 99)),
+    "random-header-length": lambda content, rng: bytearray(rng.randbytes(8)) + content[8:],
 }
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_safetensors_must_be_whole(tmp_path, breakage):
+def test_damaged_safetensors_are_refused(tmp_path, breakage):
     write_safetensors(tmp_path)
     file = tmp_path / "model.safetensors"
     whole, rng = file.read_bytes(), random.Random(0)

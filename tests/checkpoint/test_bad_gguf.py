@@ -1,4 +1,4 @@
-"""Bad GGUF files, built byte by byte: each ends in a ValueError that names the file, and soon."""
+"""Bad GGUF files, built byte by byte: each quickly raises a ValueError that names the file."""
 
 import struct
 
@@ -53,47 +53,47 @@ def tensors(*infos: bytes) -> bytes:
 one = field(u32(U32) + u32(1))
 BAD = {
     "empty": (b"", "empty"),
-    "short": (b"GG", "truncated"),
-    "magic": (b"PK\x03\x04" + bytes(99), "magic"),
-    "version": (b"GGUF" + u32(1) + bytes(16), "version 1"),
+    "shorter-than-the-magic": (b"GG", "truncated"),
+    "wrong-magic": (b"PK\x03\x04" + bytes(99), "magic"),
+    "old-version": (b"GGUF" + u32(1) + bytes(16), "version 1"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 1) + bytes(99), "byte order"),
-    "many-fields": (b"GGUF" + u32(3) + u64(0) + u64(HUGE) + one, "truncated"),
-    "many-tensors": (b"GGUF" + u32(3) + u64(HUGE) + u64(0) + tensor(8), "truncated"),
+    "too-many-fields": (b"GGUF" + u32(3) + u64(0) + u64(HUGE) + one, "truncated"),
+    "too-many-tensors": (b"GGUF" + u32(3) + u64(HUGE) + u64(0) + tensor(8), "truncated"),
     "long-key": (file(u64(HUGE)), f"a string of {HUGE} bytes"),
     "long-string": (file(field(u32(STRING) + u64(1 << 40))), f"a string of {1 << 40} bytes"),
     "string-past-end": (file(field(u32(STRING) + u64(9999))), "truncated"),
-    "unknown-type": (file(field(u32(99))), "99.* is not a valid GGUFValueType"),
-    "key-utf8": (file(field(u32(U32) + u32(1), b"\xff")), "utf-8"),
-    "string-utf8": (file(field(u32(STRING) + string(b"\xff"))), "utf-8"),
-    "item-utf8": (file(array(STRING, 1, string(b"\xff"))), "utf-8"),
-    "name-utf8": (tensors(tensor(8, name=b"\xff")), "utf-8"),
-    "key-twice": (file(one, one), "Duplicate key"),
-    "tensor-twice": (tensors(tensor(8), tensor(8)), "duplicated tensor with name t"),
+    "bad-field-type": (file(field(u32(99))), "99.* is not a valid GGUFValueType"),
+    "key-not-utf8": (file(field(u32(U32) + u32(1), b"\xff")), "utf-8"),
+    "string-not-utf8": (file(field(u32(STRING) + string(b"\xff"))), "utf-8"),
+    "item-not-utf8": (file(array(STRING, 1, string(b"\xff"))), "utf-8"),
+    "name-not-utf8": (tensors(tensor(8, name=b"\xff")), "utf-8"),
+    "duplicate-key": (file(one, one), "Duplicate key"),
+    "duplicate-tensor": (tensors(tensor(8), tensor(8)), "duplicated tensor with name t"),
     "long-array": (file(array(U8, HUGE, b"")), f"an array of {HUGE} items"),
-    "long-strings": (file(array(STRING, 1 << 62, b"")), f"an array of {1 << 62} items"),
+    "long-string-array": (file(array(STRING, 1 << 62, b"")), f"an array of {1 << 62} items"),
     "array-past-end": (file(array(U32, MAX_ARRAY, bytes(64))), "truncated"),
-    "strings-past-end": (file(array(STRING, 99, string(b"a"))), "truncated"),
+    "string-array-past-end": (file(array(STRING, 99, string(b"a"))), "truncated"),
     "long-item": (file(array(STRING, 1, u64(HUGE))), f"a string of {HUGE} bytes"),
     "item-past-end": (file(array(STRING, 1, u64(9999))), "a string of 9999 bytes"),
     "nested-array": (file(array(ARRAY, 1, u32(ARRAY) + u64(1))), "an array of ARRAY"),
     "no-dims": (tensors(tensor()), "'t' has 0 dimensions"),
-    "many-dims": (tensors(tensor(1, 1, 1, 1, 8)), "'t' has 5 dimensions"),
-    "dims-count": (tensors(string(b"t") + u32(1 << 31)), "truncated"),
+    "too-many-dims": (tensors(tensor(1, 1, 1, 1, 8)), "'t' has 5 dimensions"),
+    "huge-number-of-dims": (tensors(string(b"t") + u32(1 << 31)), "truncated"),
     "zero-dim": (tensors(tensor(8, 0)), "does not fit"),
     "large-dim": (tensors(tensor(1 << 62)), "does not fit"),
-    "wrapping-dims": (tensors(tensor(1 << 32, 1 << 32)), "does not fit"),
-    "wrapping-to-8": (tensors(tensor((1 << 61) + 1, 8)), "does not fit"),
+    "dims-overflow-to-0": (tensors(tensor(1 << 32, 1 << 32)), "does not fit"),
+    "dims-overflow-to-8": (tensors(tensor((1 << 61) + 1, 8)), "does not fit"),
     "tensor-past-end": (tensors(tensor(65)), "truncated"),
     "offset-past-end": (tensors(tensor(8, offset=1 << 40)), "does not fit"),
-    "wrapping-offset": (tensors(tensor(8, offset=HUGE - 31)), "does not fit"),
-    "tensor-type": (tensors(tensor(8, kind=200)), "200.* is not a valid GGMLQuantizationType"),
+    "offset-overflow": (tensors(tensor(8, offset=HUGE - 31)), "does not fit"),
+    "bad-tensor-type": (tensors(tensor(8, kind=200)), "200.* is not a valid GGMLQuantizationType"),
     "partial-block": (tensors(tensor(33, 2, kind=Q8_0)), "not a multiple of Q8_0 block size"),
-    "alignment": (file(field(u32(U32) + u32(3), b"general.alignment")), "alignment"),
-    "alignment-type": (file(field(u32(U8) + b"\x20", b"general.alignment")), "alignment"),
+    "bad-alignment": (file(field(u32(U32) + u32(3), b"general.alignment")), "alignment"),
+    "alignment-of-wrong-type": (file(field(u32(U8) + b"\x20", b"general.alignment")), "alignment"),
 }  # fmt: skip
 
 
-def test_the_builder_builds_good_files(tmp_path):
+def test_valid_files_of_the_builder_are_read(tmp_path):
     path = tmp_path / "good.gguf"
     long = field(u32(STRING) + string(b"b" * MAX_STRING), b"long")
     infos = tensor(32, 2, kind=Q8_0), tensor(8, 8, name=b"u")
@@ -112,7 +112,7 @@ def test_malformed_files_are_refused(tmp_path, case):
         GGUFFile(path)
 
 
-def test_absent_files_are_named(tmp_path):
+def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.gguf"):
         GGUFFile(tmp_path / "absent.gguf")
 
@@ -138,7 +138,7 @@ def test_other_architectures_are_refused(tmp_path):
         open_checkpoint(tmp_path / "model.gguf")
 
 
-def test_tensors_must_be_those_of_the_config(tmp_path):
+def test_tensors_must_match_the_config(tmp_path):
     path, name = tmp_path / "model.gguf", "model.layers.1.mlp.up_proj.weight"
     tensors = random_tensors("gemma2")
 
@@ -157,7 +157,7 @@ def test_tensors_must_be_those_of_the_config(tmp_path):
         ("blk.01.ffn_up.weight", r"blk\.01\.ffn_up\.weight is unknown: gemma2 has"),
         ("blk.1.ffn_up.bias", r"blk\.1\.ffn_up\.bias is unknown"),
         ("blk.1.attn_q_norm.weight", r"blk\.1\.attn_q_norm\.weight is unknown"),
-        ("model.norm.weight", r"model\.norm\.weight is unknown"),  # not a second output_norm
+        ("model.norm.weight", r"model\.norm\.weight is unknown"),  # must not replace output_norm
         ("token_embd", "token_embd is unknown"),
     ],
 )

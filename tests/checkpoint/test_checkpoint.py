@@ -1,4 +1,4 @@
-"""Good checkpoints: every spelling of a safetensors directory, the memory they take."""
+"""Valid checkpoints: every layout of a safetensors directory, and the host memory for loading."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_reads_one_file(tmp_path, family):
+def test_reads_a_single_safetensors_file(tmp_path, family):
     tensors = write_safetensors(tmp_path, family)
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.config.model_type == family
@@ -39,7 +39,7 @@ def test_reads_one_file(tmp_path, family):
 
 @pytest.mark.parametrize("stored", FLOATS, ids=str)
 @pytest.mark.parametrize("wanted", FLOATS, ids=str)
-def test_converts(tmp_path, stored, wanted):
+def test_converts_dtypes(tmp_path, stored, wanted):
     tensors = write_safetensors(tmp_path, tensors=random_tensors("gemma3", stored))
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.dtype == stored
@@ -49,7 +49,7 @@ def test_converts(tmp_path, stored, wanted):
     )
 
 
-def test_mixed_dtypes_take_the_embeddings(tmp_path):
+def test_dtype_of_a_mixed_checkpoint_is_the_embeddings(tmp_path):
     norm = {"model.norm.weight": torch.ones(64, dtype=torch.float32)}
     tensors = random_tensors("gemma3", torch.bfloat16) | norm
     write_safetensors(tmp_path, tensors=tensors)
@@ -75,7 +75,7 @@ def test_reads_shards(tmp_path, shards):
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-def test_takes_the_text_model_of_a_multimodal_one(tmp_path, prefix):
+def test_reads_the_text_model_of_a_multimodal_checkpoint(tmp_path, prefix):
     tensors = write_safetensors(tmp_path)
     stored = {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     for name in (
@@ -95,7 +95,7 @@ def test_takes_the_text_model_of_a_multimodal_one(tmp_path, prefix):
     assert_holds(open_checkpoint(tmp_path), tensors)
 
 
-def test_ignores_a_tied_head(tmp_path):
+def test_ignores_the_tied_lm_head(tmp_path):
     tensors = random_tensors("gemma3")
     write_safetensors(tmp_path, tensors=tensors | {"lm_head.weight": torch.zeros(12, 64)})
     assert_holds(open_checkpoint(tmp_path), tensors)
@@ -123,15 +123,15 @@ model = {}
 for name, shape in checkpoint.shapes.items():
     model[name] = torch.empty(shape, dtype=torch.bfloat16)
     checkpoint.copy(name, model[name])
-print(status("VmHWM") - before)  # not ru_maxrss, which a child takes over from its parent
+print(status("VmHWM") - before)  # not ru_maxrss, which a child inherits from its parent
 """
 
 
 @pytest.mark.skipif(
-    not STATUS.is_file() or "VmHWM" not in STATUS.read_text(), reason="the system gives no VmHWM"
+    not STATUS.is_file() or "VmHWM" not in STATUS.read_text(), reason="the system has no VmHWM"
 )
 @pytest.mark.parametrize("form", ["safetensors", "gguf"])
-def test_host_memory_stays_under_the_model_and_twice_its_largest_tensor(tmp_path, form):
+def test_host_memory_stays_below_the_model_plus_two_of_its_largest_tensor(tmp_path, form):
     shapes = config_from_json(config_json("gemma3", **BIG)).tensor_shapes()
     tensors = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
     if form == "gguf":

@@ -1,4 +1,4 @@
-"""config.json and GGUF metadata → GemmaConfig: every spelling of a config, and what is refused."""
+"""config.json and GGUF metadata → GemmaConfig: all field names, defaults, refused values."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import transformers
 from gemma_fast.checkpoint.config_files import config_from_gguf, config_from_json
 from gemma_fast.config import FULL, PRESETS, SLIDING
 
-# As the hub has them: what is left out is transformers' default.
+# As on the hub: fields that are missing here have transformers' defaults.
 GEMMA_3_4B = {
     "model_type": "gemma3",
     "eos_token_id": [1, 106],
@@ -45,15 +45,15 @@ GGUF_270M = {
 }
 
 
-def test_published_configs():
+def test_published_configs_equal_the_presets():
     assert config_from_json(GEMMA_2B) == PRESETS["gemma-2b"]
     assert config_from_json(GEMMA_3_4B) == replace(PRESETS["gemma-3-4b"], eos_token_id=(1, 106))
     assert config_from_gguf(GGUF_270M) == PRESETS["gemma-3-270m"]
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_new_and_old_spelling_agree(name):
-    """What transformers 5 saves, and the same in the words of transformers 4."""
+def test_fields_of_transformers_4_and_5_give_the_same_config(name):
+    """The config as transformers 5 saves it, and the same values under transformers 4's names."""
     config = PRESETS[name]
     classes = {
         "gemma": transformers.GemmaConfig,
@@ -89,7 +89,7 @@ def test_new_and_old_spelling_agree(name):
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
-def test_what_is_left_out_is_transformers_default(family):
+def test_missing_fields_have_transformers_defaults(family):
     saved = transformers.AutoConfig.for_model(family).to_dict()
     assert config_from_json({"model_type": family}) == config_from_json(saved)
 
@@ -114,7 +114,7 @@ def test_what_is_left_out_is_transformers_default(family):
     ],
     ids=str,
 )
-def test_fields_from_json(given, expected):
+def test_fields_are_read_from_json(given, expected):
     config = config_from_json(given)
     assert {name: getattr(config, name) for name in expected} == expected
 
@@ -129,12 +129,12 @@ def test_fields_from_json(given, expected):
     ],
     ids=str,
 )
-def test_fields_from_gguf(change, expected):
+def test_fields_are_read_from_gguf(change, expected):
     config = config_from_gguf(GGUF_270M | {f"gemma3.{k}": v for k, v in change.items()})
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_token_ids_from_gguf():
+def test_token_ids_are_read_from_gguf():
     ids = {"bos": 7, "eos": 8, "padding": 9}
     config = config_from_gguf(
         GGUF_270M | {f"tokenizer.ggml.{k}_token_id": v for k, v in ids.items()}
@@ -142,7 +142,7 @@ def test_token_ids_from_gguf():
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (7, 8, 9)
 
 
-def test_gguf_of_the_27b_models():
+def test_gguf_of_27b_models_has_their_attention_scale():
     metadata = {k.replace("gemma3.", "gemma2."): v for k, v in GGUF_270M.items()}
     metadata |= {"general.architecture": "gemma2", "gemma2.block_count": 46}
     metadata |= {"gemma2.embedding_length": 576, "gemma2.rope.freq_base": 5e4}
@@ -168,7 +168,7 @@ def test_gguf_of_the_27b_models():
         ("rope_theta", float("inf")), ("eos_token_id", "x"), ("eos_token_id", [1, -2]),
     ],
 )  # fmt: skip
-def test_fields_out_of_range(field, value):
+def test_fields_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         config_from_json(GEMMA_2B | {field: value})
 
@@ -206,12 +206,12 @@ def test_fields_out_of_range(field, value):
     ],
     ids=str,
 )
-def test_refused(change, message):
+def test_unsupported_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         config_from_json(GEMMA_2B | change)
 
 
-def test_a_multimodal_config_may_say_it_outside():
+def test_unsupported_fields_outside_text_config_are_refused():
     with pytest.raises(ValueError, match="tie_word_embeddings=False"):
         config_from_json(GEMMA_3_4B | {"tie_word_embeddings": False})
 
@@ -234,6 +234,6 @@ def test_a_multimodal_config_may_say_it_outside():
     ],
     ids=str,
 )
-def test_gguf_refused(change, message):
+def test_unsupported_gguf_metadata_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         config_from_gguf(GGUF_270M | change)

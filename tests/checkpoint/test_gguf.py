@@ -1,4 +1,4 @@
-"""Good GGUF files: the three families, every type that can be dequantized, metadata."""
+"""Valid GGUF files: the three families, every type that can be dequantized, metadata."""
 
 import sys
 import time
@@ -23,7 +23,7 @@ NOT_DEQUANTIZED = (*NOT_FLOAT, Type.F64, Type.Q1_0, Type.Q8_1, Type.Q8_K)
 
 @pytest.fixture
 def small_blocks(monkeypatch) -> None:
-    """Blocks of a few rows, so that tiny tensors take several, and the last is not whole."""
+    """Shrinks blocks to a few rows: tiny tensors then need several, and the last is partial."""
     monkeypatch.setattr(gguf_checkpoint, "BLOCK", 5 * 256)
 
 
@@ -31,7 +31,7 @@ def small_blocks(monkeypatch) -> None:
 @pytest.mark.parametrize(
     "kind", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0], ids=lambda k: k.name
 )
-def test_reads_what_llama_cpp_writes(tmp_path, small_blocks, family, kind):
+def test_reads_files_as_llama_cpp_writes_them(tmp_path, small_blocks, family, kind):
     path = tmp_path / "model.gguf"
     tensors = write_gguf(path, family, quantize=lambda t: (quantize(t.numpy(), kind), kind))
     checkpoint = open_checkpoint(path)
@@ -48,21 +48,21 @@ def test_reads_what_llama_cpp_writes(tmp_path, small_blocks, family, kind):
     assert_holds(checkpoint, expected, atol=5e-7)  # (1 + weight) - 1, in fp32
 
 
-def test_norms_lose_their_one_before_they_are_rounded(tmp_path):
+def test_one_is_subtracted_from_norms_before_rounding(tmp_path):
     name = "model.layers.0.self_attn.q_norm.weight"
     tensors = random_tensors("gemma3")
-    tensors[name] = torch.linspace(-1, 1, 32) * 1e-2  # in bf16, 1 + weight has 3 digits of them
+    tensors[name] = torch.linspace(-1, 1, 32) * 1e-2  # bf16(1 + weight) would lose most digits
     write_gguf(tmp_path / "model.gguf", tensors=tensors)
     norm = read(open_checkpoint(tmp_path / "model.gguf"), name, torch.bfloat16)
     torch.testing.assert_close(norm, tensors[name].bfloat16(), rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", sorted(set(Type) - set(NOT_DEQUANTIZED)), ids=lambda k: k.name)
-def test_reads_each_type(tmp_path, small_blocks, kind):
+def test_reads_each_quantization_type(tmp_path, small_blocks, kind):
     def random_blocks(tensor: Tensor) -> tuple[np.ndarray, Type]:
         block, n_bytes = GGML_QUANT_SIZES[kind]
         shape = tensor.shape[0], tensor.shape[1] // block * n_bytes
-        data = np.random.default_rng(0).integers(0, 60, shape, np.uint8)  # every float of it < 1
+        data = np.random.default_rng(0).integers(0, 60, shape, np.uint8)  # makes floats below 1
         stored.append(data)
         return data.view(np.dtype(PLAIN.get(kind, np.uint8))), kind
 
@@ -81,13 +81,13 @@ def test_reads_each_type(tmp_path, small_blocks, kind):
 PLAIN = {Type.F32: np.float32, Type.F16: np.float16}
 
 
-def test_ignores_what_is_no_weight(tmp_path):
+def test_ignores_rope_freqs_and_the_tied_output(tmp_path):
     extra = {"rope_freqs.weight": np.ones(16, np.float32), "output.weight": np.ones((12, 64))}
     tensors = write_gguf(tmp_path / "model.gguf", extra=extra)
     assert_holds(open_checkpoint(tmp_path / "model.gguf"), tensors, atol=5e-7)
 
 
-def test_metadata_holds_every_type(tmp_path):
+def test_metadata_of_every_type_is_read(tmp_path):
     values = {
         "a.uint8": 200, "a.int8": -100, "a.uint16": 60000, "a.int16": -30000, "a.uint32": 1 << 31,
         "a.int32": -(1 << 31), "a.uint64": 1 << 63, "a.int64": -(1 << 63), "a.float32": 0.5,
@@ -110,7 +110,7 @@ def test_metadata_holds_every_type(tmp_path):
     assert file.get_field("b.strings").contents(1) == "é"
 
 
-def test_long_arrays_are_quick(tmp_path):
+def test_long_arrays_are_read_quickly(tmp_path):
     write_gguf(tmp_path / "model.gguf", "gemma", vocab_size=262_144, hidden_size=32)
     start = time.perf_counter()
     metadata = GGUFFile(tmp_path / "model.gguf").metadata
@@ -119,7 +119,7 @@ def test_long_arrays_are_quick(tmp_path):
     assert metadata["tokenizer.ggml.scores"][-1] == -262143.0
 
 
-def test_without_the_package_says_what_to_install(tmp_path, monkeypatch):
+def test_error_without_the_gguf_package_names_the_extra(tmp_path, monkeypatch):
     for name in ("gguf", "gguf_reader"):
         monkeypatch.delitem(sys.modules, f"gemma_fast.checkpoint.{name}")
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -128,7 +128,7 @@ def test_without_the_package_says_what_to_install(tmp_path, monkeypatch):
         open_checkpoint(tmp_path / "model.gguf")
 
 
-def test_reads_the_demo(demo_gguf):
+def test_reads_the_demo_weights(demo_gguf):
     checkpoint = open_checkpoint(demo_gguf)
     assert checkpoint.config.num_parameters == 268_098_176
     norm = read(checkpoint, "model.norm.weight")

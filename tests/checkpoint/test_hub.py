@@ -1,4 +1,4 @@
-"""Names → files: paths, the hub and its cache, downloads, and what is refused."""
+"""Model names → files: paths, the hub, its cache and downloads; bad names are refused."""
 
 from pathlib import Path
 from unittest.mock import Mock
@@ -13,7 +13,7 @@ from gemma_fast.checkpoint.hub import resolve
 from gemma_fast.checkpoint.open import open_checkpoint
 
 
-def test_resolves_paths_to_themselves(tmp_path):
+def test_paths_resolve_to_themselves(tmp_path):
     write_gguf(tmp_path / "a.gguf")
     assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
     assert resolve(tmp_path / "a.gguf") == tmp_path / "a.gguf"
@@ -27,7 +27,7 @@ def offline(monkeypatch, tmp_path) -> Path:
     return tmp_path / "hub"
 
 
-def test_reads_the_hub_cache_through_its_links(offline):
+def test_hub_cache_is_read_through_its_symlinks(offline):
     repo = offline / "models--owner--tiny"
     commit = "0123456789abcdef0123456789abcdef01234567"
     blobs, snapshot = repo / "blobs", repo / "snapshots" / commit
@@ -42,7 +42,7 @@ def test_reads_the_hub_cache_through_its_links(offline):
     assert_holds(open_checkpoint("owner/tiny"), tensors)
 
 
-def test_downloads_no_pickle(monkeypatch, tmp_path):
+def test_pickles_are_not_downloaded(monkeypatch, tmp_path):
     asked = {}
 
     def snapshot_download(repo_id: str, **kwargs) -> str:
@@ -57,12 +57,12 @@ def test_downloads_no_pickle(monkeypatch, tmp_path):
     assert list(taken) == files[:3]
 
 
-def test_offline_hub_id_says_what_to_do(offline):
+def test_error_for_an_offline_hub_id_names_the_way_out(offline):
     with pytest.raises(OSError, match=r"owner/absent .*LocalEntryNotFoundError.*pass the path of"):
         resolve("owner/absent")
 
 
-def test_gated_hub_id_says_what_to_do(monkeypatch):
+def test_error_for_a_gated_hub_id_names_the_way_out(monkeypatch):
     def snapshot_download(*_, **__):
         raise GatedRepoError("401", response=Mock())
 
@@ -97,6 +97,6 @@ def test_other_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "name", ["absent", "./absent/model", "a/b/c", "/absent", "a/b.gguf", "../a/b"]
 )
-def test_absent_paths_are_no_hub_ids(name):
+def test_missing_paths_are_not_taken_for_hub_ids(name):
     with pytest.raises(FileNotFoundError, match="does not exist, and is not a hub id"):
         resolve(name)

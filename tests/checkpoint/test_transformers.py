@@ -1,4 +1,4 @@
-"""GemmaForCausalLM.from_transformers: the same logits on shared weights, and what it refuses."""
+"""GemmaForCausalLM.from_transformers: same logits, shared weights, and refused models."""
 
 import math
 from copy import deepcopy
@@ -27,7 +27,7 @@ def refused(source: nn.Module, message: str) -> None:
 
 
 def storages(model: nn.Module) -> dict[int, int]:
-    """Where weights lie → bytes."""
+    """Address of each weight's storage → its size in bytes."""
     kept = (weight.untyped_storage() for weight in model.parameters())
     return {storage.data_ptr(): storage.nbytes() for storage in kept}
 
@@ -47,7 +47,7 @@ def test_logits_and_text_equal_transformers(twins):
     assert torch.equal(model.generate(ids, max_new_tokens=9), expected)
 
 
-def test_all_but_the_fused_weights_are_shared(twins):
+def test_all_weights_except_the_fused_ones_are_shared(twins):
     model = GemmaForCausalLM.from_transformers(twins.hf)
     theirs, ours = storages(twins.hf), storages(model)
     copied = sum(size for place, size in ours.items() if place not in theirs)
@@ -58,7 +58,7 @@ def test_all_but_the_fused_weights_are_shared(twins):
         assert not weight.requires_grad
 
 
-def test_what_the_docstring_says_of_gemma_2b():
+def test_sizes_of_gemma_2b_in_the_docstring_are_right():
     config = PRESETS["gemma-2b"]
     q_and_kv = config.num_attention_heads + 2 * config.num_key_value_heads
     rows = q_and_kv * config.head_dim + 2 * config.intermediate_size
@@ -67,7 +67,7 @@ def test_what_the_docstring_says_of_gemma_2b():
     assert (round(copied, 2), round(whole, 2)) == (2.60, 5.01)
 
 
-def test_a_change_in_place_of_a_shared_weight_is_seen_by_both(source):
+def test_in_place_changes_of_shared_weights_affect_both_models(source):
     model, ids = GemmaForCausalLM.from_transformers(source), torch.tensor([[2, 5, 9, 7]])
     before = model(ids).logits
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_a_change_in_place_of_a_shared_weight_is_seen_by_both(source):
     assert not torch.allclose(model(ids).logits, before, atol=0.01)
 
 
-def test_tensors_that_lie_one_behind_the_other_are_shared(source):
+def test_adjacent_q_k_v_weights_are_shared(source):
     for layer in source.model.layers:
         attention = layer.self_attn
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -91,7 +91,7 @@ def test_tensors_that_lie_one_behind_the_other_are_shared(source):
     close(model(ids).logits, source(ids).logits)
 
 
-def test_tensors_that_lie_one_behind_the_other_in_another_order_are_copied(source):
+def test_adjacent_weights_in_another_order_are_copied(source):
     attention = source.model.layers[0].self_attn
     parts = [attention.v_proj, attention.q_proj, attention.k_proj]
     together = torch.cat([part.weight.data for part in parts])
@@ -101,19 +101,19 @@ def test_tensors_that_lie_one_behind_the_other_in_another_order_are_copied(sourc
     close(model(ids).logits, source(ids).logits)
 
 
-def test_one_of_ours_is_refused(source):
+def test_gemma_fast_model_is_refused(source):
     with pytest.raises(ValueError, match="GemmaForCausalLM is not one of transformers'"):
         GemmaForCausalLM.from_transformers(GemmaForCausalLM.from_transformers(source))
 
 
-def test_defaults_that_are_not_supported_are_left_out_with_a_warning(source):
+def test_unsupported_generation_defaults_are_ignored_with_a_warning(source):
     source.generation_config.num_beams = 3
     model, ids = GemmaForCausalLM.from_transformers(source), torch.tensor([[2, 5, 9, 7]])
     with pytest.warns(UserWarning, match=r"num_beams=3 is not supported: .*ignored"):
         model.generate(ids, max_new_tokens=2)
 
 
-def test_a_weight_that_is_not_contiguous_is_copied(source):
+def test_weight_that_is_not_contiguous_is_copied(source):
     weight = source.model.layers[0].self_attn.o_proj.weight
     weight.data = weight.data.T.contiguous().T
     model, ids = GemmaForCausalLM.from_transformers(source), torch.tensor([[2, 5, 9, 7]])
@@ -121,7 +121,7 @@ def test_a_weight_that_is_not_contiguous_is_copied(source):
     close(model(ids).logits, source(ids).logits)
 
 
-def test_the_text_model_of_a_multimodal_one():
+def test_text_model_of_a_multimodal_model_is_taken():
     text = transformers_config(CONFIGS["gemma3-gqa"]).to_dict()
     vision = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
     vision |= {"num_attention_heads": 1, "image_size": 28, "patch_size": 14}
@@ -134,7 +134,7 @@ def test_the_text_model_of_a_multimodal_one():
     assert model.embed_tokens.data_ptr() == source.get_input_embeddings().weight.data_ptr()
 
 
-def test_dtype_and_generation_config_come_along(source):
+def test_dtype_and_generation_config_are_kept(source):
     source.generation_config.max_new_tokens = 3
     source.generation_config.eos_token_id = [1, 106]
     model = GemmaForCausalLM.from_transformers(source.bfloat16())
@@ -154,7 +154,7 @@ def test_other_models_are_refused(source):
     refused(source, "Gemma3ForCausalLM: use_bidirectional_attention=True is not supported")
 
 
-def test_a_head_of_its_own_is_refused(source):
+def test_untied_lm_head_is_refused(source):
     source.lm_head.weight = nn.Parameter(source.lm_head.weight.detach().clone())
     refused(source, "lm_head has its own weights")
 
@@ -173,10 +173,10 @@ def test_adapters_are_refused(source):
 
 
 class Quantized(nn.Parameter):
-    """As bitsandbytes' Params4bit and torchao's tensors are."""
+    """A subclass of Parameter, as bitsandbytes' Params4bit is."""
 
 
-def test_other_weights_are_refused(source):
+def test_unsupported_weights_are_refused(source):
     layer = source.model.layers[1]
     changes = [
         (lambda p: Quantized(p.data), "q_proj.weight is a Quantized of torch.float32: quantized"),
@@ -200,7 +200,7 @@ def test_float16_is_refused_for_gemma_3(source):
     refused(source.half(), "overflows float16")
 
 
-def test_the_source_stays_as_it_was(source):
+def test_source_model_is_unchanged(source):
     state = deepcopy(source.state_dict())
     model = GemmaForCausalLM.from_transformers(source)
     del model

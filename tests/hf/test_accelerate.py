@@ -1,4 +1,4 @@
-"""gemma_fast.hf: an accelerated transformers model says what it said, and is what it was."""
+"""gemma_fast.hf: an accelerated model gives the same logits and stays the same object."""
 
 import copy
 import inspect
@@ -16,7 +16,7 @@ from gemma_fast.hf import accelerate, accelerated, explain, restore
 from gemma_fast.hf import attention as hf_attention
 from gemma_fast.hf import layers as hf_layers
 
-TIGHT = {"rtol": 0, "atol": 3e-5}  # of logits about 3 large, in float32
+TIGHT = {"rtol": 0, "atol": 3e-5}  # for float32 logits of about 3
 
 
 @pytest.fixture(params=FAMILIES)
@@ -24,7 +24,7 @@ def model(request):
     return make(request.param)
 
 
-def test_same_logits(model):
+def test_logits_are_the_same(model):
     ids = prompt()
     mask = padded(ids, 7, 0)
     before, plain = logits(model, ids, mask), logits(model, ids)
@@ -35,8 +35,8 @@ def test_same_logits(model):
 
 
 @pytest.mark.parametrize("family", ["gemma3-gqa", *slow("gemma-mqa", "gemma2-gqa")])
-def test_same_logits_by_the_triton_kernels(family):
-    """In the interpreter, or on a GPU: a prompt, then tokens one by one."""
+def test_logits_of_the_triton_kernels_are_the_same(family):
+    """Runs a prompt, then decode steps, in the interpreter or on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids = make(family).to(device), prompt(t=20).to(device)
     mask = padded(ids.cpu(), 5, 0).to(device)
@@ -55,8 +55,8 @@ def test_same_logits_by_the_triton_kernels(family):
 
 @pytest.mark.parametrize("t", [1, 20])
 @pytest.mark.parametrize("family", ["gemma3-gqa", *slow("gemma-mqa", "gemma-mha")])
-def test_without_a_cache_by_the_triton_kernels(family, t):
-    """Keys and values then lie as they were computed, each in its own way."""
+def test_logits_of_the_triton_kernels_without_a_cache_are_the_same(family, t):
+    """Without a cache, the strides of keys and values differ."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids = make(family).to(device), prompt(t=t).to(device)
     expected = logits(model, ids, use_cache=False)
@@ -66,7 +66,7 @@ def test_without_a_cache_by_the_triton_kernels(family, t):
 
 
 @pytest.mark.parametrize("part", ["norm", "mlp", "attention"])
-def test_each_part_alone(model, part):
+def test_each_part_can_be_accelerated_alone(model, part):
     ids, parts = prompt(), dict.fromkeys(("norm", "mlp", "attention"), False)
     expected = logits(model, ids)
     accelerate(model, **parts | {part: True})
@@ -79,14 +79,14 @@ KERNELS = [(hf_layers, "rms_norm"), (hf_layers, "geglu"), (hf_attention, "attent
 
 
 @pytest.mark.parametrize(("module", "name"), KERNELS)
-def test_a_mistake_in_a_kernel_shows(model, monkeypatch, module, name):
+def test_wrong_kernel_changes_the_logits(model, monkeypatch, module, name):
     ids, kernel = prompt(), getattr(module, name)
     expected = logits(model, ids)
     monkeypatch.setattr(module, name, lambda *args, **kwargs: kernel(*args, **kwargs).roll(1, -1))
     assert (logits(accelerate(model), ids) - expected).abs().max() > 0.01
 
 
-def test_it_stays_the_same_model(model):
+def test_model_keeps_its_class_config_and_weights(model):
     kind, config, weights = type(model), model.config, model.state_dict()
     settings = copy.deepcopy(config.to_dict())
     assert accelerate(model) is model
@@ -98,7 +98,7 @@ def test_it_stays_the_same_model(model):
         assert issubclass(fast, original)
 
 
-def test_restore(model):
+def test_restore_undoes_acceleration(model):
     ids = prompt()
     expected = logits(model, ids)
     classes, attributes = [[f(m) for m in model.modules()] for f in (type, lambda m: set(vars(m)))]
@@ -112,14 +112,14 @@ def test_restore(model):
     assert restore(model) is model
 
 
-def test_accelerating_again_says_anew_which_parts(model):
+def test_accelerating_again_replaces_the_selected_parts(model):
     accelerate(model)
     accelerate(model, attention=False, norm=False)
     assert model.config._attn_implementation == "eager"
     assert {line.part for line in explain(model) if line.path != "transformers"} == {"mlp"}
 
 
-def test_as_a_context(model):
+def test_context_manager_restores_the_state_before_it(model):
     with accelerated(model, mlp=False) as inside:
         assert inside is model and model.config._attn_implementation == "gemma_fast+eager"
     assert model.config._attn_implementation == "eager"
@@ -133,7 +133,7 @@ def test_as_a_context(model):
     assert model.config._attn_implementation == "gemma_fast+eager"
 
 
-def test_saved_and_loaded(model, tmp_path):
+def test_saved_model_is_loaded_plain_or_accelerated(model, tmp_path):
     ids = prompt()
     expected = logits(accelerate(model), ids)
     model.save_pretrained(tmp_path)
@@ -144,7 +144,7 @@ def test_saved_and_loaded(model, tmp_path):
     assert all(line.path == "reference" for line in explain(fast))
 
 
-def test_from_pretrained_has_transformers_signature():
+def test_from_pretrained_has_the_signature_of_transformers():
     theirs = transformers.AutoModelForCausalLM.from_pretrained
     assert inspect.signature(hf.FastGemma.from_pretrained) == inspect.signature(theirs)
 
@@ -157,11 +157,11 @@ def test_copies_are_accelerated(model, copied):
     assert torch.equal(logits(other, ids), expected)
     assert all(line.path == "reference" for line in explain(other))
     restore(other)
-    assert all(line.path == "reference" for line in explain(model)), "they are two models"
+    assert all(line.path == "reference" for line in explain(model)), "the original is unaffected"
 
 
 @pytest.mark.parametrize("model", slow(*FAMILIES), indirect=True)
-def test_an_unpickled_model_in_a_fresh_process(model, tmp_path):
+def test_unpickled_model_in_a_new_process_gives_the_same_logits(model, tmp_path):
     import subprocess
     import sys
 
@@ -179,8 +179,8 @@ def test_an_unpickled_model_in_a_fresh_process(model, tmp_path):
 
 
 @pytest.mark.parametrize("first", ["accelerated", "moved"])
-def test_moved_to_another_dtype(model, first):
-    """bfloat16 is as near to float32 as transformers' own is, whichever comes first."""
+def test_model_can_be_moved_to_another_dtype(model, first):
+    """The error of bfloat16 is at most 1.1 times transformers', whichever step comes first."""
     ids = prompt()
     exact = logits(model, ids)
     theirs = (logits(copy.deepcopy(model).bfloat16(), ids) - exact).square().mean().sqrt()
@@ -193,7 +193,7 @@ def test_moved_to_another_dtype(model, first):
 
 
 @pytest.mark.gpu
-def test_moved_between_devices(model):
+def test_model_can_be_moved_between_devices(model):
     ids = prompt()
     expected = logits(accelerate(model, strict=True), ids)
     found = logits(model.cuda(), ids.cuda()).cpu()
@@ -201,7 +201,7 @@ def test_moved_between_devices(model):
     assert torch.equal(logits(model.cpu(), ids), expected)
 
 
-def test_two_families_at_once():
+def test_several_families_can_be_accelerated_at_once():
     ids, models = prompt(), [make(family) for family in FAMILIES]
     expected = [logits(model, ids) for model in models]
     for model in models:
@@ -214,7 +214,7 @@ def test_two_families_at_once():
     torch.testing.assert_close(logits(models[2], ids), expected[2], **TIGHT)
 
 
-def test_sdpa_as_the_original():
+def test_model_with_sdpa_can_be_accelerated():
     ids, model = prompt(), make("gemma3-gqa", "sdpa")
     mask = padded(ids, 7, 0)
     expected = logits(model, ids, mask)[mask.bool()]
@@ -224,8 +224,8 @@ def test_sdpa_as_the_original():
     assert restore(model).config._attn_implementation == "sdpa"
 
 
-def test_both_interfaces_know_the_name():
-    """Without the second, transformers leaves masks out, padding and all, without a word."""
+def test_attention_and_mask_functions_are_registered():
+    """Without a registered mask function, transformers silently drops all masks, even padding."""
     for original in ("eager", "sdpa", "flex_attention", "flash_attention_2"):
         assert hf_attention.PREFIX + original in transformers.AttentionInterface._global_mapping
         assert hf_attention.PREFIX + original in transformers.AttentionMaskInterface._global_mapping

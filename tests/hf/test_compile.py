@@ -1,4 +1,4 @@
-"""gemma_fast.hf under torch.compile: one whole graph, and no more graphs than without."""
+"""gemma_fast.hf under torch.compile: no graph breaks, no more graphs than transformers alone."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ def graphs():
     return []
 
 
-def keeper(graphs):
-    """A backend of torch.compile that notes each graph and runs it as it is."""
+def recording_backend(graphs):
+    """A backend of torch.compile that records each graph and runs it unchanged."""
 
     def backend(graph, inputs, **options):
         graphs.append(graph)
@@ -26,10 +26,10 @@ def keeper(graphs):
 
 
 def tokens_by_compiled(model, cache, mask_too):
-    """Token after token through one compiled forward → tokens, number of graphs."""
+    """Decodes 16 tokens with a compiled forward → tokens, number of graphs."""
     torch._dynamo.reset()
     graphs, ids, tokens = [], prompt(t=6), []
-    forward = torch.compile(model.forward, fullgraph=True, backend=keeper(graphs))
+    forward = torch.compile(model.forward, fullgraph=True, backend=recording_backend(graphs))
     with torch.no_grad():
         token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
         for i in range(16):
@@ -42,7 +42,7 @@ def tokens_by_compiled(model, cache, mask_too):
 
 @pytest.mark.parametrize("mask_too", [False, *slow(True)], ids=["no mask", "mask"])
 @pytest.mark.parametrize("kind", [GemmaFastCache, *slow(DynamicCache, StaticCache)])
-def test_compiled_whole_in_as_many_graphs(kind, mask_too):
+def test_compiles_to_no_more_graphs_than_transformers(kind, mask_too):
     model = make("gemma3-gqa", layers=2)
 
     def cache(kind):
@@ -59,23 +59,23 @@ def test_compiled_whole_in_as_many_graphs(kind, mask_too):
         assert graphs == 1 < most
 
 
-def test_generate_compiles_rings_once(graphs):
-    """As `generate` does by itself on a GPU, where it makes the masks outside the graph."""
+def test_generate_with_rings_compiles_one_graph(graphs):
+    """`generate` compiles by itself only on a GPU. It makes the masks outside the graph."""
     model, ids = make("gemma3-gqa", layers=2), prompt(t=6)
     mask = padded(ids, 2, 0)
     options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
     expected = model.generate(ids, **options)
     accelerate(model, strict=True)
-    config = CompileConfig(backend=keeper(graphs), fullgraph=True)
-    config._compile_all_devices = True  # what transformers calls "even on a CPU"
+    config = CompileConfig(backend=recording_backend(graphs), fullgraph=True)
+    config._compile_all_devices = True  # transformers then compiles on a CPU too
     cache = GemmaFastCache(model.config, 60)
     found = model.generate(ids, past_key_values=cache, compile_config=config, **options)
     assert torch.equal(found, expected) and len(graphs) == 1
 
 
 @pytest.mark.gpu
-def test_generate_on_a_gpu_compiles_by_itself():
-    """Into CUDA graphs, in which counters, rings and lengths must stay what they are."""
+def test_generate_on_a_gpu_compiles_automatically():
+    """Replays of its CUDA graphs must update counters, rings and lengths correctly."""
     model, ids = make("gemma3-gqa", layers=2).cuda(), prompt(t=6).cuda()
     options = {"attention_mask": padded(ids.cpu(), 2, 0).cuda(), "do_sample": False}
     expected = model.generate(ids, max_new_tokens=40, **options)
@@ -87,10 +87,10 @@ def test_generate_on_a_gpu_compiles_by_itself():
         cache.reset()
 
 
-def test_a_compiled_mask_that_rings_cannot_take(graphs):
+def test_compiled_mask_with_holes_is_refused_by_rings(graphs):
     model = accelerate(make("gemma3-gqa", layers=2))
     cache, ids = GemmaFastCache(model.config, 40), prompt(t=6)
-    forward = torch.compile(model.forward, fullgraph=True, backend=keeper(graphs))
+    forward = torch.compile(model.forward, fullgraph=True, backend=recording_backend(graphs))
     with torch.no_grad():
         model(ids, past_key_values=cache)
         mask = torch.ones(2, 7, dtype=torch.long)

@@ -1,5 +1,5 @@
-"""gemma_fast.hf: what runs where is told and can be demanded; what cannot be accelerated is
-refused, and left as it was."""
+"""gemma_fast.hf: `explain` lists what runs where, `strict=True` demands the kernels. Models that
+cannot be accelerated are refused and stay unchanged."""
 
 import logging
 
@@ -19,7 +19,7 @@ def model(request):
     return make(request.param)
 
 
-def test_it_is_said_once(model, caplog, monkeypatch):
+def test_fallback_is_logged_once(model, caplog, monkeypatch):
     logger = hf_attention.logger
     logger.warning_once.cache_clear()
     monkeypatch.setattr(logger, "propagate", True)
@@ -34,7 +34,7 @@ def test_it_is_said_once(model, caplog, monkeypatch):
     assert len(said) == 1 and "explain(model" in said[0]
 
 
-def test_explain(model):
+def test_explain_gives_path_and_reason_of_each_module(model):
     accelerate(model, mlp=False)
     lines = explain(model)
     layers = model.config.num_hidden_layers
@@ -53,7 +53,7 @@ def test_explain(model):
         explain(model, strict=True)
 
 
-def test_explain_under_strict_and_after_others_have_had_a_hand_in(model):
+def test_explain_reports_under_strict_and_after_the_attention_was_replaced(model):
     accelerate(model, strict=True)
     assert all(path == "transformers" for path, _ in why(model, input_ids=prompt()).values())
     with pytest.raises(RuntimeError, match="strict=True requires"):
@@ -66,12 +66,12 @@ def test_explain_under_strict_and_after_others_have_had_a_hand_in(model):
     explain(accelerate(model), strict=True)
 
 
-def test_explain_of_a_compiled_model(model):
+def test_explain_accepts_a_compiled_model(model):
     accelerate(model).forward = torch.compile(model.forward, backend="eager")
     assert {path for path, _ in why(model).values()} == {"reference"}
 
 
-def test_a_module_that_is_not_called(model):
+def test_explain_lists_modules_that_are_not_called(model):
     accelerate(model)
     explain(model)
     model.model.norm.forward, norm = None, model.model.norm
@@ -82,8 +82,8 @@ def test_a_module_that_is_not_called(model):
     assert (line.path, line.why) == ("transformers", "not called")
 
 
-def test_a_config_that_two_models_share(model):
-    """Only the one that was accelerated runs on the kernels."""
+def test_model_that_shares_the_config_is_not_accelerated(model):
+    """Only the model given to `accelerate` runs on the kernels."""
     ids, twin = prompt(), type(model)(model.config).eval()
     twin.load_state_dict(model.state_dict())
     expected = logits(twin, ids, RIGHT), logits(twin, ids)
@@ -95,13 +95,13 @@ def test_a_config_that_two_models_share(model):
 
 
 @pytest.mark.parametrize("part", ["norm", "mlp"])
-def test_strict(model, part):
+def test_strict_raises_if_gradients_are_recorded(model, part):
     accelerate(model, attention=False, strict=True, **{"norm" if part == "mlp" else "mlp": False})
     with pytest.raises(RuntimeError, match=f"{part} cannot run on the kernels.*no_grad"):
         model(prompt())
 
 
-def test_another_architecture():
+def test_other_architectures_are_refused():
     config = transformers.LlamaConfig(
         vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=8, num_key_value_heads=1,
@@ -116,7 +116,7 @@ def test_another_architecture():
 
 
 @pytest.mark.parametrize("fault", ["device", "forward"])
-def test_refused_and_left_as_it_was(model, fault):
+def test_refused_model_is_unchanged(model, fault):
     if fault == "device":
         model = model.to("meta")
         message = "the model is on meta: move it to cuda"
@@ -131,7 +131,7 @@ def test_refused_and_left_as_it_was(model, fault):
     assert model.config._attn_implementation == "eager"
 
 
-def test_a_wrong_version_of_transformers():
+def test_wrong_or_missing_transformers_is_an_import_error():
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""gemma_fast.hf: where faster Gemmas elsewhere have gone wrong; and Gemma 3 with its eyes."""
+"""gemma_fast.hf: mistakes known from other fast Gemmas, and multimodal Gemma 3."""
 
 import pytest
 import torch
@@ -33,13 +33,13 @@ def test_one_plus_weight_is_summed_in_fp32(family, kernel):
         ).any()
 
     assert not far(found)
-    assert far((normed * (1 + weight)).to(dtype)), "the mistake would show"
+    assert far((normed * (1 + weight)).to(dtype)), "a sum in 16 bits must be detected"
 
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["reference", "kernel"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_the_caller_holds_is_left_alone(family, kernel):
-    """The residual, each norm's and MLP's input, inputs_embeds, the cache's older keys."""
+def test_tensors_of_the_caller_are_not_overwritten(family, kernel):
+    """Checks the inputs of norms (the residual) and MLPs, inputs_embeds and older cached keys."""
     model = accelerate(make(family), strict=True)
     held = []
 
@@ -64,8 +64,8 @@ def test_what_the_caller_holds_is_left_alone(family, kernel):
 
 
 @pytest.fixture(scope="module")
-def seeing():
-    """A Gemma 3 with a vision tower: images of 4 tokens."""
+def multimodal():
+    """A Gemma 3 with a vision tower; an image takes 4 tokens."""
     vision = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 8,
         "num_attention_heads": 2, "patch_size": 2,
@@ -83,21 +83,21 @@ def seeing():
     return model
 
 
-def test_multimodal_text(seeing):
+def test_multimodal_model_gives_the_same_output_for_text(multimodal):
     ids = prompt(t=20).clamp(min=8)
-    expected = logits(seeing, ids)
-    text = seeing.generate(ids, max_new_tokens=8, do_sample=False)
-    accelerate(seeing, strict=True)
-    torch.testing.assert_close(logits(seeing, ids), expected, **TIGHT)
-    assert torch.equal(seeing.generate(ids, max_new_tokens=8, do_sample=False), text)
-    modules = dict(seeing.named_modules())
-    assert all("language_model" in line.module for line in explain(seeing))
+    expected = logits(multimodal, ids)
+    text = multimodal.generate(ids, max_new_tokens=8, do_sample=False)
+    accelerate(multimodal, strict=True)
+    torch.testing.assert_close(logits(multimodal, ids), expected, **TIGHT)
+    assert torch.equal(multimodal.generate(ids, max_new_tokens=8, do_sample=False), text)
+    modules = dict(multimodal.named_modules())
+    assert all("language_model" in line.module for line in explain(multimodal))
     assert not any(hasattr(m, "part") for n, m in modules.items() if "language_model" not in n)
-    restore(seeing)
+    restore(multimodal)
 
 
-def test_multimodal_image(seeing):
-    """Image tokens see each other, both ways: such a mask is transformers' to apply."""
+def test_multimodal_model_gives_the_same_output_for_an_image(multimodal):
+    """Image tokens attend to each other in both directions, so transformers' attention runs."""
     ids = prompt(b=1, t=20).clamp(min=8)
     ids[0, 5:9] = 7
     inputs = {
@@ -105,11 +105,11 @@ def test_multimodal_image(seeing):
         "pixel_values": torch.randn(1, 3, 8, 8), "attention_mask": torch.ones_like(ids),
     }  # fmt: skip
     with torch.no_grad():
-        expected = seeing(**inputs).logits
-        text = seeing.generate(**inputs, max_new_tokens=8, do_sample=False)
-        accelerate(seeing)
-        torch.testing.assert_close(seeing(**inputs).logits, expected, **TIGHT)
-        assert torch.equal(seeing.generate(**inputs, max_new_tokens=8, do_sample=False), text)
-        paths = {(line.part, line.path) for line in explain(seeing, **inputs)}
+        expected = multimodal(**inputs).logits
+        text = multimodal.generate(**inputs, max_new_tokens=8, do_sample=False)
+        accelerate(multimodal)
+        torch.testing.assert_close(multimodal(**inputs).logits, expected, **TIGHT)
+        assert torch.equal(multimodal.generate(**inputs, max_new_tokens=8, do_sample=False), text)
+        paths = {(line.part, line.path) for line in explain(multimodal, **inputs)}
     assert ("attention", "transformers") in paths and ("norm", "reference") in paths
-    restore(seeing)
+    restore(multimodal)

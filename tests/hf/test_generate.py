@@ -1,5 +1,5 @@
-"""gemma_fast.hf: `generate` of an accelerated model writes the tokens it wrote before, whatever the
-cache and the search."""
+"""gemma_fast.hf: `generate` of an accelerated model gives the same tokens, with every cache and
+decoding strategy."""
 
 import copy
 
@@ -14,7 +14,7 @@ from triton_interpreter import interpreter
 from gemma_fast.hf import GemmaFastCache, accelerate, restore
 
 NEWER = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)
-NEW = 24  # tokens, with which the caches pass the windows
+NEW = 24  # new tokens, enough to exceed the windows
 TIGHT = {"rtol": 0, "atol": 3e-5}
 
 
@@ -42,7 +42,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_same_tokens(model, way):
+def test_generate_gives_the_same_tokens(model, way):
     ids = prompt()
     expected = generate(model, ids, padded(ids, 7, 0), **WAYS[way])
     accelerate(model, strict=True)
@@ -52,8 +52,8 @@ def test_same_tokens(model, way):
 @pytest.mark.parametrize(
     "way", ["dynamic cache", "rings", *slow("static cache", "beams", "prefill in chunks")]
 )
-def test_same_tokens_by_the_triton_kernels(way):
-    """In the interpreter, or on a GPU: the layouts of each cache's keys."""
+def test_generate_on_the_triton_kernels_gives_the_same_tokens(way):
+    """Each cache has its own layout of keys. Runs in the interpreter, or on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids = make("gemma3-gqa", layers=2).to(device), prompt(t=15).to(device)
     mask, options = padded(ids.cpu(), 4, 0).to(device), WAYS.get(way, {}) | {"max_new_tokens": 4}
@@ -66,12 +66,12 @@ def test_same_tokens_by_the_triton_kernels(way):
 
 
 @pytest.mark.parametrize("way", ["assisted", "prompt lookup"])
-def test_same_tokens_of_guessed_ones(model, way):
-    """Several tokens at a time are checked, and some taken back from the cache."""
+def test_assisted_and_prompt_lookup_decoding_give_the_same_tokens(model, way):
+    """The model checks several candidates at a time; rejected ones are cropped from the cache."""
     if way == "assisted" and model.config.model_type != "gemma" and not NEWER:
         pytest.skip("transformers 5.17 itself fails")
     assistant = copy.deepcopy(model)
-    for weight in assistant.parameters():  # it guesses well, but not always
+    for weight in assistant.parameters():  # its candidates are often right, not always
         weight.data += 0.02 * torch.randn_like(weight)
     options = {"assistant_model": assistant} if way == "assisted" else {}
     if way == "prompt lookup":
@@ -85,7 +85,7 @@ def test_same_tokens_of_guessed_ones(model, way):
 
 @pytest.mark.parametrize("length", [T, 3], ids=["longer than the window", "shorter"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-def test_rings(model, options, length):
+def test_rings_give_the_same_tokens(model, options, length):
     ids = prompt(t=length)
     mask = padded(ids, 2, 0)
     expected = generate(model, ids, mask, **options)
@@ -98,8 +98,8 @@ def test_rings(model, options, length):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 11, 13, 20])
-def test_rings_by_chunks(chunk):
-    """Logits over a text that passes the window several times, in chunks of any length."""
+def test_rings_give_the_same_logits_in_chunks(chunk):
+    """The text is several windows long, and is read in chunks of different lengths."""
     model, ids = make("gemma3-gqa"), prompt(t=60)
     mask = padded(ids, 17, 0)
     expected = logits(model, ids, mask)
@@ -113,8 +113,8 @@ def test_rings_by_chunks(chunk):
         torch.testing.assert_close(found[real], expected[real], **TIGHT)
 
 
-def test_a_ring_moves_nothing():
-    """A token writes its own slot; transformers' static layer, once full, the whole window."""
+def test_decode_step_writes_one_slot_of_a_ring():
+    """transformers' static layer, once full, shifts the whole window for each token."""
     model, ids = accelerate(make("gemma3-gqa"), strict=True), prompt(t=T)
     cache = GemmaFastCache(model.config, 60)
     logits(model, ids, past_key_values=cache)
@@ -126,7 +126,7 @@ def test_a_ring_moves_nothing():
     assert ring.keys.shape[2] == model.config.sliding_window and ring.keys.data_ptr() == where
 
 
-def test_a_static_cache_longer_than_the_window_and_one_shorter(model):
+def test_static_caches_of_two_lengths_give_the_same_tokens(model):
     for room in (T + NEW, 200):
         ids = prompt(t=5)
         restore(model)
@@ -137,7 +137,7 @@ def test_a_static_cache_longer_than_the_window_and_one_shorter(model):
             assert torch.equal(found, expected)
 
 
-def test_batched_equals_single_with_left_padding(model):
+def test_left_padded_batch_equals_single_prompts(model):
     accelerate(model, strict=True)
     ids = prompt(b=3)
     mask = padded(ids, 0, 4, 21)

@@ -1,4 +1,4 @@
-"""gemma_fast.hf: what the kernels cannot take runs transformers' code, to the same numbers."""
+"""gemma_fast.hf: what the kernels do not support falls back to transformers' code."""
 
 import copy
 import inspect
@@ -21,8 +21,8 @@ def model(request):
 
 
 @torch.no_grad()
-def check_handed_over(model, mention, **inputs):
-    """Only attention; to the very numbers of transformers' own, without the kernels' norms."""
+def check_attention_falls_back(model, mention, **inputs):
+    """Attention falls back with the same logits, bit by bit; norms and MLPs are not accelerated."""
     expected = model(**inputs).logits
     accelerate(model, norm=False, mlp=False)
     assert torch.equal(model(**inputs).logits, expected)
@@ -44,38 +44,38 @@ MASKS = {
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("padding", MASKS)
-def test_padding_elsewhere_than_on_the_left(padding, attention):
+def test_padding_that_is_not_only_on_the_left_falls_back(padding, attention):
     model = make("gemma3-gqa", attention)
-    check_handed_over(model, "more than causal", input_ids=prompt(),
+    check_attention_falls_back(model, "more than causal", input_ids=prompt(),
                       attention_mask=torch.tensor(MASKS[padding]))  # fmt: skip
 
 
-def test_a_mask_of_the_caller(model):
+def test_custom_4d_mask_falls_back(model):
     seen = torch.tril(torch.ones(30, 30, dtype=torch.bool))
     seen[20:, 3:9] = False
     mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min).expand(2, 1, 30, 30)
-    check_handed_over(model, "more than causal", input_ids=prompt(), attention_mask=mask)
+    check_attention_falls_back(model, "more than causal", input_ids=prompt(), attention_mask=mask)
 
 
-def test_packed_sequences(model):
+def test_packed_sequences_fall_back(model):
     positions = torch.cat((torch.arange(12), torch.arange(18))).expand(2, 30)
-    check_handed_over(
+    check_attention_falls_back(
         model, "more than causal", input_ids=prompt(), position_ids=positions, use_cache=False
     )
 
 
 @pytest.mark.parametrize("family", ["gemma3-gqa", "gemma3-mqa"])
-def test_both_directions(family):
+def test_bidirectional_attention_falls_back(family):
     model = make(family)
     model.config.use_bidirectional_attention = True
     for module in model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = False
-    check_handed_over(model, "more than causal", input_ids=prompt())
+    check_attention_falls_back(model, "more than causal", input_ids=prompt())
 
 
-def test_more_than_causal_by_function(model):
-    """As multimodal models let image tokens see each other."""
+def test_mask_with_an_or_function_falls_back(model):
+    """Multimodal models use one, so that image tokens attend to each other."""
     model = accelerate(model)
     config, embeds = model.config, torch.zeros(1, 6, 4)
     both = {"config": config, "inputs_embeds": embeds, "attention_mask": None}
@@ -87,13 +87,13 @@ def test_more_than_causal_by_function(model):
         other = create_causal_mask(**both, or_mask_function=lambda b, h, q, k: q >= 0)
         assert other.shape == (1, 1, t, t) and (other == 0).all()
     config.is_causal = False
-    assert create_causal_mask(**both) is None, "one key, which it sees both ways"
+    assert create_causal_mask(**both) is None, "with one key, no mask is needed in both directions"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("t", [1, 12])
-def test_one_token_of_an_image(t):
-    """It sees the whole of its image, also what the window has left."""
+def test_image_tokens_attend_to_their_whole_image(t):
+    """They also attend to the part of the image that is outside the window."""
     model = accelerate(make("gemma3-gqa"))
     cache = transformers.DynamicCache(config=model.config)
     logits(model, prompt(), past_key_values=cache)
@@ -108,8 +108,8 @@ def test_one_token_of_an_image(t):
 
 
 @torch.no_grad()
-def test_what_attention_may_be_called_with():
-    """By others than Gemma's layers: each is handed over, with its reason."""
+def test_attend_falls_back_on_arguments_it_does_not_support():
+    """Callers other than Gemma's layers may pass them. The reason is recorded."""
     model = accelerate(make("gemma3-gqa", "sdpa"))
     layer = model.model.layers[0].self_attn
     q, k, v = torch.randn(2, 4, 5, 32), torch.randn(2, 2, 5, 32), torch.randn(2, 2, 5, 32)
@@ -130,7 +130,7 @@ def test_what_attention_may_be_called_with():
     call("nothing", q, k, v)
 
 
-def test_gradients(model):
+def test_recording_gradients_falls_back(model):
     ids = prompt()
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
@@ -148,7 +148,7 @@ def test_gradients(model):
     assert {path for path, _ in why(model, input_ids=ids).values()} == {"reference"}
 
 
-def test_training_mode_with_dropout(model):
+def test_training_mode_falls_back(model):
     model.config.attention_dropout = 0.5
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
@@ -165,7 +165,7 @@ def test_training_mode_with_dropout(model):
 
 
 @torch.no_grad()
-def test_attention_weights(model):
+def test_output_attentions_falls_back(model):
     ids = prompt()
     expected = model(ids, output_attentions=True).attentions
     found = accelerate(model, norm=False, mlp=False)(ids, output_attentions=True).attentions
@@ -174,7 +174,7 @@ def test_attention_weights(model):
     assert "output_attentions" in reasons["attention"][1]
 
 
-def test_hidden_states(model):
+def test_hidden_states_are_the_same(model):
     ids = prompt()
     with torch.no_grad():
         expected = model(ids, output_hidden_states=True).hidden_states
@@ -183,7 +183,7 @@ def test_hidden_states(model):
         torch.testing.assert_close(a, b, rtol=3e-5, atol=3e-5)
 
 
-def test_float64(model):
+def test_float64_falls_back(model):
     ids = prompt()
     expected = logits(model.double(), ids)
     assert torch.equal(logits(accelerate(model), ids), expected)
@@ -191,8 +191,8 @@ def test_float64(model):
 
 
 @torch.no_grad()
-def test_autocast():
-    """Values come out of their product in bfloat16, queries and keys of the rotation in float32."""
+def test_autocast_falls_back():
+    """Values are the projection's, in bfloat16; the rotation gives queries and keys in float32."""
     model, ids = make("gemma3-gqa", "sdpa"), prompt()
     exact = model(ids).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -203,13 +203,13 @@ def test_autocast():
     assert ours < 1.2 * theirs
 
 
-def test_moved_to_where_no_kernel_runs(model):
+def test_unsupported_device_falls_back(model):
     with torch.no_grad():
         reasons = why(accelerate(model).to("meta"), input_ids=prompt().to("meta"))
     assert all(note == "device meta: the kernels run on cuda" for _, note in reasons.values())
 
 
-def test_an_exact_gelu():
+def test_exact_gelu_falls_back():
     model = make("gemma-mqa")
     for layer in model.model.layers:
         layer.mlp.act_fn = torch.nn.GELU()
@@ -220,8 +220,8 @@ def test_an_exact_gelu():
     assert path == "transformers" and "not the GELU's tanh approximation" in reason
 
 
-def test_rings_refuse_what_cannot_read_them(model):
-    """Models as they are, also beside an accelerated one of the same config; other masks."""
+def test_rings_refuse_plain_models_and_other_masks(model):
+    """A plain model is refused, also beside an accelerated one with an equal config."""
     ids, fast = prompt(), accelerate(make_like(model))
     for owner in (model, fast):
         cache = GemmaFastCache(owner.config, 40)
@@ -250,14 +250,14 @@ def make_like(model):
     return other
 
 
-def test_left_padding_is_told_from_holes():
+def test_left_padding_is_distinguished_from_holes():
     mask = padded(prompt(t=6), 2, 0).bool()
     first, whole = hf_attention.left_padding(mask, 6)
     assert first.tolist() == [2, 0] and whole
     mask[1, 5] = False
     assert not hf_attention.left_padding(mask, 6)[1]
-    assert hf_attention.left_padding(mask, 5)[1], "what is still to come does not matter"
+    assert hf_attention.left_padding(mask, 5)[1], "positions from `end` on do not matter"
     mask[1, 5] = True
     assert not hf_attention.left_padding(mask, 7)[1], "a mask must cover all tokens"
     first, whole = hf_attention.left_padding(torch.zeros(1, 4, dtype=torch.bool), 4)
-    assert first.tolist() == [4] and whole, "a row may be padding so far"
+    assert first.tolist() == [4] and whole, "a row may be all padding so far"

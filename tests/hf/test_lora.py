@@ -1,4 +1,4 @@
-"""gemma_fast.hf: adapters of peft on an accelerated model."""
+"""gemma_fast.hf: LoRA adapters of peft on an accelerated model."""
 
 import peft
 import pytest
@@ -17,8 +17,8 @@ def model(request):
 
 
 @pytest.mark.parametrize("first", ["accelerated", "adapted"])
-def test_lora(model, first):
-    """On the projections, trained and merged, before or after acceleration."""
+def test_lora_adapters_can_be_trained_and_merged(model, first):
+    """Adapters on the projections, added before or after acceleration."""
     ids = prompt()
     if first == "accelerated":
         accelerate(model)

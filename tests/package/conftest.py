@@ -1,4 +1,4 @@
-"""One family."""
+"""These tests run with one family."""
 
 import pytest
 from tiny_models import CONFIGS, Twins
@@ -6,5 +6,5 @@ from tiny_models import CONFIGS, Twins
 
 @pytest.fixture(scope="session", params=["gemma3-gqa"])
 def twins(request, tmp_path_factory) -> Twins:
-    """The richest family: most tests of this room do not depend on it."""
+    """The family with the most features. Most tests of this folder do not depend on the family."""
     return Twins.build(CONFIGS[request.param], tmp_path_factory.mktemp(request.param))

@@ -1,4 +1,4 @@
-"""What a user can do wrong with the model, and what it says."""
+"""Wrong arguments to the model, and the errors that it raises."""
 
 import re
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def ids(tokens: int = 4) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_input_ids(model, input_ids, message):
+def test_bad_input_ids_are_refused(model, input_ids, message):
     with pytest.raises(ValueError, match=message):
         model(input_ids)
     with pytest.raises(ValueError, match=message):
@@ -46,7 +46,7 @@ def test_input_ids(model, input_ids, message):
 
 
 @ALL_FAMILIES
-def test_float16_overflows_gemma_3(model, twins):
+def test_float16_is_refused_for_gemma_3_only(model, twins):
     if twins.config.model_type == "gemma3":
         with pytest.raises(ValueError, match="overflows float16: use bfloat16 or float32"):
             GemmaForCausalLM.from_pretrained(twins.path, dtype="float16")
@@ -67,12 +67,12 @@ def test_float16_overflows_gemma_3(model, twins):
     ],
     ids=str,
 )
-def test_attention_mask(model, mask, message):
+def test_bad_attention_mask_is_refused(model, mask, message):
     with pytest.raises(ValueError, match=message):
         model(ids(), attention_mask=torch.tensor(mask))
 
 
-def test_attention_mask_that_disagrees_with_the_cache(model):
+def test_attention_mask_that_disagrees_with_the_cache_is_refused(model):
     cache = model(ids(), attention_mask=torch.tensor([[0, 1, 1, 1]])).past_key_values
     with pytest.raises(ValueError, match="disagrees with the padding of the cached tokens"):
         model(ids(1), attention_mask=torch.tensor([[0, 0, 1, 1, 1]]), past_key_values=cache)
@@ -80,22 +80,22 @@ def test_attention_mask_that_disagrees_with_the_cache(model):
     model(ids(1), attention_mask=torch.tensor([[0, 1, 1, 1, 1]]), past_key_values=cache)
 
 
-def test_attention_mask_that_calls_cached_padding_tokens(model):
-    """A row of which only padding came so far cannot have begun before."""
+def test_attention_mask_that_unmasks_cached_padding_is_refused(model):
+    """The first row is all padding so far, so its text cannot start in the cache."""
     padding = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])
     cache = model(ids().repeat(2, 1), attention_mask=padding).past_key_values
     with pytest.raises(ValueError, match="disagrees with the padding of the cached tokens"):
         model(ids(1).repeat(2, 1), attention_mask=torch.ones(2, 5), past_key_values=cache)
 
 
-def test_a_refused_call_leaves_no_padding_behind(model):
+def test_refused_call_stores_no_padding_in_the_cache(model):
     cache = KVCache(model.config, 1, 5, dtype=torch.float32)
     with pytest.raises(ValueError, match="do not fit"):
         model(ids(6), attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1]]), past_key_values=cache)
     assert torch.equal(model(ids(), past_key_values=cache).logits, model(ids()).logits)
 
 
-def test_position_ids(model):
+def test_position_ids_must_continue_the_cache(model):
     mask = torch.tensor([[0, 1, 1, 1]])
     positions = torch.tensor([[1, 0, 1, 2]])
     expected = model(ids(), attention_mask=mask).logits
@@ -111,7 +111,7 @@ def test_position_ids(model):
     model(ids(1), mask, position_ids=torch.tensor([[3]]), past_key_values=cache)
 
 
-def test_a_full_cache_says_how_to_make_room(model):
+def test_error_for_a_full_cache_names_the_length_needed(model):
     cache = KVCache(model.config, 1, 5, dtype=torch.float32)
     model(ids(4), past_key_values=cache)
     message = r"4 tokens so far and 2 more do not fit the cache of 5: .*max_length=6"
@@ -120,14 +120,14 @@ def test_a_full_cache_says_how_to_make_room(model):
     assert model(ids(1), past_key_values=cache).past_key_values.length == 5
 
 
-def test_a_cache_made_by_the_model_grows_up_to_its_context(model):
+def test_cache_made_by_the_model_grows_up_to_the_context(model):
     cache = model(ids(200)).past_key_values
     assert model(ids(56), past_key_values=cache).past_key_values.max_length == 256
     with pytest.raises(ValueError, match="256 tokens so far and 1 more do not fit the model's con"):
         model(ids(1), past_key_values=cache)
 
 
-def test_a_cache_that_does_not_fit(model):
+def test_cache_for_another_batch_dtype_or_config_is_refused(model):
     with pytest.raises(ValueError, match="must be a KVCache from an earlier call, not a tuple"):
         model(ids(), past_key_values=())
     cache = model(ids()).past_key_values
@@ -144,18 +144,18 @@ def test_a_cache_that_does_not_fit(model):
         model(ids(), past_key_values=half)
 
 
-def test_a_first_prompt_beyond_the_context(model):
+def test_prompt_longer_than_the_context_is_refused(model):
     with pytest.raises(ValueError, match="0 tokens so far and 257 more do not fit the model's con"):
         model(ids(257))
 
 
-def test_a_right_padded_cache_cannot_be_continued(model):
+def test_right_padded_cache_cannot_be_continued(model):
     cache = model(ids(), attention_mask=torch.tensor([[1, 1, 1, 0]])).past_key_values
     with pytest.raises(ValueError, match="cannot be continued: it contains padding on the right"):
         model(ids(1), past_key_values=cache)
 
 
-def test_a_cache_of_an_interrupted_pass_cannot_be_continued(model, monkeypatch):
+def test_cache_of_an_interrupted_call_cannot_be_continued(model, monkeypatch):
     cache = model(ids()).past_key_values
     with monkeypatch.context() as patch:
         patch.setattr(cache, "keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -165,7 +165,7 @@ def test_a_cache_of_an_interrupted_pass_cannot_be_continued(model, monkeypatch):
         model(ids(), past_key_values=cache)
 
 
-def test_a_refused_call_leaves_the_cache_as_it_was(model):
+def test_refused_call_leaves_the_cache_unchanged(model):
     mask = torch.tensor([[0, 1, 1, 1, 1, 1]])
     cache = model(ids(), attention_mask=mask[:, :4]).past_key_values
     wrong = torch.tensor([[9, 9]])
@@ -180,7 +180,7 @@ def test_a_refused_call_leaves_the_cache_as_it_was(model):
     torch.testing.assert_close(out, expected)
 
 
-def test_logits_to_keep(model):
+def test_negative_logits_to_keep_is_refused(model):
     with pytest.raises(ValueError, match="logits_to_keep=-1 must be"):
         model(ids(), logits_to_keep=-1)
 
@@ -204,12 +204,12 @@ def test_unknown_keywords_are_named(model, twins):
     ],
     ids=str,
 )
-def test_from_pretrained_arguments(twins, kwargs, message):
+def test_bad_from_pretrained_arguments_are_refused(twins, kwargs, message):
     with pytest.raises(ValueError, match=message):
         GemmaForCausalLM.from_pretrained(twins.path, **kwargs)
 
 
-def test_device_and_dtype_that_are_picked():
+def test_device_and_dtype_are_picked_from_arguments_and_checkpoint():
     cpu, first = torch.device("cpu"), torch.device("cpu:0")
     default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     assert pick_device(None, None) == pick_device(None, "auto") == default
@@ -223,6 +223,6 @@ def test_device_and_dtype_that_are_picked():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(twins):
+def test_cuda_without_a_gpu_is_refused(twins):
     with pytest.raises(ValueError, match="device cuda is not available"):
         GemmaForCausalLM.from_pretrained(twins.path, device="cuda")

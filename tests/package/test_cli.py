@@ -1,4 +1,4 @@
-"""The command line on the demo weights and on tiny models."""
+"""The command line, mostly on the demo weights."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def demo(demo_gguf) -> tuple[str, ...]:
     return "--model", str(demo_gguf), "--device", "cpu"
 
 
-def test_predict_shows_the_top_ten(demo):
+def test_predict_prints_the_top_ten(demo):
     result = run("predict", "I want to move", *demo)
     assert result.exit_code == 0, result.output
     text = result.stdout
@@ -43,7 +43,7 @@ def test_predict_shows_the_top_ten(demo):
         assert f"{token!r} {probability:.4f}" in text
 
 
-def test_predict_as_json(demo):
+def test_predict_prints_json(demo):
     result = run("predict", "I want to move", "--top", "3", "--json", *demo)
     rows = json.loads(result.stdout)
     assert [row["token"] for row in rows] == ["<bos>", "I", " want", " to", " move"]
@@ -62,7 +62,7 @@ def test_generate_streams_text_and_reports_its_speed(demo):
     assert "peak memory " in result.stderr and "GB (weights 1.07, cache 0.0" in result.stderr
 
 
-def test_generate_as_json(demo):
+def test_generate_prints_json(demo):
     args = ("generate", "I want to move", "-n", "4", "--json", *demo)
     result = json.loads(run(*args).stdout)
     assert result["text"] == " to a new country"
@@ -73,7 +73,7 @@ def test_generate_as_json(demo):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_generate_stops_at_a_string(demo):
+def test_generate_stops_at_a_stop_string(demo):
     result = run("generate", "I want to move", "-n", "30", "--stop", "country", *demo)
     assert result.stdout == "I want to move to a new country\n"
 
@@ -112,7 +112,7 @@ def test_chat_keeps_the_conversation(demo):
     ],
     ids=str,
 )
-def test_errors_are_a_message_and_no_traceback(demo, args, message):
+def test_errors_print_a_message_without_a_traceback(demo, args, message):
     with_model = args if "--model" in args else (*args, *demo[:2])
     result = run(*with_model)
     assert result.exit_code != 0
@@ -120,7 +120,7 @@ def test_errors_are_a_message_and_no_traceback(demo, args, message):
     assert "Traceback" not in result.output
 
 
-def test_without_demo_weights_it_says_how_to_get_them(monkeypatch):
+def test_error_without_demo_weights_names_the_extra(monkeypatch):
     monkeypatch.setattr("gemma_fast.demo.PARTS", {"a_package_that_is_not_there": "x"})
     monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
     result = run("predict", "a")
@@ -131,7 +131,7 @@ def test_without_demo_weights_it_says_how_to_get_them(monkeypatch):
 @pytest.mark.parametrize(
     "option", [("--temperature", "2"), ("--top-p", "0.99"), ("--min-p", "1e-4")], ids=str
 )
-def test_an_option_of_sampling_implies_it(demo, option):
+def test_sampling_options_switch_sampling_on(demo, option):
     args = ("generate", "I want to move", "-n", "8", "--json", "--seed", "1", *demo)
     greedy, drawn, kept = (
         json.loads(run(*args, *more).stdout)["ids"] for more in ((), option, (*option, "--greedy"))
@@ -139,7 +139,7 @@ def test_an_option_of_sampling_implies_it(demo, option):
     assert drawn != greedy == kept
 
 
-def test_it_runs_as_a_module():
+def test_command_runs_as_a_module():
     command = [sys.executable, "-m", "gemma_fast", "--help"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("Usage: gemma-fast [OPTIONS] COMMAND")

@@ -1,4 +1,4 @@
-"""transformers' keywords: taken where they change nothing, else named, with the way out."""
+"""transformers' keywords are accepted if they change nothing; else the error names a way out."""
 
 import pytest
 import torch
@@ -36,12 +36,12 @@ def one(tmp_path_factory) -> Twins:
     ],
     ids=str,
 )
-def test_generate_refuses(one, keywords, message):
+def test_generate_refuses_unsupported_keywords(one, keywords, message):
     with pytest.raises(TypeError, match=message):
         one.model.generate(IDS, **GREEDY, **keywords)
 
 
-def test_generate_takes_what_changes_nothing(one):
+def test_generate_accepts_keywords_that_change_nothing(one):
     expected = one.model.generate(IDS, **GREEDY)
     keywords = {
         "use_cache": False, "num_beams": 1, "num_return_sequences": 1, "length_penalty": 1.0,
@@ -53,8 +53,8 @@ def test_generate_takes_what_changes_nothing(one):
 
 
 @pytest.mark.parametrize("kind", [transformers.GenerationConfig, GenerationConfig, dict])
-def test_a_generation_config(one, kind):
-    """It goes before the model's, and the call's keywords before both."""
+def test_generation_config_is_accepted(one, kind):
+    """It overrides the model's own; keywords of the call override both."""
     config = kind(max_new_tokens=6, do_sample=True, top_k=1, num_beams=1)
     first = one.model.generate(IDS, generation_config=config, eos_token_id=[])
     assert torch.equal(first, one.model.generate(IDS, max_new_tokens=6, eos_token_id=[]))
@@ -63,7 +63,7 @@ def test_a_generation_config(one, kind):
         one.model.generate(IDS, generation_config=7)
 
 
-def test_lengths(one):
+def test_length_options_limit_the_output(one):
     def length(**keywords) -> int:
         return one.model.generate(IDS, eos_token_id=[], **keywords).shape[1]
 
@@ -78,7 +78,7 @@ def test_lengths(one):
         assert one.model.generate(long, eos_token_id=[]).shape == (1, 256)
 
 
-def test_the_models_generation_config_is_set_by_attributes(one):
+def test_generation_config_checks_attributes_that_are_set(one):
     config = GenerationConfig(top_k=3)
     config.max_new_tokens, config.cache_implementation = 5, "static"
     assert (config.max_new_tokens, config.top_k, config.temperature) == (5, 3, None)
@@ -90,7 +90,7 @@ def test_the_models_generation_config_is_set_by_attributes(one):
         print(config.max_tokens)
 
 
-def test_forward(one):
+def test_forward_accepts_keywords_that_change_nothing_and_refuses_others(one):
     expected = one.model(IDS).logits
     keywords = {"return_dict": True, "output_attentions": False, "labels": None}
     assert torch.equal(one.model(IDS, **keywords).logits, expected)
@@ -118,12 +118,12 @@ def test_forward(one):
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_from_pretrained_refuses(one, keywords, message):
+def test_from_pretrained_refuses_unsupported_keywords(one, keywords, message):
     with pytest.raises(TypeError, match=message):
         AutoModelForCausalLM.from_pretrained(one.path, **keywords)
 
 
-def test_from_pretrained_takes_what_changes_nothing(one):
+def test_from_pretrained_accepts_keywords_that_change_nothing(one):
     model = AutoModelForCausalLM.from_pretrained(
         one.path, torch_dtype="bfloat16", device_map={"": "cpu"}, low_cpu_mem_usage=True,
         attn_implementation="flash_attention_2", trust_remote_code=False, use_safetensors=True,
@@ -133,7 +133,7 @@ def test_from_pretrained_takes_what_changes_nothing(one):
         AutoModelForCausalLM.from_pretrained(one.path, torch_dtype="float8")
 
 
-def test_tokenizer(tmp_path):
+def test_tokenizer_refuses_unsupported_options(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(
         write_tokenizer(tmp_path), padding_side="left", use_fast=True
     )
@@ -146,7 +146,7 @@ def test_tokenizer(tmp_path):
         tokenizer.pad_token = "nothing"
 
 
-def test_several_chats_are_padded():
+def test_batch_of_chats_is_padded():
     tokenizer = Tokenizer(tiny_backend(), "tiny")
     chats = [[{"role": "user", "content": text}] for text in ("a b", "hello the world")]
     options = {"add_generation_prompt": True, "return_tensors": "pt"}

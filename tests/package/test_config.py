@@ -1,4 +1,4 @@
-"""GemmaConfig: the published sizes, their layers, and values that are refused."""
+"""GemmaConfig: the published sizes, their layer types, and refused values."""
 
 from dataclasses import replace
 
@@ -26,13 +26,13 @@ def test_presets_have_the_published_size(name):
 
 
 @pytest.mark.parametrize("name", ["gemma-2-27b", "gemma-3-27b"])
-def test_scale_of_the_27b_models(name):
+def test_attention_scale_of_27b_models_is_not_the_head_dim(name):
     config = PRESETS[name]
     assert config.query_pre_attn_scalar == config.hidden_size / config.num_attention_heads
     assert config.query_pre_attn_scalar != config.head_dim
 
 
-def test_layer_patterns():
+def test_layer_types_and_windows_are_the_published_ones():
     assert PRESETS["gemma-2b"].layer_types == (FULL,) * 18
     assert PRESETS["gemma-2-2b"].layer_types[:4] == (SLIDING, FULL, SLIDING, FULL)
     assert PRESETS["gemma-3-1b"].layer_types[:7] == (SLIDING,) * 5 + (FULL, SLIDING)
@@ -40,7 +40,7 @@ def test_layer_patterns():
     assert PRESETS["gemma-3-1b"].window(5) is None
 
 
-def test_a_windowed_layer_needs_a_window():
+def test_missing_window_and_unknown_model_type_are_refused():
     config = PRESETS["gemma-3-1b"]
     with pytest.raises(ValueError, match="sliding_window is not set"):
         replace(config, sliding_window=None)

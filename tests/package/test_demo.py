@@ -1,4 +1,4 @@
-"""The demo weights are assembled from their packages whole and verified, or not at all."""
+"""The demo weights are assembled from packages and verified; after an error no file is left."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def site(tmp_path, monkeypatch) -> Path:
-    """A folder on sys.path with small packages in place of the real ones."""
+    """A folder on sys.path with small packages that replace the real ones."""
     parts = {f"fake_demo_part{i}": f"{demo.NAME}.part{i:02}" for i in range(len(CONTENT))}
     for (package, name), content in zip(parts.items(), CONTENT, strict=True):
         (tmp_path / package / "data").mkdir(parents=True)
@@ -57,14 +57,14 @@ def test_replaces_a_damaged_file(site, cache, damaged):
     assert demo.demo_checkpoint().read_bytes() == b"".join(CONTENT)
 
 
-def test_processes_may_assemble_at_once(site, cache):
+def test_several_callers_can_assemble_at_once(site, cache):
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda _: demo.demo_checkpoint(), range(32)))
     assert set(paths) == {cache / demo.NAME}
     assert files(cache) == [demo.NAME]
 
 
-def test_missing_package_says_what_to_install(site, cache, monkeypatch):
+def test_error_for_a_missing_package_names_the_extra(site, cache, monkeypatch):
     monkeypatch.setattr(demo, "PARTS", {"no_such_package": "no such file"})
     with pytest.raises(ModuleNotFoundError, match=r'no_such_package.*"gemma_fast\[demo\]"'):
         demo.demo_checkpoint()
@@ -83,7 +83,7 @@ def test_damaged_part_is_refused(site, cache, damaged):
     assert files(cache) == []
 
 
-def test_missing_part_file_leaves_nothing(site, cache):
+def test_missing_part_leaves_no_file(site, cache):
     (site / "fake_demo_part3" / "data" / demo.PARTS["fake_demo_part3"]).unlink()
     with pytest.raises(FileNotFoundError, match="part03"):
         demo.demo_checkpoint()
@@ -91,7 +91,7 @@ def test_missing_part_file_leaves_nothing(site, cache):
 
 
 @pytest.mark.skipif(not all(map(find_spec, demo.PARTS)), reason='needs the extra "demo"')
-def test_real_weights(cache):
+def test_real_weights_are_assembled(cache):
     path = demo.demo_checkpoint()
     assert path.stat().st_size == 253_113_024
     assert path.read_bytes()[:4] == b"GGUF"

@@ -1,4 +1,4 @@
-"""transformers' programs for Gemma, with gemma_fast in their import line, do what they did."""
+"""Programs for transformers' Gemma give the same results with gemma_fast in their import line."""
 
 import io
 import re
@@ -22,7 +22,7 @@ IMPORT = re.compile(r"^from transformers import (.*)$", re.MULTILINE)
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch):
-    """On which gemma_fast would put its model, and transformers would not."""
+    """Hides the GPU, which gemma_fast would use by default and transformers would not."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -36,7 +36,7 @@ def theirs(names: str) -> str:
 
 
 def with_our_model(names: str) -> str:
-    """What is no model stays transformers': tokenizer, streamer, GenerationConfig."""
+    """Only the model is imported from gemma_fast; the tokenizer and others stay transformers'."""
     ours = [name for name in names.split(", ") if MODELS.match(name)]
     others = [name for name in names.split(", ") if not MODELS.match(name)]
     return f"from transformers import {', '.join(others)}; from gemma_fast import {', '.join(ours)}"
@@ -47,7 +47,7 @@ def all_ours(names: str) -> str:
 
 
 def run(program: str, change, path: Path) -> tuple[object, str]:
-    """What a program leaves and prints, after `change` of its import line."""
+    """Runs a program with its import line changed by `change` → its result, its output."""
     program = IMPORT.sub(lambda line: change(line[1]), program)
     scope, printed = {"PATH": str(path)}, io.StringIO()
     with redirect_stdout(printed), warnings.catch_warnings():
@@ -71,17 +71,17 @@ def same(actual, expected) -> None:
 
 @pytest.mark.parametrize("change", [with_our_model, all_ours])
 @pytest.mark.parametrize("name", EXAMPLES, ids=str)
-def test_examples(name, change, checkpoint):
+def test_examples_give_the_same_result(name, change, checkpoint):
     if name == "chats" and not checkpoint.name.startswith("gemma3"):
-        pytest.skip("the older templates know neither parts of a message nor a system turn")
+        pytest.skip("the older templates support neither message parts nor a system turn")
     program = EXAMPLES[name]
     assert len(IMPORT.findall(program)) == 1
     same(run(program, change, checkpoint), run(program, theirs, checkpoint))
 
 
 @pytest.mark.parametrize("change", [with_our_model, all_ours])
-def test_text_is_printed_as_it_comes(change, checkpoint):
-    """Ours leaves out the newline after it."""
+def test_streamed_text_is_printed_the_same(change, checkpoint):
+    """Our streamer does not print the newline at the end."""
     ids, printed = run(PRINT_STREAM, change, checkpoint)
     expected_ids, expected = run(PRINT_STREAM, theirs, checkpoint)
     assert torch.equal(ids, expected_ids)
@@ -89,7 +89,7 @@ def test_text_is_printed_as_it_comes(change, checkpoint):
     assert printed.removesuffix("\n") == expected.removesuffix("\n")
 
 
-def test_a_text_that_fails_ends_its_stream(checkpoint):
+def test_failed_generation_ends_its_stream(checkpoint):
     model, tokenizer = (x.from_pretrained(checkpoint) for x in (GemmaForCausalLM, Tokenizer))
     model.norm.fill_(torch.nan)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)

@@ -1,7 +1,7 @@
-"""The table of import rules, and whether the code and the rooms' docstrings follow it.
+"""The table of import rules, which the code and the docstrings of rooms (folders) must follow.
 
-Imports are read from the sources, those inside functions and under TYPE_CHECKING too, through both
-links.
+Imports are read from the source files, also inside functions, under TYPE_CHECKING, and behind both
+symlinks.
 """
 
 import ast
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gemma_fast"
 EVERYTHING = "everything in gemma_fast but cli"
-# A room or a module of gemma_fast → the rooms and modules that it may import beside itself.
+# A room or module of gemma_fast → the other rooms and modules that it may import.
 RULES = {
     "config": "", "memory": "", "compat": "", "demo": "", "kernels": "", "hf": "kernels",
     "checkpoint": "config",
@@ -37,19 +37,19 @@ RULES = {
 
 
 def modules() -> dict[str, ast.Module]:
-    """Each module, "engine.decoder", and its source; a room's __init__ is "engine"."""
+    """Name of each module (as "engine.decoder"; a room's __init__ is "engine") → its source."""
     found = {}
     for folder in (PACKAGE, *(x for x in PACKAGE.rglob("*") if x.is_dir()), *links()):
         for file in folder.glob("*.py"):
             name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
             name = name.removesuffix(".__init__")
-            if name.split(".")[-1] not in ("conftest", "test_kernels"):  # pytest's
+            if name.split(".")[-1] not in ("conftest", "test_kernels"):  # pytest files
                 found[name] = ast.parse(file.read_text())
     return found
 
 
 def links() -> list[Path]:
-    """The folders behind the links, which rglob does not follow, by their names in gemma_fast."""
+    """Folders behind symlinks, which rglob does not follow, as paths in gemma_fast."""
     targets = [PACKAGE / "kernels", PACKAGE / "benchmarks"]
     rooms = [room for room in (ROOT / "benchmarks").iterdir() if (room / "__init__.py").exists()]
     return targets + [PACKAGE / "benchmarks" / room.name for room in rooms]
@@ -59,13 +59,13 @@ SOURCES = modules()
 
 
 def imported(source: ast.AST) -> set[str]:
-    """Dotted names, of this package without "gemma_fast."; names in a module count as it."""
+    """Imported modules, without "gemma_fast."; `from x import y` gives x, or x.y if that is one."""
     found = set()
     for node in ast.walk(source):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, "relative imports are not used"
+            assert not node.level, "relative imports are not allowed"
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
             inner = {x for x in whole if x.removeprefix("gemma_fast.") in SOURCES}
             found |= inner | ({str(node.module)} if whole - inner else set())
@@ -77,7 +77,7 @@ OURS = {name: {x for x in names if x in SOURCES} for name, names in IMPORTS.item
 
 
 def room_of(module: str) -> str:
-    """A room of benchmarks, a room, or the module itself."""
+    """The most specific key of RULES for this module."""
     parts = module.split(".")
     names = [".".join(parts[:n]) for n in (2, 1)]
     return next(name for name in names if name in RULES)
@@ -87,7 +87,7 @@ def within(module: str, place: str) -> bool:
     return f"{module}.".startswith(f"{place}.")
 
 
-def test_every_room_says_what_it_is_and_what_it_may_import():
+def test_docstring_of_every_room_lists_its_allowed_imports():
     rooms = [x.parent.relative_to(PACKAGE) for x in PACKAGE.glob("*/__init__.py")]
     benchmarks = ROOT / "benchmarks"
     rooms += [Path("benchmarks", x.parent.name) for x in benchmarks.glob("*/__init__.py")]
@@ -96,7 +96,7 @@ def test_every_room_says_what_it_is_and_what_it_may_import():
         docstring = ast.get_docstring(SOURCES[name]) or ""
         said = re.search(r"\nMay import: (.*?)\.$", docstring, re.S)
         assert said and " ".join(said[1].split()) == RULES[name], f"{name}: {docstring}"
-        assert name == "hf" or len(SOURCES[name].body) == 1, f"{name} has code"
+        assert name == "hf" or len(SOURCES[name].body) == 1, f"{name}/__init__.py has code"
     assert len(list(PACKAGE.glob("*.py"))) <= 16
 
 
@@ -115,35 +115,35 @@ def test_imports_follow_the_rules(module):
         assert not private or folder == module.rpartition(".")[0], f"{module} imports {name}"
 
 
-def test_no_permission_is_unused():
+def test_every_allowed_import_is_used():
     for room, allowed in RULES.items():
         used = {name for module in SOURCES if room_of(module) == room for name in OURS[module]}
         for place in allowed.split(", ") if allowed not in ("", EVERYTHING) else ():
             assert any(within(name, place) for name in used), f"{room} imports nothing of {place}"
 
 
-def test_kernels_import_nothing_but_torch_and_triton():
+def test_kernels_import_only_torch_and_triton():
     for module in SOURCES:
         if room_of(module) == "kernels":
             others = {name.split(".")[0] for name in IMPORTS[module] - OURS[module]}
             assert others - sys.stdlib_module_names <= {"torch", "triton"}, module
 
 
-def test_only_commands_import_the_benchmarks():
-    """And nothing else of cli, so that --help is quick."""
+def test_benchmarks_are_imported_only_inside_functions():
+    """An import at module level would make --help slow."""
     for module in SOURCES:
         if not within(module, "benchmarks"):
             commands = [node for node in SOURCES[module].body if isinstance(node, ast.FunctionDef)]
             rest = ast.Module([x for x in SOURCES[module].body if x not in commands], [])
             for name in imported(rest):
-                assert not within(name, "benchmarks"), f"{module} imports {name} at its top"
+                assert not within(name, "benchmarks"), f"{module} imports {name} at module level"
 
 
-def test_there_is_no_circle():
+def test_there_are_no_import_cycles():
     done, path = set(), []
 
     def visit(module: str) -> None:
-        assert module not in path, f"a circle: {' → '.join([*path, module])}"
+        assert module not in path, f"import cycle: {' → '.join([*path, module])}"
         if module not in done:
             path.append(module)
             for name in OURS[module] - {module}:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: the model `gemma-fast` scores what its own `hf` does."""
+"""lm-evaluation-harness: the model `gemma-fast` gives the scores of the harness's own `hf`."""
 
 import json
 import subprocess
@@ -76,7 +76,7 @@ def tasks(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=[*slow("1"), "3"], ids=["batch 1", "batch 3"])
 def both(request, checkpoint):
-    """`hf` and `gemma-fast`, made by their names."""
+    """The models `hf` and `gemma-fast`, created by name."""
     args = f"pretrained={checkpoint},dtype=float32"
     options = {"batch_size": request.param, "device": "cpu"}
     return [
@@ -136,14 +136,14 @@ def requests(kind: str, *arguments: tuple) -> list[Instance]:
     ],
     ids=str,
 )
-def test_the_rules_of_tokens_are_those_of_hf(checkpoint, options):
-    """Windows, truncation on the left, <bos>, what precedes an empty context."""
+def test_windows_truncation_and_bos_equal_hf(checkpoint, options):
+    """Checks windows, truncation on the left, <bos>, and the token before an empty context."""
     args = {"pretrained": str(checkpoint), "dtype": "float32", "device": "cpu", "batch_size": 2}
     models = [
         lm_eval.api.registry.get_model(name)(**args, **options) for name in ("hf", "gemma-fast")
     ]
     pairs = [("", "the world"), ("hello ", "in"), ("a " * 30, "thinner a"), ("<bos>a", " the")]
-    if "prefix_token_id" in options:  # where `hf` no longer sees that a text begins with <bos>
+    if "prefix_token_id" in options:  # `hf` then does not detect a <bos> at the start
         pairs = pairs[:-1]
     kwargs = {"until": ["t"], "max_gen_toks": 5, "do_sample": False}
     for kind, arguments in (
@@ -155,7 +155,7 @@ def test_the_rules_of_tokens_are_those_of_hf(checkpoint, options):
         same(actual, expected)
 
 
-def test_a_shorter_memory_halves_automatic_batches(checkpoint, monkeypatch):
+def test_running_out_of_memory_halves_automatic_batches(checkpoint, monkeypatch):
     model = GemmaFastLM(str(checkpoint), dtype="float32", device="cpu", batch_size="auto")
     expected = model.loglikelihood(requests("loglikelihood", *[("a b", x) for x in ("cd", "ef")]))
     sizes, score = [], model._score
@@ -177,8 +177,8 @@ def test_a_shorter_memory_halves_automatic_batches(checkpoint, monkeypatch):
 
 
 @pytest.mark.slow
-def test_from_the_command_line(checkpoint, tasks):
-    """`python -m` registers the model, and leaves the rest to lm_eval."""
+def test_command_line_scores_a_task(checkpoint, tasks):
+    """`python -m` registers the model, then runs lm_eval's command."""
     command = [sys.executable, "-m", "gemma_fast.lm_harness", "--model", "gemma-fast"]
     command += ["--model_args", f"pretrained={checkpoint},dtype=float32", "--batch_size", "auto"]
     command += ["--include_path", str(tasks), "--tasks", "tiny_choice"]
@@ -187,7 +187,7 @@ def test_from_the_command_line(checkpoint, tasks):
     assert "acc_norm" in out.stdout
 
 
-def test_what_cannot_be_scored_is_named(checkpoint):
+def test_requests_that_cannot_be_scored_are_named_in_the_error(checkpoint):
     model = GemmaFastLM(str(checkpoint), dtype="float32", device="cpu", max_length=8)
     with pytest.raises(ValueError, match=r"\('a', 'bbb.* has 2 \+ 21 tokens .* 1 to 8 can be"):
         model.loglikelihood(requests("loglikelihood", ("a", "b" * 21)))
@@ -205,7 +205,7 @@ def test_what_cannot_be_scored_is_named(checkpoint):
         GemmaFastLM(str(checkpoint), peft="adapter")
 
 
-def test_without_lm_eval_it_says_what_to_install(monkeypatch):
+def test_error_without_lm_eval_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.models", None)
     monkeypatch.delitem(sys.modules, "gemma_fast.lm_harness")

@@ -1,4 +1,4 @@
-"""load_model: memory for all weights first, then the copies; what it shares, what it refuses."""
+"""load_model allocates all weights before it reads any; shared weights, refused models."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from gemma_fast.load import load_model, refuse_head_dim
 CPU = torch.device("cpu")
 
 
-def test_no_memory_for_the_weights(monkeypatch):
+def test_out_of_memory_for_weights_is_reported(monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
@@ -22,7 +22,7 @@ def test_no_memory_for_the_weights(monkeypatch):
         GemmaForCausalLM.from_checkpoint(checkpoint, dtype="float32", device="cpu")
 
 
-def test_no_memory_for_the_copies_of_fused_weights(monkeypatch):
+def test_out_of_memory_for_copies_of_fused_weights_is_reported(monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
@@ -32,7 +32,7 @@ def test_no_memory_for_the_copies_of_fused_weights(monkeypatch):
         GemmaForCausalLM.from_transformers(source)
 
 
-def test_memory_for_all_is_taken_before_the_first_tensor_is_read(monkeypatch):
+def test_all_weights_are_allocated_before_the_first_tensor_is_read(monkeypatch):
     done, empty_like = [], torch.empty_like
 
     class Watched(RandomCheckpoint):
@@ -68,7 +68,7 @@ def test_tensors_in_memory_are_converted_without_sharing():
         assert torch.equal(weight, shared.get_parameter(name).bfloat16()), name
 
 
-def test_a_head_dim_that_the_kernels_do_not_take():
+def test_head_dim_without_a_kernel_is_refused_on_cuda():
     config = CONFIGS["gemma-mqa"]
     refuse_head_dim(config, CPU, (64, 128))
     refuse_head_dim(config, torch.device("cuda"), (32, 128))

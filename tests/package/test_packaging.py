@@ -15,7 +15,7 @@ import pytest
 from gemma_fast.benchmarks.measure.outcome import OURS
 
 ROOT = Path(__file__).resolve().parents[2]
-FOR_THE_CLONE = ("test_kernels.py", "conftest.py")  # pytest's, in benchmarks/
+FOR_THE_CLONE = ("test_kernels.py", "conftest.py")  # pytest files in benchmarks/
 ROOMS = [
     path.parent.relative_to(ROOT)
     for folder in ("gemma_fast", "benchmarks")
@@ -37,7 +37,7 @@ PRINT_KERNEL_FILE = "import gemma_fast.kernels.rmsnorm as module; print(module._
 
 
 def python(*args, cwd: Path = ROOT) -> str:
-    """What Python prints in `cwd`, where imports are looked for first, as PYTHONPATH=. has it."""
+    """Output of Python run in `cwd`, which is first on its import path, as with PYTHONPATH=."""
     command = [sys.executable, *map(str, args)]
     ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -56,20 +56,20 @@ def dist(tmp_path_factory) -> Path:
     return out
 
 
-def test_folders_are_reached_through_links():
+def test_folders_are_reached_through_symlinks():
     for folder in ("kernels", "benchmarks"):
         assert os.readlink(ROOT / "gemma_fast" / folder) == f"../{folder}"
     assert not (ROOT / "kernels/__init__.py").exists()
     assert Path(python("-c", PRINT_KERNEL_FILE)).parent == ROOT / "gemma_fast/kernels"
 
 
-def test_wheel_holds_the_sources_as_files(dist):
+def test_wheel_contains_the_sources_as_files(dist):
     with zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
         held = {name: wheel.read(name) for name in wheel.namelist() if ".dist-info/" not in name}
     assert held == SOURCES
 
 
-def test_sdist_holds_the_sources_as_files(dist):
+def test_sdist_contains_the_sources_as_files(dist):
     with tarfile.open(next(dist.glob("*.tar.gz"))) as sdist:
         held = {member.name.partition("/")[2]: member for member in sdist.getmembers()}
         assert {name: sdist.extractfile(held[name]).read() for name in SOURCES} == SOURCES
@@ -78,7 +78,7 @@ def test_sdist_holds_the_sources_as_files(dist):
 
 
 @pytest.mark.slow
-def test_wheel_installs(dist, tmp_path):
+def test_wheel_can_be_installed(dist, tmp_path):
     wheel = next(dist.glob("*.whl"))
     python("-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path, wheel)
     file = Path(python("-c", PRINT_KERNEL_FILE, cwd=tmp_path))
@@ -86,7 +86,7 @@ def test_wheel_installs(dist, tmp_path):
     assert OURS in python("-m", "gemma_fast.benchmarks", "--list", cwd=tmp_path)
 
 
-def test_benchmarks_run_from_the_clone_without_a_second_name():
+def test_benchmarks_run_from_the_clone_under_one_import_name():
     code = """
 import runpy, sys
 sys.argv[1:] = ["--list"]
@@ -100,20 +100,20 @@ assert not [name for name in sys.modules if name.startswith("benchmarks.")]
 
 
 @pytest.mark.slow
-def test_transformers_finds_the_package_kernels_from_here():
+def test_transformers_finds_pypis_kernels_package_from_the_clone():
     classes = "GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM"
     imports = f"import kernels; from transformers import {classes}"
     file = python("-c", f"{imports}; print(kernels.__file__)")
     assert file.endswith("__init__.py"), f"kernels is {file}, not the installed package"
 
 
-def test_import_leaves_slow_packages_alone():
+def test_import_does_not_load_slow_packages():
     code = "import sys, gemma_fast.causal_lm; print(*sys.modules)"
     assert not {"transformers", "torch._dynamo"} & set(python("-c", code).split())
 
 
-def test_it_runs_without_triton():
-    """As on macOS and Windows, for which there is no Triton."""
+def test_generate_runs_without_triton():
+    """There is no Triton for macOS and Windows."""
     code = """
         import sys
 

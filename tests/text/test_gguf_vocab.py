@@ -1,4 +1,4 @@
-"""GGUF → tokenizer: against SentencePiece's own rule, on real and tiny vocabularies."""
+"""GGUF → tokenizer: equal to SentencePiece's algorithm, on real and tiny vocabularies."""
 
 import random
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def demo(demo_gguf) -> Tokenizer:
     return Tokenizer.from_pretrained(demo_gguf)
 
 
-def test_known_ids(demo):
+def test_demo_tokenizer_gives_known_ids(demo):
     assert demo.encode("I want to move") == [2, 236777, 1461, 531, 2827]
     assert demo.encode("The superlative") == [2, 818, 216903]
     assert demo.stop_token_ids == [1, 106]
@@ -24,7 +24,7 @@ def test_known_ids(demo):
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_round_trip(demo, text):
+def test_decode_inverts_encode(demo, text):
     assert demo.decode(demo.encode(text)) == "<bos>" + text
 
 
@@ -43,7 +43,7 @@ def random_text(rng: random.Random, pieces: list[str]) -> str:
 
 
 def sentencepiece(metadata: dict) -> Callable[[str], list[str]]:
-    """What SentencePiece does: cut out its user's symbols, then join the best pair until none is.
+    """SentencePiece: split at user-defined symbols, then merge the best pair until none is left.
 
     Kudo and Richardson, 2018; in C++: PrefixMatcher in normalizer.cc, then bpe_model.cc.
     """
@@ -78,7 +78,7 @@ def sentencepiece(metadata: dict) -> Callable[[str], list[str]]:
     return cut
 
 
-def test_cuts_text_as_sentencepiece_does(demo, demo_gguf):
+def test_splits_text_as_sentencepiece_does(demo, demo_gguf):
     metadata = GGUFFile(demo_gguf).metadata
     judge = sentencepiece(metadata)
     columns = (metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"])
@@ -89,8 +89,8 @@ def test_cuts_text_as_sentencepiece_does(demo, demo_gguf):
         assert demo.backend.encode(text).tokens == judge(text), repr(text)
 
 
-def test_equals_tokenizer_json():
-    """The merges written by hand and those found from scores cut all text alike."""
+def test_tokenizer_from_gguf_equals_tokenizer_json():
+    """Merges written by hand and merges found from scores split all texts in the same way."""
     tiny = Tokenizer(tiny_backend(), "tokenizer.json")
     rebuilt = Tokenizer(gguf_backend(gguf_metadata(), "tiny.gguf"), "tiny.gguf")
     assert rebuilt.backend.get_vocab() == tiny.backend.get_vocab()
@@ -118,14 +118,14 @@ def test_equals_tokenizer_json():
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
-def test_malformed(change, message):
+def test_malformed_metadata_is_refused(change, message):
     metadata = gguf_metadata() | {f"tokenizer.ggml.{k}": v for k, v in change.items()}
     with pytest.raises(ValueError, match=rf"bad\.gguf.*{message}"):
         Tokenizer(gguf_backend(metadata, "bad.gguf"), "bad.gguf")
 
 
-def test_names_tell_control_tokens():
-    """Old converters list them as a user's symbols, or as plain text that merges could make."""
+def test_control_tokens_are_detected_by_name():
+    """Old converters mark them as user-defined or normal; merges could then produce them."""
     metadata = gguf_metadata()
     types = metadata["tokenizer.ggml.token_type"]
     types[2], types[106] = NORMAL, USER_DEFINED
@@ -134,7 +134,7 @@ def test_names_tell_control_tokens():
     assert tokenizer.decode([2, 106], skip_special_tokens=True) == ""
 
 
-def test_merges_make_no_control_token():
+def test_merges_of_chat_text_make_no_control_token():
     metadata = gguf_metadata()
     the = metadata["tokenizer.ggml.tokens"].index("the")
     metadata["tokenizer.ggml.token_type"][the] = CONTROL

@@ -1,4 +1,4 @@
-"""A checkpoint's own template is found, used, and cannot harm who renders it."""
+"""A checkpoint's own chat template is found and used; a hostile one does no harm."""
 
 import json
 import time
@@ -12,24 +12,24 @@ from gemma_fast.text.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 HOSTILE = {
-    "loops": (
+    "loops for hours": (
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "not end within 2 s",
     ),
     "fills memory": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "512 MiB"),
     "one big string": ("{{ 'x' * 99999999999 }}", "512 MiB"),
     "long output": ("{{ 'x' * 9999999 }}", "9999999 characters"),
-    "escapes": ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    "escapes by attributes": ("{{ ''.__class__.__mro__ }}", "unsafe"),
     "escapes by filter": ("{{ (''|attr('__class__')).__mro__ }}", "unsafe|undefined"),
     "escapes by format": ("{{ '{0.__class__.__mro__}'.format(1) }}", "unsafe|__mro__"),
     "escapes by globals": ("{{ raise_exception.__globals__.json }}", "unsafe"),
     "escapes by namespace": ("{% set n = namespace() %}{% set n.__call__ = 1 %}", "__call__"),
     "changes messages": ("{{ messages.append(1) }}", "unsafe"),
-    "recurses": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    "nests": ("(" * 9999 + "{{" + "(" * 9999, "failed"),
-    "raises": ("{{ raise_exception('no tools here') }}", "no tools here"),
-    "is no template": ("{% if %}", "Expected an expression"),
-    "imports": ("{% include '/etc/passwd' %}", "loader"),
+    "recurses without end": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    "nests deeply": ("(" * 9999 + "{{" + "(" * 9999, "failed"),
+    "raises an exception": ("{{ raise_exception('no tools here') }}", "no tools here"),
+    "has a syntax error": ("{% if %}", "Expected an expression"),
+    "includes a file": ("{% include '/etc/passwd' %}", "loader"),
 }
 
 
@@ -38,7 +38,7 @@ def render(template: str) -> str:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile(monkeypatch, name):
+def test_hostile_templates_are_stopped(monkeypatch, name):
     template, message = HOSTILE[name]
     monkeypatch.setattr(jinja_template, "MAX_SECONDS", 2)
     start = time.monotonic()
@@ -51,14 +51,14 @@ def test_hostile(monkeypatch, name):
     ("ends", "reason"),
     [("sys.exit('one line\\nthe last one')", "the last one"), ("sys.exit(3)", "exit code 3")],
 )
-def test_a_process_that_ends_without_a_reply(monkeypatch, tmp_path, ends, reason):
+def test_renderer_that_exits_without_a_reply_is_an_error(monkeypatch, tmp_path, ends, reason):
     (tmp_path / "child.py").write_text(f"import sys; {ends}")
     monkeypatch.setattr(jinja_template, "RENDERER", tmp_path / "child.py")
     with pytest.raises(ValueError, match=rf"evil\.jinja: the chat template failed: {reason}"):
         render("")
 
 
-def test_environment():
+def test_environment_has_the_functions_of_transformers():
     assert render("{{ messages[0].content }} {{ bos_token }}{{ tools is none }}") == (
         "hello <bos>True"
     )
@@ -70,7 +70,7 @@ def test_environment():
     assert render("  {% if true %}\na\n  {% endif %}\n") == "a\n"
 
 
-def test_found_as_transformers_finds_it(tmp_path):
+def test_template_is_found_where_transformers_finds_it(tmp_path):
     def rendered() -> str:
         return Tokenizer.from_pretrained(tmp_path).apply_chat_template(MESSAGES, tokenize=False)
 
@@ -89,21 +89,21 @@ def test_found_as_transformers_finds_it(tmp_path):
 
 
 @pytest.mark.parametrize("content", ['{"chat_template": 3}', "{", "[]"])
-def test_malformed_config_is_named(tmp_path, content):
+def test_error_names_a_malformed_config(tmp_path, content):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_too_long(tmp_path):
+def test_template_that_is_too_long_is_refused(tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("x" * (jinja_template.MAX_LENGTH + 1))
     with pytest.raises(ValueError, match=r"chat_template\.jinja.*1048576"):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_bos_is_added_where_a_template_has_none(tmp_path):
+def test_bos_is_added_if_the_template_has_none(tmp_path):
     write_tokenizer(tmp_path)
     for template in ("{{ messages[0].content }}", "<bos>{{ messages[0].content }}"):
         (tmp_path / "chat_template.jinja").write_text(template)

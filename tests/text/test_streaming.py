@@ -1,4 +1,4 @@
-"""Text comes out in whole characters, and joined it is what decode gives."""
+"""Streamed pieces are whole characters, and joined they equal the decoded text."""
 
 import random
 
@@ -26,13 +26,13 @@ def stream(tokenizer: Tokenizer, ids: list[int], prompt: str = "the", **options)
     return pieces
 
 
-def test_whole_characters(tiny):
+def test_pieces_are_whole_characters(tiny):
     ids = tiny.encode("hé 😀漢", add_special_tokens=False)
-    assert len(tiny.encode("😀", add_special_tokens=False)) == 4, "it should be made of bytes"
+    assert len(tiny.encode("😀", add_special_tokens=False)) == 4, "one token for each byte"
     assert stream(tiny, ids) == ["h", "é", " ", "😀", "漢"]
 
 
-def test_joins_to_what_decode_gives(tiny):
+def test_joined_pieces_equal_decode(tiny):
     rng = random.Random(0)
     for _ in range(200):
         text = "".join(rng.choice(["the ", "😀", "e\u0301", "\n", "<eos>"]) for _ in range(20))
@@ -43,11 +43,11 @@ def test_joins_to_what_decode_gives(tiny):
             assert all(pieces)
 
 
-def test_bytes_that_are_no_character(tiny):
-    """Anything can be sampled; what is no character is shown as one that is missing."""
+def test_invalid_bytes_become_replacement_characters(tiny):
+    """A model can sample any byte tokens, also those that are not valid UTF-8."""
     emoji = tiny.encode("😀", add_special_tokens=False)
     a, stray = tiny.token_to_id("a"), tiny.token_to_id("<0xFF>")
-    assert stream(tiny, emoji[:2]) == ["��"], "the end does not wait"
+    assert stream(tiny, emoji[:2]) == ["��"], "end() prints an incomplete character"
     assert stream(tiny, [*emoji, stray, a]) == ["😀", "�a"]
     rng = random.Random(0)
     for _ in range(200):
@@ -55,10 +55,10 @@ def test_bytes_that_are_no_character(tiny):
         assert "".join(stream(tiny, ids)).count("a") >= ids.count(a)
     endless = TextStreamer(tiny, (pieces := []).append, skip_prompt=False)
     endless.put(torch.tensor([stray] * 1000))
-    assert pieces, "the text is not held back for ever"
+    assert pieces, "invalid bytes do not hold text back forever"
 
 
-def test_prompt(tiny):
+def test_prompt_is_skipped_by_default(tiny):
     assert stream(tiny, [2], skip_prompt=False, prompt="the") == ["the"]
     assert stream(tiny, [], prompt="the") == []
     streamer = TextStreamer(tiny, (pieces := []).append)
@@ -66,12 +66,12 @@ def test_prompt(tiny):
         streamer.put(torch.tensor([tiny.encode("hello")]))
         streamer.put(torch.tensor([tiny.token_to_id("a")]))
         streamer.end()
-    assert pieces == ["a", "a"], "each text begins with a prompt"
+    assert pieces == ["a", "a"], "after end(), a new prompt is skipped"
     with pytest.raises(ValueError, match="batch of 2"):
         streamer.put(torch.zeros(2, 3, dtype=torch.int64))
 
 
-def test_prints_as_transformers_does(tiny, capsys):
+def test_prints_as_transformers_without_bos_and_newline(tiny, capsys):
     ids = tiny.encode("hello the 😀\nwin")
     printed = []
     for streamer in (TextStreamer(tiny), TransformersStreamer(tiny, skip_prompt=True)):

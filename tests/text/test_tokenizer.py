@@ -1,4 +1,4 @@
-"""Text ↔ ids, against transformers, and on hostile files."""
+"""Text ↔ ids: equal to transformers; bad files and arguments are refused."""
 
 import json
 import subprocess
@@ -27,12 +27,12 @@ def judge(tmp_path_factory):
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_round_trip(tiny, text):
+def test_decode_inverts_encode(tiny, text):
     assert tiny.decode(tiny.encode(text)) == "<bos>" + text
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_equals_transformers(tiny, judge, text):
+def test_encode_and_decode_equal_transformers(tiny, judge, text):
     assert tiny.encode(text) == judge.encode(text)
     assert tiny.encode(text, add_special_tokens=False) == judge.encode(
         text, add_special_tokens=False
@@ -42,13 +42,13 @@ def test_equals_transformers(tiny, judge, text):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {}}', '{"model": null}'])
-def test_bad_tokenizer_json(tmp_path, content):
+def test_unreadable_tokenizer_json_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a readable tokenizer"):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_missing_or_foreign_tokenizer_json(tmp_path):
+def test_missing_tokenizer_json_or_special_token_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json"):
         Tokenizer.from_pretrained(tmp_path)
     write_tokenizer(tmp_path)
@@ -61,7 +61,7 @@ def test_missing_or_foreign_tokenizer_json(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_file_cannot_change_the_pipeline(tiny):
+def test_file_cannot_set_normalizer_truncation_or_padding(tiny):
     backend = tiny_backend()
     backend.normalizer = normalizers.Lowercase()
     backend.enable_truncation(2)
@@ -70,12 +70,12 @@ def test_file_cannot_change_the_pipeline(tiny):
 
 
 @pytest.mark.parametrize("text", ["<bos>the", "the", "", "<bos>"])
-def test_bos_exactly_once(tiny, text):
+def test_encode_adds_bos_exactly_once(tiny, text):
     assert tiny.encode(text).count(2) == 1
     assert tiny.encode(text)[0] == 2
 
 
-def test_call(tiny, judge):
+def test_call_equals_transformers(tiny, judge):
     texts = ["hello the world", "é", ""]
     for text in (texts, texts[0]):
         assert dict(tiny(text)) == dict(judge(text))
@@ -87,7 +87,7 @@ def test_call(tiny, judge):
     for name in ("input_ids", "attention_mask"):
         assert encoding[name].dtype == theirs[name].dtype == torch.int64
         assert encoding[name].equal(theirs[name])
-    assert encoding.input_ids[1, :-2].eq(tiny.pad_token_id).all(), "padding goes to the left"
+    assert encoding.input_ids[1, :-2].eq(tiny.pad_token_id).all(), "padding is on the left"
     assert set({**encoding.to("meta")}) == {"input_ids", "attention_mask"}
     assert encoding.to("meta").input_ids.device.type == "meta"
     assert tiny("a", return_tensors="pt", add_special_tokens=False).input_ids.shape == (1, 1)
@@ -95,7 +95,7 @@ def test_call(tiny, judge):
         _ = encoding.token_type_ids
 
 
-def test_bad_calls(tiny):
+def test_bad_arguments_are_refused(tiny):
     with pytest.raises(ValueError, match="padding=True"):
         tiny(["a", "the world"], return_tensors="pt")
     with pytest.raises(ValueError, match="no texts"):
@@ -114,7 +114,7 @@ def test_bad_calls(tiny):
             tiny.decode(ids)
 
 
-def test_decode_and_names(tiny):
+def test_decode_accepts_ids_and_tensors(tiny):
     ids = tiny("the hello", return_tensors="pt").input_ids
     assert tiny.decode(ids[0]) == "<bos>the hello"
     assert tiny.decode(ids[0, 1]) == tiny.decode(int(ids[0, 1])) == "the"
@@ -123,8 +123,8 @@ def test_decode_and_names(tiny):
     assert tiny.token_to_id("nothing") is None
 
 
-def test_imports_little():
-    """No transformers, and Jinja and gguf only where they are needed."""
+def test_import_does_not_load_optional_packages():
+    """transformers is not needed; Jinja and gguf are imported only on use."""
     few = "{'transformers', 'jinja2', 'gguf'}"
     code = f"import sys, gemma_fast.text.tokenizer; print({few} & {{*sys.modules}})"
     root = Path(gemma_fast.text.tokenizer.__file__).parents[2]
