@@ -19,34 +19,40 @@ before the matmuls. Bound by compute for prompts: FLOPs = 4 * b * heads * d * (v
 memory for one token: bytes = 2 * b * n * positions * d * itemsize. Walk-through step: attention.
 
 The m = heads / n query heads of a kv head share its keys, so a program computes a tile of
-tokens x m rows. The key axis of a tile, in blocks of BLOCK_N keys:
+tokens x m rows. Here: queries 21 … 26, window 18, BLOCK_N = 4; █: the query sees the key.
 
-    position ────►     window's far edge                     diagonal
-    first query      ·  · │░░ ███ ███ ███ ███ ███ ███ ▒  │ ·   ·
-    last query       ·  · │·  ░░░ ███ ███ ███ ███ ███ ███│▒    ·
-                          │masked │     unmasked     │ masked  │
-                     │    │       │                  │         │
-                 oldest   │  unmasked_begin   unmasked_end    end = newest + 1
-                       first_block … one block at a time … last_block
+    position     4    8    12   16   20   24
+    query 21     ████ ████ ████ ████ ██·· ····      first_block    =  4
+    query 22     ·███ ████ ████ ████ ███· ····      unmasked_begin =  9
+    query 23     ··██ ████ ████ ████ ████ ····      unmasked_end   = 19
+    query 24     ···█ ████ ████ ████ ████ █···      last_block     = 24
+    query 25     ···· ████ ████ ████ ████ ██··      newest         = 26, end = 27
+    query 26     ···· ·███ ████ ████ ████ ███·
+                 └─────────┴─────────┴────────
+                   masked:  unmasked   masked:
+                  window's             diagonal
+                  far edge
 
-`oldest` is the oldest key that the ring holds and that is not left padding. Blocks before
-first_block and after last_block are seen by no row and are skipped. Blocks that start in
-unmasked_begin … unmasked_end - 1 are seen whole by every row: no mask is computed.
+A block is unmasked if it starts at unmasked_begin … unmasked_end - 1: every row sees all its keys,
+and no mask is computed. Blocks before first_block and after last_block are not visited.
 
-    revolution                       revolution + slots
-    │ slot 0                         │ slot 0, overwritten
-    ├──────────── oldest ────────────┼────────── newest ──┄
+`oldest` is the oldest position in the ring that is not left padding. Here: slots = 16, newest = 37.
 
-The ring wraps, so keys from `oldest` to `newest` lie in at most two revolutions. Positions are
-counted from the start of oldest's revolution: below 2 * slots, with one subtraction to find a slot.
+    slot         0       6             15 0          5
+    position     16      22            31 32         37
+                 ├╌╌╌╌╌╌╌┼──────────────┼─────────────┤
+            revolution  oldest         wraps        newest
+
+Slots 0 … 5 hold positions 32 … 37, no longer 16 … 21. Positions are counted from the start of the
+ring revolution that holds `oldest`, here 16, so they are below 2 * slots.
 
 The software pipeline of the loop over blocks:
 
-1. An iteration computes softmax of the previous block, scores of this block, then values of the
-   previous block. So Hopper's tensor cores multiply values while the next softmax runs.
-2. The first iteration has no previous block: its weights are masked to 0. Peeling it off would keep
-   values alive through the loop that ptxas then spills.
-3. num_stages = 2: K and V of the next block are copied to shared memory during an iteration.
+1. An iteration computes softmax of the previous block, scores of this block, values of the previous
+   block. Hopper's tensor cores then multiply values while the next iteration computes softmax.
+2. The first iteration has no previous block: all its weights are masked to 0. A prologue in its
+   place would keep more values in registers through the loop, which ptxas then spills.
+3. num_stages = 2: keys and values of the next block are copied to shared memory meanwhile.
 
 Programs with the most blocks, those of the last tokens, start first.
 """

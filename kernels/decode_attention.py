@@ -25,34 +25,31 @@ returns      :: [b, n * m, d], qkv.dtype
 Numerics as in attention.py; partial results are in fp32 and merged in a fixed order.
 Bound by memory: bytes = 2 * b * n * visible keys * d * itemsize. Walk-through step: attention.
 
-The key axis of one kv head, here with three splits of three blocks:
+The keys of one kv head are divided among programs ("splits"), each with the m query heads as rows.
+Here: slots = 16, position = 37, no window, BLOCK_N = 4, two splits; █: the token sees the key.
 
-    position ────►
-        revolution                              revolution + slots
-        │ slot 0                                │ slot 0, overwritten
-        ┄┄┄│▒██ ███ ███│███ ███ ███│███ ███ █▒ │┄┄┄
-           │           │           │         │
-         oldest: the   split 1     split 2   newest: the new token, written by the last split
-         window's edge, the ring's oldest
-         slot, or the end of left padding
+    position     16     22   26   30   34   38
+    block               ████ ████ ████ ████
+                 │      └─ split 0┴─ split 1
+                 │      oldest = 22           newest = 37, end = 38
+             revolution = 16; the ring wraps at 32
 
-Blocks are counted from `oldest`, so only the last one is partly masked (▒); with a window, all are
-checked against both ends. A ring that has wrapped holds the keys of two revolutions; positions are
-counted from the start of oldest's, as in attention.py. Each program has the m query heads as rows.
+`oldest` is position - window + 1, or the oldest position in the ring, or the end of left padding,
+whichever comes last. Blocks are counted from it; the last block may be partly masked. Positions are
+counted from the start of oldest's ring revolution, as in attention.py.
 
-The order of work in a program:
+The software pipeline:
 
-1. position, cos, sin and norm weights are loaded before the wait for the previous kernel, whose
-   tail they overlap; qkv is loaded after it. (PDL)
-2. num_stages = 3: K and V of the next two blocks are on the way to shared memory while a block is
-   computed. Without that, each block would wait for memory.
-3. Each program stores its partial result and increments the kv head's counter; the last one to do
-   so merges all. One launch, and no second kernel that waits for the first.
+1. position, cos, sin and norm weights are loaded before the wait for the previous kernel, so these
+   loads overlap its tail. qkv, which that kernel writes, is loaded after the wait.
+2. num_stages = 3: keys and values of the next two blocks are copied to shared memory while a block
+   is computed; otherwise each block would wait for memory.
+3. Each program stores its partial result and increments the kv head's counter. The last program to
+   do so merges all splits, in the same launch: no second kernel waits for the slowest program.
 
-The number of active splits is computed on the GPU, from position: a CUDA graph serves every length.
+The last split also writes the new token's K and V. The number of splits that have work is computed
+on the GPU, from position, so one CUDA graph serves every length.
 """
-
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +75,7 @@ from gemma_fast.kernels._split_kv import (
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.attention import attention_reference
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
-from gemma_fast.kernels.rotary import rotary_write_reference
+from gemma_fast.kernels.rotary import QKRotary, load_new_token, rotary_write_reference
 
 
 def decode_attention_reference(
@@ -98,52 +95,6 @@ def decode_attention_reference(
         q, keys, values, cos, sin, position, q_norm,
         scale=scale, window=window, softcap=softcap, eps=eps,
     ).squeeze(1)  # fmt: skip
-
-
-class QKRotary(NamedTuple):
-    """Pointers to what rotates and normalises q and k."""
-
-    cos: Any  # [positions, d / 2], contiguous | None: only queries, rotated already
-    sin: Any  # as cos
-    q_norm: Any  # [d] | None: no norm
-    k_norm: Any  # [d] | None
-
-
-@triton.jit
-def _rotate_new_token(
-    qkv,  # Heads of one sequence
-    rotary,  # QKRotary
-    position, row, kv_head, n,
-    SPEC: tl.constexpr, PREFETCH: tl.constexpr,
-):  # fmt: skip
-    """Loads a kv head's queries and, as row group, its key: normalised and rotated, [BLOCK_M, d].
-    Also returns its value, [1, d]."""
-    GROUP: tl.constexpr = SPEC.group
-    D: tl.constexpr = SPEC.dim
-    HALF: tl.constexpr = SPEC.dim // 2
-    channel, half = tl.arange(0, D)[None, :], tl.arange(0, HALF)[None, :]  # [1, d], [1, d / 2]
-    mask, is_query = row <= GROUP, row < GROUP  # [BLOCK_M, 1]
-    angle = tl.maximum(position, 0).to(tl.int64) * HALF + half
-    cos, sin = tl.load(rotary.cos + angle), tl.load(rotary.sin + angle)  # [1, d / 2]
-    if rotary.q_norm is not None:
-        q_norm, k_norm = rotary.q_norm + half, rotary.k_norm + half
-        weight1 = tl.where(is_query, tl.load(q_norm), tl.load(k_norm))  # [BLOCK_M, d / 2]
-        weight2 = tl.where(is_query, tl.load(q_norm + HALF), tl.load(k_norm + HALF))
-    wait_for_previous_kernel(PREFETCH)
-
-    head = tl.where(is_query, kv_head * GROUP + row, n * GROUP + kv_head)
-    x_ptr = qkv.ptr + head * qkv.head_stride + half
-    x1 = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, d / 2]
-    x2 = tl.load(x_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(qkv.ptr + (n * GROUP + n + kv_head) * qkv.head_stride + channel)  # [1, d]
-    if rotary.q_norm is not None:
-        square_sum = tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True)  # [BLOCK_M, 1]
-        inv_rms = tl.rsqrt(square_sum / D + SPEC.eps)
-        x1 *= inv_rms * (1 + weight1.to(tl.float32))
-        x2 *= inv_rms * (1 + weight2.to(tl.float32))
-    rotated = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)  # [BLOCK_M, d / 2, 2]
-    rotated = rotated.permute(0, 2, 1).reshape(mask.shape[0], D)  # [BLOCK_M, d]
-    return rotated.to(qkv.ptr.dtype.element_ty), v
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -195,7 +146,7 @@ def _decode_attention_kernel(
     else:
         # The new key is a row of the queries' tile, and rotated with them. Its scores are not used.
         qkv_row = Heads(qkv_ptr, None, None, qkv.head_stride)
-        q, v = _rotate_new_token(qkv_row, rotary, position, row, kv_head, n, SPEC, PREFETCH)
+        q, v = load_new_token(qkv_row, rotary, position, row, kv_head, n, SPEC, PREFETCH)
         slot = (position % slots).to(tl.int64) * strides.slot
         newest = (split == active - 1) & (position >= 0)
         tl.store(keys_ptr + slot + 0 * row + channel, q, mask=(row == GROUP) & newest)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._op import op
+from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._ring import RingStrides, heads_of
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import launch_config, runs_triton
@@ -33,6 +33,15 @@ class Rotary(NamedTuple):
     cos: Any  # fp32, rows of d / 2, contiguous | None: heads are rotated already
     sin: Any  # as cos
     norm_weight: Any  # [d] | None: no norm
+
+
+class QKRotary(NamedTuple):
+    """Pointers to what rotates and normalises q and k."""
+
+    cos: Any  # [positions, d / 2], contiguous | None: only queries, rotated already
+    sin: Any  # as cos
+    q_norm: Any  # [d] | None: no norm
+    k_norm: Any  # [d] | None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -88,6 +97,43 @@ def rotate_rows(
         sin = tl.load(rotary.sin + i + chunk, mask=mask, other=0.0)
         tl.store(out_ptr + i + chunk, x1 * cos - x2 * sin, mask=kept)
         tl.store(out_ptr + HALF + i + chunk, x2 * cos + x1 * sin, mask=kept)
+
+
+@triton.jit
+def load_new_token(
+    qkv,  # Heads of one sequence
+    rotary,  # QKRotary
+    position, row, kv_head, n,
+    SPEC: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """Decoding: loads a kv head's queries and, as row `group`, its key: normalised and rotated,
+    [BLOCK_M, d]. Also returns its value, [1, d]."""
+    GROUP: tl.constexpr = SPEC.group
+    D: tl.constexpr = SPEC.dim
+    HALF: tl.constexpr = SPEC.dim // 2
+    channel, half = tl.arange(0, D)[None, :], tl.arange(0, HALF)[None, :]  # [1, d], [1, d / 2]
+    mask, is_query = row <= GROUP, row < GROUP  # [BLOCK_M, 1]
+    angle = tl.maximum(position, 0).to(tl.int64) * HALF + half
+    cos, sin = tl.load(rotary.cos + angle), tl.load(rotary.sin + angle)  # [1, d / 2]
+    if rotary.q_norm is not None:
+        q_norm, k_norm = rotary.q_norm + half, rotary.k_norm + half
+        weight1 = tl.where(is_query, tl.load(q_norm), tl.load(k_norm))  # [BLOCK_M, d / 2]
+        weight2 = tl.where(is_query, tl.load(q_norm + HALF), tl.load(k_norm + HALF))
+    wait_for_previous_kernel(PREFETCH)
+
+    head = tl.where(is_query, kv_head * GROUP + row, n * GROUP + kv_head)
+    x_ptr = qkv.ptr + head * qkv.head_stride + half
+    x1 = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, d / 2]
+    x2 = tl.load(x_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(qkv.ptr + (n * GROUP + n + kv_head) * qkv.head_stride + channel)  # [1, d]
+    if rotary.q_norm is not None:
+        square_sum = tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True)  # [BLOCK_M, 1]
+        inv_rms = tl.rsqrt(square_sum / D + SPEC.eps)
+        x1 *= inv_rms * (1 + weight1.to(tl.float32))
+        x2 *= inv_rms * (1 + weight2.to(tl.float32))
+    rotated = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)  # [BLOCK_M, d / 2, 2]
+    rotated = rotated.permute(0, 2, 1).reshape(mask.shape[0], D)  # [BLOCK_M, d]
+    return rotated.to(qkv.ptr.dtype.element_ty), v
 
 
 @triton.jit(do_not_specialize=["t", "slots"])
