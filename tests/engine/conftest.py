@@ -1,4 +1,4 @@
-"""One family, and CUDA graphs without a GPU."""
+"""Fixtures of the engine tests: models of one family, and CUDA graphs without a GPU."""
 
 import pytest
 from decoder_checks import Graph
@@ -9,13 +9,13 @@ from gemma_fast.engine.decoder import Decoder
 
 @pytest.fixture(scope="session", params=["gemma3-gqa"])
 def twins(request, tmp_path_factory) -> Twins:
-    """The richest family: most tests of this room do not depend on it."""
+    """The family with the most features. Most tests here do not depend on the family."""
     return Twins.build(CONFIGS[request.param], tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture
 def graphs(monkeypatch) -> list[Graph]:
-    """Decoders on the CPU go about as on a GPU."""
+    """Makes decoders on the CPU asynchronous, as on a GPU. Returns the graphs that they capture."""
     made: list[Graph] = []
 
     def capture(self):

@@ -1,4 +1,4 @@
-"""The engine under generate(): its launches, its kernels' tokens, its CUDA graphs."""
+"""Decoder, which generate() uses: launches of a step, tokens of the kernels, CUDA graphs."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from gemma_fast.kernels.launch import Gpu, as_on
 @pytest.mark.parametrize(
     ("config", "batch"), [("gemma3-mqa", 1), *slow(("gemma-mqa", 1), ("gemma2-gqa", 8))], ids=str
 )
-def test_a_token_is_five_launches_a_layer_and_three(config, batch):
-    """And texts with prompts of other lengths compile nothing."""
+def test_a_step_is_at_most_five_launches_per_layer_and_three_more(config, batch):
+    """Prompts of other lengths compile no more kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [
@@ -47,28 +47,28 @@ def check_kernels(model, ids, **options):
 
 
 @ALL_FAMILIES
-@pytest.mark.slow  # the quick run has test_whole_model_on_its_kernels
+@pytest.mark.slow  # the default run has test_model_on_kernels_equals_reference
 def test_kernels_give_the_references_tokens(twins):
-    """A batch of three, in a decoder for four; past the windows."""
+    """A batch of three in a decoder for four. The longest text is longer than the windows."""
     _, ids, mask = left_padded(twins, [11, 3, 6])
     check_kernels(twins.model, ids, attention_mask=mask, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
-def test_kernels_give_the_references_choice(options):
+def test_kernels_sample_the_references_tokens(options):
     ids = torch.arange(3, 17).view(2, 7)
     check_kernels(random_model(two_layers("gemma2-gqa")), ids, max_new_tokens=3, **options)
 
 
 @pytest.mark.parametrize("config", ["gemma3-gqa", *slow("gemma-mqa", "gemma2-gqa")])
-def test_kernels_give_the_references_tokens_of_one_text(config):
+def test_kernels_give_the_references_tokens_for_one_text(config):
     model = random_model(two_layers(config))
     check_kernels(model, torch.arange(3, 9).unsqueeze(0), max_new_tokens=3)
 
 
 @ALL_FAMILIES
-def test_rows_do_not_see_each_other(twins):
-    """Five, in a decoder for eight."""
+def test_rows_do_not_affect_each_other(twins):
+    """Five texts in a decoder for eight."""
     prompts, ids, mask = left_padded(twins, [4, 9, 2, 7, 3])
     out = twins.model.generate(ids, attention_mask=mask, max_new_tokens=6, **NEVER)
     for prompt, row in zip(prompts, out, strict=True):
@@ -78,7 +78,7 @@ def test_rows_do_not_see_each_other(twins):
 
 @pytest.mark.parametrize("kernels", [False, True], ids=["reference", "kernels"])
 def test_texts_with_different_settings_share_a_step(kernels):
-    """Each row has the tokens that it has where all rows have its settings."""
+    """A row gets the same tokens as when all rows have its settings."""
     model, ids = random_model(CONFIGS["gemma2-gqa"]), torch.arange(3, 38).view(5, 7)
     texts = [
         Sampling(), Sampling(do_sample=True, temperature=2.0, seed=3),
@@ -115,7 +115,7 @@ def test_the_second_step_is_captured_and_then_replayed(options, graphs):
     assert torch.equal(model.generate(ids, **options), expected)
     assert [graph.replays for graph in graphs] == [7 + 8]
     assert model.memory()["graph"] == 7
-    # Another temperature or seed lies on the device; another filter is another graph.
+    # Temperature and seed are in device tensors; another filter needs another graph.
     model.generate(ids, **options | {"temperature": 0.5, "seed": 9})
     assert len(graphs) == 1
     for _ in range(2):
@@ -124,8 +124,8 @@ def test_the_second_step_is_captured_and_then_replayed(options, graphs):
     assert len(graphs) == 2
 
 
-def test_a_text_ends_one_step_ahead(graphs):
-    """The step that was under way when a text ended is lost, and does no harm."""
+def test_the_step_started_before_the_end_was_seen_is_discarded(graphs):
+    """On a GPU the next step starts before the host reads a token that ends the text."""
     model = random_model(CONFIGS["gemma3-gqa"])
     ids = torch.arange(3, 9).unsqueeze(0)
     free = model.generate(ids, max_new_tokens=12, **NEVER)
@@ -140,7 +140,7 @@ def test_a_text_ends_one_step_ahead(graphs):
 @pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
 @pytest.mark.parametrize("config", list(CONFIGS))
 def test_graphs_give_the_tokens_of_eager_steps(config, options, batch):
-    """Of which each kernel waits for the one ahead."""
+    """The eager steps run without PDL: each kernel starts after the previous one."""
     model = random_model(CONFIGS[config]).cuda()
     ids = torch.randint(3, 199, (batch, 5), device="cuda")
     decoder = Decoder(model, batch, 40)
@@ -157,7 +157,7 @@ def test_graphs_give_the_tokens_of_eager_steps(config, options, batch):
 
 
 @pytest.mark.gpu
-def test_the_next_text_compiles_nothing(monkeypatch):
+def test_the_next_text_compiles_no_kernels(monkeypatch):
     from triton import knobs
 
     model = random_model(CONFIGS["gemma3-mqa"]).cuda()
@@ -171,8 +171,7 @@ def test_the_next_text_compiles_nothing(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_text_and_all_that_is_kept_for_it_are_small():
-    """Beside weights and cache."""
+def test_generate_takes_little_memory_besides_weights_and_cache():
     model = random_model(CONFIGS["gemma-mqa"]).cuda()
     torch.cuda.reset_peak_memory_stats()
     model.generate(torch.randint(3, 199, (1, 100), device="cuda"), max_new_tokens=50, **NEVER)

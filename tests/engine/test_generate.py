@@ -1,4 +1,4 @@
-"""generate() against transformers', and everything that can end it or go wrong with it."""
+"""generate() against transformers, everything that ends it, and its errors."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ NEVER = {"eos_token_id": []}
 
 
 class Letters:
-    """Ids as text: each id is one letter, so that stop strings can be chosen by id."""
+    """A tokenizer with one letter per id, so that tests can choose stop strings by id."""
 
     def decode(self, ids) -> str:
         return "".join(chr(0x4E00 + i) for i in ids)
@@ -75,7 +75,7 @@ def test_eos_ends_rows_and_pads_them(twins):
     assert (out[0, 9:] == 0).all()
 
 
-def test_the_config_says_what_ends_a_text(twins, monkeypatch):
+def test_the_default_eos_token_is_the_configs(twins, monkeypatch):
     ids = twins.prompt(1, 5)
     free = twins.model.generate(ids, max_new_tokens=6, **NEVER)
     config = replace(twins.config, eos_token_id=int(free[0, 7]))
@@ -85,14 +85,14 @@ def test_the_config_says_what_ends_a_text(twins, monkeypatch):
     assert torch.equal(twins.model.generate(ids, max_new_tokens=6), free[:, :end])
 
 
-def test_the_whole_context_may_be_used(twins):
+def test_prompt_and_max_new_tokens_may_fill_the_context(twins):
     any_token = list(range(twins.config.vocab_size))
     out = twins.model.generate(twins.prompt(1, 5), max_new_tokens=251, eos_token_id=any_token)
     assert out.shape == (1, 6)
 
 
 @ALL_FAMILIES
-def test_prefill_in_chunks_gives_the_same(twins, monkeypatch):
+def test_prefill_in_chunks_gives_the_same_tokens(twins, monkeypatch):
     _, ids, mask = left_padded(twins, [30, 4])
     options = {"attention_mask": mask, "max_new_tokens": 8, **NEVER}
     expected = twins.model.generate(ids, **options)
@@ -103,12 +103,12 @@ def test_prefill_in_chunks_gives_the_same(twins, monkeypatch):
         return hidden_states(ids, cache)
 
     monkeypatch.setattr(twins.model, "hidden_states", spy)
-    monkeypatch.setattr(decoder, "PREFILL_CHUNK", 14)  # of two rows
+    monkeypatch.setattr(decoder, "PREFILL_CHUNK", 14)  # for two rows: 7 each
     assert torch.equal(twins.model.generate(ids, **options), expected)
     assert sizes == [7, 7, 7, 7, 2] + 7 * [1]
 
 
-def test_the_same_seed_draws_the_same_text(twins):
+def test_the_same_seed_samples_the_same_text(twins):
     def draw(**kwargs):
         ids = twins.prompt(2, 5)
         return twins.model.generate(
@@ -128,7 +128,7 @@ def test_the_same_seed_draws_the_same_text(twins):
         assert torch.equal(draw(seed=7, **filters), greedy)
 
 
-def test_stop_strings(twins):
+def test_a_stop_string_ends_its_row(twins):
     ids = twins.prompt(2, 5)
     options = {"max_new_tokens": 12, "do_sample": True, "temperature": 5.0, "seed": 0, **NEVER}
     free = twins.model.generate(ids, **options)
@@ -142,13 +142,13 @@ def test_stop_strings(twins):
 
 
 class Bytes:
-    """Four ids to a letter, as four bytes make an emoji; and the text goes on after the last."""
+    """A tokenizer with four ids per letter, like the bytes of an emoji; it also appends a dot."""
 
     def decode(self, ids) -> str:
         return Letters().decode(ids[len(ids) % 4 :: 4]) + "."
 
 
-def test_a_stop_string_of_many_tokens(twins):
+def test_a_stop_string_may_span_many_tokens(twins):
     ids = twins.prompt(1, 5)
     free = twins.model.generate(ids, max_new_tokens=16, **NEVER)
     stop = Bytes().decode(free[0, 5:13].tolist())[:2]
@@ -158,8 +158,8 @@ def test_a_stop_string_of_many_tokens(twins):
     assert torch.equal(out, free[:, :13])
 
 
-def test_the_repetition_penalty_sees_prompt_and_text(twins, monkeypatch):
-    """And nothing of the row beside, nor of the text before."""
+def test_the_repetition_penalty_applies_to_prompt_and_new_tokens(twins, monkeypatch):
+    """It does not apply to tokens of other rows or of earlier texts."""
     seen, process = [], Sampler._process
 
     def spy(self, logits):
@@ -197,7 +197,7 @@ def test_a_streamer_gets_all_rows(twins):
     assert torch.equal(torch.cat([p.view(2, -1) for p in recorder.puts], dim=1), out)
 
 
-def test_a_streamer_that_fails_is_ended_too(twins):
+def test_a_streamer_that_raises_is_ended_too(twins):
     class Broken(Recorder):
         def put(self, ids):
             raise OSError("pipe closed")
@@ -217,7 +217,7 @@ def test_pad_token_id_fills_finished_rows(twins):
 
 
 @pytest.mark.parametrize("after", [1, 2, 4], ids=str)
-def test_ctrl_c_returns_what_there_is(twins, after):
+def test_ctrl_c_returns_the_tokens_so_far(twins, after):
     ids, recorder = twins.prompt(1, 5), Recorder(interrupt_after=after)
     free = twins.model.generate(ids, max_new_tokens=8, **NEVER)
     out = twins.model.generate(ids, max_new_tokens=8, streamer=recorder, **NEVER)
@@ -263,11 +263,11 @@ def test_generation_config_gives_the_defaults(twins, monkeypatch):
     ],
     ids=str,
 )
-def test_bad_arguments(twins, kwargs, message):
+def test_bad_arguments_raise(twins, kwargs, message):
     with pytest.raises(ValueError, match=message):
         twins.model.generate(twins.prompt(1, 5), **kwargs)
 
 
-def test_an_unknown_keyword_is_named(twins):
+def test_an_unknown_keyword_raises(twins):
     with pytest.raises(TypeError, match="num_beams"):
         twins.model.generate(twins.prompt(1, 5), max_new_tokens=2, num_beams=4)

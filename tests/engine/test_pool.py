@@ -1,4 +1,4 @@
-"""What decoders keep between texts, what they free, and what can go wrong with them."""
+"""Decoders that a model keeps between texts: when they are reused or freed, and their errors."""
 
 import copy
 import gc
@@ -24,7 +24,7 @@ def test_decoders_are_kept_by_batch_size(twins):
     assert sizes == [1, 2, 4, 4, 8, 8, 16, 40, 64]
     first = model.decoders.take(model, 3, 20)
     assert (first.cache.batch, first.cache.max_length) == (4, 256)
-    beside = model.decoders.take(model, 3, 20)  # another caller's, at the same time
+    beside = model.decoders.take(model, 3, 20)  # for a second caller at the same time
     assert beside is not first
     model.decoders.give_back(first)
     assert model.decoders.take(model, 4, 256) is first
@@ -46,7 +46,7 @@ def test_a_longer_text_and_another_dtype_need_another_decoder():
     assert long.decoders.take(long, 1, 513).cache.max_length == 768
     ids = torch.arange(3, 9).unsqueeze(0)
     expected = model.generate(ids, max_new_tokens=4, **NEVER)
-    model.double().float()  # other memory
+    model.double().float()  # moves the weights
     assert torch.equal(model.generate(ids, max_new_tokens=4, **NEVER), expected)
     model.bfloat16().generate(ids, max_new_tokens=4)
     assert model.decoders[1].cache.dtype == torch.bfloat16
@@ -61,7 +61,7 @@ def test_copies_of_a_model_have_no_decoders(twins):
         assert torch.equal(twin.generate(ids, max_new_tokens=3, **NEVER), expected)
 
 
-def test_in_and_out_of_inference_mode(twins):
+def test_generate_works_in_and_out_of_inference_mode(twins):
     model = random_model(twins.config)
     for options in SAMPLINGS.values():
         for mode in (torch.inference_mode, nullcontext, torch.inference_mode):
@@ -69,7 +69,7 @@ def test_in_and_out_of_inference_mode(twins):
                 model.generate(twins.prompt(1, 5), max_new_tokens=3, **options, **NEVER)
 
 
-def test_extend_continues_a_text(twins):
+def test_prefill_and_extend_equal_one_prefill(twins):
     ids = twins.prompt(2, 12)
     whole, parts = (Decoder(twins.model, 2, 32) for _ in range(2))
     whole.prefill(ids)
@@ -82,7 +82,7 @@ def test_extend_continues_a_text(twins):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_decoder_that_is_full(twins, asynchronous):
+def test_a_full_decoder_raises_and_can_start_anew(twins, asynchronous):
     decoder = Decoder(twins.model, 1, 256)
     decoder.asynchronous, decoder._capture = asynchronous, lambda: Graph(decoder)
     decoder.prefill(twins.prompt(1, 253))
@@ -95,7 +95,7 @@ def test_a_decoder_that_is_full(twins, asynchronous):
     decoder.step()
 
 
-def test_more_texts_than_a_decoder_has_room_for(twins):
+def test_more_texts_than_a_decoder_holds_raise(twins):
     with pytest.raises(ValueError, match="a batch of 5 does not fit a decoder for 4"):
         Decoder(twins.model, 3, 20).prefill(twins.prompt(5, 4))
 
@@ -104,7 +104,7 @@ def interrupt(*args, **options):
     raise KeyboardInterrupt
 
 
-def test_a_prompt_that_was_not_read_to_its_end(twins, monkeypatch):
+def test_an_interrupted_prompt_cannot_be_continued(twins, monkeypatch):
     decoder = Decoder(twins.model, 1, 32)
     with monkeypatch.context() as patch:
         patch.setattr(gemma, "next_token", interrupt)
@@ -115,13 +115,13 @@ def test_a_prompt_that_was_not_read_to_its_end(twins, monkeypatch):
     decoder.prefill(twins.prompt(1, 5))
 
 
-def test_a_context_that_is_no_multiple_of_what_is_rounded_up_to():
+def test_the_rounded_cache_length_does_not_exceed_the_context():
     model = random_model(replace(CONFIGS["gemma-mqa"], max_position_embeddings=100))
     assert Decoder(model, 1, 60).cache.max_length == 100
 
 
-def test_graphs_keep_their_memory(twins):
-    """What a graph reads and writes lies where it was captured."""
+def test_tensors_of_graphs_keep_their_addresses(twins):
+    """A graph reads and writes the addresses with which it was captured."""
 
     def addresses(decoder):
         own = [x for x in vars(decoder.sampler).values() if isinstance(x, torch.Tensor)]
@@ -133,12 +133,12 @@ def test_graphs_keep_their_memory(twins):
     model, options = random_model(twins.config), {"repetition_penalty": 1.5, **NEVER}
     model.generate(twins.prompt(3, 5), max_new_tokens=4, **options)
     before = addresses(model.decoders[4])
-    model.new_cache(1, 1000)  # with longer tables
+    model.new_cache(1, 1000)  # makes longer rotary tables
     model.generate(twins.prompt(4, 9), max_new_tokens=6, **options)
     assert addresses(model.decoders[4]) == before
 
 
-def test_weights_that_were_replaced(twins):
+def test_a_decoder_does_not_fit_replaced_weights(twins):
     model = random_model(twins.config)
     ids = twins.prompt(1, 5)
     model.generate(ids, max_new_tokens=3, **NEVER)
@@ -149,7 +149,7 @@ def test_weights_that_were_replaced(twins):
     assert model.cpu() is model and not model.decoders
 
 
-def test_a_model_goes_with_its_last_reference(twins):
+def test_a_model_is_freed_with_its_last_reference(twins):
     model = random_model(twins.config)
     model.generate(twins.prompt(1, 5), max_new_tokens=3, **NEVER)
     seen = weakref.ref(model)
@@ -161,7 +161,7 @@ def test_a_model_goes_with_its_last_reference(twins):
         gc.enable()
 
 
-def test_what_a_text_left_behind_does_not_reach_the_next(twins):
+def test_cache_contents_do_not_reach_the_next_text(twins):
     model = random_model(twins.config)
     ids = twins.prompt(1, 5)
     expected = model.generate(ids, max_new_tokens=8, **NEVER)
@@ -170,7 +170,7 @@ def test_what_a_text_left_behind_does_not_reach_the_next(twins):
     assert torch.equal(model.generate(ids, max_new_tokens=8, **NEVER), expected)
 
 
-def test_bytes_needed_are_those_of_a_cache(twins):
+def test_bytes_needed_equals_the_nbytes_of_a_cache(twins):
     for batch, length in ((1, 5), (3, 200)):
         cache = cache_module.KVCache(twins.config, batch, length, dtype=torch.float16)
         needed = cache.bytes_needed(twins.config, batch, length, torch.float16)
@@ -187,8 +187,8 @@ def damaged(model):
 
 
 @pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
-def test_logits_that_are_not_finite(options, request):
-    if "top_k" not in options:  # one step ahead, or not
+def test_non_finite_logits_raise(options, request):
+    if "top_k" not in options:  # these run asynchronously
         request.getfixturevalue("graphs")
     model = random_model(CONFIGS["gemma3-gqa"])
     ids = torch.arange(3, 9).repeat(2, 1)
@@ -198,7 +198,7 @@ def test_logits_that_are_not_finite(options, request):
     assert torch.equal(model.generate(ids, max_new_tokens=3, **options, **NEVER), expected)
 
 
-def test_no_memory_for_the_cache(twins, monkeypatch):
+def test_out_of_memory_for_the_cache_raises(twins, monkeypatch):
     model = random_model(twins.config)
     ids = twins.prompt(2, 5)
 
@@ -213,7 +213,7 @@ def test_no_memory_for_the_cache(twins, monkeypatch):
     assert model.generate(ids, max_new_tokens=3, **NEVER).shape == (2, 8)
 
 
-def test_what_other_batches_left_makes_room(twins, monkeypatch):
+def test_kept_decoders_are_freed_when_memory_runs_out(twins, monkeypatch):
     model = random_model(twins.config)
     model.generate(twins.prompt(2, 5), max_new_tokens=3, **NEVER)
     allocate, tried = cache_module.KVCache._allocate, []
@@ -233,7 +233,7 @@ def test_what_other_batches_left_makes_room(twins, monkeypatch):
     "message", ["CUDA error: out of memory", "Triton Error [CUDA]: out of memory",
                 "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory"],
 )  # fmt: skip
-def test_no_memory_for_a_prompt(twins, monkeypatch, message):
+def test_out_of_memory_for_a_prompt_raises(twins, monkeypatch, message):
     def full(*args):
         raise RuntimeError(message)
 

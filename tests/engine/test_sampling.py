@@ -1,4 +1,4 @@
-"""Sampling against transformers' logits processors, and its ranges."""
+"""Sampling against transformers' logits processors, and the ranges of its options."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ def logits(batch: int = 4, vocab: int = 50) -> torch.Tensor:
 
 
 def sampler_of(sampling: Sampling, batch: int, vocab: int, seen=None) -> Sampler:
-    """All rows with these settings, and seed 1. seen :: [b, n], ids for the penalty."""
+    """A sampler with these settings and seed 1 in all rows. seen :: [b, n], ids to penalise."""
     sampler = Sampler(batch, vocab, "cpu")
     sampler.set([replace(sampling, seed=1)] * batch)
     if seen is not None:
@@ -29,7 +29,7 @@ def processed(sampling: Sampling, logits: torch.Tensor, seen=None) -> torch.Tens
 
 
 def choose(sampling: Sampling, logits: torch.Tensor, seen=None, position=None) -> torch.Tensor:
-    """As Gemma.step chooses from logits."""
+    """Samples tokens from logits as Gemma.step does."""
     b = len(logits)
     if position is None:
         position = torch.zeros(b, dtype=torch.int32)
@@ -74,7 +74,7 @@ def test_filters_equal_transformers(ours, theirs):
     torch.testing.assert_close(processed(Sampling(do_sample=True, **ours), logits()), expected)
 
 
-def test_each_row_has_its_filters():
+def test_each_row_uses_its_own_settings():
     rows = [
         Sampling(do_sample=True, top_k=5), Sampling(do_sample=True, top_p=0.6, temperature=1.7),
         Sampling(do_sample=True, min_p=0.2), Sampling(top_k=3), Sampling(do_sample=True),
@@ -95,8 +95,8 @@ def test_each_row_has_its_filters():
     assert sampler.temperature.tolist() == [1, 1, 1, 0, 1, 1]
 
 
-def test_filters_keep_what_is_as_likely_as_the_last():
-    """As transformers' top-k does; its top-p keeps any of equal tokens."""
+def test_filters_keep_all_tokens_that_tie_with_the_last():
+    """transformers' top-k does so too, but its top-p keeps an arbitrary one of equal tokens."""
     given = torch.tensor([[3.0, 1.0, 1.0, 0.0, 1.0]]).bfloat16()
     for filters in ({"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 3, "top_p": 0.9}):
         kept = processed(Sampling(do_sample=True, **filters), given).isfinite()
@@ -106,7 +106,7 @@ def test_filters_keep_what_is_as_likely_as_the_last():
 
 
 def test_repetition_penalty_equals_transformers():
-    for given in (logits(), logits() - 20):  # positive and negative at the top
+    for given in (logits(), logits() - 20):  # the top logits are positive, then negative
         ids = given.topk(3).indices
         sampling = Sampling(repetition_penalty=1.8)
         expected = hf.RepetitionPenaltyLogitsProcessor(1.8)(ids, given.clone())
@@ -116,13 +116,13 @@ def test_repetition_penalty_equals_transformers():
 
 
 def test_the_penalty_is_not_rounded_to_bf16():
-    """10 / 1.004 is 9.96, above 9.9375; in bf16 the two would be one."""
+    """10 / 1.004 is 9.96, which is more than 9.9375; in bf16 both would be equal."""
     close = torch.tensor([[9.9375, 10.0]]).bfloat16()
     assert choose(Sampling(repetition_penalty=1.004), close, torch.tensor([[1]])) == 1
 
 
-def test_top_p_keeps_no_more_than_it_needs():
-    """Half the probability is what the first token has: the second is not needed."""
+def test_top_p_keeps_no_more_tokens_than_needed():
+    """The first token has half of the probability, so the second one is not needed."""
     halves = torch.tensor([[2.0, 1.0, 0.0, 0.0]]) * math.log(2)  # 1/2, 1/4, 1/8, 1/8
     kept = processed(Sampling(do_sample=True, top_p=0.5), halves).isfinite()
     assert kept.tolist() == [[True, False, False, False]]
@@ -133,8 +133,8 @@ def test_greedy_ignores_the_filters():
     assert torch.equal(choose(greedy, logits()), logits().argmax(-1))
 
 
-def test_draws_follow_the_probabilities():
-    """Chi-square with 3 degrees of freedom: above 16.3 one time in a thousand."""
+def test_sampled_tokens_follow_the_probabilities():
+    """Chi-square with 3 degrees of freedom exceeds 16.3 one time in a thousand."""
     sampling, draws = Sampling(do_sample=True, temperature=2.0, top_k=4), 20_000
     position = torch.arange(draws, dtype=torch.int32)
     drawn = choose(sampling, logits(1, 10).expand(draws, -1), position=position)
@@ -150,7 +150,7 @@ def test_draws_follow_the_probabilities():
      {"top_k": 3, "top_p": 0.5, "min_p": 0.5, "repetition_penalty": 2.0}],
     ids=str,
 )  # fmt: skip
-def test_logits_that_are_not_finite(filters):
+def test_non_finite_logits_give_token_minus_one(filters):
     given = logits(5)
     given[0, 3], given[1, 2], given[2] = float("nan"), float("inf"), float("-inf")
     given[3, 1:] = float("-inf")
@@ -159,7 +159,7 @@ def test_logits_that_are_not_finite(filters):
     assert token[:4] == [-1, -1, -1, 0] and token[4] >= 0
 
 
-def test_when_logits_are_processed():
+def test_logits_are_processed_only_if_filtered_or_penalised():
     def processes(**options) -> bool:
         return sampler_of(Sampling(**options), 2, 9).process is not None
 
@@ -171,8 +171,8 @@ def test_when_logits_are_processed():
         assert processes(do_sample=do_sample, repetition_penalty=1.1)
 
 
-def test_what_a_graph_depends_on():
-    """How much of the vocabulary is ordered, and whether tokens are drawn or penalised."""
+def test_graph_key_depends_on_the_operations_of_a_step():
+    """It depends on how many logits are ordered, and on whether rows sample or penalise."""
 
     def key(**options):
         return sampler_of(Sampling(**options), 2, 9).graph_key
@@ -198,6 +198,6 @@ def test_what_a_graph_depends_on():
         ("min_p", 2), ("repetition_penalty", 0), ("do_sample", "yes"),
     ],
 )  # fmt: skip
-def test_out_of_range(name, value):
+def test_values_out_of_range_raise(name, value):
     with pytest.raises(ValueError, match=f"{name}={value!r}.* must be"):
         Sampling(**{name: value})

@@ -1,4 +1,4 @@
-"""Where kernels are launched, and what their outputs hold before."""
+"""Fixtures of the kernel tests: launches as on Hopper, and outputs that begin as NaN."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from gemma_fast.kernels.launch import as_on, gpu
 
 @pytest.fixture(params=HOPPERS)
 def hopper(request):
-    """Where kernels are launched as on Hopper: on such a GPU, or in the interpreter."""
+    """Device with launches as on Hopper: a GPU with tensor descriptors, or the interpreter."""
     if torch.cuda.is_available() and not 90 <= gpu(torch.device("cuda", 0)).capability < 120:
         pytest.skip("needs tensor descriptors, and Hopper's shared memory")
     with as_on(HOPPERS[request.param]), interpreter():
@@ -19,7 +19,8 @@ def hopper(request):
 
 @pytest.fixture
 def poison_outputs(monkeypatch):
-    """torch.empty gives NaN with more behind it: what a kernel leaves out, or passes, is seen."""
+    """Fills outputs (torch.empty) with NaN, which shows what a kernel does not write. The NaN after
+    each output must stay, or the kernel wrote past its end."""
     empty, empty_like, beyond = torch.empty, torch.empty_like, []
 
     def poisoned(make):

@@ -1,4 +1,4 @@
-"""attention and rotary_write against a plain fp64 softmax over keys by position."""
+"""attention and rotary_write against a plain fp64 softmax over keys in order of position."""
 
 from types import SimpleNamespace
 
@@ -34,21 +34,21 @@ def check(
     d=D,
     seed=0,
 ):
-    """Rows with `past` tokens before t new ones (negative: left padding), through both ops."""
+    """Runs both ops on t new tokens after `past` tokens of each row (negative: left padding)."""
     torch.manual_seed(seed)
     b, start = len(past), torch.tensor(past, dtype=torch.int32, device=device)
     length = max(past) + t
     slots = max(length, 1) + spare
-    if window:  # as long as it need be, so that it wraps
+    if window:  # the shortest ring that suffices, so that it wraps
         slots = min(slots, window + t - 1)
     slots = -(-slots // multiple) * multiple
     q_weight, k_weight = (torch.randn(d, device=device) / 2 if norm else None for _ in "qk")
-    # One token more than the rows' whole past: [b, past + t, …] by position.
+    # K and V of all tokens, past and new, by position: [b, length, n, d].
     k, v = (torch.randn(b, length, n, x * d, device=device).to(dtype)[..., :d] for x in (1, 2))
     heads = n * m
     q = torch.randn(b, t, 3 * heads, d, device=device).to(dtype)[:, :, heads : 2 * heads]
 
-    # What a slot holds before it is written is weighed by zero, and so need only be finite.
+    # A slot that is not written yet gets weight zero, so it may hold any finite number.
     shape, unwritten = (2, b, slots, n, d), torch.finfo(dtype).max
     keys, values = torch.full(shape, unwritten, dtype=dtype, device=device).transpose(2, 3)
     for row, before in enumerate(past):
@@ -61,12 +61,12 @@ def check(
                 *angles(at, part.stop - begin, d), at, k_weight,
             )  # fmt: skip
     cos, sin = angles(start, t, d)
-    # Padding repeats a row's first token.
+    # Padding tokens repeat the row's first token.
     columns = start.long().unsqueeze(1) + torch.arange(t, device=device)
     index = columns.clamp(min=0)[..., None, None].expand(b, t, n, d)
     new_k, new_v = k.gather(1, index), v.gather(1, index)
     rotary_write(new_k, new_v, keys, values, cos, sin, start, k_weight)
-    scale = 0.3 * (32 / d) ** 0.5  # scores are as large for any d, and so are their errors
+    scale = 0.3 * (32 / d) ** 0.5  # scores, and so errors, of the same size for any d
     out = attention(
         q, keys, values, cos, sin, start, q_weight, scale=scale, window=window, softcap=softcap
     )
@@ -74,7 +74,7 @@ def check(
     assert not out.isnan().any()
     for row, before in enumerate(past):
         real = slice(max(-before, 0), t)
-        assert (out[row, : real.start] == 0).all(), "padding sees nothing"
+        assert (out[row, : real.start] == 0).all(), "outputs of padding must be zero"
         if real.start >= t:
             continue
         total = before + t
@@ -92,8 +92,8 @@ def check(
 CASES = {
     "one token": {"t": 1},
     "prompt": {"t": 37},
-    "block edge": {"t": 32, "m": 2},
-    "past a block's edge": {"t": 33, "m": 2},
+    "whole blocks": {"t": 32, "m": 2},
+    "one token past whole blocks": {"t": 33, "m": 2},
     "multi-query": {"t": 9, "m": 4},
     "grouped": {"t": 9, "n": 2, "m": 2},
     "odd group": {"t": 11, "n": 2, "m": 3},
@@ -104,42 +104,42 @@ CASES = {
     "window smaller than a block": {"t": 50, "window": 5},
     "window of one": {"t": 6, "window": 1},
     "window larger than a block": {"t": 80, "window": 40},
-    "window larger than all": {"t": 10, "window": 64},
+    "window larger than the text": {"t": 10, "window": 64},
     "after a prefix": {"t": 7, "past": (30,)},
     "windowed chunk after a prefix": {"t": 20, "past": (30,), "window": 16},
     "decode in a full ring": {"t": 1, "past": (45,), "window": 16, "m": 4},
-    "decode in a ring, ragged": {"t": 1, "past": (45, 3, 16, 15), "window": 16},
+    "decode in a ring, ragged rows": {"t": 1, "past": (45, 3, 16, 15), "window": 16},
     "left padding": {"t": 12, "past": (0, -5, -11), "m": 2},
-    "a row of padding only": {"t": 4, "past": (0, -4, -9)},
-    "ragged decode, spare slots": {"t": 1, "past": (3, 40, 0), "spare": 9},
-    "all at once": {
+    "rows of padding only": {"t": 4, "past": (0, -4, -9)},
+    "ragged decode, unused slots": {"t": 1, "past": (3, 40, 0), "spare": 9},
+    "all options together": {
         "t": 21, "past": (0, -3), "n": 2, "m": 3, "window": 6, "softcap": 2.0, "norm": True,
     },
-    # Past several blocks of every tile:
+    # Longer than several blocks of every launch config:
     "long": {"t": 300, "past": (90, 0), "m": 2},
     "long, windowed": {"t": 300, "past": (0, 200), "m": 3, "window": 130},
     "long, padded": {"t": 290, "past": (0, -140), "m": 4, "window": 256, "softcap": 2.0},
     "chunk in a ring that wraps": {"t": 20, "past": (300, 7), "window": 40, "m": 2},
     "long chunk in a ring that wraps": {"t": 90, "past": (700, 655), "window": 150, "m": 2},
-    "block edges": {"t": 129, "past": (127, 128), "m": 1},
+    "past and prompt at block edges": {"t": 129, "past": (127, 128), "m": 1},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_attention(case, dtype, device, poison_outputs):
+def test_attention_equals_fp64_softmax(case, dtype, device, poison_outputs):
     check(device, dtype, **CASES[case])
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES[1:], *slow(torch.float32)], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_attention_by_descriptors(case, dtype, hopper, poison_outputs):
+def test_attention_with_descriptors_equals_fp64_softmax(case, dtype, hopper, poison_outputs):
     check(hopper, dtype, **{"multiple": 128, **CASES[case]})
 
 
 @pytest.mark.parametrize(("offset", "extra"), [(1, 0), (0, 4)], ids=str)
-def test_rings_that_descriptors_cannot_read(offset, extra, hopper):
-    """Their base or their strides are no multiples of 16 bytes."""
+def test_unaligned_rings_give_the_same_result(offset, extra, hopper):
+    """Descriptors cannot read a ring unless its base and strides are multiples of 16 bytes."""
     size = 2 * 128 * (D + extra)
     memory = torch.randn(size + 1, device=hopper).half()[offset : size + offset]
     rings = memory.view(2, 1, 1, 128, D + extra)[..., :D]
@@ -152,7 +152,7 @@ def test_rings_that_descriptors_cannot_read(offset, extra, hopper):
     torch.testing.assert_close(out, expected)
 
 
-def test_descriptors_are_used(hopper, monkeypatch):
+def test_descriptors_are_used_if_the_ring_ends_with_a_block(hopper, monkeypatch):
     made = []
     make = attention_file.TensorDescriptor.from_tensor
     noted = SimpleNamespace(from_tensor=lambda *args: made.append(args) or make(*args))
@@ -160,7 +160,7 @@ def test_descriptors_are_used(hopper, monkeypatch):
     check(hopper, torch.float16, t=64, multiple=128)
     assert len(made) == 2
     check(hopper, torch.float16, t=64, multiple=1, spare=1)
-    assert len(made) == 2, "a ring that does not end at a block's edge"
+    assert len(made) == 2, "a descriptor was used for a ring that ends within a block"
 
 
 SHAPES = {
@@ -197,11 +197,11 @@ def test_any_shape(shape):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(shape=st.fixed_dictionaries(SHAPES))
-def test_any_shape_by_descriptors(hopper, shape):
+def test_any_shape_with_descriptors(hopper, shape):
     check_any(hopper, torch.float16, shape, multiple=128)
 
 
-def test_a_chunk_longer_than_the_ring_leaves_its_last_tokens(device):
+def test_ring_keeps_the_last_tokens_of_a_longer_chunk(device):
     slots, t = 8, 21
     k, v = torch.randn(2, 1, t, 1, D, device=device)
     start = torch.tensor([5], dtype=torch.int32, device=device)
@@ -212,7 +212,7 @@ def test_a_chunk_longer_than_the_ring_leaves_its_last_tokens(device):
         assert torch.equal(ring[..., position % slots, :], whole[..., position, :])
 
 
-def test_without_a_window_a_query_sees_what_the_ring_holds(device):
+def test_without_a_window_a_query_sees_the_whole_ring(device):
     slots, start = 16, torch.tensor([45], dtype=torch.int32, device=device)
     q, keys, values = torch.randn(3, 1, slots, slots, D, device=device)
     turn = angles(start, 1)
@@ -224,8 +224,8 @@ def test_without_a_window_a_query_sees_what_the_ring_holds(device):
     torch.testing.assert_close(longer, windowed)
 
 
-def test_keys_that_are_not_seen_do_not_count(device):
-    """However large their scores: those of the future would drown the others."""
+def test_future_keys_do_not_change_the_result(device):
+    """The future key has a far larger score than the visible one."""
     q, values = torch.ones(1, 2, 1, D, device=device), torch.randn(1, 1, 2, D, device=device)
     keys = (
         torch.tensor([-1000.0, 1000.0], device=device)
@@ -240,8 +240,8 @@ def test_keys_that_are_not_seen_do_not_count(device):
     )
 
 
-def test_angles_are_exact_far_out(device):
-    """bf16 positions collide from 257 on; a rotation by position 300 differs from one by 301."""
+def test_rotation_is_exact_at_large_positions(device):
+    """In bf16 positions 300 and 301 would be equal. Here they must rotate differently."""
     x = torch.randn(1, 2, 1, D, device=device).to(torch.float32)
     x[:, 1] = x[:, 0]
     start = torch.tensor([300], dtype=torch.int32, device=device)
@@ -251,13 +251,13 @@ def test_angles_are_exact_far_out(device):
 
 
 @pytest.mark.parametrize("device", ["kernel"], indirect=True)
-def test_head_dims(device):
+def test_unsupported_head_dim_raises(device):
     q, start = torch.randn(1, 1, 1, 512, device=device), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(AssertionError, match=r"one of \(32, 64, 128, 256\): d=512"):
         attention(q, q, q, *angles(start.to(device), 1, 512), start.to(device), scale=1.0)
 
 
-def test_wrong_shapes(device):
+def test_query_heads_must_be_a_multiple_of_kv_heads(device):
     q, kv = torch.randn(1, 2, 3, D, device=device), torch.randn(1, 2, 4, D, device=device)
     start = torch.zeros(1, dtype=torch.int32, device=device)
     with pytest.raises(AssertionError, match="3 query heads are not a multiple of 2 kv heads"):

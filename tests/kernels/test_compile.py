@@ -1,4 +1,4 @@
-"""Every kernel, in every way its launchers launch it, compiled for each generation of GPUs."""
+"""Compiles every kernel, in each variant that its launchers use, for each GPU generation."""
 
 import pytest
 from assembly import softmax_in_loops, spilled_bytes, spills_in_loops
@@ -7,23 +7,23 @@ from gates import GATES, fits_twice, is_prompt, only_queries
 from marks import slow
 from tritons import compile_with
 
-# An 8.6 and an 8.9 have the shared memory of a 12.0, and the instructions of an 8.0.
+# 8.6 and 8.9 are left out: they have the shared memory of 12.0 and the instructions of 8.0.
 ALL = {str(x): (str(x),) for x in GPUS if x not in (86, 89)}
 FIRST = {f"{x}, first launches": (str(x), "--first") for x in sorted(GPUS, key=lambda x: x != 90)}
 
 
 @pytest.fixture(scope="module", params=["90, first launches", *slow(*list(FIRST)[1:], *ALL)])
 def compiled(request):
-    """GPU, and what compile_kernels.py says of every launch, or of each kernel's first."""
+    """GPU, and compile_kernels.py's reports: on every launch, or on the first of each kernel."""
     arguments = (FIRST | ALL)[request.param]
     return GPUS[int(arguments[0])], compile_with(None, *arguments)
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_every_kernel_holds(compiled, gate):
+def test_every_kernel_passes_the_gate(compiled, gate):
     gpu, kernels = compiled
     broken = [(wrong, kernel) for kernel in kernels if (wrong := GATES[gate](kernel, gpu))]
-    assert not broken, f"{len(broken)} of {len(kernels)}, the first: {broken[0]}"
+    assert not broken, f"{len(broken)} of {len(kernels)} kernels fail, the first: {broken[0]}"
 
 
 def test_every_kernel_is_compiled(compiled):
@@ -37,16 +37,16 @@ def test_every_kernel_is_compiled(compiled):
     assert len({k["kernel"] for k in steps}) == 4
 
 
-@pytest.mark.parametrize("compiled", slow("90"), indirect=True)  # launch configs are chosen for it
+@pytest.mark.parametrize("compiled", slow("90"), indirect=True)  # launch configs are tuned for it
 def test_two_programs_of_decode_attention_fit_a_multiprocessor(compiled):
-    """Where its tiles are small; so the gate on two programs has something to check."""
+    """At least in one launch config, so that the gate `two programs` has something to check."""
     gpu, kernels = compiled
     decode = [k for k in kernels if k["kernel"] == "_decode_attention_kernel"]
     assert any(k["shared"] > 65_536 and fits_twice(k, gpu) for k in decode)
 
 
 @pytest.mark.parametrize("compiled", slow(*ALL), indirect=True)
-def test_prompts_are_made_for_each_generation(compiled):
+def test_prefill_kernels_suit_each_gpu_generation(compiled):
     gpu, kernels = compiled
     prompts = [k for k in kernels if is_prompt(k)]
     hopper = gpu.capability == 90
@@ -54,7 +54,7 @@ def test_prompts_are_made_for_each_generation(compiled):
     used = {(k["kernel"], k["options"]["DESCRIPTORS"]) for k in prompts}
     describes = gpu.capability >= 90
     ways = {("_attention_kernel", False), ("_gate_up_geglu_kernel", describes)}
-    if describes:  # some rings are read by pointers: their length is no multiple of a block
+    if describes:  # pointers read the rings that end within a block
         ways.add(("_attention_kernel", True))
     assert used == ways
 
@@ -75,15 +75,15 @@ def test_spills_are_found_in_loops_of_each_generation():
     call = sass(".L_x_1:", "HGMMA R4", "STL.64 [R1], RZ", "@P0 BRA `(.L_x_1)", "EXIT")
     assert spills_in_loops(call) == spilled_bytes(call) == 0
     other = sass(".L_x_1:", "LDL R2, [R1]", "@P0 BRA `(.L_x_1)", "HGMMA R4", "EXIT")
-    assert spills_in_loops(other) == 0  # a loop that does not multiply
+    assert spills_in_loops(other) == 0  # a loop without a matmul
     for unread in ("", other + "\nan unknown format: BRA `(.L_x_1)"):
-        with pytest.raises(AssertionError, match="lines were not read"):
+        with pytest.raises(AssertionError, match="some SASS was not parsed"):
             spills_in_loops(unread)
 
 
-def test_softmax_is_beside_matmuls_that_are_waited_for_later():
+def test_softmax_in_loops_counts_waits_exponentials_and_matmuls():
     def found(*body: str) -> list[tuple[int, ...]]:
-        """Waits, exponentials, those before the last wait, matmuls after it."""
+        """Counts waits, exponentials, those before the last wait, and matmuls after it."""
         loop = sass(".L_x_1:", *body, "@P1 BRA `(.L_x_1)", "EXIT")
         return [tuple(x.values()) for x in softmax_in_loops(loop)]
 

@@ -1,4 +1,4 @@
-"""decode_attention against a plain fp64 softmax over keys by position."""
+"""decode_attention against a plain fp64 softmax over keys in order of position."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ D, SCALE = 32, 0.3
 
 @pytest.fixture(params=["kernel", "kernel, 132 multiprocessors", "reference"])
 def device(request):
-    """Few splits, many splits, and the reference."""
+    """Runs a test with few splits, with many splits, and on the reference."""
     if request.param == "reference":
         yield "cpu"
         return
@@ -32,7 +32,7 @@ def table(positions, d, device):
 
 
 class Case:
-    """A ring with what stood before `past`, and the op's inputs for the tokens at `past`."""
+    """A ring with each row's tokens before position `past`, and inputs for the token at `past`."""
 
     def __init__(
         self, device, dtype, past, *, n=1, m=1, d=D, slots=None, spare=0, window=None,
@@ -44,7 +44,7 @@ class Case:
         self.slots = slots or length + spare
         make = {"device": device, "dtype": dtype}
         self.norms = [torch.randn(d, **make) / 2 if norm else None for _ in "qk"]
-        # The new token is the last of a row's: [b, length, n, d] by position.
+        # K and V of all tokens, past and new, by position: [b, length, n, d].
         self.k, self.v = torch.randn(2, self.b, length, n, d, **make)
         self.q = torch.randn(self.b, 1, n * m, d, **make)
         new = torch.tensor([max(p, 0) for p in past])
@@ -52,7 +52,7 @@ class Case:
         heads = self.q[:, 0], self.k[rows, new], self.v[rows, new]
         apart = torch.randn(self.b, n * m + 2 * n + 3, d, **make)
         self.qkv = apart[:, 1:-2].copy_(torch.cat(heads, dim=1))
-        # What a slot holds before it is written is weighed by zero, and so need only be finite.
+        # A slot that is not written yet gets weight zero, so it may hold any finite number.
         stale = torch.finfo(dtype).max if stale is None else stale
         self.keys, self.values = torch.full((2, self.b, self.slots, n, d), stale, **make)
         for row, p in enumerate(past):
@@ -71,7 +71,7 @@ class Case:
             self.qkv, self.keys, self.values, self.cos, self.sin, self.position, self.counter,
             *self.norms, **self.options, **options,
         )  # fmt: skip
-        assert not self.counter.any(), "counters are left as they were"
+        assert not self.counter.any(), "the kernel did not reset its counters"
         return out
 
     def check(self):
@@ -81,7 +81,7 @@ class Case:
         assert out.dtype == dtype and out.is_contiguous() and not out.isnan().any()
         for row, p in enumerate(self.past):
             if p < 0:
-                assert (out[row] == 0).all(), "padding sees nothing"
+                assert (out[row] == 0).all(), "outputs of padding must be zero"
                 continue
             slot, new = p % self.slots, torch.tensor([p], device=out.device)
             k = turned(self.k[row, new], new, self.norms[1])[0]
@@ -100,7 +100,7 @@ class Case:
             error = attention_error(out[row], expected[0])
             assert error < ATTENTION_ERROR[dtype], f"{row=}: {error=}"
         rings = self.keys, self.values
-        assert all(map(torch.equal, rings, before)), "only the new token's slot is written"
+        assert all(map(torch.equal, rings, before)), "a slot other than the new token's was written"
 
 
 CASES = {
@@ -110,29 +110,29 @@ CASES = {
     "grouped": {"past": [70], "n": 2, "m": 2},
     "odd group": {"past": [70], "n": 2, "m": 3},
     "multi-head": {"past": [70], "n": 4},
-    "as many heads as rows of a tile": {"past": [40], "m": 16},
+    "16 query heads per kv head": {"past": [40], "m": 16},
     "d 64": {"past": [70], "m": 2, "d": 64, "norm": True},
     "d 128": {"past": [70], "m": 2, "d": 128, "norm": True},
     "d 256": {"past": [70], "m": 8, "d": 256},
     "soft cap": {"past": [70], "softcap": 1.5},
     "q and k norm": {"past": [70], "m": 4, "norm": True},
-    "block's end": {"past": [63], "m": 2},
-    "past a block's end": {"past": [64], "m": 2},
+    "last key of a block": {"past": [63], "m": 2},
+    "first key of a block": {"past": [64], "m": 2},
     "window of one": {"past": [70], "window": 1},
     "window smaller than a block": {"past": [70], "window": 5, "slots": 13},
     "window larger than a block": {"past": [170], "window": 100},
-    "window larger than all": {"past": [30], "window": 64},
-    "window is the ring": {"past": [299], "window": 128, "slots": 128, "m": 4},
+    "window larger than the text": {"past": [30], "window": 64},
+    "window as long as the ring": {"past": [299], "window": 128, "slots": 128, "m": 4},
     "ring that wraps": {"past": [200, 128, 127], "slots": 128},
     "odd ring that wraps": {"past": [200, 5, 12, 13, 14], "slots": 13, "m": 2},
-    "ring of one": {"past": [7, 0], "slots": 1},
-    "one of many slots": {"past": [0, 3], "spare": 700, "m": 2},
-    "ragged": {"past": [3, 90, 0, 41], "spare": 9, "m": 4},
+    "ring of one slot": {"past": [7, 0], "slots": 1},
+    "few of many slots": {"past": [0, 3], "spare": 700, "m": 2},
+    "ragged rows": {"past": [3, 90, 0, 41], "spare": 9, "m": 4},
     "left padding": {"past": [-1, 80, -7], "m": 2, "n": 2},
-    "padding only": {"past": [-3, -1]},
+    "rows of padding only": {"past": [-3, -1]},
     "many splits": {"past": [999, 400], "m": 2, "spare": 25},
-    "more splits than are joined at a time": {"past": [340], "m": 16, "d": 256},
-    "all at once": {
+    "more splits than are merged at a time": {"past": [340], "m": 16, "d": 256},
+    "all options together": {
         "past": [300, -2, 7, 129], "n": 2, "m": 3, "window": 90, "slots": 101, "softcap": 2.0,
         "norm": True,
     },
@@ -141,7 +141,7 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_decode_attention(case, dtype, device, poison_outputs):
+def test_decode_attention_equals_fp64_softmax(case, dtype, device, poison_outputs):
     Case(device, dtype, **CASES[case]).check()
 
 
@@ -169,8 +169,8 @@ def test_any_shape(shape, many):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_agrees_with_prefill(dtype, device):
-    """A prompt, token by token, in a ring that wraps."""
+def test_decoding_a_prompt_equals_prefill(dtype, device):
+    """Decodes token by token in a ring that wraps, and compares with `attention`."""
     t, n, m, slots = 30, 2, 2, 13
     qkv = torch.randn(1, t, n * m + 2 * n, D, device=device).to(dtype)
     q, k, v = qkv.split((n * m, n, n), dim=2)
@@ -192,13 +192,13 @@ def test_agrees_with_prefill(dtype, device):
     torch.testing.assert_close(ring[0][:, :, (t - 1) % slots], keys[:, :, -1], **TOLERANCE[dtype])
 
 
-def test_what_unused_slots_hold_does_not_count(device):
+def test_unused_slots_do_not_change_the_result(device):
     shape = {"past": [20, 300, 0, -1], "slots": 400, "n": 2, "m": 2, "norm": True}
     outs = [Case(device, torch.float32, stale=x, **shape).run() for x in (1e4, -1e4, 0.0)]
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
-def test_what_the_window_left_does_not_count(device):
+def test_tokens_before_the_window_do_not_change_the_result(device):
     case, other = (
         Case(device, torch.float32, [300, 90], slots=400, window=50, m=2) for _ in range(2)
     )
@@ -206,14 +206,14 @@ def test_what_the_window_left_does_not_count(device):
     assert torch.equal(case.run(), other.run())
 
 
-def test_gives_the_same_bits_again(device):
+def test_repeated_runs_give_the_same_bits(device):
     case = Case(device, torch.float32, [700, 650, 31], spare=5, n=2, m=4, norm=True)
     first, keys = case.run(), case.keys.clone()
     for options in ({}, {"prefetch": True}, {}):
         assert torch.equal(case.run(**options), first) and torch.equal(case.keys, keys)
 
 
-def test_empty_batch(device):
+def test_empty_batch_gives_an_empty_result(device):
     qkv, ring = torch.zeros(0, 6, D, device=device), torch.zeros(0, 1, 8, D, device=device)
     none = torch.zeros(0, dtype=torch.int32, device=device)
     out = decode_attention(qkv, ring, ring.clone(), *table(4, D, device), none, none, scale=1.0)
@@ -221,8 +221,8 @@ def test_empty_batch(device):
 
 
 @pytest.mark.gpu
-def test_prefetch_waits_for_the_kernel_before():
-    """The product that makes qkv is still running when the op starts."""
+def test_prefetch_waits_for_the_previous_kernel():
+    """The matmul that computes qkv is still running when the op starts."""
     case = Case("cuda", torch.float16, [4000] * 4, spare=96, m=8, d=256)
     x, weight = torch.randn(4, 8192, device="cuda"), torch.randn(8192, 2560, device="cuda")
     for i in range(50):
@@ -235,7 +235,7 @@ def test_prefetch_waits_for_the_kernel_before():
         assert torch.equal(out, expected)
 
 
-def test_wrong_input(device):
+def test_wrong_heads_or_norms_raise(device):
     keys, values = torch.randn(2, 1, 2, 4, D, device=device)
     cos, sin = table(4, D, device)
     position, counter = torch.zeros(2, 1, dtype=torch.int32, device=device)
@@ -253,6 +253,6 @@ def test_wrong_input(device):
 
 
 @pytest.mark.parametrize("device", ["kernel"], indirect=True)
-def test_head_dims(device):
+def test_unsupported_head_dim_raises(device):
     with pytest.raises(AssertionError, match=r"one of \(32, 64, 128, 256\): d=512"):
         Case(device, torch.float32, [0], d=512).run()

@@ -1,4 +1,4 @@
-"""geglu against fp64."""
+"""geglu and gate_up_geglu against fp64."""
 
 import pytest
 import torch
@@ -14,21 +14,21 @@ def of_halves(gate_up):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 2), (3, 2048), (2, 5, 88), (4, 3000), (0, 64)], ids=str)
-def test_geglu(shape, dtype, device, poison_outputs):
+def test_geglu_equals_fp64(shape, dtype, device, poison_outputs):
     gate_up = (3 * torch.randn(shape, device=device)).to(dtype)
     out = of_halves(gate_up)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), geglu_oracle(gate_up), **TOLERANCE[dtype])
 
 
-def test_strided_rows(device, poison_outputs):
+def test_geglu_reads_strided_rows(device, poison_outputs):
     gate_up = strided((5, 128), torch.float32, device)
     torch.testing.assert_close(
         of_halves(gate_up).double(), geglu_oracle(gate_up), **TOLERANCE[torch.float32]
     )
 
 
-def test_it_is_the_tanh_approximation(device):
+def test_gelu_is_the_tanh_approximation(device):
     gate_up = torch.tensor([[-2.7, 1.0]], device=device)
     exact = torch.nn.functional.gelu(gate_up[:, :1])
     assert (of_halves(gate_up) - exact).abs() > 4e-4
@@ -40,17 +40,17 @@ def test_large_gates_do_not_overflow(device):
     assert of_halves(gate_up).tolist() == [[120.0, 0.0]]
 
 
-@pytest.mark.parametrize("layout", ["apart", "of other strides"])
-def test_gate_and_up_apart(layout, device, poison_outputs):
+@pytest.mark.parametrize("layout", ["contiguous", "different strides"])
+def test_gate_and_up_may_be_separate_tensors(layout, device, poison_outputs):
     gate, up = torch.randn(2, 3, 5, 40, device=device)
-    if layout == "of other strides":
+    if layout == "different strides":
         gate, up = strided((3, 5, 40), torch.float32, device), up.transpose(0, 1).contiguous()
         up = up.transpose(0, 1)
     expected = geglu_oracle(torch.cat((gate, up), dim=-1))
     torch.testing.assert_close(geglu(gate, up).double(), expected, **TOLERANCE[torch.float32])
 
 
-def test_different_widths(device):
+def test_gate_and_up_of_different_widths_raise(device):
     gate, up = torch.randn(2, 3, device=device), torch.randn(2, 2, device=device)
     with pytest.raises(
         AssertionError, match=r"gate \(2, 3\) torch.float32 does not fit up \(2, 2\)"
@@ -75,24 +75,24 @@ def check_product(shape, dim, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "dim"), GATE_UP_SHAPES, ids=str)
-def test_gate_up_geglu(shape, dim, dtype, device, poison_outputs):
+def test_gate_up_geglu_equals_fp64(shape, dim, dtype, device, poison_outputs):
     check_product(shape, dim, dtype, device)
 
 
 @pytest.mark.parametrize(("shape", "dim"), GATE_UP_SHAPES, ids=str)
-def test_gate_up_geglu_by_descriptors(shape, dim, hopper, poison_outputs):
+def test_gate_up_geglu_with_descriptors_equals_fp64(shape, dim, hopper, poison_outputs):
     check_product(shape, dim, torch.float16, hopper)
 
 
-def test_gate_up_geglu_of_strided_rows(device, poison_outputs):
+def test_gate_up_geglu_reads_strided_rows(device, poison_outputs):
     x, weight = strided((5, 64), torch.float32, device), torch.randn(6, 64, device=device)
     expected = geglu_oracle(x.double() @ weight.double().T)
     out = gate_up_geglu(x, weight).double()
-    torch.testing.assert_close(out, expected, rtol=3e-6, atol=1e-4)  # of numbers to 300
+    torch.testing.assert_close(out, expected, rtol=3e-6, atol=1e-4)  # results are up to 300
 
 
-def test_gate_up_geglu_of_rows_that_descriptors_cannot_read(hopper):
-    """Not at a multiple of 16 bytes."""
+def test_gate_up_geglu_reads_unaligned_rows(hopper):
+    """Descriptors cannot read rows that do not begin at a multiple of 16 bytes."""
     x = torch.randn(65 * 32 + 1, device=hopper).half()[1:].view(65, 32)
     weight = (torch.randn(48, 32, device=hopper) / 6).half()
     expected = geglu_oracle(x.double() @ weight.double().T)
@@ -100,6 +100,6 @@ def test_gate_up_geglu_of_rows_that_descriptors_cannot_read(hopper):
     torch.testing.assert_close(out, expected, **TOLERANCE[torch.float16])
 
 
-def test_a_weight_that_does_not_fit(device):
+def test_weight_of_wrong_shape_raises(device):
     with pytest.raises(AssertionError, match=r"\(6, 8\).*\(2, 9\)"):
         gate_up_geglu(torch.randn(2, 9, device=device), torch.randn(6, 8, device=device))

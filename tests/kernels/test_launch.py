@@ -1,4 +1,4 @@
-"""How kernels are launched: overrides, the limits of another GPU, what those limits allow."""
+"""Overrides of launch configs, limits of another GPU, and the features that they allow."""
 
 import torch
 
@@ -18,7 +18,7 @@ def test_an_override_ends_with_its_block():
     assert launch_config("a kernel", table) == table
 
 
-def test_limits_of_another_gpu():
+def test_as_on_replaces_the_gpus_limits():
     own = gpu(CPU)
     with as_on(H100):
         assert gpu(CPU) == H100
@@ -28,13 +28,13 @@ def test_limits_of_another_gpu():
     assert gpu(CPU) == own
 
 
-def test_kernels_overlap_from_9_0_on():
-    """By programmatic dependent launch."""
+def test_kernels_overlap_from_capability_9_0_on():
+    """They overlap by programmatic dependent launch (PDL)."""
     assert H100.overlap(True) == {"PREFETCH": True, "launch_pdl": True}
     assert H100.overlap(False) == A100.overlap(True) == {"PREFETCH": False}
 
 
-def test_descriptors_want_16_bits_and_16_byte_strides():
+def test_descriptors_need_16_bit_elements_and_16_byte_strides():
     x = torch.zeros(4, 72, dtype=torch.float16)
     assert H100.can_describe(x, x[1:]) and not A100.can_describe(x)
     assert not H100.can_describe(x, x.float())

@@ -1,4 +1,4 @@
-"""sample_token and next_token: kernel against reference, noise against Random123 and softmax."""
+"""sample_token and next_token against their references; noise against Random123 and softmax."""
 
 import pytest
 import torch
@@ -16,12 +16,12 @@ INF, NAN = float("inf"), float("nan")
 
 
 def sampled(temperature=0.7, seed=(5 << 40) + 77, device="cpu"):
-    """One row's; `chosen` gives it to all rows."""
+    """One temperature and one seed, [1] each. `chosen` expands them to all rows."""
     return torch.full((1,), temperature, device=device), torch.tensor([seed], device=device)
 
 
 def chosen(op, *given, b, device, position=None, **options):
-    """The tokens that an op chooses; `given` ends before `position`."""
+    """Returns the tokens that an op samples. `given`: its arguments before `position`."""
     for name in {"temperature", "seed"} & options.keys():
         if options[name] is not None:
             options[name] = options[name].expand(b).contiguous()
@@ -30,7 +30,7 @@ def chosen(op, *given, b, device, position=None, **options):
     if position is None:
         position = torch.arange(3, 3 + b, dtype=torch.int32, device=device)
     op(*given, position, token, counter, **options)
-    assert not counter.any(), "the counter is not as it was found"
+    assert not counter.any(), "the kernel did not reset its counter"
     return token
 
 
@@ -53,12 +53,12 @@ def choose_from(logits, temperature=None, seed=None, position=None):
     ],
     ids=["zeros", "ones", "pi"],
 )  # fmt: skip
-def test_random123_known_answers(counter, key, expected):
+def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
     found = philox_reference(tuple(torch.tensor([c]) for c in counter), torch.tensor([key]))
     assert tuple(int(x) for x in found) == expected
 
 
-def test_noise_is_number_v_mod_4_of_counter_v_div_4():
+def test_noise_of_token_v_is_number_v_mod_4_of_counter_v_div_4():
     seed, position = torch.tensor([(3 << 32) + 1]), torch.tensor([9, 11], dtype=torch.int32)
     noise = gumbel_reference(seed, position, 11)
     for row, v in ((0, 0), (0, 10), (1, 3), (1, 4)):
@@ -68,7 +68,7 @@ def test_noise_is_number_v_mod_4_of_counter_v_div_4():
         torch.testing.assert_close(noise[row, v], -(-torch.log1p(-u)).log().float().squeeze())
 
 
-with interpreter():  # asked for when a kernel is defined, too
+with interpreter():  # needed when a kernel is defined, too
 
     @triton.jit
     def _noise_kernel(token_ptr, noise_ptr, seed, TOKENS: tl.constexpr):
@@ -76,8 +76,9 @@ with interpreter():  # asked for when a kernel is defined, too
         tl.store(noise_ptr + place, gumbel(seed, zero, zero, tl.load(token_ptr + place)))
 
 
-def test_the_kernels_noise_is_exact_to_its_tails():
-    """Of u in fp32. Two far tokens draw 3 and 2**32 - 9, which would be 1."""
+def test_noise_of_the_kernel_is_exact_in_both_tails():
+    """u is in fp32. The random numbers of the last two tokens are 3 and 2**32 - 9; unless it is
+    clamped, the second one would give u = 1."""
     token, zero = torch.tensor([*range(1022), 66929077, 8036761]), torch.tensor([0])
     drawn = philox_reference((token // 4, zero, zero, zero), torch.tensor([5]))
     r = torch.stack(drawn, dim=-1).gather(1, token[:, None] % 4)
@@ -92,24 +93,24 @@ def test_the_kernels_noise_is_exact_to_its_tails():
 
 
 @pytest.mark.parametrize("drawn", [0, 2**32 - 1])
-def test_noise_of_the_least_and_the_largest_number_is_finite(drawn, monkeypatch):
+def test_noise_of_the_smallest_and_largest_number_is_finite(drawn, monkeypatch):
     monkeypatch.setattr(sample, "philox_reference", lambda *_: 4 * (torch.full((1, 2), drawn),))
     assert gumbel_reference(torch.tensor([1]), torch.tensor([0]), 8).isfinite().all()
 
 
-def test_noise_is_gumbel_to_its_tails():
+def test_noise_has_the_gumbel_distribution_up_to_its_tails():
     noise = gumbel_reference(torch.tensor([1]), torch.zeros(8, dtype=torch.int32), 262_144)
     assert noise.isfinite().all()
     for x in (-2.0, -1.0, 0.0, 1.0, 3.0, 8.0, 11.0):  # P(noise ≤ x) = exp(-exp(-x))
         x = torch.tensor(x, dtype=torch.float64)
-        due = -torch.expm1(-torch.exp(-x))  # of noise above x
+        due = -torch.expm1(-torch.exp(-x))  # P(noise > x)
         spread = (due * (1 - due) / noise.numel()).sqrt()
         assert ((noise > x).double().mean() - due).abs() < 5 * spread
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("b", "vocab"), [(1, 199), (3, 1000), (2, 4099), (9, 5), (0, 7)], ids=str)
-def test_sample_token(b, vocab, dtype, poison_outputs):
+def test_sample_token_equals_reference(b, vocab, dtype, poison_outputs):
     logits = torch.randn(b, vocab).to(dtype)
     logits[:, ::3] = -INF
     for options in ((), sampled()):
@@ -122,7 +123,7 @@ def test_sample_token(b, vocab, dtype, poison_outputs):
 
 
 @pytest.mark.parametrize("temperature", [None, 1.0], ids=["greedy", "sampled"])
-def test_not_finite(temperature, device):
+def test_non_finite_logits_give_token_minus_one(temperature, device):
     logits = torch.randn(5, 2100, device=device)
     logits[0, 1500], logits[1, 3], logits[2] = NAN, INF, -INF
     logits[3, 1:] = -INF
@@ -131,16 +132,16 @@ def test_not_finite(temperature, device):
     assert token[:4] == [-1, -1, -1, 0] and token[4] >= 0
 
 
-def test_of_equal_logits_the_lowest_id(device, monkeypatch):
-    monkeypatch.setattr(sample, "PARTIALS", 1)  # 4 of the 5 programs are compared in a round
+def test_equal_logits_give_the_lowest_id(device, monkeypatch):
+    monkeypatch.setattr(sample, "PARTIALS", 1)  # compares 4 of the 5 programs per round
     logits = torch.zeros(3, 5000, device=device)
     logits[1, [1023, 1024, 4999]] = 1.0
     logits[2, [3500, 4999]], logits[2, 7] = 1.0, -0.0
     assert choose_from(logits).tolist() == [0, 1023, 3500]
 
 
-def test_draws_follow_the_probabilities():
-    """Chi-square with 7 degrees of freedom: above 24.3 one time in a thousand."""
+def test_sampled_tokens_follow_the_probabilities():
+    """Chi-square with 7 degrees of freedom exceeds 24.3 one time in a thousand."""
     logits, draws = torch.randn(1, 8), 40_000
     position = torch.full((draws,), 12, dtype=torch.int32)
     token = choose_from(logits.expand(draws, -1), *sampled(1.5), position)
@@ -154,14 +155,14 @@ def test_noise_depends_on_seed_row_and_position(device):
     first = choose_from(logits, *sampled(device=device), position)
     assert torch.equal(choose_from(logits, *sampled(device=device), position), first)
     assert len(set(first.tolist())) >= 5
-    for other in (1, 77, (4 << 40) + 77):  # its low and its high half
+    for other in (1, 77, (4 << 40) + 77):  # other low bits, other high bits
         again = choose_from(logits, *sampled(seed=other, device=device), position)
         assert (again != first).sum() >= 5
 
 
 @pytest.mark.parametrize("b", [1, 3, 9])
-def test_each_row_has_its_temperature_and_seed(b, device):
-    """A row has the token that it has where all rows have its settings; some rows are greedy."""
+def test_each_row_uses_its_own_temperature_and_seed(b, device):
+    """A row gets the same token as when all rows have its settings. Some rows are greedy."""
     given = [x.to(device) for x in inputs(b, 64, 500)]
     logits = exact_logits(*given).float()
     settings = [((0.0, 30.0, 9.0)[i % 3], 7 + i) for i in range(b)]
@@ -214,7 +215,7 @@ def on_kernels(given, b, softcap, options):
 
 
 @pytest.mark.parametrize(("b", "dim", "vocab", "residual", "post_norm", "softcap"), CASES, ids=str)
-def test_next_token(b, dim, vocab, residual, post_norm, softcap, poison_outputs):
+def test_next_token_equals_reference(b, dim, vocab, residual, post_norm, softcap, poison_outputs):
     given = inputs(b, dim, vocab, residual=residual, post_norm=post_norm)
     found = []
     for options in ({}, dict(zip(("temperature", "seed"), sampled(30.0), strict=True))):
@@ -226,8 +227,8 @@ def test_next_token(b, dim, vocab, residual, post_norm, softcap, poison_outputs)
 
 
 @pytest.mark.parametrize("b", [1, 8])
-def test_post_norm_soft_cap_and_noise_together(b):
-    """Logits around 1: a cap of another slope draws other tokens."""
+def test_next_token_equals_reference_with_all_options(b):
+    """Logits are around 1, where a soft cap of a wrong slope would give other tokens."""
     given, drawn = inputs(b, 512, 64), set()
     given[-1] /= 512**0.5
     for seed in range(8):
@@ -239,9 +240,9 @@ def test_post_norm_soft_cap_and_noise_together(b):
 
 
 @pytest.mark.parametrize("b", [1, 8])
-@pytest.mark.parametrize("same", [(1, 5, 37), (9, 21)], ids=["in a program", "in two"])
-def test_of_equal_rows_of_the_weight_the_lowest_id(same, b, device):
-    """Of one row, a program takes 16 tokens, four at a time."""
+@pytest.mark.parametrize("same", [(1, 5, 37), (9, 21)], ids=["in one program", "in two programs"])
+def test_equal_rows_of_the_weight_give_the_lowest_id(same, b, device):
+    """With one row a program computes 16 tokens, four at a time."""
     x, norm, weight = (torch.zeros(n, 2048, device=device) for n in (b, 1, 40))
     x[:, 3], weight[same, 3] = 2.0, 1.0
     token = chosen(next_token, x, None, norm[0], None, weight, b=b, device=device)
@@ -250,8 +251,8 @@ def test_of_equal_rows_of_the_weight_the_lowest_id(same, b, device):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("b", [1, 8, 9])
-def test_half_precision(b, dtype, device):
-    """The token's exact logit is the highest, but for what rounding the inputs' norm can cost."""
+def test_next_token_in_16_bits_has_the_highest_logit(b, dtype, device):
+    """The token's exact logit is the highest, up to the error of rounding the normalised input."""
     given = inputs(b, 128, 500, dtype)
     theirs = [x.to(device) for x in given]
     token = chosen(next_token, *theirs, b=b, device=device).cpu()
@@ -260,8 +261,9 @@ def test_half_precision(b, dtype, device):
     assert (lost <= 4 * torch.finfo(dtype).eps * exact.abs().max()).all()
 
 
-def test_the_soft_cap_changes_draws_as_it_changes_logits(device):
-    """Capped at 1, half of the tokens are alike, and rows of the same hiddens differ."""
+def test_the_soft_cap_applies_before_sampling(device):
+    """With a cap of 1, half of the tokens are about equally likely, so equal rows sample different
+    tokens."""
     given = [x.to(device) for x in inputs(1, 64, 500)]
     given[:2] = (x.expand(8, -1) for x in given[:2])
     given[-1] *= 0.5
@@ -276,7 +278,7 @@ def test_the_soft_cap_changes_draws_as_it_changes_logits(device):
 
 @pytest.mark.parametrize("b", [1, 3, 9])
 @pytest.mark.parametrize("softcap", [*slow(None), 5.0], ids=str)
-def test_rows_that_are_not_finite(b, softcap, device):
+def test_non_finite_hiddens_or_weights_give_token_minus_one(b, softcap, device):
     x, residual, norm, post, weight = (t.to(device) for t in inputs(b, 64, 50))
     x[-1, 5] = NAN
     for options in ({}, dict(zip(("temperature", "seed"), sampled(device=device), strict=True))):
@@ -285,7 +287,7 @@ def test_rows_that_are_not_finite(b, softcap, device):
             **options,
         )  # fmt: skip
         assert token[-1] == -1 and (token[:-1] >= 0).all()
-    weight[7] = INF  # one logit is inf or -inf: it is not capped to a number
+    weight[7] = INF  # the soft cap must not make an infinite logit finite
     norm.fill_(0)
     x[-1, 5] = 0.0
     x.abs_(), residual.abs_()
@@ -295,7 +297,7 @@ def test_rows_that_are_not_finite(b, softcap, device):
     assert (token == -1).all()
 
 
-def test_what_does_not_fit(device):
+def test_wrong_shapes_and_dtypes_raise(device):
     logits = torch.randn(3, 10, device=device)
     position = torch.zeros(3, dtype=torch.int32, device=device)
     token, counter = torch.zeros(3, dtype=torch.int64, device=device), torch.zeros_like(position)

@@ -11,14 +11,14 @@ from gemma_fast.kernels._skinny import MAX_ROWS
 from gemma_fast.kernels.matvec import linear, norm_linear
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 
-# Of numbers around 1, by as many roundings as there are: of h, of its norm, of the sum.
+# Results are around 1. Three roundings add up: of h, of its norm, and of the sum.
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.float16: {"rtol": 2e-3, "atol": 4e-3},
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 3e-2},
 }
-EPS = 1e-2  # large enough to be seen
-# Columns: less than a block, of several blocks, not of whole blocks, nor of 16 bytes.
+EPS = 1e-2  # large enough to change results
+# (dim, out). dim: below one block, several blocks, not whole blocks, no multiple of 16 bytes.
 SHAPES = [(48, 88), (640, 40), (1160, 30), (2304, 20), (20, 34), (36, 6)]
 
 
@@ -34,7 +34,7 @@ def norm(x, weight):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, MAX_ROWS, MAX_ROWS + 1], ids=str)
 @pytest.mark.parametrize(("dim", "out"), SHAPES, ids=str)
-def test_linear(dim, out, rows, dtype, device, poison_outputs):
+def test_linear_equals_fp64(dim, out, rows, dtype, device, poison_outputs):
     x, weight = torch.randn(rows, dim, device=device).to(dtype), weight_of(out, dim, dtype, device)
     y = linear(x, weight)
     assert y.dtype == dtype
@@ -46,7 +46,7 @@ def test_linear(dim, out, rows, dtype, device, poison_outputs):
 @pytest.mark.parametrize("stream", ["x alone", "residual", "residual, post-norm"])
 @pytest.mark.parametrize("rows", [1, 3, MAX_ROWS + 1], ids=str)
 @pytest.mark.parametrize(("dim", "out"), SHAPES[::2], ids=str)
-def test_norm_linear(dim, out, rows, stream, geglu, dtype, device, poison_outputs):
+def test_norm_linear_equals_fp64(dim, out, rows, stream, geglu, dtype, device, poison_outputs):
     x = 3 * torch.randn(rows, dim, device=device).to(dtype)
     residual = torch.randn(rows, dim, device=device).to(dtype) if "residual" in stream else None
     post_weight = torch.randn(dim, device=device).to(dtype) if "post-norm" in stream else None
@@ -62,24 +62,25 @@ def test_norm_linear(dim, out, rows, stream, geglu, dtype, device, poison_output
     torch.testing.assert_close(y.double(), product, **TOLERANCE[dtype])
 
 
-def test_the_stream_is_rounded_as_by_add_rms_norm(device):
-    """Post-norm to float16, then the sum to float16: the same residual by either way."""
+def test_residual_is_rounded_as_in_add_rms_norm(device):
+    """Both round the post-norm to fp16, and then the sum."""
     x, residual = torch.randn(2, 5, 640, device=device).half()
     post_weight, weight = torch.randn(640, device=device), weight_of(16, 640, torch.half, device)
     _, expected = add_rms_norm(x, residual, post_weight, post_weight)
     _, h = norm_linear(x, residual, post_weight, post_weight, weight)
-    assert (h != expected).float().mean() < 1e-3  # a sum in another order may round otherwise
+    assert (h != expected).float().mean() < 1e-3  # a sum in another order may round differently
 
 
 @pytest.mark.parametrize("rows", [1, 6])
-def test_the_normalised_row_is_rounded_once_as_by_rms_norm(rows, device):
-    """Multiplied with one, it is seen as it is; rounded before it is scaled, a quarter differs."""
+def test_the_normalised_row_is_rounded_once_as_in_rms_norm(rows, device):
+    """An identity weight returns the row itself. A quarter of it would differ if it were also
+    rounded before it is scaled."""
     x, norm_weight = torch.randn(rows, 256, device=device).half(), torch.randn(256, device=device)
     y, h = norm_linear(x, x, norm_weight, None, torch.eye(256, device=device).half())
     assert (y != rms_norm(h, norm_weight)).float().mean() < 5e-3
 
 
-def test_tokens_of_a_batch_and_rows_that_lie_apart(device, poison_outputs):
+def test_linear_and_norm_linear_read_batched_strided_rows(device, poison_outputs):
     x, weight = strided((2, 3, 64), torch.float32, device), torch.randn(6, 64, device=device)
     expected = x.double() @ weight.double().T
     torch.testing.assert_close(linear(x, weight).double(), expected, rtol=1e-5, atol=1e-4)
@@ -88,13 +89,13 @@ def test_tokens_of_a_batch_and_rows_that_lie_apart(device, poison_outputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_rows(dtype, device):
+def test_no_rows_give_an_empty_result(dtype, device):
     x, weight = torch.randn(6, 8, device=device).to(dtype).split((0, 6))
     y, h = norm_linear(x, None, weight[0], None, weight, geglu=True)
     assert linear(x, weight).shape == (0, 6) and y.shape == (0, 3) and h.shape == (0, 8)
 
 
-def test_up_to_max_rows_it_is_one_launch_and_of_no_rows_none(device, monkeypatch):
+def test_one_launch_up_to_max_rows_and_none_for_no_rows(device, monkeypatch):
     launches = []
     monkeypatch.setattr(matvec, "_launch", lambda x, *_: launches.append(x.shape) or (x, x))
     weight = torch.randn(4, 16, device=device)
@@ -104,7 +105,7 @@ def test_up_to_max_rows_it_is_one_launch_and_of_no_rows_none(device, monkeypatch
     assert len(launches) == (3 if on_kernels else 0)
 
 
-def test_a_weight_that_does_not_fit(device):
+def test_weight_of_wrong_shape_raises(device):
     weight = torch.randn(6, 8, device=device)
     with pytest.raises(AssertionError, match=r"\(6, 8\).*\(2, 9\)"):
         linear(torch.randn(2, 9, device=device), weight)

@@ -101,9 +101,9 @@ ATTENTION = ("q", "keys", "values", "cos", "sin", "query_offset", "norm_weight")
     ],
     ids=lambda x: getattr(x, "__name__", None) or str(x),
 )
-@pytest.mark.parametrize("permuted", [*slow(False), True], ids=["as made", "permuted"])
-def test_op(op, names, options, permuted, device):
-    """Outputs are contiguous whatever the inputs: the fake ones say so to the compiler."""
+@pytest.mark.parametrize("permuted", [*slow(False), True], ids=["contiguous", "permuted"])
+def test_op_passes_opcheck(op, names, options, permuted, device):
+    """Outputs are contiguous for any strides of the inputs, as torch.compile's fake tensors are."""
     given = tensors_on(device)
     for name in ("q", "k", "v", "x") if permuted else ():
         given[name] = given[name].transpose(0, 1).contiguous().transpose(0, 1)
@@ -130,7 +130,7 @@ def test_op(op, names, options, permuted, device):
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )
-def test_an_input_that_requires_grad(op, names):
+def test_input_that_requires_grad_raises(op, names):
     scaled = attention, decode_attention, split_attention, embed
     options = {"scale": 0.2} if op in scaled else {}
     parameters = list(inspect.signature(op).parameters)
@@ -146,13 +146,13 @@ def test_an_input_that_requires_grad(op, names):
             op(*given, **options)
 
 
-def test_forward_differentiation():
+def test_forward_mode_differentiation_raises():
     x, weight = torch.randn(2, 8), torch.randn(8)
     with pytest.raises(ValueError, match="rms_norm has no derivative, and x requires grad"):
         torch.func.jvp(lambda x: rms_norm(x, weight), (x,), (x,))
 
 
-def test_autograd_knows_what_was_overwritten(device):
+def test_autograd_detects_overwritten_keys(device):
     given = tensors_on(device)
     weight = torch.ones((), device=device, requires_grad=True)
     loss = (weight * given["keys"]).sum()
@@ -162,7 +162,7 @@ def test_autograd_knows_what_was_overwritten(device):
 
 
 @pytest.mark.parametrize("name", ["keys", "cos", "query_offset"])
-def test_wrong_dtypes(name, device):
+def test_wrong_dtypes_raise(name, device):
     given = tensors_on(device)
     given[name] = given[name].double()
     for op, names in ((rotary_write, ROTARY), (attention, ATTENTION)):
@@ -171,7 +171,7 @@ def test_wrong_dtypes(name, device):
             op(*(given[name] for name in names), **options)
 
 
-def test_no_tokens(device):
+def test_no_tokens_give_an_empty_result(device):
     given = tensors_on(device)
     for name in ("q", "k", "v", "cos", "sin"):
         given[name] = given[name][:, :0]

@@ -16,7 +16,7 @@ def oracle(x, weight, eps=1e-6):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rms_norm(shape, dtype, device, poison_outputs):
+def test_rms_norm_equals_fp64(shape, dtype, device, poison_outputs):
     x = torch.randn(shape, device=device).to(dtype)
     weight = torch.randn(shape[-1], device=device).to(dtype)
     out = rms_norm(x, weight)
@@ -26,7 +26,7 @@ def test_rms_norm(shape, dtype, device, poison_outputs):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_add_rms_norm(shape, dtype, device, poison_outputs):
+def test_add_rms_norm_equals_fp64(shape, dtype, device, poison_outputs):
     x, residual = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     weight = torch.randn(shape[-1], device=device).to(dtype)
     before = residual.clone()
@@ -38,7 +38,7 @@ def test_add_rms_norm(shape, dtype, device, poison_outputs):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_add_rms_norm_after_a_norm(shape, dtype, device, poison_outputs):
+def test_add_rms_norm_with_post_norm_equals_fp64(shape, dtype, device, poison_outputs):
     x, residual = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     weight, post_weight = (torch.randn(shape[-1], device=device).to(dtype) for _ in range(2))
     out, total = add_rms_norm(x, residual, weight, post_weight)
@@ -48,7 +48,7 @@ def test_add_rms_norm_after_a_norm(shape, dtype, device, poison_outputs):
     torch.testing.assert_close(out.double(), oracle(total, weight), **TOLERANCE[dtype])
 
 
-def test_a_norm_is_rounded_before_it_is_added(device):
+def test_post_norm_is_rounded_before_it_is_added(device):
     x, residual = torch.randn(2, 64, 512, device=device, dtype=torch.float16)
     weight = torch.randn(512, device=device)
     _, total = add_rms_norm(x, residual, weight, weight)
@@ -58,7 +58,7 @@ def test_a_norm_is_rounded_before_it_is_added(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided_rows(dtype, device, poison_outputs):
+def test_strided_rows_equal_fp64(dtype, device, poison_outputs):
     x = strided((6, 64), dtype, device)
     weight = torch.randn(64, device=device)
     torch.testing.assert_close(rms_norm(x, weight).double(), oracle(x, weight), **TOLERANCE[dtype])
@@ -68,7 +68,7 @@ def test_strided_rows(dtype, device, poison_outputs):
 
 
 def test_one_plus_weight_is_not_rounded(device):
-    """1 + 15.8125 and 1 + 0.00390625 need more bits than bf16 has: the sum is made in fp32."""
+    """1 + 15.8125 and 1 + 0.00390625 need more bits than bf16 has, so the sum must be in fp32."""
     weight = torch.tensor([15.8125, 0.00390625] * 16, dtype=torch.bfloat16, device=device)
     x = torch.randn(64, 32, device=device)
     exact, rounded = oracle(x, weight), oracle(x, (1 + weight).double() - 1)
@@ -77,13 +77,13 @@ def test_one_plus_weight_is_not_rounded(device):
 
 
 @pytest.mark.parametrize("large", [1e-20, 1e15], ids=str)
-def test_extreme_values(large, device):
+def test_extreme_values_equal_fp64(large, device):
     x = torch.full((2, 64), large, device=device)
     expected = oracle(x, torch.zeros(64, device=device)).float()
     torch.testing.assert_close(rms_norm(x, torch.zeros(64, device=device)), expected)
 
 
 @pytest.mark.parametrize("device", ["kernel"], indirect=True)
-def test_wrong_weight(device):
+def test_weight_of_wrong_shape_raises(device):
     with pytest.raises(AssertionError, match=r"weight.*\(3,\).*\(2, 4\)"):
         rms_norm(torch.randn(2, 4, device=device), torch.randn(3, device=device))

@@ -1,5 +1,5 @@
-"""split_attention, and attention of queries that are rotated already, against fp64: the keys lie in
-the cache, and each row's first ones may be left padding."""
+"""split_attention, and attention of queries that are rotated already, against fp64. The cache holds
+all keys, and each row's first ones may be left padding."""
 
 import pytest
 import torch
@@ -19,29 +19,29 @@ def check(
     device, dtype, left_padding, *, t=1, past=0, n=1, m=1, d=D, spare=0, slots=None, window=None,
     softcap=None, seed=0,
 ):  # fmt: skip
-    """t queries at past, past + 1, …, of rows whose tokens begin at position left_padding."""
+    """Compares t queries at positions past, past + 1, … A row's tokens begin at left_padding."""
     torch.manual_seed(seed)
     b, total, make = len(left_padding), past + t, {"device": device, "dtype": dtype}
     slots = slots or total + spare
-    q = torch.randn(b, t, n * m, 2 * d, **make)[..., :d]  # heads lie apart
+    q = torch.randn(b, t, n * m, 2 * d, **make)[..., :d]  # strided heads
     k, v = torch.randn(2, b, total, n, d, **make)
     keys, values = torch.full((2, b, slots, n, d), torch.finfo(dtype).max, **make)
     held = torch.arange(max(total - slots, 0), total, device=device)
     keys[:, held % slots], values[:, held % slots] = k[:, held], v[:, held]
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     start, begin = torch.tensor([[past] * b, left_padding], dtype=torch.int32, device=device)
-    scale = SCALE * (D / d) ** 0.5  # scores are as large for any d, and so are their errors
+    scale = SCALE * (D / d) ** 0.5  # scores, and so errors, of the same size for any d
     options = {"scale": scale, "window": window, "softcap": softcap}
     if t == 1:
         counter = torch.zeros(b * n, dtype=torch.int32, device=device)
         out = split_attention(q[:, 0], keys, values, start, begin, counter, **options).unsqueeze(1)
-        assert not counter.any(), "counters are left as they were"
+        assert not counter.any(), "the kernel did not reset its counters"
     else:
         out = attention(q, keys, values, None, None, start, left_padding=begin, **options)
     assert out.dtype == dtype and out.shape == q.shape and not out.isnan().any()
     for row, oldest in enumerate(left_padding):
         padding = min(max(oldest - past, 0), t)
-        assert (out[row, :padding] == 0).all(), "padding sees nothing"
+        assert (out[row, :padding] == 0).all(), "outputs of padding must be zero"
         if padding == t:
             continue
         at = torch.arange(past + padding, total, device=device)
@@ -58,8 +58,8 @@ CASES = {
     "no padding": {"left_padding": [0, 0], "past": 70, "m": 4},
     "padding": {"left_padding": [0, 3, 69, 70], "past": 70, "n": 2, "m": 2},
     "padding past a block": {"left_padding": [130, 64, 65, 0], "past": 300, "m": 8, "d": 64},
-    "padding beyond the token": {"left_padding": [9, 0], "past": 5},
-    "padding the window has left": {"left_padding": [3, 60], "past": 70, "window": 20},
+    "query in the padding": {"left_padding": [9, 0], "past": 5},
+    "padding before the window": {"left_padding": [3, 60], "past": 70, "window": 20},
     "ring that wraps": {"left_padding": [0, 95], "past": 100, "slots": 32, "window": 32},
     "odd ring that wraps": {
         "left_padding": [5, 99], "past": 100, "slots": 13, "window": 13, "m": 2,
@@ -69,7 +69,7 @@ CASES = {
     "many splits": {"left_padding": [600, 0], "past": 999, "m": 2},
     "prompt": {"left_padding": [0, 0], "t": 70, "m": 2},
     "padded prompt": {"left_padding": [0, 1, 33, 69], "t": 70, "n": 2, "m": 2},
-    "prompt of padding": {"left_padding": [9, 40], "t": 9, "spare": 3},
+    "rows of padding only": {"left_padding": [9, 40], "t": 9, "spare": 3},
     "chunk": {"left_padding": [0, 20, 41], "t": 30, "past": 40, "m": 4},
     "chunk in a window": {
         "left_padding": [0, 60], "t": 50, "past": 40, "window": 16, "softcap": 2.0,
@@ -81,7 +81,7 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_over_a_cache(case, dtype, device, poison_outputs):
+def test_attention_over_a_cache_equals_fp64(case, dtype, device, poison_outputs):
     check(device, dtype, **CASES[case])
 
 
@@ -106,7 +106,7 @@ def test_any_shape(shape, many):
         check("cuda" if torch.cuda.is_available() else "cpu", torch.float32, **shape)
 
 
-def test_without_left_padding_nothing_is_padding(device):
+def test_no_left_padding_equals_left_padding_of_zero(device):
     q, keys, values = torch.randn(3, 2, 2, 9, D, device=device)
     start = torch.tensor([8, 8], dtype=torch.int32, device=device)
     counter = torch.zeros(4, dtype=torch.int32, device=device)
@@ -117,14 +117,14 @@ def test_without_left_padding_nothing_is_padding(device):
     )
 
 
-def test_an_empty_batch(device):
+def test_empty_batch_gives_an_empty_result(device):
     keys, none = torch.zeros(0, 1, 8, D, device=device), torch.zeros(0, dtype=torch.int32)
     none = none.to(device)
     q = torch.zeros(0, 4, D, device=device)
     assert split_attention(q, keys, keys, none, none, none, scale=1.0).shape == (0, 4, D)
 
 
-def test_wrong_input(device):
+def test_query_heads_must_be_a_multiple_of_kv_heads(device):
     keys, values = torch.randn(2, 1, 2, 4, D, device=device)
     position, counter = torch.zeros(2, 1, dtype=torch.int32, device=device)
     q = torch.randn(1, 3, D, device=device)

@@ -1,4 +1,4 @@
-"""KVCache: rows of it are caches too, and it owns what it counts."""
+"""KVCache: caches of some of its rows, counting, failed passes, shared rotary tables."""
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ def model():
 
 
 def read(model, ids, cache):
-    """The logits after the last token."""
+    """Adds ids to the cache, and returns the logits after the last token."""
     cache.reserve(ids.shape[1])
     return model.logits(model.hidden_states(ids, cache).last(1))[:, 0]
 
 
 @torch.no_grad()
-def test_texts_that_join_at_different_times_decode_together(model):
-    """Row 1 joins while row 2 has 9 tokens already; row 0 is never used."""
+def test_sequences_that_start_at_different_times_decode_together(model):
+    """Row 1 starts when row 2 already has 9 tokens. Row 0 is never used."""
     cache = model.new_cache(3, 64)
     first, second = torch.arange(3, 12).unsqueeze(0), torch.arange(40, 64).unsqueeze(0)
     read(model, first, cache.rows(2))
@@ -37,7 +37,7 @@ def test_texts_that_join_at_different_times_decode_together(model):
 
 
 @torch.no_grad()
-def test_a_row_that_leaves_is_empty_and_the_others_stay(model):
+def test_clearing_a_row_leaves_the_others_unchanged(model):
     cache = model.new_cache(2, 32)
     ids = torch.arange(3, 17).view(2, 7)
     read(model, ids, cache)
@@ -48,7 +48,7 @@ def test_a_row_that_leaves_is_empty_and_the_others_stay(model):
     assert cache.next_position.tolist() == [3, 7]
 
 
-def test_what_a_replayed_graph_did_is_counted(model):
+def test_count_changes_lengths_but_not_positions(model):
     cache = model.new_cache(2, 32)
     cache.advance(5)
     cache.rows(1).count(2)
@@ -56,7 +56,7 @@ def test_what_a_replayed_graph_did_is_counted(model):
     assert cache.next_position.tolist() == [5, 5]
 
 
-def test_a_pass_that_fails_leaves_its_rows_stale(model):
+def test_a_failed_pass_leaves_its_rows_stale(model):
     cache = model.new_cache(2, 32)
     with (
         pytest.raises(KeyboardInterrupt),
@@ -73,12 +73,12 @@ def test_a_pass_that_fails_leaves_its_rows_stale(model):
     assert cache.stale is None
 
 
-def test_a_cache_that_grows_has_no_rows(model):
+def test_rows_of_a_growing_cache_raise(model):
     with pytest.raises(AssertionError, match="a cache that grows"):
         KVCache(model.config, 2, 32, dtype=torch.float32, grows=True).rows(0)
 
 
-def test_caches_of_a_model_share_its_angles(model):
+def test_caches_of_a_model_share_its_rotary_tables(model):
     first, second = model.new_cache(1, 64), model.new_cache(2, 40)
     for kind, tables in first.angles.items():
         assert all(x is y for x, y in zip(tables, second.angles[kind], strict=True))

@@ -1,4 +1,4 @@
-"""The model against transformers' eager one in fp32, and against itself: chunks, steps, padding."""
+"""The model against transformers' eager model in fp32, and against itself: chunks, padding."""
 
 import shutil
 from copy import deepcopy
@@ -22,7 +22,7 @@ def test_logits_equal_transformers(twins):
     for t in lengths(twins):
         ids = twins.prompt(2, t)
         expected = twins.hf(ids).logits
-        assert expected.std() > 0.3, "a model whose logits say nothing proves nothing"
+        assert expected.std() > 0.3, "logits that are almost equal test nothing"
         close(twins.model(ids).logits, expected)
         close(twins.reference(ids).logits, expected)
 
@@ -73,7 +73,7 @@ def test_left_padded_chunks_and_steps_equal_single_prompts(twins, chunk):
         close(logits[row, -1], twins.model(prompt).logits[0, -1])
 
 
-def test_the_reference_with_a_cache_equals_one_forward(twins):
+def test_reference_with_a_cache_equals_one_forward(twins):
     _, ids, mask = left_padded(twins, [21, 12])
     expected = twins.reference(ids, attention_mask=mask).logits
     past, rows = None, []
@@ -85,7 +85,7 @@ def test_the_reference_with_a_cache_equals_one_forward(twins):
     close(torch.cat(rows, dim=1)[mask.bool()], expected[mask.bool()])
 
 
-def test_logits_to_keep_and_use_cache(twins):
+def test_logits_to_keep_and_use_cache_are_respected(twins):
     ids = twins.prompt(2, 6)
     for model in (twins.model, twins.reference):
         out = model(ids, logits_to_keep=1, use_cache=False)
@@ -106,8 +106,8 @@ def test_memory_of_windowed_layers_does_not_grow(twins):
     assert cache.nbytes == positions * per_position
 
 
-def test_rings_end_on_whole_blocks(twins):
-    """Or at the window: the attention kernel copies blocks of keys."""
+def test_rings_are_whole_blocks_or_the_window(twins):
+    """The attention kernel copies blocks of keys."""
     for past, tokens, full, windowed in (
         (0, 5, 128, None), (3, 5, 128, None), (0, 128, 128, 128), (0, 129, 256, 256),
         (100, 20, 128, 128), (120, 2, 128, 128), (127, 2, 256, 128),
@@ -120,7 +120,7 @@ def test_rings_end_on_whole_blocks(twins):
             assert slots == (windowed or window if window else full)
 
 
-def test_a_cache_that_grows_doubles(twins):
+def test_a_full_growing_cache_doubles(twins):
     cache = twins.model(twins.prompt(1, 20)).past_key_values
     twins.model(twins.prompt(1, 1), past_key_values=cache)
     assert cache.max_length == 40
@@ -134,8 +134,8 @@ def test_generation_config_is_read(twins, tmp_path):
 
 
 @RICHEST_FAMILIES
-def test_whole_model_on_its_kernels(twins, device):
-    """The Triton kernels, in fp32, give the reference's logits and its greedy tokens."""
+def test_model_on_kernels_equals_reference(twins, device):
+    """In fp32 the kernels give the reference's logits and greedy tokens."""
     model = deepcopy(twins.model).to(device)
     _, ids, mask = left_padded(twins, [19, 5])
     expected = twins.reference(ids, attention_mask=mask).logits
@@ -149,7 +149,7 @@ def test_whole_model_on_its_kernels(twins, device):
     assert torch.equal(out, ids)
 
 
-def test_random_is_seeded():
+def test_random_weights_depend_on_the_seed():
     models = [random_model(CONFIGS["gemma3-mqa"], seed=seed) for seed in (0, 0, 1)]
     logits = [model(torch.tensor([[2, 5, 9]])).logits for model in models]
     assert torch.equal(logits[0], logits[1])
@@ -157,7 +157,7 @@ def test_random_is_seeded():
     assert models[0].embed_tokens.std() == pytest.approx(0.02, rel=0.02)
 
 
-def test_random_weights_are_of_one_model_in_every_dtype():
+def test_random_weights_in_bf16_are_the_rounded_fp32_weights():
     exact = random_model(CONFIGS["gemma-mqa"])
     rounded = random_model(CONFIGS["gemma-mqa"], torch.bfloat16)
     for name, weight in exact.named_parameters():

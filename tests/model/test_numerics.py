@@ -1,4 +1,4 @@
-"""Where re-implementations of Gemma go wrong below bf16's noise: each rule on its own."""
+"""Gemma's numerical rules, one per test. Mistakes in them can be smaller than bf16's noise."""
 
 from dataclasses import replace
 
@@ -32,8 +32,8 @@ def test_embedding_scale_is_rounded_to_bf16(hidden, scale):
     assert embed(ids, full, hidden**0.5)[0, 0, 0] == full[0, 0] * hidden**0.5
 
 
-def test_one_plus_weight_is_made_in_fp32():
-    """bf16 has no 16.8125: it would become 16.75, and 2**-9 would be lost beside 1."""
+def test_one_plus_weight_is_computed_in_fp32():
+    """In bf16 16.8125 would become 16.75, and 1 + 2**-9 would become 1."""
     weight = torch.tensor([15.8125, 2.0**-9] * 32, dtype=torch.bfloat16)
     x = torch.randn(8, 64)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -47,7 +47,7 @@ def test_one_plus_weight_is_made_in_fp32():
 
 
 def test_norm_is_rounded_once():
-    """Llama rounds before it scales; Gemma after."""
+    """Llama rounds before it multiplies by the weight; Gemma rounds after."""
     x, weight = torch.randn(64, 64).bfloat16(), torch.randn(64).bfloat16()
     z = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     gemma = (z * (1 + weight.double())).bfloat16()
@@ -56,11 +56,11 @@ def test_norm_is_rounded_once():
         rms_norm(x, weight),
         reference.rms_norm(x, weight, 1e-6),
     ):
-        assert (out != gemma).float().mean() < 0.005  # fp32 beside fp64: a tie may fall otherwise
+        assert (out != gemma).float().mean() < 0.005  # fp32 may round a tie differently
         assert (out != llama).float().mean() > 0.1
 
 
-def test_the_sum_is_rounded_before_it_is_normalised():
+def test_the_residual_sum_is_rounded_before_it_is_normalised():
     x, residual = torch.randn(2, 64, 64).bfloat16()
     weight = torch.randn(64).bfloat16()
     out, total = add_rms_norm(x, residual, weight)
@@ -88,7 +88,7 @@ def test_gelu_is_the_tanh_approximation():
     torch.testing.assert_close(geglu(*gate.chunk(2, dim=-1)), approximation)
 
 
-def test_gemma_1_configs_that_say_gelu_mean_its_approximation(tmp_path):
+def test_gelu_in_gemma_1_configs_means_the_tanh_approximation(tmp_path):
     config = CONFIGS["gemma-mqa"]
     hf = random_transformers_model(config)
     hf.config.hidden_act = "gelu"
@@ -102,7 +102,7 @@ def test_gemma_1_configs_that_say_gelu_mean_its_approximation(tmp_path):
 
 
 def test_angles_are_fp32_in_a_bf16_model():
-    """bf16 has no 257: neighbours would be turned alike."""
+    """bf16 cannot represent 257: neighbouring positions would be rotated by equal angles."""
     config, dtypes = CONFIGS["gemma3-mqa"], (torch.bfloat16, torch.float32)
     half, full = (KVCache(config, 1, 260, dtype=dtype) for dtype in dtypes)
     for cache in (half, full):
@@ -118,7 +118,7 @@ def test_angles_are_fp32_in_a_bf16_model():
 
 
 def test_attention_scale_is_query_pre_attn_scalar(twins):
-    """A config with another scale gives other logits: it is not derived from head_dim."""
+    """A config with another scale gives other logits: the scale is not derived from head_dim."""
     if twins.config.model_type == "gemma":
         pytest.skip("Gemma 1 scales by head_dim")
     other = GemmaForCausalLM.from_pretrained(twins.path, device="cpu")

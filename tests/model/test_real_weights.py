@@ -1,4 +1,4 @@
-"""Gemma 3 270M, real weights, against transformers in fp32. The quick run has test_cli.py's."""
+"""Gemma 3 270M with real weights against transformers in fp32. Faster tests are in test_cli.py."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def tokenizer(demo_gguf):
 
 @pytest.fixture(scope="module")
 def long_prompt(tokenizer):
-    """700 tokens of text, past the window of 512."""
+    """700 tokens of text: more than the window of 512."""
     words = "The memory of a processor is where its time goes, so count the bytes before the work. "
     ids = tokenizer(" ".join(f"{i}. {words}" for i in range(60)), return_tensors="pt").input_ids
     return ids[:, :700]
@@ -38,7 +38,7 @@ def expected(demo_gguf, long_prompt):
     return hf(long_prompt, logits_to_keep=64).logits
 
 
-def test_top_ten(model, tokenizer):
+def test_top_ten_tokens_equal_transformers(model, tokenizer):
     logits = model(tokenizer(PROMPT, return_tensors="pt").input_ids).logits[0, -1]
     assert logits.max() == pytest.approx(17.9338, abs=5e-4)
     best = logits.softmax(-1).topk(10)
@@ -46,7 +46,7 @@ def test_top_ten(model, tokenizer):
     assert best.values.tolist() == pytest.approx(list(TOP_TEN.values()), abs=5e-4)
 
 
-def test_greedy_text(model, tokenizer):
+def test_greedy_text_equals_transformers(model, tokenizer):
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=30)
     assert tokenizer.decode(out[0, ids.shape[1] :]) == CONTINUATION
@@ -54,7 +54,7 @@ def test_greedy_text(model, tokenizer):
 
 def test_logits_past_the_window_equal_transformers(model, long_prompt, expected):
     logits = model(long_prompt, logits_to_keep=64).logits.cpu()
-    assert (logits - expected).abs().max() < 2e-3  # of logits around 20; a trap costs 0.018 or more
+    assert (logits - expected).abs().max() < 2e-3  # logits are near 20; mistakes cost 0.018 or more
 
 
 def test_chunks_past_the_window_equal_transformers(model, long_prompt, expected):
@@ -70,4 +70,4 @@ def test_bf16_stays_close_to_fp32(demo_gguf, device, long_prompt, expected):
     half = GemmaForCausalLM.from_pretrained(demo_gguf, dtype="bfloat16", device=device)
     difference = (half(long_prompt, logits_to_keep=64).logits.float().cpu() - expected).abs()
     assert difference.mean() < 0.1
-    assert difference.mean() > 1e-3, "bf16 that costs nothing was not bf16"
+    assert difference.mean() > 1e-3, "too close to fp32: the model did not run in bf16"

@@ -1,4 +1,4 @@
-"""What the assembler made of a kernel: registers, spills, and what its loops wait for."""
+"""Inspects a kernel's machine code (SASS): registers, spills, and waits in its loops."""
 
 import re
 import subprocess
@@ -10,16 +10,16 @@ import triton
 from triton.backends.nvidia.compiler import get_ptxas
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
-# A store of RZ is no spill, but an argument of a call: of tile copies, on a path that is not taken
-# (ptxas 12.9, on 12.0).
+# A store of RZ is not a spill but an argument of a call: ptxas 12.9 on 12.0 emits such a call for
+# tile copies, on a path that is never taken.
 SPILL = r"\bSTL(?:\.(\d+))?\s+\[(.*?)\],\s*R\d"
 
 
 def loops(sass: str) -> list[list[str]]:
-    """The instructions of each loop that multiplies, by address. Nested loops are one.
+    """Returns the instructions of each loop with matmuls, by address. Nested loops count as one.
 
     A loop is a strongly connected component of the graph of instructions, so it includes the blocks
-    that the assembler places elsewhere, such as a wait that tries again.
+    that the assembler places elsewhere, such as the retry of a wait.
     """
     labels: dict[str, int] = {}
     instructions: list[str] = []
@@ -29,12 +29,12 @@ def loops(sass: str) -> list[list[str]]:
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             instructions.append(instruction[1])
     branches = len(re.findall(r"\bBRA\b", sass))
-    assert instructions and branches == count(r"\bBRA\b", instructions), "lines were not read"
+    assert instructions and branches == count(r"\bBRA\b", instructions), "some SASS was not parsed"
     graph = networkx.DiGraph()
     for i, instruction in enumerate(instructions):
         if branch := re.search(r"\bBRA\b.*(\.L_\w+)", instruction):
             graph.add_edge(i, labels[branch[1]])
-        if not re.match(r"BRA[.\w]*\s+`|EXIT|RET", instruction):  # else it always goes elsewhere
+        if not re.match(r"BRA[.\w]*\s+`|EXIT|RET", instruction):  # these never reach the next line
             graph.add_edge(i, i + 1)
     found = (sorted(x) for x in networkx.strongly_connected_components(graph) if len(x) > 1)
     bodies = [[instructions[i] for i in loop] for loop in sorted(found)]
@@ -46,7 +46,7 @@ def count(pattern: str, instructions: list[str]) -> int:
 
 
 def spills_in_loops(sass: str) -> int:
-    """Instructions that store or load a spilled register, in loops that multiply."""
+    """Counts the instructions that store or load spilled registers in loops with matmuls."""
     return sum(count(rf"{SPILL}|\bLDL\b", body) for body in loops(sass))
 
 
@@ -56,9 +56,9 @@ def spilled_bytes(sass: str) -> int:
 
 
 def softmax_in_loops(sass: str) -> list[dict[str, int]]:
-    """For each loop with asynchronous matmuls and exponentials: how often it waits for matmuls, its
-    exponentials, how many of them stand before the last wait, and how many matmuls follow it. Those
-    run on while the next round computes softmax."""
+    """For each loop with asynchronous matmuls and exponentials, counts its waits for matmuls, its
+    exponentials, those before the last wait, and the matmuls after that wait, which overlap the
+    softmax of the next iteration."""
     found = []
     for body in loops(sass):
         waits = [i for i, x in enumerate(body) if "WARPGROUP.DEPBAR" in x]
@@ -72,8 +72,8 @@ def softmax_in_loops(sass: str) -> list[dict[str, int]]:
 
 
 def assemble(compiled) -> dict:
-    """Registers, bytes spilled, spills and softmax in loops, and the assembler's warnings that
-    matmuls on the tensor cores run one by one."""
+    """Returns registers, spilled bytes, spills and softmax in loops, and the assembler's warnings
+    that it serializes matmuls."""
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "cubin"), Path(folder, "ptx")
         cubin.write_bytes(compiled.asm["cubin"])
@@ -81,7 +81,7 @@ def assemble(compiled) -> dict:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
         spilled, spills, softmax, warnings = 0, 0, [], ""
-        wgmma = "wgmma" in compiled.asm["ptx"]  # on 9.0
+        wgmma = "wgmma" in compiled.asm["ptx"]  # only on 9.0
         if int(stack) or wgmma:
             command = [BIN / "nvdisasm", "-c", cubin]
             sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The certificate's findings on the CPU path and on a tiny model; a mistake that they must show."""
+"""Runs the certificate's checks on the CPU path and a tiny model, and has a mistake to detect."""
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ def failed(lines) -> set[str]:
 
 
 class Loud(RandomCheckpoint):
-    """Weights that let attention and MLP count for as much as the embedding."""
+    """Larger weights, so that attention and MLP change the logits as much as the embedding."""
 
     def _read(self, name, out):
         super()._read(name, out)

@@ -1,4 +1,4 @@
-"""A tiny random chat model as transformers saves one: weights, tokenizer, the official template."""
+"""Writes a tiny random chat model with transformers: weights, tokenizer, official template."""
 
 from dataclasses import replace
 from pathlib import Path

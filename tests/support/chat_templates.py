@@ -1,5 +1,4 @@
-"""Gemma's chat templates as published with Gemma 1 and 2, and with Gemma 3 (less its branch for
-images)."""
+"""Gemma's published chat templates: of Gemma 1 and 2, and of Gemma 3 without its image branch."""
 
 OFFICIAL_2 = """\
 {{ bos_token }}{% if messages[0]['role'] == 'system' %}\

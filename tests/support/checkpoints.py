@@ -1,4 +1,4 @@
-"""Tiny checkpoints of each family, written as files."""
+"""Writes tiny random checkpoints of each family, as safetensors or GGUF files."""
 
 import json
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def random_tensors(family: str, dtype: torch.dtype = torch.float32, **sizes: int
 def write_safetensors(
     path: Path, family: str = "gemma3", tensors: dict[str, Tensor] | None = None, **sizes: int
 ) -> dict[str, Tensor]:
-    """A directory with config.json and model.safetensors. Returns its tensors."""
+    """Writes config.json and model.safetensors into the directory `path`. Returns the tensors."""
     tensors = tensors or random_tensors(family, **sizes)
     (path / "config.json").write_text(json.dumps(config_json(family, **sizes)))
     save_file(tensors, path / "model.safetensors")
@@ -50,7 +50,7 @@ def write_safetensors(
 
 
 def split(path: Path, tensors: dict[str, Tensor], shards: int = 2) -> dict[str, str]:
-    """Replace model.safetensors by shards and their index. Returns the index's weight map."""
+    """Replaces model.safetensors by shards and their index. Returns the index's weight map."""
     (path / "model.safetensors").unlink()
     weight_map = {}
     for i in range(shards):
@@ -76,9 +76,9 @@ def write_gguf(
     extra: dict[str, np.ndarray] | None = None,
     **sizes: int,
 ) -> dict[str, Tensor]:
-    """A file made as llama.cpp makes it: with its names, from the package's own table, and 1 added
-    to the norms, which stay F32. `extra` goes in under its own names. Returns the tensors, under
-    transformers' names, as they were before `quantize`."""
+    """Writes a GGUF file as llama.cpp does: its tensor names are from the gguf package's table, its
+    norms in F32 with 1 added. The tensors of `extra` keep their names. Returns the tensors before
+    `quantize`, by their names in transformers."""
     config = config_from_json(config_json(family, **sizes))
     tensors = tensors or random_tensors(family, **sizes)
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)

@@ -1,4 +1,4 @@
-"""What the tests of the engine share: ways to choose a token, and a CUDA graph's stand-in."""
+"""Shared by the engine tests: ways to sample tokens, and a stand-in for CUDA graphs."""
 
 from gemma_fast.engine.decoder import Decoder
 
@@ -12,14 +12,14 @@ SAMPLINGS = {
 
 
 class Graph:
-    """Stands in for a CUDA graph: what is recorded is run when it is replayed. Made as
-    Decoder._capture makes one, with the step counted."""
+    """Stands in for a CUDA graph of the decode step: a replay runs the step. As after
+    Decoder._capture, the cache has already counted the first step."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder, self.replays = decoder, 0
         decoder.cache.count(1)
 
     def replay(self) -> None:
-        self.decoder.cache.count(-1)  # a graph counts nothing on the host, `_step` does
+        self.decoder.cache.count(-1)  # `_step` counts, but a replay must not
         self.decoder._step()
         self.replays += 1

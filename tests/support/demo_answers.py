@@ -1,4 +1,4 @@
-"""Answers of transformers in fp32 with the demo's weights, Gemma 3 270M."""
+"""Results of transformers in fp32 with the demo's weights (Gemma 3 270M)."""
 
 PROMPT = "I want to move"
 TOP_TEN = {

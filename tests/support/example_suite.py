@@ -1,4 +1,4 @@
-"""A suite with a provider for each fate, for the tests of the benchmarks."""
+"""A suite for the tests of the benchmarks, with a provider for each possible outcome."""
 
 import torch
 

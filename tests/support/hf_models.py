@@ -1,4 +1,4 @@
-"""Tiny transformers models for the tests of gemma_fast.hf, and calls of them before and after."""
+"""Shared by the tests of gemma_fast.hf: tiny transformers models, prompts, and calls."""
 
 import torch
 from tiny_models import CONFIGS, random_transformers_model, two_layers
@@ -10,7 +10,7 @@ B, T = 2, 30  # longer than the windows
 
 
 def make(family, attention="eager", layers=3):
-    """attention: Gemma 2's soft cap is eager's alone. layers: 2, one of each kind, or all 3."""
+    """attention: only eager applies Gemma 2's soft cap. layers: 2 (one of each kind) or 3."""
     model = random_transformers_model(two_layers(family) if layers == 2 else CONFIGS[family])
     model.config._attn_implementation = attention
     return model
@@ -22,7 +22,7 @@ def prompt(b=B, t=T, seed=0):
 
 
 def padded(ids, *padding):
-    """A mask that hides so many first tokens of each row."""
+    """Returns an attention mask that hides the first padding[i] tokens of row i."""
     return (torch.arange(ids.shape[1]) >= torch.tensor(padding).unsqueeze(1)).long()
 
 
@@ -32,7 +32,7 @@ def logits(model, ids, mask=None, **options):
 
 
 def why(model, **inputs):
-    """Why each part's modules ran as they did, in this call."""
+    """Returns the path that each part of the model takes in this call, and the reason."""
     reasons = {}
     for line in explain(model, **inputs):
         reasons.setdefault(line.part, set()).add((line.path, line.why))

@@ -1,11 +1,11 @@
-"""What a GPU that need not be here would launch for a text, and compile for the next one.
+"""Records, without a GPU, the launches of a decode step and what other prompts would compile.
 
     python tests/support/launches.py gemma3-mqa 1
 
-Prints a JSON object: launches of a decode step, Triton's and PyTorch's, and the kernels that other
-texts, by the length of their prompts, would compile anew. Kernels are noted, not run: all tokens
-are 0. A
-process of its own, as compile_kernels.py.
+Prints a JSON object: `step` lists the launches of a decode step, first Triton's, then PyTorch's;
+`compiled` lists, by prompt length, the kernels that such a prompt would compile in addition.
+Kernels are recorded, not run, so all tokens are 0. Runs as a separate process, like
+compile_kernels.py.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from gemma_fast.engine.decoder import Decoder
 from gemma_fast.kernels.launch import as_on
 
-# Of PyTorch's operators, those that launch nothing.
+# PyTorch's operators that launch nothing.
 SILENT = {
     "aten::" + name
     for name in (
@@ -36,7 +36,7 @@ def launches_something(event) -> bool:
 
 
 def launched(work) -> list[str]:
-    """Names of the kernels, Triton's and then PyTorch's."""
+    """Returns the names of the launched kernels, first Triton's, then PyTorch's."""
     launches.clear()
     with profile(activities=[ProfilerActivity.CPU]) as found:
         work()

@@ -1,7 +1,7 @@
-"""Programs for Gemma as its model cards and transformers' documentation have them.
+"""Programs that use Gemma, from its model cards and transformers' documentation.
 
-Each is a text, so that a test can change its import line and nothing else. PATH stands for the
-model's id; what a program leaves in `result`, and prints, is what a user gets.
+Each is a string, so that a test can change its import line and nothing else. PATH stands for the
+model's id. Tests compare what a program stores in `result`, and what it prints.
 """
 
 QUICK_START = """
@@ -240,10 +240,10 @@ EXAMPLES = {
     "chat as text": CHAT_AS_TEXT,
     "chats": CHAT_BATCH,
     "stream": STREAM.replace("SKIP", "skip_prompt=True, skip_special_tokens=True"),
-    "stream all": STREAM.replace(", SKIP", ""),
+    "stream with prompt": STREAM.replace(", SKIP", ""),
     "next tokens": NEXT_TOKENS,
     "score": SCORE,
-    "by hand": BY_HAND,
+    "decode loop": BY_HAND,
     "config": CONFIG,
     "defaults": DEFAULTS,
 }

@@ -1,4 +1,4 @@
-"""Oracles of the kernels in plain fp64, written without them."""
+"""Plain fp64 references for the kernel tests, independent of the kernels' code."""
 
 import math
 
@@ -19,7 +19,7 @@ def angles(start, t, d=32):
 
 
 def turned(x, positions, weight):
-    """x :: [t, heads, d] at positions :: [t], normalised and rotated, in fp64."""
+    """Normalises x :: [t, heads, d], if there is a weight, and rotates it by positions :: [t]."""
     x = x.double()
     if weight is not None:
         x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight.double())
@@ -30,7 +30,7 @@ def turned(x, positions, weight):
 
 
 def softmax_attention(q, k, v, q_positions, k_positions, window, softcap, scale):
-    """q :: [t, heads, d], k, v :: [s, n, d], turned already; positions say who sees whom."""
+    """q :: [t, heads, d] and k, v :: [s, n, d]; q and k are rotated. Positions give the mask."""
     m = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(m, dim=1) for x in (k, v))
     scores = torch.einsum("thd,shd->hts", q, k) * scale

@@ -1,8 +1,8 @@
-"""Tiny random Gemmas, three times over: transformers' own, this project's model, and the reference.
+"""Tiny random Gemma models, each as transformers' model, as this project's, and as the reference.
 
-transformers saves the checkpoint that the other two read, so each comparison covers the way from
-`config.json` and safetensors to the result. Sizes are odd on purpose: heads * head_dim is not
-hidden_size, query_pre_attn_scalar is not head_dim, windows are short, soft caps bite.
+transformers saves the checkpoint that the other two load, so each comparison also tests loading
+`config.json` and safetensors. Sizes are odd on purpose: heads * head_dim is not hidden_size,
+query_pre_attn_scalar is not head_dim, windows are short, soft caps change the results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.config import GemmaConfig
 from gemma_fast.reference import Reference
 
-TOLERANCE = 1e-4  # of logits of a few units, in fp32
+TOLERANCE = 1e-4  # absolute, in fp32; logits are a few units large
 _SHARED = {
     "vocab_size": 199, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 88,
@@ -45,7 +45,7 @@ CONFIGS = {
 
 
 def two_layers(name: str) -> GemmaConfig:
-    """One with a window, if the family has them, and one without."""
+    """Returns a config of two layers: one with a window, if the family has any, and one without."""
     kinds = CONFIGS[name].layer_types
     return replace(CONFIGS[name], num_hidden_layers=2, layer_types=(max(kinds), min(kinds)))
 
@@ -79,7 +79,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def left_padded(twins: Twins, counts: list[int]):
-    """Prompts of these lengths, alone and as one batch padded on the left."""
+    """Returns prompts of these lengths, and their left-padded batch: ids and attention mask."""
     prompts = [twins.prompt(1, count, seed=count) for count in counts]
     ids = torch.zeros(len(counts), max(counts), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -98,7 +98,7 @@ def random_model(
 
 
 def random_transformers_model(config: GemmaConfig) -> transformers.PreTrainedModel:
-    """transformers' model of this config: random weights, eval mode, eager attention."""
+    """Returns transformers' model of this config: random weights, eval mode, eager attention."""
     hf = transformers.AutoModelForCausalLM.from_config(
         transformers_config(config), attn_implementation="eager"
     ).eval()

@@ -1,4 +1,4 @@
-"""Runs the kernels of CPU tensors in Triton's interpreter, where a test asks for it."""
+"""Runs kernels on CPU tensors in Triton's interpreter, within the context `interpreter`."""
 
 from contextlib import contextmanager
 from functools import cache
@@ -21,8 +21,8 @@ def _patch_builtins(package, builder, scope) -> None:
             triton_interpreter._patch_attr(package, name, member, builder, scope)
 
 
-# Triton looks through all members of triton.language at every call of a function within a kernel,
-# tl.sum for one, which is a third of the interpreter's time. Which members to patch never changes.
+# At every call of a function in a kernel, such as tl.sum, Triton searches all members of
+# triton.language for those to patch: a third of the interpreter's time. They never change.
 for _package in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base):
     _builtins(_package)
 triton_interpreter._patch_builtin = _patch_builtins
@@ -30,7 +30,7 @@ triton_interpreter._patch_builtin = _patch_builtins
 
 @contextmanager
 def interpreter():
-    """Ops on CPU tensors run their Triton kernels in the interpreter."""
+    """In this context ops on CPU tensors run their Triton kernels in the interpreter."""
     with knobs.runtime.scope():
         knobs.runtime.interpret = not torch.cuda.is_available()
         yield

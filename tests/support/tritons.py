@@ -3,8 +3,8 @@
     make tritons
     python tests/support/tritons.py .venv/triton-3.6.0 .venv/triton-3.9.0 --gpu 90
 
-A folder holds one version, installed without its torch (pip install --no-deps --target); the
-environment's own version is always compiled with. Exits with 1 if a kernel breaks a gate.
+A folder holds one version, installed without dependencies (pip install --no-deps --target). The
+environment's own version is always included. Exits with 1 if a kernel fails a gate.
 """
 
 import json
@@ -26,7 +26,7 @@ REPORT = Path(__file__).with_name("compile_kernels.py")
 
 
 def compile_with(folder: Path | None, *arguments: str) -> list[dict]:
-    """What compile_kernels.py reports with the Triton in the folder, or with the environment's."""
+    """Returns compile_kernels.py's reports, under the folder's Triton or the environment's own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if folder:
         path = [str(folder.resolve()), environment.get("PYTHONPATH", "")]
@@ -43,7 +43,7 @@ def version(folder: Path | None) -> str:
         return triton.__version__
     found = [x.version for x in distributions(name="triton", path=[str(folder)])]
     if not found:
-        raise click.BadParameter(f"{folder} holds no Triton; `make tritons` installs them")
+        raise click.BadParameter(f"there is no Triton in {folder}: `make tritons` installs it")
     return found[0]
 
 
@@ -55,7 +55,7 @@ def by_version(folder: Path | None) -> list[int]:
 @click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--gpu", "gpus", multiple=True, type=click.Choice([str(x) for x in GPUS]),
-    help="90: compute capability 9.0. Several are allowed; without one, all.",
+    help="90 is compute capability 9.0. May be repeated. Default: all.",
 )  # fmt: skip
 def main(folders: tuple[Path, ...], gpus: tuple[str, ...]) -> None:
     ordered = sorted([None, *folders], key=by_version)
