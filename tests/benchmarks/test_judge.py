@@ -163,7 +163,7 @@ def test_a_judge_without_memory_says_so(monkeypatch):
 
     monkeypatch.setattr(Judge, "judge", too_much)
     found = judged(monkeypatch, BF16, {EAGER: kind(Eager)})
-    assert found == {EAGER: "cannot: no memory for the reference that judges"}
+    assert found == {EAGER: "cannot: not enough memory for the reference"}
 
 
 def test_a_wrong_rival_does_not_excuse_us(monkeypatch):
