@@ -57,7 +57,7 @@ def with_options(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, options: Options) -> Tensor:
-    """Matmuls in the inputs' dtype, softmax in fp32 or fp64, as in reference.py.
+    """Attention: matmuls in the inputs' dtype, softmax in fp32 or fp64, as in reference.py.
 
     q :: [b, t, heads, d], rotated; keys, values :: [b, n, s, d]; hidden :: [t, s] or [b, 1, t, s]
     """

@@ -88,7 +88,7 @@ def written(
 
 
 def eager(*inputs: Any) -> Tensor:
-    """Matmuls in the inputs' dtype, softmax in fp32, as in reference.py."""
+    """Attention: matmuls in the inputs' dtype, softmax in fp32, as in reference.py."""
     *tensors, _, _, options = inputs
     q, keys, values = written(*tensors), *tensors[1:3]
     b, heads, _, d = q.shape

@@ -40,7 +40,7 @@ def work(itemsize: int, b: int, vocab: int, dim: int, sampled: bool) -> Work:
 def eager(
     x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, temperature: Tensor | None
 ) -> Tensor:
-    """Returns the next tokens' rows of the weight, [b, dim]: the error of ids is meaningless."""
+    """Returns the next tokens' rows of the weight, [b, dim], because ids have no numeric error."""
     scores = matvec.norm_eager(x, residual, norm_weight, None, weight, False)[0].float()
     if temperature is not None:  # as in gpt-fast: torch.multinomial would wait for the host
         probabilities = (scores / temperature[:, None]).softmax(-1)

@@ -46,8 +46,8 @@ def work(itemsize: int, t: int, n: int, d: int, norm: bool = False) -> Work:
 
 
 def turn(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-    """Normalizes (with a weight) and rotates x :: [b, t, heads, d]; cos, sin :: [b, t, d / 2] are
-    rounded to x's dtype."""
+    """Normalizes (if weight is given) and rotates x :: [b, t, heads, d]; cos, sin :: [b, t, d / 2]
+    are rounded to x's dtype."""
     x = norm(x, weight)
     cos, sin = (torch.cat((y, y), dim=-1).to(x.dtype).unsqueeze(2) for y in (cos, sin))
     x1, x2 = x.chunk(2, dim=-1)

@@ -4,7 +4,7 @@
     for result in run(SUITE, "8192 x 2048", device, torch.bfloat16, roof): …
 
 A provider is called with one set of inputs. It does its imports and other untimed preparation, and
-returns a call without arguments, which returns the outputs in the oracle's layout. What it raises
+returns a call without arguments, which returns the outputs in the oracle's layout. An exception
 becomes its status: ImportError "not installed", NotImplementedError "cannot", anything else
 "failed". A provider whose output differs from the oracle's is "wrong" and is not timed.
 """
@@ -219,8 +219,8 @@ def check(
 def check_replay(
     suite: Suite, name: str, made: Sequence[Call], dtype: torch.dtype, left: Any
 ) -> None:
-    """Raises Wrong if our graph's last replay differs from a separate call, because its kernels
-    overlap. Rivals are not checked, because some change their inputs."""
+    """Raises Wrong if our graph's last replay left another output than a separate call does, which
+    overlapping kernels may cause. Rivals are not checked, because some change their inputs."""
     if name.startswith(OURS):
         copies = [x.clone() for x in outputs(left)]  # the call may write to the same memory
         for found, by_itself in zip(copies, outputs(made[0]()), strict=True):

@@ -1,7 +1,7 @@
 """Checks a provider against the reference in float32, before the provider is timed.
 
 The check compares greedy tokens, and logits that depend on the KV cache that the provider wrote.
-The cache holds as many tokens as in the benchmark case.
+The cache is at least as full as in the benchmark case, if the context allows.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Judge:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         config = checkpoint.config
         self.dtype, self.device, self.vocab_size = dtype, device, config.vocab_size
-        # Float32 weights of the reference; the provider's weights, and half as much to work in.
+        # Bytes of the reference's float32 weights, and of the provider's weights and activations.
         needed = config.num_parameters * (4 + 1.5 * dtype.itemsize)
         self.exact = dtype == torch.float32 or needed < free_bytes(device)
         self.reference = Reference.from_checkpoint(checkpoint, dtype=dtype, device=device)
@@ -121,7 +121,7 @@ class Judge:
         return found, float((gaps / chosen.std(-1)).mean())
 
     def _truth(self, ids: Tensor, row: int, prefix: int) -> Tensor:
-        """Returns reference logits from the first greedy token on: [1, steps + 1 + probe, vocab]."""
+        """Returns reference logits from the first greedy token on: [1, steps + 1 + probe, vocab]"""
         past = self._past(ids[:, :prefix], row) if prefix else None
         keep = STEPS + 1 + PROBE
         out = self.reference(ids[:, prefix:], past_key_values=past, logits_to_keep=keep)

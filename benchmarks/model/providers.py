@@ -179,7 +179,7 @@ class Ours:
         return self.decoder.token
 
     def logits(self, ids: Tensor) -> Tensor:
-        cache = self.decoder.cache.rows(slice(0, self.batch))  # it has 1, 2, 4 or 8 k rows
+        cache = self.decoder.cache.rows(slice(0, self.batch))  # it may have more rows
         return self.model(ids, past_key_values=cache).logits
 
     def memory(self) -> dict[str, float]:

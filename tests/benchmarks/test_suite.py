@@ -204,10 +204,8 @@ def test_files_of_made_up_results(tmp_path):
     assert "| quack \\* | 50.0 µs" in text and report.CALL_BY_CALL in text
     assert "| liger | not installed: No module named 'liger_kernel' |" in text
     assert "## attention" in text and report.NOTHING not in text
-    assert "commit abc" in text and "copy 2000 GB/s, product 1000 TFLOP/s" in text
-    assert (
-        "At its end: copy 1900 GB/s, product 900 TFLOP/s." in text and "quack-kernels 0.6" in text
-    )
+    assert "commit abc" in text and "copy 2000 GB/s, matmul 1000 TFLOP/s" in text
+    assert "At the end: copy 1900 GB/s, matmul 900 TFLOP/s." in text and "quack-kernels 0.6" in text
     for name in ("speedup.png", "roofline.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) <= 8
