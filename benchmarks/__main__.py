@@ -1,11 +1,11 @@
-"""Benchmarks: each op and the whole model beside their rivals, as a share of this machine's roof.
+"""Benchmarks each op and the whole model against rivals, as a share of this machine's peak.
 
     python -m benchmarks                             # everything: each kernel, then the model
     python -m benchmarks rms_norm geglu --out DIR    # results.json, results.md, plots
     python -m benchmarks attention --only eager --only gemma_fast
     python -m benchmarks model --model demo -d 0,512 # also on a CPU; as gemma-fast bench
 
-Exit status 1 if a result was wrong, or gemma_fast failed; what rivals lack is only listed.
+Exits with status 1 if a result was wrong or gemma_fast failed. A failed rival is only listed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODEL = "model"
 @click.argument("names", nargs=-1, metavar="[SUITE]...")
 @shared.options
 @shared.size_option
-@click.option("--list", "listing", is_flag=True, help="Suites, providers, what is installed.")
+@click.option("--list", "listing", is_flag=True, help="List suites, providers, missing packages.")
 @click.pass_context
 def main(
     context: click.Context, names: tuple[str, ...], sizes: tuple[str, ...], listing: bool,
@@ -53,7 +53,7 @@ def main(
     known += PROVIDERS if with_model else []
     shared.refuse_unknown("provider", only, dict.fromkeys(known))
     if suites and options["output"] == "json":
-        raise click.UsageError(f"-o json is for the suite {MODEL} alone; --out writes all as JSON")
+        raise click.UsageError(f"-o json is for the suite {MODEL} alone: use --out to write JSON")
     if listing:
         show_list(suites, with_model)
         return
@@ -67,7 +67,7 @@ def main(
 
 
 def pick(names: Iterable[str]) -> dict[str, Suite]:
-    """The kernels' suites among the names."""
+    """Returns the kernel suites among the names; all of them without names."""
     shared.refuse_unknown("suite", names, (*SUITES, MODEL))
     return {name: SUITES[name] for name in SUITES if name in names or not names}
 
@@ -76,14 +76,14 @@ def refuse_model_options(context: click.Context) -> None:
     for name in ("prompts", "new", "depths", "batches", "repeats", "model", "output"):
         if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
             option = next(x.opts[0] for x in context.command.params if x.name == name)
-            why = f"is for the suite {MODEL}, which is not among those named"
+            why = f"is for the suite {MODEL}, which is not selected: add it"
             raise click.UsageError(f"{option} {why}")
 
 
 def run_kernels(
     suites: Mapping[str, Suite], sizes: Sequence[str], options: Mapping[str, Any]
 ) -> tuple[bool, Roof | None]:
-    """Whether all is well, and the roof, which is measured on a GPU."""
+    """Returns whether no result was `serious`, and the roof, which is measured on a GPU only."""
     only, out = options["only"], options["out"]
     device, kind = machine.device_and_dtype(options["dtype"])
     known = [x for suite in suites.values() for x in suite.sizes_on(device)]
@@ -97,7 +97,7 @@ def run_kernels(
         before = len(results)
         for of_a_size in results_by_size(suite, only, sizes, device, kind, roof):
             results += of_a_size
-            if out:  # after each size, so that a run cut short keeps what it has
+            if out:  # after each size, so that an interrupted run keeps its results
                 report.kernel_report(head, roof, results, about).write(out)
         if rows := report.kernel_rows(roof, results)[before:]:
             show(suite, rows)
@@ -117,7 +117,7 @@ def results_by_size(
     suite: Suite, only: Iterable[str], sizes: Sequence[str], device: torch.device,
     dtype: torch.dtype, roof: Roof | None,
 ) -> Iterator[list[KernelResult]]:  # fmt: skip
-    """The results of each size; a line for each to stderr as it comes."""
+    """Yields the results of each size. Prints each result to stderr as it arrives."""
     names = [name for name in suite.names if name in only or not only]
     sizes = shared.pick_sizes(suite.sizes_on(device), sizes)
     if not names or not sizes:
@@ -136,7 +136,7 @@ def results_by_size(
 
 
 def show(suite: Suite, rows: Iterable[Mapping[str, Any]]) -> None:
-    title = Text(f"{suite.name}: {suite.about}")  # Text: brackets are no markup
+    title = Text(f"{suite.name}: {suite.about}")  # Text: rich parses no markup in it
     table = Table(*report.KERNEL_COLUMNS, title=title, title_justify="left")
     for cells in map(report.kernel_cells, rows):
         table.add_row(*(Text(cells.get(name, "")) for name in report.KERNEL_COLUMNS))
@@ -146,7 +146,7 @@ def show(suite: Suite, rows: Iterable[Mapping[str, Any]]) -> None:
 def show_list(suites: Mapping[str, Suite], with_model: bool) -> None:
     listed = {f"{name}: {suite.about}": suite.names for name, suite in suites.items()}
     if with_model:
-        listed[f"{MODEL}: A whole model, reading a prompt and writing"] = [*PROVIDERS]
+        listed[f"{MODEL}: A whole model: prefill and decode"] = [*PROVIDERS]
     for about, names in listed.items():
         click.echo(about)
         for name in names:

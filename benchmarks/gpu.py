@@ -1,14 +1,14 @@
-"""One run for a GPU that is there for minutes: tests, speed beside transformers, a profile.
+"""Runs tests, benchmarks against transformers and a profile, within a time limit.
 
     make gpu                                                # 8 minutes, to benchmarks/results/<gpu>
-    make gpu GPU_MINUTES=4                                  # every stage has half the time
+    make gpu GPU_MINUTES=4                                  # half the time for each stage
     PYTHONPATH=. python3 -m benchmarks.gpu --out DIR        # the same, without make
 
-Stages run one after another, the most important first, each in a process of its own. A stage may
-take its share of the time that is left, so time that one saves goes to the later ones. A stage that
-fails or runs out of time keeps what it wrote, and the others run. Nothing has to be installed; a
-test file whose packages are missing is left out. Without a GPU all run on tiny shapes, and nothing
-is measured.
+Stages run one after another, the most important first, each in its own process. A stage gets its
+share of the remaining time, so a fast stage leaves more time to later ones. If a stage fails or
+runs out of time, its output is kept and the next stage runs. This project need not be installed;
+test files whose packages are missing are left out. Without a GPU, stages run on tiny shapes and
+nothing is measured.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from gemma_fast.benchmarks.measure import report
 from gemma_fast.benchmarks.measure.machine import device_and_dtype, stamp
 
 ROOT = Path(gemma_fast.__file__).parents[1]
-GRACE = 5  # seconds that a stage has to end by itself, once its time is over
+GRACE = 5  # seconds that a stage gets to exit after SIGINT, before SIGKILL
 COLUMNS = {"stage": "---", "status": "---", "seconds": "---:", "limit": "---:", "found": "---"}
 BENCHMARKS = "-mgemma_fast.benchmarks"
-# The kernels' suites run with two sizes each, and with providers that compile fast.
+# Most kernel suites run two sizes each, with providers that compile fast.
 SIZES = (
     "8192 x 2", "t 2048", "t 8192, 8/1", "t 8192, n 16", "m 512", "m 4096", "geglu, b",
     "b 1, depth 2048", "b 1, depth 8192, 8/1", "16384 x 2048", "256000 x 2048, b 1",
@@ -50,13 +50,13 @@ MODELS = ("transformers (eager)", "transformers (sdpa)", "gemma_fast")
 
 class Stage(NamedTuple):
     name: str
-    share: float  # of the time, in any unit
-    arguments: Sequence[str]  # of Python
-    missing: str = ""  # why it cannot run
+    share: float  # of the time, relative to the other stages
+    arguments: Sequence[str]  # for the Python interpreter
+    missing: str = ""  # why it cannot run; empty if it can
 
 
 class Done(NamedTuple):
-    """How a stage ended; see COLUMNS."""
+    """Outcome of a stage; see COLUMNS."""
 
     stage: str
     status: str
@@ -71,7 +71,7 @@ class Done(NamedTuple):
 
 
 def stages(cuda: bool) -> list[Stage]:
-    """As a GPU has them, or tiny ones."""
+    """Returns the stages for a GPU, or tiny ones for a CPU."""
     model = [BENCHMARKS, "model", *repeat("--only", MODELS), "-r", "3" if cuda else "1"]
     depths, prompts, new = ("512,4096", "2048,8192", "64") if cuda else ("5", "8", "2")
     kernels = [BENCHMARKS, *SUITES, *repeat("--only", PROVIDERS)]
@@ -93,7 +93,7 @@ def repeat(option: str, values: Iterable[str]) -> list[str]:
 
 
 def tests(name: str, share: float, files: Sequence[Path], marker: str) -> Stage:
-    """pytest, in as many processes as it can have, up to 8."""
+    """Returns a stage that runs pytest, in up to 8 processes if xdist is installed."""
     arguments = ["-m", "pytest", "-q", "-m", marker, *map(str, files)]
     if find_spec("xdist"):
         arguments += ["-n", str(min(os.cpu_count() or 1, 8))]
@@ -102,7 +102,7 @@ def tests(name: str, share: float, files: Sequence[Path], marker: str) -> Stage:
 
 
 def runnable(pattern: str) -> list[Path]:
-    """Test files whose packages are installed, without the compile tests, which need no GPU."""
+    """Returns test files whose packages are installed, except test_compile.py: it needs no GPU."""
     tests = ROOT / "tests"
     own = {"gemma_fast", *(path.stem for path in tests.rglob("*.py"))}
     found = []
@@ -114,12 +114,12 @@ def runnable(pattern: str) -> list[Path]:
 
 
 def run_stage(stage: Stage, limit: float, out: Path, commit: str | None) -> Done:
-    """Shows what the stage prints, and writes it to log.txt beside its results."""
+    """Runs a stage. Prints its output, and writes it to log.txt next to its results."""
     if stage.missing:
         return Done(stage.name, f"left out: {stage.missing}")
     folder = out / stage.name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").unlink(missing_ok=True)  # of an earlier run
+    (folder / "results.json").unlink(missing_ok=True)  # from an earlier run
     command = [sys.executable, *stage.arguments]
     if stage.arguments[0].startswith(BENCHMARKS):
         command += ["--out", str(folder.resolve()), *(["--commit", commit] if commit else [])]
@@ -155,7 +155,7 @@ def run_stage(stage: Stage, limit: float, out: Path, commit: str | None) -> Done
 
 
 def summary(folder: Path) -> str:
-    """How many results a stage has written, and how many of them are well."""
+    """Returns how many results a stage has written and how many are ok; empty without results."""
     if not (file := folder / "results.json").exists():
         return ""
     results = json.loads(file.read_text(encoding="utf-8"))["results"]
@@ -163,7 +163,7 @@ def summary(folder: Path) -> str:
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """Ends a stage and the processes that it started; first it may end them itself."""
+    """Stops a stage and the processes that it started: SIGINT first, then SIGKILL."""
     for number in (signal.SIGINT, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -172,7 +172,7 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 
 def write_summary(out: Path, head: Mapping[str, Any], measured: bool, done: list[Done]) -> str:
-    """summary.json and summary.md → the latter's text"""
+    """Writes summary.json and summary.md. Returns the text of summary.md."""
     found = {"stamp": head, "measured": measured, "stages": [x._asdict() for x in done]}
     (out / "summary.json").write_text(report.as_json(found), encoding="utf-8")
     parts = [report.heading(head, None), *([] if measured else [report.NOTHING])]
@@ -185,7 +185,7 @@ def write_summary(out: Path, head: Mapping[str, Any], measured: bool, done: list
 def run_stages(
     todo: Sequence[Stage], seconds: float, out: Path, head: Mapping[str, Any], measured: bool
 ) -> list[Done]:
-    """Runs the stages within `seconds`, and writes the summary after each."""
+    """Runs the stages within `seconds`. Writes the summary after each stage."""
     end, done = time.perf_counter() + seconds, list[Done]()
     for i, stage in enumerate(todo):
         left = max(end - time.perf_counter(), 0)
@@ -199,13 +199,13 @@ def run_stages(
 @click.command(help=__doc__.split("\n")[0])
 @click.option(
     "--minutes", type=click.FloatRange(min=0, min_open=True), default=8, show_default=True,
-    help="Of all stages together.",
+    help="Time limit of all stages together.",
 )  # fmt: skip
 @shared.out_option("Write results here. [default: benchmarks/results/<gpu name>]")
 @shared.commit_option
 @click.pass_context
 def main(context: click.Context, minutes: float, out: Path | None, commit: str | None) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the stage, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stops the stage, too
     device, kind = device_and_dtype(None)
     head, cuda = stamp(device, kind, ["transformers", *RIVALS], commit), device.type == "cuda"
     name = re.sub("[^a-z0-9]+", "-", (head["gpu"] or "no gpu").lower()).strip("-")

@@ -1,5 +1,7 @@
-"""`gemma-fast bench`, its options, and those that the benchmarks' other commands share. Its top
-imports nothing large, so that help and usage errors come at once."""
+"""The command `gemma-fast bench` and its options, some shared with the other benchmark commands.
+
+Large packages are imported inside functions, so that help and usage errors appear at once.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,11 @@ from gemma_fast.config import PRESETS
 Command = Callable[..., Any]
 MODEL_HELP = f"""demo (the demo weights), a size with random weights (tiny, {", ".join(PRESETS)}),
 a directory, a .gguf file, a hub id. [default: gemma-2b on a GPU; on a CPU tiny, which is checked
-and not measured]"""
+but not timed]"""
 
 
 def counts(*names: str, default: int, least: int, help: str) -> Callable[[Command], Command]:
-    """An option of some numbers, by commas or repeated; each once, in the order given."""
+    """Returns an option that takes integers, separated by commas or repeated; drops duplicates."""
 
     def parse(context: Any, option: Any, values: Sequence[str]) -> tuple[int, ...]:
         given: dict[int, None] = {}
@@ -26,7 +28,7 @@ def counts(*names: str, default: int, least: int, help: str) -> Callable[[Comman
             try:
                 given |= dict.fromkeys(int(x) for x in value.split(","))
             except ValueError as error:
-                message = f"{value!r} is not whole numbers parted by commas"
+                message = f"{value!r} is not whole numbers separated by commas"
                 raise click.BadParameter(message) from error
         if given and min(given) < least:
             raise click.BadParameter(f"{min(given)} is less than {least}")
@@ -41,9 +43,9 @@ dtype_option = click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
     help="[default: bfloat16 on a GPU, float32 on a CPU]",
 )  # fmt: skip
-commit_option = click.option("--commit", help="What to stamp where git does not know.")
+commit_option = click.option("--commit", help="Commit to record, instead of git's.")
 size_option = click.option(
-    "--size", "sizes", multiple=True, help="Only sizes with this in their name; repeatable."
+    "--size", "sizes", multiple=True, help="Only sizes whose name contains this; repeatable."
 )
 
 
@@ -52,20 +54,20 @@ def out_option(help: str) -> Callable[[Command], Command]:
 
 
 OPTIONS = (
-    counts("-p", "prompts", default=512, least=0, help="Tokens of prompts to read; 0: none."),
-    counts("-n", "new", default=128, least=0, help="Tokens to write; 0: none."),
-    counts("-d", "depths", default=0, least=0, help="Tokens in the cache before."),
-    counts("-b", "batches", default=1, least=1, help="Sequences at once."),
+    counts("-p", "prompts", default=512, least=0, help="Prompt tokens to prefill; 0: none."),
+    counts("-n", "new", default=128, least=0, help="New tokens to decode; 0: none."),
+    counts("-d", "depths", default=0, least=0, help="Tokens already in the cache."),
+    counts("-b", "batches", default=1, least=1, help="Batch size."),
     click.option(
         "-r", "repeats", type=click.IntRange(1), default=5, show_default=True, metavar="N",
-        help="How often each test is timed.",
+        help="Timed runs of each test; short tests get more.",
     ),
     click.option("--model", help=MODEL_HELP),
     dtype_option,
-    click.option("--only", multiple=True, metavar="PROVIDER", help="Only these; repeatable."),
+    click.option("--only", multiple=True, metavar="PROVIDER", help="Run only these; repeatable."),
     click.option(
         "-o", "output", type=click.Choice(["md", "json"]), default="md", show_default=True,
-        help="What the model's results are printed as.",
+        help="Format in which the model's results are printed.",
     ),
     out_option("Write results.json, results.md and plots here."),
     commit_option,
@@ -79,7 +81,7 @@ def options(command: Command) -> Command:
 
 
 def pick_sizes(names: Iterable[str], parts: Sequence[str]) -> list[str]:
-    """The names that contain one of the parts; without parts all."""
+    """Returns the names that contain one of the parts; all names without parts."""
     return [name for name in names if not parts or any(part in name for part in parts)]
 
 
@@ -96,13 +98,13 @@ def refuse_unknown(what: str, names: Iterable[str], known: Iterable[str]) -> Non
         raise click.UsageError(f"no {what} {', '.join(unknown)}: choose from {', '.join(known)}")
 
 
-@click.command(short_help="Speed of a whole model, beside its rivals.")
+@click.command(short_help="Speed of a whole model, compared with rivals.")
 @options
 @click.pass_context
 def bench(context: click.Context, **chosen: Any) -> None:
-    """Tokens a second of a whole model, reading a prompt (pp) and writing (tg), beside eager
-    PyTorch and transformers, as a share of what this machine can do. Exit status 1 if a result
-    was wrong or this project's failed."""
+    """Prefill (pp) and decode (tg) tokens per second of a whole model, compared with eager PyTorch
+    and transformers, as a share of this machine's peak. Exits with status 1 if a result was wrong
+    or this project's failed."""
     from gemma_fast.benchmarks.model.command import run_model
     from gemma_fast.benchmarks.model.providers import PROVIDERS
 

@@ -1,12 +1,13 @@
-"""Where the time of a token, or of a prompt, goes: each kernel's share, under the CUDA graph.
+"""Profiles a decode step or a prefill: each kernel's share of the time.
 
-    python -m benchmarks.profile                   # a token of Gemma 2B after 512 tokens
-    python -m benchmarks.profile -p 8192           # a prompt
+    python -m benchmarks.profile                   # a decode step of Gemma 2B after 512 tokens
+    python -m benchmarks.profile -p 8192           # prefill of 8192 tokens
     python -m benchmarks.profile -d 1024 -b 64 --model gemma-3-270m --out DIR
 
-From PyTorch's profiler, which slows kernels down a little: the time by the clock, without it, is
-printed beside the sum. Kernels may overlap (programmatic dependent launch), and what overlaps
-is the earlier one's: a kernel has what the GPU took from the end of those before it to its own.
+The times are from PyTorch's profiler, which slows kernels down a little. So the wall-clock time
+without the profiler is printed next to their sum. Kernels may overlap (programmatic dependent
+launch). Overlapping time counts for the earlier kernel: a kernel's time starts when all earlier
+kernels have ended.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from gemma_fast.benchmarks.model.cases import NEW, PROMPT, find
 from gemma_fast.benchmarks.model.providers import PROVIDERS
 
 ROUNDS = 20
-WARM = 5  # times as many before: then all is compiled and captured, and clocks have settled
+WARM = 5  # warm-ups of ROUNDS each: compile, capture graphs, let the GPU's clock rates settle
 COLUMNS = dict.fromkeys(
     ("kernel", "grid", "launches", "µs a launch", "µs", "share", "idle before"), "---"
 )
@@ -44,17 +45,17 @@ class Kernel(NamedTuple):
 
 
 class Share(NamedTuple):
-    """All launches of a kernel with one grid: per round, in µs."""
+    """All launches of a kernel with one grid: their number and µs per round."""
 
     name: str
     grid: str
     launches: float
-    busy: float  # of the GPU, with this and with nothing that began before
-    idle: float  # before it
+    busy: float  # time in the kernel after all earlier ones have ended
+    idle: float  # GPU idle time before it
 
 
 def kernels(trace: Mapping[str, Any]) -> list[Kernel]:
-    """Kernels and copies of a trace as PyTorch's profiler exports it, sorted by start."""
+    """Returns the kernels and copies in a trace of PyTorch's profiler, sorted by start."""
     found = []
     for event in trace["traceEvents"]:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
@@ -64,7 +65,7 @@ def kernels(trace: Mapping[str, Any]) -> list[Kernel]:
 
 
 def shares(ran: Iterable[Kernel]) -> list[Share]:
-    """The largest first. The time before the first kernel is not counted."""
+    """Returns the shares, the largest first. Idle time before the first kernel is not counted."""
     total: dict[tuple[str, str], list[float]] = {}
     done = None
     for kernel in ran:
@@ -79,7 +80,7 @@ def shares(ran: Iterable[Kernel]) -> list[Share]:
 
 
 def kernel_table(found: Sequence[Share], clock: float) -> str:
-    """clock: µs of a round without the profiler."""
+    """Returns a Markdown table. clock: wall-clock µs of a round without the profiler."""
     busy, idle = sum(x.busy for x in found), sum(x.idle for x in found)
     lines = [
         {
@@ -90,7 +91,7 @@ def kernel_table(found: Sequence[Share], clock: float) -> str:
         for x in found
     ]  # fmt: skip
     total = f"Sum {busy + idle:.1f} µs, of which idle {idle:.1f}"
-    clocked = f"by the clock, without the profiler, {clock:.1f} µs."
+    clocked = f"wall clock without the profiler: {clock:.1f} µs."
     return f"{report.table(COLUMNS, lines)}\n\n{total}; {clocked}\n"
 
 
@@ -114,8 +115,9 @@ def traced(work: Callable[[], Any]) -> dict[str, Any]:
 def prepare(
     model: str, prompt: int, depth: int, batch: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Returns what runs before some rounds, and a round: a prompt of `prompt` tokens, or, with 0,
-    one token after `depth`. Raises ValueError if they do not fit."""
+    """Returns two calls: one that prepares for some rounds, and one round. A round is a prefill of
+    `prompt` tokens or, if prompt is 0, one decode step after `depth` tokens. Raises ValueError if
+    the tokens do not fit the context."""
     checkpoint = find(model)
     before, context = prompt or depth, checkpoint.config.max_position_embeddings
     room = before if prompt else depth + ROUNDS
@@ -131,18 +133,18 @@ def prepare(
 @click.command(help=__doc__.split("\n")[0])
 @click.option(
     "-p", "prompt", type=click.IntRange(0), default=0,
-    help="Tokens of a prompt to read; 0: a token to write.",
+    help="Prompt tokens to prefill; 0: profile a decode step.",
 )  # fmt: skip
 @click.option(
     "-d", "depth", type=click.IntRange(1), default=512, show_default=True,
-    help="Tokens in the cache before a token that is written.",
+    help="Tokens in the cache before the decode step.",
 )  # fmt: skip
 @click.option(
-    "-b", "batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."
+    "-b", "batch", type=click.IntRange(1), default=1, show_default=True, help="Batch size."
 )
-@click.option("--model", default="gemma-2b", show_default=True, help="As of gemma-fast bench.")
+@click.option("--model", default="gemma-2b", show_default=True, help="As in gemma-fast bench.")
 @shared.dtype_option
-@shared.out_option("Write profile.md.")
+@shared.out_option("Write profile.md here.")
 @shared.commit_option
 def main(
     prompt: int, depth: int, batch: int, model: str, dtype: str | None, out: Path | None,
@@ -150,7 +152,7 @@ def main(
 ) -> None:  # fmt: skip
     device, kind = device_and_dtype(dtype)
     if device.type != "cuda":
-        raise click.ClickException("a profile is of a CUDA GPU, and there is none")
+        raise click.ClickException("profiling needs a CUDA GPU, and there is none")
     shared.make_folder(out)
     try:
         begin, work = prepare(model, prompt, depth, batch, device, kind)
@@ -164,11 +166,11 @@ def main(
     begin()
     torch.cuda.synchronize()
     if not (ran := kernels(traced(work))):
-        raise click.ClickException("PyTorch's profiler saw no kernels")
+        raise click.ClickException("PyTorch's profiler recorded no kernels")
     found = kernel_table(shares(ran), clock * 1e6)
-    what = f"A prompt of {prompt}" if prompt else f"A token after {depth} to {depth + ROUNDS - 1}"
+    what = f"Prefill of {prompt}" if prompt else f"A step after {depth} to {depth + ROUNDS - 1}"
     head = report.heading(stamp(device, kind, [], commit), None)
-    text = f"{what}, batch {batch}, {model}. {head}\n\n{found}"
+    text = f"{what} tokens, batch {batch}, {model}. {head}\n\n{found}"
     click.echo(text)
     if out:
         (out / "profile.md").write_text(text, encoding="utf-8")

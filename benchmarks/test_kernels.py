@@ -1,8 +1,8 @@
-"""pytest benchmarks/: every suite, size and provider as a test, on pytest-benchmark.
+"""pytest benchmarks/: each suite, size and provider is a test, timed by pytest-benchmark.
 
-Its clock waits for the GPU, so it reads launches too; the device's own times, as the command gives
-them, are in extra_info: a cell is measured twice. Without a GPU, tiny sizes are checked and nothing
-is measured.
+pytest-benchmark's clock waits for the GPU, so its times include launches. The device times that
+`python -m benchmarks` reports are in extra_info, so each test is measured twice. Without a GPU,
+tiny sizes are checked and nothing is measured.
 """
 
 import itertools
@@ -30,11 +30,11 @@ def roof() -> Roof | None:
     return measure_roof(DEVICE, DTYPE) if DEVICE.type == "cuda" else None
 
 
-@pytest.mark.usefixtures("benchmark")  # by name, so that --benchmark-only knows
+@pytest.mark.usefixtures("benchmark")  # declared here for --benchmark-only
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize(("suite", "size", "provider"), CELLS)
-def test_provider(
+def test_provider_matches_the_oracle_and_is_timed(
     suite: Suite, size: str, provider: str, roof: Roof | None, request: pytest.FixtureRequest
 ) -> None:
     (result,) = run(suite, size, DEVICE, DTYPE, roof, [provider])

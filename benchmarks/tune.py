@@ -1,13 +1,13 @@
-"""Which tile sizes, warps and stages a kernel is best launched with: each choice, measured.
+"""Measures launch configs (tile sizes, warps, stages) of each kernel, to find the fastest.
 
-    python -m benchmarks.tune                                     # every kernel's table
+    python -m benchmarks.tune                                     # every suite
     python -m benchmarks.tune linear attention --size "b 1" --size "t 8192" --out DIR
 
-A launcher asks `launch_config` for its tile sizes. Each size of a suite is run with what the
-kernel's table says, and with every combination of its `tuning` in its place, as the benchmarks run
-a provider: checked, then timed. The best of many times is partly luck, so the first few are run
-again beside the table's. Changes nothing: a better config is written into the table by hand, and
-the run that found it beside it.
+Each size of a suite is run with the launch config from the kernel's table (`launch_config`), and
+with every combination of the suite's `tuning` instead. Each config is checked, then timed, as the
+benchmarks do with a provider. The best of many times is partly luck, so the fastest few and the
+table's config are timed again. The tables are not changed: write a better config into its table by
+hand, with the run that found it.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from gemma_fast.benchmarks.measure.machine import Roof, device_and_dtype, measur
 from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.kernels.launch import override
 
-TABLE = f"{OURS}, as the table has it"  # names begin as this project's: their graphs are checked
-FINALISTS, ROUNDS = 4, 3  # run again, so often
+TABLE = f"{OURS}, as the table has it"  # starts with OURS, so that its graph is checked
+FINALISTS, ROUNDS = 4, 3  # how many are timed again, and how often
 
 
 def variants(suite: Suite, size: Size) -> Suite:
-    """The suite with a provider for each candidate, and the table's own first."""
+    """Returns the suite with the table's config and each candidate config as providers."""
     ours, tuning = suite.providers[OURS], suite.tuning
     assert tuning is not None
 
@@ -68,16 +68,16 @@ def variants(suite: Suite, size: Size) -> Suite:
 def compile_ahead(
     suite: str, keywords: Size, name: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """In a process of its own: leaves the kernel in Triton's cache."""
+    """Compiles a kernel into Triton's cache. Runs in a worker process."""
     prepare = variants(SUITES[suite], keywords).providers[name]
     prepare(*make_inputs(SUITES[suite], keywords, device, dtype, 0))()
-    torch.cuda.empty_cache()  # for the other processes
+    torch.cuda.empty_cache()  # leave memory to the other processes
 
 
 def time_configs(
     suite: Suite, size: str, device: torch.device, dtype: torch.dtype, roof: Roof
 ) -> list[dict[str, Any]]:
-    """Times of each tile, the fastest first; `again_us` where it was run again."""
+    """Returns the times of each config, the fastest first; `again_us` if it was timed again."""
     results = list(run(suite, size, device, dtype, roof))
     measured = sorted((r for r in results if r.times), key=lambda r: r.figures(roof)["median_us"])
     names = dict.fromkeys([*(r.provider for r in measured[:FINALISTS]), TABLE])
@@ -95,7 +95,7 @@ def time_configs(
 
 
 def result_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A line for each tile that was run again, and one for those that cannot be."""
+    """Yields a line for each config that was timed again, and one for those not measured."""
     for x in found:
         if "again_us" in x:
             share = x["share_of_roof"] * x["median_us"] / x["again_us"]
@@ -105,8 +105,8 @@ def result_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def chosen(names: Sequence[str], sizes: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Suites and sizes of these names, and with one of these in the size's name."""
-    shared.refuse_unknown("table for", names, SUITES)
+    """Yields (suite, size): the named suites, and sizes whose name contains one of `sizes`."""
+    shared.refuse_unknown("suite", names, SUITES)
     for name in SUITES:
         if not names or name in names:
             yield from ((name, size) for size in shared.pick_sizes(SUITES[name].sizes, sizes))
@@ -126,7 +126,7 @@ def main(
         raise click.UsageError(f"no size has {' or '.join(sizes)} in its name")
     device, kind = device_and_dtype(dtype)
     if device.type != "cuda":
-        raise click.ClickException("tiles are for a CUDA GPU, and there is none")
+        raise click.ClickException("tuning needs a CUDA GPU, and there is none")
     shared.make_folder(out)
     roof, head = measure_roof(device, kind), stamp(device, kind, [], commit)
     click.echo(report.heading(head, roof))
@@ -135,7 +135,7 @@ def main(
         for name, size in todo:
             keywords = SUITES[name].sizes[size]
             suite = variants(SUITES[name], keywords)
-            with suppress(BrokenProcessPool):  # then the tiles are compiled when they are run
+            with suppress(BrokenProcessPool):  # then configs are compiled when they are run
                 ahead = [
                     pool.submit(compile_ahead, name, keywords, x, device, kind)
                     for x in suite.providers
@@ -145,7 +145,7 @@ def main(
             found = time_configs(suite, size, device, kind, roof)
             click.echo("\n".join([f"{name}, {size}", *result_lines(found)]))
             results += [{"suite": name, "size": size, **x} for x in found]
-            if out:  # after each size, so that a run cut short keeps what it has
+            if out:  # after each size, so that an interrupted run keeps its results
                 written = {"stamp": head, "roof": roof._asdict(), "results": results}
                 (out / "tune.json").write_text(report.as_json(written), encoding="utf-8")
 

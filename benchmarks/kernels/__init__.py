@@ -1,4 +1,4 @@
-"""The one table of each kernel: inputs, sizes, work, rivals, tiles to try, checks of its error.
+"""One table per kernel: inputs, sizes, work, rivals, launch configs to try, error checks.
 
 May import: benchmarks.measure, kernels, reference.
 """

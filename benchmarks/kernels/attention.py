@@ -1,8 +1,8 @@
-"""Prefill attention: t causal queries over the t keys that were just written.
+"""Prefill attention: t causal queries over t keys.
 
-The rivals are given q rotated, which is preparation and not timed; gemma_fast rotates it inside the
-op. That errs against gemma_fast. torch.compile's way to do attention is FlexAttention, which takes
-up to a minute a size to tune. The soft cap is not Gemma 2's 50, which random scores do not reach.
+The rivals get q already rotated, which is not timed; gemma_fast rotates q inside the op. This
+favors the rivals. FlexAttention is torch.compile's attention; its tuning takes up to a minute per
+size. The soft cap is 5, because random scores do not reach Gemma 2's 50.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def inputs(
     t: int, heads: int, n: int, d: int, window: int | None = None, softcap: float | None = None,
     norm: bool = False, **make: Any,
 ) -> Tensors:  # fmt: skip
-    """q :: [1, t, heads, d], not rotated; keys, values :: [1, n, t, d]; …, norm_weight; options"""
+    """q :: [1, t, heads, d], not rotated; keys, values :: [1, n, t, d]; …; norm_weight; options"""
     q = torch.randn(1, t, heads, d, **make)
     keys, values = torch.randn(2, 1, n, t, d, **make)
     query_offset = torch.zeros(1, dtype=torch.int32, device=make["device"])
@@ -43,7 +43,7 @@ def work(
     itemsize: int, t: int, heads: int, n: int, d: int,
     window: int | None = None, softcap: float | None = None,
 ) -> Work:  # fmt: skip
-    """4 FLOPs a channel, head and visible pair; q, keys, values, cos and sin read, out written."""
+    """4 FLOPs per channel, head and visible pair. Reads q, keys, values, cos, sin; writes out."""
     values = 2 * t * heads * d + 2 * t * n * d
     return Work(values * itemsize + t * d * 4, 4 * heads * d * visible_pairs(t, window))
 
@@ -57,9 +57,9 @@ def with_options(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, options: Options) -> Tensor:
-    """Products in the inputs' dtype, softmax in fp32 at least, as in reference.py.
+    """Attention: matmuls in the inputs' dtype, softmax in fp32 or fp64, as in reference.py.
 
-    q :: [b, t, heads, d], rotated; keys, values :: [b, n, s, d]; hidden :: [t, s], or a row's
+    q :: [b, t, heads, d], rotated; keys, values :: [b, n, s, d]; hidden :: [t, s] or [b, 1, t, s]
     """
     keys, values = (x.repeat_interleave(q.shape[2] // x.shape[1], dim=1) for x in (keys, values))
     scores = q.transpose(1, 2) @ keys.mT * options["scale"]  # [b, heads, t, s]
@@ -71,7 +71,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, options: Opt
 
 
 def hidden_keys(t: int, window: int | None, device: torch.device) -> Tensor:
-    """[t, t]: keys that a query does not see, being later, or before its window."""
+    """Returns a mask [t, t]: True for keys after the query or before its window."""
     i = torch.arange(t, device=device)
     distance = i[:, None] - i
     return (distance < 0) | (distance >= (window or t))
@@ -88,7 +88,7 @@ def rotated(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rival(prepare: Callable[[Tensor, Tensor, Tensor, Options], Call]) -> Prepare:
-    """A provider that is given q :: [1, t, heads, d] rotated, and keys, values :: [1, n, t, d]."""
+    """Returns a provider that gets q :: [1, t, heads, d], rotated; keys, values :: [1, n, t, d]."""
 
     def given(*inputs: Any) -> Call:
         q, keys, values, cos, sin, _, _, options = inputs
@@ -113,7 +113,7 @@ def by_sdpa(backend: SDPBackend) -> Prepare:
     return rival(prepare)
 
 
-@cache  # one for all sets of inputs: Dynamo compiles again for another function
+@cache  # shared by all sets of inputs: Dynamo would compile again for a new function
 def flex_masks(t: int, window: Any, softcap: Any, device: torch.device) -> dict[str, Any]:
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -136,7 +136,7 @@ def flex_attention(q: Tensor, keys: Tensor, values: Tensor, options: Options) ->
     masks = flex_masks(q.shape[1], options["window"], options["softcap"], q.device)
     q = q.transpose(1, 2)  # [1, heads, t, d]
     run = compiled(flex.flex_attention)
-    safe = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}  # no row sees nothing
+    safe = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}  # each query sees a key
     keywords = {"scale": options["scale"], "enable_gqa": True, "kernel_options": safe, **masks}
     return lambda: run(q, keys, values, **keywords).transpose(1, 2)
 
@@ -170,7 +170,7 @@ def choices(size: Size) -> Choices:
 
 
 def named_sizes(names: Sequence[str], *rows: tuple[int, ...]) -> dict[str, Size]:
-    """Sizes of these keywords, by names like "t 24, 4/1 heads, d 32"."""
+    """Returns name → size for each row; a name is like "t 24, 4/1 heads, d 32"."""
     sizes = [dict(zip(names, row, strict=False)) for row in rows]
 
     def word(size: Size, name: str) -> str:
@@ -182,7 +182,7 @@ def named_sizes(names: Sequence[str], *rows: tuple[int, ...]) -> dict[str, Size]
 NAMES = "t", "heads", "n", "d", "window", "softcap"
 ATTENTION = Suite(
     name="attention",
-    about="Causal attention of a prompt of t tokens; query / kv heads. Rivals get q rotated",
+    about="Causal attention of a prompt of t tokens; query / kv heads; rivals get q rotated",
     sizes=named_sizes(
         NAMES,
         *((t, 8, 1, 256) for t in (512, 2048, 8192, 16384)),
@@ -194,8 +194,8 @@ ATTENTION = Suite(
     inputs=inputs,
     oracle=with_options(module.attention_reference),
     work=work,
-    # Scores rounded before the soft cap and the softmax, as in eager: 6.7e-3. A window off by one:
-    # 1.4e-2.
+    # Eager rounds scores before the soft cap and the softmax: its error is 6.7e-3. A window that is
+    # wrong by one token gives 1.4e-2.
     tolerance={torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5},
     tuning=Tuning("attention", choices),
     providers={

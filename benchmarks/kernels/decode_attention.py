@@ -1,8 +1,8 @@
-"""Decode attention: one new token a sequence, whose K and V join the cache.
+"""Decode attention: one new token per sequence, whose K and V are written to the cache.
 
-eager, torch.compile and gemma_fast do all of it: the rotation, the write and the attention. The
-other rivals only attend: they are given q rotated and the cache written, which is not timed. That
-errs against gemma_fast. Every slot of the ring is visible, so no provider needs a mask.
+eager, torch.compile and gemma_fast do the rotation, the cache write and the attention. The other
+rivals do the attention only: they get q rotated and the cache written, which is not timed. This
+favors the rivals. Every slot of the ring is visible, so no provider needs a mask.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def inputs(
     b: int, depth: int, heads: int, n: int, d: int, window: int | None = None,
     softcap: float | None = None, norm: bool = False, **make: Any,
 ) -> Tensors:  # fmt: skip
-    """qkv :: [b, heads + 2 n, d]; keys, values :: [b, n, slots, d], a ring of the window's length
-    or of depth, to which the token at depth − 1 is still to be written; …, both norms; options"""
+    """qkv :: [b, heads + 2 n, d]; keys, values :: [b, n, slots, d], a ring of min(depth, window)
+    slots, to which the token at depth − 1 is not written yet; …; both norms; options"""
     qkv = torch.randn(b, heads + 2 * n, d, **make)
     keys, values = torch.randn(2, b, n, min(depth, window or depth), d, **make)
     cos, sin = tables(depth, d, make["device"])
@@ -41,7 +41,7 @@ def inputs(
 
 @cache
 def tables(depth: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos, sin :: [depth, d / 2]: all inputs share them, as all layers of a model do."""
+    """Returns cos, sin :: [depth, d / 2], shared by all inputs, as by all layers of a model."""
     cos, sin = angles(depth, d, device)
     return cos[0], sin[0]
 
@@ -49,10 +49,10 @@ def tables(depth: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def work(
     itemsize: int, b: int, depth: int, heads: int, n: int, d: int, window: int | None = None
 ) -> Work:
-    """Old K and V, qkv, cos and sin read; new K and V and out written. 4 FLOPs a channel, head and
-    visible key."""
+    """Reads the old K and V, qkv, cos, sin; writes the new K and V, and out. 4 FLOPs per channel,
+    head and visible key."""
     visible = min(depth, window or depth)
-    cache = 2 * b * n * visible * d  # all but the newest read, and that written
+    cache = 2 * b * n * visible * d  # the old ones are read, the newest is written
     values = cache + b * (heads + 2 * n) * d + b * heads * d
     return Work(values * itemsize + 4 * d, 4 * b * heads * d * visible)
 
@@ -72,7 +72,7 @@ def zero_counter(keys: Tensor) -> Tensor:
 def at_position(
     qkv: Tensor, keys: Tensor, cos: Tensor, sin: Tensor, position: Tensor
 ) -> tuple[Tensor, ...]:
-    """q, k, v :: [b, 1, heads, d]; cos, sin :: [b, 1, d / 2] of each row's position"""
+    """Returns q, k, v :: [b, 1, heads, d]; cos, sin :: [b, 1, d / 2] at each row's position."""
     n = keys.shape[1]
     q, k, v = qkv.unsqueeze(1).split((qkv.shape[1] - 2 * n, n, n), dim=2)
     return q, k, v, *(x[position.long()].unsqueeze(1) for x in (cos, sin))
@@ -81,14 +81,14 @@ def at_position(
 def written(
     qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor
 ) -> Tensor:
-    """q :: [b, heads, 1, d], rotated; K and V are written to the cache."""
+    """Writes K and V to the cache. Returns q :: [b, heads, 1, d], rotated."""
     q, k, v, cos, sin = at_position(qkv, keys, cos, sin, position)
     rotary_write_reference(k, v, keys, values, cos, sin, position)
     return rotated(q, cos, sin).transpose(1, 2)
 
 
 def eager(*inputs: Any) -> Tensor:
-    """Products in the inputs' dtype, softmax in fp32, as in reference.py."""
+    """Attention: matmuls in the inputs' dtype, softmax in fp32, as in reference.py."""
     *tensors, _, _, options = inputs
     q, keys, values = written(*tensors), *tensors[1:3]
     b, heads, _, d = q.shape
@@ -107,7 +107,7 @@ def by_sdpa(backend: SDPBackend) -> Prepare:
 
 
 def formula(*given: Any) -> Tensor:
-    """All rows at one position, in a ring that is full."""
+    """The formula for a full ring, with all rows at the same position."""
     qkv, keys, values, cos, sin, position, q_weight, k_weight, options = given
     q, k, v, cos, sin = at_position(qkv, keys, cos, sin, position)
     q, k = turn(q, q_weight, cos, sin), turn(k, k_weight, cos, sin)
@@ -121,7 +121,7 @@ def padded_inputs(
     t: int, past: int, n: int, d: int, window: int | None = None, softcap: float | None = None,
     **make: Any,
 ) -> Tensors:  # fmt: skip
-    """q :: [2, t, 2 n, d], after `past` keys, of which the second row's first ones are padding."""
+    """q :: [2, t, 2 n, d], after `past` keys. The second row has left padding."""
     keys, values = torch.randn(2, 2, n, past + t, d, **make)
     bounds = torch.tensor([[past, past], [0, past // 3]], device=make["device"], dtype=torch.int32)
     options = {"scale": d**-0.5, "window": window, "softcap": softcap}
@@ -129,7 +129,7 @@ def padded_inputs(
 
 
 def padded_formula(*given: Any) -> Tensor:
-    """q and keys are rotated; a row's keys begin at its `left_padding`."""
+    """The formula for q and keys already rotated; a row's keys begin at its `left_padding`."""
     q, keys, values, query_offset, left_padding, options = given
     query = query_offset[:, None] + torch.arange(q.shape[1], device=q.device)
     distance = query[:, :, None] - torch.arange(keys.shape[2], device=q.device)  # [b, t, s]
@@ -160,7 +160,7 @@ CHOICES = {
 NAMES = "b", "depth", "heads", "n", "d", "window"
 DECODE_ATTENTION = Suite(
     name="decode_attention",
-    about="Attention of one token over `depth`; query / kv heads. Rivals of eager only attend",
+    about="Attention of one token over `depth` keys; query / kv heads; SDPA only attends",
     sizes=named_sizes(
         NAMES,
         *((b, depth, 8, 1, 256) for b, depth in ((1, 2048), (1, 8192), (64, 4096))),

@@ -1,4 +1,4 @@
-"""GeGLU: the elementwise op, and the gate+up product with GeGLU as its epilogue."""
+"""GeGLU: the elementwise op, and the gate+up matmul with GeGLU as its epilogue."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def inputs(rows: int, dim: int, **make: Any) -> tuple[Tensor]:
 
 
 def work(itemsize: int, rows: int, dim: int) -> Work:
-    """gate and up are read, y written; ten FLOPs an output, tanh counted as one."""
+    """Reads gate and up, writes y. Ten FLOPs per output; tanh counts as one."""
     return Work(3 * rows * dim * itemsize, 10 * rows * dim)
 
 
 def eager(gate_up: Tensor) -> Tensor:
-    """In the input's dtype; gelu(gate) is rounded before it is multiplied."""
+    """Computes in the input's dtype; gelu(gate) is rounded before it is multiplied."""
     return geglu(*gate_up.chunk(2, dim=-1))
 
 
@@ -38,7 +38,7 @@ def ours(gate_up: Tensor) -> Tensor:
 
 
 def liger_geglu(gate_up: Tensor) -> Call:
-    """Takes gate and up apart, each contiguous."""
+    """Takes gate and up as two contiguous tensors."""
     from liger_kernel.ops.geglu import LigerGELUMulFunction
 
     gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
@@ -59,12 +59,12 @@ def flashinfer_geglu(gate_up: Tensor) -> Call:
 
 
 def product_inputs(m: int, k: int, dim: int, **make: Any) -> tuple[Tensor, Tensor]:
-    """x :: [m, k], gate_up_proj :: [2 * dim, k], so that a product is about normal(0, 1)"""
+    """x :: [m, k], gate_up_proj :: [2 * dim, k], scaled so that outputs are about normal(0, 1)"""
     return torch.randn(m, k, **make), torch.randn(2 * dim, k, **make) * k**-0.5
 
 
 def product_work(itemsize: int, m: int, k: int, dim: int) -> Work:
-    """2 * m * k FLOPs for each of 2 * dim columns; x and weights read, [m, dim] written."""
+    """2 * m * k FLOPs for each of 2 * dim columns. Reads x and weights, writes [m, dim]."""
     return Work((m * k + 2 * dim * k + m * dim) * itemsize, 4 * m * k * dim)
 
 
@@ -73,7 +73,7 @@ def product_then_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
 
 
 def quack_product(x: Tensor, gate_up_proj: Tensor) -> Call:
-    """Takes the weights as [k, 2 * dim], a gate's column beside its up's."""
+    """Takes the weights as [k, 2 * dim], with gate and up columns interleaved."""
     from quack.gemm_interface import gemm_gated
 
     gate, up = gate_up_proj.chunk(2)
@@ -108,7 +108,7 @@ GEGLU = Suite(
 )
 GATE_UP_GEGLU = Suite(
     name="gate_up_geglu",
-    about="The product [m, k] x [k, 2 * dim] and GeGLU of it",
+    about="Matmul [m, k] x [k, 2 * dim], then GeGLU",
     sizes={
         f"m {m}, k 2048, dim 16384": {"m": m, "k": 2048, "dim": 16384} for m in (128, 512, 4096)
     },

@@ -1,4 +1,4 @@
-"""The next token: last norm, product with the embedding, and the choice."""
+"""Next token: final norm, projection with the embedding, and argmax or sampling."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOFTCAP = 30.0
 def inputs(b: int, vocab: int, dim: int, sampled: bool, **make: Any) -> tuple[Any, ...]:
     """x, residual :: [b, dim], norm_weight :: [dim], weight :: [vocab, dim], temperature :: [b]
 
-    Hiddens point to one token, far ahead of all others: rounding does not change it, nor noise.
+    One token's logit is far above all others, so neither rounding nor noise changes the result.
     """
     weight = torch.randn(vocab, dim, **make).mul_(dim**-0.5)
     residual, norm_weight = torch.randn(b, dim, **make), torch.randn(dim, **make) / 4
@@ -33,16 +33,16 @@ def inputs(b: int, vocab: int, dim: int, sampled: bool, **make: Any) -> tuple[An
 
 
 def work(itemsize: int, b: int, vocab: int, dim: int, sampled: bool) -> Work:
-    """The weight is read, x, residual and norm_weight too; a row a token is written."""
+    """Reads the weight, x, residual and norm_weight; writes one row per token."""
     return Work((vocab * dim + (3 * b + 1) * dim) * itemsize, 2 * b * vocab * dim)
 
 
 def eager(
     x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, temperature: Tensor | None
 ) -> Tensor:
-    """The chosen tokens' rows of the weight, [b, dim]: ids would not compare as numbers do."""
+    """Returns the next tokens' rows of the weight, [b, dim], because ids have no numeric error."""
     scores = matvec.norm_eager(x, residual, norm_weight, None, weight, False)[0].float()
-    if temperature is not None:  # as gpt-fast draws: torch.multinomial would wait for the host
+    if temperature is not None:  # as in gpt-fast: torch.multinomial would wait for the host
         probabilities = (scores / temperature[:, None]).softmax(-1)
         scores = probabilities / torch.empty_like(probabilities).exponential_(1)
     return F.embedding(scores.argmax(-1), weight)
@@ -52,14 +52,14 @@ def ours(
     x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, temperature: Tensor | None
 ) -> Call:
     call = choice(x, residual, norm_weight, None, weight, temperature, softcap=None)
-    return lambda: F.embedding(call().clamp(min=0), weight)  # -1: logits that are not finite
+    return lambda: F.embedding(call().clamp(min=0), weight)  # -1 if logits are not finite
 
 
 def choice(
     x: Tensor, residual: Tensor, norm_weight: Tensor, post_norm_weight: Tensor | None,
     weight: Tensor, temperature: Tensor | None = None, softcap: float | None = SOFTCAP,
 ) -> Call:  # fmt: skip
-    """A call that gives the next tokens :: [b]."""
+    """Returns a call that returns the next tokens :: [b]."""
     position, counter = torch.zeros(2, len(x), dtype=torch.int32, device=x.device)
     token = torch.full((len(x),), -1, device=x.device)
     seed = None if temperature is None else torch.ones(len(x), dtype=torch.int64, device=x.device)
@@ -75,7 +75,7 @@ def choice(
 
 
 def choice_inputs(**size: Any) -> tuple[Any, ...]:
-    """Each second token's row is a few ulps off the one before, so that rounding can decide."""
+    """Weight rows come in pairs that differ by a few ulps, so rounding can change the token."""
     *tensors, matrix, _ = matvec.norm_inputs(**size)
     off = 4 * torch.finfo(matrix.dtype).eps * torch.randn_like(matrix[1::2])
     matrix[1::2] = matrix[:-1:2] * (1 + off)
@@ -94,7 +94,7 @@ def choices(size: Size) -> Choices:
 
 LM_HEAD = Suite(
     name="lm_head",
-    about="Norm, product with [vocab, dim] and choice of b tokens, and their rows of it",
+    about="Norm, projection with [vocab, dim], b next tokens, and a lookup of their rows",
     yardstick=True,
     sizes={
         f"{vocab} x {dim}, b {b}{', sampled' * sampled}": {

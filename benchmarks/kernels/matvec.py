@@ -1,4 +1,4 @@
-"""The products of a decode step, of b rows: alone, and with norm, residual and GeGLU."""
+"""Projections of b rows in a decode step: alone, and with norm, residual and GeGLU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gemma_fast.kernels import matvec as module
 
 
 def inputs(b: int, dim: int, out: int, **make: Any) -> tuple[Tensor, Tensor]:
-    """x :: [b, dim], weight :: [out, dim], so that a product is about normal(0, 1)"""
+    """x :: [b, dim], weight :: [out, dim], scaled so that outputs are about normal(0, 1)"""
     return torch.randn(b, dim, **make), torch.randn(out, dim, **make) * dim**-0.5
 
 
@@ -38,7 +38,7 @@ def norm_inputs(
 
 
 def norm_work(itemsize: int, b: int, dim: int, out: int, geglu: bool) -> Work:
-    """The residual is read and written, too."""
+    """As `work`; the residual is also read and written."""
     values = out * dim + dim + 3 * b * dim + b * out // (1 + geglu)
     return Work(values * itemsize, 2 * b * out * dim)
 
@@ -64,7 +64,7 @@ def norm_ours(*given: Any, prefetch: bool = True) -> Call:
 
 
 def matmul_choices(size: Size, one_row: Choices) -> Choices:
-    """Several rows are multiplied on the tensor cores, with other choices than one."""
+    """Returns the choices for one row, or for several rows, which run on the tensor cores."""
     several = {"BLOCK_N": (16, 32, 64), "BLOCK_K": (128, 256, 512), "STAGES": (3, 4, 6)}
     return several if size["b"] > 1 else one_row
 
@@ -77,7 +77,7 @@ def choices(size: Size) -> Choices:
 
 LINEAR = Suite(
     name="linear",
-    about="The product [b, dim] x [dim, out]: output and down projection of Gemma 2B, 270M",
+    about="Matmul [b, dim] x [dim, out]: output and down projection of Gemma 2B, 270M",
     yardstick=True,
     sizes={
         f"{dim} x {out}, b {b}": {"b": b, "dim": dim, "out": out}
@@ -98,7 +98,7 @@ LINEAR = Suite(
 )
 NORM_LINEAR = Suite(
     name="norm_linear",
-    about="Residual, RMSNorm and product: qkv projection, and gate and up with GeGLU, of Gemma 2B",
+    about="Residual, RMSNorm and projection: qkv, and gate and up with GeGLU, of Gemma 2B",
     yardstick=True,
     sizes={
         f"{dim} x {out}{', geglu' * geglu}, b {b}": {

@@ -1,4 +1,4 @@
-"""Ways to run an op that several suites share: compiled, by an SDPA backend, or ours in part."""
+"""Providers that several suites share: torch.compile, SDPA, and our op without descriptors."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def torch_compiled(function: Callable[..., Any]) -> Prepare:
     return lambda *inputs: lambda: compiled(function)(*inputs)
 
 
-@cache  # Dynamo knows a compiled function by identity
+@cache  # Dynamo identifies a compiled function by its object
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile at its best: autotuned, for one size; the suite captures the graph itself."""
+    """torch.compile, autotuned, for static shapes. The suite itself captures the CUDA graph."""
     if torch.cuda.is_available():
         mode = "max-autotune-no-cudagraphs"
         return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
@@ -39,11 +39,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def sdpa(backend: SDPBackend, q: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Call:
-    """q :: [b, heads, t, d]; keys, values :: [b, n, s, d] → a call that gives [b, heads, t, d].
+    """q :: [b, heads, t, d]; keys, values :: [b, n, s, d] → a call that returns [b, heads, t, d].
 
-    Raises NotImplementedError where the backend has no kernel for them.
+    Raises NotImplementedError if the backend has no kernel for them.
     """
-    if backend == SDPBackend.EFFICIENT_ATTENTION:  # knows only one kv head for each query head
+    if backend == SDPBackend.EFFICIENT_ATTENTION:  # needs one kv head per query head
         group = q.shape[1] // keys.shape[1]
         keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
     grouped = q.shape[1] != keys.shape[1]
@@ -57,12 +57,12 @@ def sdpa(backend: SDPBackend, q: Tensor, keys: Tensor, values: Tensor, **options
     except RuntimeError as error:
         if "No available kernel" not in str(error) and "No viable backend" not in str(error):
             raise
-        raise NotImplementedError("no kernel of this backend") from error
+        raise NotImplementedError("this backend has no kernel") from error
     return call
 
 
 def by_pointers(kernel: str, ours: Prepare) -> Prepare:
-    """Our op, its tiles copied by pointers where it would copy them by tensor descriptors."""
+    """Returns our op, loading tiles through pointers instead of tensor descriptors."""
 
     def prepare(*inputs: Any) -> Call:
         call = ours(*inputs)

@@ -1,4 +1,4 @@
-"""RMSNorm, and the residual add before it with and without a norm of its own (Gemma 2 and 3)."""
+"""RMSNorm, and residual add + RMSNorm, without and with a post-norm (Gemma 2 and 3)."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def add_inputs(rows: int, dim: int, post: bool = False, **make: Any) -> tuple[An
 
 
 def norm_work(itemsize: int, rows: int, dim: int) -> Work:
-    """x is read, y written; four FLOPs an element: square, sum, times 1/rms, times weight."""
+    """Reads x, writes y. Four FLOPs per element: square, sum, times 1/rms, times weight."""
     return Work(2 * rows * dim * itemsize, 4 * rows * dim)
 
 
 def add_work(itemsize: int, rows: int, dim: int, post: bool = False) -> Work:
-    """x and residual are read, y and h written; the sum is a fifth FLOP, x's norm four more."""
+    """Reads x and residual, writes y and h. The add is a fifth FLOP, a post-norm four more."""
     return Work(4 * rows * dim * itemsize, (5 + 4 * post) * rows * dim)
 
 
 def norm(x: Tensor, weight: Tensor | None) -> Tensor:
-    """The formula; x itself where there is no weight."""
+    """Returns the formula's result, or x itself if weight is None."""
     return x if weight is None else rms_norm(x, weight, EPS)
 
 
@@ -76,7 +76,7 @@ def liger() -> tuple[Op, Op]:
 
 
 def liger_cute() -> tuple[Op, Op]:
-    """Liger's other implementation, for 9.0 and newer."""
+    """Liger's CuTe implementation, for compute capability 9.0 and newer."""
     from liger_kernel.functional import fused_add_rms_norm, rms_norm
 
     options, impl = (EPS, 1.0, "gemma"), {"impl": "nvidia-cutedsl"}
@@ -87,7 +87,7 @@ def liger_cute() -> tuple[Op, Op]:
 
 
 def quack() -> tuple[Op, Op]:
-    """Normalises the sum before it is rounded, as do flashinfer and Liger's CuTe kernel."""
+    """Normalizes the sum before it is rounded, as flashinfer and Liger's CuTe kernel do."""
     from quack.rmsnorm import rmsnorm_fwd
 
     norm = partial(rmsnorm_fwd, eps=EPS, weight_offset=1.0)
@@ -98,8 +98,8 @@ def quack() -> tuple[Op, Op]:
 
 
 def flashinfer() -> tuple[Op, Op]:
-    """Adds in place: y where x was (or the post norm's output), h where residual was. Replayed, it
-    sums its own sums, which stay finite in bf16."""
+    """Overwrites x (or the post-norm's output) with y, and residual with h. So replays add to their
+    own results, which stay finite in bf16."""
     from flashinfer.norm import gemma_fused_add_rmsnorm, gemma_rmsnorm
 
     def add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ def flashinfer() -> tuple[Op, Op]:
     return lambda x, weight: gemma_rmsnorm(x, weight, EPS), add
 
 
-# Each library's norm, and its residual add and norm. A call imports the library.
+# Each function imports its library, and returns its norm and its residual add + norm.
 LIBRARIES = {"liger": liger, "liger (CuTe)": liger_cute, "quack": quack, "flashinfer": flashinfer}
 
 
@@ -150,7 +150,7 @@ RMS_NORM = Suite(
 ADD_RMS_NORM = replace(
     RMS_NORM,
     name="add_rms_norm",
-    about="The residual add and the RMSNorm after it, of [rows, dim]",
+    about="Residual add, then RMSNorm, of [rows, dim]",
     inputs=add_inputs,
     oracle=add_rms_norm_reference,
     work=add_work,
@@ -164,7 +164,7 @@ ADD_RMS_NORM = replace(
 ADD_RMS_NORM_POST = replace(
     ADD_RMS_NORM,
     name="add_rms_norm_post",
-    about="The same, where x is normalised before it is added; the libraries take two calls",
+    about="The same with a norm of x before the add; the libraries need two calls",
     sizes={k: size | {"post": True} for k, size in SIZES.items() if size["dim"] != 2048},
     tiny={k: size | {"post": True} for k, size in TINY.items()},
 )

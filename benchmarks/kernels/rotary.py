@@ -1,5 +1,8 @@
-"""Rotary embedding of K, and the write of K and V into the cache. No library has it as one op that
-takes a plain cache, so the rivals are eager PyTorch and torch.compile."""
+"""Rotary embedding of K, and the write of K and V to the cache.
+
+No library does this in one op with an unpaged cache, so the rivals are eager PyTorch and
+torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ Tensors = tuple[Any, ...]
 
 
 def angles(t: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos, sin :: [1, t, d / 2], fp32, of positions 0 … t − 1, theta = 1e4."""
+    """Returns cos, sin :: [1, t, d / 2], fp32, for positions 0 … t − 1 and theta = 1e4."""
     i = torch.arange(0, d, 2, device=device, dtype=torch.float32)
     angle = torch.arange(t, device=device)[None, :, None] * 1e4 ** (-i / d)
     return angle.cos(), angle.sin()
 
 
 def inputs(t: int, n: int, d: int, norm: bool = False, **make: Any) -> Tensors:
-    """k, v :: [1, t, n, d]; keys, values :: [1, n, t, d], full of what must be overwritten."""
+    """k, v :: [1, t, n, d]; keys, values :: [1, n, t, d], random, to be overwritten; …"""
     k, v = torch.randn(2, 1, t, n, d, **make)
     keys, values = torch.randn(2, 1, n, t, d, **make)
     query_offset = torch.zeros(1, dtype=torch.int32, device=k.device)
@@ -37,13 +40,14 @@ def inputs(t: int, n: int, d: int, norm: bool = False, **make: Any) -> Tensors:
 
 
 def work(itemsize: int, t: int, n: int, d: int, norm: bool = False) -> Work:
-    """k and v are read and written, cos and sin read in fp32; three FLOPs a channel of k, and four
+    """Reads and writes k and v; reads cos and sin in fp32. Three FLOPs per channel of k, and four
     more with a norm."""
     return Work(4 * t * n * d * itemsize + t * d * 4, (3 + 4 * norm) * t * n * d)
 
 
 def turn(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-    """x :: [b, t, heads, d], after its norm; cos, sin :: [b, t, d / 2], rounded to x's dtype."""
+    """Normalizes (if weight is given) and rotates x :: [b, t, heads, d]; cos, sin :: [b, t, d / 2]
+    are rounded to x's dtype."""
     x = norm(x, weight)
     cos, sin = (torch.cat((y, y), dim=-1).to(x.dtype).unsqueeze(2) for y in (cos, sin))
     x1, x2 = x.chunk(2, dim=-1)
@@ -51,13 +55,13 @@ def turn(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def formula(*given: Any) -> tuple[Tensor, Tensor]:
-    """From position 0 on, as many tokens as slots."""
+    """The formula for t tokens at positions 0 … t − 1, which fill all slots."""
     k, v, _, _, cos, sin, _, weight = given
     return turn(k, weight, cos, sin).transpose(1, 2), v.transpose(1, 2)
 
 
 def writing(op: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The op, and what it has written: keys and values."""
+    """Returns the op, extended to return the keys and values that it has written."""
 
     def write(*inputs: Any) -> tuple[Tensor, Tensor]:
         op(*inputs)
@@ -68,7 +72,7 @@ def writing(op: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
 
 ROTARY_WRITE = Suite(
     name="rotary_write",
-    about="K rotated and written to the cache, V written; t tokens, n kv heads, d 256",
+    about="Rotation of K, write of K and V to the cache; t tokens, n kv heads, d 256",
     yardstick=True,
     sizes={
         f"t {t}, n {n}{', norm' * norm}": {"t": t, "n": n, "d": 256, "norm": norm}

@@ -1,12 +1,12 @@
-"""One op, one size, every provider: checked against the oracle, then timed, or listed with why not.
+"""Runs an op's providers: each is checked against the oracle, then timed.
 
     SUITE = Suite("rms_norm", …, providers={"eager": …, "gemma_fast": …})
     for result in run(SUITE, "8192 x 2048", device, torch.bfloat16, roof): …
 
-A provider is called with one set of inputs, imports and prepares what shall not be timed, and
-returns a call without arguments, which gives the outputs in the oracle's layout. What it raises
+A provider is called with one set of inputs. It does its imports and other untimed preparation, and
+returns a call without arguments, which returns the outputs in the oracle's layout. An exception
 becomes its status: ImportError "not installed", NotImplementedError "cannot", anything else
-"failed"; an output off the oracle's is "wrong", and is not timed.
+"failed". A provider whose output differs from the oracle's is "wrong" and is not timed.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ from gemma_fast.benchmarks.measure.timing import Call, Times, device_times
 Size = dict[str, Any]
 Config = dict[str, int]
 Choices = Mapping[str, Sequence[int]]
-Prepare = Callable[..., Call]  # one set of inputs → what is timed
-# Limits of `error`. One rounding to bf16 gives 1.7e-3, to fp16 2.1e-4, and rivals may round in
-# between. In bf16 that hides the order of roundings, gelu by erf and a wrong eps: tests find those.
+Prepare = Callable[..., Call]  # one set of inputs → the timed call
+# Limits of `error`. One rounding to bf16 gives 1.7e-3, to fp16 2.1e-4, and rivals may also round
+# intermediate results. In bf16 this hides another order of roundings, gelu by erf and a wrong eps;
+# the tests detect these.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Launch configs that benchmarks.tune tries in place of the table's.
+    """Launch configs that benchmarks.tune tries instead of the table's.
 
-    kernel: its name in kernels.launch; choices: size → what to try
+    kernel: its name in kernels.launch; choices: size → values to try
     """
 
     kernel: str
     choices: Callable[[Size], Choices]
 
     def candidates(self, size: Size) -> dict[str, Config]:
-        """Every combination of the choices, by name."""
+        """Returns every combination of the choices, by name."""
         choices = self.choices(size)
         configs = (dict(zip(choices, x, strict=True)) for x in product(*choices.values()))
         return {", ".join([OURS, *(f"{k} {v}" for k, v in x.items())]): x for x in configs}
@@ -53,15 +54,15 @@ class Tuning:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """An op, its sizes, and who computes it.
+    """An op, its sizes and its providers.
 
-    yardstick  whether a plain copy of as many bytes runs beside the providers
-    sizes      name → keywords of `inputs` and `work`; tiny: the same, where there is no GPU
+    yardstick  whether a plain copy of the same number of bytes is timed as well
+    sizes      name → keywords of `inputs` and `work`; tiny: the same, without a GPU
     inputs     inputs(**size, device=…, dtype=…) → tuple, from torch's seeded generators, no zeros
     oracle     oracle(*inputs upcast to fp32) → the output or outputs, in fp32
-    work       work(itemsize, **size) → the least bytes and FLOPs
-    tuning     what benchmarks.tune tries
-    tolerance  by dtype; see `error`
+    work       work(itemsize, **size) → the minimum bytes and FLOPs
+    tuning     launch configs that benchmarks.tune tries
+    tolerance  limit of `error`, by dtype
     """
 
     name: str
@@ -85,20 +86,20 @@ class Suite:
 
 
 class Check(NamedTuple):
-    """A kernel's error in `gemma-fast verify`: ours(*inputs)() against formula(*inputs).
+    """A kernel's check in `gemma-fast verify`: ours(*inputs)() is compared with formula(*inputs).
 
-    inputs: as a suite's; sizes: one without a GPU, one with.
+    inputs: as in Suite; sizes: one without a GPU, one with a GPU.
     """
 
     name: str
     inputs: Callable[..., tuple[Any, ...]]
-    formula: Callable[..., Any]  # in float64 the truth, in a lower dtype eager PyTorch
+    formula: Callable[..., Any]  # in float64 exact, in a lower dtype eager PyTorch
     ours: Prepare
     sizes: Sequence[Size]
-    chooses: bool = False  # a token; its formula gives logits
+    chooses: bool = False  # ours returns tokens, formula logits
 
     def resized(self, name: str, **changes: Any) -> Check:
-        """Another check, with other keywords of `inputs`."""
+        """Returns a check with other keywords of `inputs`."""
         return self._replace(name=name, sizes=[size | changes for size in self.sizes])
 
 
@@ -111,12 +112,12 @@ class KernelResult:
     work: Work
     error: float | None = None  # see `error`
     times: Times | None = None  # None: not measured
-    graph: bool | None = None  # whether the times are a CUDA graph's
-    took: float = 0.0  # seconds, of everything: inputs, compilers, check, times
+    graph: bool | None = None  # whether a CUDA graph was timed
+    took: float = 0.0  # seconds in all: inputs, compilation, check, timing
 
     @property
     def cell(self) -> tuple[str, str]:
-        """Providers are compared within it."""
+        """Suite and size; providers are compared within it."""
         return self.suite, self.size
 
     @property
@@ -124,7 +125,7 @@ class KernelResult:
         return self.times and self.times.median
 
     def figures(self, roof: Roof | None) -> dict[str, Any]:
-        """A measured result's times, rates, and share of the roof that bounds this size."""
+        """Returns a measured result's times, rates, and share of the roof that bounds this size."""
         if self.times is None or roof is None:
             return {}
         median, p20, p80 = self.times
@@ -143,13 +144,13 @@ def run(
     suite: Suite, size: str, device: torch.device, dtype: torch.dtype, roof: Roof | None,
     names: Iterable[str] | None = None,
 ) -> Iterator[KernelResult]:  # fmt: skip
-    """Results of `names` (default: all) at one size; without a roof checked, and not timed."""
+    """Yields the results of `names` (default: all) at one size. Times them only with a roof."""
     keywords = (suite.sizes if roof else suite.tiny)[size]
     work = suite.work(dtype.itemsize, **keywords)
     names = list(names or suite.names)
     try:
         expected = truth(suite, keywords, device, dtype)
-    except Exception as problem:  # too large, perhaps
+    except Exception as problem:  # for example out of memory
         status = verdict(problem)
         yield from (KernelResult(suite.name, size, name, status, work) for name in names)
         return
@@ -167,9 +168,9 @@ def run(
                 made = calls(suite, name, keywords, device, dtype)
                 times, graph = device_times(made, partial(check_replay, suite, name, made, dtype))
                 if name != COPY and times.median < 0.8 * roof.floor(work):
-                    raise Wrong(f"{roof.floor(work) / times.median:.2g} times as fast as the roof")
+                    raise Wrong(f"{roof.floor(work) / times.median:.2g} times the roof's speed")
                 result = replace(result, times=times, graph=graph)
-        except Exception as problem:  # a rival may fail in any way: it is listed, and the rest runs
+        except Exception as problem:  # a rival may raise anything: list it and go on
             result = replace(result, status=verdict(problem))
         yield result
 
@@ -180,12 +181,12 @@ def make_inputs(
     torch.manual_seed(seed)
     given = suite.inputs(**size, device=device, dtype=dtype)
     if device.type == "cuda":
-        torch.cuda.synchronize()  # at rest: a kernel may then prefetch its weights
+        torch.cuda.synchronize()  # finish all writes: kernels may prefetch weights
     return given
 
 
 def truth(suite: Suite, size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The oracle's outputs for the inputs of seed 0, upcast."""
+    """Returns the oracle's outputs for the inputs of seed 0, upcast to fp32."""
     return outputs(suite.oracle(*upcast(make_inputs(suite, size, device, dtype, 0))))
 
 
@@ -201,8 +202,8 @@ def check(
     suite: Suite, name: str, size: Size, device: torch.device, dtype: torch.dtype,
     expected: tuple[Tensor, ...],
 ) -> float:  # fmt: skip
-    """The provider's error on the inputs of seed 0. Raises Wrong, or what the provider raises."""
-    torch.compiler.reset()  # Dynamo stops after eight sizes of one function
+    """Returns the error on the inputs of seed 0. Raises Wrong, or what the provider raises."""
+    torch.compiler.reset()  # Dynamo stops compiling a function after eight sizes
     call = suite.providers[name](*make_inputs(suite, size, device, dtype, 0))
     found = outputs(call())
     kinds = [(x.dtype, tuple(x.shape)) for x in found]
@@ -211,20 +212,20 @@ def check(
         raise Wrong(f"gives {kinds}, not {due}")
     worst = max(map(error, found, expected), key=lambda x: math.inf if math.isnan(x) else x)
     if not worst <= suite.tolerance[dtype]:
-        raise Wrong(f"error {worst:.2g}, more than {suite.tolerance[dtype]:g}")
+        raise Wrong(f"error {worst:.2g} exceeds the limit {suite.tolerance[dtype]:g}")
     return worst
 
 
 def check_replay(
     suite: Suite, name: str, made: Sequence[Call], dtype: torch.dtype, left: Any
 ) -> None:
-    """Raises Wrong if our graph's last replay left another output than a call by itself gives: the
-    graph's kernels overlap. Rivals are not checked, because some change their inputs."""
+    """Raises Wrong if our graph's last replay left another output than a separate call does, which
+    overlapping kernels may cause. Rivals are not checked, because some change their inputs."""
     if name.startswith(OURS):
         copies = [x.clone() for x in outputs(left)]  # the call may write to the same memory
         for found, by_itself in zip(copies, outputs(made[0]()), strict=True):
             if not (off := error(found, by_itself)) <= suite.tolerance[dtype]:
-                raise Wrong(f"error {off:.2g} in the graph that was timed")
+                raise Wrong(f"error {off:.2g} in the timed graph")
 
 
 def outputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -234,7 +235,7 @@ def outputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def calls(
     suite: Suite, name: str, size: Size, device: torch.device, dtype: torch.dtype
 ) -> list[Call]:
-    """The provider's calls, which together touch more than four times the L2."""
+    """Returns the provider's calls, which together touch more than four times the L2 cache."""
     first = make_inputs(suite, size, device, dtype, 1)
     touched = int(suite.work(dtype.itemsize, **size).bytes)
     l2 = torch.cuda.get_device_properties(device).L2_cache_size

@@ -1,4 +1,4 @@
-"""Every kernel's suite by its name, every check, and the libraries that the rivals need."""
+"""All kernel suites by name, all checks, and the packages that rivals need."""
 
 from gemma_fast.benchmarks.kernels import (
     attention,
@@ -24,7 +24,7 @@ SUITES = {
 MODULES = (embed, rmsnorm, rotary, attention, decode_attention, geglu, matvec, lm_head)
 CHECKS = [check for module in MODULES for check in module.CHECKS]
 
-# Packages that providers need beside torch, by their names on PyPI.
+# Packages that providers need besides torch, by their names on PyPI.
 PACKAGES = {
     "liger": ["liger-kernel"],
     "liger (CuTe)": ["liger-kernel", "nvidia-cutlass-dsl"],
@@ -36,6 +36,6 @@ RIVALS = sorted({package for packages in PACKAGES.values() for package in packag
 
 
 def missing(provider: str) -> list[str]:
-    """The packages that a provider lacks here."""
+    """Returns the packages that a provider needs and that are not installed."""
     needed = ["transformers"] if provider.startswith("transformers") else PACKAGES.get(provider, [])
     return [x for x in needed if installed_version(x) is None]

@@ -1,4 +1,4 @@
-"""The machine and its roof, timing, and how results are written and plotted.
+"""The machine and its roof (peak rates), timing, and the writing and plotting of results.
 
 May import: kernels.
 """

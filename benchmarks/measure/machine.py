@@ -1,4 +1,4 @@
-"""The machine: what it is (stamp), and what it can do at best (roof), measured in the same run."""
+"""The machine: its description (stamp) and its peak rates (roof), measured in the same run."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from gemma_fast.kernels.matvec import linear
 
 
 class Work(NamedTuple):
-    """The least that an op must do: bytes read once and written once, arithmetic."""
+    """The minimum work of an op: bytes, each read or written once, and FLOPs."""
 
     bytes: float
     flops: float
 
 
 def visible_pairs(t: int, window: int | None) -> int:
-    """Σ min(i, window) for i from 1 to t: the keys that each query sees."""
+    """Returns Σ min(i, window) for i from 1 to t: visible keys, summed over the queries."""
     w = min(t, window or t)
     return w * (w + 1) // 2 + (t - w) * w
 
 
 class Roof(NamedTuple):
     copy: float  # bytes/s, read + written, of a large copy
-    product: float  # FLOP/s of a large matrix product
+    product: float  # FLOP/s of a large matmul
 
     def floor(self, work: Work) -> float:
-        """Seconds below which no implementation gets: its bytes' or its FLOPs', the longer."""
+        """Returns the least possible seconds: the larger of the bytes' and the FLOPs' time."""
         return max(work.bytes / self.copy, work.flops / self.product)
 
     def bound(self, work: Work) -> str:
@@ -45,15 +45,15 @@ class Roof(NamedTuple):
 
 
 def device_and_dtype(dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """The GPU if there is one; the dtype of this name, or the device's usual one."""
+    """Returns the GPU or else the CPU, and the named dtype or else the device's default."""
     cuda = torch.cuda.is_available()
     kind = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
     return torch.device("cuda" if cuda else "cpu"), kind
 
 
 def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
-    """A copy of 1 GiB and a product of 8192³ (on a CPU 2048³), random data; medians. The product is
-    PyTorch's, but on a CPU this project's, which in float32 is oneDNN's and the better one."""
+    """Measures a copy of 1 GiB and a matmul of 8192³ (on a CPU 2048³), random data; medians. The
+    matmul is F.linear on a GPU. On a CPU it is our `linear`: in float32 oneDNN, which is faster."""
     cuda = device.type == "cuda"
     n = 8192 if cuda else 2048
     source = torch.empty(1 << 27, dtype=torch.int64, device=device).random_()
@@ -72,7 +72,7 @@ def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
 
 
 def measure_again(stamp: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
-    """Stamps the roof at the run's end, unless a fault has taken the GPU."""
+    """Adds the roof at the end of the run to the stamp, unless the GPU has failed."""
     with suppress(RuntimeError):
         stamp["roof_at_the_end"] = measure_roof(device, dtype)._asdict()
 
@@ -80,7 +80,7 @@ def measure_again(stamp: dict[str, Any], device: torch.device, dtype: torch.dtyp
 def stamp(
     device: torch.device, dtype: torch.dtype, rivals: Iterable[str], commit: str | None = None
 ) -> dict[str, Any]:
-    """Where, when and with what it was measured. rivals: packages; commit: if git does not know."""
+    """Returns machine, date and versions. rivals: packages; commit: used instead of git's."""
     driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     cuda = device.type == "cuda"
     return {
@@ -100,7 +100,7 @@ def stamp(
 
 
 def _commit(file: Path) -> str | None:
-    """git's, if it tracks the file: an installed package may be in another repository's folder."""
+    """Returns the commit if git tracks the file: a package may be inside another repository."""
     git = ("git", "-C", str(file.parent))
     if _output(*git, "ls-files", "--error-unmatch", file.name) is None:
         return None
@@ -108,7 +108,7 @@ def _commit(file: Path) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """The first line that a command prints; None where there is no such command."""
+    """Returns the first line that a command prints; None if there is no output or command."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError:

@@ -1,4 +1,4 @@
-"""How a provider's run ends: its status, its error, and which results fail the whole run."""
+"""Outcome of a provider's run: its status, its error, and which results fail the whole run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 EAGER, OURS = "eager", "gemma_fast"
 OURS_BY_POINTERS = "gemma_fast, no descriptors"
-# Without programmatic dependent launch: no call overlaps the call before, as rivals' calls do not.
+# Without programmatic dependent launch: as with rivals, no call overlaps the previous one.
 OURS_ALONE = "gemma_fast, no overlap"
 COPY = "copy of the same bytes (yardstick)"
 NOT_MEASURED, WITHOUT_GRAPHS = "ok, not measured", "ok, Inductor skipped CUDA graphs"
@@ -23,12 +23,11 @@ R = TypeVar("R", bound=Any)
 
 
 class Wrong(Exception):
-    """An output that is not the oracle's."""
+    """An output differs from the oracle's."""
 
 
 def verdict(problem: Exception) -> str:
-    """One line that says why a provider has no time. Unexpected errors print their traceback to
-    stderr."""
+    """Returns a one-line status for an exception. Prints the traceback to stderr if unexpected."""
     text = str(problem).strip().split("\n")[0] or type(problem).__name__
     kinds = {Wrong: "wrong", ImportError: "not installed", NotImplementedError: "cannot"}
     word = next((word for kind, word in kinds.items() if isinstance(problem, kind)), "failed")
@@ -38,7 +37,7 @@ def verdict(problem: Exception) -> str:
 
 
 def serious(results: Iterable[Any]) -> bool:
-    """Whether a result was wrong, or this project's failed."""
+    """Returns whether any result was wrong, or one of this project is not ok."""
     return any(
         r.status.startswith("wrong") or (r.provider == OURS and not r.status.startswith("ok"))
         for r in results
@@ -46,7 +45,7 @@ def serious(results: Iterable[Any]) -> bool:
 
 
 def with_took(results: Iterable[R]) -> Iterator[R]:
-    """Results as they come, each with how long it took."""
+    """Yields the results, each with the seconds that it took."""
     start = time.perf_counter()
     for result in results:
         yield replace(result, took=time.perf_counter() - start)
@@ -54,8 +53,8 @@ def with_took(results: Iterable[R]) -> Iterator[R]:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """RMS over rows of a row's RMS(found − expected) / RMS(expected), so that rows of small numbers
-    count as much; NaN or infinite where `found` is."""
+    """Returns the RMS over rows of RMS(found − expected) / RMS(expected), so that rows of small
+    numbers count as much as others. It is NaN or infinite if `found` has NaN or infinity."""
     norm = partial(torch.linalg.vector_norm, dim=-1)
     rows = norm(found.float() - expected.float()) / norm(expected.float())
     return float(rows.square().mean().sqrt())
@@ -63,7 +62,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Matmuls in float32 are computed in float32, whatever the caller has chosen for speed."""
+    """Computes float32 matmuls in full precision, even if the caller has allowed TF32 or bf16."""
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

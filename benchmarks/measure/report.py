@@ -1,5 +1,5 @@
-"""Writes the results of a run as results.json and results.md: kernels, a table a suite; models, one
-table like llama-bench's. The tables' cells are made from the rows of the JSON."""
+"""Writes the results of a run as results.json and results.md: one table per kernel suite; for
+models, one table like llama-bench's. Table cells are made from the rows of the JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import EAGER, WITHOUT_GRAPHS
 
 NOTHING = "No CUDA GPU: shapes were tiny, results were checked, nothing was measured."
-CALL_BY_CALL = "\\* timed call by call, not as the replay of a CUDA graph."
+CALL_BY_CALL = "\\* timed call by call, not in a CUDA graph."
 NO_GRAPHS = "\\* Inductor skipped CUDA graphs."
 KERNEL_COLUMNS = dict.fromkeys(
     ("size", "provider", "median (p20 … p80)", "GB/s", "TFLOP/s", "of roof", "× eager"), "---"
@@ -27,11 +27,11 @@ MODEL_COLUMNS = {
 }  # fmt: skip
 MODEL_FOOTNOTE = (
     "t/s: tokens of the whole batch over the mean of the repeats, ± sd of the repeats' rates; "
-    "first token, of roof and × eager come from that mean, p50 and p99 from one more pass. Steps "
-    "are timed without reading tokens back; generate() reads them one step behind. First token: a "
-    "prompt until a token is chosen. Bytes a token: weights and visible keys and values, over the "
-    "tokens of the whole batch. Of roof: those bytes over the copy (MBU), whose roof reads alone "
-    "can pass; a prompt's FLOPs over the product (MFU)."
+    "first token, of roof and × eager use that mean, p50 and p99 come from one more pass. Steps "
+    "are timed without reading tokens back; generate() reads them one step behind. First token: "
+    "prefill, until the first new token. Bytes a token: weights and visible keys and values, over "
+    "the tokens of the whole batch. Of roof, for decoding: those bytes a second over the copy's "
+    "(MBU), which reads alone can exceed; for prefill: FLOP/s over the matmul's (MFU)."
 )
 
 
@@ -40,7 +40,7 @@ class Report(NamedTuple):
     markdown: str
 
     def write(self, folder: Path) -> None:
-        """results.json and results.md, of what there is so far; the folder exists."""
+        """Writes results.json and results.md to an existing folder."""
         (folder / "results.json").write_text(self.json, encoding="utf-8")
         (folder / "results.md").write_text(self.markdown, encoding="utf-8")
 
@@ -48,7 +48,7 @@ class Report(NamedTuple):
 def kernel_report(
     stamp: Mapping[str, Any], roof: Roof | None, results: Sequence[Any], about: Mapping[str, str]
 ) -> Report:
-    """results: KernelResult; about: suite → what it is, in a line."""
+    """results: KernelResult; about: suite → its description in one line."""
     rows, parts = kernel_rows(roof, results), []
     for suite, group in groupby(rows, lambda row: row["suite"]):
         parts += [f"## {suite}", about[suite], table(KERNEL_COLUMNS, map(kernel_cells, group))]
@@ -59,8 +59,8 @@ def kernel_report(
 def model_report(
     stamp: Mapping[str, Any], roof: Roof | None, results: Sequence[Any], about: Mapping[str, Any]
 ) -> Report:
-    """results: ModelResult; about: "model", "size_bytes", "params", "dtype", "checked" (against
-    what). Rows are sorted by test, then by provider, in the order of the run."""
+    """results: ModelResult; about: "model", "size_bytes", "params", "dtype", "checked" (a
+    sentence on the check). Rows are sorted by test, then by provider, in the order of the run."""
     place = list(dict.fromkeys(r.case for r in results)).index
     same = {key: about[key] for key in ("model", "size_bytes", "params", "dtype")}
     same["backend"] = stamp["gpu"] or stamp["cpu"]
@@ -82,7 +82,7 @@ def kernel_rows(roof: Roof | None, results: Sequence[Any]) -> list[dict[str, Any
 
 
 def _entries(result: Any, roof: Roof | None, factors: Mapping[Any, float]) -> dict[str, Any]:
-    """The JSON entry of a result of either kind."""
+    """Returns the JSON entry of a kernel's or a model's result."""
     key = result.cell, result.provider
     return {
         "provider": result.provider, "status": result.status, "error": result.error,
@@ -95,8 +95,8 @@ def _report(
     stamp: Mapping[str, Any], roof: Roof | None, rows: Sequence[Mapping[str, Any]],
     parts: Sequence[str], notes: Mapping[str, str],
 ) -> Report:  # fmt: skip
-    """parts: Markdown after the heading, by paragraphs; notes: sentences about the whole run, by
-    their keys in the JSON."""
+    """parts: Markdown paragraphs after the heading; notes: key in the JSON → sentence about the
+    whole run."""
     found = {"stamp": stamp, "roof": roof and roof._asdict(), **notes, "results": rows}
     first = " ".join([heading(stamp, roof), *notes.values()])
     markdown = "\n\n".join([first, *([] if roof else [NOTHING]), *parts]) + "\n"
@@ -108,7 +108,7 @@ def as_json(found: Mapping[str, Any]) -> str:
 
 
 def speedups(results: Iterable[Any]) -> dict[tuple[Any, str], float]:
-    """cell, provider → how many times eager's speed; measured ones, where eager is."""
+    """Returns (cell, provider) → speed relative to eager, if both are measured."""
     seconds = {(r.cell, r.provider): r.typical for r in results if r.typical}
     return {
         (cell, name): seconds[cell, EAGER] / typical
@@ -118,7 +118,7 @@ def speedups(results: Iterable[Any]) -> dict[tuple[Any, str], float]:
 
 
 def kernel_cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """KERNEL_COLUMNS of a row; without figures its status stands in place of its time."""
+    """Returns the KERNEL_COLUMNS of a row; without figures, its status instead of its time."""
     size, provider, times, *rest = KERNEL_COLUMNS
     cells = {size: row["size"], provider: row["provider"], times: row["status"]}
     if "median_us" not in row:
@@ -133,7 +133,7 @@ def kernel_cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def model_cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """MODEL_COLUMNS of a row; without figures its status stands in place of its speed."""
+    """Returns the MODEL_COLUMNS of a row; without figures, its status instead of its speed."""
     cells = {
         "model": row["model"], "size": _size(row["size_bytes"]), "backend": row["backend"],
         "params": _count(row["params"]), "provider": row["provider"],
@@ -163,14 +163,14 @@ def heading(stamp: Mapping[str, Any], roof: Roof | None) -> str:
     where = ", ".join([stamp["gpu"] or stamp["cpu"], *driver, *versions, stamp["dtype"]])
     text = f"{where}; commit {stamp['commit'] or 'unknown'}, {stamp['date']}."
     if roof:
-        text += f" Roof of this run: {_rates(roof)}, a copy's bytes read + written."
+        text += f" Roof of this run: {_rates(roof)}; the copy counts bytes read + written."
     if "roof_at_the_end" in stamp:
-        text += f" At its end: {_rates(Roof(**stamp['roof_at_the_end']))}."
+        text += f" At the end: {_rates(Roof(**stamp['roof_at_the_end']))}."
     return text
 
 
 def table(columns: Mapping[str, str], lines: Iterable[Mapping[str, str]]) -> str:
-    """Markdown. columns: name → the line below it; lines: cells by column, empty where missing."""
+    """Returns Markdown. columns: name → alignment; lines: column → cell, empty if missing."""
     rows = [[*columns], [*columns.values()]]
     rows += [[escape(line.get(name, "")) for name in columns] for line in lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -191,7 +191,7 @@ def _times(*microseconds: float) -> str:
 
 
 def _rates(roof: Roof) -> str:
-    product = f"product {_round(roof.product / 1e12)} TFLOP/s"
+    product = f"matmul {_round(roof.product / 1e12)} TFLOP/s"
     return f"copy {_round(roof.copy / 1e9)} GB/s, {product}"
 
 

@@ -1,9 +1,9 @@
-"""Time per call: device events around replays of a CUDA graph, over caches that hold nothing of it.
+"""Time per call with a cold L2 cache: device events around replays of a CUDA graph.
 
 Kernels that take microseconds are replayed from a graph, so that no launch is timed. The graph
-holds one provider's calls, each with inputs of its own; together they touch more than four times
-the L2 cache (see kernels.suite.calls), and each call's outputs live until the capture ends, so none
-is written to memory that a cache still holds.
+holds one provider's calls, each with its own inputs. Together they touch more than four times the
+L2 cache (see kernels.suite.calls). Each call's outputs are kept until the capture ends, so that no
+output is written to memory that is still in the cache.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 
 Call = Callable[[], Any]
 
-REPLAYS, REPLAY_SECONDS = 50, 1e-3  # a replay lasts at least this long
-SETTLE = 0.1  # seconds of load before a time counts, so that clocks and power have settled
-# Short work is repeated until this many seconds are timed, or have passed.
+REPLAYS, REPLAY_SECONDS = 50, 1e-3  # number of replays; minimum seconds of each
+SETTLE = 0.1  # seconds of load before timing, so that clock rates and power have settled
+# Short work is repeated until ENOUGH seconds are timed or PATIENCE seconds have passed.
 ENOUGH, PATIENCE = 0.2, 2.0
 
 
@@ -38,15 +38,15 @@ def summary(times: Sequence[float]) -> Times:
 
 
 def device_times(calls: Sequence[Call], check: Callable[[Any], None]) -> tuple[Times, bool]:
-    """Times of the current GPU, and whether they are of a graph: not every call can be captured.
+    """Returns times on the current GPU, and whether a graph was timed: not all calls allow capture.
 
-    check: is given the first call's output as the last replay left it
+    check: is called with the first call's output after the last replay
     """
     _warm_up(calls)
     try:
-        with torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves its own
+        with torch.cuda.stream(torch.cuda.current_stream()):  # restored after a failed capture
             seconds, output = _replay_seconds(calls)
-    except RuntimeError:  # what PyTorch raises for a capture that something in it forbids
+    except RuntimeError:  # raised by PyTorch if a call cannot be captured
         _forget_capture()
         rounds = event_seconds(lambda: [call() for call in calls], REPLAYS)
         return summary([seconds / len(calls) for seconds in rounds]), False
@@ -55,7 +55,7 @@ def device_times(calls: Sequence[Call], check: Callable[[Any], None]) -> tuple[T
 
 
 def event_seconds(work: Call, repeats: int) -> list[float]:
-    """Seconds that each of `repeats` times work() takes the current GPU."""
+    """Calls work() `repeats` times. Returns the seconds of each call on the current GPU."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
         start.record()
@@ -66,14 +66,14 @@ def event_seconds(work: Call, repeats: int) -> list[float]:
 
 
 def settle(work: Call, seconds: float = SETTLE) -> None:
-    """Keeps the current GPU at the work for so long."""
+    """Repeats the work on the current GPU for `seconds`."""
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         event_seconds(work, 3)
 
 
 def settle_rounds(once: Call) -> None:
-    """Two rounds at least; of load SETTLE seconds, not counting the first: it may compile."""
+    """Calls once() at least twice, for SETTLE seconds after the first call, which may compile."""
     once()
     end = clock() + SETTLE
     once()
@@ -82,7 +82,7 @@ def settle_rounds(once: Call) -> None:
 
 
 def repeated(once: Callable[[], float], repeats: int) -> list[float]:
-    """The seconds that once() gives, `repeats` times; short ones more often, see ENOUGH."""
+    """Returns the seconds that `repeats` calls of once() return; more if short, see ENOUGH."""
     end = clock() + PATIENCE
     seconds: list[float] = []
     while len(seconds) < repeats or (sum(seconds) < ENOUGH and clock() < end):
@@ -91,14 +91,14 @@ def repeated(once: Callable[[], float], repeats: int) -> list[float]:
 
 
 def _forget_capture() -> None:
-    """A failed capture may leave the generator of random numbers capturing: randn would raise."""
+    """Resets the random generator: a failed capture may leave it capturing, and randn raises."""
     torch.cuda.synchronize()
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     generator.graphsafe_set_state(torch.Generator("cuda"))
 
 
 def _warm_up(calls: Sequence[Call]) -> None:
-    """Compilers, autotuners and handles are done after it; on a side stream, as capture asks."""
+    """Compiles, autotunes and creates handles; on a side stream, as capture requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -109,7 +109,7 @@ def _warm_up(calls: Sequence[Call]) -> None:
 
 
 def _replay_seconds(calls: Sequence[Call]) -> tuple[list[float], Any]:
-    """Seconds a call, one figure a replay; and the first call's output after the last one."""
+    """Returns each replay's seconds per call, and the first call's output after the last replay."""
     graph, output = _capture(calls)
     cycles = math.ceil(REPLAY_SECONDS / min(event_seconds(graph.replay, 3)))
     if cycles > 1:
@@ -120,16 +120,16 @@ def _replay_seconds(calls: Sequence[Call]) -> tuple[list[float], Any]:
 
 
 def _capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The graph, and the memory of its first call's output."""
+    """Returns the graph, and its first call's output, which replays overwrite."""
     graph = torch.cuda.CUDAGraph()
-    # thread_local: calls of other threads, a compiler's for one, do not end the capture.
+    # thread_local: calls of other threads, such as a compiler's, do not end the capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = [call() for call in calls]
-    return graph, outputs[0]  # the others live until here: each call has memory of its own
+    return graph, outputs[0]  # the others are freed only now: each call has its own memory
 
 
 def clock() -> float:
-    """Seconds, once the GPU has done what it was given."""
+    """Waits for the GPU, and returns the time in seconds."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""The whole model beside its rivals: cases, providers, the judge, the race.
+"""The whole model against rivals: cases, providers, correctness check (judge), timing (race).
 
 May import: everything in gemma_fast but cli.
 """

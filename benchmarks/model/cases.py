@@ -1,4 +1,4 @@
-"""Which model is measured, at what, and the bytes and FLOPs that it takes at least."""
+"""The benchmarked model and its test cases, with the minimum bytes and FLOPs of each case."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TINY = GemmaConfig(
 
 
 def find(model: str) -> Checkpoint:
-    """`tiny` or a preset's name: random weights; `demo`; else a directory, .gguf file or hub id."""
+    """Opens `tiny` or a preset with random weights, `demo`, a directory, .gguf file or hub id."""
     if model in (presets := {"tiny": TINY, **PRESETS}):
         return RandomCheckpoint(presets[model], name=model)
     return open_checkpoint(demo_checkpoint() if model == "demo" else model)
@@ -30,7 +30,7 @@ def find(model: str) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Case:
-    """So many tokens, read (pp) or written (tg) by each of `batch` sequences after `depth`."""
+    """Prefill (pp) or decode (tg) of `tokens` in each of `batch` sequences, after `depth`."""
 
     kind: str
     tokens: int
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def before(self) -> int:
-        """Tokens in the cache when the clock starts: to write, there must be one to follow."""
+        """Tokens in the cache when the clock starts: at least one for decoding."""
         return max(self.depth, 1) if self.kind == NEW else self.depth
 
     @property
@@ -51,13 +51,13 @@ class Case:
         return self.before + self.tokens
 
     def status(self, config: GemmaConfig) -> str:
-        """Status before the run: "ok" if the case fits the context."""
+        """Returns the status before the run: "ok" if the case fits the context."""
         if self.room <= config.max_position_embeddings:
             return "ok"
-        return f"cannot: {self.room} tokens, the context is {config.max_position_embeddings}"
+        return f"cannot: {self.room} tokens exceed the context of {config.max_position_embeddings}"
 
     def work(self, config: GemmaConfig, itemsize: int) -> Work:
-        """Work of all its tokens: one pass (pp), or a pass a token (tg)."""
+        """Returns the work of all tokens: one forward pass (pp), or one per token (tg)."""
         if self.kind == PROMPT:
             return pass_work(config, itemsize, self.batch, self.depth, self.tokens)
         steps = range(self.before, self.room)
@@ -68,18 +68,18 @@ class Case:
 def cases(
     prompts: Sequence[int], new: Sequence[int], depths: Sequence[int], batches: Sequence[int]
 ) -> list[Case]:
-    """Every combination; 0 tokens are no test."""
+    """Returns every combination, without those of 0 tokens."""
     kinds = [(PROMPT, n) for n in prompts if n] + [(NEW, n) for n in new if n]
     return [Case(*kind, depth, batch) for batch, depth, kind in product(batches, depths, kinds)]
 
 
 def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens: int) -> Work:
-    """Work of one pass over `tokens` in each of `batch` sequences, after `depth`.
+    """Returns the work of a forward pass over `tokens` in each of `batch` sequences, after `depth`.
 
-    Each weight is read once, and 2 FLOPs a token; but of the embedding only the last token's
-    logits, and its row for each token, which is not counted. Attention: 4 FLOPs a head, channel and
-    visible pair, on each layer. Keys and values that a new token sees are read once, new ones that
-    a later token may see are written once.
+    Each weight is read once and takes 2 FLOPs per token; the embedding only for the last token's
+    logits. The lookup of the tokens' rows in it is not counted. Attention takes 4 FLOPs per head,
+    channel and visible pair in each layer. Keys and values that a new token sees are read once;
+    new ones that a later token may see are written once.
     """
     weights, embedding = config.num_parameters, config.vocab_size * config.hidden_size
     heads, n, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim

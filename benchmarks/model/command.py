@@ -1,4 +1,4 @@
-"""The race of `gemma-fast bench`: the speed of a whole model beside its rivals."""
+"""Runs `gemma-fast bench`: the speed of a whole model, compared with rivals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run_model(
     repeats: int, model: str | None, dtype: str | None, only: Sequence[str], output: str,
     out: Path | None, commit: str | None, roof: Roof | None = None,
 ) -> bool:  # fmt: skip
-    """Measures, prints and writes; whether all is well. roof: measured already."""
+    """Measures, prints and writes. Returns whether no result was `serious`. roof: if known."""
     device, kind = machine.device_and_dtype(dtype)
     cuda = device.type == "cuda"
     name = model or ("gemma-2b" if cuda else "tiny")
@@ -45,7 +45,7 @@ def run_model(
     try:
         judge = Judge(checkpoint, kind, device)
     except torch.OutOfMemoryError as error:
-        raise click.ClickException(f"no memory for the reference that judges: {error}") from error
+        raise click.ClickException(f"not enough memory for the reference: {error}") from error
     head = machine.stamp(device, kind, ["transformers"], commit)
     about = {
         "model": name, "params": checkpoint.config.num_parameters, "dtype": head["dtype"],
@@ -61,7 +61,7 @@ def run_model(
         if rate := result.figures(roof).get("tokens_per_s"):
             told += f", {rate:.2f} t/s"
         click.echo(f"{told}, {result.took:.1f} s", err=True)
-        if out:  # so that a run cut short keeps what it has
+        if out:  # so that an interrupted run keeps its results
             model_report(head, roof, results, about).write(out)
     if roof:
         machine.measure_again(head, device, kind)

@@ -1,5 +1,8 @@
-"""The judge of models: the reference in float32. For the race it checks a provider's greedy tokens,
-and the cache that it fills on the way, after as many tokens as the test has."""
+"""Checks a provider against the reference in float32, before the provider is timed.
+
+The check compares greedy tokens, and logits that depend on the KV cache that the provider wrote.
+The cache is at least as full as in the benchmark case, if the context allows.
+"""
 
 from __future__ import annotations
 
@@ -15,37 +18,38 @@ from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.memory import free_bytes
 from gemma_fast.reference import Reference
 
-TOKENS, STEPS, PROBE = 24, 16, 8  # read after prefix or window; decoded; read after those
-LONG = 1024  # windows up to this are passed by the prompt
-ROWS = 4  # that are judged; of more sequences the first and the last
-CHUNK = 1024  # of a prefix, which the reference reads
+TOKENS, STEPS, PROBE = 24, 16, 8  # prefilled after prefix or window; decoded; read after those
+LONG = 1024  # the prompt is longer than any window up to this size
+ROWS = 4  # batches up to this are checked in full, larger ones by their first and last row
+CHUNK = 1024  # tokens of a prefix that the reference reads at once
 # Limits of the logits' error (see outcome.error) and of the regret. Without rotary embedding the
 # error is 0.46; rounding to bf16 gives 0.012 to 0.025 with Gemma 3 270M, 0.016 with random weights.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4}
-SLACK = 1.25  # times transformers' largest error: two roundings of one model differ by as much
+SLACK = 1.25  # limit: SLACK times transformers' largest error; two correct roundings differ as much
 
 Past = list[tuple[Tensor, Tensor]]  # K and V of each layer
 
 
 class Trial(NamedTuple):
-    ids: Tensor  # [b, prefix + … + steps + probe]: what was read, greedy tokens between
-    tokens: Tensor  # [b, steps + 1]: what was chosen
-    logits: Tensor  # [b, probe, vocab], read from the cache that the steps wrote
+    ids: Tensor  # [b, prefix + … + steps + probe]: all tokens read, with the greedy ones
+    tokens: Tensor  # [b, steps + 1]: greedy tokens
+    logits: Tensor  # [b, probe, vocab], computed from the cache that the steps wrote
 
 
 class Judge:
-    """The reference over a checkpoint's weights, as they are in `dtype`, but computing in float32.
+    """Checks providers against the reference, whose weights are rounded to `dtype`.
 
-    What random weights choose is mostly the token before, whatever attention does; so the check
-    reads a few more tokens after the decoded ones, whose logits tell what the steps wrote to the
-    cache. error: of those logits; regret: how far, in standard deviations of a row of logits, what
-    was chosen lies under the best, on average.
+    The reference computes in float32 if that fits in memory. A model with random weights mostly
+    repeats the previous token, whatever attention computes. So the check reads PROBE more tokens
+    after the decoded ones; their logits show what the steps wrote to the cache. error: the error of
+    those logits. regret: the mean gap between the largest logit and the chosen token's, in standard
+    deviations of a row of logits.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         config = checkpoint.config
         self.dtype, self.device, self.vocab_size = dtype, device, config.vocab_size
-        # Weights of this judge, and of the provider beside it with room to work.
+        # Bytes of the reference's float32 weights, and of the provider's weights and activations.
         needed = config.num_parameters * (4 + 1.5 * dtype.itemsize)
         self.exact = dtype == torch.float32 or needed < free_bytes(device)
         self.reference = Reference.from_checkpoint(checkpoint, dtype=dtype, device=device)
@@ -55,9 +59,9 @@ class Judge:
         windows = [config.window(i) or 0 for i in range(config.num_hidden_layers)]
         self.window = max((w for w in windows if w <= LONG), default=0)
         self.context = config.max_position_embeddings
-        self.errors: dict[tuple[int, int], list[float]] = {}  # transformers', by batch and prefix
+        self.errors: dict[tuple[int, int], list[float]] = {}  # of transformers, by batch and prefix
         self.compared = False
-        self.pasts: dict[tuple[int, int], Past] = {}  # by row and prefix; on the host, being large
+        self.pasts: dict[tuple[int, int], Past] = {}  # by row and prefix; large, so on the host
 
     @property
     def about(self) -> str:
@@ -68,7 +72,7 @@ class Judge:
         return f"{text} {OURS}'s error was {'not ' * (not self.compared)}compared to transformers'."
 
     def prefix(self, case: Case) -> int:
-        """Tokens read before the trial: the depth, or a prompt as long as the one to be timed."""
+        """Returns the number of tokens before the trial: the depth or the timed prompt's length."""
         reach = max(case.depth, case.tokens if case.kind == PROMPT else 0)
         return max(min(reach, self.context - TOKENS - STEPS - PROBE), 0)
 
@@ -76,7 +80,7 @@ class Judge:
         return max(self.prefix(case), self.window) + TOKENS + STEPS + PROBE
 
     def check(self, name: str, provider: Provider, case: Case) -> float:
-        """The error of its logits. Raises Wrong, or what the provider raises."""
+        """Returns the error of its logits. Raises Wrong, or what the provider raises."""
         prefix = self.prefix(case)
         trial = try_out(provider, self._ids(case.batch, self.room(case) - STEPS), prefix)
         if trial.logits.dtype != self.dtype:
@@ -84,19 +88,19 @@ class Judge:
         try:
             found, regret = self.judge(trial, prefix)
         except torch.OutOfMemoryError as problem:
-            raise NotImplementedError("no memory for the reference that judges") from problem
+            raise NotImplementedError("not enough memory for the reference") from problem
         limit = TOLERANCE[self.dtype]
         if not found <= limit:
-            raise Wrong(f"error {found:.2g}, more than {limit:g}")
+            raise Wrong(f"error {found:.2g} exceeds the limit {limit:g}")
         if self.dtype == torch.float32 and regret:
-            raise Wrong("its greedy tokens are not the reference's")
+            raise Wrong("its greedy tokens differ from the reference's")
         if not regret <= limit:
-            raise Wrong(f"chooses tokens {regret:.2g} under the best, more than {limit:g}")
+            raise Wrong(f"its tokens are {regret:.2g} sd below the best logit, more than {limit:g}")
         self.compare(name, found, self.errors.setdefault((case.batch, prefix), []))
         return found
 
     def compare(self, name: str, found: float, rivals: list[float]) -> None:
-        """Raises Wrong if, in 16 bits, this project is further off than transformers."""
+        """Raises Wrong if, in 16 bits, this project's error exceeds transformers' by the slack."""
         if name.startswith("transformers"):
             rivals.append(found)
         if name == OURS and self.exact and self.dtype != torch.float32 and rivals:
@@ -105,26 +109,26 @@ class Judge:
                 raise Wrong(f"error {found:.2g}; transformers' is {max(rivals):.2g}")
 
     def judge(self, trial: Trial, prefix: int) -> tuple[float, float]:
-        """Error and regret; a sequence at a time, as logits and caches are large."""
+        """Returns error and regret. One sequence at a time, because logits and caches are large."""
         batch = len(trial.ids)
         rows = [*range(batch)] if batch <= ROWS else [0, batch - 1]
         with full_precision():
             truth = torch.cat([self._truth(trial.ids[[row]], row, prefix) for row in rows])
         chosen = truth[:, : STEPS + 1]
-        # The probe's first token stands in place of the newest one.
+        # The trial read the probe's first token instead of the newest greedy token.
         found = error(trial.logits[rows], truth[:, STEPS + 1 :])
         gaps = under_the_best(chosen, trial.tokens[rows])
         return found, float((gaps / chosen.std(-1)).mean())
 
     def _truth(self, ids: Tensor, row: int, prefix: int) -> Tensor:
-        """The reference's logits from the first choice on: [1, steps + 1 + probe, vocab]."""
+        """Returns reference logits from the first greedy token on: [1, steps + 1 + probe, vocab]"""
         past = self._past(ids[:, :prefix], row) if prefix else None
         keep = STEPS + 1 + PROBE
         out = self.reference(ids[:, prefix:], past_key_values=past, logits_to_keep=keep)
         return out.logits.float()
 
     def _past(self, ids: Tensor, row: int) -> Past:
-        """The reference's cache of a row's prefix, computed once for all providers."""
+        """Returns the reference's cache of a row's prefix, computed once for all providers."""
         key = row, ids.shape[1]
         if key not in self.pasts:
             past = None
@@ -134,14 +138,14 @@ class Judge:
         return [(k.to(self.device), v.to(self.device)) for k, v in self.pasts[key]]
 
     def _ids(self, batch: int, length: int) -> Tensor:
-        """[batch, length]; a row is the same in every batch."""
+        """Returns random ids [batch, length]. A row is the same in every batch size."""
         generators = [torch.Generator().manual_seed(row) for row in range(batch)]
         rows = [torch.randint(3, self.vocab_size, (length,), generator=g) for g in generators]
         return torch.stack(rows).to(self.device)
 
 
 def try_out(provider: Provider, ids: Tensor, prefix: int) -> Trial:
-    """A prompt in two parts, greedy steps after it, and the logits of a few tokens after those."""
+    """Prefills a prompt in two parts, decodes greedily, then computes the probe's logits."""
     prompt = ids.shape[1] - PROBE
     first = prefix or prompt - prompt // 3
     provider.prefill(ids[:, :first])
@@ -149,12 +153,12 @@ def try_out(provider: Provider, ids: Tensor, prefix: int) -> Trial:
     tokens += [provider.step().clone() for _ in range(STEPS)]
     probe = ids[:, prompt:]
     chosen = torch.stack(tokens, dim=1)
-    if int(chosen.min()) < 0:  # gemma_fast's word for logits that are not finite
+    if int(chosen.min()) < 0:  # gemma_fast returns -1 if logits are not finite
         raise Wrong("its logits are not finite")
     read = torch.cat((ids[:, :prompt], chosen[:, :-1], probe), dim=1)
     return Trial(read, chosen, provider.logits(probe))
 
 
 def under_the_best(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Distance of a token's logit from the largest: logits :: […, vocab], tokens :: […] → […]"""
+    """Returns the largest logit minus the token's: logits :: […, vocab], tokens :: […] → […]"""
     return logits.amax(-1) - logits.gather(-1, tokens[..., None])[..., 0]

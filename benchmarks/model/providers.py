@@ -1,11 +1,11 @@
-"""Providers of a whole model: each reads a prompt and decodes greedily in its own way.
+"""Providers of a whole model: each prefills a prompt and decodes greedily in its own way.
 
     provider = PROVIDERS["gemma_fast"](checkpoint, torch.bfloat16, device)
     provider.start(batch=1, max_length=640, kind=NEW)
     token = provider.prefill(ids)  # ids :: [b, t] → [b]
-    token = provider.step()  # the next one; does not wait for the GPU
+    token = provider.step()  # the next token; does not wait for the GPU
 
-A provider imports its packages in its constructor: if one is missing, the others still run.
+A provider imports its packages when it is created: if one is missing, the others still run.
 """
 
 from __future__ import annotations
@@ -26,28 +26,27 @@ from gemma_fast.reference import Reference
 
 
 class Eager:
-    """The reference, and transformers' models in the usual loop: a cache that grows, and argmax.
+    """The reference or a transformers model in the usual greedy loop, with a growing cache.
 
-    Every provider has these methods: a model on a device, and one cache. Tokens are [b], and stay
-    on the device.
+    Every provider has these methods, one model and one cache. Tokens are [b], on the device.
     """
 
     def __init__(self, model: Any, mask: Tensor | None = None) -> None:
-        """mask :: [b, t] of the prompt, 0 for padding, which is on the left"""
+        """mask :: [b, t], the prompt's attention mask: 0 for left padding"""
         self.model, self.mask = model, mask
 
     def start(self, batch: int, max_length: int, kind: str) -> None:
-        """Makes a cache of max_length tokens a sequence. Compiles and captures are for this size.
-        kind: what will be timed, cases.PROMPT or NEW."""
+        """Creates a cache of max_length tokens per sequence. Compiled code and graphs are for this
+        size. kind: what will be timed, cases.PROMPT or NEW."""
         self.past: Any = None
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """Empties the cache, reads ids :: [b, t] into it, and chooses a token."""
+        """Empties the cache, reads ids :: [b, t] into it, and returns the next token."""
         self.past = None
         return self._read(ids)
 
     def extend(self, ids: Tensor) -> Tensor:
-        """Reads ids :: [b, t] after what the cache holds, and chooses a token."""
+        """Appends ids :: [b, t] to the cache, and returns the next token."""
         if self.mask is not None:
             self.mask = F.pad(self.mask, (0, ids.shape[1]), value=1)
         return self._read(ids)
@@ -65,15 +64,15 @@ class Eager:
         return self.token
 
     def step(self) -> Tensor:
-        """Reads the token chosen last, and chooses the next one. It may reuse its memory."""
+        """Reads the last token and returns the next one, in memory that the next step may reuse."""
         return self.extend(self.token[:, None])
 
     def logits(self, ids: Tensor) -> Tensor:
-        """ids :: [b, t], read after what the cache holds → [b, t, vocab]"""
+        """Appends ids :: [b, t] to the cache, and returns their logits :: [b, t, vocab]."""
         return self.model(ids, past_key_values=self.past, use_cache=True).logits
 
     def memory(self) -> dict[str, float]:
-        """Its own memory, in bytes by name, as far as it knows."""
+        """Returns the provider's memory in bytes by name, as far as it is known."""
         return {}
 
 
@@ -82,15 +81,15 @@ def positions(mask: Tensor) -> Tensor:
 
 
 class Static(Eager):
-    """transformers' fastest: a StaticCache, and the step of one token by torch.compile, in a CUDA
-    graph. Prompts are not compiled, as in transformers' generate()."""
+    """transformers' fastest setup: a StaticCache, and the decode step compiled by torch.compile
+    with a CUDA graph. Prefill is not compiled, as in transformers' generate()."""
 
     def start(self, batch: int, max_length: int, kind: str) -> None:
         from transformers import StaticCache
 
         if kind == PROMPT:
-            raise NotImplementedError("prompts are not compiled; see sdpa")
-        self.past = None  # its memory first
+            raise NotImplementedError("prefill is not compiled; see sdpa")
+        self.past = None  # frees its memory first
         self.past = StaticCache(config=self.model.config, max_cache_len=max_length)
         self.next = compiled_step(self._next)
         self.windowed = [layer for layer in self.past.layers if layer.is_sliding]
@@ -101,14 +100,15 @@ class Static(Eager):
         return self.extend(ids)
 
     def extend(self, ids: Tensor) -> Tensor:
-        """Without max-autotune's graphs, which would be one for each length."""
+        """Runs uncompiled: max-autotune would capture a graph for each length."""
         self.length += ids.shape[1]
         self.position = torch.full((1, 1), self.length, device=ids.device)
         return super().extend(ids)
 
     def step(self) -> Tensor:
-        """The length of a windowed cache is Python's, and each one would be a graph of its own. So,
-        as in generate(), masks are made outside; and inside only this counts: is it full or not."""
+        """Decodes with at most two graphs. A windowed layer's length is a Python int, so each value
+        would be compiled again. So, as in generate(), masks are made outside the compiled step;
+        inside it, the length is 0 or that of a full window."""
         torch.compiler.cudagraph_mark_step_begin()
         token = self.token[:, None].clone()
         masks = self._masks(token)
@@ -140,7 +140,7 @@ class Static(Eager):
 
 
 class Rings(Static):
-    """The same with gemma_fast.hf's cache, none of whose lengths is Python's."""
+    """The same with gemma_fast.hf's cache, which keeps every length in a tensor."""
 
     def start(self, batch: int, max_length: int, kind: str) -> None:
         from gemma_fast.hf import GemmaFastCache
@@ -151,19 +151,19 @@ class Rings(Static):
 
 
 def compiled_step(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """As transformers' documents have it."""
+    """Compiles as transformers' documentation recommends."""
     return torch.compile(function, mode="max-autotune", fullgraph=True, dynamic=False)
 
 
 class Ours:
-    """This project's: gemma_fast.engine.decoder.Decoder, one step a replay of a CUDA graph."""
+    """This project's gemma_fast.engine.decoder.Decoder: each step replays a CUDA graph."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.model = GemmaForCausalLM.from_checkpoint(checkpoint, dtype=dtype, device=device)
 
     def start(self, batch: int, max_length: int, kind: str) -> None:
         self.batch = batch
-        self.decoder: Any = None  # the old one's memory first
+        self.decoder: Any = None  # frees the old one's memory first
         self.decoder = Decoder(self.model, batch, max_length)
 
     def prefill(self, ids: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class Ours:
         return self.decoder.token
 
     def logits(self, ids: Tensor) -> Tensor:
-        cache = self.decoder.cache.rows(slice(0, self.batch))  # it has 1, 2, 4 or a multiple of 8
+        cache = self.decoder.cache.rows(slice(0, self.batch))  # it may have more rows
         return self.model(ids, past_key_values=cache).logits
 
     def memory(self) -> dict[str, float]:
@@ -203,7 +203,7 @@ def _transformers(
         if attention == "sdpa" and checkpoint.config.attn_logit_softcapping:
             if loop is Eager and not kernels:
                 raise NotImplementedError("no soft cap")
-            chosen = "eager"  # which knows the soft cap
+            chosen = "eager"  # it applies the soft cap
         model = transformers_model(checkpoint, chosen, dtype=dtype, device=device)
         if kernels:
             from gemma_fast.hf import accelerate
@@ -216,7 +216,7 @@ def _transformers(
 
 STATIC = "transformers (static cache, torch.compile max-autotune)"
 RINGS = "gemma_fast.hf (rings, torch.compile max-autotune)"
-# In the order of the race. Compiled providers come last: they take minutes.
+# In the order in which they run. Compiled providers come last: they take minutes.
 PROVIDERS: dict[str, Callable[[Checkpoint, torch.dtype, torch.device], Provider]] = {
     EAGER: _reference,
     "transformers (eager)": _transformers("eager"),

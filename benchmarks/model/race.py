@@ -1,18 +1,18 @@
-"""How fast a whole model reads a prompt (pp) and writes tokens (tg), named as llama-bench does.
+"""Prefill (pp) and decode (tg) speed of a whole model; tests are named as in llama-bench.
 
-    pp512          a prompt of 512 tokens, up to the choice of a token
-    tg128          128 tokens, one after another
-    tg128 @ d4096  the same, after 4096 tokens that the cache holds already; see cases.py
+    pp512          prefill of 512 tokens, until the first new token
+    tg128          128 decode steps
+    tg128 @ d4096  the same, with 4096 tokens already in the cache; see cases.py
 
-Each repeat is timed as a whole, by a clock that waits for the device before and after, once the
-device's own clocks have settled; tokens are not read back between. How long single tokens took
-comes from one more pass: an event recorded on the device after each step (on a CPU the clock), so
-that who launches ahead is not made to wait.
+Each repeat is timed as a whole, after the device's clock rates have settled. The timer waits for
+the device at the start and at the end; tokens are not read back in between. The times of single
+tokens come from one more pass, from a device event after each step, which does not stop the host
+from launching ahead. On a CPU they are wall-clock times.
 
-First each provider is checked, with as much in its cache as the test has. In float32 every token
-that it chooses must be the reference's; in 16 bits the reference, in float32 over the same weights,
-must find them nearly as good as its own, and this project must be no further from it than
-transformers. A wrong provider is not timed.
+Each provider is checked first, with as many tokens in its cache as the test has. In float32, its
+greedy tokens must be the reference's. In 16 bits, the reference, in float32 with the same weights,
+must give them nearly its largest logits, and this project's error must not exceed transformers'
+(see judge.SLACK). A wrong provider is not timed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from gemma_fast.checkpoint.base import Checkpoint
 
 @dataclass(frozen=True)
 class ModelResult:
-    """seconds: of each repeat; token_seconds: of each step of one more pass."""
+    """seconds: of each repeat; token_seconds: of each step in one more pass."""
 
     case: Case
     provider: str
@@ -47,13 +47,13 @@ class ModelResult:
     error: float | None = None  # see judge.Judge
     seconds: tuple[float, ...] = ()
     token_seconds: tuple[float, ...] = ()
-    peak_bytes: int | None = None  # reserved on a GPU: with weights and graphs, without the judge
+    peak_bytes: int | None = None  # reserved on a GPU, with weights and graphs, without the judge
     memory: dict[str, float] = field(default_factory=dict)
-    took: float = 0.0  # seconds, of everything; of a provider's first result with its weights
+    took: float = 0.0  # seconds in all; a provider's first result includes loading its weights
 
     @property
     def cell(self) -> Case:
-        """Providers are compared within it."""
+        """The case; providers are compared within it."""
         return self.case
 
     @property
@@ -61,7 +61,7 @@ class ModelResult:
         return statistics.fmean(self.seconds) if self.seconds else None
 
     def figures(self, roof: Roof | None) -> dict[str, Any]:
-        """Figures of a measured result, raw samples last. A batch counts all its tokens."""
+        """Returns the figures of a measured result. All tokens of a batch count."""
         if roof is None or (mean := self.typical) is None:
             return {}
         tokens = self.case.batch * self.case.tokens
@@ -95,8 +95,8 @@ def run(
     checkpoint: Checkpoint, cases: Sequence[Case], device: torch.device, dtype: torch.dtype,
     roof: Roof | None, repeats: int, names: Sequence[str], judge: Judge,
 ) -> Iterator[ModelResult]:  # fmt: skip
-    """Results provider by provider, in the order of PROVIDERS: transformers as it is, which the
-    judge compares this project with, is ahead; without a roof checked, and not timed."""
+    """Yields results provider by provider, in the order of PROVIDERS. There transformers precedes
+    this project, because the judge compares their errors. Without a roof, nothing is timed."""
     config = checkpoint.config
     for name in (name for name in PROVIDERS if name in names):
         results = [
@@ -107,7 +107,7 @@ def run(
             clear()
             before = torch.cuda.memory_reserved() if device.type == "cuda" else 0
             provider = PROVIDERS[name](checkpoint, dtype, device)
-        except Exception as problem:  # a rival may fail in any way: it is listed, the rest runs
+        except Exception as problem:  # a rival may raise anything: list it and go on
             status = verdict(problem)
             yield from (replace(result, status=status) for result in results)
             continue
@@ -121,7 +121,7 @@ def race(
     provider: Provider, result: ModelResult, device: torch.device, before: int, roof: Roof | None,
     repeats: int, judge: Judge,
 ) -> ModelResult:  # fmt: skip
-    """One test, checked and timed. before: bytes reserved without the provider."""
+    """Checks and times one test. before: bytes reserved before the provider was loaded."""
     case = result.case
     try:
         clear()
@@ -143,7 +143,7 @@ def timed(
 ) -> ModelResult:  # fmt: skip
     case, cuda = result.case, device.type == "cuda"
     if cuda:
-        torch.cuda.empty_cache()  # of the judge
+        torch.cuda.empty_cache()  # the judge's memory
         torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocab_size, (case.batch, case.room), generator=generator).to(device)
@@ -172,8 +172,8 @@ def timed(
         token_seconds = step_seconds(provider.step, case.tokens, cuda)
     peak = torch.cuda.max_memory_reserved() - before if cuda else None
     times = (floor := roof.floor(result.work)) / statistics.fmean(seconds)
-    if cuda and times > 1.25:  # a graph that captured nothing, a clock that did not wait
-        raise Wrong(f"{times:.2g} times as fast as the roof, {floor:.2g} s")
+    if cuda and times > 1.25:  # e.g. an empty graph, or a clock that did not wait
+        raise Wrong(f"{times:.2g} times the roof's speed, {floor:.2g} s")
     return replace(
         result, seconds=tuple(seconds), token_seconds=tuple(token_seconds), peak_bytes=peak,
         memory=provider.memory(),
@@ -181,7 +181,7 @@ def timed(
 
 
 def step_seconds(step: Callable[[], Tensor], steps: int, cuda: bool) -> list[float]:
-    """Seconds of each step, on the device: from the end of the step before to its own."""
+    """Returns the seconds of each step, on a GPU from the end of the previous step to its own."""
     if not cuda:
         return [wall_seconds(step) for _ in range(steps)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
@@ -194,7 +194,7 @@ def step_seconds(step: Callable[[], Tensor], steps: int, cuda: bool) -> list[flo
 
 
 def clear() -> None:
-    """Frees memory and resets Dynamo, so that no provider takes them from the next."""
+    """Frees memory and resets Dynamo, so that providers do not affect each other."""
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
@@ -202,7 +202,7 @@ def clear() -> None:
 
 
 def skipped_graphs() -> int:
-    """How often Inductor has compiled without the CUDA graph that it was asked for."""
+    """Returns how often Inductor has skipped a CUDA graph that was requested."""
     from torch._dynamo.utils import counters
 
     return counters["inductor"]["cudagraph_skips"]

@@ -1,4 +1,4 @@
-"""transformers' models of the same config, for benchmarks to race and tests to compare with."""
+"""Creates transformers' model of a checkpoint, for benchmarks and tests to compare with."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SAME_IN_GEMMA_2_AND_3 = (
 
 
 def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
-    """The same model in transformers' words."""
+    """Returns transformers' config of the same model."""
     same = {name: getattr(config, name) for name in SAME}
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.model_type == "gemma":
-        # Spelled out: some releases compute Gemma 1 with another gelu by default.
+        # Explicit, because some releases compute Gemma 1 with another gelu by default.
         same["hidden_act"] = "gelu_pytorch_tanh"
         return transformers.GemmaConfig(rope_parameters=rope, **same)
     same |= {name: getattr(config, name) for name in SAME_IN_GEMMA_2_AND_3}
@@ -39,7 +39,8 @@ def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
 def transformers_model(
     checkpoint: Checkpoint, attention: str, dtype: torch.dtype, device: torch.device | str
 ) -> transformers.PreTrainedModel:
-    """transformers' model with the checkpoint's weights; its GGUF loader drops parts of some."""
+    """Returns transformers' model with the checkpoint's weights, copied one by one, because
+    transformers' GGUF loader drops parts of some checkpoints."""
     config = transformers_config(checkpoint.config)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(

@@ -1,8 +1,8 @@
-"""A certificate of fidelity for this machine: the kernels against float64, the model against its
-reference in float32, each beside eager PyTorch, with a verdict a line.
+"""An accuracy certificate for this machine: kernels against float64, the model against its
+reference in float32, each next to eager PyTorch, with one verdict per line.
 
-A figure may be as large as `factor` times eager's, and `slack` more; MARGINS says why. Nothing is
-compared with figures from elsewhere, except through the slack.
+A figure's limit is `factor` times eager's figure plus `slack`; MARGINS states the reasons. Except
+for the slack, nothing is compared with figures from another machine.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from gemma_fast.benchmarks.verify.model import check_model, dtypes_of, rival, te
 from gemma_fast.kernels.launch import runs_triton
 from gemma_fast.load import pick_device
 
-WIDTH = 120  # of what is not a terminal
+WIDTH = 120  # in characters, if the output is not a terminal
 
 
 def certify(model: str | None, device: str | None, dtype: str, tokens: int, as_json: bool) -> bool:
-    """Prints the certificate, progress to stderr; whether every line passed."""
+    """Prints the certificate, and progress to stderr. Returns whether every line passed."""
     if runs_triton(torch.empty(0)):
         raise ValueError(
             "TRITON_INTERPRET is set, so the model would run in the interpreter: unset it"
@@ -61,7 +61,7 @@ def certify(model: str | None, device: str | None, dtype: str, tokens: int, as_j
 def how_checked(device: torch.device) -> str:
     if device.type == "cuda":
         return "The kernels were checked on this GPU."
-    runs_here = "what runs on this device is the CPU path, checked too."
+    runs_here = "this device runs the CPU path, which was checked too."
     if find_spec("triton") is None:
         return f"Triton is not installed: no kernel was checked; {runs_here}"
     where = "in Triton's interpreter only, in float32 and float16"
@@ -78,15 +78,15 @@ def kernel_lines(device: torch.device) -> Iterator[Finding]:
     if find_spec("triton"):
         click.echo("kernels, in Triton's interpreter", err=True)
         yield from interpreted()
-    click.echo("their references on the CPU", err=True)
+    click.echo("kernels' references, on the CPU", err=True)
     yield from check_kernels(device, [torch.float32, torch.bfloat16], margins.CPU_PATH)
 
 
 def interpreted() -> list[Finding]:
-    """In a process of its own: what a kernel runs in is settled when it is imported."""
+    """Runs a separate process, because TRITON_INTERPRET is read when a kernel is imported."""
     command = [sys.executable, "-m", "gemma_fast.benchmarks.verify.kernels"]
-    root = Path(__file__).parents[3]  # where the package lies, installed or not
-    # It computes what masks leave out, and warns that this overflows.
+    root = Path(__file__).parents[3]  # the folder that contains the package, installed or not
+    # The interpreter also computes masked elements, and warns if they overflow.
     quiet = "ignore::RuntimeWarning:triton.runtime.interpreter"
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": quiet}
     done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
@@ -97,7 +97,7 @@ def interpreted() -> list[Finding]:
 
 
 def as_text(head: Mapping[str, Any], lines: Iterable[Finding], passed: bool) -> str:
-    """JSON, in which a figure that is not finite is null."""
+    """Returns JSON, in which a figure that is not finite is null."""
     limits = {name: margin._asdict() for name, margin in MARGINS.items()}
     found = {"stamp": head, "margins": limits, "lines": [x.as_dict() for x in lines]}
     text = json.dumps(found | {"passed": passed})
@@ -111,7 +111,7 @@ def show(head: Mapping[str, Any], lines: Iterable[Finding], passed: bool) -> Non
     console.print(f"{heading(head, None)} {head['kernels']}", highlight=False)
     for part, group in groupby(lines, lambda line: line.part):
         other = head["beside"] if part == MODEL else "eager"
-        title = f"{head['model']} before the reference in float32" if part == MODEL else part
+        title = f"{head['model']} against the reference in float32" if part == MODEL else part
         table = Table("", "dtype", OURS, other, "allowed", "", title=title)
         for line in group:
             columns = zip(*(figure[1:] for figure in line.figures), strict=True)

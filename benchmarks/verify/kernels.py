@@ -1,10 +1,11 @@
-"""Every kernel's error against float64, in ulps, beside that of the same formula op by op.
+"""Every kernel's error against float64, in ulps, next to that of eager PyTorch.
 
-    python -m gemma_fast.benchmarks.verify.kernels    # in Triton's interpreter: a JSON array
+    python -m gemma_fast.benchmarks.verify.kernels    # prints a JSON array
 
-An error is counted in ulps: in spacings of the dtype at the true value, or, where that is smaller,
-at the RMS of the whole output, because a sum's rounding does not shrink with its result. The choice
-of a token errs by the distance of its true logit from the largest, in ulps of the largest.
+The command is for Triton's interpreter, so it needs TRITON_INTERPRET=1. One ulp is the spacing of
+the dtype at the true value, or at the RMS of the whole output if that is larger, because a sum's
+rounding error does not shrink with the result. A token's error is the largest logit minus the
+token's true logit, in ulps of the largest.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from gemma_fast.benchmarks.measure.outcome import Wrong, full_precision, verdict
 from gemma_fast.benchmarks.verify import margins as of
 from gemma_fast.benchmarks.verify.margins import Finding, finding
 
-# With 1 added, none is a bf16, and the last no fp16; the first is one of Gemma's.
+# 1 + weight is inexact in bf16 for all, and in fp16 for the last. Gemma has the first.
 NORM_WEIGHTS = 15.8125, 2**-8, 2**-11
 
 
 def check_kernels(
     device: torch.device, dtypes: Iterable[torch.dtype], part: str
 ) -> Iterator[Finding]:
-    """A finding for each check and dtype; a kernel that raises has failed."""
+    """Yields a finding for each check and dtype. A kernel that raises has failed."""
     for check in CHECKS:
         for dtype in dtypes:
             try:
@@ -40,14 +41,14 @@ def check_kernels(
                     eager = errors(check, plain(check.formula), device, dtype)
                 pairs = {name: (ours[name], eager[name]) for name in ours}
                 yield finding(part, check.name, dtype, pairs)
-            except Exception as problem:  # of any kind: it is listed, and the rest runs
+            except Exception as problem:  # any exception: list it and go on
                 yield finding(part, check.name, dtype, {}, verdict(problem))
 
 
 def errors(
     check: Check, prepare: Callable[..., Call], device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """The largest and the RMS error, in ulps; of several outputs the worst."""
+    """Returns the largest and the RMS error in ulps (of the worst output), or the token's error."""
     exact = check.formula(*upcast(inputs_of(check, device, dtype), torch.float64))
     found = prepare(*inputs_of(check, device, dtype))()
     if check.chooses:
@@ -61,13 +62,13 @@ def errors(
 
 
 def inputs_of(check: Check, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    """The same each time, because some ops write to their inputs."""
+    """Creates the inputs again, with equal values, because some ops write to them."""
     given = make_inputs(check, check.sizes[device.type == "cuda"], device, dtype, seed=0)
     for x in given:
-        if is_float(x) and x.ndim == 1:  # of a norm
+        if is_float(x) and x.ndim == 1:  # a norm's weight
             x[: len(NORM_WEIGHTS)] = torch.tensor(NORM_WEIGHTS)
     if device.type == "cuda":
-        torch.cuda.synchronize()  # at rest: a kernel may then prefetch its weights
+        torch.cuda.synchronize()  # finish all writes: kernels may prefetch weights
     return given
 
 
@@ -79,14 +80,14 @@ def value_ulps(found: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def choice_ulps(found: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """found :: [b] tokens, or logits :: [b, vocab]. A row that was refused: infinite."""
+    """found :: [b] tokens, or logits :: [b, vocab]. A token of -1 (not finite) gives infinity."""
     token = found.argmax(-1) if is_float(found) else found
     best, chosen = exact.amax(-1), exact.gather(1, token.clamp(min=0)[:, None])[:, 0]
     return ((best - chosen) / spacing(best, dtype)).masked_fill(token < 0, torch.inf)
 
 
 def spacing(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance of two neighbouring numbers of the dtype at `size`."""
+    """Returns the distance between neighboring numbers of the dtype at `size`."""
     eps = torch.full_like(size, torch.finfo(dtype).eps)
     return torch.ldexp(eps, torch.frexp(size).exponent - 1)
 

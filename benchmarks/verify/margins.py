@@ -1,4 +1,4 @@
-"""Figures of the certificate, the margins that they may differ by, and a verdict a finding."""
+"""Figures of the certificate, their margins, and the verdict of each finding."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ CPU_PATH, MODEL = f"The CPU path, the kernels' references: {ERRORS}", "model"
 
 
 class Margin(NamedTuple):
-    """(factor, slack) in float32 and in 16 bits, and why so."""
+    """(factor, slack) in float32 and in 16 bits, and the reason."""
 
     float32: tuple[float, float]
     half: tuple[float, float]
     why: str
 
 
-MAX_ULP, RMS_ULP, CHOICE_ULP = "max ulp", "RMS ulp", "ulp under the best"
+MAX_ULP, RMS_ULP, CHOICE_ULP = "max ulp", "RMS ulp", "ulp below the best"
 KL_MEAN, KL_MAX = "KL mean", "KL max"
 DELTA_MEAN, DELTA_MAX = "|Δ| mean", "|Δ| max"
 TOP_1, PERPLEXITY = "top-1 agreement", "perplexity change"
-ALIKE, GAP = "greedy tokens until they part", "largest gap"
-BATCH_DELTA, BATCH_ALIKE = "|Δ| max, batch 8", "greedy texts alike"
+ALIKE, GAP = "greedy tokens until they differ", "largest gap"
+BATCH_DELTA, BATCH_ALIKE = "|Δ| max, batch 8", "equal greedy texts"
 BATCH_GAP = "largest gap, batch 8"
 LOGITS_VARY, TOKENS_VARY = "logits that vary", "tokens that vary"
-NOISE = "in float32 sums in another order, and exp and rsqrt of a GPU"
+NOISE = "float32 sums in another order, exp and rsqrt of the GPU"
 MARGINS = {
-    RMS_ULP: Margin((2, 2), (1.1, 0.05), f"{NOISE}; in 16 bits no step more is rounded"),
-    MAX_ULP: Margin((3, 16), (1.5, 1), "the largest of many errors scatters"),
-    CHOICE_ULP: Margin((2, 16), (1.5, 2), "of a chosen token's logit; near-ties fall either way"),
-    KL_MEAN: Margin((2, 1e-8), (1.25, 1e-5), "two roundings of one model differ by as much"),
-    KL_MAX: Margin((3, 1e-6), (2, 1e-3), "the largest of many scatters"),
-    DELTA_MEAN: Margin((2, 1e-4), (1.1, 1e-3), "of logits; two roundings differ by as much"),
-    DELTA_MAX: Margin((3, 1e-3), (1.5, 0.05), "the largest of many scatters"),
-    TOP_1: Margin((1, -0.002), (1, -0.02), "at least; near-ties fall either way"),
-    PERPLEXITY: Margin((2, 1e-5), (1.5, 0.005), "of the text, relative to the reference's"),
-    GAP: Margin((0, 1e-3), (2, 0.25), "a token chosen may lie so far under the reference's best"),
-    BATCH_DELTA: Margin((3, 1e-3), (1.5, 0.05), "batch 8 takes other sums than batch 1"),
-    BATCH_GAP: Margin((0, 1e-3), (2, 0.25), "a token chosen in a batch, under what is best alone"),
+    RMS_ULP: Margin((2, 2), (1.1, 0.05), f"{NOISE}; 16 bits: no additional rounding"),
+    MAX_ULP: Margin((3, 16), (1.5, 1), "the largest of many errors varies"),
+    CHOICE_ULP: Margin((2, 16), (1.5, 2), "a near-tie may give either token"),
+    KL_MEAN: Margin((2, 1e-8), (1.25, 1e-5), "two roundings of one model differ this much"),
+    KL_MAX: Margin((3, 1e-6), (2, 1e-3), "the largest of many values varies"),
+    DELTA_MEAN: Margin((2, 1e-4), (1.1, 1e-3), "two roundings of one model differ this much"),
+    DELTA_MAX: Margin((3, 1e-3), (1.5, 0.05), "the largest of many values varies"),
+    TOP_1: Margin((1, -0.002), (1, -0.02), "a minimum; a near-tie may give either token"),
+    PERPLEXITY: Margin((2, 1e-5), (1.5, 0.005), "relative to the reference's on the text"),
+    GAP: Margin((0, 1e-3), (2, 0.25), "the reference's best logit minus the token's"),
+    BATCH_DELTA: Margin((3, 1e-3), (1.5, 0.05), "batch 8 sums in another order than batch 1"),
+    BATCH_GAP: Margin((0, 1e-3), (2, 0.25), "best logit without a batch minus the token's"),
     LOGITS_VARY: Margin((0, 0), (0, 0), "same input, same bits"),
     TOKENS_VARY: Margin((0, 0), (0, 0), "same input, same tokens"),
 }  # fmt: skip
@@ -53,7 +53,7 @@ class Figure(NamedTuple):
     name: str
     ours: float
     eager: float | None  # None: not measured
-    limit: float | None  # None: shown, not judged
+    limit: float | None  # None: shown without a limit
 
     @property
     def ok(self) -> bool:
@@ -69,7 +69,7 @@ class Finding:
     check: str
     dtype: str
     figures: tuple[Figure, ...]
-    note: str = ""  # what a check raised
+    note: str = ""  # the error that a check raised
 
     @property
     def ok(self) -> bool:
@@ -89,7 +89,7 @@ def finding(
     part: str, check: str, dtype: torch.dtype,
     pairs: Mapping[str, tuple[float, float | None]], note: str = "",
 ) -> Finding:  # fmt: skip
-    """pairs: a figure's name → ours, eager's; MARGINS gives the limit."""
+    """pairs: figure's name → (ours, eager's). MARGINS gives the limits."""
     figures = []
     for name, (ours, eager) in pairs.items():
         limit = None

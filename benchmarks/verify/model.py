@@ -1,4 +1,4 @@
-"""The model in a dtype, beside its rival in that dtype, both before the reference in float32."""
+"""Compares the model and its rival, in the same dtype, with the reference in float32."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from gemma_fast.reference import Reference
 from gemma_fast.text.tokenizer import Tokenizer
 
 RUNS, BATCH = 3, 8
-WRITTEN = 16  # tokens written to each text of a batch, and in a repeated run
-CHUNK = 16  # rows of logits in float64
-OLDEST = 5, 17  # of transformers, that is compared with
-# Charles Darwin, On the Origin of Species (1859), introduction. Longer than a window of 512 tokens.
+WRITTEN = 16  # new tokens of each text in a batch, and in a repeated run
+CHUNK = 16  # rows of logits that are converted to float64 at once
+OLDEST = 5, 17  # the oldest transformers to compare with
+# Charles Darwin, On the Origin of Species (1859), introduction. It exceeds a window of 512 tokens.
 TEXT = Path(__file__).with_name("texts") / "darwin.txt"
 
 Figures = tuple[float, ...]
@@ -39,7 +39,7 @@ Greedy = Callable[[Any, Tensor, Tensor, int], Tensor]  # model, ids, mask, count
 
 
 def text_ids(checkpoint: Checkpoint, tokens: int) -> Tensor:
-    """[1, t]: TEXT, or random ids for random weights; leaves room for `tokens` more."""
+    """Returns ids [1, t]: TEXT, or random ids for random weights, with room for `tokens` more."""
     config = checkpoint.config
     room = config.max_position_embeddings - max(tokens, WRITTEN)
     if room < 2 * BATCH:
@@ -52,8 +52,8 @@ def text_ids(checkpoint: Checkpoint, tokens: int) -> Tensor:
 
 
 def dtypes_of(checkpoint: Checkpoint, device: torch.device, asked: str) -> list[torch.dtype]:
-    """The one asked for (ValueError: this model overflows it), or all that the device is for; on a
-    GPU float32 only where the reference and another model as large fit."""
+    """Returns the dtype asked for, or with "auto" the device's usual ones (on a GPU float32 only if
+    the reference and a second model fit). Raises ValueError if the model overflows the former."""
     if asked != "auto":
         refuse_overflow(checkpoint.config, getattr(torch, asked))
         return [getattr(torch, asked)]
@@ -68,8 +68,8 @@ def dtypes_of(checkpoint: Checkpoint, device: torch.device, asked: str) -> list[
 
 
 def rival() -> tuple[str, Load]:
-    """transformers, or where it is missing or old this project's reference: its name, and how to
-    load it. Both are called as the reference is."""
+    """Returns the name and the loader of transformers' model, or of this project's reference if
+    transformers is missing or too old. Both models are called as the reference is."""
     version = installed_version("transformers")
     if version is None or tuple(map(int, version.split(".")[:2])) < OLDEST:
         found = "is not installed" if version is None else f"is {version}, older than 5.17"
@@ -91,14 +91,14 @@ def eager_greedy(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
     return torch.stack([loop.prefill(ids), *(loop.step() for _ in range(count - 1))], dim=1)
 
 
-# Each check and its figures, in the order of Text.figures and Text.varying.
+# Each check and its figures, in the order in which Text.figures and Text.varying return them.
 LINES = {
     "KL(reference ‖ model), mean / max": (of.KL_MEAN, of.KL_MAX),
     "|Δ logit|, mean / max": (of.DELTA_MEAN, of.DELTA_MAX),
     of.TOP_1: (of.TOP_1,),
     of.PERPLEXITY: (of.PERPLEXITY,),
-    "{tokens} greedy tokens: until they part / gap": (of.ALIKE, of.GAP),
-    f"batch {BATCH}: |Δ logit| / texts alike / gap": (of.BATCH_DELTA, of.BATCH_ALIKE, of.BATCH_GAP),
+    "{tokens} greedy tokens: until they differ / gap": (of.ALIKE, of.GAP),
+    f"batch {BATCH}: |Δ logit| / equal texts / gap": (of.BATCH_DELTA, of.BATCH_ALIKE, of.BATCH_GAP),
     f"{RUNS} runs: differing logits / texts": (of.LOGITS_VARY, of.TOKENS_VARY),
 }
 
@@ -108,8 +108,8 @@ def check_model(
     checkpoint: Checkpoint, ids: Tensor, dtypes: Sequence[torch.dtype], tokens: int,
     other: tuple[str, Load],
 ) -> Iterator[Finding]:  # fmt: skip
-    """ids :: [1, t], a text, on the device; tokens: how many are written after it; other: see
-    rival"""
+    """Yields the findings of each dtype. ids :: [1, t], on the device; tokens: number of new ones;
+    other: see rival"""
     with full_precision():
         text = Text(Judge(checkpoint, torch.float32, ids.device), ids, tokens)
         for dtype in dtypes:
@@ -120,7 +120,7 @@ def check_model(
                 varying = text.varying(model) if name == OURS else (None, None)
                 greedy = our_greedy if name == OURS else eager_greedy
                 found.append((*text.figures(model, greedy), *varying))
-                del model  # its memory first
+                del model  # frees its memory first
             eager, ours = map(iter, found)
             for check, names in LINES.items():
                 pairs = {name: (next(ours), next(eager)) for name in names}
@@ -128,7 +128,7 @@ def check_model(
 
 
 class Text:
-    """ids :: [1, t], what the judge's reference says of it, and how models differ from that."""
+    """A text, ids :: [1, t], the reference's logits for it, and how models differ from them."""
 
     def __init__(self, judge: Judge, ids: Tensor, tokens: int) -> None:
         self.reference, self.ids, self.tokens = judge.reference, ids, tokens
@@ -142,16 +142,16 @@ class Text:
         return *close, *self.agreement(chosen), *self.batch(model, greedy)
 
     def agreement(self, chosen: Tensor) -> Figures:
-        """Number of tokens before the first that the reference would not choose, and the largest
-        distance of a token's logit from the reference's best."""
+        """Returns the number of tokens before the first that the reference would not choose, and
+        the largest gap between the reference's best logit and that of a token."""
         read = torch.cat((self.ids, chosen[:, :-1]), dim=1)
         truth = self.reference(read, use_cache=False, logits_to_keep=self.tokens).logits
         gaps = under_the_best(truth[0], chosen[0])
         return float((gaps == 0).cumprod(0).sum()), float(gaps.max())
 
     def batch(self, model: Any, greedy: Greedy) -> Figures:
-        """Beginnings of the text, padded on the left, and what it writes after them; beside what
-        it makes of each of these texts alone, read at once."""
+        """Compares a left-padded batch of beginnings of the text, and the tokens decoded after
+        them, with one forward pass over each of these texts alone."""
         t = max(self.ids.shape[1] // 4, 2 * BATCH)
         lengths = [t * (row + 1) // BATCH for row in range(BATCH)]
         ids = torch.stack([self.ids[0, :t].roll(t - length) for length in lengths])
@@ -173,7 +173,7 @@ class Text:
         return float(torch.stack(deltas).max()), float((gap == 0).sum()), float(gap.max())
 
     def varying(self, model: GemmaForCausalLM) -> Figures:
-        """How many of the runs after the first gave other logits, to the bit, and another text."""
+        """Returns how many repeated runs gave other logits (bitwise), and how many another text."""
         mask = torch.ones_like(self.ids)
         logits = model(self.ids, use_cache=False).logits
         text = our_greedy(model, self.ids, mask, WRITTEN)
@@ -183,14 +183,14 @@ class Text:
 
 
 def closeness(logits: Tensor, truth: Tensor, ids: Tensor) -> Figures:
-    """logits, truth :: [t, vocab], after each of ids :: [t] → the first six figures of LINES"""
+    """logits, truth :: [t, vocab], for each of ids :: [t] → the first six figures of LINES"""
     columns = []
     for rows in torch.arange(len(ids), device=ids.device).split(CHUNK):
         ours, true = logits[rows].double(), truth[rows].double()
         delta, shift = ours - true, ours.logsumexp(-1) - true.logsumexp(-1)
         kl = shift - (true.softmax(-1) * delta).sum(-1)
         target = ids.roll(-1)[rows, None]
-        surprise = shift - delta.gather(1, target)[:, 0]  # more than the reference's
+        surprise = shift - delta.gather(1, target)[:, 0]  # loss minus the reference's
         alike = (ours.argmax(-1) == true.argmax(-1)).double()
         delta = delta.abs()
         columns.append(torch.stack((kl, delta.mean(-1), delta.amax(-1), alike, surprise)))

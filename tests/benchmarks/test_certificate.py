@@ -54,7 +54,7 @@ def test_wrong_new_tokens_fail_the_certificate(dtype, monkeypatch):
 
     monkeypatch.setattr(GemmaForCausalLM, "generate", wrong)
     assert failed(model_lines(dtypes=[dtype]).values()) == {
-        "24 greedy tokens: until they part / gap", "batch 8: |Δ logit| / texts alike / gap",
+        "24 greedy tokens: until they differ / gap", "batch 8: |Δ logit| / equal texts / gap",
     }  # fmt: skip
 
 
@@ -124,8 +124,8 @@ def test_certificate_is_printed_and_passes():
     result = run()
     assert result.exit_code == 0, result.output
     for text in (
-        "torch ", "in Triton's interpreter only", "the CPU path, checked too", "add_rms_norm",
-        "tiny before the reference in float32", "top-1 agreement", "3 × eager +16",
+        "torch ", "in Triton's interpreter only", "runs the CPU path", "add_rms_norm",
+        "tiny against the reference in float32", "top-1 agreement", "3 × eager +16",
         "Every line passed.",
     ):  # fmt: skip
         assert text in result.stdout
@@ -140,7 +140,7 @@ def test_certificate_is_printed_as_json():
     assert result.exit_code == 0 and found["passed"]
     assert found["stamp"]["model"] == "tiny" and found["stamp"]["torch"] == torch.__version__
     assert found["margins"].keys() >= {x["name"] for y in found["lines"] for x in y["figures"]} - {
-        "greedy tokens until they part", "greedy texts alike",
+        "greedy tokens until they differ", "equal greedy texts",
     }  # fmt: skip
     dtypes = {line["dtype"] for line in found["lines"] if line["part"] == margins.MODEL}
     assert dtypes == {"bfloat16"}

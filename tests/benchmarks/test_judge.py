@@ -163,7 +163,7 @@ def test_judge_out_of_memory_is_in_the_status(monkeypatch):
 
     monkeypatch.setattr(Judge, "judge", too_much)
     found = judged(monkeypatch, BF16, {EAGER: kind(Eager)})
-    assert found == {EAGER: "cannot: no memory for the reference that judges"}
+    assert found == {EAGER: "cannot: not enough memory for the reference"}
 
 
 def test_wrong_rival_does_not_raise_our_error_limit(monkeypatch):

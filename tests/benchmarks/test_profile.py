@@ -35,7 +35,7 @@ def test_overlapping_time_counts_for_the_earlier_kernel():
     lines = kernel_table(found, clock=100).splitlines()
     assert lines[2].startswith("| matmul | 8x1x1 | 2 | 5.00 | 10.0 | 10.4% |")
     assert lines[-1] == (
-        "Sum 96.0 µs, of which idle 77.0; by the clock, without the profiler, 100.0 µs."
+        "Sum 96.0 µs, of which idle 77.0; wall clock without the profiler: 100.0 µs."
     )
 
 
@@ -62,4 +62,4 @@ def test_more_tokens_than_the_context_is_refused_before_loading():
 def test_command_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = CliRunner().invoke(profile.main, ["-p", "512"])
-    assert done.exit_code and "a profile is of a CUDA GPU, and there is none" in done.output
+    assert done.exit_code and "profiling needs a CUDA GPU, and there is none" in done.output

@@ -180,7 +180,7 @@ def test_command_measures_every_provider_on_a_cpu(tmp_path, monkeypatch):
     ] * 2
     assert [row["provider"] for row in rows] == list(PROVIDERS) * 8
     unable = [row for row in rows if row["provider"] in (STATIC, RINGS) and row["kind"] == "pp"]
-    assert {x["status"] for x in unable} == {"cannot: prompts are not compiled; see sdpa"}
+    assert {x["status"] for x in unable} == {"cannot: prefill is not compiled; see sdpa"}
     rows = [row for row in rows if row not in unable]
     assert all(row["status"] == "ok" and len(row["samples_s"]) == 2 for row in rows)
     assert all(row["x_eager"] == 1 for row in rows if row["provider"] == EAGER)
@@ -209,7 +209,7 @@ def test_case_longer_than_the_context_is_listed_and_the_others_run():
         done = CliRunner().invoke(bench, options)
     assert done.exit_code == 0, done.output
     for name in (EAGER, OURS):
-        long = f"| {name} | pp16384 @ d8 | cannot: 16392 tokens, the context is 16384 |"
+        long = f"| {name} | pp16384 @ d8 | cannot: 16392 tokens exceed the context of 16384 |"
         assert long in done.stdout and f"| {name} | pp8 @ d8 | ok, not measured |" in done.stdout
 
 

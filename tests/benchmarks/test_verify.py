@@ -111,7 +111,7 @@ def test_models_pass(name):
     lines = model_lines(name, (FP32, BF16))
     assert not failed(lines.values())
     assert len(lines) == 2 * len(verify_model.LINES)
-    greedy = lines["24 greedy tokens: until they part / gap float32"].figures[0]
+    greedy = lines["24 greedy tokens: until they differ / gap float32"].figures[0]
     assert (greedy.ours, greedy.eager) == (24, 24), "in float32 all tokens must be the reference's"
 
 
