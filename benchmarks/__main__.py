@@ -28,7 +28,7 @@ from gemma_fast.benchmarks.kernels.table import RIVALS, SUITES, missing
 from gemma_fast.benchmarks.measure import machine, report
 from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import serious, with_took
-from gemma_fast.benchmarks.measure.plots import kernel_plots, write_plots
+from gemma_fast.benchmarks.measure.plots import kernel_plots, title_of, write_plots
 from gemma_fast.benchmarks.model.command import run_model
 from gemma_fast.benchmarks.model.providers import PROVIDERS
 
@@ -109,7 +109,7 @@ def run_kernels(
     if roof is None:
         click.echo(report.NOTHING)
     if out:
-        write_plots(kernel_plots, out, roof, results, head["gpu"] or head["cpu"])
+        write_plots(kernel_plots, out, roof, results, title_of(head, None))
     return not serious(results), roof
 
 

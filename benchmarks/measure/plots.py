@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import COPY, OURS
 from gemma_fast.benchmarks.measure.report import speedups
 
+DPI = 160
 Plots = Iterator[tuple[str, Any]]  # a file's name and its figure
+ACCENT, MUTED, PALE, INK = "#1f5fbf", "#9aa4b0", "#e9ecf0", "#24292f"  # on white
 STYLES: dict[str, dict[str, Any]] = {
     OURS: {"linewidth": 2.5, "color": "black", "zorder": 3},
     COPY: {"linestyle": "--", "color": "grey"},
@@ -39,7 +41,14 @@ def write_plots(
         return
     for name, figure in plots(roof, measured):
         figure.suptitle(title, fontsize="small", wrap=True)
-        figure.savefig(folder / f"{name}.png", dpi=120)
+        figure.savefig(folder / f"{name}.png", dpi=DPI)
+
+
+def title_of(stamp: Mapping[str, Any], model: str | None) -> str:
+    """A plot's title: the model or None, dtype and machine, date and commit of the run."""
+    name = "Gemma 3 270M (demo weights)" if model == "demo" else model
+    where = ", ".join(filter(None, (name, stamp["dtype"], stamp["gpu"] or stamp["cpu"])))
+    return f"{where} · {stamp['date']}, commit {stamp['commit'] or 'unknown'}"
 
 
 def kernel_plots(roof: Roof, results: Sequence[Any]) -> Plots:
@@ -59,12 +68,14 @@ def model_plots(roof: Roof, results: Sequence[Any]) -> Plots:
             yield name, _step_time(roof, chosen, name)
 
 
-def _canvas(width: float, height: float, lines: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
-    """A figure and its panels, line by line."""
+def _canvas(
+    width: float, height: float, lines: int = 1, columns: int = 1, **options: Any
+) -> tuple[Any, list[Any]]:
+    """A figure and its panels, line by line. options: of matplotlib's subplots."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(lines, columns, squeeze=False).flat)
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    return figure, list(figure.subplots(lines, columns, squeeze=False, **options).flat)
 
 
 def _plot_lines(panel: Any, points: Sequence[tuple[str, float, float]]) -> None:
@@ -120,29 +131,59 @@ def _roofline(roof: Roof, results: Sequence[Any]) -> Any:
 
 
 def _speed(roof: Roof, results: Sequence[Any]) -> Any:
-    """A panel a kind of test: tests across, a bar a provider."""
-    kinds = [kind for kind in ("pp", "tg") if any(r.case.kind == kind for r in results)]
-    figure, panels = _canvas(9 * len(kinds), 5, columns=len(kinds))
-    names = list(dict.fromkeys(r.provider for r in results))
-    for kind, panel in zip(kinds, panels, strict=True):
-        cases = list(dict.fromkeys(r.case for r in results if r.case.kind == kind))
-        width = 0.8 / len(names)
-        for i, name in enumerate(names):
-            chosen = [r for r in results if r.provider == name and r.case.kind == kind]
-            figures = [r.figures(roof) for r in chosen]
-            xs = [cases.index(r.case) + (i - (len(names) - 1) / 2) * width for r in chosen]
-            rates = [x["tokens_per_s"] for x in figures]
-            deviations = [x["tokens_per_s_sd"] or 0 for x in figures]
-            color = "black" if name == OURS else f"C{i}"
-            panel.bar(xs, rates, width, yerr=deviations, label=name, color=color, ecolor="grey")
-        batches = len({case.batch for case in cases}) > 1
-        labels = [case.name + f", batch {case.batch}" * batches for case in cases]
-        panel.set_xticks(range(len(cases)), labels, rotation=20, ha="right", fontsize="x-small")
-        title = {"pp": "reading a prompt", "tg": "writing"}[kind]
-        panel.set(title=title, ylabel="tokens/s", ylim=(0, None))
-        panel.grid(alpha=0.3, axis="y")
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    """A panel for each kind of test, a group for each test, a bar for each provider. Behind each
+    bar: what the roof of the run allows."""
+    groups: dict[str, dict[Any, list[Any]]] = {"pp": {}, "tg": {}}
+    for r in results:
+        groups[r.case.kind].setdefault(r.case, []).append(r)
+    kinds = [cases for cases in groups.values() if cases]
+    lines = [sum(1 + len(group) for group in cases.values()) for cases in kinds]
+    height = 0.24 * sum(lines) + 0.2 * len(kinds) + 0.6
+    figure, panels = _canvas(9, height, len(kinds), height_ratios=lines)
+    for cases, panel in zip(kinds, panels, strict=True):
+        ticks: dict[float, str] = {}
+        longest, y = 0.0, 0.0
+        for case, group in cases.items():
+            panel.text(0, y, _words(case), va="center", weight="bold")
+            for i, r in enumerate(group, 1):
+                longest = max(longest, _bar(panel, y + i, r, roof))
+                ticks[y + i] = r.provider
+            y += len(group) + 1.2
+        panel.set_yticks([*ticks], [*ticks.values()])
+        panel.tick_params(axis="y", length=0)
+        panel.set(xticks=[], xlim=(0, longest), ylim=(y - 0.6, -0.6))
+        panel.spines[["top", "right", "bottom"]].set_visible(False)
+    rates = f"a copy of {roof.copy / 1e9:.3g} GB/s and a matmul of {roof.product / 1e12:.2g}"
+    told = f"Pale bars: the roof, which this run measured as {rates} TFLOP/s."
+    figure.supxlabel(told, fontsize="small")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     return figure
+
+
+def _bar(panel: Any, y: float, result: Any, roof: Roof) -> float:
+    """Draws a result and its roof, with labels. Returns the x up to which that needs room."""
+    figures, ours = result.figures(roof), result.provider == OURS
+    rate, share = figures["tokens_per_s"], figures.get("mfu", figures.get("mbu"))
+    deviation = figures["tokens_per_s_sd"] or 0
+    panel.barh(y, rate / share, 0.84, color=PALE)
+    panel.barh(
+        y, rate, 0.84, color=ACCENT if ours else MUTED,
+        xerr=deviation, ecolor=INK, error_kw={"linewidth": 1},
+    )  # fmt: skip
+    number = f"{rate:.3g}" if rate < 100 else f"{rate:.0f}"
+    panel.annotate(
+        f"{number} tokens/s, {share:.0%} of the roof", (rate + deviation, y), (6, 0),
+        textcoords="offset points", va="center", color=INK, weight="bold" if ours else "normal",
+    )  # fmt: skip
+    return max(rate / share, 1.6 * rate)
+
+
+def _words(case: Any) -> str:
+    """A test's name, and what that means."""
+    verb = f"prompt of {case.tokens} tokens" if case.kind == "pp" else f"{case.tokens} new tokens"
+    after = f", after {case.depth}" if case.depth else ""
+    batch = f", batch {case.batch}" if case.batch > 1 else ""
+    return f"{case.name}: {verb}{after}{batch}"
 
 
 def _step_time(roof: Roof, results: Sequence[Any], name: str) -> Any:

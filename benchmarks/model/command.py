@@ -11,7 +11,7 @@ import torch
 from gemma_fast.benchmarks.measure import machine
 from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import serious, with_took
-from gemma_fast.benchmarks.measure.plots import model_plots, write_plots
+from gemma_fast.benchmarks.measure.plots import model_plots, title_of, write_plots
 from gemma_fast.benchmarks.measure.report import model_report
 from gemma_fast.benchmarks.model.cases import cases, find
 from gemma_fast.benchmarks.model.judge import Judge
@@ -68,7 +68,6 @@ def run_model(
     report = model_report(head, roof, results, about)
     if out:
         report.write(out)
-        title = f"{name}, {head['dtype']}, {head['gpu'] or head['cpu']}"
-        write_plots(model_plots, out, roof, results, title)
+        write_plots(model_plots, out, roof, results, title_of(head, name))
     click.echo(report.json if output == "json" else report.markdown, nl=False)
     return not serious(r for r in results if r.case in fitting)

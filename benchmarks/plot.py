@@ -1,0 +1,71 @@
+"""Draws the plots of a results.json again; nothing is measured.
+
+python -m benchmarks.plot benchmarks/results/cpu-amd-epyc
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gemma_fast.benchmarks.kernels.suite import KernelResult
+from gemma_fast.benchmarks.measure.machine import Roof, Work
+from gemma_fast.benchmarks.measure.plots import kernel_plots, model_plots, title_of, write_plots
+from gemma_fast.benchmarks.measure.timing import Times
+from gemma_fast.benchmarks.model.cases import Case
+from gemma_fast.benchmarks.model.race import ModelResult
+
+
+def model_result(row: Mapping[str, Any]) -> ModelResult:
+    """The result that report.model_report wrote as `row`."""
+    case = Case(row["kind"], row["tokens"], row["depth"], row["batch"])
+    seconds, of_tokens = (tuple(row.get(name, ())) for name in ("samples_s", "token_samples_s"))
+    return ModelResult(
+        case, row["provider"], row["status"], work_of(row), seconds=seconds, token_seconds=of_tokens
+    )
+
+
+def kernel_result(row: Mapping[str, Any]) -> KernelResult:
+    """The result that report.kernel_report wrote as `row`."""
+    times = None
+    if "median_us" in row:
+        times = Times(*(row[name] / 1e6 for name in ("median_us", "p20_us", "p80_us")))
+    return KernelResult(
+        row["suite"], row["size"], row["provider"], row["status"], work_of(row),
+        times=times, graph=row.get("graph"),
+    )  # fmt: skip
+
+
+def work_of(row: Mapping[str, Any]) -> Work:
+    return Work(row.get("bytes", 0), row.get("flops", 0))  # 0: not measured, so not drawn
+
+
+def draw(folder: Path) -> None:
+    """Writes the plots of folder/results.json beside it. ValueError: it has no such results."""
+    file = folder / "results.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        roof, rows = found["roof"] and Roof(**found["roof"]), found["results"]
+        of_model = any("kind" in row for row in rows)
+        results = [*map(model_result if of_model else kernel_result, rows)]
+        title = title_of(found["stamp"], rows[0]["model"] if of_model else None)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(f"{file} does not hold results of the benchmarks: {error!r}") from error
+    write_plots(model_plots if of_model else kernel_plots, folder, roof, results, title)
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def main(folder: Path) -> None:
+    try:
+        draw(folder)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

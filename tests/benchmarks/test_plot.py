@@ -1,0 +1,67 @@
+"""Plots drawn again from a results.json, and what the README's picture says."""
+
+import json
+from pathlib import Path
+from shutil import copy
+
+import pytest
+from click.testing import CliRunner
+
+from gemma_fast.benchmarks import plot
+from gemma_fast.benchmarks.kernels.suite import KernelResult
+from gemma_fast.benchmarks.measure.machine import Roof, Work
+from gemma_fast.benchmarks.measure.outcome import OURS
+from gemma_fast.benchmarks.measure.plots import model_plots
+from gemma_fast.benchmarks.measure.report import kernel_report
+from gemma_fast.benchmarks.measure.timing import Times
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/cpu-amd-epyc/results.json"
+FOUND = json.loads(RESULTS.read_text())
+ROOF = Roof(**FOUND["roof"])
+
+
+def test_results_are_read_back_as_they_were_written():
+    for row in FOUND["results"]:
+        result = plot.model_result(row)
+        figures = result.figures(ROOF)
+        assert result.case.name == row["test"]
+        assert figures["tokens_per_s"] == pytest.approx(row["tokens_per_s"])
+        for share in {"mfu", "mbu"} & row.keys():
+            assert figures[share] == pytest.approx(row[share])
+
+
+def test_bars_are_labelled_with_their_figures():
+    name, figure = next(model_plots(ROOF, [*map(plot.model_result, FOUND["results"])]))
+    assert name == "speed" and len(figure.axes) == 2
+    assert [len(panel.patches) for panel in figure.axes] == [2 * 6, 2 * 6]  # each with its roof
+    prompts, steps = ([text.get_text() for text in panel.texts] for panel in figure.axes)
+    assert "1094 tokens/s, 57% of the roof" in prompts
+    assert "24.2 tokens/s, 39% of the roof" in steps
+    assert figure.get_facecolor() == (1, 1, 1, 1)
+
+
+def test_command_draws_a_model(tmp_path):
+    copy(RESULTS, tmp_path)
+    done = CliRunner().invoke(plot.main, [str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert {x.name for x in tmp_path.glob("*.png")} == {"speed.png", "depth.png"}
+
+
+def test_command_draws_kernels(tmp_path):
+    work, times = Work(6e7, 1e9), Times(4e-5, 3.6e-5, 4.4e-5)
+    results = [
+        KernelResult("rms_norm", "8192 x 2048", OURS, "ok", work, times=times, graph=True),
+        KernelResult("rms_norm", "8192 x 2048", "liger", "not installed: x", work),
+    ]
+    kernel_report(FOUND["stamp"], ROOF, results, {"rms_norm": "RMSNorm"}).write(tmp_path)
+    done = CliRunner().invoke(plot.main, [str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "roofline.png").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"results": []}', "no JSON"], ids=str)
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    done = CliRunner().invoke(plot.main, [str(tmp_path)])
+    assert done.exit_code == 1
+    assert "results.json does not hold results of the benchmarks" in done.output

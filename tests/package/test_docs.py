@@ -1,0 +1,211 @@
+"""README.md, CONTRIBUTING.md and docs/: their code runs, their links lead somewhere, their figures
+are those of the results.
+
+Python blocks of a page run in order, in one process. Commands of shell blocks run one by one. A
+comment directly before a block says otherwise, and why:
+
+    <!-- not run: needs a GPU -->
+    <!-- slow: loads the demo weights -->     only `make test-all` runs it
+
+`make` commands are not run either; their targets must exist.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+PAGES = [x for x in (README, CONTRIBUTING) if x.exists()] + sorted((ROOT / "docs").rglob("*.md"))
+RESULTS = ROOT / "benchmarks/results/cpu-amd-epyc/results.json"
+MARKER = re.compile(r"<!-- *(not run|slow)(?:: *(.*?))? *-->")
+FENCE = re.compile(r"^( *)```(\w*)$")
+TIMEOUT = 600  # seconds
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int  # of its fence, from 1
+    language: str
+    code: str
+    marker: str  # "", "not run" or "slow"
+    reason: str | None
+
+
+def blocks_of(page: Path) -> list[Block]:
+    found, start, lines = [], None, page.read_text(encoding="utf-8").splitlines()
+    for i, line in enumerate(lines):
+        fence = FENCE.match(line)
+        if fence and start is None:
+            start, language = i, fence[2]
+        elif fence and start is not None:
+            marked = MARKER.fullmatch(lines[start - 1].strip()) if start else None
+            marker, reason = marked.groups() if marked else ("", None)
+            code = "\n".join(lines[start + 1 : i])
+            found.append(Block(page, start + 1, language, code, marker, reason))
+            start = None
+    assert start is None, f"{page.name}:{start + 1} opens a block that does not end"
+    return found
+
+
+BLOCKS = {page: blocks_of(page) for page in PAGES}
+
+
+def commands_of(block: Block) -> list[str]:
+    """Commands of a shell block without their comments; continued lines are joined."""
+    lines = block.code.replace("\\\n", " ").splitlines()
+    return [line for line in (re.sub(r"(^|\s)#.*", "", x).strip() for x in lines) if line]
+
+
+def python_programs() -> Iterator:
+    """A page's blocks as one program. A page with slow blocks has a second program with them."""
+    for page, blocks in BLOCKS.items():
+        runs = [x for x in blocks if x.language == "python" and x.marker != "not run"]
+        quick = [x for x in runs if not x.marker]
+        name = str(page.relative_to(ROOT))
+        if quick:
+            yield pytest.param(quick, id=name)
+        if len(quick) < len(runs):
+            yield pytest.param(runs, id=f"{name}, all", marks=pytest.mark.slow)
+
+
+def shell_commands() -> Iterator:
+    for page, blocks in BLOCKS.items():
+        for block in blocks:
+            if block.language not in ("bash", "sh") or block.marker == "not run":
+                continue
+            marks = [pytest.mark.slow] if block.marker == "slow" else []
+            for command in commands_of(block):
+                name = f"{page.relative_to(ROOT)}: {command}"
+                yield pytest.param(command, id=name, marks=marks)
+
+
+PROGRAMS, COMMANDS = list(python_programs()), list(shell_commands())
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    """This clone and this Python come first. The interpreter of conftest.py is off."""
+    rest = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    threads = {"OMP_NUM_THREADS": "1"}  # as in conftest.py: as many processes as cores
+    return rest | threads | {"PATH": os.pathsep.join(paths), "PYTHONPATH": str(ROOT)}
+
+
+def run(command: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, timeout=TIMEOUT,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}"
+
+
+@pytest.mark.parametrize("blocks", PROGRAMS)
+def test_python_blocks_run(blocks, environment, request):
+    program = "\n".join(block.code for block in blocks)
+    if "demo_checkpoint" in program:
+        request.getfixturevalue("demo_gguf")  # skips where the extra `demo` is missing
+    run([sys.executable, "-c", program], environment)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_shell_commands_run(command, environment, request):
+    name = command.split()[0]
+    if shutil.which(name, path=environment["PATH"]) is None:
+        pytest.skip(f"{name} is not installed")
+    if name == "make":
+        command = command.replace("make", "make -n", 1)  # prints what the target would run
+    elif name == "gemma-fast":
+        request.getfixturevalue("demo_gguf")
+    run(["bash", "-c", command], environment)
+
+
+def test_enough_blocks_run():
+    """So that a change of the pages' format cannot empty the tests above."""
+    assert sum(len(x.values[0]) for x in PROGRAMS if not x.marks) >= 5
+    assert sum(block.marker == "slow" for blocks in BLOCKS.values() for block in blocks) >= 5
+    assert len(COMMANDS) >= 8
+    assert {"gemma-fast", "python", "make"} <= {x.values[0].split()[0] for x in COMMANDS}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_block_that_does_not_run_says_why(page):
+    blocks = BLOCKS[page]
+    for block in blocks:
+        where = f"{page.name}:{block.line}"
+        assert block.language, f"{where}: a block without a language"
+        assert not block.marker or block.reason, f"{where}: {block.marker!r} without a reason"
+    placed = len(MARKER.findall(page.read_text(encoding="utf-8")))
+    assert placed == sum(bool(x.marker) for x in blocks), "a marker that is not before a block"
+
+
+def prose(page: Path) -> str:
+    """The page without its code."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's names of the page's headings."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = prose(page)
+    defined = dict(re.findall(r"^\[([^\]]+)\]: *(\S+)$", text, flags=re.M))
+    shortcuts = re.findall(r"\[([\w./-]+\.\w+)\](?![\[(:])", text)
+    assert {*shortcuts} <= {*defined}, "a reference without its definition"
+    for target in [*re.findall(r"\]\(([^)\s]+)\)", text), *defined.values()]:
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), f"{page.name} links to {target}, which does not exist"
+        assert not anchor or anchor in anchors(file), f"{page.name}: no heading for {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_table_cells_hold_something(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for i, line in enumerate(lines):
+        header = i + 1 < len(lines) and re.match(r"^\|[-:| ]+\|$", lines[i + 1])
+        if not line.startswith("|") or header:
+            continue
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+        assert all(cells), f"{page.name}:{i + 1}: an empty cell"
+        assert "not measured" not in line.lower(), f"{page.name}:{i + 1}"
+
+
+def test_readme_is_short():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert not [line for line in lines if len(line) > 120]
+
+
+def test_figures_are_those_of_the_results():
+    """The picture's alternative text in the README, and the table in docs/benchmarks.md."""
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["results"]
+    figures = {(x["test"], x["provider"]): x for x in rows}
+    providers = ("eager", "transformers (sdpa)", "gemma_fast")
+    read = [figures["pp512", name] for name in providers]
+    written = [figures["tg32 @ d512", name] for name in providers]
+    rates = [[f"{x['tokens_per_s']:.0f}" for x in read]]
+    rates += [[f"{x['tokens_per_s']:.1f}" for x in written]]
+    shares = [[f"{100 * x['mfu']:.0f}" for x in read], [f"{100 * x['mbu']:.0f}" for x in written]]
+    readme = " ".join(README.read_text(encoding="utf-8").split())
+    for (a, b, c), (d, e, f) in zip(rates, shares, strict=True):
+        assert f"{a}, {b} and {c} ({d}, {e} and {f} % of the roof)" in readme
+    table = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    for cells in zip(rates[0], shares[0], rates[1], shares[1], strict=True):
+        assert "| {} t/s | {} % | {} t/s | {} % |".format(*cells) in table
