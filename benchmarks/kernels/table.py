@@ -1,28 +1,27 @@
-"""All kernel suites by name, all checks, and the packages that rivals need."""
+"""All kernel suites by name and all checks, found in the files beside this one; the packages that
+rivals need."""
 
-from gemma_fast.benchmarks.kernels import (
-    attention,
-    decode_attention,
-    embed,
-    geglu,
-    lm_head,
-    matvec,
-    rmsnorm,
-    rotary,
-)
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from gemma_fast.benchmarks.kernels.suite import Suite
 from gemma_fast.benchmarks.measure.machine import installed_version
 
-SUITES = {
-    suite.name: suite
-    for suite in (
-        rmsnorm.RMS_NORM, rmsnorm.ADD_RMS_NORM, rmsnorm.ADD_RMS_NORM_POST, geglu.GEGLU,
-        rotary.ROTARY_WRITE, attention.ATTENTION, geglu.GATE_UP_GEGLU, matvec.NORM_LINEAR,
-        decode_attention.DECODE_ATTENTION, matvec.LINEAR, lm_head.LM_HEAD,
-    )
-}  # fmt: skip
+NO_SUITES = ("__init__", "rivals", "suite", "table")
 
-MODULES = (embed, rmsnorm, rotary, attention, decode_attention, geglu, matvec, lm_head)
-CHECKS = [check for module in MODULES for check in module.CHECKS]
+
+def _suites(module: ModuleType) -> dict[str, Suite]:
+    return {x.name: x for x in vars(module).values() if isinstance(x, Suite)}
+
+
+_modules = [
+    import_module(f"gemma_fast.benchmarks.kernels.{file.stem}")
+    for file in sorted(Path(__file__).parent.glob("*.py"))
+    if file.stem not in NO_SUITES
+]
+SUITES = {name: suite for module in _modules for name, suite in _suites(module).items()}
+CHECKS = [check for module in _modules for check in module.CHECKS]
 
 # Packages that providers need besides torch, by their names on PyPI.
 PACKAGES = {

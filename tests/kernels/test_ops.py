@@ -1,7 +1,9 @@
 """Each kernel's op under torch.library.opcheck: schema, fake tensors, symbolic shapes."""
 
+import importlib
 import inspect
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from marks import RICHEST_FAMILIES, slow
 from tiny_models import CONFIGS, random_model
 from torch.library import opcheck
 
+from gemma_fast import kernels
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.decode_attention import decode_attention, split_attention
 from gemma_fast.kernels.embed import embed
@@ -71,34 +74,46 @@ SPLIT = ("query", "keys", "values", "query_offset", "left_padding", "counter")
 ATTENTION = ("q", "keys", "values", "cos", "sin", "query_offset", "norm_weight")
 
 
+# Op, arguments by their names in tensors(), options. The first line of an op has no None.
+OPS = [
+    (rms_norm, ("q", "norm_weight"), {}),
+    (add_rms_norm, ("k", "v", "norm_weight"), {}),
+    (add_rms_norm, ("k", "v", "norm_weight", "norm_weight"), {}),
+    (geglu, ("q", "q"), {}),
+    (gate_up_geglu, ("q", "gate_up_proj"), {}),
+    (rotary_write, ROTARY, {}),
+    (rotary_write, ROTARY[:-1], {}),
+    (attention, ATTENTION, {"scale": 0.2}),
+    (attention, ATTENTION[:-1], {"scale": 0.2, "window": 4, "softcap": 3.0}),
+    (attention, ROTATED, {"scale": 0.2, "window": 4}),
+    (split_attention, SPLIT, {"scale": 0.2}),
+    (linear, ("x", "gate_up_proj"), {}),
+    (norm_linear, NORM_LINEAR, {}),
+    (
+        norm_linear,
+        ("x", "no_tensor", "norm_weight", "no_tensor", "gate_up_proj"),
+        {"geglu": True},
+    ),
+    (embed, ("ids", "embedding"), {"scale": 2.0}),
+    (decode_attention, (*DECODE, "norm_weight", "k_norm"), {"scale": 0.2}),
+    (decode_attention, DECODE, {"scale": 0.2, "window": 4, "softcap": 3.0}),
+    (sample_token, ("logits", *CHOICE), {}),
+    (sample_token, ("logits", *CHOICE[:-2]), {}),
+    (next_token, NEXT, {"softcap": 30.0}),
+]
+FIRST = {op.__name__: (op, names, options) for op, names, options in reversed(OPS)}
+
+
+def test_every_op_is_in_the_table():
+    for file in Path(kernels.__path__[0]).glob("*.py"):
+        importlib.import_module(f"gemma_fast.kernels.{file.stem}")
+    registered = torch._C._dispatch_get_all_op_names()
+    assert set(FIRST) == {x.split("::")[1] for x in registered if x.startswith("gemma_fast::")}
+
+
 @pytest.mark.parametrize(
     ("op", "names", "options"),
-    [
-        (rms_norm, ("q", "norm_weight"), {}),
-        (add_rms_norm, ("k", "v", "norm_weight"), {}),
-        (add_rms_norm, ("k", "v", "norm_weight", "norm_weight"), {}),
-        (geglu, ("q", "q"), {}),
-        (gate_up_geglu, ("q", "gate_up_proj"), {}),
-        (rotary_write, ROTARY, {}),
-        (rotary_write, ROTARY[:-1], {}),
-        (attention, ATTENTION, {"scale": 0.2}),
-        (attention, ATTENTION[:-1], {"scale": 0.2, "window": 4, "softcap": 3.0}),
-        (attention, ROTATED, {"scale": 0.2, "window": 4}),
-        (split_attention, SPLIT, {"scale": 0.2}),
-        (linear, ("x", "gate_up_proj"), {}),
-        (norm_linear, NORM_LINEAR, {}),
-        (
-            norm_linear,
-            ("x", "no_tensor", "norm_weight", "no_tensor", "gate_up_proj"),
-            {"geglu": True},
-        ),
-        (embed, ("ids", "embedding"), {"scale": 2.0}),
-        (decode_attention, DECODE, {"scale": 0.2, "window": 4, "softcap": 3.0}),
-        (decode_attention, (*DECODE, "norm_weight", "k_norm"), {"scale": 0.2}),
-        (sample_token, ("logits", *CHOICE), {}),
-        (sample_token, ("logits", *CHOICE[:-2]), {}),
-        (next_token, NEXT, {"softcap": 30.0}),
-    ],
+    OPS,
     ids=lambda x: getattr(x, "__name__", None) or str(x),
 )
 @pytest.mark.parametrize("permuted", [*slow(False), True], ids=["contiguous", "permuted"])
@@ -111,28 +126,8 @@ def test_op_passes_opcheck(op, names, options, permuted, device):
     opcheck(overload, tuple(given[name] for name in names), options)
 
 
-@pytest.mark.parametrize(
-    ("op", "names"),
-    [
-        (rms_norm, ("q", "norm_weight")),
-        (add_rms_norm, ("k", "v", "norm_weight", "norm_weight")),
-        (geglu, ("q", "q")),
-        (gate_up_geglu, ("q", "gate_up_proj")),
-        (rotary_write, ROTARY),
-        (attention, ATTENTION),
-        (split_attention, SPLIT),
-        (linear, ("x", "gate_up_proj")),
-        (norm_linear, NORM_LINEAR),
-        (embed, ("ids", "embedding")),
-        (decode_attention, (*DECODE, "norm_weight", "k_norm")),
-        (sample_token, ("logits", *CHOICE)),
-        (next_token, NEXT),
-    ],
-    ids=lambda x: getattr(x, "__name__", None),
-)
-def test_input_that_requires_grad_raises(op, names):
-    scaled = attention, decode_attention, split_attention, embed
-    options = {"scale": 0.2} if op in scaled else {}
+@pytest.mark.parametrize(("op", "names", "options"), FIRST.values(), ids=FIRST)
+def test_input_that_requires_grad_raises(op, names, options):
     parameters = list(inspect.signature(op).parameters)
     for i in range(len(names)):
         given = [tensors()[n] for n in names]

@@ -77,7 +77,7 @@ TYPES = {
     torch.int64: "i64",
 }
 MODULES = (
-    attention, sample, decode_attention, embed, geglu, lm_head, matvec, rmsnorm, rotary
+    attention, decode_attention, embed, geglu, lm_head, matvec, rmsnorm, rotary, sample
 )  # fmt: skip
 # Options of the compiler, not of the kernel.
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion")

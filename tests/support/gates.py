@@ -8,11 +8,10 @@ from gemma_fast.kernels.launch import Gpu
 
 Kernel = dict[str, Any]
 
-# Maximum number of loads below 16 bytes a thread. They load positions, norms and splits, never
-# weights, keys or values.
+COMPUTE_BOUND = ("_attention_kernel", "_gate_up_geglu_kernel")
+# Maximum number of loads below 16 bytes a thread, where it is not 0. They load positions, norms and
+# splits, never weights, keys or values.
 NARROW_LOADS = {
-    "_rms_norm_kernel": 0,
-    "_geglu_kernel": 0,
     "_embed_kernel": 1,
     "_matvec_kernel": 8,
     "_sample_token_kernel": 16,
@@ -62,11 +61,12 @@ def fits_twice(kernel: Kernel, gpu: Gpu) -> bool:
 
 def wide_loads(kernel: Kernel, gpu: Gpu) -> str | None:
     """Kernels that are bound by memory must load 16 bytes a thread at a time."""
-    narrow = NARROW_LOADS.get(kernel["kernel"])
+    narrow = NARROW_LOADS.get(kernel["kernel"], 0)
     if kernel["kernel"] == "_rotary_write_kernel":
         norm = kernel["types"]["rotary.norm_weight"] != "constexpr"
         narrow = 3 if norm else 1  # query offset; norm weights
-    if narrow is None or (kernel["wide_loads"] and kernel["narrow_loads"] <= narrow):
+    held = kernel["wide_loads"] and kernel["narrow_loads"] <= narrow
+    if held or kernel["kernel"] in COMPUTE_BOUND:
         return None
     return f"{kernel['narrow_loads']} narrow loads"
 
