@@ -92,7 +92,7 @@ def test_results_are_written_after_each_size(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["rmsnorm"], "no suite rmsnorm: choose from rms_norm, add_rms_norm"),
+        (["rmsnorm"], "no suite rmsnorm: choose from attention, decode_attention"),
         (["geglu", "--model", "demo"], "--model is for the suite model"),
         (["geglu", "-d", "5"], "-d is for the suite model"),
         (["-o", "json"], "-o json is for the suite model alone"),
