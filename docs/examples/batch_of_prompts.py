@@ -22,7 +22,7 @@ SETTINGS = {
     "greedy": {"do_sample": False},
     "sampled": {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "seed": 1},
 }
-NEW_TOKENS = 20  # of each text: with eos_token_id=[] no token ends one
+NEW_TOKENS = 16  # of each text: with eos_token_id=[] no token ends one
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="directory, .gguf file or hub id; default: the demo weights")
