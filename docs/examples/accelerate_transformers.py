@@ -1,10 +1,10 @@
-"""A transformers model before and after accelerate(): its greedy text, and the time that it takes.
+"""A transformers model before and after accelerate(): its text, its time, and the code it runs.
 
+    pip install ".[demo,hf]"
     python docs/examples/accelerate_transformers.py --model google/gemma-3-1b-it
 
-Then prints how many norms, MLPs and attentions run which code. On a CPU the kernels' PyTorch
-references run, which are not faster. On a GPU, in bfloat16, rounding can change a token where two
-are almost equally likely. Without --model it uses the demo weights, and takes a minute on a CPU.
+On a CPU the kernels' PyTorch references run, which are not faster. On a GPU, in bfloat16, rounding
+can change a token where two are almost equally likely. The demo weights take a minute on a CPU.
 """
 
 import argparse

@@ -22,7 +22,7 @@ SETTINGS = {
     "greedy": {"do_sample": False},
     "sampled": {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "seed": 1},
 }
-NEW_TOKENS = 16  # of each text: with eos_token_id=[] no token ends one
+NEW_TOKENS = 16  # at most, of each text
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="directory, .gguf file or hub id; default: the demo weights")
@@ -33,12 +33,13 @@ model = GemmaForCausalLM.from_pretrained(path)
 # padding=True pads the shorter prompts on the left, and attention_mask is 0 there: [b, t].
 batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
 prompt_length = batch.input_ids.shape[1]
-
 for name, settings in SETTINGS.items():
     model.generate(**batch, max_new_tokens=2, **settings)  # compiles the kernels, on a GPU
     start = time.perf_counter()
-    ids = model.generate(**batch, max_new_tokens=NEW_TOKENS, eos_token_id=[], **settings)
+    ids = model.generate(**batch, max_new_tokens=NEW_TOKENS, **settings)  # [b, t + new]
     seconds = time.perf_counter() - start
-    print(f"{name}: {ids[:, prompt_length:].numel() / seconds:.1f} new tokens/s, prefill included")
-    for prompt, row in zip(PROMPTS, ids[:, prompt_length:], strict=True):
+    new = ids[:, prompt_length:]  # a text that ends early is filled up with padding
+    count = (new != tokenizer.pad_token_id).sum()
+    print(f"{name}: {count / seconds:.1f} new tokens/s, prefill included")
+    for prompt, row in zip(PROMPTS, new, strict=True):
         print(f"  {prompt!r} -> {tokenizer.decode(row, skip_special_tokens=True)!r}")

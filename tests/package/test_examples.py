@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs/examples"
 # What follows in float32 with the demo weights, which are a base model: it repeats the question.
 ANSWER = "Hello mendatanguser\nHello mendatang"
-SAMPLED = " a string to a different position. What I have been doing is using a button, but it is"
+SAMPLED = " a string to a different position. What I have been doing is using a button"
 LOG_LIKELIHOODS = {" to": -1.632, " to a new country": -5.148, " my car": -3.876}
 PERPLEXITIES = {
     "The cat sat on the mat and slept.": 62.5, "The mat slept on the and cat sat.": 1657.3
@@ -56,7 +56,7 @@ def test_stream_a_chat(run, demo_gguf):
 
 
 def test_batch_of_prompts(run, demo_gguf):
-    """Left padding changes no text, and the seed gives the same text everywhere."""
+    """The shortest prompt is padded: its greedy text is that of the prompt alone."""
     printed = run()
     greedy, sampled = re.findall(r"'I want to move' -> (.*)", printed)
     assert CONTINUATION.startswith(greedy.strip('"')) and len(greedy) > 50
