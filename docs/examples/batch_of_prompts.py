@@ -20,7 +20,7 @@ PROMPTS = [
 ]
 SETTINGS = {
     "greedy": {"do_sample": False},
-    "sampled": {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "seed": 1},
+    "sampled": {"do_sample": True, "temperature": 0.8, "top_k": 64, "seed": 1},
 }
 NEW_TOKENS = 16  # at most, of each text
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs/examples"
 # What follows in float32 with the demo weights, which are a base model: it repeats the question.
 ANSWER = "Hello mendatanguser\nHello mendatang"
-SAMPLED = " a string to a different position. What I have been doing is using a button"
+SAMPLED = " a string to a different position. What I expected to see is the result is"
 LOG_LIKELIHOODS = {" to": -1.632, " to a new country": -5.148, " my car": -3.876}
 PERPLEXITIES = {
     "The cat sat on the mat and slept.": 62.5, "The mat slept on the and cat sat.": 1657.3
