@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the imports, which define kernels
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from tiny_models import CONFIGS, Twins
 from triton import knobs
 from triton_interpreter import interpreter
 
+for _file in (Path(__file__).parents[1] / "kernels").glob("*.py"):
+    import_module(f"gemma_fast.kernels.{_file.stem}")  # while kernels are defined as interpreted
 knobs.runtime.interpret = False
 torch.set_num_threads(1)  # the models are tiny, and pytest runs a process per core
 
