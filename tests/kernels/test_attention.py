@@ -1,5 +1,6 @@
 """attention and rotary_write against a plain fp64 softmax over keys in order of position."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -262,3 +263,14 @@ def test_query_heads_must_be_a_multiple_of_kv_heads(device):
     start = torch.zeros(1, dtype=torch.int32, device=device)
     with pytest.raises(AssertionError, match="3 query heads are not a multiple of 2 kv heads"):
         attention(q, kv, kv, *angles(start, 2), start, scale=1.0)
+
+
+@pytest.mark.parametrize("page", ["kernels/attention.py", "docs/kernels.md"])
+def test_picture_of_the_key_axis_is_right(page):
+    """Queries 21 … 26 with a window of 18, blocks of 4 keys from position 4 on."""
+    visible = attention_file.visible_keys(torch.tensor([21]), None, 6, 28, window=18)[0]
+    lines = (Path(__file__).parents[2] / page).read_text().splitlines()
+    drawn = [line for line in lines if line.strip().startswith("query 2")]
+    for i, (line, row) in enumerate(zip(drawn, visible, strict=True)):
+        blocks = ["".join("█" if x else "·" for x in keys) for keys in row[4:].view(-1, 4)]
+        assert line.strip().startswith(f"query {21 + i}     {' '.join(blocks)}")
