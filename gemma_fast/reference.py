@@ -167,9 +167,9 @@ class Reference:
             visible = seen
             if (window := config.window(i)) is not None:
                 visible = seen & (source > target - window)
-            turns = angles(config, position_ids, kind)
+            cos_sin = angles(config, position_ids, kind)
             past_of_layer = past_key_values[i] if past_key_values else None
-            hiddens, key_values = self.layer(i, hiddens, visible, turns, past_of_layer)
+            hiddens, key_values = self.layer(i, hiddens, visible, cos_sin, past_of_layer)
             cache.append(key_values)
 
         hiddens = self.norm(hiddens[:, -logits_to_keep:], "model.norm")
@@ -182,16 +182,16 @@ class Reference:
         i: int,
         hiddens: Tensor,
         visible: Tensor,
-        turns: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, Tensor],
         past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Returns hiddens :: [b, t, hidden] after layer i, and its K and V of past and new tokens.
 
-        turns: cos and sin of the new tokens' rotary angles; past: K and V of the past tokens.
+        cos_sin: cos and sin of the new tokens' rotary angles; past: K and V of the past tokens.
         """
         name = f"model.layers.{i}"
         x = self.norm(hiddens, f"{name}.input_layernorm")
-        x, key_values = self.attention(f"{name}.self_attn", x, visible, turns, past)
+        x, key_values = self.attention(f"{name}.self_attn", x, visible, cos_sin, past)
         # In Gemma 1, post_attention_layernorm is the name of the norm before the MLP.
         before_mlp = "post_attention_layernorm"
         if self.config.post_norms:
@@ -210,7 +210,7 @@ class Reference:
         name: str,
         x: Tensor,
         visible: Tensor,
-        turns: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, Tensor],
         past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Returns the output :: [b, t, hidden], and K and V of past and new tokens."""
@@ -219,7 +219,7 @@ class Reference:
         q, k, v = (y.view(b, t, -1, d).transpose(1, 2) for y in (q, k, v))  # [b, heads, t, d]
         if config.qk_norm:
             q, k = self.norm(q, f"{name}.q_norm"), self.norm(k, f"{name}.k_norm")
-        q, k = rotate(q, *turns), rotate(k, *turns)
+        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)  # [b, n, s, d]
         scale = config.query_pre_attn_scalar**-0.5

@@ -1,4 +1,4 @@
-"""The residual stream as input of a decode step's matmul: it is added, normalised and rounded while
+"""The residual stream as input of a decode step's matmul: it is added, normalized and rounded while
 it is loaded, as in rmsnorm.py. Each program loads whole rows, because the norm needs them."""
 
 from typing import Any, NamedTuple
@@ -69,7 +69,7 @@ def norm_scales(
 def load_input(
     stream, scales, rows, k, DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Loads columns k … k + BLOCK_K - 1 of the matmul's input, normalised: [BLOCK_B, BLOCK_K], in
+    """Loads columns k … k + BLOCK_K - 1 of the matmul's input, normalized: [BLOCK_B, BLOCK_K], in
     x's dtype."""
     row, col = tl.arange(0, BLOCK_B)[:, None], k + tl.arange(0, BLOCK_K)[None, :]
     mask = (row < rows) & (col < DIM)  # [BLOCK_B, BLOCK_K]

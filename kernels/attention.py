@@ -10,7 +10,7 @@ keys, values :: [b, n, slots, d], q.dtype, K rotated: a ring buffer, slot `p % s
 cos, sin     :: [b, t, d / 2], fp32, of the queries' positions; None: q is rotated already
 query_offset :: [b], int32: position of each row's query 0; query i has position query_offset + i
 left_padding :: [b], int32: positions below it are padding, and their output is 0; None: below zero
-norm_weight  :: [d] or None: no norm (Gemma 3 normalises queries before it rotates them)
+norm_weight  :: [d] or None: no norm (Gemma 3 normalizes queries before it rotates them)
 window       :: a query at p sees the keys p - window + 1 … p; None: 0 … p
 returns      :: [b, t, heads, d], q.dtype
 

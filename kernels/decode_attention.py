@@ -1,6 +1,6 @@
 """Decode attention: one new token per sequence attends to the cache.
 
-    decode_attention  normalises and rotates the token's q and k, and writes its k and v:
+    decode_attention  normalizes and rotates the token's q and k, and writes its k and v:
     q, k = rotate(rms_norm(q)), rotate(rms_norm(k));  slot = position % slots
     keys[:, :, slot] = k;  values[:, :, slot] = v
     split_attention   takes a q that is rotated and a cache that holds the token's k and v already
@@ -15,7 +15,7 @@ position     :: [b], int32, of the new token. Below zero: padding; its output is
                 written
 left_padding :: [b], int32: positions below it are padding, which no token sees; None: below zero
 counter      :: [at least b * n], int32, zeros, and zeros again afterwards: counts programs
-q_norm, k_norm :: [d] or None: no norm (Gemma 3 normalises q and k before it rotates them)
+q_norm, k_norm :: [d] or None: no norm (Gemma 3 normalizes q and k before it rotates them)
 window       :: the token sees the keys position - window + 1 … position; None: all in the ring
 prefetch     :: start while the previous kernel still runs, if the GPU can (programmatic dependent
                 launch, PDL). position, cos, sin and norms must be older than the previous kernel,

@@ -9,7 +9,7 @@ weight           :: [out, dim], x.dtype
 norm_weight      :: [dim], any float; post_norm_weight :: the same, or None
 y                :: [..., out], with geglu [..., out / 2]; h :: [..., dim]; both x.dtype
 
-The norm, h and the normalised row are rounded as in rmsnorm.py; sums are in fp32. Up to MAX_ROWS
+The norm, h and the normalized row are rounded as in rmsnorm.py; sums are in fp32. Up to MAX_ROWS
 rows are one launch: one row in registers (_gemv.py), 2 to 8 on tensor cores (_skinny.py). Each
 program loads all of x and some rows of the weight; program 0 stores h. With `prefetch`, the first
 block of the weight is fetched before the wait for the previous kernel. More rows take three steps:

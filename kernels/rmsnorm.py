@@ -1,4 +1,4 @@
-"""RMSNorm in one pass: each row is read once, normalised in fp32 and written once.
+"""RMSNorm in one pass: each row is read once, normalized in fp32 and written once.
 
     rms_norm      y = x / sqrt(mean(x², axis=-1) + eps) * (1 + weight)
     add_rms_norm  h = residual + x, or in Gemma 2 and 3 residual + rms_norm(x, post_weight)
@@ -36,7 +36,7 @@ def add_rms_norm_reference(
 
 
 @triton.jit
-def _normalise(x, weight_ptr, cols, mask, EPS: tl.constexpr, DIM: tl.constexpr):
+def _normalize(x, weight_ptr, cols, mask, EPS: tl.constexpr, DIM: tl.constexpr):
     """RMSNorm of one row, [BLOCK], fp32."""
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     return x * tl.rsqrt(tl.sum(x * x) / DIM + EPS) * (1 + weight)
@@ -65,11 +65,11 @@ def _rms_norm_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row * residual_row_stride + cols, mask=mask, other=0.0)
         if post_weight_ptr is not None:
-            x = _normalise(x, post_weight_ptr, cols, mask, EPS, DIM).to(dtype).to(tl.float32)
+            x = _normalize(x, post_weight_ptr, cols, mask, EPS, DIM).to(dtype).to(tl.float32)
         h = (x + residual.to(tl.float32)).to(dtype)
         tl.store(h_ptr + row * DIM + cols, h, mask=mask)
         x = h.to(tl.float32)
-    tl.store(out_ptr + row * DIM + cols, _normalise(x, weight_ptr, cols, mask, EPS, DIM), mask=mask)
+    tl.store(out_ptr + row * DIM + cols, _normalize(x, weight_ptr, cols, mask, EPS, DIM), mask=mask)
 
 
 def default_config(dim: int) -> dict[str, int]:
@@ -118,7 +118,7 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, post_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Adds x, normalised if post_weight is given, to the residual, and normalises the sum: (y, h).
+    """Adds x, normalized if post_weight is given, to the residual, and normalizes the sum: (y, h).
     Off the GPU it runs the reference."""
     if not runs_triton(x):
         y, h = add_rms_norm_reference(x, residual, weight, post_weight, eps)

@@ -1,4 +1,4 @@
-"""Rotary embedding and KV cache write: K is normalised (Gemma 3) and rotated; V is copied.
+"""Rotary embedding and KV cache write: K is normalized (Gemma 3) and rotated; V is copied.
 
     keys[:, :, slot] = rotate(rms_norm(k));  values[:, :, slot] = v;  slot = position % slots
 
@@ -28,7 +28,7 @@ from gemma_fast.kernels.rmsnorm import rms_norm_reference
 
 
 class Rotary(NamedTuple):
-    """Pointers to what rotates and normalises heads."""
+    """Pointers to what rotates and normalizes heads."""
 
     cos: Any  # fp32, rows of d / 2, contiguous | None: heads are rotated already
     sin: Any  # as cos
@@ -36,7 +36,7 @@ class Rotary(NamedTuple):
 
 
 class QKRotary(NamedTuple):
-    """Pointers to what rotates and normalises q and k."""
+    """Pointers to what rotates and normalizes q and k."""
 
     cos: Any  # [positions, d / 2], contiguous | None: only queries, rotated already
     sin: Any  # as cos
@@ -79,7 +79,7 @@ def rotate_rows(
     HALF: tl.constexpr,  # d / 2
     CHUNK: tl.constexpr,  # channels of each half per iteration; bounds the registers
 ):
-    """Loads rows of heads, normalises them if there is a norm, rotates them and stores them."""
+    """Loads rows of heads, normalizes them if there is a norm, rotates them and stores them."""
     chunk = tl.arange(0, CHUNK)[None, :]  # [1, CHUNK]
     if rotary.norm_weight is not None:
         square_sum = tl.zeros([mask.shape[0], 1], tl.float32)  # [rows, 1]
@@ -106,7 +106,7 @@ def load_new_token(
     position, row, kv_head, n,
     SPEC: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """Decoding: loads a kv head's queries and, as row `group`, its key: normalised and rotated,
+    """Decoding: loads a kv head's queries and, as row `group`, its key: normalized and rotated,
     [BLOCK_M, d]. Also returns its value, [1, d]."""
     GROUP: tl.constexpr = SPEC.group
     D: tl.constexpr = SPEC.dim

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from gemma_fast.benchmarks.kernels.rivals import SDPA, by_pointers, compiled, plain, sdpa
-from gemma_fast.benchmarks.kernels.rotary import TOKENS, Tensors, angles, turn
+from gemma_fast.benchmarks.kernels.rotary import TOKENS, Tensors, angles, norm_and_rotate
 from gemma_fast.benchmarks.kernels.suite import Call, Check, Choices, Prepare, Size, Suite, Tuning
 from gemma_fast.benchmarks.measure.machine import Work, visible_pairs
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, OURS_BY_POINTERS
@@ -80,7 +80,7 @@ def hidden_keys(t: int, window: int | None, device: torch.device) -> Tensor:
 def formula(*given: Any) -> Tensor:
     q, keys, values, cos, sin, _, weight, options = given
     hidden = hidden_keys(q.shape[1], options["window"], q.device)
-    return attend(turn(q, weight, cos, sin), keys, values, hidden, options)
+    return attend(norm_and_rotate(q, weight, cos, sin), keys, values, hidden, options)
 
 
 def rotated(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

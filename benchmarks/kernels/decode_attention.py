@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 
 from gemma_fast.benchmarks.kernels.attention import ALL, attend, named_sizes, rotated, with_options
 from gemma_fast.benchmarks.kernels.rivals import SDPA, plain, sdpa, torch_compiled
-from gemma_fast.benchmarks.kernels.rotary import Tensors, angles, turn
+from gemma_fast.benchmarks.kernels.rotary import Tensors, angles, norm_and_rotate
 from gemma_fast.benchmarks.kernels.suite import Call, Check, Prepare, Suite, Tuning
 from gemma_fast.benchmarks.measure.machine import Work
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, OURS_ALONE
@@ -110,7 +110,7 @@ def formula(*given: Any) -> Tensor:
     """The formula for a full ring, with all rows at the same position."""
     qkv, keys, values, cos, sin, position, q_weight, k_weight, options = given
     q, k, v, cos, sin = at_position(qkv, keys, cos, sin, position)
-    q, k = turn(q, q_weight, cos, sin), turn(k, k_weight, cos, sin)
+    q, k = norm_and_rotate(q, q_weight, cos, sin), norm_and_rotate(k, k_weight, cos, sin)
     slot = int(position[0]) % keys.shape[2]
     keys[:, :, slot], values[:, :, slot] = k.squeeze(1), v.squeeze(1)
     hidden = torch.zeros(1, keys.shape[2], dtype=torch.bool, device=q.device)

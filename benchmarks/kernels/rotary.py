@@ -45,7 +45,7 @@ def work(itemsize: int, t: int, n: int, d: int, norm: bool = False) -> Work:
     return Work(4 * t * n * d * itemsize + t * d * 4, (3 + 4 * norm) * t * n * d)
 
 
-def turn(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+def norm_and_rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
     """Normalizes (if weight is given) and rotates x :: [b, t, heads, d]; cos, sin :: [b, t, d / 2]
     are rounded to x's dtype."""
     x = norm(x, weight)
@@ -57,7 +57,7 @@ def turn(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
 def formula(*given: Any) -> tuple[Tensor, Tensor]:
     """The formula for t tokens at positions 0 … t − 1, which fill all slots."""
     k, v, _, _, cos, sin, _, weight = given
-    return turn(k, weight, cos, sin).transpose(1, 2), v.transpose(1, 2)
+    return norm_and_rotate(k, weight, cos, sin).transpose(1, 2), v.transpose(1, 2)
 
 
 def writing(op: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -14,7 +14,7 @@ attention.py masks and attention, cache.py GemmaFastCache.
 May import: kernels.
 """
 
-OLDEST, BEYOND = "5.17", "6"
+OLDEST, TOO_NEW = "5.17", "6"
 
 try:
     import transformers
@@ -23,9 +23,9 @@ except ImportError as error:
     raise ImportError(
         "gemma_fast.hf needs transformers, which is not installed: pip install 'gemma_fast[hf]'"
     ) from error
-if not Version(OLDEST) <= Version(transformers.__version__) < Version(BEYOND):
+if not Version(OLDEST) <= Version(transformers.__version__) < Version(TOO_NEW):
     raise ImportError(
-        f"gemma_fast.hf supports transformers from {OLDEST} to below {BEYOND}, but found "
+        f"gemma_fast.hf supports transformers from {OLDEST} to below {TOO_NEW}, but found "
         f"{transformers.__version__}: pip install 'gemma_fast[hf]'"
     )
 

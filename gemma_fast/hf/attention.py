@@ -27,7 +27,7 @@ from gemma_fast.kernels.decode_attention import split_attention
 from gemma_fast.kernels.launch import runs_triton
 
 PREFIX = "gemma_fast+"
-RINGS = (
+RING_ERROR = (
     "GemmaFastCache needs an accelerated model, and a causal mask with padding on the left only: "
     "call gemma_fast.hf.accelerate(model), or use a DynamicCache or a StaticCache"
 )
@@ -46,7 +46,7 @@ class RingOffset:
         self.position = position
 
     def __radd__(self, other: Any) -> Any:
-        raise ValueError(RINGS)
+        raise ValueError(RING_ERROR)
 
 
 class Run(NamedTuple):
@@ -56,7 +56,7 @@ class Run(NamedTuple):
     why: str
 
 
-def hands_over(module: nn.Module, part: str, x: Tensor, why: str | None) -> bool:
+def falls_back(module: nn.Module, part: str, x: Tensor, why: str | None) -> bool:
     """Returns whether transformers' own code must run: `why` is the reason, or None. Warns once
     and records the path for `explain`. Raises RuntimeError instead if the module is strict."""
     if why and module.strict:
@@ -118,12 +118,12 @@ def make_mask(
         if not is_tracing(attention_mask):
             plain = bool(whole)
         elif ring:
-            torch._assert_async(whole, RINGS)
+            torch._assert_async(whole, RING_ERROR)
         else:
             plain = False
     if not plain:
         if ring:
-            raise ValueError(RINGS)
+            raise ValueError(RING_ERROR)
         return ALL_MASK_ATTENTION_FUNCTIONS[fallback(original)](
             batch_size=batch_size, q_length=q_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap,
@@ -171,7 +171,7 @@ def attend(
     if accelerated:
         why = reason(module, query, key, value)
         why = why or _reason(module, query, key, value, bounds, dropout, rest)
-    if not accelerated or hands_over(module, "attention", query, why):
+    if not accelerated or falls_back(module, "attention", query, why):
         if bounds is not None:
             attention_mask = _mask(original, query, key, bounds, sliding_window)
         caps = {} if softcap is None else {"softcap": softcap}

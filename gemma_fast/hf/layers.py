@@ -15,7 +15,7 @@ from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaMLP, G
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2MLP, Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3MLP, Gemma3RMSNorm
 
-from gemma_fast.hf.attention import RINGS, Run, hands_over, is_bounds, reason
+from gemma_fast.hf.attention import RING_ERROR, Run, falls_back, is_bounds, reason
 from gemma_fast.hf.cache import GemmaFastCache, Ring
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.rmsnorm import rms_norm
@@ -33,7 +33,7 @@ class FastNorm(Fast):
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
-        if hands_over(self, self.part, x, reason(self, x)):
+        if falls_back(self, self.part, x, reason(self, x)):
             return super().forward(x)
         return rms_norm(x, self.weight, self.eps)
 
@@ -45,7 +45,7 @@ class FastMLP(Fast):
     down_proj: nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if hands_over(self, self.part, x, reason(self, x)):
+        if falls_back(self, self.part, x, reason(self, x)):
             return super().forward(x)
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
@@ -62,7 +62,7 @@ class FastAttention(Fast):
         mask = kwargs.get("attention_mask")
         rings = isinstance(cache, GemmaFastCache) and isinstance(cache.layers[self.layer_idx], Ring)
         if rings and not is_bounds(mask):  # the caller's mask, which does not support rings
-            raise ValueError(RINGS)
+            raise ValueError(RING_ERROR)
         return super().forward(*args, **kwargs)
 
 

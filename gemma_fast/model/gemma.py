@@ -94,15 +94,15 @@ class Gemma(nn.Module):
         """
         hiddens = self.hidden_states(ids, cache).last(1)
         position, counter, token = cache.next_position, cache.counter, sampler.token
-        chosen_by = sampler.temperature, sampler.seed
+        settings = sampler.temperature, sampler.seed
         if sampler.process is not None:
             logits = sampler.process(self.logits(hiddens)[:, -1])
-            sample_token(logits, position, token, counter, *chosen_by)
+            sample_token(logits, position, token, counter, *settings)
             return
         assert hiddens.residual is not None
         next_token(
             hiddens.x[:, -1], hiddens.residual[:, -1], self.norm, hiddens.post_norm,
-            self.embed_tokens, position, token, counter, *chosen_by,
+            self.embed_tokens, position, token, counter, *settings,
             softcap=self.config.final_logit_softcapping, eps=self.config.rms_norm_eps,
             prefetch=True,
         )  # fmt: skip

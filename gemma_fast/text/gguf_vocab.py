@@ -1,7 +1,7 @@
 """Builds a BPE tokenizer from a GGUF file, equal to the one before the conversion to GGUF.
 
 GGUF stores the pieces of a SentencePiece model and their scores, but not BPE's merges. The scores
-define the merges: SentencePiece merges the two neighbours whose joint piece has the highest score,
+define the merges: SentencePiece merges the two neighbors whose joint piece has the highest score,
 so every split of a piece into two pieces is a merge, ranked by the score.
 """
 

@@ -50,8 +50,8 @@ def noise(share):
 def without_rotary(reference):
     attention = reference.attention
 
-    def unrotated(name, x, visible, turns, past):
-        cos, sin = turns
+    def unrotated(name, x, visible, cos_sin, past):
+        cos, sin = cos_sin
         return attention(name, x, visible, (torch.ones_like(cos), torch.zeros_like(sin)), past)
 
     reference.attention = unrotated

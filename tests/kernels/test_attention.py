@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import ATTENTION_ERROR, DTYPES, attention_error
 from marks import slow
-from oracles import angles, softmax_attention, turned
+from oracles import angles, normed_and_rotated, softmax_attention
 from triton_interpreter import interpreter
 
 from gemma_fast.kernels import attention as attention_file
@@ -82,8 +82,8 @@ def check(
         q_positions = torch.arange(before + real.start, total, device=device)
         k_positions = torch.arange(total, device=device)
         expected = softmax_attention(
-            turned(q[row, real], q_positions, q_weight),
-            turned(k[row, :total], k_positions, k_weight).to(dtype), v[row, :total],
+            normed_and_rotated(q[row, real], q_positions, q_weight),
+            normed_and_rotated(k[row, :total], k_positions, k_weight).to(dtype), v[row, :total],
             q_positions, k_positions, window, softcap, scale,
         )  # fmt: skip
         error = attention_error(out[row, real], expected)
@@ -216,9 +216,9 @@ def test_ring_keeps_the_last_tokens_of_a_longer_chunk(device):
 def test_without_a_window_a_query_sees_the_whole_ring(device):
     slots, start = 16, torch.tensor([45], dtype=torch.int32, device=device)
     q, keys, values = torch.randn(3, 1, slots, slots, D, device=device)
-    turn = angles(start, 1)
+    cos_sin = angles(start, 1)
     out, longer, windowed = (
-        attention(q[:, :1], keys, values, *turn, start, scale=0.3, window=window)
+        attention(q[:, :1], keys, values, *cos_sin, start, scale=0.3, window=window)
         for window in (None, slots + 9, slots)
     )
     torch.testing.assert_close(out, windowed)

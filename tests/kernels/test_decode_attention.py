@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import ATTENTION_ERROR, DTYPES, TOLERANCE, attention_error, multiprocessors
-from oracles import angles, softmax_attention, turned
+from oracles import angles, normed_and_rotated, softmax_attention
 from triton_interpreter import interpreter
 
 from gemma_fast.kernels.attention import attention
@@ -57,7 +57,7 @@ class Case:
         self.keys, self.values = torch.full((2, self.b, self.slots, n, d), stale, **make)
         for row, p in enumerate(past):
             old = torch.arange(max(p - self.slots, 0), max(p, 0), device=device)
-            k = turned(self.k[row, old], old, self.norms[1]).to(dtype)
+            k = normed_and_rotated(self.k[row, old], old, self.norms[1]).to(dtype)
             self.keys[row, old % self.slots] = k
             self.values[row, old % self.slots] = self.v[row, old]
         self.keys, self.values = self.keys.transpose(1, 2), self.values.transpose(1, 2)
@@ -84,7 +84,7 @@ class Case:
                 assert (out[row] == 0).all(), "outputs of padding must be zero"
                 continue
             slot, new = p % self.slots, torch.tensor([p], device=out.device)
-            k = turned(self.k[row, new], new, self.norms[1])[0]
+            k = normed_and_rotated(self.k[row, new], new, self.norms[1])[0]
             found = self.keys[row, :, slot]
             torch.testing.assert_close(found.double(), k, **TOLERANCE[dtype])
             assert torch.equal(self.values[row, :, slot], self.v[row, p])
@@ -93,8 +93,8 @@ class Case:
             seen = min(self.slots, self.options["window"] or self.slots)
             positions = torch.arange(max(p - seen + 1, 0), p + 1, device=out.device)
             expected = softmax_attention(
-                turned(self.q[row], new, self.norms[0]),
-                turned(self.k[row, positions], positions, self.norms[1]).to(dtype),
+                normed_and_rotated(self.q[row], new, self.norms[0]),
+                normed_and_rotated(self.k[row, positions], positions, self.norms[1]).to(dtype),
                 self.v[row, positions], new, positions, None, self.options["softcap"], SCALE,
             )  # fmt: skip
             error = attention_error(out[row], expected[0])
@@ -178,9 +178,9 @@ def test_decoding_a_prompt_equals_prefill(dtype, device):
     options = {"scale": SCALE, "window": slots}
     start = torch.zeros(1, dtype=torch.int32, device=device)
     keys, values = torch.zeros(2, 1, n, t, D, device=device, dtype=dtype)
-    turn = angles(start, t)
-    rotary_write(k, v, keys, values, *turn, start, k_norm)
-    expected = attention(q, keys, values, *turn, start, q_norm, **options)[0]
+    cos_sin = angles(start, t)
+    rotary_write(k, v, keys, values, *cos_sin, start, k_norm)
+    expected = attention(q, keys, values, *cos_sin, start, q_norm, **options)[0]
 
     cos, sin = table(t, D, device)
     ring, counter = torch.zeros(2, 1, n, slots, D, device=device, dtype=dtype), start.repeat(n)

@@ -252,7 +252,7 @@ def test_equal_rows_of_the_weight_give_the_lowest_id(same, b, device):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("b", [1, 8, 9])
 def test_next_token_in_16_bits_has_the_highest_logit(b, dtype, device):
-    """The token's exact logit is the highest, up to the error of rounding the normalised input."""
+    """The token's exact logit is the highest, up to the error of rounding the normalized input."""
     given = inputs(b, 128, 500, dtype)
     theirs = [x.to(device) for x in given]
     token = chosen(next_token, *theirs, b=b, device=device).cpu()

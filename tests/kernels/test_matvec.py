@@ -72,7 +72,7 @@ def test_residual_is_rounded_as_in_add_rms_norm(device):
 
 
 @pytest.mark.parametrize("rows", [1, 6])
-def test_the_normalised_row_is_rounded_once_as_in_rms_norm(rows, device):
+def test_the_normalized_row_is_rounded_once_as_in_rms_norm(rows, device):
     """An identity weight returns the row itself. A quarter of it would differ if it were also
     rounded before it is scaled."""
     x, norm_weight = torch.randn(rows, 256, device=device).half(), torch.randn(256, device=device)

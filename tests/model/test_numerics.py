@@ -60,7 +60,7 @@ def test_norm_is_rounded_once():
         assert (out != llama).float().mean() > 0.1
 
 
-def test_the_residual_sum_is_rounded_before_it_is_normalised():
+def test_the_residual_sum_is_rounded_before_it_is_normalized():
     x, residual = torch.randn(2, 64, 64).bfloat16()
     weight = torch.randn(64).bfloat16()
     out, total = add_rms_norm(x, residual, weight)
@@ -76,8 +76,8 @@ def test_rotation_is_rounded_once():
     expected = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
     out = reference.rotate(x, cos, sin)
     assert (out != expected.bfloat16()).float().mean() < 0.005
-    turned = rotate(x.transpose(1, 2), cos[:, 0], sin[:, 0]).transpose(1, 2)
-    torch.testing.assert_close(turned.double(), expected, rtol=0, atol=1e-6)
+    rotated = rotate(x.transpose(1, 2), cos[:, 0], sin[:, 0]).transpose(1, 2)
+    torch.testing.assert_close(rotated.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_gelu_is_the_tanh_approximation():
@@ -102,7 +102,7 @@ def test_gelu_in_gemma_1_configs_means_the_tanh_approximation(tmp_path):
 
 
 def test_angles_are_fp32_in_a_bf16_model():
-    """bf16 cannot represent 257: neighbouring positions would be rotated by equal angles."""
+    """bf16 cannot represent 257: neighboring positions would be rotated by equal angles."""
     config, dtypes = CONFIGS["gemma3-mqa"], (torch.bfloat16, torch.float32)
     half, full = (KVCache(config, 1, 260, dtype=dtype) for dtype in dtypes)
     for cache in (half, full):

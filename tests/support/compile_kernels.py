@@ -126,13 +126,13 @@ def options_by_name(kwargs) -> dict:
     return options
 
 
-def specialised(kernel, args, kwargs) -> tuple[dict, dict, dict]:
+def specialized(kernel, args, kwargs) -> tuple[dict, dict, dict]:
     """Signature, constants and attributes that Triton's launcher would compile a kernel for."""
     constants, attributes = dict(kwargs), {}
 
-    def specialise(value, path: tuple, fixed: bool):
+    def specialize(value, path: tuple, fixed: bool):
         if isinstance(value, tuple):
-            return type(value)(*(specialise(x, (*path, i), fixed) for i, x in enumerate(value)))
+            return type(value)(*(specialize(x, (*path, i), fixed) for i, x in enumerate(value)))
         is_int = isinstance(value, int)
         if value is None or (is_int and value == 1 and fixed):
             constants[path] = value
@@ -143,7 +143,7 @@ def specialised(kernel, args, kwargs) -> tuple[dict, dict, dict]:
         return type_of(value)
 
     signature = {
-        parameter.name: specialise(value, (i,), not parameter.do_not_specialize)
+        parameter.name: specialize(value, (i,), not parameter.do_not_specialize)
         for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False))
     }
     return signature | dict.fromkeys(kwargs, "constexpr"), constants, attributes
@@ -152,7 +152,7 @@ def specialised(kernel, args, kwargs) -> tuple[dict, dict, dict]:
 def compile_launch(kernel, args, kwargs, capability: int):
     kwargs = dict(kwargs)
     options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
-    source = ASTSource(kernel, *specialised(kernel, args, kwargs))
+    source = ASTSource(kernel, *specialized(kernel, args, kwargs))
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -12,7 +12,7 @@ import json
 import sys
 
 import torch
-from compile_kernels import GPUS, launches, record_launches, specialised
+from compile_kernels import GPUS, launches, record_launches, specialized
 from tiny_models import CONFIGS, random_model
 from torch.profiler import ProfilerActivity, profile
 
@@ -49,7 +49,7 @@ def compiled(work) -> set[str]:
     launches.clear()
     work()
     return {
-        repr((kernel.__name__, sorted(kwargs.items(), key=str), specialised(kernel, args, kwargs)))
+        repr((kernel.__name__, sorted(kwargs.items(), key=str), specialized(kernel, args, kwargs)))
         for kernel, args, kwargs in launches
     }
 

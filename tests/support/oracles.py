@@ -18,8 +18,8 @@ def angles(start, t, d=32):
     return angle.cos(), angle.sin()
 
 
-def turned(x, positions, weight):
-    """Normalises x :: [t, heads, d], if there is a weight, and rotates it by positions :: [t]."""
+def normed_and_rotated(x, positions, weight):
+    """Normalizes x :: [t, heads, d], if there is a weight, and rotates it by positions :: [t]."""
     x = x.double()
     if weight is not None:
         x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight.double())
