@@ -59,7 +59,7 @@ def config_from_json(config: Mapping[str, Any]) -> GemmaConfig:
     _refuse_variants(given)
     values = dict(zip(SHAPES, DEFAULT_SHAPES[family], strict=True)) | FAMILIES[family]
     for name in {f.name for f in fields(GemmaConfig)} | {"sliding_window_pattern"}:
-        value = given.get(name, given.get(f"_{name}"))  # transformers may save _name
+        value = given.get(name, given.get(f"_{name}"))  # some transformers versions save _name
         if value is not None or (name in given and name.endswith("softcapping")):
             values[name] = tuple(value) if isinstance(value, list) else value
     if family == "gemma":

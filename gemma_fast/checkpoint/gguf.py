@@ -41,7 +41,7 @@ GEMMA_3_NAMES = GEMMA_2_NAMES | {
 }
 LAYER_NAMES = {"gemma": GEMMA_1_NAMES, "gemma2": GEMMA_2_NAMES, "gemma3": GEMMA_3_NAMES}
 LAYER_TENSOR = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.weight")
-IGNORED = ("rope_freqs.weight", "output.weight")  # the second is a copy of the embedding
+IGNORED = ("rope_freqs.weight", "output.weight")  # RoPE factors; copy of the embedding
 
 
 class GGUFCheckpoint(Checkpoint):

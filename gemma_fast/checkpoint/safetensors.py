@@ -62,8 +62,8 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def _shards(path: Path) -> dict[Path, set[str]]:
-    """Returns each file → names of the tensors that the index lists for the file. A model in a
-    single file has no index, so its names are empty."""
+    """Returns a dict: file → names of the tensors that the index lists for the file. A model in a
+    single file has no index, so the set of names is empty."""
     if (single := path / "model.safetensors").is_file():
         return {single: set()}
     if not (path / INDEX).is_file():

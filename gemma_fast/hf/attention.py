@@ -66,8 +66,8 @@ def falls_back(module: nn.Module, part: str, x: Tensor, why: str | None) -> bool
     if not torch.compiler.is_compiling():
         if why:
             logger.warning_once(
-                f"gemma_fast leaves {part} to transformers: {why}. gemma_fast.hf.explain(model, …) "
-                "lists the modules."
+                f"gemma_fast runs transformers' code for {part}: {why}. gemma_fast.hf.explain(model"
+                ", …) lists the modules."
             )
             module.run = Run("transformers", why)  # type: ignore[assignment]
         elif runs_triton(x):
@@ -218,7 +218,7 @@ def _reason(
     rest: dict[str, Any],
 ) -> str | None:
     if bounds is None:
-        return "a mask is more than causal with left padding, or is first read inside torch.compile"
+        return "the mask is more than causal with left padding, or first read inside torch.compile"
     if dropout:
         return f"dropout {dropout}: the kernels have no dropout; set it to 0"
     if rest.get("output_attentions") or module.config.output_attentions:  # type: ignore[union-attr]

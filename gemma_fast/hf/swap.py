@@ -182,7 +182,7 @@ def _refuse(text: PreTrainedModel) -> None:
     for device in {weight.device for weight in text.parameters()}:
         if device.type not in ("cuda", "cpu"):
             raise ValueError(
-                f"the model is on {device}: move it to cuda for the kernels, or cpu for references"
+                f"the model is on {device}: move it to cuda, or to cpu for the kernels' references"
             )
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             found = ".".join(map(str, torch.cuda.get_device_capability(device)))

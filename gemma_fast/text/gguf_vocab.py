@@ -2,7 +2,7 @@
 
 GGUF stores the pieces of a SentencePiece model and their scores, but not BPE's merges. The scores
 define the merges: SentencePiece merges the two neighbors whose joint piece has the highest score,
-so each split of a piece into two pieces is a merge, and the piece's score is the rank of the merge.
+so each split of a piece into two pieces is a merge, and merges are sorted by the piece's score.
 """
 
 import math
@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 TYPES = range(1, 7)  # 5 and 6 mark unused tokens and bytes
 COLUMNS = {"tokens": str, "scores": float, "token_type": int}
-MAX_PIECE = 256  # characters; Gemma's longest piece has 31. The time for merges is quadratic in it.
+MAX_PIECE = 256  # characters; Gemma's longest piece has 31. Finding merges takes quadratic time.
 
 
 def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
@@ -90,7 +90,7 @@ def _merges(
     ranked = []
     for piece, score, type_ in zip(vocab, scores, types, strict=True):
         if type_ == USER_DEFINED:
-            score = 0.0  # the highest: SentencePiece finds these pieces before it merges
+            score = 0.0  # the highest, as SentencePiece splits off these pieces before it merges
         elif type_ != NORMAL:
             continue
         for cut in range(1, len(piece)):

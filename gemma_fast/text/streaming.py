@@ -12,7 +12,7 @@ MAX_HELD = 16  # ids that may wait for a complete character, which has at most f
 
 
 class TextStreamer:
-    """Writes text while `generate` runs, which passes the prompt, then each new token, to `put`.
+    """Writes text during `generate`, which passes the prompt, then each new token, to `put`.
 
     `write` receives pieces of text that are not empty and do not end inside a character. Joined,
     they equal `tokenizer.decode` of the same ids, unless the bytes are not valid UTF-8.

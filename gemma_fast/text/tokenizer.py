@@ -208,7 +208,7 @@ class Tokenizer:
 
         Returns the same as `tokenizer(text)`, or only its input_ids if return_dict=False. Control
         tokens come only from the template; names of control tokens in a message are encoded as
-        plain text. tokenize=False returns the rendered str, in which both look the same.
+        plain text. tokenize=False returns the rendered str, in which tokens and names look equal.
 
         Raises ValueError if a message is malformed or out of order, or if the template fails.
         """
@@ -273,7 +273,7 @@ def _load(file: Path) -> Backend:
         raise FileNotFoundError(f"{file.parent} has no {file.name}: pass the directory of a model")
     try:
         return Backend.from_file(str(file))
-    except Exception as error:  # tokenizers raises Exception itself
+    except Exception as error:  # tokenizers raises Exception, not a subclass
         raise ValueError(f"{file} is not a readable tokenizer: {error}") from error
 
 

@@ -40,7 +40,7 @@ def test_single_safetensors_file_is_read(tmp_path, family):
 
 @pytest.mark.parametrize("stored", FLOATS, ids=str)
 @pytest.mark.parametrize("wanted", FLOATS, ids=str)
-def test_tensors_are_converted_to_the_wanted_dtype(tmp_path, stored, wanted):
+def test_tensors_are_converted_to_the_requested_dtype(tmp_path, stored, wanted):
     tensors = write_safetensors(tmp_path, tensors=random_tensors("gemma3", stored))
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.dtype == stored

@@ -28,7 +28,7 @@ def refused(source: nn.Module, message: str) -> None:
 
 
 def storages(model: nn.Module) -> dict[int, int]:
-    """Returns the address of each weight's storage → the size of the storage in bytes."""
+    """Returns a dict: address of each weight's storage → size of the storage in bytes."""
     kept = (weight.untyped_storage() for weight in model.parameters())
     return {storage.data_ptr(): storage.nbytes() for storage in kept}
 

@@ -30,7 +30,7 @@ def test_fallback_is_logged_once(model, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             logits(model, ids, RIGHT)
-    said = [r.getMessage() for r in caplog.records if "leaves attention" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "code for attention" in r.getMessage()]
     assert len(said) == 1 and "explain(model" in said[0]
 
 
