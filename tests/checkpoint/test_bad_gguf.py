@@ -158,7 +158,7 @@ def test_tensors_must_match_the_config(tmp_path):
         ("blk.01.ffn_up.weight", r"blk\.01\.ffn_up\.weight is unknown: gemma2 has"),
         ("blk.1.ffn_up.bias", r"blk\.1\.ffn_up\.bias is unknown"),
         ("blk.1.attn_q_norm.weight", r"blk\.1\.attn_q_norm\.weight is unknown"),
-        ("model.norm.weight", r"model\.norm\.weight is unknown"),  # transformers' name
+        ("model.norm.weight", r"model\.norm\.weight is unknown"),  # its name in transformers
         ("token_embd", "token_embd is unknown"),
     ],
 )

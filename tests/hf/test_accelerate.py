@@ -24,7 +24,7 @@ def model(request):
     return make(request.param)
 
 
-def test_logits_are_the_same(model):
+def test_logits_are_the_same_as_before_acceleration(model):
     ids = prompt()
     mask = padded(ids, 7, 0)
     before, plain = logits(model, ids, mask), logits(model, ids)
@@ -35,7 +35,7 @@ def test_logits_are_the_same(model):
 
 
 @pytest.mark.parametrize("family", ["gemma3-gqa", *slow("gemma-mqa", "gemma2-gqa")])
-def test_logits_of_the_triton_kernels_are_the_same(family):
+def test_triton_kernels_give_the_same_logits_as_transformers(family):
     """Runs a prompt and then decode steps, in Triton's interpreter or on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids = make(family).to(device), prompt(t=20).to(device)
@@ -55,7 +55,7 @@ def test_logits_of_the_triton_kernels_are_the_same(family):
 
 @pytest.mark.parametrize("t", [1, 20])
 @pytest.mark.parametrize("family", ["gemma3-gqa", *slow("gemma-mqa", "gemma-mha")])
-def test_logits_of_the_triton_kernels_without_a_cache_are_the_same(family, t):
+def test_triton_kernels_without_a_cache_give_the_same_logits_as_transformers(family, t):
     """Without a cache, the strides of keys can differ from those of values, even if both are
     contiguous (t = 1)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

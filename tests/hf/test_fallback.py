@@ -175,7 +175,7 @@ def test_output_attentions_falls_back(model):
     assert "output_attentions" in reasons["attention"][1]
 
 
-def test_hidden_states_are_the_same(model):
+def test_hidden_states_are_the_same_as_before_acceleration(model):
     ids = prompt()
     with torch.no_grad():
         expected = model(ids, output_hidden_states=True).hidden_states

@@ -42,7 +42,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_generate_gives_the_same_tokens(model, way):
+def test_generate_gives_the_same_tokens_as_transformers(model, way):
     ids = prompt()
     expected = generate(model, ids, padded(ids, 7, 0), **WAYS[way])
     accelerate(model, strict=True)
@@ -52,7 +52,7 @@ def test_generate_gives_the_same_tokens(model, way):
 @pytest.mark.parametrize(
     "way", ["dynamic cache", "rings", *slow("static cache", "beams", "prefill in chunks")]
 )
-def test_generate_on_the_triton_kernels_gives_the_same_tokens(way):
+def test_generate_on_the_triton_kernels_gives_the_same_tokens_as_transformers(way):
     """Each cache has a different layout of keys. Runs in Triton's interpreter, or on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids = make("gemma3-gqa", layers=2).to(device), prompt(t=15).to(device)
@@ -88,7 +88,7 @@ def test_assisted_and_prompt_lookup_decoding_give_the_same_tokens(model, way):
     "length", [T, 3], ids=["longer than the window", "shorter than the window"]
 )
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-def test_rings_give_the_same_tokens(model, options, length):
+def test_rings_give_the_same_tokens_as_transformers(model, options, length):
     ids = prompt(t=length)
     mask = padded(ids, 2, 0)
     expected = generate(model, ids, mask, **options)
@@ -101,7 +101,7 @@ def test_rings_give_the_same_tokens(model, options, length):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 11, 13, 20])
-def test_rings_give_the_same_logits_in_chunks(chunk):
+def test_prompt_in_chunks_gives_the_same_logits_as_transformers(chunk):
     """The text is several windows long, and is read in chunks of `chunk` tokens."""
     model, ids = make("gemma3-gqa"), prompt(t=60)
     mask = padded(ids, 17, 0)
@@ -129,7 +129,7 @@ def test_decode_step_writes_one_slot_of_a_ring():
     assert ring.keys.shape[2] == model.config.sliding_window and ring.keys.data_ptr() == where
 
 
-def test_static_caches_of_two_lengths_give_the_same_tokens(model):
+def test_static_caches_of_two_lengths_give_the_same_tokens_as_transformers(model):
     for room in (T + NEW, 200):
         ids = prompt(t=5)
         restore(model)

@@ -85,7 +85,7 @@ def test_chat_template_equals_transformers(ours, jinja, judge, talk):
             assert text == tokenizer.apply_chat_template(
                 messages, add_generation_prompt=prompt, tokenize=False
             )
-            assert encoding.input_ids == tokenizer.encode(text), "encode(text) differs"
+            assert encoding.input_ids == tokenizer.encode(text), "encode(text) gives other ids"
 
 
 def test_output_types_and_role_aliases_are_supported(ours, judge):
