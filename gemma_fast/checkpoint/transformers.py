@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TransformersCheckpoint(Checkpoint):
-    """A checkpoint of the text model in an instance of one of CLASSES, with shared weights.
+    """A checkpoint that shares the weights of the text model in an instance of one of CLASSES.
 
     Raises ValueError for other classes, variants that this project does not support, an lm_head
     that is not tied to the embedding, and weights that are quantized, wrapped by an adapter,

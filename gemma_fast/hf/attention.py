@@ -108,9 +108,9 @@ def make_mask(
 ) -> Tensor | None:
     """Implements transformers' mask interface. attention_mask :: [b, past + t], bool. Returns
     `bounds`, or transformers' own mask if `bounds` cannot express the mask."""
-    # How transformers calls this for other masks: with use_vmap=True, or with
-    # allow_is_causal_skip=False (also for a single token with a compileable cache). Bidirectional
-    # masks come with allow_is_bidirectional_skip.
+    # For other masks, transformers passes use_vmap=True or allow_is_causal_skip=False (the latter
+    # also for a single token with a compileable cache), and for bidirectional masks
+    # allow_is_bidirectional_skip.
     plain = not use_vmap and "allow_is_bidirectional_skip" not in rest
     if not allow_is_causal_skip:
         plain &= q_length == 1 and not _is_union(mask_function)
@@ -169,9 +169,9 @@ def attend(
     softcap: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Implements transformers' attention interface. query :: [b, n * m, t, d], and from the cache
-    key, value :: [b, n, s, d]; query and key are rotated already. Returns the output,
-    [b, t, n * m, d], and the attention weights, or None if they were not stored."""
+    """Implements transformers' attention interface. query :: [b, n * m, t, d]; key, value ::
+    [b, n, s, d], including those from the cache; query and key are already rotated. Returns the
+    output, [b, t, n * m, d], and the attention weights, or None if they were not stored."""
     bounds = attention_mask if is_bounds(attention_mask) else None
     accelerated = hasattr(module, "part")  # False in a model that only shares the config
     if accelerated:

@@ -19,8 +19,8 @@ from gemma_fast.hf.attention import RingOffset
 
 
 class GemmaFastCache(StaticCache):
-    """StaticCache(config, max_cache_len) with rings. Pass it to `generate` or to the model as
-    `past_key_values`.
+    """A StaticCache with rings: GemmaFastCache(model.config, max_cache_len). Pass it to `generate`
+    or to the model as `past_key_values`.
 
     The model's attention must be accelerated, and the mask must be causal with padding on the left
     only, because transformers' own attention does not support rings. Otherwise the call raises

@@ -33,9 +33,9 @@ def pack(
     padding: bool | str,
     flat: bool,
 ) -> Encoding:
-    """Returns an Encoding of `rows`, the ids of each text. With `flat`, there is one text, and a
-    list of its ids is returned instead of a list of rows. Raises ValueError if `return_tensors` is
-    set for rows of different lengths without `padding`."""
+    """Returns an Encoding of `rows`, the ids of each text. If `flat`, there is one row, and lists
+    contain its ids instead of rows. Raises ValueError if `return_tensors` is set for rows of
+    different lengths without `padding`."""
     if return_tensors not in (None, "pt") or padding not in (True, False, "longest"):
         raise ValueError(
             f'return_tensors must be None or "pt", and padding a bool or "longest", not'
