@@ -1,4 +1,4 @@
-"""Loads named tensors and a config from files or a live transformers model. Files are untrusted.
+"""Loads a config and named tensors, from untrusted files or from a transformers model in memory.
 
 May import: config.
 """

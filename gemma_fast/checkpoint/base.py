@@ -1,4 +1,4 @@
-"""Checkpoint: a text model's config and named tensors, before they are loaded.
+"""Defines Checkpoint, which gives the config of a text model and reads tensors by name.
 
     checkpoint = open_checkpoint("google/gemma-3-270m")
     checkpoint.config, checkpoint.dtype, checkpoint.shapes
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from gemma_fast.config import GemmaConfig
 
-# transformers' tensor names: the text model's prefix in a multimodal model, vision, lm_head.
+# Patterns of transformers' tensor names: prefixes of the text model in a multimodal model, tensors
+# of the vision part, and the lm_head.
 MULTIMODAL_PREFIX = re.compile(r"^(language_model\.model|model\.language_model)\.")
 NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 TIED_HEAD = re.compile(r"((model\.)?language_model\.)?lm_head\.weight$")
@@ -32,13 +33,13 @@ class Checkpoint(ABC):
     """The tensors of a text model, in files or in memory, under transformers' names.
 
     config             the model's config
-    dtype              dtype of the tensors; None for GGUF, where each has its own type
+    dtype              dtype of the embedding; None for GGUF and for random weights
     tensors            name → tensor if the tensors are in memory, else None
     device             device of the tensors in memory, else None
-    path               the directory or the file
+    path               directory or file; a name for error messages if there is none
     generation_config  content of generation_config.json; {} if there is none
     shapes             name → shape of each tensor
-    files              name → the file that contains it
+    files              name → file that contains the tensor; {} if there are no files
     """
 
     config: GemmaConfig
@@ -73,9 +74,9 @@ class Checkpoint(ABC):
 
     @torch.no_grad()
     def copy(self, name: str, out: Tensor) -> None:
-        """Reads one tensor into `out`, which has its shape. Converts dtype and device.
+        """Copies one tensor to `out`, which must have the same shape. Converts dtype and device.
 
-        Uses host memory for the stored tensor and one converted block.
+        Needs host memory for the stored tensor and one converted block.
         """
         assert out.shape == self.shapes[name], f"{name}: {out.shape=} is not {self.shapes[name]}"
         self._read(name, out)
@@ -87,7 +88,7 @@ class Checkpoint(ABC):
 def parse_config(
     path: Path, parse: Callable[[dict[str, Any]], GemmaConfig], content: dict[str, Any]
 ) -> GemmaConfig:
-    """Returns `parse(content)`. Adds the path to its ValueError."""
+    """Returns `parse(content)`. If that raises ValueError, adds the path to the message."""
     try:
         return parse(content)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Converts config.json (old or new field names) or GGUF metadata to a GemmaConfig.
+"""Converts config.json (of transformers 4 or 5) or GGUF metadata to a GemmaConfig.
 
-Both are untrusted. A ValueError names a field that is missing, has a wrong type, is out of range,
-or requires a computation that this project does not support.
+Both inputs are untrusted. Raises ValueError, with the field's name, if a field is missing, has a
+wrong type, is out of range, or requires a computation that this project does not support.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_fast.config import FAMILIES, FULL, SHAPES, SLIDING, GemmaConfig
 
-# transformers' defaults for shapes that a config.json leaves out, in the order of SHAPES.
+# transformers' defaults for shapes that are missing in a config.json, in the order of SHAPES.
 DEFAULT_SHAPES = {
     "gemma": (256_000, 3072, 28, 16, 16, 256, 24576),
     "gemma2": (256_000, 2304, 26, 8, 4, 256, 9216),
@@ -44,9 +44,9 @@ VARIANTS = {
 
 
 def config_from_json(config: Mapping[str, Any]) -> GemmaConfig:
-    """Converts the content of a config.json. A multimodal Gemma 3 has the text model's fields under
-    `text_config`, and omits most of them. Raises ValueError for another model than Gemma, or a
-    variant that is not supported."""
+    """Converts the content of a config.json. In a multimodal Gemma 3, the text model's fields are
+    under `text_config`, and fields with default values are missing. Raises ValueError for models
+    other than Gemma, and for variants that are not supported."""
     if not isinstance(config, Mapping):
         raise ValueError(f"the config must be a JSON object, not a {type(config).__name__}")
     family = str(config.get("model_type")).removesuffix("_text")
@@ -59,7 +59,7 @@ def config_from_json(config: Mapping[str, Any]) -> GemmaConfig:
     _refuse_variants(given)
     values = dict(zip(SHAPES, DEFAULT_SHAPES[family], strict=True)) | FAMILIES[family]
     for name in {f.name for f in fields(GemmaConfig)} | {"sliding_window_pattern"}:
-        value = given.get(name, given.get(f"_{name}"))  # some versions save the name with a _
+        value = given.get(name, given.get(f"_{name}"))  # some transformers versions save _name
         if value is not None or (name in given and name.endswith("softcapping")):
             values[name] = tuple(value) if isinstance(value, list) else value
     if family == "gemma":
@@ -70,7 +70,7 @@ def config_from_json(config: Mapping[str, Any]) -> GemmaConfig:
 
 def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
     """Converts a GGUF file's metadata. GGUF does not store the layer pattern, the local theta and
-    query_pre_attn_scalar: they follow from the architecture, as in llama.cpp."""
+    query_pre_attn_scalar, so the architecture determines these fields, as in llama.cpp."""
     family = metadata.get("general.architecture")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"general.architecture {family!r} is not one of {', '.join(FAMILIES)}")
@@ -82,7 +82,7 @@ def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
     for name, key in keys.items():
         value = metadata.get(key)
         if isinstance(value, float):
-            value = float(f"{value:.7g}")  # stored as float32: 1e-6 becomes 9.99999997e-07
+            value = float(f"{value:.7g}")  # GGUF has float32: 1e-6 is stored as 9.99999997e-07
         if value is not None:
             values[name] = value
         elif name in SHAPES:
@@ -108,7 +108,7 @@ def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
 def _refuse_variants(given: Mapping[str, Any]) -> None:
     """Raises ValueError for a variant of Gemma that this project does not support."""
     activation = given.get("hidden_activation") or given.get("hidden_act") or "gelu"
-    # Gemma 1's configs contain "gelu", but the model uses its tanh approximation
+    # Gemma 1's configs contain "gelu", but the model uses GELU's tanh approximation.
     if activation not in ("gelu", "gelu_pytorch_tanh"):
         raise ValueError(
             f"hidden_activation {activation!r} is not supported, only gelu_pytorch_tanh"
@@ -119,8 +119,9 @@ def _refuse_variants(given: Mapping[str, Any]) -> None:
 
 
 def _rope(given: Mapping[str, Any], family: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns thetas and scaling factor, from `rope_parameters` (new name) or from rope_theta,
-    rope_local_base_freq and rope_scaling (old names)."""
+    """Returns the RoPE fields of GemmaConfig: both thetas and the scaling factor. Reads
+    `rope_parameters` (transformers 5), or rope_theta, rope_local_base_freq and rope_scaling
+    (transformers 4)."""
     new = given.get("rope_parameters") or {}
     per_layer = isinstance(new, Mapping) and (FULL in new or SLIDING in new)
     full = (new.get(FULL) if per_layer else new) or {}

@@ -1,6 +1,6 @@
-"""Opens a .gguf file, with llama.cpp's tensor names, reversed dimensions and quantized blocks.
+"""Opens a .gguf file, which has llama.cpp's tensor names, reversed dimensions and quantized blocks.
 
-Imported only when a GGUF file is opened, so that the package `gguf` stays optional.
+This module is imported only when a GGUF file is opened, so that the package `gguf` stays optional.
 """
 
 import re
@@ -13,7 +13,7 @@ from gemma_fast.checkpoint.base import Checkpoint, parse_config
 from gemma_fast.checkpoint.config_files import config_from_gguf
 from gemma_fast.checkpoint.gguf_reader import GGUFFile, read_rows
 
-BLOCK = 1 << 20  # number of elements dequantized at once; they fit into the CPU's cache
+BLOCK = 1 << 20  # elements that are dequantized at once, few enough for the CPU's cache
 
 MODEL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -41,11 +41,11 @@ GEMMA_3_NAMES = GEMMA_2_NAMES | {
 }
 LAYER_NAMES = {"gemma": GEMMA_1_NAMES, "gemma2": GEMMA_2_NAMES, "gemma3": GEMMA_3_NAMES}
 LAYER_TENSOR = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.weight")
-IGNORED = ("rope_freqs.weight", "output.weight")  # not a weight; a copy of the embedding
+IGNORED = ("rope_freqs.weight", "output.weight")  # RoPE factors; copy of the embedding
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A Gemma checkpoint in a GGUF file, which stores norms as 1 + weight."""
+    """A Gemma checkpoint in a GGUF file. GGUF stores the weight of a norm as 1 + weight."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -59,7 +59,7 @@ class GGUFCheckpoint(Checkpoint):
         self.shapes = {name: tuple(t.shape[::-1].tolist()) for name, t in self._tensors.items()}
 
     def _name(self, stored_name: str) -> str:
-        """Returns the tensor's name in transformers."""
+        """Returns transformers' name for a tensor of the file."""
         family = self.config.model_type
         if stored_name in MODEL_NAMES:
             return MODEL_NAMES[stored_name]
@@ -88,5 +88,5 @@ class GGUFCheckpoint(Checkpoint):
         for i in range(0, len(rows), step):
             values = torch.from_numpy(read_rows(self.path, self._tensors[name], i, i + step))
             if name.endswith("norm.weight"):
-                values -= 1  # GGUF stores the scale, which is 1 + weight
+                values -= 1  # GGUF stores 1 + weight
             rows[i : i + step] = values

@@ -1,6 +1,7 @@
-"""Reads GGUF files, which are untrusted, with bounds checks: metadata, tensors, dequantized rows.
+"""Reads metadata, tensor headers and dequantized rows from GGUF files, and checks all bounds,
+because the files are untrusted.
 
-Imported only when a GGUF file is opened, so that the package `gguf` stays optional.
+This module is imported only when a GGUF file is opened, so that the package `gguf` stays optional.
 """
 
 import math
@@ -18,20 +19,20 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError('GGUF files need the package gguf: pip install "gemma_fast[gguf]"') from error
 
-MAX_STRING = 1 << 20  # bytes; the longest in a Gemma file is its chat template
-MAX_ARRAY = 1 << 20  # items; the longest in a Gemma file is its vocabulary or its merges
+MAX_STRING = 1 << 20  # bytes; the longest string in a Gemma file is the chat template
+MAX_ARRAY = 1 << 20  # items; the longest array in a Gemma file is the vocabulary or the merges
 MAX_DIMS = 4
 
 
 class GGUFFile(GGUFReader):
-    """`gguf.GGUFReader`, made safe for hostile files and fast for long arrays.
+    """A `gguf.GGUFReader` that is safe for hostile files and fast for long arrays.
 
-    The base class does not check bounds, multiplies dimensions in uint64, which wraps, and reads
-    arrays item by item (9 s for a vocabulary of 262,144). The overridden methods are private, so
-    setup.py pins `gguf` to one version.
+    The base class does not check bounds, multiplies dimensions in uint64, which can overflow, and
+    reads arrays item by item (9 s for a vocabulary of 262,144). The methods that this class
+    overrides are private, so setup.py pins `gguf` to one version.
 
-    `metadata` holds the file's key/values as Python scalars, strings and lists. A malformed file
-    raises ValueError with its path. Memory use is proportional to the size of the file.
+    `metadata` contains the file's key/value pairs as Python scalars, strings and lists. Raises
+    ValueError, with the path, for a malformed file. Memory use is proportional to the file's size.
     """
 
     metadata: dict[str, Any]
@@ -43,7 +44,7 @@ class GGUFFile(GGUFReader):
             self.metadata = {
                 name: field.contents()
                 for name, field in self.fields.items()
-                if not name.startswith("GGUF.")  # counts in the header
+                if not name.startswith("GGUF.")  # header fields: version and counts
             }
         except (ValueError, KeyError, OverflowError) as error:
             reason = error.args[0] if isinstance(error, KeyError) else error
@@ -90,7 +91,8 @@ class GGUFFile(GGUFReader):
         return 12 + size, head + items, indices, [GGUFValueType.ARRAY, item_type]
 
     def _get_strings(self, start: int, count: int) -> tuple[list[memoryview], int]:
-        """Returns `count` strings from byte `start`, as views of the file, and their total size."""
+        """Reads `count` strings from byte `start` on. Returns the strings, as views of the file,
+        and the number of bytes read."""
         data, offset, items = self.data.data, start, []
         for _ in range(count):
             if offset + 8 > len(data):
@@ -111,7 +113,8 @@ class GGUFFile(GGUFReader):
             raise ValueError(
                 f"tensor {field.name!r} has {len(dims)} dimensions, which is not supported"
             )
-        # Python's integers do not wrap. After this check, the base class's uint64 does not either.
+        # Python's integers do not overflow. If the size passes this check, the base class's uint64
+        # does not overflow either.
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(raw_type[0])]
         n_bytes = math.prod(dims.tolist()) // block * block_bytes
         if not 0 < n_bytes <= len(self.data) or offset[0] > len(self.data):
@@ -123,11 +126,11 @@ class GGUFFile(GGUFReader):
 
 
 def read_rows(path: Path, tensor: ReaderTensor, start: int, stop: int) -> np.ndarray:
-    """Returns rows start to stop of a tensor, dequantized to float32; a vector is one row.
+    """Returns rows `start` to `stop` - 1 of a tensor, dequantized to float32. A vector is one row.
 
     Raises NotImplementedError if the package gguf cannot dequantize the tensor's type.
     """
-    # Map the file for each call: unmapping releases the pages that were read.
+    # Map the file in each call, because unmapping releases the memory pages that were read.
     stored = np.memmap(path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
     rows = dequantize(np.atleast_2d(stored)[start:stop], tensor.tensor_type)
-    return np.require(rows, requirements="W")  # copies float32, a view of the mapping
+    return np.require(rows, requirements="W")  # copies float32 rows, a view of the file

@@ -1,4 +1,4 @@
-"""Finds a model's files: a local path, or a download from the Hugging Face Hub."""
+"""Finds a model's files in a local path, or downloads them from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = HUB_
     """Returns the path itself for a directory or a .gguf file. For a hub id, downloads the files
     that match `patterns` and returns their directory.
 
-    Raises ValueError for a pickle, which can run code when it is read, or another kind of file,
-    OSError if a hub id cannot be downloaded, and FileNotFoundError for neither a path nor a hub id.
+    Raises ValueError for a pickle, which can run code when it is read, and for other kinds of file,
+    OSError if the download fails, and FileNotFoundError if the name is neither an existing path nor
+    a hub id.
     """
     if not name_or_path or not isinstance(name_or_path, str | os.PathLike):
         raise ValueError(
@@ -54,7 +55,7 @@ def _download(hub_id: str, patterns: Sequence[str]) -> Path:
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
-    except (OSError, ValueError) as error:  # base classes of the library's errors
+    except (OSError, ValueError) as error:  # base classes of huggingface_hub's errors
         raise OSError(
             f"{hub_id} is not a local directory, and its download from the Hugging Face Hub failed"
             f" ({type(error).__name__}). If it is gated, accept its terms on"

@@ -1,4 +1,4 @@
-"""open_checkpoint: opens and checks the checkpoint of a path or a hub id."""
+"""Opens the checkpoint of a path or a hub id, and checks it against its config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from gemma_fast.checkpoint.safetensors import SafetensorsCheckpoint
 def open_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
     """Opens and checks a directory of safetensors, a .gguf file or a model on the Hugging Face Hub.
 
-    Raises ValueError if something in it is malformed or unexpected, and `hub.resolve`'s errors.
+    Raises ValueError if a file is malformed or a tensor does not match the config, and the errors
+    of `hub.resolve`.
     """
     path = resolve(name_or_path)
     checkpoint: Checkpoint

@@ -1,4 +1,4 @@
-"""A checkpoint of seeded random weights, without a file."""
+"""Defines a checkpoint of random weights, which are generated from a seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gemma_fast.config import GemmaConfig
 
 
 class RandomCheckpoint(Checkpoint):
-    """Weights from normal(0, 0.02), for tests and for full-size benchmarks without a download.
+    """Draws weights from normal(0, 0.02), for tests, and for benchmarks without a download.
 
     Tensor name, seed, shape and device determine the values, which are then rounded to the dtype.
     """

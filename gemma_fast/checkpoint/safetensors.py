@@ -1,4 +1,4 @@
-"""Opens a directory of safetensors, as transformers saves it."""
+"""Opens a directory of safetensors files that transformers saved."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ DTYPES = {
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A directory as transformers saves it. For a multimodal Gemma 3, only its text model."""
+    """A checkpoint in a directory that transformers saved. For a multimodal Gemma 3, it contains
+    only the text model."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -55,13 +56,14 @@ class SafetensorsCheckpoint(Checkpoint):
                 self._stored_names[name] = stored_name
 
     def _read(self, name: str, out: Tensor) -> None:
-        # Open the file for each tensor: closing it releases the pages that were read.
+        # Open the file for each tensor, because closing it releases the pages that were read.
         with _open_safetensors(self.files[name]) as tensors:
             out.copy_(tensors.get_tensor(self._stored_names[name]))
 
 
 def _shards(path: Path) -> dict[Path, set[str]]:
-    """Returns file → names of its tensors in the index, or no names for a single-file model."""
+    """Returns a dict: file → names of the tensors that the index lists for the file. A model in a
+    single file has no index, so the set of names is empty."""
     if (single := path / "model.safetensors").is_file():
         return {single: set()}
     if not (path / INDEX).is_file():
@@ -76,7 +78,8 @@ def _shards(path: Path) -> dict[Path, set[str]]:
 
     shards: dict[Path, set[str]] = {}
     for name, shard in weight_map.items():
-        # A plain name cannot leave the directory. Symlinks are allowed: the Hub's cache uses them.
+        # A file name without / cannot point outside the directory. Symlinks are allowed, because
+        # the Hub's cache consists of symlinks.
         if not isinstance(shard, str) or not SHARD.fullmatch(shard):
             raise ValueError(f"{path / INDEX}: {shard!r} is not the name of a .safetensors file")
         shards.setdefault(path / shard, set()).add(name)
@@ -89,7 +92,8 @@ def _shards(path: Path) -> dict[Path, set[str]]:
 
 
 def _header(file: Path, listed: set[str]) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Yields stored name, shape and dtype of each tensor of the text model in a file."""
+    """Yields the stored name, shape and dtype of each tensor of the text model in a file. Raises
+    ValueError if the file does not contain a tensor in `listed`."""
     with _open_safetensors(file) as tensors:
         stored_names = set(tensors.keys())
         if absent := sorted(listed - stored_names):

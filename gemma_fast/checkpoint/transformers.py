@@ -1,6 +1,6 @@
-"""A checkpoint of a live transformers model: its weights are shared or copied in memory.
+"""Defines a checkpoint that takes config and weights from a transformers model in memory.
 
-transformers is not imported: the instance's attributes contain all that is needed.
+This module does not import transformers, because the model's attributes contain all it needs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TransformersCheckpoint(Checkpoint):
-    """The text model of an instance of one of CLASSES, with its generation_config.
+    """A checkpoint that shares the weights of the text model in an instance of one of CLASSES.
 
-    Raises ValueError for another class, a variant that this project does not support, an lm_head
+    Raises ValueError for other classes, variants that this project does not support, an lm_head
     that is not tied to the embedding, and weights that are quantized, wrapped by an adapter,
     incomplete, on several devices or in several dtypes.
     """
@@ -58,7 +58,8 @@ def _read_config(source: nn.Module) -> GemmaConfig:
 
 
 def _read_weights(source: nn.Module, config: GemmaConfig) -> dict[str, Tensor]:
-    """Returns the text model's tensors under the checkpoint's names, checked against the config."""
+    """Returns the text model's tensors by their names in a checkpoint. Raises ValueError if they do
+    not match the config."""
     found, head = {}, None
     for stored_name, weight in source.named_parameters(remove_duplicate=False):
         if TIED_HEAD.match(stored_name):
@@ -75,7 +76,7 @@ def _read_weights(source: nn.Module, config: GemmaConfig) -> dict[str, Tensor]:
     for name, shape in expected.items():
         if name not in found:
             raise ValueError(
-                f"parameter {name} is missing: only plain, unfused weights are supported"
+                f"parameter {name} is missing: fused and renamed weights are not supported"
             )
         _check_weight(name, found[name], shape)
     embedding = found["model.embed_tokens.weight"]

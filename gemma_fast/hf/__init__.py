@@ -1,15 +1,15 @@
-"""Runs a transformers model on this project's kernels, by one call.
+"""Runs a transformers model on this project's kernels, after one call.
 
     from gemma_fast.hf import accelerate
     accelerate(model)                      # GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM
 
-From then on the model's norms, MLPs and attention run on the kernels. Its class, config file,
-weights, `generate`, caches and adapters do not change. Where the kernels do not support a call,
-transformers' own code runs, with one warning; `explain` lists these cases. On the CPU the kernels'
-references run. Needs the extra `hf`, with transformers 5.17 or newer.
+After this call, the model's norms, MLPs and attention run on the kernels. The model's class, config
+file, weights, `generate`, caches and adapters do not change. If the kernels do not support a call
+of a module, transformers' own code runs, with one warning; `explain` lists these modules. On a CPU,
+the kernels' references in PyTorch run. Needs the extra `hf`, with transformers 5.17 or newer.
 
-swap.py inserts and removes the kernels, and explains which code runs; layers.py has norms and MLPs,
-attention.py masks and attention, cache.py GemmaFastCache.
+swap.py inserts and removes the kernels, and explains which code runs; layers.py contains the norms,
+MLPs and attention modules, attention.py the masks and the attention, cache.py GemmaFastCache.
 
 May import: kernels.
 """

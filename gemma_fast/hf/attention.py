@@ -1,10 +1,10 @@
 """Runs the attention of a transformers model on the kernels. transformers calls `make_mask` and
 `attend`, which are registered under the attention name in the config, such as `gemma_fast+sdpa`.
 
-A mask of only causality, a window and left padding is not built. Instead the layers get `bounds` ::
-[2, b, 1, 1], int32: the kernels' `query_offset` and `left_padding`, counted in slots of the keys.
-Any other mask is built by the original attention: `sdpa` if the model used it, else `eager`. Layers
-that get such a mask run that attention.
+If a mask combines only causality, a sliding window and left padding, it is not built. The layers
+get `bounds` :: [2, b, 1, 1], int32, instead: the kernels' `query_offset` and `left_padding`,
+relative to the first key. For any other mask, transformers' own code builds the mask and computes
+attention: `sdpa` if the model used `sdpa` before, else `eager`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ logger = logging.get_logger(__name__)
 
 
 class RingOffset:
-    """Position of a ring's first key. transformers' own masks add it, which raises ValueError."""
+    """The position of a ring's first key. Adding it raises ValueError on purpose: transformers' own
+    masks add the offset, and they do not support rings."""
 
     def __init__(self, position: int | Tensor) -> None:
         self.position = position
@@ -57,15 +58,16 @@ class Run(NamedTuple):
 
 
 def falls_back(module: nn.Module, part: str, x: Tensor, why: str | None) -> bool:
-    """Returns whether transformers' own code must run: `why` is the reason, or None. Warns once
-    and records the path for `explain`. Raises RuntimeError instead if the module is strict."""
+    """Returns whether transformers' own code must run, which is so if `why`, the reason, is not
+    None. Warns once, and records the code path for `explain`. If the module is strict, raises
+    RuntimeError instead."""
     if why and module.strict:
         raise RuntimeError(f"{part} cannot run on the kernels, which strict=True requires: {why}")
     if not torch.compiler.is_compiling():
         if why:
             logger.warning_once(
-                f"gemma_fast leaves {part} to transformers: {why}. gemma_fast.hf.explain(model, …) "
-                "lists the modules."
+                f"gemma_fast runs transformers' code for {part}: {why}. gemma_fast.hf.explain(model"
+                ", …) lists the modules."
             )
             module.run = Run("transformers", why)  # type: ignore[assignment]
         elif runs_triton(x):
@@ -76,7 +78,7 @@ def falls_back(module: nn.Module, part: str, x: Tensor, why: str | None) -> bool
 
 
 def reason(module: nn.Module, x: Tensor, *others: Tensor) -> str | None:
-    """Returns why the kernels cannot run this module on x (and keys, values), or None."""
+    """Returns why the kernels cannot run this module on these tensors, or None if they can."""
     if module.training:
         return "the module is in training mode: call model.eval()"
     if torch.is_grad_enabled() and any(
@@ -104,10 +106,11 @@ def make_mask(
     device: torch.device | str = "cpu",
     **rest: Any,
 ) -> Tensor | None:
-    """transformers' mask interface. attention_mask :: [b, past + t], bool. Returns `bounds`, or the
-    original attention's mask for all that `bounds` cannot express."""
-    # A mask that is more than causal and windowed uses vmap, or forbids the is_causal skip. For one
-    # token, a compileable cache forbids it too. A bidirectional mask has its own keyword.
+    """Implements transformers' mask interface. attention_mask :: [b, past + t], bool. Returns
+    `bounds`, or transformers' own mask if `bounds` cannot express the mask."""
+    # For other masks, transformers passes use_vmap=True or allow_is_causal_skip=False (the latter
+    # also for a single token with a compileable cache), and for bidirectional masks
+    # allow_is_bidirectional_skip.
     plain = not use_vmap and "allow_is_bidirectional_skip" not in rest
     if not allow_is_causal_skip:
         plain &= q_length == 1 and not _is_union(mask_function)
@@ -135,15 +138,17 @@ def make_mask(
 
 
 def _is_union(mask_function: Callable[..., Any]) -> bool:
-    """Returns whether image tokens see each other. Always False under Dynamo, which cannot read the
-    name. It is called for one token only, which has no later token to see."""
+    """Returns whether the mask also lets image tokens attend to each other. Returns False under
+    Dynamo, which cannot read the function's name. make_mask calls this only for a single query
+    token, which has no later token to attend to."""
     name = "" if torch.compiler.is_compiling() else mask_function.__qualname__
     return name.startswith("or_masks")
 
 
 def left_padding(mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Returns each row's first visible position, and whether no row hides a position after it.
-    mask :: [b, positions]; from `end` on it is ignored. If it is shorter, the latter is False."""
+    """Returns the first visible position of each row, [b], and whether the rows hide no position
+    after it. mask :: [b, positions], bool. Positions from `end` on are ignored. If the mask has
+    fewer than `end` positions, the second result is False."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     seen = mask | (positions >= end)
     first = (~seen).cumprod(dim=1).sum(dim=1)
@@ -164,10 +169,11 @@ def attend(
     softcap: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface. query :: [b, n * m, t, d]; key, value :: [b, n, s, d] of
-    the cache; query and key are rotated. Returns [b, t, n * m, d], and weights, if any."""
+    """Implements transformers' attention interface. query :: [b, n * m, t, d]; key, value ::
+    [b, n, s, d], including those from the cache; query and key are already rotated. Returns the
+    output, [b, t, n * m, d], and the attention weights, or None if they were not stored."""
     bounds = attention_mask if is_bounds(attention_mask) else None
-    accelerated = hasattr(module, "part")  # False for another model with this config
+    accelerated = hasattr(module, "part")  # False in a model that only shares the config
     if accelerated:
         why = reason(module, query, key, value)
         why = why or _reason(module, query, key, value, bounds, dropout, rest)
@@ -183,7 +189,7 @@ def attend(
     (b, heads, t, d), n = query.shape, key.shape[1]
     query_offset, left_padding = bounds.view(2, b)
     if key.stride() != value.stride() or key.stride(3) != 1:
-        # contiguous() is not enough: it may keep different strides where a size is 1.
+        # contiguous() is not enough: if a dimension has size 1, the strides may remain different.
         key, value = torch.stack((key, value))
     options: Any = {"scale": scaling, "window": sliding_window, "softcap": softcap}
     if t == 1:
@@ -212,7 +218,7 @@ def _reason(
     rest: dict[str, Any],
 ) -> str | None:
     if bounds is None:
-        return "a mask is more than causal with left padding, or is first read inside torch.compile"
+        return "the mask is more than causal with left padding, or first read inside torch.compile"
     if dropout:
         return f"dropout {dropout}: the kernels have no dropout; set it to 0"
     if rest.get("output_attentions") or module.config.output_attentions:  # type: ignore[union-attr]
@@ -228,7 +234,8 @@ def _reason(
 
 
 def fallback(original: str) -> str:
-    """Returns the attention for calls without kernels: sdpa if that is the original, else eager."""
+    """Returns the name of the attention that runs if the kernels cannot: sdpa if the original is
+    sdpa, else eager."""
     return original if original == "sdpa" else "eager"
 
 
@@ -239,7 +246,8 @@ def _original(original: str, module: nn.Module) -> Callable[..., tuple[Tensor, T
 
 
 def _mask(original: str, query: Tensor, key: Tensor, bounds: Tensor, window: int | None) -> Tensor:
-    """Returns the mask that `bounds` describe, [b, 1, t, s], in the original attention's format."""
+    """Returns the mask that `bounds` describe, [b, 1, t, s]: bool for sdpa; for eager, the values
+    that are added to the scores."""
     query_offset, left_padding = bounds.view(2, -1)
     visible = visible_keys(
         query_offset, left_padding, query.shape[2], key.shape[2], window
@@ -251,12 +259,13 @@ def _mask(original: str, query: Tensor, key: Tensor, bounds: Tensor, window: int
 
 
 def register(original: str) -> str:
-    """Registers attention on the kernels, with `original` for other calls. Returns its name."""
+    """Registers attention on the kernels, with fallback(original) for calls that the kernels do not
+    support. Returns the registered name."""
     name = PREFIX + original
     AttentionInterface.register(name, partial(attend, original))
     AttentionMaskInterface.register(name, partial(make_mask, original))
     return name
 
 
-for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):  # unpickled models use them
+for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):  # unpickled models use these names
     register(name)

@@ -1,8 +1,9 @@
-"""GemmaFastCache: a static cache for accelerated models. Its windowed layers are rings.
+"""Defines GemmaFastCache, a static cache for accelerated models. Layers with a window are rings.
 
-Once a window is full, transformers' own static layers shift and copy all of it for each token, and
-need another compiled graph than before. In a ring, a new token overwrites the one that leaves the
-window, at slot `position % slots`. All that changes is in tensors, so one graph is enough.
+Once the window is full, transformers' own static layers shift and copy all cached keys and values
+for each token, and need a second compiled graph. In a ring, a new token overwrites the token that
+leaves the window, in slot `position % slots`. Everything that changes between tokens is stored in
+tensors, so one graph is enough.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from gemma_fast.hf.attention import RingOffset
 
 
 class GemmaFastCache(StaticCache):
-    """StaticCache(config, max_cache_len) with rings. Pass it to `generate` or to the model as
-    `past_key_values`.
+    """A StaticCache with rings: GemmaFastCache(model.config, max_cache_len). Pass it to `generate`
+    or to the model as `past_key_values`.
 
-    The model's attention must be accelerated, and its mask causal with padding on the left only,
-    because other attention does not support rings. Anything else raises ValueError, or fails an
-    assertion on the device if the mask is first read inside a compiled graph. `reset()` empties the
-    cache for the next text. Tokens cannot be removed from it.
+    The model's attention must be accelerated, and the mask must be causal with padding on the left
+    only, because transformers' own attention does not support rings. Otherwise the call raises
+    ValueError, or fails an assertion on the device if the mask is first read inside a compiled
+    graph. `reset()` empties the cache for the next text. Tokens cannot be removed from the cache.
     """
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int, **options: Any) -> None:
@@ -48,10 +49,10 @@ class GemmaFastCache(StaticCache):
 
 
 class Ring(StaticSlidingWindowLayer):
-    """keys, values :: [b, n, slots, d]. Slot `position % slots` stores a position's key and value.
+    """Stores keys, values :: [b, n, slots, d], each position in slot `position % slots`.
 
-    One new token attends to the ring itself. Several attend to a copy, in order of position: the
-    window before them, then their own keys and values.
+    For one new token, `update` returns the ring itself. For several, it returns a copy in order of
+    position: keys and values of the window before the new tokens, then those of the new tokens.
     """
 
     def update(
@@ -73,7 +74,8 @@ class Ring(StaticSlidingWindowLayer):
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
-        """Returns the number of keys and the first one's position; for one token, 0: ring order."""
+        """Returns the number of keys that `update` returns, and the position of the first key. For
+        one token this is 0, because the keys are in the order of the slots."""
         if query_length == 1:
             return self.max_cache_len, RingOffset(0)
         before = self.max_cache_len - 1

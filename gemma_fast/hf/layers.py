@@ -1,7 +1,7 @@
-"""transformers' Gemma layers with a forward on the kernels.
+"""Subclasses transformers' Gemma layers, with a forward on the kernels.
 
-An accelerated module gets a subclass of its own class. It has the same parameters and calls the
-same submodules, so adapters and hooks on these still work.
+`accelerate` sets the class of a module to the subclass. The module keeps its parameters and calls
+the same submodules, so adapters and hooks on the submodules still work.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gemma_fast.kernels.rmsnorm import rms_norm
 class Fast(nn.Module):
     part: ClassVar[str]
     strict: bool = False
-    run: Run | None = None  # of the last call that was not compiled
+    run: Run | None = None  # code path of the last call that was not compiled
 
 
 class FastNorm(Fast):
@@ -51,7 +51,7 @@ class FastMLP(Fast):
 
 
 class FastAttention(Fast):
-    """Runs transformers' forward, which calls attention.py through the name in the config."""
+    """Runs transformers' forward, which calls `attention.attend` by its name in the config."""
 
     part = "attention"
     layer_idx: int
@@ -61,7 +61,7 @@ class FastAttention(Fast):
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         mask = kwargs.get("attention_mask")
         rings = isinstance(cache, GemmaFastCache) and isinstance(cache.layers[self.layer_idx], Ring)
-        if rings and not is_bounds(mask):  # the caller's mask, which does not support rings
+        if rings and not is_bounds(mask):  # a mask from the caller; rings do not support it
             raise ValueError(RING_ERROR)
         return super().forward(*args, **kwargs)
 

@@ -30,12 +30,13 @@ def accelerate(
     """Runs parts of this model on the kernels. Changes the model in place, and returns it.
 
     norm, attention, mlp  parts to run on the kernels
-    strict                raise RuntimeError, with the reason, for calls that they do not support
+    strict                raise RuntimeError, with the reason, if the kernels do not support a call
 
-    The kernels have no backward: training, and calls that record gradients, run transformers' code.
-    So do masks with more than padding on the left, dropout, and `output_attentions`. For attention,
-    that code is sdpa if the model used sdpa before, else eager.
-    Raises ValueError, and leaves the model unchanged, for another architecture, a device other than
+    transformers' code runs in training mode and if gradients are recorded, because the kernels have
+    no backward. It also runs for masks with more than causality, a window and left padding, for
+    dropout, and for `output_attentions`. Attention is then sdpa if the model used sdpa before, else
+    eager.
+    Raises ValueError, and leaves the model unchanged, for other architectures, a device other than
     cuda or cpu, a GPU below compute capability 8.0, and modules whose forward another library has
     replaced.
     """
@@ -53,7 +54,7 @@ def accelerate(
 
 
 def restore(model: M) -> M:
-    """Removes the kernels, and returns the model as it was before `accelerate`."""
+    """Removes the kernels, so that the model is as before `accelerate`, and returns the model."""
     text = _text_model(model)
     for module in text.modules():
         if isinstance(module, Fast):
@@ -68,7 +69,8 @@ def restore(model: M) -> M:
 
 @contextmanager
 def accelerated(model: M, **options: bool) -> Iterator[M]:
-    """`with accelerated(model):`, with accelerate's options. Restores the model at its end."""
+    """Accelerates the model inside `with accelerated(model):`, with the options of `accelerate`.
+    Restores the model's previous state at the end of the block."""
     text = _text_model(model)
     before = [(module, type(module), vars(module).get("strict")) for module in text.modules()]
     attention = text.config._attn_implementation
@@ -96,17 +98,18 @@ class FastGemma:
 class Line(NamedTuple):
     module: str  # "model.layers.0.mlp"
     part: str  # "norm", "mlp" or "attention"
-    path: str  # "triton", "reference" (of the kernel, in PyTorch) or "transformers"
+    path: str  # "triton", "reference" (the kernel's, in PyTorch) or "transformers"
     why: str
 
 
 def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Line]:
-    """Calls the model once, and returns which code each norm, MLP and attention ran, and why.
+    """Calls the model once, and returns one Line for each norm, MLP and attention: which code ran,
+    and why.
 
     inputs  keyword arguments of the call; default: two tokens under no_grad, as in `generate`
     strict  raise RuntimeError if a module runs transformers' code
 
-    A compiled model runs uncompiled in this call.
+    A model that was compiled with torch.compile runs uncompiled in this call.
     """
     text = _text_model(model)
     fast = [module for module in text.modules() if isinstance(module, Fast)]
@@ -150,7 +153,7 @@ def _run(module: nn.Module, part: str) -> Run:
 
 
 def _part(module: nn.Module) -> str | None:
-    """Returns which part of Gemma the module is, accelerated or not; None if it is none."""
+    """Returns "norm", "mlp" or "attention", accelerated or not; None for any other module."""
     for original, fast in FAST.items():
         if isinstance(module, original):
             return fast.part
@@ -158,7 +161,8 @@ def _part(module: nn.Module) -> str | None:
 
 
 def _text_model(model: nn.Module) -> PreTrainedModel:
-    """Returns the text decoder, which contains the norms, MLPs and attentions."""
+    """Returns the text decoder, which contains the norms, MLPs and attention modules. Raises
+    ValueError for a model that cannot be accelerated."""
     inner: Any = model
     if hasattr(inner, "get_base_model"):  # PEFT models
         inner = inner.get_base_model()
@@ -178,7 +182,7 @@ def _refuse(text: PreTrainedModel) -> None:
     for device in {weight.device for weight in text.parameters()}:
         if device.type not in ("cuda", "cpu"):
             raise ValueError(
-                f"the model is on {device}: move it to cuda for the kernels, or cpu for references"
+                f"the model is on {device}: move it to cuda, or to cpu for the kernels' references"
             )
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             found = ".".join(map(str, torch.cuda.get_device_capability(device)))

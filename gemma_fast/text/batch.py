@@ -1,4 +1,4 @@
-"""Encoding, the tokenizer's result: lists of ids, or one tensor with left padding."""
+"""Defines Encoding, the tokenizer's result, and creates it from ids, with left padding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Encoding(dict[str, Any]):
-    """`input_ids` and `attention_mask` (1: token, 0: padding), as items and as attributes."""
+    """Stores `input_ids` and `attention_mask` (1: token, 0: padding) as items and as attributes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -19,8 +19,8 @@ class Encoding(dict[str, Any]):
             raise AttributeError(f"an Encoding has no {name!r}, only {', '.join(self)}") from None
 
     def to(self, device: torch.device | torch.dtype | str) -> Encoding:
-        """Returns a copy on `device`. Lists stay lists. As in transformers, a dtype is accepted,
-        but ids stay integers."""
+        """Returns a copy with the tensors on `device`. Does not change lists. Accepts a dtype, as
+        transformers does, but keeps ids as integers."""
         if isinstance(device, torch.dtype):
             return Encoding(self)
         return Encoding({k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.items()})
@@ -33,8 +33,9 @@ def pack(
     padding: bool | str,
     flat: bool,
 ) -> Encoding:
-    """Returns an Encoding of the rows. `flat`: there is one row, returned as a plain list. Raises
-    ValueError if rows of different lengths are to become one tensor without padding."""
+    """Returns an Encoding of `rows`, the ids of each text. If `flat`, there is one row, and lists
+    contain its ids instead of rows. Raises ValueError if `return_tensors` is set for rows of
+    different lengths without `padding`."""
     if return_tensors not in (None, "pt") or padding not in (True, False, "longest"):
         raise ValueError(
             f'return_tensors must be None or "pt", and padding a bool or "longest", not'

@@ -1,4 +1,4 @@
-"""Converts chat messages to one prompt of Gemma's turns. Messages cannot add control tokens.
+"""Converts chat messages to one prompt in Gemma's chat format. Messages cannot add control tokens.
 
     <bos><start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n
 
@@ -17,7 +17,7 @@ Message = dict[str, str]
 
 
 class Template(Protocol):
-    """Renders messages to one text. `text` is the template's source."""
+    """Renders messages to one text. `text` is the source code of the template."""
 
     @property
     def text(self) -> str: ...
@@ -27,13 +27,15 @@ class Template(Protocol):
 
 @dataclass(frozen=True)
 class GemmaTurns:
-    """Renders the official turns of Gemma 1 and 2 (no system turn) and Gemma 3 (system turn)."""
+    """Renders the same text as the official templates of Gemma 1 and 2 (system_turn=False) and of
+    Gemma 3 (system_turn=True)."""
 
     system_turn: bool
     text: str = ""
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """Raises ValueError unless user and assistant alternate after an optional system turn."""
+        """Returns the prompt. Raises ValueError if user and assistant do not alternate after an
+        optional system turn."""
         prefix = ""
         if messages[0]["role"] == "system":
             if not self.system_turn:
@@ -60,7 +62,8 @@ class GemmaTurns:
 
 
 def check_messages(messages: object) -> list[Message]:
-    """Returns the messages, each content joined to one str. A ValueError names the message."""
+    """Returns the messages, with each content joined to one str. Raises ValueError, with the index
+    of the message, for a malformed one."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"messages must be a list of at least one message, not {messages!r:.60}")
     checked = []
@@ -72,7 +75,7 @@ def check_messages(messages: object) -> list[Message]:
         extra = [k for k, v in message.items() if k not in ("role", "content") and v is not None]
         if extra:
             raise ValueError(f"message {i}: {extra[0]!r} is not supported, only role and content")
-        if not message["role"].isidentifier():  # the role is not escaped
+        if not message["role"].isidentifier():  # control tokens in a role are not escaped
             raise ValueError(
                 f"message {i}: {message['role']!r:.60} is not a role: use system, user or assistant"
             )
@@ -93,7 +96,8 @@ def _content(content: object, i: int) -> str:
         if not isinstance(part.get("text"), str):
             raise ValueError(f"message {i}: text must be a str, not {part.get('text')!r:.60}")
         texts.append(part["text"])
-    # Gemma 3's template strips each part. A single part is stripped with its turn, if at all.
+    # Gemma 3's template strips each part, so several parts are stripped before they are joined. A
+    # single part is not stripped here, because the template may strip it.
     return texts[0] if len(texts) == 1 else "".join(text.strip() for text in texts)
 
 
@@ -105,10 +109,10 @@ def render_pieces(
 ) -> list[str]:
     """Renders the prompt, and splits it at each control token that came from a message.
 
-    Pieces 1, 3, 5, … are these tokens, to be encoded as plain text. While the template runs, a
-    private-use character replaces each: the template can move or drop it, but cannot split it. (It
-    could still build a token from halves in two messages by joining them directly; no known
-    template does.)
+    Returns the pieces. Pieces 1, 3, 5, … are the control tokens, which must be encoded as plain
+    text. While the template runs, one private-use character replaces each of these tokens, so the
+    template can move or drop a token, but cannot split it. (A template could still build a control
+    token if it joined halves from two messages; no known template joins messages directly.)
     """
     taken = set(template.text).union(*(message["content"] for message in messages))
     free = (char for char in map(chr, PRIVATE_USE) if char not in taken)

@@ -1,8 +1,8 @@
-"""Builds a BPE tokenizer from a GGUF file, equal to the one before the conversion to GGUF.
+"""Builds a BPE tokenizer from a GGUF file, equal to the tokenizer that was converted to GGUF.
 
 GGUF stores the pieces of a SentencePiece model and their scores, but not BPE's merges. The scores
 define the merges: SentencePiece merges the two neighbors whose joint piece has the highest score,
-so every split of a piece into two pieces is a merge, ranked by the score.
+so each split of a piece into two pieces is a merge, and merges are sorted by the piece's score.
 """
 
 import math
@@ -14,15 +14,15 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-TYPES = range(1, 7)  # 5: unused, 6: byte
+TYPES = range(1, 7)  # 5 and 6 mark unused tokens and bytes
 COLUMNS = {"tokens": str, "scores": float, "token_type": int}
-MAX_PIECE = 256  # characters; Gemma's longest piece has 31. The cost of splitting is quadratic.
+MAX_PIECE = 256  # characters; Gemma's longest piece has 31. Finding merges takes quadratic time.
 
 
 def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
-    """Returns the tokenizer of a GGUF file's `metadata`, without normalizer and decoder.
+    """Returns the tokenizer that a GGUF file's `metadata` describe, without normalizer and decoder.
 
-    Raises ValueError, with `source`, for malformed metadata.
+    Raises ValueError, with `source` in the message, for malformed metadata.
     """
     if metadata.get("tokenizer.ggml.model") != "llama":
         model = metadata.get("tokenizer.ggml.model")
@@ -85,11 +85,12 @@ def _columns(metadata: Mapping[str, object], source: str) -> list[list]:
 def _merges(
     vocab: Mapping[str, int], scores: Sequence[float], types: Sequence[int]
 ) -> list[tuple[str, str]]:
-    """Returns pairs of pieces that merge to a piece, best score first, then longest left half."""
+    """Returns the pairs of pieces that merge to another piece, sorted by falling score of that
+    piece, then by falling length of the left half."""
     ranked = []
     for piece, score, type_ in zip(vocab, scores, types, strict=True):
         if type_ == USER_DEFINED:
-            score = 0.0  # SentencePiece splits the text at these before it merges
+            score = 0.0  # the highest, as SentencePiece splits off these pieces before it merges
         elif type_ != NORMAL:
             continue
         for cut in range(1, len(piece)):

@@ -1,7 +1,7 @@
-"""Renders an untrusted chat template. jinja_template.py runs this file as a process.
+"""Renders an untrusted chat template. jinja_template.py runs this file in a separate process.
 
 A checkpoint's template is untrusted code. Jinja's sandbox blocks access to Python's objects, but
-not endless loops or large allocations, so the process has limits on time and memory.
+not endless loops or large allocations, so this process sets limits on its own time and memory.
 """
 
 import json
@@ -19,20 +19,20 @@ def main() -> None:
     sys.path[:] = request["path"]
     try:
         reply = {"text": render(request)}
-    except Exception as error:  # a template can raise anything, MemoryError included
+    except Exception as error:  # a template can raise any exception, also MemoryError
         reply = {"error": f"{type(error).__name__}: {error}"}
     sys.stdout.write(json.dumps(reply))
 
 
 def render(request: dict) -> str:
-    """Renders the template in the environment of transformers' chat templates."""
+    """Returns the text of the template, which can use the functions that transformers provides."""
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
     class SafeNamespace(Namespace):
         def __setitem__(self, name, value):
-            if name.startswith("_"):  # Jinja calls `ns.__call__` without a check
+            if name.startswith("_"):  # the sandbox does not check `ns.__call__`
                 raise SecurityError(f"a namespace may not have an attribute {name}")
             super().__setitem__(name, value)
 
@@ -53,7 +53,7 @@ def render(request: dict) -> str:
     )
     environment.filters["tojson"] = tojson
     environment.globals = {
-        "range": environment.globals["range"],  # the sandbox's range, which is bounded
+        "range": environment.globals["range"],  # the sandbox's range, of limited length
         "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         "namespace": namespace,
         "raise_exception": raise_exception,
@@ -62,7 +62,7 @@ def render(request: dict) -> str:
     text = environment.from_string(request["template"]).render(request["variables"])
     if len(text) > request["max_length"]:
         raise ValueError(
-            f"it rendered {len(text)} characters; the limit is {request['max_length']}"
+            f"the rendered text has {len(text)} characters; the limit is {request['max_length']}"
         )
     return text
 

@@ -1,4 +1,5 @@
-"""Finds a checkpoint's chat template as transformers does, and renders it in a limited process."""
+"""Finds a checkpoint's chat template in the same files as transformers, and renders the template in
+a process with limits on time and memory."""
 
 import json
 import subprocess
@@ -14,20 +15,21 @@ SPECIAL_TOKENS = {
     "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>",
 }  # fmt: skip
 MAX_SECONDS = 5
-MAX_BYTES = 512 << 20  # of address space, including Python's own
-MAX_LENGTH = 1 << 20  # characters of a template, and characters that it may add to the messages
+MAX_BYTES = 512 << 20  # of the process's address space, which includes Python itself
+MAX_LENGTH = 1 << 20  # characters of a template, or that a template may add to the messages
 RENDERER = Path(__file__).with_name("jinja_child.py")
 
 
 @dataclass(frozen=True)
 class JinjaTemplate:
-    """A checkpoint's own template, which is untrusted. `source` is the path in error messages."""
+    """Renders a checkpoint's own template, which is untrusted. Error messages contain `source`."""
 
     text: str
     source: str
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """Renders in another process. Raises ValueError if the template fails or hits a limit."""
+        """Returns the text, rendered in another process. Raises ValueError if the template fails or
+        exceeds a limit."""
         request = {
             "template": self.text,
             "variables": {
@@ -69,7 +71,7 @@ class JinjaTemplate:
 
 
 def read_template(directory: Path) -> JinjaTemplate | None:
-    """Returns the template from the files that transformers reads; None if there is none."""
+    """Returns the chat template in a model's directory; None if there is none."""
     path: Path = directory / "chat_template.jinja"
     template: object = None
     if path.is_file():
@@ -84,7 +86,8 @@ def read_template(directory: Path) -> JinjaTemplate | None:
 
 
 def check_template(template: object, source: str) -> JinjaTemplate | None:
-    """Returns a file's template; None for None. Raises ValueError if it is no str or too long."""
+    """Returns `template` as a JinjaTemplate; None for None. Raises ValueError if `template` is
+    neither None nor a str, or is too long."""
     if template is None:
         return None
     if not isinstance(template, str) or len(template) > MAX_LENGTH:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from gemma_fast.text.tokenizer import Tokenizer
 
-MAX_HELD = 16  # ids; a character has at most four bytes
+MAX_HELD = 16  # ids that may wait for a complete character, which has at most four bytes
 
 
 class TextStreamer:
-    """Writes text as `generate` calls `put`: first with the prompt, then with each new token.
+    """Writes text during `generate`, which passes the prompt, then each new token, to `put`.
 
     `write` receives pieces of text that are not empty and do not end inside a character. Joined,
     they equal `tokenizer.decode` of the same ids, unless the bytes are not valid UTF-8.
@@ -33,7 +33,8 @@ class TextStreamer:
         self._at_prompt = True
 
     def put(self, ids: Tensor) -> None:
-        """ids :: [t] or [1, t], the prompt first. Raises ValueError for a batch."""
+        """Writes the text that ids :: [t] or [1, t] complete. The first call passes the prompt.
+        Raises ValueError for a batch."""
         if ids.dim() > 1 and len(ids) > 1:
             raise ValueError(
                 f"a TextStreamer shows one text, not a batch of {len(ids)}: pass one prompt"
@@ -43,12 +44,13 @@ class TextStreamer:
             return
         for token_id in ids.flatten().tolist():
             self._held.append(token_id)
-            # tokenizers' DecodeStream is not used: it can raise on bytes that form no character.
+            # tokenizers' DecodeStream is not used, because it can raise on invalid UTF-8.
             if len(self._held) >= MAX_HELD or not self._text().endswith("�"):
                 self._flush()
 
     def end(self) -> None:
-        """Writes the text of held ids, complete or not. The next `put` starts a new prompt."""
+        """Writes the text of the remaining ids, even if the last character is incomplete. The next
+        call of `put` passes a new prompt."""
         self._flush()
         self._at_prompt = True
 
@@ -62,10 +64,10 @@ class TextStreamer:
 
 
 class TextIteratorStreamer(TextStreamer):
-    """Iterates over the same pieces in another thread than the one that runs `generate`.
+    """Iterates over the pieces of text while another thread runs `generate`.
 
-    The arguments are transformers': prompt and special tokens are shown by default. Raises
-    queue.Empty if no piece arrives for `timeout` seconds (None: wait forever).
+    Arguments and defaults are those of transformers: prompt and special tokens are included by
+    default. Raises queue.Empty if no piece arrives for `timeout` seconds (None: wait forever).
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""Text ↔ ids: Gemma's BPE on the package `tokenizers`, padding, chat turns and streaming.
+"""Converts text and chats to token ids and back, with Gemma's BPE on the package `tokenizers`.
 
     tokenizer = Tokenizer.from_pretrained("path/or/hub-id/or/file.gguf")
     tokenizer("I want to move", return_tensors="pt").input_ids  # [b, t]
     tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_tensors="pt")
 
-It has the interface of transformers' tokenizers. Two things differ: ids start with exactly one
-<bos>, even if the text starts with one, and names of control tokens in a chat message are encoded
-as plain text.
+Tokenizer has the interface of transformers' tokenizers, with two differences: ids start with
+exactly one <bos>, even if the text starts with <bos>, and names of control tokens in a chat message
+are encoded as plain text.
 """
 
 import os
@@ -36,11 +36,11 @@ class Tokenizer:
     """Gemma's tokenizer.
 
     bos_token_id, eos_token_id, pad_token_id, unk_token_id :: int
-    stop_token_ids :: list[int], <eos>, and <end_of_turn> if it exists
-    vocab_size     :: int, also len(tokenizer)
+    stop_token_ids :: list[int], the ids of <eos>, and of <end_of_turn> if the vocabulary has it
+    vocab_size     :: int, equal to len(tokenizer)
     pad_token      :: str, can be set, as in transformers
     padding_side   :: "left"
-    chat           renders messages; None if there is no template and no turn tokens
+    chat           template for messages; None if there is no template and no turn tokens
     """
 
     bos_token, eos_token, unk_token = "<bos>", "<eos>", "<unk>"
@@ -53,7 +53,8 @@ class Tokenizer:
         model_type: str = "",
         template: Template | None = None,
     ):
-        """Changes `backend` in place. Errors contain `source`. `model_type` is config.json's.
+        """Changes `backend` in place. Error messages contain `source`. `model_type` is the field of
+        config.json.
 
         Raises ValueError if `backend` is not a BPE with Gemma's core tokens.
         """
@@ -90,7 +91,7 @@ class Tokenizer:
         """Loads tokenizer.json from a directory or the hub, or rebuilds the tokenizer of a .gguf.
 
         `others` are transformers' keywords that have no effect here, see `compat.TOKENIZER`.
-        Raises ValueError, with the path, for a malformed file, and `hub.resolve`'s errors.
+        Raises ValueError, with the path, for a malformed file, and the errors of `hub.resolve`.
         """
         check_keywords("from_pretrained()", others, TOKENIZER)
         path = resolve(name_or_path, patterns=["*.json", "*.jinja"])
@@ -144,9 +145,9 @@ class Tokenizer:
     ) -> Encoding:
         """Encodes one text or several.
 
-        Returns lists of ids, one flat list for a str; with return_tensors="pt", int64 tensors
-        [b, t]. `padding`, True or "longest", adds <pad> on the left. Raises ValueError if texts of
-        different lengths are to become one tensor without padding.
+        Returns an Encoding: of lists of ids (one flat list for a str), or of int64 tensors [b, t]
+        with return_tensors="pt". padding=True or "longest" adds <pad> on the left. Raises
+        ValueError if tensors are requested for texts of different lengths without padding.
         """
         texts = [text] if isinstance(text, str) else text
         rows = [self._ids(text, add_special_tokens) for text in texts]
@@ -158,14 +159,14 @@ class Tokenizer:
         """Returns the ids of `text`: a list, or with return_tensors="pt" a tensor [1, t]. Names of
         special tokens in the text become those tokens.
 
-        `add_special_tokens` puts <bos> first, unless the text starts with it. Raises ValueError if
-        `text` is not a str or contains half a surrogate pair.
+        `add_special_tokens` adds <bos> in front, unless the text starts with <bos>. Raises
+        ValueError if `text` is not a str or contains half a surrogate pair.
         """
         ids = self._ids(text, add_special_tokens)
         return pack([ids], self.pad_token_id, return_tensors, False, flat=True).input_ids
 
     def decode(self, ids: int | Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
-        """Returns the text of one row of ids. Ids outside the vocabulary are skipped."""
+        """Returns the text of ids :: [t], or of one id. Skips ids outside the vocabulary."""
         row = ids.tolist() if isinstance(ids, Tensor) else ids
         row = [row] if isinstance(row, int) else list(row)
         try:
@@ -178,15 +179,15 @@ class Tokenizer:
     def batch_decode(
         self, rows: Iterable[Sequence[int] | Tensor], skip_special_tokens: bool = False
     ) -> list[str]:
-        """Returns the text of each row of ids, [b, t] or a list of lists."""
+        """Returns one text per row. rows :: [b, t], or a list of lists of ids."""
         return [self.decode(row, skip_special_tokens) for row in rows]
 
     def token_to_id(self, token: str) -> int | None:
-        """Returns the id of a token such as "<end_of_turn>"; None if the vocabulary has none."""
+        """Returns the id of a token such as "<end_of_turn>"; None for an unknown token."""
         return self.backend.token_to_id(token)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
-        """Returns the id of a token, or the ids of several; the id of <unk> for unknown ones."""
+        """Returns the id of a token, or a list of ids. An unknown token has the id of <unk>."""
         names = [tokens] if isinstance(tokens, str) else tokens
         found = [self.token_to_id(name) for name in names]
         ids = [self.unk_token_id if token_id is None else token_id for token_id in found]
@@ -202,14 +203,14 @@ class Tokenizer:
         return_dict: bool = True,
         padding: bool | str = False,
     ) -> Any:
-        """Converts a conversation, or a list of them, to prompts with the checkpoint's template, or
-        with Gemma's own turns if it has none.
+        """Converts a conversation, or a list of conversations, to prompts. Uses the checkpoint's
+        template, or Gemma's official chat format if the checkpoint has no template.
 
-        Returns the same as `tokenizer(text)`, or only the input_ids if not `return_dict`. Control
-        tokens come from the template only: their names in a message are encoded as plain text.
-        tokenize=False returns the rendered str, which cannot show this difference.
+        Returns the same as `tokenizer(text)`, or only its input_ids if return_dict=False. Control
+        tokens come only from the template; names of control tokens in a message are encoded as
+        plain text. tokenize=False returns the rendered str, in which tokens and names look equal.
 
-        Raises ValueError if the messages do not fit Gemma's turns, or the template fails.
+        Raises ValueError if a message is malformed or out of order, or if the template fails.
         """
         if self.chat is None:
             raise ValueError(
@@ -250,13 +251,13 @@ class Tokenizer:
             raise ValueError(f"text must be a str of valid Unicode, not {text!r:.60}") from None
 
     def _find_control_tokens(self, text: str) -> list[tuple[int, int]]:
-        """Returns (start, stop), in characters, of each control token that `text` encodes to."""
+        """Encodes `text`. Returns start and stop, in characters, of each control token in it."""
         found = self._encode(text)
         spans = zip(found.ids, found.offsets, strict=True)
         return [span for token_id, span in spans if token_id in self._control_ids]
 
     def _encode_plain(self, text: str) -> list[int]:
-        """Encodes with the BPE alone, which does not look for control tokens."""
+        """Returns the ids of `text` from the BPE alone, which does not look for control tokens."""
         text = self.backend.normalizer.normalize_str(text)
         ids = [token.id for token in self.backend.model.tokenize(text)]
         if (self._control_ids - {self.unk_token_id}) & set(ids):
@@ -272,7 +273,7 @@ def _load(file: Path) -> Backend:
         raise FileNotFoundError(f"{file.parent} has no {file.name}: pass the directory of a model")
     try:
         return Backend.from_file(str(file))
-    except Exception as error:  # tokenizers raises plain Exception
+    except Exception as error:  # tokenizers raises Exception, not a subclass
         raise ValueError(f"{file} is not a readable tokenizer: {error}") from error
 
 

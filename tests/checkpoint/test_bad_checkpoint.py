@@ -1,4 +1,5 @@
-"""Bad safetensors checkpoints are refused before weights are read; errors name the fault."""
+"""Checks that bad safetensors checkpoints are refused before weights are read, with an error that
+names the fault."""
 
 import json
 import random
@@ -43,7 +44,7 @@ def test_tensors_must_match_the_config(tmp_path, change, match):
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["", None, 5, b"model"])
+@pytest.mark.parametrize("name", ["", None, 5, b"model"], ids=repr)
 def test_name_must_be_a_path_or_a_hub_id(name):
     with pytest.raises(ValueError, match="is neither a path nor a hub id"):
         open_checkpoint(name)
@@ -109,7 +110,7 @@ def test_shards_must_have_an_index(tmp_path):
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, "model.safetensors"], ids=repr)
-def test_the_index_must_have_a_weight_map(tmp_path, weight_map):
+def test_index_must_have_a_weight_map(tmp_path, weight_map):
     split(tmp_path, write_safetensors(tmp_path))
     write_index(tmp_path, weight_map)
     with pytest.raises(ValueError, match=r"index\.json has no weight_map"):

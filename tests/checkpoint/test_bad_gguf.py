@@ -1,4 +1,5 @@
-"""Bad GGUF files, built byte by byte: each quickly raises a ValueError that names the file."""
+"""Checks that bad GGUF files, which are built byte by byte here, raise ValueError with the file's
+name."""
 
 import struct
 
@@ -93,7 +94,7 @@ BAD = {
 }  # fmt: skip
 
 
-def test_valid_files_of_the_builder_are_read(tmp_path):
+def test_valid_files_from_the_same_builder_are_read(tmp_path):
     path = tmp_path / "good.gguf"
     long = field(u32(STRING) + string(b"b" * MAX_STRING), b"long")
     infos = tensor(32, 2, kind=Q8_0), tensor(8, 8, name=b"u")
@@ -112,7 +113,7 @@ def test_malformed_files_are_refused(tmp_path, case):
         GGUFFile(path)
 
 
-def test_missing_file_is_named(tmp_path):
+def test_error_for_a_missing_file_contains_its_name(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.gguf"):
         GGUFFile(tmp_path / "absent.gguf")
 
@@ -157,7 +158,7 @@ def test_tensors_must_match_the_config(tmp_path):
         ("blk.01.ffn_up.weight", r"blk\.01\.ffn_up\.weight is unknown: gemma2 has"),
         ("blk.1.ffn_up.bias", r"blk\.1\.ffn_up\.bias is unknown"),
         ("blk.1.attn_q_norm.weight", r"blk\.1\.attn_q_norm\.weight is unknown"),
-        ("model.norm.weight", r"model\.norm\.weight is unknown"),  # must not replace output_norm
+        ("model.norm.weight", r"model\.norm\.weight is unknown"),  # its name in transformers
         ("token_embd", "token_embd is unknown"),
     ],
 )

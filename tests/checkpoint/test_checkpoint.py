@@ -1,4 +1,5 @@
-"""Valid checkpoints: every layout of a safetensors directory, and the host memory for loading."""
+"""Checks that valid checkpoints are read, in every layout of a safetensors directory, and how much
+host memory this takes."""
 
 import json
 import subprocess
@@ -28,7 +29,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_reads_a_single_safetensors_file(tmp_path, family):
+def test_single_safetensors_file_is_read(tmp_path, family):
     tensors = write_safetensors(tmp_path, family)
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.config.model_type == family
@@ -39,7 +40,7 @@ def test_reads_a_single_safetensors_file(tmp_path, family):
 
 @pytest.mark.parametrize("stored", FLOATS, ids=str)
 @pytest.mark.parametrize("wanted", FLOATS, ids=str)
-def test_converts_dtypes(tmp_path, stored, wanted):
+def test_tensors_are_converted_to_the_requested_dtype(tmp_path, stored, wanted):
     tensors = write_safetensors(tmp_path, tensors=random_tensors("gemma3", stored))
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.dtype == stored
@@ -49,7 +50,7 @@ def test_converts_dtypes(tmp_path, stored, wanted):
     )
 
 
-def test_dtype_of_a_mixed_checkpoint_is_the_embeddings(tmp_path):
+def test_dtype_of_a_mixed_checkpoint_is_that_of_the_embedding(tmp_path):
     norm = {"model.norm.weight": torch.ones(64, dtype=torch.float32)}
     tensors = random_tensors("gemma3", torch.bfloat16) | norm
     write_safetensors(tmp_path, tensors=tensors)
@@ -58,7 +59,7 @@ def test_dtype_of_a_mixed_checkpoint_is_the_embeddings(tmp_path):
     assert_holds(checkpoint, tensors)
 
 
-def test_copies_into_part_of_a_parameter(tmp_path):
+def test_tensor_is_copied_into_part_of_a_parameter(tmp_path):
     tensors = write_safetensors(tmp_path)
     fused = torch.nn.Parameter(torch.full((192, 64), torch.nan))
     name = "model.layers.0.mlp.up_proj.weight"
@@ -68,14 +69,14 @@ def test_copies_into_part_of_a_parameter(tmp_path):
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
-def test_reads_shards(tmp_path, shards):
+def test_shards_are_read(tmp_path, shards):
     tensors = write_safetensors(tmp_path)
     split(tmp_path, tensors, shards)
     assert_holds(open_checkpoint(tmp_path), tensors)
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-def test_reads_the_text_model_of_a_multimodal_checkpoint(tmp_path, prefix):
+def test_text_model_of_a_multimodal_checkpoint_is_read(tmp_path, prefix):
     tensors = write_safetensors(tmp_path)
     stored = {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     for name in (
@@ -95,13 +96,13 @@ def test_reads_the_text_model_of_a_multimodal_checkpoint(tmp_path, prefix):
     assert_holds(open_checkpoint(tmp_path), tensors)
 
 
-def test_ignores_the_tied_lm_head(tmp_path):
+def test_tied_lm_head_is_ignored(tmp_path):
     tensors = random_tensors("gemma3")
     write_safetensors(tmp_path, tensors=tensors | {"lm_head.weight": torch.zeros(12, 64)})
     assert_holds(open_checkpoint(tmp_path), tensors)
 
 
-def test_reads_generation_config(tmp_path):
+def test_generation_config_is_read(tmp_path):
     write_safetensors(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 106]}')
     assert open_checkpoint(tmp_path).generation_config == {"eos_token_id": [1, 106]}
@@ -131,7 +132,7 @@ print(status("VmHWM") - before)  # not ru_maxrss, which a child inherits from it
     not STATUS.is_file() or "VmHWM" not in STATUS.read_text(), reason="the system has no VmHWM"
 )
 @pytest.mark.parametrize("form", ["safetensors", "gguf"])
-def test_host_memory_stays_below_the_model_plus_two_of_its_largest_tensor(tmp_path, form):
+def test_host_memory_stays_below_the_model_plus_twice_its_largest_tensor(tmp_path, form):
     shapes = config_from_json(config_json("gemma3", **BIG)).tensor_shapes()
     tensors = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
     if form == "gguf":

@@ -1,4 +1,5 @@
-"""config.json and GGUF metadata → GemmaConfig: all field names, defaults, refused values."""
+"""Checks that config.json and GGUF metadata are converted to GemmaConfig, with all field names and
+defaults, and that unsupported values are refused."""
 
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import transformers
 from gemma_fast.checkpoint.config_files import config_from_gguf, config_from_json
 from gemma_fast.config import FULL, PRESETS, SLIDING
 
-# As on the hub: fields that are missing here have transformers' defaults.
+# These configs are as on the Hub. Fields that are missing here have transformers' defaults.
 GEMMA_3_4B = {
     "model_type": "gemma3",
     "eos_token_id": [1, 106],
@@ -53,7 +54,8 @@ def test_published_configs_equal_the_presets():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_fields_of_transformers_4_and_5_give_the_same_config(name):
-    """The config as transformers 5 saves it, and the same values under transformers 4's names."""
+    """Converts a config that transformers 5 saves, and the same values under the field names of
+    transformers 4."""
     config = PRESETS[name]
     classes = {
         "gemma": transformers.GemmaConfig,
@@ -142,7 +144,7 @@ def test_token_ids_are_read_from_gguf():
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (7, 8, 9)
 
 
-def test_gguf_of_27b_models_has_their_attention_scale():
+def test_query_pre_attn_scalar_of_27b_models_is_derived_from_gguf():
     metadata = {k.replace("gemma3.", "gemma2."): v for k, v in GGUF_270M.items()}
     metadata |= {"general.architecture": "gemma2", "gemma2.block_count": 46}
     metadata |= {"gemma2.embedding_length": 576, "gemma2.rope.freq_base": 5e4}

@@ -1,4 +1,5 @@
-"""Valid GGUF files: the three families, every type that can be dequantized, metadata."""
+"""Checks that valid GGUF files are read: three families, every type that can be dequantized, and
+metadata."""
 
 import sys
 import time
@@ -23,7 +24,7 @@ NOT_DEQUANTIZED = (*NOT_FLOAT, Type.F64, Type.Q1_0, Type.Q8_1, Type.Q8_K)
 
 @pytest.fixture
 def small_blocks(monkeypatch) -> None:
-    """Shrinks blocks to a few rows: tiny tensors then need several, and the last is partial."""
+    """Shrinks BLOCK to a few rows, so tiny tensors need several blocks, and the last is partial."""
     monkeypatch.setattr(gguf_checkpoint, "BLOCK", 5 * 256)
 
 
@@ -31,7 +32,7 @@ def small_blocks(monkeypatch) -> None:
 @pytest.mark.parametrize(
     "kind", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0], ids=lambda k: k.name
 )
-def test_reads_files_as_llama_cpp_writes_them(tmp_path, small_blocks, family, kind):
+def test_files_in_the_format_of_llama_cpp_are_read(tmp_path, small_blocks, family, kind):
     path = tmp_path / "model.gguf"
     tensors = write_gguf(path, family, quantize=lambda t: (quantize(t.numpy(), kind), kind))
     checkpoint = open_checkpoint(path)
@@ -45,7 +46,7 @@ def test_reads_files_as_llama_cpp_writes_them(tmp_path, small_blocks, family, ki
         else torch.from_numpy(dequantize(quantize(tensor.numpy(), kind), kind))
         for name, tensor in tensors.items()
     }
-    assert_holds(checkpoint, expected, atol=5e-7)  # (1 + weight) - 1, in fp32
+    assert_holds(checkpoint, expected, atol=5e-7)  # rounding of (1 + weight) - 1 in fp32
 
 
 def test_one_is_subtracted_from_norms_before_rounding(tmp_path):
@@ -58,11 +59,11 @@ def test_one_is_subtracted_from_norms_before_rounding(tmp_path):
 
 
 @pytest.mark.parametrize("kind", sorted(set(Type) - set(NOT_DEQUANTIZED)), ids=lambda k: k.name)
-def test_reads_each_quantization_type(tmp_path, small_blocks, kind):
+def test_each_quantization_type_is_read(tmp_path, small_blocks, kind):
     def random_blocks(tensor: Tensor) -> tuple[np.ndarray, Type]:
         block, n_bytes = GGML_QUANT_SIZES[kind]
         shape = tensor.shape[0], tensor.shape[1] // block * n_bytes
-        data = np.random.default_rng(0).integers(0, 60, shape, np.uint8)  # makes floats below 1
+        data = np.random.default_rng(0).integers(0, 60, shape, np.uint8)  # bytes < 60: floats < 1
         stored.append(data)
         return data.view(np.dtype(PLAIN.get(kind, np.uint8))), kind
 
@@ -81,7 +82,7 @@ def test_reads_each_quantization_type(tmp_path, small_blocks, kind):
 PLAIN = {Type.F32: np.float32, Type.F16: np.float16}
 
 
-def test_ignores_rope_freqs_and_the_tied_output(tmp_path):
+def test_rope_freqs_and_the_tied_output_are_ignored(tmp_path):
     extra = {"rope_freqs.weight": np.ones(16, np.float32), "output.weight": np.ones((12, 64))}
     tensors = write_gguf(tmp_path / "model.gguf", extra=extra)
     assert_holds(open_checkpoint(tmp_path / "model.gguf"), tensors, atol=5e-7)
@@ -119,7 +120,7 @@ def test_long_arrays_are_read_quickly(tmp_path):
     assert metadata["tokenizer.ggml.scores"][-1] == -262143.0
 
 
-def test_error_without_the_gguf_package_names_the_extra(tmp_path, monkeypatch):
+def test_error_without_the_package_gguf_names_the_extra(tmp_path, monkeypatch):
     for name in ("gguf", "gguf_reader"):
         monkeypatch.delitem(sys.modules, f"gemma_fast.checkpoint.{name}")
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -128,7 +129,7 @@ def test_error_without_the_gguf_package_names_the_extra(tmp_path, monkeypatch):
         open_checkpoint(tmp_path / "model.gguf")
 
 
-def test_reads_the_demo_weights(demo_gguf):
+def test_demo_weights_are_read(demo_gguf):
     checkpoint = open_checkpoint(demo_gguf)
     assert checkpoint.config.num_parameters == 268_098_176
     norm = read(checkpoint, "model.norm.weight")

@@ -1,4 +1,5 @@
-"""Model names → files: paths, the hub, its cache and downloads; bad names are refused."""
+"""Checks which files a path or a hub id resolves to, with the Hub's cache and with downloads, and
+that bad names are refused."""
 
 from pathlib import Path
 from unittest.mock import Mock
@@ -21,7 +22,7 @@ def test_paths_resolve_to_themselves(tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path) -> Path:
-    """An empty hub cache, and no network."""
+    """Sets an empty hub cache, turns off the network, and returns the path of the cache."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
@@ -57,12 +58,12 @@ def test_pickles_are_not_downloaded(monkeypatch, tmp_path):
     assert list(taken) == files[:3]
 
 
-def test_error_for_an_offline_hub_id_names_the_way_out(offline):
+def test_error_for_an_offline_hub_id_suggests_a_local_path(offline):
     with pytest.raises(OSError, match=r"owner/absent .*LocalEntryNotFoundError.*pass the path of"):
         resolve("owner/absent")
 
 
-def test_error_for_a_gated_hub_id_names_the_way_out(monkeypatch):
+def test_error_for_a_gated_hub_id_suggests_a_login(monkeypatch):
     def snapshot_download(*_, **__):
         raise GatedRepoError("401", response=Mock())
 
@@ -88,7 +89,7 @@ def test_directories_of_pickles_are_refused(tmp_path):
     assert resolve(tmp_path) == tmp_path
 
 
-def test_other_files_are_refused(tmp_path):
+def test_single_files_other_than_gguf_are_refused(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match=r"model\.safetensors is neither a directory"):
         resolve(tmp_path / "model.safetensors")
@@ -97,6 +98,6 @@ def test_other_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "name", ["absent", "./absent/model", "a/b/c", "/absent", "a/b.gguf", "../a/b"]
 )
-def test_missing_paths_are_not_taken_for_hub_ids(name):
+def test_missing_paths_are_not_treated_as_hub_ids(name):
     with pytest.raises(FileNotFoundError, match="does not exist, and is not a hub id"):
         resolve(name)

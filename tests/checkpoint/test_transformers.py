@@ -1,4 +1,5 @@
-"""GemmaForCausalLM.from_transformers: same logits, shared weights, and refused models."""
+"""Checks that GemmaForCausalLM.from_transformers gives the same logits, shares the weights, and
+refuses unsupported models."""
 
 import math
 from copy import deepcopy
@@ -27,7 +28,7 @@ def refused(source: nn.Module, message: str) -> None:
 
 
 def storages(model: nn.Module) -> dict[int, int]:
-    """Address of each weight's storage → its size in bytes."""
+    """Returns a dict: address of each weight's storage → size of the storage in bytes."""
     kept = (weight.untyped_storage() for weight in model.parameters())
     return {storage.data_ptr(): storage.nbytes() for storage in kept}
 
@@ -58,7 +59,7 @@ def test_all_weights_except_the_fused_ones_are_shared(twins):
         assert not weight.requires_grad
 
 
-def test_sizes_of_gemma_2b_in_the_docstring_are_right():
+def test_sizes_in_the_docstring_of_from_transformers_are_right():
     config = PRESETS["gemma-2b"]
     q_and_kv = config.num_attention_heads + 2 * config.num_key_value_heads
     rows = q_and_kv * config.head_dim + 2 * config.intermediate_size
@@ -121,7 +122,7 @@ def test_weight_that_is_not_contiguous_is_copied(source):
     close(model(ids).logits, source(ids).logits)
 
 
-def test_text_model_of_a_multimodal_model_is_taken():
+def test_text_model_of_a_multimodal_model_is_loaded():
     text = transformers_config(CONFIGS["gemma3-gqa"]).to_dict()
     vision = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
     vision |= {"num_attention_heads": 1, "image_size": 28, "patch_size": 14}
@@ -173,7 +174,7 @@ def test_adapters_are_refused(source):
 
 
 class Quantized(nn.Parameter):
-    """A subclass of Parameter, as bitsandbytes' Params4bit is."""
+    """A subclass of Parameter, like Params4bit of bitsandbytes."""
 
 
 def test_unsupported_weights_are_refused(source):

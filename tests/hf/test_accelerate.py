@@ -1,4 +1,4 @@
-"""gemma_fast.hf: an accelerated model gives the same logits and stays the same object."""
+"""Checks that a model accelerated by gemma_fast.hf gives the same logits and is the same object."""
 
 import copy
 import inspect
@@ -16,7 +16,7 @@ from gemma_fast.hf import accelerate, accelerated, explain, restore
 from gemma_fast.hf import attention as hf_attention
 from gemma_fast.hf import layers as hf_layers
 
-TIGHT = {"rtol": 0, "atol": 3e-5}  # for float32 logits of about 3
+TIGHT = {"rtol": 0, "atol": 3e-5}  # for float32 logits, which are about 3
 
 
 @pytest.fixture(params=FAMILIES)
@@ -24,7 +24,7 @@ def model(request):
     return make(request.param)
 
 
-def test_logits_are_the_same(model):
+def test_logits_are_the_same_as_before_acceleration(model):
     ids = prompt()
     mask = padded(ids, 7, 0)
     before, plain = logits(model, ids, mask), logits(model, ids)
@@ -35,8 +35,8 @@ def test_logits_are_the_same(model):
 
 
 @pytest.mark.parametrize("family", ["gemma3-gqa", *slow("gemma-mqa", "gemma2-gqa")])
-def test_logits_of_the_triton_kernels_are_the_same(family):
-    """Runs a prompt, then decode steps, in the interpreter or on a GPU."""
+def test_triton_kernels_give_the_same_logits_as_transformers(family):
+    """Runs a prompt and then decode steps, in Triton's interpreter or on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids = make(family).to(device), prompt(t=20).to(device)
     mask = padded(ids.cpu(), 5, 0).to(device)
@@ -55,8 +55,9 @@ def test_logits_of_the_triton_kernels_are_the_same(family):
 
 @pytest.mark.parametrize("t", [1, 20])
 @pytest.mark.parametrize("family", ["gemma3-gqa", *slow("gemma-mqa", "gemma-mha")])
-def test_logits_of_the_triton_kernels_without_a_cache_are_the_same(family, t):
-    """Without a cache, the strides of keys and values differ."""
+def test_triton_kernels_without_a_cache_give_the_same_logits_as_transformers(family, t):
+    """Without a cache, the strides of keys can differ from those of values, even if both are
+    contiguous (t = 1)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids = make(family).to(device), prompt(t=t).to(device)
     expected = logits(model, ids, use_cache=False)
@@ -78,7 +79,7 @@ def test_each_part_can_be_accelerated_alone(model, part):
 KERNELS = [(hf_layers, "rms_norm"), (hf_layers, "geglu"), (hf_attention, "attention")]
 
 
-@pytest.mark.parametrize(("module", "name"), KERNELS)
+@pytest.mark.parametrize(("module", "name"), KERNELS, ids=[name for _, name in KERNELS])
 def test_wrong_kernel_changes_the_logits(model, monkeypatch, module, name):
     ids, kernel = prompt(), getattr(module, name)
     expected = logits(model, ids)
@@ -98,7 +99,7 @@ def test_model_keeps_its_class_config_and_weights(model):
         assert issubclass(fast, original)
 
 
-def test_restore_undoes_acceleration(model):
+def test_restored_model_is_as_before_acceleration(model):
     ids = prompt()
     expected = logits(model, ids)
     classes, attributes = [[f(m) for m in model.modules()] for f in (type, lambda m: set(vars(m)))]
@@ -133,7 +134,7 @@ def test_context_manager_restores_the_state_before_it(model):
     assert model.config._attn_implementation == "gemma_fast+eager"
 
 
-def test_saved_model_is_loaded_plain_or_accelerated(model, tmp_path):
+def test_saved_model_can_be_loaded_with_and_without_acceleration(model, tmp_path):
     ids = prompt()
     expected = logits(accelerate(model), ids)
     model.save_pretrained(tmp_path)
@@ -149,15 +150,19 @@ def test_from_pretrained_has_the_signature_of_transformers():
     assert inspect.signature(hf.FastGemma.from_pretrained) == inspect.signature(theirs)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_are_accelerated(model, copied):
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["deepcopy", "pickle"],
+)
+def test_copies_are_accelerated_independently(model, copied):
     ids = prompt()
     expected = logits(accelerate(model, strict=True), ids)
     other = copied(model)
     assert torch.equal(logits(other, ids), expected)
     assert all(line.path == "reference" for line in explain(other))
     restore(other)
-    assert all(line.path == "reference" for line in explain(model)), "the original is unaffected"
+    assert all(line.path == "reference" for line in explain(model)), "restore changed the original"
 
 
 @pytest.mark.parametrize("model", slow(*FAMILIES), indirect=True)
@@ -178,9 +183,10 @@ def test_unpickled_model_in_a_new_process_gives_the_same_logits(model, tmp_path)
     subprocess.run(command, check=True, timeout=300)
 
 
-@pytest.mark.parametrize("first", ["accelerated", "moved"])
-def test_model_can_be_moved_to_another_dtype(model, first):
-    """The error of bfloat16 is at most 1.1 times transformers', whichever step comes first."""
+@pytest.mark.parametrize("first", ["accelerated", "converted"])
+def test_model_can_be_converted_to_another_dtype(model, first):
+    """The error in bfloat16 must be less than 1.1 times that of transformers, if the model is
+    accelerated first and if it is converted first."""
     ids = prompt()
     exact = logits(model, ids)
     theirs = (logits(copy.deepcopy(model).bfloat16(), ids) - exact).square().mean().sqrt()
@@ -225,7 +231,7 @@ def test_model_with_sdpa_can_be_accelerated():
 
 
 def test_attention_and_mask_functions_are_registered():
-    """Without a registered mask function, transformers silently drops all masks, even padding."""
+    """If no mask function is registered, transformers silently ignores all masks, even padding."""
     for original in ("eager", "sdpa", "flex_attention", "flash_attention_2"):
         assert hf_attention.PREFIX + original in transformers.AttentionInterface._global_mapping
         assert hf_attention.PREFIX + original in transformers.AttentionMaskInterface._global_mapping

@@ -1,4 +1,5 @@
-"""gemma_fast.hf under torch.compile: no graph breaks, no more graphs than transformers alone."""
+"""Checks that an accelerated model compiles without graph breaks, and to at most as many graphs as
+the model of transformers."""
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ def graphs():
 
 
 def recording_backend(graphs):
-    """A backend of torch.compile that records each graph and runs it unchanged."""
+    """Returns a backend for torch.compile that records each graph and runs the graph unchanged."""
 
     def backend(graph, inputs, **options):
         graphs.append(graph)
@@ -26,7 +27,7 @@ def recording_backend(graphs):
 
 
 def tokens_by_compiled(model, cache, mask_too):
-    """Decodes 16 tokens with a compiled forward → tokens, number of graphs."""
+    """Decodes with a compiled forward. Returns 16 tokens, [b, 16], and the number of graphs."""
     torch._dynamo.reset()
     graphs, ids, tokens = [], prompt(t=6), []
     forward = torch.compile(model.forward, fullgraph=True, backend=recording_backend(graphs))
@@ -42,7 +43,7 @@ def tokens_by_compiled(model, cache, mask_too):
 
 @pytest.mark.parametrize("mask_too", [False, *slow(True)], ids=["no mask", "mask"])
 @pytest.mark.parametrize("kind", [GemmaFastCache, *slow(DynamicCache, StaticCache)])
-def test_compiles_to_no_more_graphs_than_transformers(kind, mask_too):
+def test_accelerated_model_compiles_to_no_more_graphs_than_transformers(kind, mask_too):
     model = make("gemma3-gqa", layers=2)
 
     def cache(kind):
@@ -60,14 +61,14 @@ def test_compiles_to_no_more_graphs_than_transformers(kind, mask_too):
 
 
 def test_generate_with_rings_compiles_one_graph(graphs):
-    """`generate` compiles by itself only on a GPU. It makes the masks outside the graph."""
+    """By default, `generate` compiles only on a GPU. It creates the masks outside the graph."""
     model, ids = make("gemma3-gqa", layers=2), prompt(t=6)
     mask = padded(ids, 2, 0)
     options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
     expected = model.generate(ids, **options)
     accelerate(model, strict=True)
     config = CompileConfig(backend=recording_backend(graphs), fullgraph=True)
-    config._compile_all_devices = True  # transformers then compiles on a CPU too
+    config._compile_all_devices = True  # makes transformers compile on a CPU too
     cache = GemmaFastCache(model.config, 60)
     found = model.generate(ids, past_key_values=cache, compile_config=config, **options)
     assert torch.equal(found, expected) and len(graphs) == 1
@@ -75,7 +76,7 @@ def test_generate_with_rings_compiles_one_graph(graphs):
 
 @pytest.mark.gpu
 def test_generate_on_a_gpu_compiles_automatically():
-    """Replays of its CUDA graphs must update counters, rings and lengths correctly."""
+    """Replays of the CUDA graphs must update counters, rings and lengths correctly."""
     model, ids = make("gemma3-gqa", layers=2).cuda(), prompt(t=6).cuda()
     options = {"attention_mask": padded(ids.cpu(), 2, 0).cuda(), "do_sample": False}
     expected = model.generate(ids, max_new_tokens=40, **options)
@@ -87,7 +88,7 @@ def test_generate_on_a_gpu_compiles_automatically():
         cache.reset()
 
 
-def test_compiled_mask_with_holes_is_refused_by_rings(graphs):
+def test_rings_refuse_a_mask_with_holes_in_a_compiled_graph(graphs):
     model = accelerate(make("gemma3-gqa", layers=2))
     cache, ids = GemmaFastCache(model.config, 40), prompt(t=6)
     forward = torch.compile(model.forward, fullgraph=True, backend=recording_backend(graphs))

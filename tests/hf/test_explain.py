@@ -1,5 +1,5 @@
-"""gemma_fast.hf: `explain` lists what runs where, `strict=True` demands the kernels. Models that
-cannot be accelerated are refused and stay unchanged."""
+"""Checks that `explain` lists which code each module runs, that strict=True raises if a module does
+not run on the kernels, and that models that cannot be accelerated are refused and unchanged."""
 
 import logging
 
@@ -11,7 +11,7 @@ from hf_models import FAMILIES, logits, make, prompt, why
 from gemma_fast.hf import accelerate, explain
 from gemma_fast.hf import attention as hf_attention
 
-RIGHT = torch.tensor([[1] * 20 + [0] * 10, [1] * 30])  # a mask whose padding is on the right
+RIGHT = torch.tensor([[1] * 20 + [0] * 10, [1] * 30])  # a mask with padding on the right
 
 
 @pytest.fixture(params=FAMILIES)
@@ -30,7 +30,7 @@ def test_fallback_is_logged_once(model, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             logits(model, ids, RIGHT)
-    said = [r.getMessage() for r in caplog.records if "leaves attention" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "code for attention" in r.getMessage()]
     assert len(said) == 1 and "explain(model" in said[0]
 
 
@@ -53,7 +53,7 @@ def test_explain_gives_path_and_reason_of_each_module(model):
         explain(model, strict=True)
 
 
-def test_explain_reports_under_strict_and_after_the_attention_was_replaced(model):
+def test_explain_works_on_strict_models_and_detects_replaced_attention(model):
     accelerate(model, strict=True)
     assert all(path == "transformers" for path, _ in why(model, input_ids=prompt()).values())
     with pytest.raises(RuntimeError, match="strict=True requires"):
@@ -83,7 +83,7 @@ def test_explain_lists_modules_that_are_not_called(model):
 
 
 def test_model_that_shares_the_config_is_not_accelerated(model):
-    """Only the model given to `accelerate` runs on the kernels."""
+    """Only the model that was passed to `accelerate` runs on the kernels."""
     ids, twin = prompt(), type(model)(model.config).eval()
     twin.load_state_dict(model.state_dict())
     expected = logits(twin, ids, RIGHT), logits(twin, ids)
@@ -131,7 +131,7 @@ def test_refused_model_is_unchanged(model, fault):
     assert model.config._attn_implementation == "eager"
 
 
-def test_wrong_or_missing_transformers_is_an_import_error():
+def test_old_or_missing_transformers_raises_import_error():
     import subprocess
     import sys
 

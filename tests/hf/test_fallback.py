@@ -1,4 +1,4 @@
-"""gemma_fast.hf: what the kernels do not support falls back to transformers' code."""
+"""Checks that calls that the kernels do not support fall back to transformers' code."""
 
 import copy
 import inspect
@@ -22,7 +22,8 @@ def model(request):
 
 @torch.no_grad()
 def check_attention_falls_back(model, mention, **inputs):
-    """Attention falls back with the same logits, bit by bit; norms and MLPs are not accelerated."""
+    """Checks that attention falls back, for a reason that contains `mention`, that the logits are
+    bitwise equal, and that strict=True raises RuntimeError. Norms and MLPs are not accelerated."""
     expected = model(**inputs).logits
     accelerate(model, norm=False, mlp=False)
     assert torch.equal(model(**inputs).logits, expected)
@@ -75,7 +76,7 @@ def test_bidirectional_attention_falls_back(family):
 
 
 def test_mask_with_an_or_function_falls_back(model):
-    """Multimodal models use one, so that image tokens attend to each other."""
+    """Multimodal models use such masks, so that image tokens attend to each other."""
     model = accelerate(model)
     config, embeds = model.config, torch.zeros(1, 6, 4)
     both = {"config": config, "inputs_embeds": embeds, "attention_mask": None}
@@ -87,20 +88,20 @@ def test_mask_with_an_or_function_falls_back(model):
         other = create_causal_mask(**both, or_mask_function=lambda b, h, q, k: q >= 0)
         assert other.shape == (1, 1, t, t) and (other == 0).all()
     config.is_causal = False
-    assert create_causal_mask(**both) is None, "with one key, no mask is needed in both directions"
+    assert create_causal_mask(**both) is None, "one bidirectional token needs no mask"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("t", [1, 12])
 def test_image_tokens_attend_to_their_whole_image(t):
-    """They also attend to the part of the image that is outside the window."""
+    """Image tokens also attend to the part of their image that is outside the window."""
     model = accelerate(make("gemma3-gqa"))
     cache = transformers.DynamicCache(config=model.config)
     logits(model, prompt(), past_key_values=cache)
     blocks = torch.zeros(2, 30 + t, dtype=torch.long)
     window = {"config": model.config, "inputs_embeds": torch.zeros(2, t, 4), "attention_mask": None}
     if "block_sequence_ids" not in inspect.signature(create_sliding_window_causal_mask).parameters:
-        pytest.skip("transformers 5.17 has no such masks")
+        pytest.skip("transformers 5.17 has no block_sequence_ids")
     mask = create_sliding_window_causal_mask(
         **window, past_key_values=cache, block_sequence_ids=blocks
     )
@@ -109,7 +110,7 @@ def test_image_tokens_attend_to_their_whole_image(t):
 
 @torch.no_grad()
 def test_attend_falls_back_on_arguments_it_does_not_support():
-    """Callers other than Gemma's layers may pass them. The reason is recorded."""
+    """Callers other than Gemma's layers may pass such arguments. The reason must be recorded."""
     model = accelerate(make("gemma3-gqa", "sdpa"))
     layer = model.model.layers[0].self_attn
     q, k, v = torch.randn(2, 4, 5, 32), torch.randn(2, 2, 5, 32), torch.randn(2, 2, 5, 32)
@@ -174,7 +175,7 @@ def test_output_attentions_falls_back(model):
     assert "output_attentions" in reasons["attention"][1]
 
 
-def test_hidden_states_are_the_same(model):
+def test_hidden_states_are_the_same_as_before_acceleration(model):
     ids = prompt()
     with torch.no_grad():
         expected = model(ids, output_hidden_states=True).hidden_states
@@ -192,7 +193,8 @@ def test_float64_falls_back(model):
 
 @torch.no_grad()
 def test_autocast_falls_back():
-    """Values are the projection's, in bfloat16; the rotation gives queries and keys in float32."""
+    """Under autocast, the projection returns values in bfloat16, but the rotation returns queries
+    and keys in float32."""
     model, ids = make("gemma3-gqa", "sdpa"), prompt()
     exact = model(ids).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -220,8 +222,9 @@ def test_exact_gelu_falls_back():
     assert path == "transformers" and "not the GELU's tanh approximation" in reason
 
 
-def test_rings_refuse_plain_models_and_other_masks(model):
-    """A plain model is refused, also beside an accelerated one with an equal config."""
+def test_rings_refuse_models_that_are_not_accelerated_and_unsupported_masks(model):
+    """GemmaFastCache refuses a model that is not accelerated, even if another model with an equal
+    config is accelerated. Gemma 1 has no windows, so it is not refused."""
     ids, fast = prompt(), accelerate(make_like(model))
     for owner in (model, fast):
         cache = GemmaFastCache(owner.config, 40)
@@ -256,8 +259,8 @@ def test_left_padding_is_distinguished_from_holes():
     assert first.tolist() == [2, 0] and whole
     mask[1, 5] = False
     assert not hf_attention.left_padding(mask, 6)[1]
-    assert hf_attention.left_padding(mask, 5)[1], "positions from `end` on do not matter"
+    assert hf_attention.left_padding(mask, 5)[1], "positions from `end` on must be ignored"
     mask[1, 5] = True
     assert not hf_attention.left_padding(mask, 7)[1], "a mask must cover all tokens"
     first, whole = hf_attention.left_padding(torch.zeros(1, 4, dtype=torch.bool), 4)
-    assert first.tolist() == [4] and whole, "a row may be all padding so far"
+    assert first.tolist() == [4] and whole, "a row may contain only padding"

@@ -1,4 +1,5 @@
-"""gemma_fast.hf: mistakes known from other fast Gemmas, and multimodal Gemma 3."""
+"""Checks gemma_fast.hf for mistakes that other fast implementations of Gemma made, and checks
+multimodal Gemma 3."""
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ TIGHT = {"rtol": 0, "atol": 3e-5}
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kernel", [False, True], ids=["reference", "kernel"])
 def test_one_plus_weight_is_summed_in_fp32(family, kernel):
-    """1 + 15.8125 needs more bits than bfloat16 has, 1 + 2**-11 more than float16."""
+    """bfloat16 cannot represent 1 + 15.8125 exactly, and float16 cannot represent 1 + 2**-11."""
     dtype = torch.float16 if kernel else torch.bfloat16
     norm = make(family).to(dtype).model.layers[0].input_layernorm.eval()
     weight = torch.tensor([15.8125, 2**-9 + 1, 2**-11] * 16, dtype=dtype)
@@ -33,13 +34,14 @@ def test_one_plus_weight_is_summed_in_fp32(family, kernel):
         ).any()
 
     assert not far(found)
-    assert far((normed * (1 + weight)).to(dtype)), "a sum in 16 bits must be detected"
+    assert far((normed * (1 + weight)).to(dtype)), "this test must detect a sum in 16 bits"
 
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["reference", "kernel"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensors_of_the_caller_are_not_overwritten(family, kernel):
-    """Checks the inputs of norms (the residual) and MLPs, inputs_embeds and older cached keys."""
+    """Checks the inputs of norms (the residual) and MLPs, inputs_embeds, and the keys of earlier
+    tokens in the cache."""
     model = accelerate(make(family), strict=True)
     held = []
 
@@ -65,7 +67,7 @@ def test_tensors_of_the_caller_are_not_overwritten(family, kernel):
 
 @pytest.fixture(scope="module")
 def multimodal():
-    """A Gemma 3 with a vision tower; an image takes 4 tokens."""
+    """Returns a Gemma 3 with a vision tower, in which each image takes 4 tokens."""
     vision = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 8,
         "num_attention_heads": 2, "patch_size": 2,

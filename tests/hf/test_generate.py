@@ -1,5 +1,5 @@
-"""gemma_fast.hf: `generate` of an accelerated model gives the same tokens, with every cache and
-decoding strategy."""
+"""Checks that `generate` of an accelerated model gives the same tokens as before acceleration, with
+every cache and decoding strategy."""
 
 import copy
 
@@ -14,7 +14,7 @@ from triton_interpreter import interpreter
 from gemma_fast.hf import GemmaFastCache, accelerate, restore
 
 NEWER = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)
-NEW = 24  # new tokens, enough to exceed the windows
+NEW = 24  # new tokens; more than the size of the windows
 TIGHT = {"rtol": 0, "atol": 3e-5}
 
 
@@ -42,7 +42,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_generate_gives_the_same_tokens(model, way):
+def test_generate_gives_the_same_tokens_as_transformers(model, way):
     ids = prompt()
     expected = generate(model, ids, padded(ids, 7, 0), **WAYS[way])
     accelerate(model, strict=True)
@@ -52,8 +52,8 @@ def test_generate_gives_the_same_tokens(model, way):
 @pytest.mark.parametrize(
     "way", ["dynamic cache", "rings", *slow("static cache", "beams", "prefill in chunks")]
 )
-def test_generate_on_the_triton_kernels_gives_the_same_tokens(way):
-    """Each cache has its own layout of keys. Runs in the interpreter, or on a GPU."""
+def test_generate_on_the_triton_kernels_gives_the_same_tokens_as_transformers(way):
+    """Each cache has a different layout of keys. Runs in Triton's interpreter, or on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids = make("gemma3-gqa", layers=2).to(device), prompt(t=15).to(device)
     mask, options = padded(ids.cpu(), 4, 0).to(device), WAYS.get(way, {}) | {"max_new_tokens": 4}
@@ -67,11 +67,12 @@ def test_generate_on_the_triton_kernels_gives_the_same_tokens(way):
 
 @pytest.mark.parametrize("way", ["assisted", "prompt lookup"])
 def test_assisted_and_prompt_lookup_decoding_give_the_same_tokens(model, way):
-    """The model checks several candidates at a time; rejected ones are cropped from the cache."""
+    """The model checks several candidate tokens in one step, and removes the rejected tokens from
+    the cache."""
     if way == "assisted" and model.config.model_type != "gemma" and not NEWER:
-        pytest.skip("transformers 5.17 itself fails")
+        pytest.skip("assisted decoding fails in transformers 5.17 itself")
     assistant = copy.deepcopy(model)
-    for weight in assistant.parameters():  # its candidates are often right, not always
+    for weight in assistant.parameters():  # so that some candidates are wrong
         weight.data += 0.02 * torch.randn_like(weight)
     options = {"assistant_model": assistant} if way == "assisted" else {}
     if way == "prompt lookup":
@@ -83,9 +84,11 @@ def test_assisted_and_prompt_lookup_decoding_give_the_same_tokens(model, way):
     assert torch.equal(generate(model, ids, **options), expected)
 
 
-@pytest.mark.parametrize("length", [T, 3], ids=["longer than the window", "shorter"])
+@pytest.mark.parametrize(
+    "length", [T, 3], ids=["longer than the window", "shorter than the window"]
+)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-def test_rings_give_the_same_tokens(model, options, length):
+def test_rings_give_the_same_tokens_as_transformers(model, options, length):
     ids = prompt(t=length)
     mask = padded(ids, 2, 0)
     expected = generate(model, ids, mask, **options)
@@ -98,8 +101,8 @@ def test_rings_give_the_same_tokens(model, options, length):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 11, 13, 20])
-def test_rings_give_the_same_logits_in_chunks(chunk):
-    """The text is several windows long, and is read in chunks of different lengths."""
+def test_prompt_in_chunks_gives_the_same_logits_as_transformers(chunk):
+    """The text is several windows long, and is read in chunks of `chunk` tokens."""
     model, ids = make("gemma3-gqa"), prompt(t=60)
     mask = padded(ids, 17, 0)
     expected = logits(model, ids, mask)
@@ -114,7 +117,7 @@ def test_rings_give_the_same_logits_in_chunks(chunk):
 
 
 def test_decode_step_writes_one_slot_of_a_ring():
-    """transformers' static layer, once full, shifts the whole window for each token."""
+    """In contrast, a full static layer of transformers shifts the whole window for each token."""
     model, ids = accelerate(make("gemma3-gqa"), strict=True), prompt(t=T)
     cache = GemmaFastCache(model.config, 60)
     logits(model, ids, past_key_values=cache)
@@ -126,7 +129,7 @@ def test_decode_step_writes_one_slot_of_a_ring():
     assert ring.keys.shape[2] == model.config.sliding_window and ring.keys.data_ptr() == where
 
 
-def test_static_caches_of_two_lengths_give_the_same_tokens(model):
+def test_static_caches_of_two_lengths_give_the_same_tokens_as_transformers(model):
     for room in (T + NEW, 200):
         ids = prompt(t=5)
         restore(model)
@@ -137,7 +140,7 @@ def test_static_caches_of_two_lengths_give_the_same_tokens(model):
             assert torch.equal(found, expected)
 
 
-def test_left_padded_batch_equals_single_prompts(model):
+def test_left_padded_batch_gives_the_same_results_as_single_prompts(model):
     accelerate(model, strict=True)
     ids = prompt(b=3)
     mask = padded(ids, 0, 4, 21)

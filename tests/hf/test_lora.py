@@ -1,4 +1,4 @@
-"""gemma_fast.hf: LoRA adapters of peft on an accelerated model."""
+"""Checks that LoRA adapters of peft work on an accelerated model."""
 
 import peft
 import pytest
@@ -18,7 +18,7 @@ def model(request):
 
 @pytest.mark.parametrize("first", ["accelerated", "adapted"])
 def test_lora_adapters_can_be_trained_and_merged(model, first):
-    """Adapters on the projections, added before or after acceleration."""
+    """Adds adapters to the projections, before or after acceleration."""
     ids = prompt()
     if first == "accelerated":
         accelerate(model)

@@ -1,4 +1,5 @@
-"""Chat turns equal transformers' official templates; texts cannot inject control tokens."""
+"""Checks that chat prompts equal those of Gemma's official templates in transformers, and that the
+text of messages cannot inject control tokens."""
 
 import pytest
 from chat_templates import OFFICIAL
@@ -84,7 +85,7 @@ def test_chat_template_equals_transformers(ours, jinja, judge, talk):
             assert text == tokenizer.apply_chat_template(
                 messages, add_generation_prompt=prompt, tokenize=False
             )
-            assert encoding.input_ids == tokenizer.encode(text), "plain text is one piece"
+            assert encoding.input_ids == tokenizer.encode(text), "encode(text) gives other ids"
 
 
 def test_output_types_and_role_aliases_are_supported(ours, judge):
@@ -113,7 +114,7 @@ def test_message_text_cannot_make_control_tokens(ours, jinja, judge, attack):
         control = [i for i in ids if i <= 107 or i == ours.token_to_id("<start_of_image>")]
         assert control == [i for i in innocent if i <= 107]
         assert tokenizer.decode(ids) == rendered
-        # For these, transformers keeps the image token and drops private characters.
+        # transformers keeps the image token as a control token, and drops private characters.
         if attack not in ("image token", "private characters"):
             theirs = judge.apply_chat_template(messages, sanitize_control_tokens=True)
             assert ids == theirs.input_ids
@@ -121,7 +122,7 @@ def test_message_text_cannot_make_control_tokens(ours, jinja, judge, attack):
 
 def test_merges_cannot_make_a_control_token():
     backend = tiny_backend()
-    backend.add_special_tokens(["the"])  # merges make it from t, h and e
+    backend.add_special_tokens(["the"])  # the BPE merges t, h and e to this token
     with pytest.raises(ValueError, match="turn the plain text 'the' into a control"):
         Tokenizer(backend, "odd").apply_chat_template(turns("the"))
 
@@ -161,7 +162,7 @@ def test_bad_messages_are_refused(ours, messages, message):
 
 
 def test_family_is_detected_without_a_config(family):
-    """The id of <end_of_turn> differs between families."""
+    """Gemma 3 is recognized by its id of <end_of_turn>."""
     tokenizer = Tokenizer(tiny_backend(family), "tiny")
     assert tokenizer.chat.system_turn == (family == "gemma3")
     assert tokenizer.stop_token_ids == [1, 106 if family == "gemma3" else 107]

@@ -1,4 +1,5 @@
-"""GGUF → tokenizer: equal to SentencePiece's algorithm, on real and tiny vocabularies."""
+"""Checks that the tokenizer of a GGUF file splits text as SentencePiece does, for the vocabulary of
+a real Gemma and for a tiny one."""
 
 import random
 from collections.abc import Callable
@@ -43,7 +44,8 @@ def random_text(rng: random.Random, pieces: list[str]) -> str:
 
 
 def sentencepiece(metadata: dict) -> Callable[[str], list[str]]:
-    """SentencePiece: split at user-defined symbols, then merge the best pair until none is left.
+    """Returns a function that splits text by SentencePiece's algorithm: it splits at user-defined
+    symbols, then merges the pair with the best score, until no pair can be merged.
 
     Kudo and Richardson, 2018; in C++: PrefixMatcher in normalizer.cc, then bpe_model.cc.
     """
@@ -78,7 +80,7 @@ def sentencepiece(metadata: dict) -> Callable[[str], list[str]]:
     return cut
 
 
-def test_splits_text_as_sentencepiece_does(demo, demo_gguf):
+def test_gguf_tokenizer_splits_text_as_sentencepiece_does(demo, demo_gguf):
     metadata = GGUFFile(demo_gguf).metadata
     judge = sentencepiece(metadata)
     columns = (metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"])
@@ -90,7 +92,7 @@ def test_splits_text_as_sentencepiece_does(demo, demo_gguf):
 
 
 def test_tokenizer_from_gguf_equals_tokenizer_json():
-    """Merges written by hand and merges found from scores split all texts in the same way."""
+    """Merges written by hand and merges derived from scores must split all texts the same way."""
     tiny = Tokenizer(tiny_backend(), "tokenizer.json")
     rebuilt = Tokenizer(gguf_backend(gguf_metadata(), "tiny.gguf"), "tiny.gguf")
     assert rebuilt.backend.get_vocab() == tiny.backend.get_vocab()
@@ -125,7 +127,7 @@ def test_malformed_metadata_is_refused(change, message):
 
 
 def test_control_tokens_are_detected_by_name():
-    """Old converters mark them as user-defined or normal; merges could then produce them."""
+    """Old converters mark control tokens as user-defined or normal: merges could produce them."""
     metadata = gguf_metadata()
     types = metadata["tokenizer.ggml.token_type"]
     types[2], types[106] = NORMAL, USER_DEFINED
@@ -134,7 +136,7 @@ def test_control_tokens_are_detected_by_name():
     assert tokenizer.decode([2, 106], skip_special_tokens=True) == ""
 
 
-def test_merges_of_chat_text_make_no_control_token():
+def test_chat_text_is_not_merged_to_a_control_token():
     metadata = gguf_metadata()
     the = metadata["tokenizer.ggml.tokens"].index("the")
     metadata["tokenizer.ggml.token_type"][the] = CONTROL

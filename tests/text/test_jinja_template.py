@@ -1,4 +1,4 @@
-"""A checkpoint's own chat template is found and used; a hostile one does no harm."""
+"""Checks that a checkpoint's own chat template is found and used, and a hostile one is stopped."""
 
 import json
 import time
@@ -50,15 +50,16 @@ def test_hostile_templates_are_stopped(monkeypatch, name):
 @pytest.mark.parametrize(
     ("ends", "reason"),
     [("sys.exit('one line\\nthe last one')", "the last one"), ("sys.exit(3)", "exit code 3")],
+    ids=["message", "exit code"],
 )
-def test_renderer_that_exits_without_a_reply_is_an_error(monkeypatch, tmp_path, ends, reason):
+def test_renderer_that_exits_without_a_reply_raises(monkeypatch, tmp_path, ends, reason):
     (tmp_path / "child.py").write_text(f"import sys; {ends}")
     monkeypatch.setattr(jinja_template, "RENDERER", tmp_path / "child.py")
     with pytest.raises(ValueError, match=rf"evil\.jinja: the chat template failed: {reason}"):
         render("")
 
 
-def test_environment_has_the_functions_of_transformers():
+def test_template_can_use_the_functions_that_transformers_provides():
     assert render("{{ messages[0].content }} {{ bos_token }}{{ tools is none }}") == (
         "hello <bos>True"
     )
@@ -89,7 +90,7 @@ def test_template_is_found_where_transformers_finds_it(tmp_path):
 
 
 @pytest.mark.parametrize("content", ['{"chat_template": 3}', "{", "[]"])
-def test_error_names_a_malformed_config(tmp_path, content):
+def test_malformed_tokenizer_config_is_refused(tmp_path, content):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
@@ -103,7 +104,7 @@ def test_template_that_is_too_long_is_refused(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_bos_is_added_if_the_template_has_none(tmp_path):
+def test_ids_start_with_one_bos_even_if_the_template_has_none(tmp_path):
     write_tokenizer(tmp_path)
     for template in ("{{ messages[0].content }}", "<bos>{{ messages[0].content }}"):
         (tmp_path / "chat_template.jinja").write_text(template)

@@ -1,4 +1,4 @@
-"""Streamed pieces are whole characters, and joined they equal the decoded text."""
+"""Checks that streamed pieces are whole characters, and equal the decoded text if joined."""
 
 import random
 
@@ -44,10 +44,10 @@ def test_joined_pieces_equal_decode(tiny):
 
 
 def test_invalid_bytes_become_replacement_characters(tiny):
-    """A model can sample any byte tokens, also those that are not valid UTF-8."""
+    """A model can sample any sequence of byte tokens, even if the bytes are not valid UTF-8."""
     emoji = tiny.encode("😀", add_special_tokens=False)
     a, stray = tiny.token_to_id("a"), tiny.token_to_id("<0xFF>")
-    assert stream(tiny, emoji[:2]) == ["��"], "end() prints an incomplete character"
+    assert stream(tiny, emoji[:2]) == ["��"], "end() must write an incomplete character"
     assert stream(tiny, [*emoji, stray, a]) == ["😀", "�a"]
     rng = random.Random(0)
     for _ in range(200):
@@ -55,7 +55,7 @@ def test_invalid_bytes_become_replacement_characters(tiny):
         assert "".join(stream(tiny, ids)).count("a") >= ids.count(a)
     endless = TextStreamer(tiny, (pieces := []).append, skip_prompt=False)
     endless.put(torch.tensor([stray] * 1000))
-    assert pieces, "invalid bytes do not hold text back forever"
+    assert pieces, "invalid bytes must not delay the text forever"
 
 
 def test_prompt_is_skipped_by_default(tiny):
@@ -66,12 +66,12 @@ def test_prompt_is_skipped_by_default(tiny):
         streamer.put(torch.tensor([tiny.encode("hello")]))
         streamer.put(torch.tensor([tiny.token_to_id("a")]))
         streamer.end()
-    assert pieces == ["a", "a"], "after end(), a new prompt is skipped"
+    assert pieces == ["a", "a"], "the prompt after end() must be skipped"
     with pytest.raises(ValueError, match="batch of 2"):
         streamer.put(torch.zeros(2, 3, dtype=torch.int64))
 
 
-def test_prints_as_transformers_without_bos_and_newline(tiny, capsys):
+def test_printed_text_equals_transformers_except_for_bos_and_newline(tiny, capsys):
     ids = tiny.encode("hello the 😀\nwin")
     printed = []
     for streamer in (TextStreamer(tiny), TransformersStreamer(tiny, skip_prompt=True)):

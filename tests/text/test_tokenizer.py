@@ -1,4 +1,5 @@
-"""Text ↔ ids: equal to transformers; bad files and arguments are refused."""
+"""Checks that encoding and decoding equal transformers, and that bad files and arguments are
+refused."""
 
 import json
 import subprocess
@@ -87,7 +88,7 @@ def test_call_equals_transformers(tiny, judge):
     for name in ("input_ids", "attention_mask"):
         assert encoding[name].dtype == theirs[name].dtype == torch.int64
         assert encoding[name].equal(theirs[name])
-    assert encoding.input_ids[1, :-2].eq(tiny.pad_token_id).all(), "padding is on the left"
+    assert encoding.input_ids[1, :-2].eq(tiny.pad_token_id).all(), "padding must be on the left"
     assert set({**encoding.to("meta")}) == {"input_ids", "attention_mask"}
     assert encoding.to("meta").input_ids.device.type == "meta"
     assert tiny("a", return_tensors="pt", add_special_tokens=False).input_ids.shape == (1, 1)
@@ -124,7 +125,8 @@ def test_decode_accepts_ids_and_tensors(tiny):
 
 
 def test_import_does_not_load_optional_packages():
-    """transformers is not needed; Jinja and gguf are imported only on use."""
+    """The tokenizer does not import transformers, and imports Jinja and gguf only when it needs
+    them."""
     few = "{'transformers', 'jinja2', 'gguf'}"
     code = f"import sys, gemma_fast.text.tokenizer; print({few} & {{*sys.modules}})"
     root = Path(gemma_fast.text.tokenizer.__file__).parents[2]
