@@ -6,26 +6,27 @@ from typing import Any, NamedTuple
 from gemma_fast.kernels._triton import tl, triton
 
 
-class Stream(NamedTuple):
-    """Pointers to the input of a matmul. h = residual + rms_norm(x, post_norm_weight); the matmul
-    takes rms_norm(h, norm_weight)."""
+class ResidualStream(NamedTuple):
+    """Pointers to the residual stream and its norms. The matmul's input is rms_norm(h, norm_weight)
+    with h = residual + rms_norm(x, post_norm_weight)."""
 
-    x: Any  # [rows, DIM], contiguous
+    x: Any  # [rows, DIM], contiguous: the previous layer's output
     residual: Any  # [rows, DIM], contiguous | None: h = x
-    norm_weight: Any  # [DIM] | None: no norm, the matmul takes x
+    norm_weight: Any  # [DIM] | None: no norm, the matmul's input is x
     post_norm_weight: Any  # [DIM] | None: h = residual + x
 
 
 class Scales(NamedTuple):
-    """1 / rms, [BLOCK_B, 1], fp32."""
+    """1 / rms of each row, [BLOCK_B, 1], fp32."""
 
-    norm: Any  # of h
-    post_norm: Any  # of x; zeros without a post-norm
+    norm: Any  # 1 / rms of h
+    post_norm: Any  # 1 / rms of x; zeros if there is no post-norm
 
 
 @triton.jit
 def _load_h(stream, post_scale, row, col, mask, DIM: tl.constexpr):
-    """h at [row, col], rounded to x's dtype, in fp32: [BLOCK_B, cols]."""
+    """Computes h at row :: [BLOCK_B, 1] and col :: [1, cols], rounded to x's dtype. Returns it in
+    fp32, [BLOCK_B, cols]."""
     dtype = stream.x.dtype.element_ty
     x = tl.load(stream.x + row * DIM + col, mask=mask, other=0.0)
     if stream.post_norm_weight is not None:
@@ -40,14 +41,15 @@ def _load_h(stream, post_scale, row, col, mask, DIM: tl.constexpr):
 @triton.jit
 def norm_scales(
     stream,
-    h_ptr,  # [rows, DIM] | None: h is not stored
+    h_ptr,  # [rows, DIM] | None: no program stores h
     rows,
-    stores_h,  # whether this program does
+    stores_h,  # whether this program stores h
     EPS: tl.constexpr, DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Computes the Scales of all rows, and stores h."""
+    """Returns the Scales of all rows. Stores h if stores_h is true."""
     BLOCK: tl.constexpr = BLOCK_K if BLOCK_K >= DIM else BLOCK_K * (4 if BLOCK_B == 1 else 2)
-    row, offset = tl.arange(0, BLOCK_B)[:, None], tl.arange(0, BLOCK)[None, :]
+    row = tl.arange(0, BLOCK_B)[:, None]  # [BLOCK_B, 1]
+    offset = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     post_scale = tl.zeros([BLOCK_B, 1], tl.float32)
     if stream.post_norm_weight is not None:
         for k in range(0, DIM, BLOCK):
@@ -58,7 +60,7 @@ def norm_scales(
     scale = tl.zeros([BLOCK_B, 1], tl.float32)
     for k in range(0, DIM, BLOCK):
         mask = (row < rows) & (k + offset < DIM)  # [BLOCK_B, BLOCK]
-        h = _load_h(stream, post_scale, row, k + offset, mask, DIM)
+        h = _load_h(stream, post_scale, row, k + offset, mask, DIM)  # [BLOCK_B, BLOCK]
         scale += tl.sum(h * h, axis=1, keep_dims=True)  # [BLOCK_B, 1]
         if h_ptr is not None:
             tl.store(h_ptr + row * DIM + k + offset, h, mask=mask & stores_h)
@@ -71,10 +73,11 @@ def load_input(
 ):
     """Loads columns k … k + BLOCK_K - 1 of the matmul's input, normalized: [BLOCK_B, BLOCK_K], in
     x's dtype."""
-    row, col = tl.arange(0, BLOCK_B)[:, None], k + tl.arange(0, BLOCK_K)[None, :]
+    row = tl.arange(0, BLOCK_B)[:, None]  # [BLOCK_B, 1]
+    col = k + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
     mask = (row < rows) & (col < DIM)  # [BLOCK_B, BLOCK_K]
     if stream.norm_weight is not None:
-        h = _load_h(stream, scales.post_norm, row, col, mask, DIM)
+        h = _load_h(stream, scales.post_norm, row, col, mask, DIM)  # [BLOCK_B, BLOCK_K]
         norm_weight = tl.load(stream.norm_weight + col, mask=col < DIM, other=0.0).to(tl.float32)
         return (h * scales.norm * (1 + norm_weight)).to(stream.x.dtype.element_ty)
     else:

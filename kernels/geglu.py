@@ -36,7 +36,7 @@ def gate_up_geglu_reference(x: Tensor, gate_up_proj: Tensor) -> Tensor:
 
 @triton.jit
 def geglu_in_fp32(gate, up):
-    """gelu(gate) * up, elementwise."""
+    """Returns gelu(gate) * up, elementwise, for fp32 tiles."""
     z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
     return gate * tl.sigmoid(2 * z) * up  # (1 + tanh(z)) / 2 == sigmoid(2 z)
 
@@ -108,13 +108,13 @@ def _gate_up_geglu_kernel(
 
 
 def default_config(dim: int) -> dict[str, int]:
-    """Launch config of geglu."""
+    """Returns the launch config of geglu."""
     return {"BLOCK": min(triton.next_power_of_2(dim), 1024), "num_warps": 4}
 
 
 @op(fake=lambda gate, up: torch.empty_like(gate, memory_format=torch.contiguous_format))
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up. Off the GPU it runs the reference."""
+    """Returns gelu(gate) * up. Runs the reference where Triton does not run."""
     assert gate.shape == up.shape and gate.dtype == up.dtype, (
         f"gate {tuple(gate.shape)} {gate.dtype} does not fit up {tuple(up.shape)} {up.dtype}"
     )
@@ -134,7 +134,8 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gate_up_config(rows: int, itemsize: int, gpu: Gpu) -> dict[str, int]:
-    """Launch config of gate_up_geglu. It fits in shared memory and spills no registers."""
+    """Returns the launch config of gate_up_geglu: operands fit in shared memory, and no register is
+    spilled."""
     group = {"GROUP": 8, "num_warps": 8}
     if itemsize == 4:  # no tensor cores
         return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_stages": 2} | group
@@ -147,7 +148,8 @@ def gate_up_config(rows: int, itemsize: int, gpu: Gpu) -> dict[str, int]:
 
 @op(fake=lambda x, gate_up_proj: x.new_empty(*x.shape[:-1], gate_up_proj.shape[0] // 2))
 def gate_up_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
-    """geglu of the halves of x @ gate_up_projᵀ, in one kernel. Off the GPU: the reference."""
+    """Returns geglu of the halves of x @ gate_up_projᵀ, computed in one kernel. Runs the reference
+    where Triton does not run."""
     (double, hidden), dim = gate_up_proj.shape, gate_up_proj.shape[0] // 2
     assert double == 2 * dim and x.shape[-1] == hidden, (
         f"{tuple(gate_up_proj.shape)=} does not fit {tuple(x.shape)=}"

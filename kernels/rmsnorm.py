@@ -37,7 +37,7 @@ def add_rms_norm_reference(
 
 @triton.jit
 def _normalize(x, weight_ptr, cols, mask, EPS: tl.constexpr, DIM: tl.constexpr):
-    """RMSNorm of one row, [BLOCK], fp32."""
+    """Returns the RMSNorm of one row x :: [BLOCK], fp32."""
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     return x * tl.rsqrt(tl.sum(x * x) / DIM + EPS) * (1 + weight)
 
@@ -73,7 +73,7 @@ def _rms_norm_kernel(
 
 
 def default_config(dim: int) -> dict[str, int]:
-    """Launch config: a block is a whole row."""
+    """Returns the launch config: a block is a whole row."""
     block = triton.next_power_of_2(dim)
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
 
@@ -107,7 +107,7 @@ def _like(x: Tensor) -> Tensor:
 
 @op(fake=lambda x, *_: _like(x))
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """Gemma's RMSNorm of the last axis. Off the GPU it runs the reference."""
+    """Gemma's RMSNorm of the last axis. Runs the reference where Triton does not run."""
     if not runs_triton(x):
         return rms_norm_reference(x, weight, eps).contiguous()
     return _launch(x, None, weight, None, eps)[0]
@@ -118,8 +118,8 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, post_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Adds x, normalized if post_weight is given, to the residual, and normalizes the sum: (y, h).
-    Off the GPU it runs the reference."""
+    """Adds x, normalized if post_weight is given, to the residual, and normalizes the sum. Returns
+    (y, h). Runs the reference where Triton does not run."""
     if not runs_triton(x):
         y, h = add_rms_norm_reference(x, residual, weight, post_weight, eps)
         return y.contiguous(), h.contiguous()
