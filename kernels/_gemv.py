@@ -4,7 +4,7 @@ A thread loads 16 bytes of the weight at a time. Its partial sums stay in its ow
 end, so the loop has no reduction across threads.
 """
 
-from gemma_fast.kernels._stream import load_input, load_weight
+from gemma_fast.kernels._matmul_input import load_input, load_weight
 from gemma_fast.kernels._triton import tl, triton
 
 
@@ -23,7 +23,7 @@ def gemv(
     first_weight,  # [BLOCK_N, BLOCK_K]: columns 0 … BLOCK_K - 1, loaded before
     weight_ptr,  # [out, DIM]
     weight_row,  # [BLOCK_N]
-    stream,  # ResidualStream, one row
+    inputs,  # MatmulInput, one row
     scales,  # Scales
     rows,  # 1
     DIM: tl.constexpr,
@@ -32,15 +32,16 @@ def gemv(
 ):
     """Returns rows weight_row of the weight times the input, [BLOCK_N, 1], fp32."""
     VECTOR: tl.constexpr = (
-        128 // stream.x.dtype.element_ty.primitive_bitwidth
+        128 // inputs.x.dtype.element_ty.primitive_bitwidth
     )  # elements in 16 bytes
     BLOCK_N: tl.constexpr = weight_row.shape[0]
     sums = tl.zeros([BLOCK_N, BLOCK_K // VECTOR], tl.float32)
-    first_x = load_input(stream, scales, rows, 0, DIM, 1, BLOCK_K)  # [1, BLOCK_K]
+    first_x = load_input(inputs, scales, rows, 0, DIM, 1, BLOCK_K)  # [1, BLOCK_K]
     for k in tl.range(BLOCK_K, DIM, BLOCK_K, num_stages=STAGES):
-        x = load_input(stream, scales, rows, k, DIM, 1, BLOCK_K)  # [1, BLOCK_K]
+        x = load_input(inputs, scales, rows, k, DIM, 1, BLOCK_K)  # [1, BLOCK_K]
         sums = _add_products(sums, load_weight(weight_ptr, weight_row, k, DIM, BLOCK_K), x)
     # The block in registers comes last: the loop's loads are then issued before it is used.
+    # [BLOCK_N, 1]
     return tl.sum(_add_products(sums, first_weight, first_x), axis=1, keep_dims=True)
 
 

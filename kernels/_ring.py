@@ -80,13 +80,13 @@ def load_block(
     if DESCRIPTORS:
         slot = tl.where(block < ring.slots, block, block - ring.slots)
         tile = ring.source.load([ring.batch, ring.kv_head, slot, 0])  # [1, 1, BLOCK_N, D]
-        return tile.reshape([BLOCK_N, D])
+        return tile.reshape([BLOCK_N, D])  # [BLOCK_N, D]
     else:
         position = block + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         slot = tl.where(position < ring.slots, position, position - ring.slots).to(tl.int64)
         slot = slot[:, None]  # [BLOCK_N, 1]
         pointer = ring.source + slot * ring.slot_stride + tl.arange(0, D)[None, :]  # [BLOCK_N, D]
-        return tl.load(pointer, mask=(position < end)[:, None], other=0.0)
+        return tl.load(pointer, mask=(position < end)[:, None], other=0.0)  # [BLOCK_N, D]
 
 
 @triton.jit

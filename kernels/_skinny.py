@@ -1,6 +1,6 @@
 """Weight × 2 to 8 rows, on tensor cores; the weight is read once, through shared memory."""
 
-from gemma_fast.kernels._stream import load_input, load_weight
+from gemma_fast.kernels._matmul_input import load_input, load_weight
 from gemma_fast.kernels._triton import tl, triton
 
 MAX_ROWS = 8
@@ -30,7 +30,7 @@ def prefetch_weight(
 def skinny_matmul(
     weight_ptr,  # [out, DIM]
     weight_row,  # [BLOCK_N]
-    stream,  # ResidualStream
+    inputs,  # MatmulInput
     scales,  # Scales
     rows,
     DIM: tl.constexpr,
@@ -42,9 +42,9 @@ def skinny_matmul(
     BLOCK_N: tl.constexpr = weight_row.shape[0]
     out = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     for k in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
-        x = load_input(stream, scales, rows, k, DIM, BLOCK_B, BLOCK_K)  # [BLOCK_B, BLOCK_K]
+        x = load_input(inputs, scales, rows, k, DIM, BLOCK_B, BLOCK_K)  # [BLOCK_B, BLOCK_K]
         weight = load_weight(weight_ptr, weight_row, k, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
-        out = tl.dot(weight, x.T, out, input_precision="ieee")
+        out = tl.dot(weight, x.T, out, input_precision="ieee")  # [BLOCK_N, BLOCK_B]
     return out
 
 

@@ -70,12 +70,12 @@ def merge_splits(
         # [CHUNK, ROWS, D]
         part = tl.load(partial_ptr + part_row + channel[None, None, :], mask[:, :, None], other=0.0)
         part_max = tl.load(stats, mask, other=-1e30)  # [CHUNK, ROWS]
-        part_sum = tl.load(stats + GROUP, mask, other=0.0)
+        part_sum = tl.load(stats + GROUP, mask, other=0.0)  # [CHUNK, ROWS]
 
         new_max = tl.maximum(row_max, tl.max(part_max, axis=0))  # [ROWS]
         weights = tl.exp2(part_max - new_max[None, :])  # [CHUNK, ROWS]
         rescale = tl.exp2(row_max - new_max)  # [ROWS]
-        row_sum = row_sum * rescale + tl.sum(weights * part_sum, axis=0)
+        row_sum = row_sum * rescale + tl.sum(weights * part_sum, axis=0)  # [ROWS]
         out = out * rescale[:, None] + tl.sum(weights[:, :, None] * part, axis=0)  # [ROWS, D]
         row_max = new_max
     out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]  # the sum is 0 in rows ≥ GROUP

@@ -90,8 +90,8 @@ def visible_keys(
     query = query_offset.unsqueeze(1) + torch.arange(t, device=device)  # [b, t] positions
     last = query[:, -1:]
     key = last - (last - torch.arange(slots, device=device)) % slots  # [b, slots] positions
-    query, key = query.unsqueeze(2), key.unsqueeze(1)
-    oldest = 0 if left_padding is None else left_padding.clamp(min=0).view(-1, 1, 1)
+    query, key = query.unsqueeze(2), key.unsqueeze(1)  # [b, t, 1], [b, 1, slots]
+    oldest = 0 if left_padding is None else left_padding.clamp(min=0).view(-1, 1, 1)  # [b, 1, 1]
     visible = (key >= oldest) & (key <= query)
     return visible if window is None else visible & (key > query - window)
 
@@ -111,7 +111,7 @@ def attention_reference(
     scores = q.reshape(b, n, -1, d) @ keys.float().transpose(2, 3) * scale  # [b, n, m * t, slots]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(b, n, heads // n, t, slots)
+    scores = scores.view(b, n, heads // n, t, slots)  # [b, n, m, t, slots]
     scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
     weights = scores.softmax(-1).masked_fill(~visible.any(-1)[:, None, None, :, None], 0)
     out = weights.view(b, n, -1, slots) @ values.float()  # [b, n, m * t, d]

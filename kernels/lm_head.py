@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._gemv import gemv
+from gemma_fast.kernels._matmul_input import MatmulInput, load_weight, norm_scales
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._skinny import prefetch_weight, skinny_matmul
-from gemma_fast.kernels._stream import ResidualStream, load_weight, norm_scales
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import gpu, launch_config
 from gemma_fast.kernels.matvec import check_matmul, is_matvec, norm_linear
@@ -58,7 +58,7 @@ def _cap(logits: Tensor, softcap: float | None) -> Tensor:
 
 @triton.jit(do_not_specialize=["rows"])
 def _next_token_kernel(
-    stream,  # ResidualStream
+    inputs,  # MatmulInput
     weight_ptr,  # [vocab, dim]
     sampling,  # SamplingInputs
     partials,  # Partials, with one counter
@@ -82,7 +82,7 @@ def _next_token_kernel(
     elif PREFETCH:
         prefetch_weight(weight_ptr, weight_row, DIM, BLOCK_K)
     wait_for_previous_kernel(PREFETCH)
-    scales = norm_scales(stream, None, rows, False, SPEC.eps, DIM, BLOCK_B, BLOCK_K)
+    scales = norm_scales(inputs, None, rows, False, SPEC.eps, DIM, BLOCK_B, BLOCK_K)
     best = tl.full([BLOCK_N, BLOCK_B], float("-inf"), tl.float32)
     best_token = tl.full([BLOCK_N, BLOCK_B], -1, tl.int32)
     for block in range(BLOCKS):
@@ -92,12 +92,12 @@ def _next_token_kernel(
             if block + 1 < BLOCKS:  # the next block is loaded while this one is multiplied
                 next_weight = load_weight(weight_ptr, next_row, 0, DIM, BLOCK_K)
             logits = gemv(
-                weight, weight_ptr, weight_row, stream, scales, rows, DIM, BLOCK_K, STAGES
+                weight, weight_ptr, weight_row, inputs, scales, rows, DIM, BLOCK_K, STAGES
             )  # [BLOCK_N, 1]
             weight = next_weight
         else:
             logits = skinny_matmul(
-                weight_ptr, weight_row, stream, scales, rows, DIM, BLOCK_B, BLOCK_K, STAGES
+                weight_ptr, weight_row, inputs, scales, rows, DIM, BLOCK_B, BLOCK_K, STAGES
             )  # [BLOCK_N, BLOCK_B]
         if SPEC.softcap > 0:
             capped = SPEC.softcap * (2 * tl.sigmoid(2 / SPEC.softcap * logits) - 1)
@@ -146,7 +146,7 @@ def next_token(
     programs = triton.cdiv(vocab, config["BLOCKS"] * config["BLOCK_N"])
     residual = None if residual is None else residual.contiguous()
     _next_token_kernel[(programs,)](
-        ResidualStream(x.contiguous(), residual, norm_weight, post_norm_weight), weight,
+        MatmulInput(x.contiguous(), residual, norm_weight, post_norm_weight), weight,
         SamplingInputs(position, temperature, seed), new_partials(token, counter, programs), rows,
         SPEC=LMHeadSpec(dim, vocab, softcap or 0.0, eps),
         CHUNK=PARTIALS * config["num_warps"] // config["BLOCK_B"],

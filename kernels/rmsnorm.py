@@ -61,7 +61,7 @@ def _rms_norm_kernel(
     mask = cols < DIM
     dtype = out_ptr.dtype.element_ty
 
-    x = tl.load(x_ptr + row * x_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_row_stride + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row * residual_row_stride + cols, mask=mask, other=0.0)
         if post_weight_ptr is not None:
@@ -85,12 +85,12 @@ def _launch(
     for w in (weight, weight if post_weight is None else post_weight):
         assert w.shape == (dim,), f"weight {tuple(w.shape)} does not fit x {tuple(x.shape)}"
         assert x.stride(-1) == w.stride(0) == 1, "rows and weights must be contiguous"
-    rows = x.reshape(-1, dim)
+    rows = x.reshape(-1, dim)  # [rows, dim]
     out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     h, residual_row_stride = None, 0
     if residual is not None:
         assert residual.shape == x.shape and residual.dtype == x.dtype and residual.stride(-1) == 1
-        residual = residual.reshape(-1, dim)
+        residual = residual.reshape(-1, dim)  # [rows, dim]
         h, residual_row_stride = torch.empty_like(out), residual.stride(0)
 
     if rows.shape[0]:

@@ -96,7 +96,7 @@ def rotate_rows(
         square_sum = tl.zeros([mask.shape[0], 1], tl.float32)  # [rows, 1]
         for i in tl.static_range(0, 2 * HALF, CHUNK):
             x = tl.load(x_ptr + i + chunk, mask=mask, other=0.0).to(tl.float32)  # [rows, CHUNK]
-            square_sum += tl.sum(x * x, axis=1, keep_dims=True)
+            square_sum += tl.sum(x * x, axis=1, keep_dims=True)  # [rows, 1]
         inv_rms = tl.rsqrt(square_sum / (2 * HALF) + EPS)
     for i in tl.static_range(0, HALF, CHUNK):
         x1 = tl.load(x_ptr + i + chunk, mask=mask, other=0.0).to(tl.float32)  # [rows, CHUNK]
@@ -143,7 +143,7 @@ def load_new_token(
     HALF: tl.constexpr = SPEC.dim // 2
     head = tl.where(row < GROUP, kv_head * GROUP + row, n * GROUP + kv_head)  # [BLOCK_M, 1]
     x_ptr = qkv_ptr + head * head_stride + tl.arange(0, HALF)[None, :]  # [BLOCK_M, d / 2]
-    x1 = tl.load(x_ptr, mask=row <= GROUP, other=0.0).to(tl.float32)
+    x1 = tl.load(x_ptr, mask=row <= GROUP, other=0.0).to(tl.float32)  # [BLOCK_M, d / 2]
     x2 = tl.load(x_ptr + HALF, mask=row <= GROUP, other=0.0).to(tl.float32)
     v_ptr = qkv_ptr + (n * GROUP + n + kv_head) * head_stride
     v = tl.load(v_ptr + tl.arange(0, D)[None, :])  # [1, d]
@@ -177,7 +177,7 @@ def _rotary_write_kernel(
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]  # [BLOCK, 1]
     channel = tl.arange(0, 2 * HALF)[None, :]  # [1, d]
     mask = token < t
-    position = tl.load(query_offset_ptr + batch) + token
+    position = tl.load(query_offset_ptr + batch) + token  # [BLOCK, 1]
     kept = mask & (position >= 0) & (token >= t - slots)
     slot = (position % slots).to(tl.int64)
     token = token.to(tl.int64)

@@ -62,7 +62,7 @@ def gumbel_reference(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
     """Returns the Gumbel noise of seed, position :: [b]: [b, vocab], fp32."""
     index = torch.arange(max(-(-vocab // 4), len(position)), device=position.device)
     c0, row = index[: -(-vocab // 4)], index[: len(position), None]
-    c1 = position.long()[:, None] & 0xFFFFFFFF
+    c1 = position.long()[:, None] & 0xFFFFFFFF  # [b, 1]
     counter, key = (c0, c1, row, torch.zeros_like(row)), seed[:, None]
     drawn = torch.stack(philox_reference(counter, key), dim=-1)  # [b, vocab / 4, 4]
     u = (drawn.flatten(1)[:, :vocab].float() + 0.5) * 2**-32  # [b, vocab]
@@ -74,13 +74,13 @@ def sample_token_reference(
 ) -> Tensor:
     scores = logits.float()
     if temperature is not None and seed is not None:
-        samples = temperature[:, None] > 0
+        samples = temperature[:, None] > 0  # [b, 1]
         divisor = torch.where(samples, temperature[:, None], 1.0)
         drawn = scores / divisor + gumbel_reference(seed, position, logits.shape[1])
         scores = torch.where(samples, drawn, scores)
     token = scores.argmax(-1, keepdim=True)  # [b, 1]
     best = scores.gather(1, token)  # NaN is above inf
-    return token.masked_fill(~best.isfinite(), -1).squeeze(1)
+    return token.masked_fill(~best.isfinite(), -1).squeeze(1)  # [b]
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def sampling_scores(logits, token, row, rows, sampling, VOCAB: tl.constexpr):
     if sampling.temperature is not None:
         position = tl.load(sampling.position + row, mask=row < rows, other=0)  # [1, BLOCK_B]
         setting = tl.minimum(row, rows - 1)  # a mask would cost more registers
-        temperature = tl.load(sampling.temperature + setting)
+        temperature = tl.load(sampling.temperature + setting)  # [1, BLOCK_B]
         seed = tl.load(sampling.seed + setting)
         noise = gumbel(seed, position, row, token)  # [BLOCK_N, BLOCK_B]
         noisy = logits / tl.where(temperature > 0, temperature, 1.0) + noise
