@@ -4,17 +4,18 @@ A thread loads 16 bytes of the weight at a time. Its partial sums stay in its ow
 end, so the loop has no reduction across threads.
 """
 
-from gemma_fast.kernels._stream import load_input, load_weight
+from gemma_fast.kernels._matmul_input import load_input, load_weight
 from gemma_fast.kernels._triton import tl, triton
 
 
 @triton.jit
 def _add_products(sums, weight, x):
-    """sums [BLOCK_N, COLS] + weight [BLOCK_N, BLOCK_K] * x [1, BLOCK_K], summed within a thread's
-    columns: [BLOCK_N, COLS]."""
+    """Adds weight [BLOCK_N, BLOCK_K] * x [1, BLOCK_K] to sums [BLOCK_N, COLS]. Each sum adds up
+    neighboring columns that one thread holds."""
     products = weight.to(tl.float32) * x.to(tl.float32)  # [BLOCK_N, BLOCK_K]
     split: tl.constexpr = [sums.shape[0], sums.shape[1], weight.shape[1] // sums.shape[1]]
-    return sums + tl.sum(products.reshape(split), axis=2)  # [BLOCK_N, COLS]
+    products = products.reshape(split)  # [BLOCK_N, COLS, BLOCK_K / COLS]
+    return sums + tl.sum(products, axis=2)  # [BLOCK_N, COLS]
 
 
 @triton.jit
@@ -22,31 +23,34 @@ def gemv(
     first_weight,  # [BLOCK_N, BLOCK_K]: columns 0 … BLOCK_K - 1, loaded before
     weight_ptr,  # [out, DIM]
     weight_row,  # [BLOCK_N]
-    stream,  # Stream, one row
+    inputs,  # MatmulInput, one row
     scales,  # Scales
     rows,  # 1
     DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Rows weight_row of the weight times the input: [BLOCK_N, 1], fp32."""
-    VECTOR: tl.constexpr = 128 // stream.x.dtype.element_ty.primitive_bitwidth  # a thread's load
+    """Returns rows weight_row of the weight times the input, [BLOCK_N, 1], fp32."""
+    VECTOR: tl.constexpr = (
+        128 // inputs.x.dtype.element_ty.primitive_bitwidth
+    )  # elements in 16 bytes
     BLOCK_N: tl.constexpr = weight_row.shape[0]
     sums = tl.zeros([BLOCK_N, BLOCK_K // VECTOR], tl.float32)
-    first_x = load_input(stream, scales, rows, 0, DIM, 1, BLOCK_K)  # [1, BLOCK_K]
+    first_x = load_input(inputs, scales, rows, 0, DIM, 1, BLOCK_K)  # [1, BLOCK_K]
     for k in tl.range(BLOCK_K, DIM, BLOCK_K, num_stages=STAGES):
-        x = load_input(stream, scales, rows, k, DIM, 1, BLOCK_K)
+        x = load_input(inputs, scales, rows, k, DIM, 1, BLOCK_K)  # [1, BLOCK_K]
         sums = _add_products(sums, load_weight(weight_ptr, weight_row, k, DIM, BLOCK_K), x)
     # The block in registers comes last: the loop's loads are then issued before it is used.
+    # [BLOCK_N, 1]
     return tl.sum(_add_products(sums, first_weight, first_x), axis=1, keep_dims=True)
 
 
 def default_config(out: int, dim: int, itemsize: int) -> dict[str, int]:
-    """Launch config: rows and columns of a block of the weight, and blocks in flight at once."""
-    line = dim * itemsize  # bytes
-    if 2048 < line <= 4096:  # a block holds whole rows, all loaded before the wait
+    """Returns the launch config for a weight [out, dim]."""
+    line = dim * itemsize  # bytes of a row
+    if 2048 < line <= 4096:  # a block holds whole rows, so all weights are loaded before the wait
         block = 4096
-    else:  # the one that wastes fewer columns
+    else:  # the size that leaves fewer columns of the last block unused
         block = min(2048, 1024, key=lambda block: (-line % block, -block))
     return {
         "BLOCK_B": 1, "BLOCK_N": 4 if out <= 4096 else 8, "BLOCK_K": block // itemsize,

@@ -72,9 +72,10 @@ def _differentiated(x: Tensor) -> bool:
 
 @triton.jit
 def wait_for_previous_kernel(PREFETCH: tl.constexpr):
-    """Programmatic dependent launch: code before this call overlaps the previous kernel."""
+    """With PREFETCH, waits until the previous kernel has finished. Code before this call overlaps
+    that kernel (programmatic dependent launch)."""
     if PREFETCH:
         tl.extra.cuda.gdc_wait()
-        # After the wait, so at most two kernels overlap: the next kernel starts only when the
-        # previous one has finished.
+        # The next kernel may start now. It is called after the wait, because then at most two
+        # kernels overlap: the previous one has finished before the next one starts.
         tl.extra.cuda.gdc_launch_dependents()

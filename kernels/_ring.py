@@ -1,9 +1,9 @@
-"""Attention over a ring buffer, shared by attention.py and decode_attention.py: arguments that
-belong together, loading a block of keys or values, the soft cap, one online-softmax step.
+"""Shared by attention.py and decode_attention.py: bundles of arguments, loading a block of keys or
+values from a ring buffer, the soft cap, one online-softmax step.
 
-Slot `p % slots` of a ring holds position p. Kernels subtract the start of the ring revolution that
-holds the oldest visible key, so positions are below 2 * slots and one subtraction finds a slot.
-attention.py has a picture.
+Slot `p % slots` of a ring holds position p. Kernels count positions from the start of a ring
+revolution: the one that holds the oldest position still in the ring. Positions are then below
+2 * slots, and one subtraction finds the slot. attention.py has a picture.
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +28,8 @@ class AttentionSpec(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """A tensor [b, t, heads, d] whose channels are contiguous; without t, token_stride is None."""
+    """Pointer and strides of a tensor [b, t, heads, d] whose last dimension is contiguous. For
+    [b, heads, d], token_stride is None."""
 
     ptr: Any
     batch_stride: Any
@@ -37,7 +38,7 @@ class Heads(NamedTuple):
 
 
 class RingStrides(NamedTuple):
-    """Strides of keys and of values [b, n, slots, d]; channels are contiguous."""
+    """Strides of both keys and values, [b, n, slots, d], whose last dimension is contiguous."""
 
     batch: Any
     head: Any
@@ -45,42 +46,53 @@ class RingStrides(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """int32 pointers."""
+    """Pointers to int32 positions, one per sequence."""
 
     query: Any  # [b]: position of each row's first query
     left_padding: Any  # [b] | None: positions below it are padding
 
 
 def heads_of(x: Tensor) -> Heads:
-    """x :: [b, t, heads, d] as an argument of a kernel."""
+    """Returns the pointer and strides of x :: [b, t, heads, d] as one kernel argument."""
     return Heads(x, *x.stride()[:3])
+
+
+class HeadRing(NamedTuple):
+    """Keys or values of one kv head of one sequence, in a kernel."""
+
+    source: Any  # [b, n, slots, d]: a tensor descriptor if DESCRIPTORS; else a pointer to slot 0
+    slot_stride: Any
+    slots: Any
+    batch: Any  # index of the sequence; only for a descriptor
+    kv_head: Any  # index of the kv head; only for a descriptor
 
 
 @triton.jit
 def load_block(
-    ring,  # [b, n, slots, d]: a tensor descriptor if DESCRIPTORS, else a pointer to a head's slots
-    slot_stride, slots, batch, kv_head,
-    block,  # first position
-    end,  # positions from here on are not loaded; at most 2 * slots
+    ring,  # HeadRing
+    block,  # position of the block's first key
+    end,  # pointers do not load positions from here on; descriptors load the whole block
     BLOCK_N: tl.constexpr,
     D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
+):
     """Loads the keys or values of positions block … block + BLOCK_N - 1: [BLOCK_N, D]."""
     if DESCRIPTORS:
-        slot = tl.where(block < slots, block, block - slots)
-        return ring.load([batch, kv_head, slot, 0]).reshape([BLOCK_N, D])  # from [1, 1, BLOCK_N, D]
+        slot = tl.where(block < ring.slots, block, block - ring.slots)
+        tile = ring.source.load([ring.batch, ring.kv_head, slot, 0])  # [1, 1, BLOCK_N, D]
+        return tile.reshape([BLOCK_N, D])  # [BLOCK_N, D]
     else:
         position = block + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        slot = tl.where(position < slots, position, position - slots).to(tl.int64)[:, None]
-        pointer = ring + slot * slot_stride + tl.arange(0, D)[None, :]  # [BLOCK_N, D]
-        return tl.load(pointer, mask=(position < end)[:, None], other=0.0)
+        slot = tl.where(position < ring.slots, position, position - ring.slots).to(tl.int64)
+        slot = slot[:, None]  # [BLOCK_N, 1]
+        pointer = ring.source + slot * ring.slot_stride + tl.arange(0, D)[None, :]  # [BLOCK_N, D]
+        return tl.load(pointer, mask=(position < end)[:, None], other=0.0)  # [BLOCK_N, D]
 
 
 @triton.jit
 def soft_cap(scores, SPEC: tl.constexpr):
-    """Returns tanh(scale * scores / softcap), which softmax_step scales by softcap; without a soft
-    cap, the scores unchanged."""
+    """Returns tanh(scale * scores / softcap), which softmax_step multiplies by softcap; or, without
+    a soft cap, the scores."""
     if SPEC.softcap > 0:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
         scores = 1 - 2 / (tl.exp2(scores * (2 * SPEC.scale * LOG2_E / SPEC.softcap)) + 1)
@@ -91,9 +103,9 @@ def soft_cap(scores, SPEC: tl.constexpr):
 def softmax_step(scores, row_max, row_sum, SPEC: tl.constexpr):
     """One online-softmax step over the scores of a block, [BLOCK_M, BLOCK_N]. Returns the block's
     weights, the rescale factor of the accumulator, the new row max (finite) and row sum."""
-    # exp2 is one instruction, exp is two: log2(e) is part of the scale.
+    # exp2 is one instruction and exp is two, so the scale includes log2(e).
     SCALE: tl.constexpr = (SPEC.softcap if SPEC.softcap > 0 else SPEC.scale) * LOG2_E
     new_max = tl.maximum(row_max, tl.max(scores, axis=1) * SCALE)  # [BLOCK_M]
     weights = tl.exp2(tl.fma(scores, SCALE, -new_max[:, None]))  # [BLOCK_M, BLOCK_N]
     rescale = tl.exp2(row_max - new_max)  # [BLOCK_M]
-    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, axis=1)
+    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, axis=1)  # [BLOCK_M]

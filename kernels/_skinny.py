@@ -1,6 +1,6 @@
 """Weight × 2 to 8 rows, on tensor cores; the weight is read once, through shared memory."""
 
-from gemma_fast.kernels._stream import load_input, load_weight
+from gemma_fast.kernels._matmul_input import load_input, load_weight
 from gemma_fast.kernels._triton import tl, triton
 
 MAX_ROWS = 8
@@ -13,10 +13,12 @@ def prefetch_weight(
     DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Fetches the first block into the L2 cache. Tensor cores take it from shared memory, for which
-    Triton has no load that can start before the loop."""
-    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
-    col = tl.minimum(tl.arange(0, BLOCK_K // LINE) * LINE, DIM - 1)[None, :]
+    """Fetches the first block of the weight into the L2 cache. (Tensor cores read weights from
+    shared memory, and Triton copies to shared memory only inside the loop.)"""
+    LINE: tl.constexpr = (
+        1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    )  # elements in 128 bytes
+    col = tl.minimum(tl.arange(0, BLOCK_K // LINE) * LINE, DIM - 1)[None, :]  # [1, BLOCK_K / LINE]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
         [weight_ptr + weight_row.to(tl.int64)[:, None] * DIM + col],  # [BLOCK_N, BLOCK_K / LINE]
@@ -28,7 +30,7 @@ def prefetch_weight(
 def skinny_matmul(
     weight_ptr,  # [out, DIM]
     weight_row,  # [BLOCK_N]
-    stream,  # Stream
+    inputs,  # MatmulInput
     scales,  # Scales
     rows,
     DIM: tl.constexpr,
@@ -36,18 +38,18 @@ def skinny_matmul(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Rows weight_row of the weight times the input: [BLOCK_N, BLOCK_B], fp32."""
+    """Returns rows weight_row of the weight times the input, [BLOCK_N, BLOCK_B], fp32."""
     BLOCK_N: tl.constexpr = weight_row.shape[0]
     out = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     for k in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
-        x = load_input(stream, scales, rows, k, DIM, BLOCK_B, BLOCK_K)  # [BLOCK_B, BLOCK_K]
+        x = load_input(inputs, scales, rows, k, DIM, BLOCK_B, BLOCK_K)  # [BLOCK_B, BLOCK_K]
         weight = load_weight(weight_ptr, weight_row, k, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
-        out = tl.dot(weight, x.T, out, input_precision="ieee")
+        out = tl.dot(weight, x.T, out, input_precision="ieee")  # [BLOCK_N, BLOCK_B]
     return out
 
 
 def default_config(out: int, itemsize: int) -> dict[str, int]:
-    """Launch config: rows and columns of a block of the weight, and blocks in flight at once."""
+    """Returns the launch config for a weight with `out` rows."""
     few = out <= 4096  # few programs: each keeps more blocks in flight
     return {
         "BLOCK_B": MAX_ROWS, "BLOCK_N": 16 if few or itemsize == 4 else 32,

@@ -1,5 +1,6 @@
-"""Split-KV decode attention (Flash-Decoding): several programs share the keys of one kv head. This
-file has the number of splits, the launch config, and the merge of partial results."""
+"""Split-KV decode attention (Flash-Decoding): the keys of one kv head are split over several
+programs. This file has the number of splits, the launch config, and the merge of partial results.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -13,14 +14,14 @@ class Splits(NamedTuple):
 
     partial: Any  # [b, n, splits, group, d]
     stats: Any  # [b, n, splits, 2, group]: row max and row sum
-    counter: Any  # [b * n]: programs that have stored their partial result
+    counter: Any  # [b * n]: number of programs that have stored their partial result
 
 
 def count_splits(pairs: int, merge_cost: int, visible: int, gpu: Gpu) -> int:
     """Number of splits for each of `pairs` (sequence, kv head) with `visible` keys. Merging one
     split costs as much as reading `merge_cost` keys; total time is lowest at
     sqrt(merge_cost * visible) keys per split."""
-    # At most two programs a multiprocessor, and at least 64 keys a split.
+    # At most two programs per multiprocessor, and one split per 64 keys (rounded up).
     most = min(2 * gpu.multiprocessors // pairs, triton.cdiv(visible, 64))
     return max(1, min(most, round(math.sqrt(visible / merge_cost))))
 
@@ -28,7 +29,9 @@ def count_splits(pairs: int, merge_cost: int, visible: int, gpu: Gpu) -> int:
 def default_config(
     pairs: int, group: int, visible: int, d: int, itemsize: int, gpu: Gpu
 ) -> dict[str, int]:  # fmt: skip
-    """Launch config. If there are more programs than multiprocessors, shared memory holds two."""
+    """Returns the launch config. At head_dim 256, blocks are narrower where shared memory is small,
+    and, so that two programs fit on GPUs with 227 KB, if there are more programs than
+    multiprocessors."""
     crowded = pairs * count_splits(pairs, group, visible, gpu) > gpu.multiprocessors
     narrow = d == 256 and (crowded or gpu.shared_memory < 160_000)
     return {
@@ -39,7 +42,7 @@ def default_config(
 
 
 def merge_chunk(group: int, d: int, num_warps: int) -> int:
-    """Splits that merge_splits loads at a time: 32 registers a thread."""
+    """Returns how many splits merge_splits loads at a time: 32 registers per thread."""
     return min(max(num_warps * 1024 // (triton.next_power_of_2(group) * d), 1), 16)
 
 
@@ -53,9 +56,9 @@ def merge_splits(
     D: tl.constexpr,
     CHUNK: tl.constexpr,  # splits at a time: as many as registers can hold
 ):
-    """Merges partial results in the order of the splits and stores the output."""
+    """Merges the partial results of a kv head in the order of the splits and stores the output."""
     ROWS: tl.constexpr = triton.next_power_of_2(GROUP)
-    row, channel = tl.arange(0, ROWS), tl.arange(0, D)
+    row, channel = tl.arange(0, ROWS), tl.arange(0, D)  # [ROWS], [D]
     out = tl.zeros([ROWS, D], tl.float32)
     row_max = tl.full([ROWS], -1e30, tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
@@ -64,15 +67,16 @@ def merge_splits(
         mask = (split < splits) & (row < GROUP)[None, :]  # [CHUNK, ROWS]
         stats = stats_ptr + split * (2 * GROUP) + row[None, :]  # [CHUNK, ROWS]
         part_row = ((split * GROUP + row[None, :]) * D)[:, :, None]  # [CHUNK, ROWS, 1]
+        # [CHUNK, ROWS, D]
         part = tl.load(partial_ptr + part_row + channel[None, None, :], mask[:, :, None], other=0.0)
         part_max = tl.load(stats, mask, other=-1e30)  # [CHUNK, ROWS]
-        part_sum = tl.load(stats + GROUP, mask, other=0.0)
+        part_sum = tl.load(stats + GROUP, mask, other=0.0)  # [CHUNK, ROWS]
 
         new_max = tl.maximum(row_max, tl.max(part_max, axis=0))  # [ROWS]
         weights = tl.exp2(part_max - new_max[None, :])  # [CHUNK, ROWS]
         rescale = tl.exp2(row_max - new_max)  # [ROWS]
-        row_sum = row_sum * rescale + tl.sum(weights * part_sum, axis=0)
+        row_sum = row_sum * rescale + tl.sum(weights * part_sum, axis=0)  # [ROWS]
         out = out * rescale[:, None] + tl.sum(weights[:, :, None] * part, axis=0)  # [ROWS, D]
         row_max = new_max
-    out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]  # 0: rows from GROUP on
+    out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]  # the sum is 0 in rows ≥ GROUP
     tl.store(out_ptr + row[:, None] * D + channel[None, :], out, mask=(row < GROUP)[:, None])

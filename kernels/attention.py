@@ -44,15 +44,17 @@ and no mask is computed. Blocks before first_block and after last_block are not 
             revolution  oldest         wraps        newest
 
 Slots 0 … 5 hold positions 32 … 37, no longer 16 … 21. Positions are counted from the start of the
-ring revolution that holds `oldest`, here 16, so they are below 2 * slots.
+ring revolution that holds the oldest position still in the ring, here 16. They are below 2 * slots.
 
 The software pipeline of the loop over blocks:
 
 1. An iteration computes softmax of the previous block, scores of this block, values of the previous
    block. Hopper's tensor cores then multiply values while the next iteration computes softmax.
-2. The first iteration has no previous block: all its weights are masked to 0. A prologue in its
-   place would keep more values in registers through the loop, which ptxas then spills.
-3. num_stages = 2: keys and values of the next block are copied to shared memory meanwhile.
+2. The first iteration has no previous block: all its weights are masked to 0. One matmul of values
+   per program is wasted, but a prologue in its place would keep more values in registers through
+   the loop, which ptxas then spills.
+3. num_stages = 2: the keys and values that the next iteration multiplies are copied to shared
+   memory during this one.
 
 Programs with the most blocks, those of the last tokens, start first.
 """
@@ -66,6 +68,7 @@ from gemma_fast.kernels._op import op
 from gemma_fast.kernels._ring import (
     HEAD_DIMS,
     AttentionSpec,
+    HeadRing,
     Positions,
     RingStrides,
     heads_of,
@@ -87,8 +90,8 @@ def visible_keys(
     query = query_offset.unsqueeze(1) + torch.arange(t, device=device)  # [b, t] positions
     last = query[:, -1:]
     key = last - (last - torch.arange(slots, device=device)) % slots  # [b, slots] positions
-    query, key = query.unsqueeze(2), key.unsqueeze(1)
-    oldest = 0 if left_padding is None else left_padding.clamp(min=0).view(-1, 1, 1)
+    query, key = query.unsqueeze(2), key.unsqueeze(1)  # [b, t, 1], [b, 1, slots]
+    oldest = 0 if left_padding is None else left_padding.clamp(min=0).view(-1, 1, 1)  # [b, 1, 1]
     visible = (key >= oldest) & (key <= query)
     return visible if window is None else visible & (key > query - window)
 
@@ -108,7 +111,7 @@ def attention_reference(
     scores = q.reshape(b, n, -1, d) @ keys.float().transpose(2, 3) * scale  # [b, n, m * t, slots]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(b, n, heads // n, t, slots)
+    scores = scores.view(b, n, heads // n, t, slots)  # [b, n, m, t, slots]
     scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
     weights = scores.softmax(-1).masked_fill(~visible.any(-1)[:, None, None, :, None], 0)
     out = weights.view(b, n, -1, slots) @ values.float()  # [b, n, m * t, d]
@@ -116,13 +119,42 @@ def attention_reference(
 
 
 class Span(NamedTuple):
-    """Where a tile's keys lie and how its rows see them; see the picture."""
+    """Places on the key axis of a tile, see the picture; positions from the revolution's start."""
 
     oldest: Any
+    first_block: Any
     unmasked_begin: Any
     unmasked_end: Any
-    query: Any  # position of token 0
-    first_row: Any
+    last_block: Any
+    end: Any
+    query: Any  # position of query 0 of the sequence
+    first_row: Any  # first row of the tile
+
+
+@triton.jit
+def _span_of_tile(
+    positions, batch, first_row, t, slots,
+    SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Returns the Span of the tile with rows first_row … first_row + BLOCK_M - 1."""
+    query_offset = tl.load(positions.query + batch)
+    oldest = tl.maximum(query_offset + t - slots, 0)  # the oldest position in the ring
+    revolution = oldest // slots * slots
+    if positions.left_padding is not None:
+        oldest = tl.maximum(oldest, tl.load(positions.left_padding + batch))
+    oldest -= revolution  # from here on positions are counted from the revolution's start
+    query = query_offset - revolution
+    first_query = query + first_row // SPEC.group
+    end = query + tl.minimum((first_row + BLOCK_M - 1) // SPEC.group, t - 1) + 1
+    first_block, unmasked_begin, unmasked_end = oldest, oldest, first_query + 2 - BLOCK_N
+    if SPEC.window > 0:
+        first_block = tl.maximum(first_query - SPEC.window + 1, oldest)
+        unmasked_begin = tl.maximum(end - SPEC.window, oldest)
+    first_block = first_block // BLOCK_N * BLOCK_N  # blocks start at multiples of BLOCK_N
+    last_block = tl.maximum(end - 1, first_block) // BLOCK_N * BLOCK_N  # at least one block
+    return Span(
+        oldest, first_block, unmasked_begin, unmasked_end, last_block, end, query, first_row
+    )
 
 
 @triton.jit
@@ -134,7 +166,7 @@ def _softmax_of_block(
     span,
     SPEC: tl.constexpr,
 ):
-    """Soft cap, mask and online-softmax step of one block. Returns as softmax_step."""
+    """Soft cap, mask and online-softmax step of one block. Returns what softmax_step returns."""
     BLOCK_M: tl.constexpr = scores.shape[0]
     BLOCK_N: tl.constexpr = scores.shape[1]
     scores = soft_cap(scores, SPEC)
@@ -174,10 +206,10 @@ def _attention_kernel(
     row = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     mask = (token < t)[:, None]  # [BLOCK_M, 1]
-    query_offset = tl.load(positions.query + batch)
 
-    # Triton keeps a loaded operand in shared memory, but a computed one in 64 registers a thread.
-    # ptxas then has too few, and serializes Hopper's matmuls. So queries are stored and loaded.
+    # Rotated queries are stored to the output and loaded again. Triton keeps a loaded operand in
+    # shared memory, but a computed operand in 64 registers per thread; ptxas then has too few
+    # registers and serializes Hopper's matmuls.
     batch_token = batch.to(tl.int64) * t + token  # int64: times heads * d passes 2**31
     q_ptr = q.ptr + batch.to(tl.int64) * q.batch_stride
     q_row = (token.to(tl.int64) * q.token_stride + head.to(tl.int64) * q.head_stride)[:, None]
@@ -188,66 +220,51 @@ def _attention_kernel(
         tl.store(out_ptr + out_row + channel, rotated, mask=mask)
     else:
         angle = (batch_token * (D // 2))[:, None]  # [BLOCK_M, 1]
-        rotary_rows = Rotary(rotary.cos + angle, rotary.sin + angle, rotary.norm_weight)
-        rotate_rows(q_ptr + q_row, out_ptr + out_row, rotary_rows, mask, mask, SPEC.eps, D // 2, 16)
+        rotate_rows(
+            q_ptr + q_row, out_ptr + out_row, rotary.cos + angle, rotary.sin + angle,
+            rotary.norm_weight, mask, mask, SPEC.eps, D // 2, 16,
+        )  # fmt: skip
     tl.debug_barrier()
     q_tile = tl.load(out_ptr + out_row + channel, mask=mask, other=0.0)  # [BLOCK_M, d]
 
-    oldest = tl.maximum(query_offset + t - slots, 0)  # the oldest position in the ring
-    revolution = oldest // slots * slots
-    if positions.left_padding is not None:
-        oldest = tl.maximum(oldest, tl.load(positions.left_padding + batch))
-    oldest -= revolution  # from here on positions are counted from the revolution's start
-    query = query_offset - revolution
-    first_query = query + first_row // GROUP
-    end = query + tl.minimum((first_row + BLOCK_M - 1) // GROUP, t - 1) + 1
-    first_block, unmasked_begin, unmasked_end = oldest, oldest, first_query + 2 - BLOCK_N
-    if SPEC.window > 0:
-        first_block = tl.maximum(first_query - SPEC.window + 1, oldest)
-        unmasked_begin = tl.maximum(end - SPEC.window, oldest)
-    first_block = first_block // BLOCK_N * BLOCK_N  # blocks start at multiples of BLOCK_N
-    last_block = tl.maximum(end - 1, first_block) // BLOCK_N * BLOCK_N  # at least one block
-    span = Span(oldest, unmasked_begin, unmasked_end, query, first_row)
+    span = _span_of_tile(positions, batch, first_row, t, slots, SPEC, BLOCK_M, BLOCK_N)
 
     if not DESCRIPTORS:
         first_slot = batch.to(tl.int64) * strides.batch + kv_head.to(tl.int64) * strides.head
         keys += first_slot
         values += first_slot
+    k_ring = HeadRing(keys, strides.slot, slots, batch, kv_head)
+    v_ring = HeadRing(values, strides.slot, slots, batch, kv_head)
     out = tl.zeros([BLOCK_M, D], tl.float32)
     if WGMMA:
-        # Zeros by a matmul: if no matmul has written the accumulator before the loop, ptxas waits
-        # for matmuls at the loop's top, and softmax does not overlap them.
+        # A matmul writes the zeros. If no matmul has written the accumulator before the loop, ptxas
+        # waits for matmuls at the top of the loop, and softmax does not overlap them.
         zeros = tl.zeros([16, D], q_tile.dtype)
         out = tl.dot(tl.zeros([BLOCK_M, 16], q_tile.dtype), zeros)  # [BLOCK_M, d]
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see no key
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # disable_licm: hoisted out of the loop, the addresses of q_tile take 32 registers a thread.
-    for block in tl.range(first_block, last_block + 1, BLOCK_N, disable_licm=WGMMA):
+    # disable_licm: otherwise LLVM hoists the addresses of q_tile, which take 32 registers.
+    for block in tl.range(span.first_block, span.last_block + 1, BLOCK_N, disable_licm=WGMMA):
         weights, rescale, row_max, row_sum = _softmax_of_block(
             scores, row_max, row_sum, block - BLOCK_N, span, SPEC
         )
         # Cast before the next matmul: 16-bit weights take half the registers across it.
         weights = weights.to(q_tile.dtype)  # [BLOCK_M, BLOCK_N]
-        k = load_block(
-            keys, strides.slot, slots, batch, kv_head, block, end, BLOCK_N, D, DESCRIPTORS
-        )  # [BLOCK_N, d]
+        k = load_block(k_ring, block, span.end, BLOCK_N, D, DESCRIPTORS)  # [BLOCK_N, d]
         scores = tl.dot(q_tile, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        previous = tl.maximum(block - BLOCK_N, first_block)
-        v = load_block(
-            values, strides.slot, slots, batch, kv_head, previous, end, BLOCK_N, D, DESCRIPTORS
-        )  # [BLOCK_N, d]
+        previous = tl.maximum(block - BLOCK_N, span.first_block)
+        v = load_block(v_ring, previous, span.end, BLOCK_N, D, DESCRIPTORS)  # [BLOCK_N, d]
         out = tl.dot(weights, v, out * rescale[:, None], input_precision="ieee")  # [BLOCK_M, d]
     weights, rescale, row_max, row_sum = _softmax_of_block(
-        scores, row_max, row_sum, last_block, span, SPEC
+        scores, row_max, row_sum, span.last_block, span, SPEC
     )
-    v = load_block(
-        values, strides.slot, slots, batch, kv_head, last_block, end, BLOCK_N, D, DESCRIPTORS
-    )  # [BLOCK_N, d]
+    v = load_block(v_ring, span.last_block, span.end, BLOCK_N, D, DESCRIPTORS)  # [BLOCK_N, d]
     out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
 
     out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]  # [BLOCK_M, d]
-    # cumsum, not arange: the rows of arange, above, would stay in 16 registers through the loop.
+    # cumsum, not arange: the compiler would keep the row numbers of the first arange, above, in 14
+    # registers through the loop.
     row = first_row - 1 + tl.cumsum(tl.full([BLOCK_M], 1, tl.int32), 0)  # [BLOCK_M]
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     out_row = (((batch.to(tl.int64) * t + token) * heads + head) * D)[:, None]  # [BLOCK_M, 1]
@@ -255,8 +272,9 @@ def _attention_kernel(
 
 
 def default_config(rows: int, heads: int, d: int, itemsize: int, gpu: Gpu) -> dict[str, int]:
-    """Launch config for `rows` rows in each of `heads` kv heads. It fits in shared memory (q, and
-    two stages of k and v), spills no registers in the loop, and gives every multiprocessor work."""
+    """Returns the launch config for `rows` rows in each of `heads` kv heads. Operands must fit in
+    shared memory, and no register may be spilled in the loop. Short prompts get small tiles, so
+    that more multiprocessors have work."""
     if itemsize == 4:  # no tensor cores
         block_m, block_n, num_warps = 16 if rows <= 16 else 32, 16, 8
     elif rows <= 16:
@@ -264,7 +282,7 @@ def default_config(rows: int, heads: int, d: int, itemsize: int, gpu: Gpu) -> di
     elif gpu.shared_memory < 200_000:
         block_m, block_n, num_warps = 64, 32 if d == 256 else 64, 8
     elif triton.cdiv(rows, 128) * heads < 2 * gpu.multiprocessors:
-        block_m, block_n, num_warps = 64, 32 if d == 256 else 64, 4  # two programs fit an SM
+        block_m, block_n, num_warps = 64, 32 if d == 256 else 64, 4  # two programs fit
     else:
         block_m, block_n, num_warps = 128, 64, 8
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}
@@ -277,7 +295,7 @@ def attention(
     left_padding: Tensor | None = None, window: int | None = None, softcap: float | None = None,
     eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
-    """Causal attention of t queries over a cache. Off the GPU it runs the reference."""
+    """Causal attention of t queries over a cache. Runs the reference where Triton does not run."""
     b, t, heads, d = q.shape
     _, n, slots, _ = keys.shape
     assert keys.shape == values.shape == (b, n, slots, d), (

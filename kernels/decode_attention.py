@@ -26,7 +26,7 @@ Numerics as in attention.py; partial results are in fp32 and merged in a fixed o
 Bound by memory: bytes = 2 * b * n * visible keys * d * itemsize. Walk-through step: attention.
 
 The keys of one kv head are divided among programs ("splits"), each with the m query heads as rows.
-Here: slots = 16, position = 37, no window, BLOCK_N = 4, two splits; █: the token sees the key.
+Here: slots = 16, position = 37, no window, BLOCK_N = 4, and, to show it, two splits; █: visible.
 
     position     16     22   26   30   34   38
     block               ████ ████ ████ ████
@@ -35,8 +35,8 @@ Here: slots = 16, position = 37, no window, BLOCK_N = 4, two splits; █: the to
              revolution = 16; the ring wraps at 32
 
 `oldest` is position - window + 1, or the oldest position in the ring, or the end of left padding,
-whichever comes last. Blocks are counted from it; the last block may be partly masked. Positions are
-counted from the start of oldest's ring revolution, as in attention.py.
+whichever comes last. Blocks are counted from it, so only the last block may be partly masked.
+Positions are counted from the start of a ring revolution, as in attention.py.
 
 The software pipeline:
 
@@ -58,6 +58,7 @@ from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._ring import (
     HEAD_DIMS,
     AttentionSpec,
+    HeadRing,
     Heads,
     Positions,
     RingStrides,
@@ -75,7 +76,12 @@ from gemma_fast.kernels._split_kv import (
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.attention import attention_reference
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
-from gemma_fast.kernels.rotary import QKRotary, load_new_token, rotary_write_reference
+from gemma_fast.kernels.rotary import (
+    QKRotary,
+    load_new_token,
+    load_new_token_rotary,
+    rotary_write_reference,
+)
 
 
 def decode_attention_reference(
@@ -84,7 +90,8 @@ def decode_attention_reference(
     window: int | None = None, softcap: float | None = None, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
     heads, n = qkv.shape[1], keys.shape[1]
-    q, k, v = qkv.unsqueeze(1).split((heads - 2 * n, n, n), dim=2)  # [b, 1, heads, d]
+    # q :: [b, 1, n * m, d]; k, v :: [b, 1, n, d]
+    q, k, v = qkv.unsqueeze(1).split((heads - 2 * n, n, n), dim=2)
     cos, sin = (x[position.clamp(min=0).long()].unsqueeze(1) for x in (cos, sin))  # [b, 1, d / 2]
     padding = position < 0
     before = (keys[padding], values[padding]) if padding.any() else None  # copies
@@ -120,14 +127,14 @@ def _decode_attention_kernel(
     kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     split, max_splits, n = tl.program_id(0), tl.num_programs(0), tl.num_programs(1)
     position = tl.load(positions.query + batch)
-    # Visible keys are oldest … end - 1, counted from the start of oldest's ring revolution.
+    # Visible keys are oldest … end - 1, counted from the start of the ring revolution.
     revolution = tl.maximum(position + 1 - slots, 0) // slots * slots
     end = position + 1 - revolution
     oldest = tl.maximum(end - (tl.minimum(slots, SPEC.window) if SPEC.window > 0 else slots), 0)
     if positions.left_padding is not None:
         oldest = tl.maximum(oldest, tl.load(positions.left_padding + batch) - revolution)
-    blocks = tl.maximum(tl.cdiv(end - oldest, BLOCK_N), 1)  # padding has one block: it stores zeros
-    # As in count_splits, for the keys that are visible now.
+    blocks = tl.maximum(tl.cdiv(end - oldest, BLOCK_N), 1)  # a padding row has one, to store zeros
+    # Blocks per split, as in count_splits, but for the keys that are visible now.
     balanced = tl.sqrt((MERGE_COST * tl.maximum(end - oldest, 0)).to(tl.float32)) / BLOCK_N
     blocks_per_split = tl.maximum(tl.cdiv(blocks, max_splits), (balanced + 0.5).to(tl.int32))
     active = tl.cdiv(blocks, blocks_per_split)
@@ -145,27 +152,31 @@ def _decode_attention_kernel(
         q = tl.load(q_ptr, mask=is_query, other=0.0)  # [BLOCK_M, d]
     else:
         # The new key is a row of the queries' tile, and rotated with them. Its scores are not used.
-        qkv_row = Heads(qkv_ptr, None, None, qkv.head_stride)
-        q, v = load_new_token(qkv_row, rotary, position, row, kv_head, n, SPEC, PREFETCH)
+        loaded = load_new_token_rotary(rotary, position, row, SPEC)
+        wait_for_previous_kernel(PREFETCH)
+        HAS_NORM: tl.constexpr = rotary.q_norm is not None
+        q, new_v = load_new_token(qkv_ptr, qkv.head_stride, loaded, row, kv_head, n, SPEC, HAS_NORM)
         slot = (position % slots).to(tl.int64) * strides.slot
         newest = (split == active - 1) & (position >= 0)
         tl.store(keys_ptr + slot + 0 * row + channel, q, mask=(row == GROUP) & newest)
-        tl.store(values_ptr + slot + channel, v, mask=newest)
-        tl.debug_barrier()  # only this program reads them in this launch
+        tl.store(values_ptr + slot + channel, new_v, mask=newest)
+        tl.debug_barrier()  # only this program reads the new K and V in this launch
 
     out = tl.zeros([BLOCK_M, D], tl.float32)
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    keys = HeadRing(keys_ptr, strides.slot, slots, 0, 0)
+    values = HeadRing(values_ptr, strides.slot, slots, 0, 0)
     begin = oldest + split * blocks_per_split * BLOCK_N
     for block in range(begin, tl.minimum(begin + blocks_per_split * BLOCK_N, end), BLOCK_N):
-        # [BLOCK_N, d]
-        k = load_block(keys_ptr, strides.slot, slots, 0, 0, block, end, BLOCK_N, D, False)
+        k = load_block(keys, block, end, BLOCK_N, D, False)  # [BLOCK_N, d]
         scores = soft_cap(tl.dot(q, k.T, input_precision="ieee"), SPEC)  # [BLOCK_M, BLOCK_N]
         key = block + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
-        scores = tl.where((key >= oldest) & (key < end), scores, float("-inf"))
+        scores = tl.where(key < end, scores, float("-inf"))
         weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, SPEC)
-        block_v = load_block(values_ptr, strides.slot, slots, 0, 0, block, end, BLOCK_N, D, False)
-        out = tl.dot(weights.to(q.dtype), block_v, out * rescale[:, None], input_precision="ieee")
+        v = load_block(values, block, end, BLOCK_N, D, False)  # [BLOCK_N, d]
+        # [BLOCK_M, d]
+        out = tl.dot(weights.to(q.dtype), v, out * rescale[:, None], input_precision="ieee")
 
     pair = batch * n + kv_head
     out_ptr += pair * (GROUP * D)
@@ -177,7 +188,7 @@ def _decode_attention_kernel(
         partial_ptr = splits.partial + pair * max_splits * (GROUP * D)
         stats_ptr = splits.stats + pair * max_splits * (2 * GROUP)
         tl.store(partial_ptr + split * (GROUP * D) + cell, out, mask=is_query)
-        stats = stats_ptr + split * (2 * GROUP) + row
+        stats = stats_ptr + split * (2 * GROUP) + row  # [BLOCK_M, 1]
         tl.store(stats, row_max[:, None], mask=is_query)
         tl.store(stats + GROUP, row_sum[:, None], mask=is_query)
         tl.debug_barrier()  # all threads have stored before one of them increments the counter
@@ -227,8 +238,8 @@ def decode_attention(
     window: int | None = None, softcap: float | None = None, eps: float = 1e-6,
     prefetch: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Attention of one new token per sequence, whose K and V are written to the cache. Off the GPU
-    it runs the reference."""
+    """Attention of one new token per sequence, whose K and V are written to the cache. Runs the
+    reference where Triton does not run."""
     n, slots = keys.shape[1:3]
     b, heads, d = qkv.shape[0], qkv.shape[1] - 2 * n, qkv.shape[2]
     assert keys.shape == values.shape == (b, n, slots, d), f"{tuple(keys.shape)=}, {qkv.shape=}"
@@ -259,8 +270,8 @@ def split_attention(
     q: Tensor, keys: Tensor, values: Tensor, position: Tensor, left_padding: Tensor | None,
     counter: Tensor, *, scale: float, window: int | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of one query per sequence over a cache that already holds its key. Off the GPU it
-    runs the reference of attention.py."""
+    """Attention of one query per sequence over a cache that already holds its key. Runs the
+    reference of attention.py where Triton does not run."""
     (b, heads, d), (n, slots) = q.shape, keys.shape[1:3]
     assert keys.shape == values.shape == (b, n, slots, d), f"{tuple(keys.shape)=}, {q.shape=}"
     assert heads % n == 0, f"{heads} query heads are not a multiple of {n} kv heads"

@@ -37,7 +37,7 @@ def _embed_kernel(
     PREFETCH: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     wait_for_previous_kernel(PREFETCH)
     row = tl.maximum(tl.load(ids_ptr + token), 0)
     hidden = tl.load(weight_ptr + row * DIM + cols, mask=cols < DIM).to(tl.float32) * SCALE
@@ -51,7 +51,8 @@ def _rounded(scale: float, dtype: torch.dtype) -> float:
 
 @op(fake=lambda ids, weight, *_, **__: weight.new_empty(*ids.shape, weight.shape[1]))
 def embed(ids: Tensor, weight: Tensor, scale: float, *, prefetch: bool = False) -> Tensor:
-    """Scaled rows of the table, contiguous. Off the GPU it runs the reference.
+    """Returns the scaled rows of the table, contiguous. Runs the reference where Triton does not
+    run.
 
     prefetch: start while the previous kernel, which writes ids, still runs, and wait for it (PDL).
     """

@@ -36,7 +36,7 @@ def gate_up_geglu_reference(x: Tensor, gate_up_proj: Tensor) -> Tensor:
 
 @triton.jit
 def geglu_in_fp32(gate, up):
-    """gelu(gate) * up, elementwise."""
+    """Returns gelu(gate) * up, elementwise, for fp32 tiles."""
     z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
     return gate * tl.sigmoid(2 * z) * up  # (1 + tanh(z)) / 2 == sigmoid(2 z)
 
@@ -52,12 +52,12 @@ def _geglu_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = cols < DIM
 
     gate_ptr += row * gate_row_stride
     up_ptr += row * up_row_stride
-    gate = tl.load(gate_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     up = tl.load(up_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * DIM + cols, geglu_in_fp32(gate, up), mask=mask)
 
@@ -73,16 +73,16 @@ def _gate_up_geglu_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of the gate, and the same ones of up
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,  # tiles of rows that share weights in the L2 cache
+    GROUP_M: tl.constexpr,  # tiles of rows that share weights in the L2 cache
     DESCRIPTORS: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(DIM, BLOCK_N)
     # Flattened into one loop: a tile's first loads overlap the epilogue of the previous tile.
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
-        group = tile // (GROUP * tiles_n) * GROUP
-        group_m = tl.minimum(tiles_m - group, GROUP)
-        row = (group + tile % (GROUP * tiles_n) % group_m) * BLOCK_M
-        col = tile % (GROUP * tiles_n) // group_m * BLOCK_N
+        group = tile // (GROUP_M * tiles_n) * GROUP_M
+        group_m = tl.minimum(tiles_m - group, GROUP_M)
+        row = (group + tile % (GROUP_M * tiles_n) % group_m) * BLOCK_M
+        col = tile % (GROUP_M * tiles_n) // group_m * BLOCK_N
         m, n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)  # [BLOCK_M], [BLOCK_N]
 
         # One matmul for gate and up: Hopper's is fastest when it is 256 columns wide.
@@ -91,30 +91,31 @@ def _gate_up_geglu_kernel(
             if DESCRIPTORS:
                 a = x.load([row, k])  # [BLOCK_M, BLOCK_K]
                 b = gate_up_proj.load([0, col, k])  # [2, BLOCK_N, BLOCK_K]
-                b = b.reshape([2 * BLOCK_N, BLOCK_K])
+                b = b.reshape([2 * BLOCK_N, BLOCK_K])  # [2 * BLOCK_N, BLOCK_K]
             else:
+                # [1, BLOCK_K]
                 channel = (tl.multiple_of(k, BLOCK_K) + tl.arange(0, BLOCK_K))[None, :]
-                side = tl.arange(0, 2 * BLOCK_N)  # gate columns, then up columns
-                side = side // BLOCK_N * DIM + (col + side % BLOCK_N) % DIM
+                weight_row = tl.arange(0, 2 * BLOCK_N)  # [2 * BLOCK_N]: gate rows, then up rows
+                weight_row = weight_row // BLOCK_N * DIM + (col + weight_row % BLOCK_N) % DIM
                 a_ptr = x + (m % rows).to(tl.int64)[:, None] * HIDDEN + channel
-                b_ptr = gate_up_proj + side.to(tl.int64)[:, None] * HIDDEN + channel
+                b_ptr = gate_up_proj + weight_row.to(tl.int64)[:, None] * HIDDEN + channel
                 a = tl.load(a_ptr, mask=channel < HIDDEN, other=0.0)  # [BLOCK_M, BLOCK_K]
                 b = tl.load(b_ptr, mask=channel < HIDDEN, other=0.0)  # [2 * BLOCK_N, BLOCK_K]
             gate_up = tl.dot(a, b.T, gate_up, input_precision="ieee")  # [BLOCK_M, 2 * BLOCK_N]
         gate_up = gate_up.reshape([BLOCK_M, 2, BLOCK_N]).permute(0, 2, 1)  # [BLOCK_M, BLOCK_N, 2]
         gate, up = gate_up.split()  # [BLOCK_M, BLOCK_N]
-        out = out_ptr + m.to(tl.int64)[:, None] * DIM + n[None, :]
+        out = out_ptr + m.to(tl.int64)[:, None] * DIM + n[None, :]  # [BLOCK_M, BLOCK_N]
         tl.store(out, geglu_in_fp32(gate, up), mask=(m < rows)[:, None] & (n < DIM)[None, :])
 
 
 def default_config(dim: int) -> dict[str, int]:
-    """Launch config of geglu."""
+    """Returns the launch config of geglu."""
     return {"BLOCK": min(triton.next_power_of_2(dim), 1024), "num_warps": 4}
 
 
 @op(fake=lambda gate, up: torch.empty_like(gate, memory_format=torch.contiguous_format))
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up. Off the GPU it runs the reference."""
+    """Returns gelu(gate) * up. Runs the reference where Triton does not run."""
     assert gate.shape == up.shape and gate.dtype == up.dtype, (
         f"gate {tuple(gate.shape)} {gate.dtype} does not fit up {tuple(up.shape)} {up.dtype}"
     )
@@ -124,7 +125,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     assert gate.stride(-1) == up.stride(-1) == 1, "rows must be contiguous"
     dim = gate.shape[-1]
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    gate, up = gate.reshape(-1, dim), up.reshape(-1, dim)
+    gate, up = gate.reshape(-1, dim), up.reshape(-1, dim)  # [rows, dim]
     config = launch_config("geglu", default_config(dim))
     if gate.shape[0]:
         _geglu_kernel[(gate.shape[0], triton.cdiv(dim, config["BLOCK"]))](
@@ -134,8 +135,9 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gate_up_config(rows: int, itemsize: int, gpu: Gpu) -> dict[str, int]:
-    """Launch config of gate_up_geglu. It fits in shared memory and spills no registers."""
-    group = {"GROUP": 8, "num_warps": 8}
+    """Returns the launch config of gate_up_geglu: operands fit in shared memory, and no register is
+    spilled."""
+    group = {"GROUP_M": 8, "num_warps": 8}
     if itemsize == 4:  # no tensor cores
         return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_stages": 2} | group
     block_m = 64 if rows <= 64 else 128
@@ -147,7 +149,8 @@ def gate_up_config(rows: int, itemsize: int, gpu: Gpu) -> dict[str, int]:
 
 @op(fake=lambda x, gate_up_proj: x.new_empty(*x.shape[:-1], gate_up_proj.shape[0] // 2))
 def gate_up_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
-    """geglu of the halves of x @ gate_up_projᵀ, in one kernel. Off the GPU: the reference."""
+    """Returns geglu of the halves of x @ gate_up_projᵀ, computed in one kernel. Runs the reference
+    where Triton does not run."""
     (double, hidden), dim = gate_up_proj.shape, gate_up_proj.shape[0] // 2
     assert double == 2 * dim and x.shape[-1] == hidden, (
         f"{tuple(gate_up_proj.shape)=} does not fit {tuple(x.shape)=}"
@@ -157,7 +160,7 @@ def gate_up_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
 
     assert x.dtype == gate_up_proj.dtype and gate_up_proj.is_contiguous()
     assert x.is_cuda or x.dtype != torch.bfloat16, "the interpreter multiplies bf16 as integers"
-    matrix = x.reshape(-1, hidden).contiguous()
+    matrix = x.reshape(-1, hidden).contiguous()  # [rows, hidden]
     if matrix.data_ptr() % 16:  # descriptors and 16-byte loads need an aligned address
         matrix = matrix.clone()
     rows, limits = matrix.shape[0], gpu(x.device)

@@ -43,12 +43,13 @@ _as_on: list[Gpu] = []
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether ops run their kernels on x, compiled or interpreted, instead of their references."""
+    """Whether Triton runs on x, so that ops run their kernels and not their references: x is on a
+    GPU, or TRITON_INTERPRET=1."""
     return x.is_cuda or bool(knobs.runtime.interpret)
 
 
 def gpu(device: torch.device) -> Gpu:
-    """Limits of the device; for a CPU (the interpreter), those of a small GPU."""
+    """Returns the limits of the device; for a CPU (the interpreter), the limits of a small GPU."""
     return _as_on[-1] if _as_on else _limits(device)
 
 

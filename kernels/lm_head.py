@@ -12,20 +12,22 @@ each row, and the last program to finish compares them. More rows write logits i
 Bound by memory: bytes = weight.numel() * itemsize. Walk-through steps: final norm, lm_head, sample.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from gemma_fast.kernels._gemv import gemv
+from gemma_fast.kernels._matmul_input import MatmulInput, load_weight, norm_scales
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._skinny import prefetch_weight, skinny_matmul
-from gemma_fast.kernels._stream import Stream, load_weight, norm_scales
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import gpu, launch_config
 from gemma_fast.kernels.matvec import check_matmul, is_matvec, norm_linear
 from gemma_fast.kernels.matvec import default_config as matvec_config
 from gemma_fast.kernels.sample import (
     PARTIALS,
-    Sampling,
+    SamplingInputs,
     best_token_of,
     check_sampling,
     new_partials,
@@ -34,7 +36,16 @@ from gemma_fast.kernels.sample import (
     sampling_scores,
 )
 
-BYTES = 131_072  # of the weight that a program reads, for one row
+BYTES = 131_072  # bytes of the weight that each program reads (about), if x has one row
+
+
+class LMHeadSpec(NamedTuple):
+    """Compile-time constants of the LM head: one `tl.constexpr`."""
+
+    dim: int
+    vocab: int
+    softcap: float  # 0: no soft cap
+    eps: float  # epsilon of the norms
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:
@@ -47,23 +58,22 @@ def _cap(logits: Tensor, softcap: float | None) -> Tensor:
 
 @triton.jit(do_not_specialize=["rows"])
 def _next_token_kernel(
-    stream,  # Stream
-    weight_ptr,  # [VOCAB, DIM]
-    sampling,  # Sampling
+    inputs,  # MatmulInput
+    weight_ptr,  # [vocab, dim]
+    sampling,  # SamplingInputs
     partials,  # Partials, with one counter
     rows,
-    SOFTCAP: tl.constexpr,  # 0: none
-    EPS: tl.constexpr,
-    DIM: tl.constexpr,
-    VOCAB: tl.constexpr,
+    SPEC: tl.constexpr,  # LMHeadSpec
     BLOCKS: tl.constexpr,  # blocks of BLOCK_N tokens per program
     BLOCK_B: tl.constexpr,  # rows, rounded up
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    CHUNK: tl.constexpr,  # programs compared at a time
+    CHUNK: tl.constexpr,  # programs whose best scores are compared at a time
     PREFETCH: tl.constexpr,
 ):
+    DIM: tl.constexpr = SPEC.dim
+    VOCAB: tl.constexpr = SPEC.vocab
     row = tl.arange(0, BLOCK_B)[None, :]  # [1, BLOCK_B]
     token = tl.program_id(0) * (BLOCKS * BLOCK_N) + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     weight_row = tl.minimum(token, VOCAB - 1)
@@ -72,26 +82,27 @@ def _next_token_kernel(
     elif PREFETCH:
         prefetch_weight(weight_ptr, weight_row, DIM, BLOCK_K)
     wait_for_previous_kernel(PREFETCH)
-    scales = norm_scales(stream, None, rows, False, EPS, DIM, BLOCK_B, BLOCK_K)
+    scales = norm_scales(inputs, None, rows, False, SPEC.eps, DIM, BLOCK_B, BLOCK_K)
     best = tl.full([BLOCK_N, BLOCK_B], float("-inf"), tl.float32)
     best_token = tl.full([BLOCK_N, BLOCK_B], -1, tl.int32)
     for block in range(BLOCKS):
         next_row = tl.minimum(token + BLOCK_N, VOCAB - 1)
-        if BLOCK_B == 1:  # [BLOCK_N, BLOCK_B]
+        if BLOCK_B == 1:
             next_weight = weight
-            if block + 1 < BLOCKS:  # load the next block's weights during this block's products
+            if block + 1 < BLOCKS:  # the next block is loaded while this one is multiplied
                 next_weight = load_weight(weight_ptr, next_row, 0, DIM, BLOCK_K)
             logits = gemv(
-                weight, weight_ptr, weight_row, stream, scales, rows, DIM, BLOCK_K, STAGES
-            )
+                weight, weight_ptr, weight_row, inputs, scales, rows, DIM, BLOCK_K, STAGES
+            )  # [BLOCK_N, 1]
             weight = next_weight
         else:
             logits = skinny_matmul(
-                weight_ptr, weight_row, stream, scales, rows, DIM, BLOCK_B, BLOCK_K, STAGES
-            )
-        if SOFTCAP > 0:
-            capped = SOFTCAP * (2 * tl.sigmoid(2 / SOFTCAP * logits) - 1)
+                weight_ptr, weight_row, inputs, scales, rows, DIM, BLOCK_B, BLOCK_K, STAGES
+            )  # [BLOCK_N, BLOCK_B]
+        if SPEC.softcap > 0:
+            capped = SPEC.softcap * (2 * tl.sigmoid(2 / SPEC.softcap * logits) - 1)
             logits = tl.where(tl.abs(logits) < float("inf"), capped, logits)
+        # [BLOCK_N, BLOCK_B]
         scores = sampling_scores(logits, token[:, None], row, rows, sampling, VOCAB)
         best_token = tl.where(scores > best, token[:, None], best_token)  # [BLOCK_N, BLOCK_B]
         best = tl.maximum(best, scores)
@@ -102,10 +113,10 @@ def _next_token_kernel(
 
 
 def default_config(rows: int, vocab: int, dim: int, itemsize: int) -> dict[str, int]:
-    """As for other matmuls. With one row a program has several blocks, for which it computes the
-    norm once."""
+    """Returns the launch config: that of other matmuls, but with one row a program computes several
+    blocks of tokens, so that it computes the norm once for all of them."""
     config = matvec_config(rows, vocab, dim, itemsize) | {"BLOCKS": 1}
-    if rows == 1:  # 8 rows and the next 8 would take the registers of two programs
+    if rows == 1:  # with BLOCK_N = 8, this block and the next take twice the registers
         config |= {"BLOCK_N": 4, "BLOCKS": triton.cdiv(BYTES, 4 * dim * itemsize)}
     return config
 
@@ -117,8 +128,8 @@ def next_token(
     temperature: Tensor | None = None, seed: Tensor | None = None, *,
     softcap: float | None = None, eps: float = 1e-6, prefetch: bool = False,
 ) -> None:  # fmt: skip
-    """Writes the next token of each row to `token`. Off the GPU, and for more than MAX_ROWS rows,
-    it computes the logits and then samples.
+    """Writes the next token of each row to `token`. Where Triton does not run, and for more than
+    MAX_ROWS rows, it computes the logits and then samples.
 
     prefetch: as in linear.
     """
@@ -135,9 +146,9 @@ def next_token(
     programs = triton.cdiv(vocab, config["BLOCKS"] * config["BLOCK_N"])
     residual = None if residual is None else residual.contiguous()
     _next_token_kernel[(programs,)](
-        Stream(x.contiguous(), residual, norm_weight, post_norm_weight), weight,
-        Sampling(position, temperature, seed), new_partials(token, counter, programs), rows,
-        SOFTCAP=softcap or 0.0, EPS=eps, DIM=dim, VOCAB=vocab,
+        MatmulInput(x.contiguous(), residual, norm_weight, post_norm_weight), weight,
+        SamplingInputs(position, temperature, seed), new_partials(token, counter, programs), rows,
+        SPEC=LMHeadSpec(dim, vocab, softcap or 0.0, eps),
         CHUNK=PARTIALS * config["num_warps"] // config["BLOCK_B"],
         **config, **gpu(x.device).overlap(prefetch),
     )  # fmt: skip

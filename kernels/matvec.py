@@ -23,10 +23,10 @@ from torch import Tensor
 
 from gemma_fast.kernels._gemv import default_config as gemv_config
 from gemma_fast.kernels._gemv import gemv
+from gemma_fast.kernels._matmul_input import MatmulInput, Scales, load_weight, norm_scales
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._skinny import MAX_ROWS, prefetch_weight, skinny_matmul
 from gemma_fast.kernels._skinny import default_config as skinny_config
-from gemma_fast.kernels._stream import Scales, Stream, load_weight, norm_scales
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.geglu import geglu as geglu_of
 from gemma_fast.kernels.geglu import geglu_in_fp32
@@ -36,7 +36,7 @@ from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 
 @triton.jit(do_not_specialize=["rows"])
 def _matvec_kernel(
-    stream,  # Stream
+    inputs,  # MatmulInput
     weight_ptr,  # [OUT, DIM]; with GEGLU [2 * OUT, DIM], gate then up
     out_ptr,  # [rows, OUT]
     h_ptr,  # [rows, DIM] | None
@@ -52,7 +52,7 @@ def _matvec_kernel(
     PREFETCH: tl.constexpr,
 ):
     COLS: tl.constexpr = BLOCK_N // 2 if GEGLU else BLOCK_N  # columns of the output
-    program, n = tl.program_id(0), tl.arange(0, BLOCK_N)
+    program, n = tl.program_id(0), tl.arange(0, BLOCK_N)  # n :: [BLOCK_N]
     weight_row = (program * COLS + n % COLS) % OUT + n // COLS * OUT  # [BLOCK_N]
     if BLOCK_B == 1:
         first_weight = load_weight(weight_ptr, weight_row, 0, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
@@ -60,23 +60,26 @@ def _matvec_kernel(
         prefetch_weight(weight_ptr, weight_row, DIM, BLOCK_K)
     wait_for_previous_kernel(PREFETCH)
     scales = Scales(0.0, 0.0)
-    if stream.norm_weight is not None:
-        scales = norm_scales(stream, h_ptr, rows, program == 0, EPS, DIM, BLOCK_B, BLOCK_K)
-    if BLOCK_B == 1:  # [BLOCK_N, BLOCK_B]
-        out = gemv(first_weight, weight_ptr, weight_row, stream, scales, rows, DIM, BLOCK_K, STAGES)
+    if inputs.norm_weight is not None:
+        scales = norm_scales(inputs, h_ptr, rows, program == 0, EPS, DIM, BLOCK_B, BLOCK_K)
+    if BLOCK_B == 1:
+        out = gemv(
+            first_weight, weight_ptr, weight_row, inputs, scales, rows, DIM, BLOCK_K, STAGES
+        )  # [BLOCK_N, 1]
     else:
         out = skinny_matmul(
-            weight_ptr, weight_row, stream, scales, rows, DIM, BLOCK_B, BLOCK_K, STAGES
-        )
+            weight_ptr, weight_row, inputs, scales, rows, DIM, BLOCK_B, BLOCK_K, STAGES
+        )  # [BLOCK_N, BLOCK_B]
     if GEGLU:
         gate, up = out.reshape([2, COLS, BLOCK_B]).permute(1, 2, 0).split()  # [COLS, BLOCK_B]
-        out = geglu_in_fp32(gate, up)
-    col, row = program * COLS + tl.arange(0, COLS)[:, None], tl.arange(0, BLOCK_B)[None, :]
+        out = geglu_in_fp32(gate, up)  # [COLS, BLOCK_B]
+    col = program * COLS + tl.arange(0, COLS)[:, None]  # [COLS, 1]
+    row = tl.arange(0, BLOCK_B)[None, :]  # [1, BLOCK_B]
     tl.store(out_ptr + row * OUT + col, out, mask=(col < OUT) & (row < rows))
 
 
 def default_config(rows: int, out: int, dim: int, itemsize: int) -> dict[str, int]:
-    """Launch config for `rows` rows and a weight [out, dim]."""
+    """Returns the launch config for `rows` rows and a weight [out, dim]."""
     return gemv_config(out, dim, itemsize) if rows == 1 else skinny_config(out, itemsize)
 
 
@@ -84,6 +87,7 @@ def check_matmul(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor | None,
     post_norm_weight: Tensor | None, weight: Tensor,
 ) -> None:  # fmt: skip
+    """Asserts that shapes, dtypes and strides fit together."""
     dim = weight.shape[1]
     assert x.shape[-1] == dim, f"{tuple(weight.shape)=} does not fit {tuple(x.shape)=}"
     for norm in (norm_weight, post_norm_weight):
@@ -94,7 +98,8 @@ def check_matmul(
 
 
 def is_matvec(x: Tensor, weight: Tensor) -> bool:
-    """Whether x @ weightᵀ takes this file's kernel: Triton runs, and x has 1 to MAX_ROWS rows."""
+    """Whether a kernel for few rows computes x @ weightᵀ: Triton runs, and x has 1 to MAX_ROWS
+    rows."""
     if not runs_triton(x) or not 0 < x[..., 0].numel() <= MAX_ROWS:
         return False
     assert x.dtype == weight.dtype and weight.is_contiguous(), f"{x.dtype=}, {weight.dtype=}"
@@ -115,11 +120,11 @@ def _launch(
     out = torch.empty((rows, out_dim), dtype=x.dtype, device=x.device)
     h = None if norm_weight is None else torch.empty_like(flat)
     if residual is not None:
-        residual = residual.reshape(-1, dim).contiguous()
+        residual = residual.reshape(-1, dim).contiguous()  # [rows, dim]
     config = default_config(rows, weight.shape[0], dim, x.element_size())
     config = launch_config("matvec", config)
     _matvec_kernel[(triton.cdiv(out_dim, config["BLOCK_N"] // (1 + geglu)),)](
-        Stream(flat, residual, norm_weight, post_norm_weight), weight, out, h, rows,
+        MatmulInput(flat, residual, norm_weight, post_norm_weight), weight, out, h, rows,
         EPS=eps, DIM=dim, OUT=out_dim, GEGLU=geglu, **config, **gpu(x.device).overlap(prefetch),
     )  # fmt: skip
     return out.view(*x.shape[:-1], out_dim), None if h is None else h.view(x.shape)
@@ -127,7 +132,8 @@ def _launch(
 
 @op(fake=lambda x, weight, **_: x.new_empty(*x.shape[:-1], weight.shape[0]))
 def linear(x: Tensor, weight: Tensor, *, prefetch: bool = False) -> Tensor:
-    """x @ weightᵀ. Off the GPU, and for more than MAX_ROWS rows, it runs PyTorch's matmul.
+    """Returns x @ weightᵀ. Where Triton does not run, and for more than MAX_ROWS rows, PyTorch's
+    matmul computes it.
 
     prefetch: read the weight while the previous kernel still runs. No running kernel may write it.
     """
@@ -135,11 +141,11 @@ def linear(x: Tensor, weight: Tensor, *, prefetch: bool = False) -> Tensor:
     if is_matvec(x, weight):
         return _launch(x, None, None, None, weight, False, 0.0, prefetch)[0]
     if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        # F.linear calls MKL, which reads weights 2.6 times slower on an AMD processor
+        # F.linear calls MKL, which reads weights 2.6 times slower on an AMD processor, for one row
         # (benchmarks/LOG.md). This calls oneDNN, as Inductor does.
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     # As one matrix: for a strided batch F.linear runs a batched matmul and copies the weight.
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])  # [rows, dim]
     return F.linear(rows, weight).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -155,7 +161,8 @@ def norm_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, post_norm_weight: Tensor | None,
     weight: Tensor, *, geglu: bool = False, eps: float = 1e-6, prefetch: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns (y, h). Off the GPU, and for more than MAX_ROWS rows, it runs step by step.
+    """Returns (y, h), as defined above. Where Triton does not run, and for more than MAX_ROWS rows,
+    norm, matmul and GeGLU are separate ops.
 
     prefetch: as in linear.
     """

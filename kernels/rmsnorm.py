@@ -37,7 +37,7 @@ def add_rms_norm_reference(
 
 @triton.jit
 def _normalize(x, weight_ptr, cols, mask, EPS: tl.constexpr, DIM: tl.constexpr):
-    """RMSNorm of one row, [BLOCK], fp32."""
+    """Returns the RMSNorm of one row x :: [BLOCK], fp32."""
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     return x * tl.rsqrt(tl.sum(x * x) / DIM + EPS) * (1 + weight)
 
@@ -61,7 +61,7 @@ def _rms_norm_kernel(
     mask = cols < DIM
     dtype = out_ptr.dtype.element_ty
 
-    x = tl.load(x_ptr + row * x_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_row_stride + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row * residual_row_stride + cols, mask=mask, other=0.0)
         if post_weight_ptr is not None:
@@ -73,7 +73,7 @@ def _rms_norm_kernel(
 
 
 def default_config(dim: int) -> dict[str, int]:
-    """Launch config: a block is a whole row."""
+    """Returns the launch config: a block is a whole row."""
     block = triton.next_power_of_2(dim)
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
 
@@ -85,12 +85,12 @@ def _launch(
     for w in (weight, weight if post_weight is None else post_weight):
         assert w.shape == (dim,), f"weight {tuple(w.shape)} does not fit x {tuple(x.shape)}"
         assert x.stride(-1) == w.stride(0) == 1, "rows and weights must be contiguous"
-    rows = x.reshape(-1, dim)
+    rows = x.reshape(-1, dim)  # [rows, dim]
     out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     h, residual_row_stride = None, 0
     if residual is not None:
         assert residual.shape == x.shape and residual.dtype == x.dtype and residual.stride(-1) == 1
-        residual = residual.reshape(-1, dim)
+        residual = residual.reshape(-1, dim)  # [rows, dim]
         h, residual_row_stride = torch.empty_like(out), residual.stride(0)
 
     if rows.shape[0]:
@@ -107,7 +107,7 @@ def _like(x: Tensor) -> Tensor:
 
 @op(fake=lambda x, *_: _like(x))
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """Gemma's RMSNorm of the last axis. Off the GPU it runs the reference."""
+    """Gemma's RMSNorm of the last axis. Runs the reference where Triton does not run."""
     if not runs_triton(x):
         return rms_norm_reference(x, weight, eps).contiguous()
     return _launch(x, None, weight, None, eps)[0]
@@ -118,8 +118,8 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, post_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Adds x, normalized if post_weight is given, to the residual, and normalizes the sum: (y, h).
-    Off the GPU it runs the reference."""
+    """Adds x, normalized if post_weight is given, to the residual, and normalizes the sum. Returns
+    (y, h). Runs the reference where Triton does not run."""
     if not runs_triton(x):
         y, h = add_rms_norm_reference(x, residual, weight, post_weight, eps)
         return y.contiguous(), h.contiguous()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._op import op, wait_for_previous_kernel
+from gemma_fast.kernels._op import op
 from gemma_fast.kernels._ring import RingStrides, heads_of
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import launch_config, runs_triton
@@ -28,20 +28,29 @@ from gemma_fast.kernels.rmsnorm import rms_norm_reference
 
 
 class Rotary(NamedTuple):
-    """Pointers to what rotates and normalizes heads."""
+    """Pointers to rotary angles and norm weights."""
 
     cos: Any  # fp32, rows of d / 2, contiguous | None: heads are rotated already
-    sin: Any  # as cos
+    sin: Any  # like cos
     norm_weight: Any  # [d] | None: no norm
 
 
 class QKRotary(NamedTuple):
-    """Pointers to what rotates and normalizes q and k."""
+    """Pointers to rotary angles and to the norm weights of q and k."""
 
     cos: Any  # [positions, d / 2], contiguous | None: only queries, rotated already
-    sin: Any  # as cos
+    sin: Any  # like cos
     q_norm: Any  # [d] | None: no norm
     k_norm: Any  # [d] | None
+
+
+class NewTokenRotary(NamedTuple):
+    """Values loaded from QKRotary for one token: angles, and norm weights of q or k by row."""
+
+    cos: Any  # [1, d / 2]
+    sin: Any  # [1, d / 2]
+    weight1: Any  # [BLOCK_M, d / 2]: norm weights of the first half of the channels; 0.0: no norm
+    weight2: Any  # [BLOCK_M, d / 2]: norm weights of the second half
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -72,68 +81,81 @@ def rotary_write_reference(
 def rotate_rows(
     x_ptr,  # [rows, 1]: start of each row of x
     out_ptr,  # [rows, 1]: start of each row of the output
-    rotary,  # Rotary, with cos and sin [rows, 1]: starts of their rows
+    cos_ptr,  # [rows, 1]: start of each row of cos
+    sin_ptr,  # [rows, 1]: start of each row of sin
+    norm_weight_ptr,  # [d] | None: no norm
     mask,  # [rows, 1]: rows that exist
     kept,  # [rows, 1]: rows that are stored
     EPS: tl.constexpr,
     HALF: tl.constexpr,  # d / 2
     CHUNK: tl.constexpr,  # channels of each half per iteration; bounds the registers
 ):
-    """Loads rows of heads, normalizes them if there is a norm, rotates them and stores them."""
+    """Normalizes (if there is a norm weight) and rotates rows of heads, from x_ptr to out_ptr."""
     chunk = tl.arange(0, CHUNK)[None, :]  # [1, CHUNK]
-    if rotary.norm_weight is not None:
+    if norm_weight_ptr is not None:
         square_sum = tl.zeros([mask.shape[0], 1], tl.float32)  # [rows, 1]
         for i in tl.static_range(0, 2 * HALF, CHUNK):
             x = tl.load(x_ptr + i + chunk, mask=mask, other=0.0).to(tl.float32)  # [rows, CHUNK]
-            square_sum += tl.sum(x * x, axis=1, keep_dims=True)
+            square_sum += tl.sum(x * x, axis=1, keep_dims=True)  # [rows, 1]
         inv_rms = tl.rsqrt(square_sum / (2 * HALF) + EPS)
     for i in tl.static_range(0, HALF, CHUNK):
         x1 = tl.load(x_ptr + i + chunk, mask=mask, other=0.0).to(tl.float32)  # [rows, CHUNK]
         x2 = tl.load(x_ptr + HALF + i + chunk, mask=mask, other=0.0).to(tl.float32)
-        if rotary.norm_weight is not None:
-            x1 *= inv_rms * (1 + tl.load(rotary.norm_weight + i + chunk).to(tl.float32))
-            x2 *= inv_rms * (1 + tl.load(rotary.norm_weight + HALF + i + chunk).to(tl.float32))
-        cos = tl.load(rotary.cos + i + chunk, mask=mask, other=0.0)  # [rows, CHUNK]
-        sin = tl.load(rotary.sin + i + chunk, mask=mask, other=0.0)
+        if norm_weight_ptr is not None:
+            x1 *= inv_rms * (1 + tl.load(norm_weight_ptr + i + chunk).to(tl.float32))
+            x2 *= inv_rms * (1 + tl.load(norm_weight_ptr + HALF + i + chunk).to(tl.float32))
+        cos = tl.load(cos_ptr + i + chunk, mask=mask, other=0.0)  # [rows, CHUNK]
+        sin = tl.load(sin_ptr + i + chunk, mask=mask, other=0.0)
         tl.store(out_ptr + i + chunk, x1 * cos - x2 * sin, mask=kept)
         tl.store(out_ptr + HALF + i + chunk, x2 * cos + x1 * sin, mask=kept)
 
 
 @triton.jit
-def load_new_token(
-    qkv,  # Heads of one sequence
-    rotary,  # QKRotary
-    position, row, kv_head, n,
-    SPEC: tl.constexpr, PREFETCH: tl.constexpr,
-):  # fmt: skip
-    """Decoding: loads a kv head's queries and, as row `group`, its key: normalized and rotated,
-    [BLOCK_M, d]. Also returns its value, [1, d]."""
-    GROUP: tl.constexpr = SPEC.group
-    D: tl.constexpr = SPEC.dim
+def load_new_token_rotary(rotary, position, row, SPEC: tl.constexpr):
+    """Loads the NewTokenRotary at `position`, for row :: [BLOCK_M, 1] as in load_new_token."""
     HALF: tl.constexpr = SPEC.dim // 2
-    channel, half = tl.arange(0, D)[None, :], tl.arange(0, HALF)[None, :]  # [1, d], [1, d / 2]
-    mask, is_query = row <= GROUP, row < GROUP  # [BLOCK_M, 1]
+    half = tl.arange(0, HALF)[None, :]  # [1, d / 2]
     angle = tl.maximum(position, 0).to(tl.int64) * HALF + half
     cos, sin = tl.load(rotary.cos + angle), tl.load(rotary.sin + angle)  # [1, d / 2]
+    weight1, weight2 = 0.0, 0.0
     if rotary.q_norm is not None:
+        is_query = row < SPEC.group
         q_norm, k_norm = rotary.q_norm + half, rotary.k_norm + half
         weight1 = tl.where(is_query, tl.load(q_norm), tl.load(k_norm))  # [BLOCK_M, d / 2]
         weight2 = tl.where(is_query, tl.load(q_norm + HALF), tl.load(k_norm + HALF))
-    wait_for_previous_kernel(PREFETCH)
+    return NewTokenRotary(cos, sin, weight1, weight2)
 
-    head = tl.where(is_query, kv_head * GROUP + row, n * GROUP + kv_head)
-    x_ptr = qkv.ptr + head * qkv.head_stride + half
-    x1 = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, d / 2]
-    x2 = tl.load(x_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(qkv.ptr + (n * GROUP + n + kv_head) * qkv.head_stride + channel)  # [1, d]
-    if rotary.q_norm is not None:
+
+@triton.jit
+def load_new_token(
+    qkv_ptr,  # [n * group + 2 * n, d]: heads of one sequence
+    head_stride,
+    rotary,  # NewTokenRotary: loaded values
+    row,  # [BLOCK_M, 1]
+    kv_head, n,
+    SPEC: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Loads the new token of a decode step for one kv head. Returns its queries (rows 0 to
+    group - 1) and its key (row `group`), normalized and rotated, [BLOCK_M, d]; and its value,
+    [1, d]."""
+    GROUP: tl.constexpr = SPEC.group
+    D: tl.constexpr = SPEC.dim
+    HALF: tl.constexpr = SPEC.dim // 2
+    head = tl.where(row < GROUP, kv_head * GROUP + row, n * GROUP + kv_head)  # [BLOCK_M, 1]
+    x_ptr = qkv_ptr + head * head_stride + tl.arange(0, HALF)[None, :]  # [BLOCK_M, d / 2]
+    x1 = tl.load(x_ptr, mask=row <= GROUP, other=0.0).to(tl.float32)  # [BLOCK_M, d / 2]
+    x2 = tl.load(x_ptr + HALF, mask=row <= GROUP, other=0.0).to(tl.float32)
+    v_ptr = qkv_ptr + (n * GROUP + n + kv_head) * head_stride
+    v = tl.load(v_ptr + tl.arange(0, D)[None, :])  # [1, d]
+    if HAS_NORM:
         square_sum = tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True)  # [BLOCK_M, 1]
         inv_rms = tl.rsqrt(square_sum / D + SPEC.eps)
-        x1 *= inv_rms * (1 + weight1.to(tl.float32))
-        x2 *= inv_rms * (1 + weight2.to(tl.float32))
-    rotated = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)  # [BLOCK_M, d / 2, 2]
-    rotated = rotated.permute(0, 2, 1).reshape(mask.shape[0], D)  # [BLOCK_M, d]
-    return rotated.to(qkv.ptr.dtype.element_ty), v
+        x1 *= inv_rms * (1 + rotary.weight1.to(tl.float32))
+        x2 *= inv_rms * (1 + rotary.weight2.to(tl.float32))
+    x1, x2 = x1 * rotary.cos - x2 * rotary.sin, x2 * rotary.cos + x1 * rotary.sin
+    rotated = tl.join(x1, x2).permute(0, 2, 1)  # [BLOCK_M, 2, d / 2]
+    rotated = rotated.reshape(row.shape[0], D)  # [BLOCK_M, d]
+    return rotated.to(qkv_ptr.dtype.element_ty), v
 
 
 @triton.jit(do_not_specialize=["t", "slots"])
@@ -155,25 +177,27 @@ def _rotary_write_kernel(
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]  # [BLOCK, 1]
     channel = tl.arange(0, 2 * HALF)[None, :]  # [1, d]
     mask = token < t
-    position = tl.load(query_offset_ptr + batch) + token
+    position = tl.load(query_offset_ptr + batch) + token  # [BLOCK, 1]
     kept = mask & (position >= 0) & (token >= t - slots)
     slot = (position % slots).to(tl.int64)
     token = token.to(tl.int64)
 
     v_ptr = v.ptr + (batch * v.batch_stride + head * v.head_stride + token * v.token_stride)
-    # Loaded before K, and whether it is stored or not, so that one wait covers all loads.
+    # V is loaded before K, and without the mask `kept`, so that one wait covers all loads.
     v_rows = tl.load(v_ptr + channel, mask=mask)  # [BLOCK, d]
     k_ptr = k.ptr + (batch * k.batch_stride + head * k.head_stride + token * k.token_stride)
     ring = batch * strides.batch + head * strides.head + slot * strides.slot  # [BLOCK, 1]
-    angle = (batch * t + token) * HALF
-    rotary_rows = Rotary(rotary.cos + angle, rotary.sin + angle, rotary.norm_weight)
-    rotate_rows(k_ptr, keys_ptr + ring, rotary_rows, mask, kept, EPS, HALF, HALF)
+    angle = (batch * t + token) * HALF  # [BLOCK, 1]
+    rotate_rows(
+        k_ptr, keys_ptr + ring, rotary.cos + angle, rotary.sin + angle, rotary.norm_weight, mask,
+        kept, EPS, HALF, HALF,
+    )  # fmt: skip
     tl.store(values_ptr + ring + channel, v_rows, mask=kept)
 
 
 def default_config(d: int) -> dict[str, int]:
-    """Launch config: as many tokens as let a thread load 16 bytes of each half. It does not depend
-    on t, so one compiled kernel serves all prompts."""
+    """Returns the launch config: so many tokens that a thread loads 16 bytes of each half. It does
+    not depend on t, so one compiled kernel serves all prompts."""
     return {"BLOCK": max(2048 // d, 1), "num_warps": 4}
 
 
@@ -182,7 +206,8 @@ def rotary_write(
     k: Tensor, v: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor,
     query_offset: Tensor, norm_weight: Tensor | None = None, eps: float = 1e-6,
 ) -> None:  # fmt: skip
-    """Writes rotated K, and V, of t tokens to the ring. Off the GPU it runs the reference."""
+    """Writes rotated K, and V, of t tokens to the ring. Runs the reference where Triton does not
+    run."""
     b, t, n, d = k.shape
     slots = keys.shape[2]
     assert v.shape == k.shape and keys.shape == values.shape == (b, n, slots, d)

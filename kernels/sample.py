@@ -26,11 +26,11 @@ from gemma_fast.kernels._op import op
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import launch_config, runs_triton
 
-PARTIALS = 512  # partial results that a warp compares at a time: 16 a thread
+PARTIALS = 512  # partial results that a warp compares at a time: 16 per thread
 
 
-class Sampling(NamedTuple):
-    """Pointers to what a row's token depends on, besides its logits."""
+class SamplingInputs(NamedTuple):
+    """Pointers to the inputs of sampling besides the logits."""
 
     position: Any  # [rows]
     temperature: Any  # [rows] | None: greedy
@@ -38,10 +38,10 @@ class Sampling(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """Pointers: best score and its token of each program, and the result."""
+    """Pointers to the partial result of each program, and to the final result."""
 
-    token: Any  # [rows], the result
-    counter: Any  # programs that have stored their best
+    token: Any  # [rows]: the final result
+    counter: Any  # [rows], or [1] for all rows: programs that have stored their partial result
     best: Any  # [rows, programs]
     best_token: Any  # [rows, programs]
 
@@ -59,13 +59,13 @@ def philox_reference(counter: tuple[Tensor, ...], key: Tensor) -> tuple[Tensor, 
 
 
 def gumbel_reference(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
-    """Gumbel noise for seed, position :: [b]: [b, vocab], fp32."""
+    """Returns the Gumbel noise of seed, position :: [b]: [b, vocab], fp32."""
     index = torch.arange(max(-(-vocab // 4), len(position)), device=position.device)
     c0, row = index[: -(-vocab // 4)], index[: len(position), None]
-    c1 = position.long()[:, None] & 0xFFFFFFFF
+    c1 = position.long()[:, None] & 0xFFFFFFFF  # [b, 1]
     counter, key = (c0, c1, row, torch.zeros_like(row)), seed[:, None]
-    drawn = torch.stack(philox_reference(counter, key), dim=-1)
-    u = (drawn.flatten(1)[:, :vocab].float() + 0.5) * 2**-32
+    drawn = torch.stack(philox_reference(counter, key), dim=-1)  # [b, vocab / 4, 4]
+    u = (drawn.flatten(1)[:, :vocab].float() + 0.5) * 2**-32  # [b, vocab]
     return -torch.log(-torch.log1p(-u.clamp_(max=1 - 2**-24)))
 
 
@@ -74,40 +74,43 @@ def sample_token_reference(
 ) -> Tensor:
     scores = logits.float()
     if temperature is not None and seed is not None:
-        samples = temperature[:, None] > 0
+        samples = temperature[:, None] > 0  # [b, 1]
         divisor = torch.where(samples, temperature[:, None], 1.0)
         drawn = scores / divisor + gumbel_reference(seed, position, logits.shape[1])
         scores = torch.where(samples, drawn, scores)
-    token = scores.argmax(-1, keepdim=True)
+    token = scores.argmax(-1, keepdim=True)  # [b, 1]
     best = scores.gather(1, token)  # NaN is above inf
-    return token.masked_fill(~best.isfinite(), -1).squeeze(1)
+    return token.masked_fill(~best.isfinite(), -1).squeeze(1)  # [b]
 
 
 @triton.jit
 def gumbel(seed, position, row, token):
-    """Gumbel noise of token :: [tokens, 1] and seed, position, row :: [1, rows]: [tokens, rows]."""
-    r0, r1, r2, r3 = tl.philox(seed, token // 4, position, row, 0)  # [tokens, rows]
+    """Returns the Gumbel noise of token :: [BLOCK_N, 1] and seed, position, row :: [1, BLOCK_B]:
+    [BLOCK_N, BLOCK_B], fp32."""
+    r0, r1, r2, r3 = tl.philox(seed, token // 4, position, row, 0)  # [BLOCK_N, BLOCK_B]
     number = token % 4
     r = tl.where(number == 0, r0, tl.where(number == 1, r1, tl.where(number == 2, r2, r3)))
     u = r.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
     u = tl.minimum(u, 0.99999994)
-    # Small u give the largest noise: the series of -log(1 - u) keeps all their digits.
+    # Small u give the largest noise. 1 - u would lose their digits, so -log(1 - u) is computed by
+    # its series.
     exponential = tl.where(u < 0.01, u * (1 + u * (0.5 + u * 0.33333334)), -tl.log(1 - u))
     return -tl.log(exponential)
 
 
 @triton.jit
 def sampling_scores(logits, token, row, rows, sampling, VOCAB: tl.constexpr):
-    """Scores whose argmax is the next token, for logits, token and row that broadcast to
-    [tokens, rows]. A logit that is NaN or inf has the score inf."""
+    """Returns scores, [BLOCK_N, BLOCK_B], whose argmax over tokens is the next token: logits, or
+    with a temperature logits / temperature + noise. A logit that is NaN or inf gets the score
+    inf."""
     inf: tl.constexpr = float("inf")
     scores = logits
     if sampling.temperature is not None:
-        position = tl.load(sampling.position + row, mask=row < rows, other=0)  # [1, rows]
+        position = tl.load(sampling.position + row, mask=row < rows, other=0)  # [1, BLOCK_B]
         setting = tl.minimum(row, rows - 1)  # a mask would cost more registers
-        temperature = tl.load(sampling.temperature + setting)
+        temperature = tl.load(sampling.temperature + setting)  # [1, BLOCK_B]
         seed = tl.load(sampling.seed + setting)
-        noise = gumbel(seed, position, row, token)  # [tokens, rows]
+        noise = gumbel(seed, position, row, token)  # [BLOCK_N, BLOCK_B]
         noisy = logits / tl.where(temperature > 0, temperature, 1.0) + noise
         scores = tl.where(temperature > 0, noisy, logits)
     mask = (token < VOCAB) & (row < rows)
@@ -116,22 +119,23 @@ def sampling_scores(logits, token, row, rows, sampling, VOCAB: tl.constexpr):
 
 @triton.jit
 def best_token_of(scores, token):
-    """[tokens, rows] → best score and its token, [1, rows]. The lowest token wins a tie; -1 if the
-    best score is not finite."""
-    best = tl.max(scores, axis=0, keep_dims=True)  # [1, rows]
+    """Returns the best score of each row and its token, [1, BLOCK_B], for scores and token ::
+    [BLOCK_N, BLOCK_B]. The lowest token wins a tie; -1 if the best score is not finite."""
+    best = tl.max(scores, axis=0, keep_dims=True)  # [1, BLOCK_B]
     lowest = tl.min(tl.where(scores == best, token, 0x7FFFFFFF), axis=0, keep_dims=True)
     return best, tl.where(tl.abs(best) < float("inf"), lowest, -1)
 
 
 @triton.jit
 def _best_program(best_ptr, row, rows, programs, BLOCK_B: tl.constexpr, CHUNK: tl.constexpr):
-    """The program with the best score, [1, rows]. The lowest wins a tie, so the lowest token does;
-    -1 if the best score is not finite."""
+    """Returns the program with the best score of each row, [1, BLOCK_B], or -1 if that score is not
+    finite. The lowest program wins a tie; it has the lowest tokens."""
     best = tl.full([CHUNK, BLOCK_B], float("-inf"), tl.float32)
     program = tl.full([CHUNK, BLOCK_B], 0, tl.int32)
     for first in range(0, programs, CHUNK):
         part = first + tl.arange(0, CHUNK)[:, None]  # [CHUNK, 1]
         mask = (part < programs) & (row < rows)  # [CHUNK, BLOCK_B]
+        # [CHUNK, BLOCK_B]
         scores = tl.load(best_ptr + row * programs + part, mask=mask, other=float("-inf"))
         program = tl.where(scores > best, part, program)
         best = tl.maximum(best, scores)
@@ -161,14 +165,15 @@ def reduce_programs(
 @triton.jit
 def _sample_token_kernel(
     logits_ptr,  # [rows, VOCAB]
-    sampling,  # Sampling
+    sampling,  # SamplingInputs
     partials,  # Partials, with a counter per row
     VOCAB: tl.constexpr,
     BLOCK_N: tl.constexpr,  # tokens
-    CHUNK: tl.constexpr,  # programs compared at a time
+    CHUNK: tl.constexpr,  # programs whose best scores are compared at a time
 ):
-    rows, row = tl.num_programs(1), tl.program_id(1) + tl.zeros([1, 1], tl.int32)
+    rows, row = tl.num_programs(1), tl.program_id(1) + tl.zeros([1, 1], tl.int32)  # row :: [1, 1]
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # [BLOCK_N, 1]
+    # [BLOCK_N, 1]
     logits = tl.load(logits_ptr + row.to(tl.int64) * VOCAB + token, mask=token < VOCAB, other=0.0)
     scores = sampling_scores(logits.to(tl.float32), token, row, rows, sampling, VOCAB)
     best, best_token = best_token_of(scores, token)  # [1, 1]
@@ -182,7 +187,8 @@ def sample_token(
     logits: Tensor, position: Tensor, token: Tensor, counter: Tensor,
     temperature: Tensor | None = None, seed: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Writes the next token of each row to `token`. Off the GPU it runs the reference."""
+    """Writes the next token of each row to `token`. Runs the reference where Triton does not
+    run."""
     rows, vocab = logits.shape
     check_sampling(rows, position, token, counter, temperature, seed)
     if not runs_triton(logits):
@@ -192,13 +198,15 @@ def sample_token(
     logits, programs = logits.contiguous(), triton.cdiv(vocab, config["BLOCK_N"])
     if rows:
         _sample_token_kernel[(programs, rows)](
-            logits, Sampling(position, temperature, seed), new_partials(token, counter, programs),
-            VOCAB=vocab, CHUNK=min(4 * PARTIALS, triton.next_power_of_2(programs)), **config,
+            logits, SamplingInputs(position, temperature, seed),
+            new_partials(token, counter, programs),
+            VOCAB=vocab, **config,
+            CHUNK=min(config["num_warps"] * PARTIALS, triton.next_power_of_2(programs)),
         )  # fmt: skip
 
 
 def new_partials(token: Tensor, counter: Tensor, programs: int) -> Partials:
-    """Allocates the programs' results for each row of `token`."""
+    """Allocates the partial results of `programs` programs for each row of `token`."""
     best = torch.empty(len(token), programs, dtype=torch.float32, device=token.device)
     best_token = torch.empty(len(token), programs, dtype=torch.int32, device=token.device)
     return Partials(token, counter, best, best_token)
@@ -208,6 +216,7 @@ def check_sampling(
     rows: int, position: Tensor, token: Tensor, counter: Tensor, temperature: Tensor | None,
     seed: Tensor | None,
 ) -> None:  # fmt: skip
+    """Asserts that shapes, dtypes and strides are right for `rows` rows of logits."""
     assert position.shape == token.shape == (rows,), f"{rows=}, {position.shape=}, {token.shape=}"
     assert position.dtype == counter.dtype == torch.int32 and token.dtype == torch.int64
     assert counter.numel() >= rows, f"{counter.numel()=} is less than {rows=}"

@@ -82,7 +82,7 @@ def quack_product(x: Tensor, gate_up_proj: Tensor) -> Call:
 
 
 GATE_UP_CHOICES = {
-    "BLOCK_M": (64, 128, 256), "BLOCK_N": (64, 128), "num_stages": (3, 4), "GROUP": (4, 8),
+    "BLOCK_M": (64, 128, 256), "BLOCK_N": (64, 128), "num_stages": (3, 4), "GROUP_M": (4, 8),
 }  # fmt: skip
 GEGLU = Suite(
     name="geglu",

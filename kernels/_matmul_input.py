@@ -1,0 +1,95 @@
+"""The residual stream as input of a decode step's matmul: it is added, normalized and rounded while
+it is loaded, as in rmsnorm.py. Each program loads whole rows, because the norm needs them."""
+
+from typing import Any, NamedTuple
+
+from gemma_fast.kernels._triton import tl, triton
+
+
+class MatmulInput(NamedTuple):
+    """Pointers to the residual stream and its norms. The matmul's input is rms_norm(h, norm_weight)
+    with h = residual + rms_norm(x, post_norm_weight)."""
+
+    x: Any  # [rows, DIM], contiguous: the previous layer's output
+    residual: Any  # [rows, DIM], contiguous | None: h = x
+    norm_weight: Any  # [DIM] | None: no norm, the matmul's input is x
+    post_norm_weight: Any  # [DIM] | None: h = residual + x
+
+
+class Scales(NamedTuple):
+    """1 / rms of each row, [BLOCK_B, 1], fp32."""
+
+    norm: Any  # 1 / rms of h
+    post_norm: Any  # 1 / rms of x; zeros if there is no post-norm
+
+
+@triton.jit
+def _load_h(inputs, post_scale, row, col, mask, DIM: tl.constexpr):
+    """Computes h at row :: [BLOCK_B, 1] and col :: [1, cols], rounded to x's dtype. Returns it in
+    fp32, [BLOCK_B, cols]."""
+    dtype = inputs.x.dtype.element_ty
+    x = tl.load(inputs.x + row * DIM + col, mask=mask, other=0.0)  # [BLOCK_B, cols]
+    if inputs.post_norm_weight is not None:
+        weight = tl.load(inputs.post_norm_weight + col, mask=col < DIM, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) * post_scale * (1 + weight)).to(dtype)
+    if inputs.residual is not None:
+        residual = tl.load(inputs.residual + row * DIM + col, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def norm_scales(
+    inputs,
+    h_ptr,  # [rows, DIM] | None: no program stores h
+    rows,
+    stores_h,  # whether this program stores h
+    EPS: tl.constexpr, DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Returns the Scales of all rows. Stores h if stores_h is true."""
+    BLOCK: tl.constexpr = BLOCK_K if BLOCK_K >= DIM else BLOCK_K * (4 if BLOCK_B == 1 else 2)
+    row = tl.arange(0, BLOCK_B)[:, None]  # [BLOCK_B, 1]
+    offset = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
+    post_scale = tl.zeros([BLOCK_B, 1], tl.float32)
+    if inputs.post_norm_weight is not None:
+        for k in range(0, DIM, BLOCK):
+            mask = (row < rows) & (k + offset < DIM)  # [BLOCK_B, BLOCK]
+            x = tl.load(inputs.x + row * DIM + k + offset, mask=mask, other=0.0).to(tl.float32)
+            post_scale += tl.sum(x * x, axis=1, keep_dims=True)  # [BLOCK_B, 1]
+        post_scale = tl.rsqrt(post_scale / DIM + EPS)
+    scale = tl.zeros([BLOCK_B, 1], tl.float32)
+    for k in range(0, DIM, BLOCK):
+        mask = (row < rows) & (k + offset < DIM)  # [BLOCK_B, BLOCK]
+        h = _load_h(inputs, post_scale, row, k + offset, mask, DIM)  # [BLOCK_B, BLOCK]
+        scale += tl.sum(h * h, axis=1, keep_dims=True)  # [BLOCK_B, 1]
+        if h_ptr is not None:
+            tl.store(h_ptr + row * DIM + k + offset, h, mask=mask & stores_h)
+    return Scales(tl.rsqrt(scale / DIM + EPS), post_scale)
+
+
+@triton.jit
+def load_input(
+    inputs, scales, rows, k, DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Loads columns k … k + BLOCK_K - 1 of the matmul's input, normalized: [BLOCK_B, BLOCK_K], in
+    x's dtype."""
+    row = tl.arange(0, BLOCK_B)[:, None]  # [BLOCK_B, 1]
+    col = k + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
+    mask = (row < rows) & (col < DIM)  # [BLOCK_B, BLOCK_K]
+    if inputs.norm_weight is not None:
+        h = _load_h(inputs, scales.post_norm, row, col, mask, DIM)  # [BLOCK_B, BLOCK_K]
+        norm_weight = tl.load(inputs.norm_weight + col, mask=col < DIM, other=0.0).to(tl.float32)
+        return (h * scales.norm * (1 + norm_weight)).to(inputs.x.dtype.element_ty)
+    else:
+        return tl.load(inputs.x + row * DIM + col, mask=mask, other=0.0)  # [BLOCK_B, BLOCK_K]
+
+
+@triton.jit
+def load_weight(weight_ptr, row, k, DIM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Loads columns k … k + BLOCK_K - 1 of rows :: [BLOCK_N] of the weight: [BLOCK_N, BLOCK_K]."""
+    col = k + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
+    pointer = weight_ptr + row.to(tl.int64)[:, None] * DIM + col  # [BLOCK_N, BLOCK_K]
+    if DIM % BLOCK_K == 0:
+        return tl.load(pointer, eviction_policy="evict_first")  # [BLOCK_N, BLOCK_K]
+    else:
+        return tl.load(pointer, mask=col < DIM, other=0.0, eviction_policy="evict_first")
