@@ -65,7 +65,7 @@ sampling_options = _options(
         default=None,
         help="Sample tokens, or take the most likely ones. [default: as in generation_config.json]",
     ),
-    click.option("--temperature", type=float, help="Divide the logits by it; implies --sample."),
+    click.option("--temperature", type=float, help="Divisor of the logits; implies --sample."),
     click.option("--top-k", type=int, help="Keep the k most likely tokens; implies --sample."),
     click.option(
         "--top-p",
@@ -110,7 +110,7 @@ def main() -> None:
 @main.command(short_help="Show the most likely tokens after each token of PROMPT.")
 @click.argument("prompt")
 @click.option(
-    "--top", type=click.IntRange(1), default=10, show_default=True, help="Next tokens to show."
+    "--top", type=click.IntRange(1), default=10, show_default=True, help="Number of tokens to show."
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print a JSON array with one object per prompt token."
