@@ -95,7 +95,7 @@ class GemmaForCausalLM(Gemma):
         Both models share the memory of the embedding, norms, o_proj and down_proj, so an in-place
         change affects both, until one is moved or converted. The weights of q, k, v, gate and up
         are copied, because they are fused here, unless they are adjacent in memory. For Gemma 2B in
-        16 bits, these are 2.60 of 5.01 GB. If transformers' model is trained further, the copies do
+        16 bits, they take 2.60 of 5.01 GB. If transformers' model is trained further, the copies do
         not change: build the model again after the training.
 
         Raises ValueError if `checkpoint.transformers` does not support the model.
@@ -167,7 +167,8 @@ class GemmaForCausalLM(Gemma):
 
         input_ids       [b, t]; prompts of different lengths are padded on the left
         attention_mask  [b, t], 0 for padding; None: no padding
-        max_new_tokens  maximum number of new tokens; max_length includes the prompt. Default: 20
+        max_new_tokens  maximum number of new tokens; default: 20
+        max_length      maximum number of tokens, prompt included, if max_new_tokens is not set
         do_sample, temperature, top_k, top_p, min_p, repetition_penalty  see
                         `engine.sampling.Sampling`
         seed            the same seed samples the same text; None: torch's global generator sets it
@@ -186,7 +187,7 @@ class GemmaForCausalLM(Gemma):
 
         Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the
         model's context, a sampling value out of range, or logits that are not finite; raises
-        torch.OutOfMemoryError if the cache does not fit. The model can be used after each error.
+        torch.OutOfMemoryError if the cache does not fit. After an error, the model is still usable.
         """
         check_keywords("generate()", others, GENERATE)
         if inputs is not None and input_ids is not None:

@@ -1,8 +1,8 @@
-"""Tables of transformers' keywords that are accepted although they change nothing here, so that
+"""Lists transformers' keywords that are accepted only with values that change nothing here, so that
 code for transformers needs only another import.
 
-Each call has one table: keyword → the values that ask for what the call does anyway, and the advice
-in the error message for any other value.
+Each call has one table: keyword → the values that are accepted, and the advice in the error message
+for any other value.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class GemmaConfig:
     rope_theta: float = 1e4  # base of the rotary angles on full layers
     rope_local_base_freq: float = 1e4  # base of the rotary angles on windowed layers
     rope_scaling_factor: float = 1.0  # positions on full layers are divided by this factor
-    sliding_window: int | None = None  # keys that a token sees on a windowed layer, with its own
+    sliding_window: int | None = None  # keys that a token sees on windowed layers, its own included
     layer_types: tuple[str, ...] = ()
     sliding_window_pattern: InitVar[int | None] = None  # n: every nth layer is full
     attn_logit_softcapping: float | None = None
@@ -130,7 +130,8 @@ class GemmaConfig:
         return self.model_type == "gemma3"
 
     def window(self, layer: int) -> int | None:
-        """Returns how many keys a token sees on this layer, with its own; None on a full layer."""
+        """Returns how many keys a token sees on this layer, its own included, or None on a full
+        layer, where a token sees all keys before it."""
         return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:

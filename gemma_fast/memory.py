@@ -13,7 +13,7 @@ import torch
 
 
 def free_bytes(device: torch.device) -> float:
-    """Returns the bytes that can still be allocated, or infinity if the system reports none."""
+    """Returns the bytes that can still be allocated, or infinity if their number is unknown."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]

@@ -26,8 +26,11 @@ from gemma_fast.config import FULL, GemmaConfig
 
 
 def embed(input_ids: Tensor, embeddings: Tensor) -> Tensor:
-    """Looks up input_ids :: [b, t] in the embeddings :: [vocab, hidden], and multiplies them by
-    sqrt(hidden), which is first rounded to their dtype. Returns [b, t, hidden]."""
+    """Returns embeddings[input_ids] * sqrt(hidden) :: [b, t, hidden].
+
+    input_ids :: [b, t]; embeddings :: [vocab, hidden]. sqrt(hidden) is rounded to their dtype
+    before the multiplication.
+    """
     scale = torch.tensor(embeddings.shape[1] ** 0.5).to(embeddings.dtype)
     return embeddings[input_ids] * scale.to(embeddings.device)
 
@@ -186,8 +189,9 @@ class Reference:
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Returns hiddens :: [b, t, hidden] after layer i, and this layer's K and V of all tokens.
 
-        cos_sin: cos and sin of the new tokens' rotary angles, from `angles`; past: this layer's K
-        and V of the past tokens.
+        visible  [b, t, s], bool: whether a new token sees a key
+        cos_sin  cos and sin of the new tokens' rotary angles, from `angles`
+        past     this layer's K and V of the past tokens, or None
         """
         name = f"model.layers.{i}"
         x = self.norm(hiddens, f"{name}.input_layernorm")
@@ -213,7 +217,10 @@ class Reference:
         cos_sin: tuple[Tensor, Tensor],
         past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Returns attention's output :: [b, t, hidden], and K and V of the past and new tokens."""
+        """Returns attention's output :: [b, t, hidden], and K and V of the past and new tokens.
+
+        name: prefix of the weights' names; x: normalized hiddens :: [b, t, hidden].
+        """
         config, (b, t, _), d = self.config, x.shape, self.config.head_dim
         q, k, v = (self.project(x, f"{name}.{p}_proj") for p in "qkv")
         q, k, v = (y.view(b, t, -1, d).transpose(1, 2) for y in (q, k, v))  # [b, heads, t, d]

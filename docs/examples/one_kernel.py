@@ -19,7 +19,7 @@ DTYPE, DEVICE = (torch.bfloat16, "cuda") if ON_GPU else (torch.float32, "cpu")
 
 
 def rms_norm_in_pytorch(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns x / sqrt(mean(x²) + eps) * (1 + weight), computed in float32, in the dtype of x."""
+    """Computes x / sqrt(mean(x²) + eps) * (1 + weight) in float32, and rounds it to x's dtype."""
     z = x.float()  # [rows, dim]
     z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + 1e-6)
     return (z * (1 + weight.float())).to(x.dtype)

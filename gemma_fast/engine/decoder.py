@@ -26,7 +26,8 @@ from gemma_fast.model.gemma import Gemma
 
 # Prefill runs in chunks of this many tokens over all rows, which limits the memory of activations.
 PREFILL_CHUNK = 2048
-# Cache lengths are multiples of this, so that a slightly longer text needs no new cache or graph.
+# Cache lengths are rounded up to a multiple of ROUND_UP tokens, so a slightly longer text does not
+# need a new cache or graph.
 ROUND_UP = 256
 MAX_GRAPHS = 8  # maximum graphs per decoder; each `graph_key` of its sampler has its own graph
 _capturing = threading.Lock()

@@ -79,7 +79,7 @@ def stack_prompts(requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
 
 
 def tokens(decoder: Decoder, count: int) -> Iterator[Tensor]:
-    """Yields `count` times the next token of each row :: [b], on the host.
+    """Yields the next token of each row :: [b], on the host, `count` times.
 
     A GPU computes the next token while the caller processes the token that was yielded.
     """

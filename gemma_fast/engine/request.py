@@ -30,8 +30,7 @@ OPTIONS = (*SETTINGS, *LENGTHS, "eos_token_id", "pad_token_id", "stop_strings")
 class Request:
     """A prompt to continue, and the settings for its text.
 
-    ids             [t], int64: left padding, then the prompt; all requests of a call have the same
-                    t
+    ids             [t], int64: left padding, then the prompt; t is equal in all requests of a call
     padding         number of padding ids on the left
     sampling        sampling settings
     max_new_tokens  maximum number of new tokens

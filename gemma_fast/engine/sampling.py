@@ -120,8 +120,8 @@ class Sampler:
     def temperature(self) -> Tensor | None:
         """Temperatures :: [b], 0 for greedy rows; None: all rows are greedy.
 
-        If `process` is not None, the temperature of the other rows is 1, because `process` already
-        divides by their temperatures.
+        If `process` is not None, the temperature of rows that are not greedy is 1, because
+        `process` already divides by their temperatures.
         """
         if not self._any_samples:
             return None

@@ -15,8 +15,8 @@ class Stopping:
     """Finds the rows of a batch whose texts are complete.
 
     requests   the request of each row
-    tokenizer  any object with `decode(ids) -> str`; ValueError if it is None, but a request has
-               stop strings
+    tokenizer  any object with `decode(ids) -> str`; None raises ValueError if a request has stop
+               strings
     """
 
     def __init__(self, requests: Sequence[Request], tokenizer: Any) -> None:

@@ -41,9 +41,9 @@ class KVCache:
     angles        :: layer type → cos, sin :: [≥ max_length, d / 2], fp32, see rope.py
     counter       :: [≥ b * n], int32, zeros: kernels count their finished programs here
 
-    All these tensors are on the device. If the cache is full, `reserve` doubles it, up to the
-    model's context, with `grows=True`, and raises ValueError otherwise. All caches of a model share
-    the tables of `rope`.
+    All these tensors are on the device. `reserve` doubles a full cache, up to the model's context,
+    if it has `grows=True`, and otherwise raises ValueError. All caches of a model share the tables
+    of `rope`.
     """
 
     def __init__(
@@ -248,8 +248,8 @@ class KVCache:
             row.length += tokens
 
     def _positions(self, first: int, last: int) -> Tensor:
-        """Returns the positions from first to last - 1, counted from each row's next position, as
-        absolute positions :: [b, last - first]."""
+        """Returns each row's positions :: [b, last - first], from next_position + first to
+        next_position + last - 1."""
         offsets = torch.arange(first, last, device=self.next_position.device)
         return self.next_position.unsqueeze(1) + offsets
 

@@ -30,7 +30,7 @@ class Sampler(Protocol):
     """The attributes with which `Gemma.step` samples the next token of each of b rows.
 
     token        [b], int64: output, the next token, or -1 if the logits are not finite
-    temperature  [b], fp32; 0: take the most likely token. None: take it in every row
+    temperature  [b], fp32; 0: take the most likely token. None: 0 in every row
     seed         [b], int64: seed of the sampling noise; None if temperature is None
     process      function from logits :: [b, vocab] to the logits that are sampled; None: the logits
                  are sampled unchanged

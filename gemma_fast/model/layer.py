@@ -1,7 +1,9 @@
 """One layer of Gemma on the kernels: its weights, attention and MLP.
 
-A layer has five steps: norm and QKV projection; attention; output projection; norm, gate and up
-projection and GeGLU; down projection. In a decode step of a few sequences, each step is one kernel.
+A layer has five steps. In a decode step of a few sequences, each of these steps is one kernel:
+
+    norm, QKV projection → attention → output projection → norm, gate and up projection, GeGLU
+    → down projection
 
     b batch · t new tokens · n kv heads · m query heads per kv head · d head dim
 
