@@ -49,8 +49,7 @@ class Request:
 
 
 class GenerationConfig(dict[str, Any]):
-    """Stores defaults of `generate`'s options, as in generation_config.json. Items are also
-    attributes.
+    """Stores default options of `generate`, as in generation_config.json. Items are attributes, too.
 
     An option that is not set is None. Setting an option that generate does not have raises
     TypeError.

@@ -1,4 +1,4 @@
-"""`Sampling` has the sampling settings of one text, and `Sampler` those of all rows of a batch.
+"""`Sampling` stores the sampling settings of one text; `Sampler` stores them for a whole batch.
 
 The settings apply in the same order as in transformers: repetition penalty, temperature, top-k,
 top-p, min-p.

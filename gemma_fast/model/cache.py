@@ -173,7 +173,7 @@ class KVCache:
         position, right_padded = self.next_position, [False] * self.batch
         real = torch.ones(self.batch, columns, dtype=torch.bool, device=device)
         if attention_mask is not None:
-            assert len({row.length for row in self._rows}) == 1, "the rows' lengths differ"
+            assert len({row.length for row in self._rows}) == 1, "rows differ in length"
             real = check_shape("attention_mask", attention_mask, real).bool()
             padding = left_padding(real)
             position = (self.length - padding).int()
