@@ -49,7 +49,7 @@ class Request:
 
 
 class GenerationConfig(dict[str, Any]):
-    """Stores default options of `generate`, as in generation_config.json. Items are attributes, too.
+    """Stores default options of `generate`, as in generation_config.json. Items are attributes too.
 
     An option that is not set is None. Setting an option that generate does not have raises
     TypeError.
