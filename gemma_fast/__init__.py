@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for type checkers, `as` marks an exported name
+if TYPE_CHECKING:  # type checkers treat a name as exported if it is imported with `as`
     from gemma_fast.causal_lm import AutoModelForCausalLM as AutoModelForCausalLM
     from gemma_fast.causal_lm import Gemma2ForCausalLM as Gemma2ForCausalLM
     from gemma_fast.causal_lm import Gemma3ForCausalLM as Gemma3ForCausalLM
@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # for type checkers, `as` marks an exported name
 
 __version__ = "0.1.0"
 
-# Imported on first use: code that needs only a kernel loads neither checkpoints nor a tokenizer.
+# Public name → module that defines it. A module is imported when one of its names is first used, so
+# code that needs only a kernel does not import the modules for checkpoints and text.
 _MODULES = {
     "AutoModelForCausalLM": "causal_lm",
     "AutoTokenizer": "text.tokenizer",

@@ -1,4 +1,4 @@
-"""python -m gemma_fast: runs the command gemma-fast, also from a clone that is not installed."""
+"""`python -m gemma_fast` runs the command `gemma-fast`, even in a clone that is not installed."""
 
 from gemma_fast.cli import main
 

@@ -1,7 +1,7 @@
-"""GemmaForCausalLM: the model with the interface of transformers' class.
+"""`GemmaForCausalLM` has the methods and arguments of transformers' class of the same name.
 
-This file loads checkpoints, checks arguments, and has `forward` and `generate`. model/ implements
-the forward pass, and engine/ the decoding.
+This file defines `from_pretrained`, `forward` and `generate`, and checks their arguments. load.py
+loads the weights, model/ implements the forward pass, and engine/ implements decoding.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class CausalLMOutput(NamedTuple):
 
 
 class GemmaForCausalLM(Gemma):
-    """Gemma 1, 2 or 3 (text), with the call, `generate` and outputs of transformers' class.
+    """Gemma 1, 2 or 3 (text). Its call and `generate` work like those of transformers' class.
 
-    A new instance has uninitialized weights; see `from_pretrained` and `from_checkpoint`.
+    `from_pretrained` and `from_checkpoint` load weights. The constructor does not initialize them.
     """
 
     def __init__(self, config: GemmaConfig) -> None:
@@ -53,16 +53,17 @@ class GemmaForCausalLM(Gemma):
         torch_dtype: torch.dtype | str | None = None,
         **others: Any,
     ) -> GemmaForCausalLM:
-        """Loads a directory of safetensors, a .gguf file or a hub id.
+        """Loads a model from a directory of safetensors, a .gguf file or a hub id.
 
         dtype        None or "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
         device       None: the GPU if there is one, else the CPU
-        device_map   for transformers' callers: "auto", a device, or {"": device}
-        torch_dtype  older name of dtype
+        device_map   transformers' way to pass the device: "auto", a device, or {"": device}
+        torch_dtype  older name of dtype in transformers
         others       transformers' keywords that have no effect here, see `compat.FROM_PRETRAINED`
 
         Checks config, tensor names, shapes and dtypes before it allocates the weights; then reads
-        one tensor at a time. Raises ValueError or FileNotFoundError with the file and the tensor.
+        one tensor at a time. Raises ValueError or FileNotFoundError, which name the file and the
+        tensor.
         """
         check_keywords("from_pretrained()", others, FROM_PRETRAINED)
         if dtype is not None and torch_dtype is not None:
@@ -79,21 +80,23 @@ class GemmaForCausalLM(Gemma):
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
     ) -> GemmaForCausalLM:
-        """Builds the model from an open checkpoint, for example that of `checkpoint.random`."""
+        """Builds the model from an open checkpoint, for example a `RandomCheckpoint`."""
         model = load_model(cls, checkpoint, dtype, device)
         model.generation_config = GenerationConfig(checkpoint.generation_config)
         return model
 
     @classmethod
     def from_transformers(cls, model: nn.Module) -> GemmaForCausalLM:
-        """Builds the model from a Gemma model of transformers that is in memory.
+        """Builds the model from a Gemma model of transformers that is already in memory.
 
-        Takes the weights, dtype and device of its text model, and its generation_config.
+        The new model gets the dtype and device of that model's text weights, and its
+        generation_config.
 
-        Shares the embedding, norms, o_proj and down_proj: an in-place change affects both models,
-        until one is moved or converted. Copies q, k, v, gate and up, which are fused here, unless
-        they are adjacent in memory. For Gemma 2B in 16 bits these are 2.60 of 5.01 GB. A copy does
-        not follow later training: build the model again after it.
+        Both models share the memory of the embedding, norms, o_proj and down_proj, so an in-place
+        change affects both, until one is moved or converted. The weights of q, k, v, gate and up
+        are copied, because they are fused here, unless they are adjacent in memory. For Gemma 2B in
+        16 bits, they take 2.60 of 5.01 GB. If transformers' model is trained further, the copies do
+        not change: build the model again after the training.
 
         Raises ValueError if `checkpoint.transformers` does not support the model.
         """
@@ -110,15 +113,15 @@ class GemmaForCausalLM(Gemma):
         logits_to_keep: int = 0,
         **others: Any,
     ) -> CausalLMOutput:
-        """Returns the logits of the next token after each token.
+        """Computes, for each token of input_ids, the logits of the token after it.
 
-        input_ids        [b, t], integers; the tokens that follow those in past_key_values
+        input_ids        [b, t], integers; the tokens that follow the tokens in past_key_values
         attention_mask   [b, past + t], 0 for padding on the left; None: no padding. Padding may be
                          on the right, but then the cache cannot be continued
-        position_ids     [b, t], for transformers' callers: must agree with attention_mask
+        position_ids     [b, t], as in transformers; must agree with attention_mask
         past_key_values  the KVCache that an earlier call returned; it is extended in place
         use_cache        False: return no cache; default: return the cache
-        logits_to_keep   return the logits of this many last tokens; 0: of all
+        logits_to_keep   number of last tokens whose logits are returned; 0: all tokens
         others           transformers' keywords that have no effect here, see `compat.FORWARD`
         """
         check_keywords("forward()", others, FORWARD)
@@ -130,7 +133,7 @@ class GemmaForCausalLM(Gemma):
             cache = self.new_cache(b, t, grows=True)
         else:
             cache = self._check_cache(past_key_values, b)
-        cache.reserve(t)  # before align: if it raises, the padding in the cache is unchanged
+        cache.reserve(t)  # may raise, so it must come before `align` changes the cache's positions
         cache.align(t, attention_mask, position_ids)
         hiddens = self.hidden_states(input_ids, cache)
         logits = self.logits(hiddens.last(logits_to_keep))
@@ -159,29 +162,32 @@ class GemmaForCausalLM(Gemma):
         inputs: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        """Continues prompts. Returns ids :: [b, t + new], prompt included, as in transformers.
+        """Continues prompts. Returns ids :: [b, t + new] of the prompts and the new tokens, as in
+        transformers. A row is one sequence of the batch.
 
         input_ids       [b, t]; prompts of different lengths are padded on the left
         attention_mask  [b, t], 0 for padding; None: no padding
-        max_new_tokens  maximum number of new tokens; max_length includes the prompt. Default: 20
+        max_new_tokens  maximum number of new tokens; default: 20
+        max_length      maximum number of tokens, prompt included, if max_new_tokens is not set
         do_sample, temperature, top_k, top_p, min_p, repetition_penalty  see
                         `engine.sampling.Sampling`
-        seed            the same seed samples the same text; None: seed by torch's global generator
-        eos_token_id    one or more ids that end a row; then pad_token_id fills it
+        seed            the same seed samples the same text; None: torch's global generator sets it
+        eos_token_id    one or more ids that end a row; pad_token_id fills the rest of the row
         stop_strings    strings that end a row when they appear in its generated text; they need
                         `tokenizer`, any object with `decode(ids) -> str`
-        streamer        receives the prompt and then each token by `put(ids)`, at last `end()`
+        streamer        an object: put(ids) is called with the prompt, then with each new token;
+                        end() is called last
         generation_config  these options as a mapping, or as transformers' object
         inputs          another name of input_ids
         others          transformers' keywords that have no effect here, see `compat.GENERATE`;
-                        others raise TypeError
+                        any other keyword raises TypeError
 
         An option that is None is taken from generation_config, or else from the checkpoint's
-        generation_config.json. Ctrl-C ends generation and returns the tokens so far.
+        generation_config.json. Ctrl-C ends generation and returns the tokens generated until then.
 
         Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the
         model's context, a sampling value out of range, or logits that are not finite; raises
-        torch.OutOfMemoryError if the cache does not fit. The model stays usable.
+        torch.OutOfMemoryError if the cache does not fit. After an error, the model is still usable.
         """
         check_keywords("generate()", others, GENERATE)
         if inputs is not None and input_ids is not None:
@@ -200,10 +206,11 @@ class GemmaForCausalLM(Gemma):
         return torch.cat((ids, new.to(ids.device)), dim=1)
 
     def memory(self) -> dict[str, int]:
-        """Bytes on the device by use; `free_memory` frees "cache" and "graph".
+        """Returns the bytes on the device as a dict; `free_memory` frees "cache" and "graph".
 
-        "cache" has the rotary tables and the KV caches that `generate` keeps for its next call,
-        "graph" its CUDA graphs, and "weights" the weights.
+        weights  all parameters
+        cache    the rotary tables, and the KV caches that `generate` keeps for its next call
+        graph    the CUDA graphs that `generate` keeps for its next call
         """
         kept = self.decoders.memory()
         kept["cache"] += self.rope.nbytes
@@ -220,7 +227,8 @@ class GemmaForCausalLM(Gemma):
         return self
 
     def check_ids(self, input_ids: Any) -> Tensor:
-        """Returns input_ids :: [b, t] on the model's device. Raises ValueError for bad ids."""
+        """Returns input_ids :: [b, t] on the model's device. Raises ValueError unless input_ids is
+        a non-empty tensor of integers within the vocabulary."""
         refuse_overflow(self.config, self.dtype)
         if not isinstance(input_ids, Tensor):
             raise ValueError(f"input_ids must be a tensor, not a {type(input_ids).__name__}")
@@ -240,7 +248,8 @@ class GemmaForCausalLM(Gemma):
         return input_ids
 
     def _check_cache(self, cache: Any, batch: int) -> KVCache:
-        """Returns the cache. Raises ValueError if it does not fit this model and batch."""
+        """Returns the cache. Raises ValueError unless it is a KVCache for this config, batch size,
+        dtype and device."""
         if not isinstance(cache, KVCache):
             kind = type(cache).__name__
             raise ValueError(

@@ -1,9 +1,9 @@
-"""gemma-fast: predict · generate · chat · bench · verify.
+"""The command `gemma-fast` and its subcommands.
 
-    gemma-fast predict "I want to move"         most likely next tokens after each prompt token
+    gemma-fast predict "I want to move"         show the most likely tokens after each prompt token
     gemma-fast generate "I want to move" -n 30  stream a continuation of the prompt
     gemma-fast chat --model path/to/gemma-it    chat with an instruction-tuned model
-    gemma-fast bench --model demo               measure speed, next to PyTorch and transformers
+    gemma-fast bench --model demo               compare the speed with PyTorch and transformers
     gemma-fast verify                           check numerical accuracy on this machine
 
 Text goes to stdout; progress, speed and errors go to stderr.
@@ -65,7 +65,7 @@ sampling_options = _options(
         default=None,
         help="Sample tokens, or take the most likely ones. [default: as in generation_config.json]",
     ),
-    click.option("--temperature", type=float, help="Divide the logits by this; implies --sample."),
+    click.option("--temperature", type=float, help="Divisor of the logits; implies --sample."),
     click.option("--top-k", type=int, help="Keep the k most likely tokens; implies --sample."),
     click.option(
         "--top-p",
@@ -88,7 +88,7 @@ sampling_options = _options(
 
 
 class _Errors(click.Group):
-    """Shows the library's errors as a message with exit status 1, not as a traceback."""
+    """Prints an error of the library as one message, without a traceback; the exit status is 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -110,7 +110,7 @@ def main() -> None:
 @main.command(short_help="Show the most likely tokens after each token of PROMPT.")
 @click.argument("prompt")
 @click.option(
-    "--top", type=click.IntRange(1), default=10, show_default=True, help="How many tokens to show."
+    "--top", type=click.IntRange(1), default=10, show_default=True, help="Number of tokens to show."
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print a JSON array with one object per prompt token."
@@ -199,14 +199,14 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
 
 
 @main.command(
-    short_help="Measure speed, next to PyTorch and transformers.",
+    short_help="Compare the speed with PyTorch and transformers.",
     add_help_option=False,
     context_settings={"ignore_unknown_options": True},
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def bench(context: click.Context, arguments: tuple[str, ...]) -> None:
-    """Passes its arguments to the benchmarks' command, which is imported only when needed."""
+    """Passes its arguments to the command in benchmarks/, which is imported only if it is used."""
     from gemma_fast.benchmarks.options import bench as command
 
     with command.make_context("bench", [*arguments], parent=context.parent) as inner:
@@ -219,16 +219,16 @@ def bench(context: click.Context, arguments: tuple[str, ...]) -> None:
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    help="How many greedy tokens to compare.",
+    help="Number of greedy tokens to compare.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every figure.")
-@_options(_model, _device, _dtype("The model's dtype. auto: each dtype that suits the device."))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all results.")
+@_options(_model, _device, _dtype("The model's dtype. auto: check all usual dtypes."))
 @click.pass_context
 def verify(context: click.Context, **chosen: Any) -> None:
     """Measure the error of every kernel against float64, and of the model against its reference
-    in float32, next to the errors of eager PyTorch and transformers. Exit status 1 if an error
-    exceeds eager's by more than the printed margin. --model also takes a size with random weights,
-    as in bench."""
+    in float32. Eager PyTorch and transformers are measured in the same way. The exit status is 1 if
+    an error exceeds that of eager PyTorch by more than the printed margin. --model can also be a
+    size with random weights, as in bench."""
     from gemma_fast.benchmarks.verify.certificate import certify
 
     context.exit(0 if certify(**chosen) else 1)
@@ -244,14 +244,14 @@ def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCa
     path = model or demo_checkpoint()
     tokenizer = Tokenizer.from_pretrained(path)
     gemma = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device=device)
-    # On a GPU the first text compiles kernels and captures a graph. Do so before measuring speed.
+    # On a GPU the first call compiles kernels and captures a CUDA graph. Later calls are measured.
     bos = torch.tensor([[tokenizer.bos_token_id]])
     gemma.generate(bos, max_new_tokens=3, do_sample=False, eos_token_id=[])
     return gemma, tokenizer
 
 
 class _Clock:
-    """A streamer that records when each token arrives, and passes it on."""
+    """Records the time of each call of `put`, and passes the ids to `streamer` if there is one."""
 
     def __init__(self, streamer: Any = None) -> None:
         self.streamer = streamer
@@ -276,7 +276,8 @@ def _stream(
     silent: bool = False,
     skip_prompt: bool = False,
 ) -> tuple[list[int], dict[str, Any]]:
-    """Generates and streams text, then prints its speed. Returns the new ids and the figures."""
+    """Generates text, and unless `silent` prints it and its speed. Returns the new ids and the
+    statistics of `_speed`."""
     from gemma_fast.text.streaming import TextStreamer
 
     do_sample = sampling.pop("sample")
@@ -292,13 +293,14 @@ def _stream(
 
 
 def _speed(prompt: int, times: list[float], model: GemmaForCausalLM) -> dict[str, Any]:
-    """Returns figures of one generate(). times: when the prompt, then each token, arrived."""
+    """Returns the speed and memory of one generate() call. times: when the streamer received the
+    prompt and each new token, in seconds."""
     import resource
 
     import torch
 
     start, *tokens = times
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
     stats: dict[str, Any] = {"prompt_tokens": prompt, "new_tokens": len(tokens)}
     if tokens:
         stats["time_to_first_token_s"] = tokens[0] - start

@@ -1,6 +1,8 @@
-"""Accepts transformers' keywords that change nothing here, so that callers change one import.
+"""Lists transformers' keywords that are accepted only with values that change nothing here, so that
+code for transformers needs only another import.
 
-One table per call: keyword → the values that match what is done anyway, and advice for others.
+Each call has one table: keyword → the values that are accepted, and the advice in the error message
+for any other value.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from typing import Any
 
 
 class _Any:
-    """Contains every value, for keywords that cannot change the result."""
+    """A set of all values: used for keywords that cannot change the result."""
 
     def __contains__(self, value: object) -> bool:
         return True
@@ -20,7 +22,7 @@ Table = Mapping[str, tuple[Any, str]]
 ANY = _Any()
 _FROM_LOGITS = "compute the loss from the logits; the kernels have no backward"
 _DOWNLOAD = "pass the path that huggingface_hub.snapshot_download(…) returns"
-_ONE_TEXT = "each row gives one text: repeat the prompt's rows for several"
+_ONE_TEXT = "each prompt gets one continuation: repeat the prompt in the batch to get several"
 _LOOP = "call the model in a loop, with past_key_values, and sample from its logits"
 _MINIMUM = "pass eos_token_id=[], so that no token ends a text"
 _OUTPUTS = {
@@ -53,8 +55,8 @@ GENERATE: Table = _OUTPUTS | {
     "logits_processor": ((), _LOOP),
     "stopping_criteria": ((), "use stop_strings or eos_token_id"),
     "past_key_values": ((), _LOOP),
-    "assistant_model": ((), "there is no speculative decoding"),
-    "max_time": ((), "use a streamer that raises KeyboardInterrupt, which ends the text"),
+    "assistant_model": ((), "speculative decoding is not implemented: omit it"),
+    "max_time": ((), "to end a text early, pass a streamer that raises KeyboardInterrupt"),
 }
 FROM_PRETRAINED: Table = {
     "attn_implementation": (
@@ -79,7 +81,7 @@ TOKENIZER: Table = {
         ("left",),
         "prompts are padded on the left, so that they end where the new text begins",
     ),
-    "use_fast": ((True,), "the only tokenizer is the one of the package tokenizers"),
+    "use_fast": ((True,), "there is no slow tokenizer: omit it"),
     "trust_remote_code": FROM_PRETRAINED["trust_remote_code"],
     "revision": FROM_PRETRAINED["revision"],
     "token": FROM_PRETRAINED["token"],
@@ -87,8 +89,8 @@ TOKENIZER: Table = {
 
 
 def check_keywords(call: str, given: Mapping[str, Any], table: Table) -> None:
-    """Raises TypeError for a keyword that is not in the table, or whose value is not supported.
-    None is always accepted."""
+    """Raises TypeError for a keyword that is not in the table, or whose value is not in the table.
+    The value None is always accepted."""
     for name, value in given.items():
         if name not in table:
             raise TypeError(f"{call} got an unexpected keyword argument {name!r}")

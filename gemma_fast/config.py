@@ -1,10 +1,10 @@
-"""GemmaConfig: one frozen dataclass for Gemma 1, 2 and 3 (the text model).
+"""`GemmaConfig` is one frozen dataclass for Gemma 1, 2 and 3 (the text model).
 
-    PRESETS["gemma-2b"]  # one of ten published sizes; config_files.py reads checkpoints' configs
+    PRESETS["gemma-2b"]  # one of ten published sizes
 
 The field names are those of transformers. Creating a config checks the range of every field, so
-that nothing absurdly large is allocated. A value out of range raises ValueError, which names the
-field, the value and the allowed range.
+that a damaged config cannot cause a huge allocation. A value out of range raises ValueError, which
+names the field, the value and the allowed range. checkpoint/config_files.py reads config files.
 """
 
 from __future__ import annotations
@@ -60,11 +60,12 @@ SHAPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class GemmaConfig:
-    """Config of a Gemma of any family.
+    """Config of one Gemma model; `model_type` is its family: Gemma 1, 2 or 3.
 
-    The families differ only in these fields. Gemma 2 has soft caps. Gemma 2 and 3 mix windowed and
-    full layers (`layer_types`) and normalize the outputs of attention and MLP (`post_norms`).
-    Gemma 3 also normalizes queries and keys (`qk_norm`).
+    The families differ only in these fields. Gemma 2 has soft caps (`…_softcapping`). Gemma 2 and 3
+    have layers with a sliding window and layers with full attention (`layer_types`), and normalize
+    the outputs of attention and MLP (`post_norms`). Gemma 3 also normalizes queries and keys
+    (`qk_norm`).
     """
 
     model_type: str  # "gemma" | "gemma2" | "gemma3"
@@ -76,12 +77,12 @@ class GemmaConfig:
     head_dim: int
     intermediate_size: int
     max_position_embeddings: int
-    query_pre_attn_scalar: float  # attention scores are scaled by its -0.5th power
+    query_pre_attn_scalar: float  # scores are multiplied by query_pre_attn_scalar ** -0.5
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e4  # of full layers
-    rope_local_base_freq: float = 1e4  # of windowed layers
-    rope_scaling_factor: float = 1.0  # divides the positions on full layers
-    sliding_window: int | None = None  # keys a token sees on a windowed layer, itself included
+    rope_theta: float = 1e4  # base of the rotary angles on full layers
+    rope_local_base_freq: float = 1e4  # base of the rotary angles on windowed layers
+    rope_scaling_factor: float = 1.0  # positions on full layers are divided by this factor
+    sliding_window: int | None = None  # keys that a token sees on windowed layers, its own included
     layer_types: tuple[str, ...] = ()
     sliding_window_pattern: InitVar[int | None] = None  # n: every nth layer is full
     attn_logit_softcapping: float | None = None
@@ -103,11 +104,11 @@ class GemmaConfig:
             object.__setattr__(self, "layer_types", tuple(kinds))
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"{len(self.layer_types)} layer_types for "
+                f"layer_types has {len(self.layer_types)} entries, but "
                 f"num_hidden_layers={self.num_hidden_layers!r}"
             )
         if unknown := {str(kind) for kind in self.layer_types} - {SLIDING, FULL}:
-            raise ValueError(f"layer_types has {sorted(unknown)}: only {SLIDING} and {FULL} exist")
+            raise ValueError(f"layer_types has {sorted(unknown)}: use only {SLIDING} and {FULL}")
         if SLIDING in self.layer_types and self.sliding_window is None:
             raise ValueError(f"layer_types has {SLIDING}, but sliding_window is not set")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -129,7 +130,8 @@ class GemmaConfig:
         return self.model_type == "gemma3"
 
     def window(self, layer: int) -> int | None:
-        """Number of keys that a token sees on this layer, itself included; None on a full layer."""
+        """Returns how many keys a token sees on this layer, its own included, or None on a full
+        layer, where a token sees all keys before it."""
         return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:

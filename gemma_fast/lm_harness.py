@@ -1,13 +1,15 @@
-"""Runs lm-evaluation-harness on GemmaForCausalLM. Importing this registers model `gemma-fast`.
+"""Runs lm-evaluation-harness on GemmaForCausalLM.
+
+Importing this module registers the model `gemma-fast` in lm_eval:
 
     import gemma_fast.lm_harness
     lm_eval.simple_evaluate(model="gemma-fast", model_args="pretrained=PATH,dtype=float32", …)
 
     python -m gemma_fast.lm_harness run --model gemma-fast --model_args pretrained=PATH --tasks …
 
-Texts are split into tokens, windows and batches by the rules of lm_eval's own model `hf`, so the
-scores are the same. Probabilities are computed in float32 even from 16-bit logits; `hf` computes
-them in 16 bits.
+Texts are split into tokens and windows by the rules of lm_eval's own model `hf`, so the scores of
+both agree up to rounding. Probabilities are computed in float32 even from 16-bit logits, but `hf`
+computes them in 16 bits.
 """
 
 from __future__ import annotations
@@ -34,31 +36,32 @@ try:
     )
     from tqdm import tqdm
 
-    # lm_eval registers its own models only if none is registered yet, so import them first.
+    # lm_eval registers its own models only if no model is registered yet, so it must do this first.
     assert models.MODEL_MAPPING
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"gemma_fast.lm_harness needs lm-evaluation-harness ({error}): pip install lm_eval"
     ) from error
 
-MAX_GEN_TOKS = 256  # default for tasks, as in `hf`
-ScoreRequest = tuple[Any, list[int], list[int]]  # key in lm_eval's cache, context, continuation
+MAX_GEN_TOKS = 256  # new tokens if the task does not set their number, as in `hf`
+# (key in lm_eval's cache, token ids of the context, token ids of the continuation)
+ScoreRequest = tuple[Any, list[int], list[int]]
 
 
 @register_model("gemma-fast")
 class GemmaFastLM(TemplateLM):
-    """The model `gemma-fast` of lm_eval. Its model_args have the names of `hf`:
+    """The model `gemma-fast` of lm_eval. Its model_args have the same names as those of `hf`:
 
     pretrained       argument of GemmaForCausalLM.from_pretrained, or a model
     tokenizer        argument of Tokenizer.from_pretrained, or a tokenizer; default: pretrained
     dtype, device    arguments of from_pretrained
     batch_size       rows of a batch; "auto": max_batch_size, halved when memory runs out
-    max_length       maximum tokens of a text with its prompt; default: the model's context
-    add_bos_token    False: no <bos> before a text; default: one
-    prefix_token_id  token before a text without a context; default: <bos>
+    max_length       maximum tokens of a prompt with its continuation; default: the model's context
+    add_bos_token    False: put no <bos> before a text; default: put one
+    prefix_token_id  token that precedes a text without a context; default: <bos>
 
-    Raises the errors of from_pretrained, ValueError without a tokenizer, and TypeError for an
-    unknown argument.
+    Raises the errors of from_pretrained, ValueError if `pretrained` is a model and `tokenizer` is
+    missing, and TypeError for an unknown argument.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class GemmaFastLM(TemplateLM):
         if isinstance(pretrained, str):
             tokenizer = tokenizer or pretrained
             if device == "cuda:0" and not torch.cuda.is_available():
-                device = None  # lm_eval's own default, which `hf` also ignores
+                device = None  # cuda:0 is lm_eval's default, which `hf` ignores without a GPU, too
             pretrained = GemmaForCausalLM.from_pretrained(pretrained, dtype=dtype, device=device)
         if tokenizer is None:
             raise ValueError(
@@ -116,14 +119,16 @@ class GemmaFastLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Returns ids that start with exactly one <bos>, unless it is switched off."""
+        """Returns the ids of `string`, which start with exactly one <bos>, unless
+        add_special_tokens or, if that is None, add_bos_token is False."""
         bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
         return self.tokenizer.encode(string, add_special_tokens=bos is not False)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Returns each text's log-probability. Scores a token once, with all context that fits."""
+        """Returns each text's log-probability. A text longer than max_length is split into windows,
+        and each of its tokens is scored in one of them."""
         texts = [request.args[0] for request in requests]
         windows: list[ScoreRequest] = []
         owners: list[int] = []
@@ -146,7 +151,9 @@ class GemmaFastLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[ScoreRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Requests that differ only in their last token share one row of the batch."""
+        """Returns for each request the log-probability of its continuation, and whether greedy
+        decoding would generate it. The last token of a request is not an input of the model, so
+        requests that differ only in this token share one row of the batch."""
         same: dict[tuple[int, ...], list[int]] = {}
         for i, (asked, context, continuation) in enumerate(requests):
             if not (context and 0 < len(continuation) <= self.max_length):
@@ -174,7 +181,8 @@ class GemmaFastLM(TemplateLM):
     def _score(
         self, rows: Sequence[tuple[int, ...]], kept: dict[tuple[int, ...], int]
     ) -> list[Tensor]:
-        """Returns log-probabilities :: [kept, vocab] after the last `kept` tokens of each row."""
+        """Returns for each row the log-probabilities :: [kept[row], vocab] of the tokens that
+        follow its last kept[row] tokens."""
         most = max(kept[row] for row in rows)
         logits = self.model(**self._pad(rows), use_cache=False, logits_to_keep=most).logits
         logp = torch.log_softmax(logits.float(), dim=-1)
@@ -198,8 +206,8 @@ class GemmaFastLM(TemplateLM):
     def _continue(
         self, prompts: dict[int, str], options: dict[str, Any]
     ) -> Iterator[tuple[int, str]]:
-        """Yields index and new text of each prompt, longest prompt first. The beginning of a prompt
-        that is too long is cut off."""
+        """Yields the index and the new text of each prompt, longest prompt first. If a prompt is
+        too long, its beginning is cut off."""
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(options, MAX_GEN_TOKS))
         eos = self.tokenizer.decode(self.eot_token_id)
         until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
@@ -226,7 +234,7 @@ class GemmaFastLM(TemplateLM):
         yield from self._in_batches(sorted(ids, key=lambda i: -len(ids[i])), write)
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> Encoding:
-        """Pads rows of ids on the left, so that their scored ends are aligned."""
+        """Pads rows of ids on the left, so that all rows end in the last column."""
         return pack([*map(list, rows)], self.tokenizer.pad_token_id, "pt", True, flat=False)
 
     def _in_batches(
@@ -247,8 +255,9 @@ class GemmaFastLM(TemplateLM):
 
 
 def _answer(logp: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """Returns the continuation's log-probability, and whether greedy decoding would give it.
-    logp :: [kept, vocab]."""
+    """Returns the continuation's log-probability, and whether greedy decoding would generate it.
+    logp :: [kept, vocab] are log-probabilities; the last row is for the continuation's last token.
+    """
     logp, target = logp[-len(continuation) :], torch.tensor(continuation, device=logp.device)
     total = logp.gather(-1, target.unsqueeze(-1)).sum()
     return float(total), bool((logp.argmax(-1) == target).all())

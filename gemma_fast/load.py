@@ -26,14 +26,14 @@ def load_model(
 ) -> Model:
     """Returns a model of class `cls` with the checkpoint's config and weights.
 
-    cls     a class that adds no parameters to Gemma's
+    cls     a subclass of Gemma without parameters of its own
     dtype   "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
-    device  None: the device of the checkpoint's tensors, or if they are not in memory, the GPU if
-            there is one
+    device  None: the device of the checkpoint's tensors if they are in memory; otherwise the GPU if
+            there is one, else the CPU
 
-    `model.parts` lists, for each parameter, the checkpoint's tensors that are stacked in it. If
-    possible, the parameter shares their memory; otherwise it is allocated and they are copied. All
-    memory is allocated before the first tensor is read.
+    `model.parts` lists, for each parameter, the checkpoint's tensors that are stacked in it. The
+    parameter shares the memory of these tensors if `_share` finds that possible. Otherwise it is
+    allocated and the tensors are copied. All memory is allocated before the first tensor is read.
     """
     config = checkpoint.config
     device = pick_device(checkpoint.device if device is None else device, None)
@@ -56,10 +56,10 @@ def load_model(
 def _share(
     checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
-    """Returns the tensors stacked along their first dimension, without a copy.
+    """Returns one tensor that stacks the named tensors along their first dimension without a copy.
 
-    Returns None if they must be read, converted or moved, or if they are not contiguous and
-    adjacent in this order.
+    Returns None if the tensors must be read from a file, converted or moved, or if they are not
+    contiguous and adjacent in this order.
     """
     if checkpoint.tensors is None or (checkpoint.dtype, checkpoint.device) != (dtype, device):
         return None
@@ -78,7 +78,8 @@ def _share(
 def _allocation(
     checkpoint: Checkpoint, empty: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> AbstractContextManager[None]:
-    """Context for the allocation of weights: an out-of-memory error in it names them."""
+    """Returns a context in which weights are allocated. If memory runs out, the error message names
+    the weights and, if they are read from a file, their size."""
     if checkpoint.tensors is not None:
         return out_of_memory("the copies of fused weights", 0, device, "from_pretrained")
     what = f"{checkpoint.path.name} in {str(dtype).removeprefix('torch.')}"
@@ -89,7 +90,7 @@ def _allocation(
 def _copy(
     checkpoint: Checkpoint, weights: Mapping[str, Tensor], parts: Mapping[str, list[str]]
 ) -> None:
-    """Copies the checkpoint's tensors to their rows of the weights that are stacked from them."""
+    """Copies each tensor of the checkpoint to its rows of the weight in which it is stacked."""
     targets: dict[str, Tensor] = {}
     for name, weight in weights.items():
         rows = [checkpoint.shapes[tensor][0] for tensor in parts[name]]
@@ -100,7 +101,7 @@ def _copy(
 
 
 def _track(names: Iterable[str], label: str) -> Iterable[str]:
-    """Returns an iterator over the names that shows a progress bar if stderr is a terminal."""
+    """Returns an iterator over the names, which shows a progress bar if stderr is a terminal."""
     from rich.console import Console
     from rich.progress import track
 

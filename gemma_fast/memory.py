@@ -1,4 +1,4 @@
-"""Free memory of a device, and out-of-memory errors that name what did not fit."""
+"""Measures a device's free memory, and adds details to out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def free_bytes(device: torch.device) -> float:
-    """Returns the bytes that can still be allocated, or infinity if the system has no figure."""
+    """Returns the bytes that can still be allocated, or infinity if their number is unknown."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -25,14 +25,15 @@ def free_bytes(device: torch.device) -> float:
 
 @contextmanager
 def out_of_memory(what: str, size: int, device: torch.device, way_out: str) -> Iterator[None]:
-    """Context in which an out-of-memory error is raised again with details.
+    """Turns an out-of-memory error in this context into a torch.OutOfMemoryError with details.
 
-    The torch.OutOfMemoryError names `what` did not fit, its `size` in bytes (0: unknown), the free
-    memory, and the way out.
+    what     name of the object that does not fit
+    size     bytes that it needs; 0: unknown
+    way_out  advice to the user
     """
     try:
         yield
-    except RuntimeError as error:  # from PyTorch, the driver, cuBLAS or the CPU
+    except RuntimeError as error:  # raised by PyTorch (for GPU or CPU memory), the driver or cuBLAS
         if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             raise
         traceback.clear_frames(error.__traceback__)  # frames keep partial results alive

@@ -1,14 +1,14 @@
-"""The walk-through in plain PyTorch: from token ids to next-token logits, one step at a time.
+"""Gemma in plain PyTorch, from token ids to next-token logits, with one function for each step.
 
-Tests compare the model with this file, and the model benchmarks run it as "eager". It shares no
-code with the model or the kernels.
+Tests compare the model with this file, and the model benchmarks run it as "eager". This file shares
+no code with the model or the kernels.
 
-    b batch · t new tokens · s all tokens, past ones included · n kv heads
-    m query heads per kv head · d head dim · heads: n * m for queries, n for keys and values
+    b batch · t new tokens · s past and new tokens · n kv heads · m query heads per kv head
+    d head dim · heads: n * m for queries, n for keys and values
 
 The steps follow Graphcore Research's "A transformer walk-through, with Gemma". The numerics follow
 Google's gemma_pytorch and transformers: RMSNorm, rotary embedding and softmax are computed in fp32,
-all else in the weights' dtype.
+all other steps in the weights' dtype.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from gemma_fast.config import FULL, GemmaConfig
 
 
 def embed(input_ids: Tensor, embeddings: Tensor) -> Tensor:
-    """Looks up input_ids :: [b, t] and multiplies by sqrt(hidden), rounded to the weights' dtype.
+    """Returns embeddings[input_ids] * sqrt(hidden) :: [b, t, hidden].
 
-    Returns [b, t, hidden].
+    input_ids :: [b, t]; embeddings :: [vocab, hidden]. sqrt(hidden) is rounded to their dtype
+    before the multiplication.
     """
     scale = torch.tensor(embeddings.shape[1] ** 0.5).to(embeddings.dtype)
     return embeddings[input_ids] * scale.to(embeddings.device)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Returns x / rms(x) * (1 + weight), computed in fp32 and rounded once."""
+    """Returns x / rms(x) * (1 + weight), computed in fp32 and rounded to x's dtype at the end."""
     z = wide(x)
     z = z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + eps)
     return (z * (1 + wide(weight))).to(x.dtype)
@@ -44,7 +45,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def angles(config: GemmaConfig, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Returns cos and sin :: [b, 1, t, d / 2] of the rotary angles position * theta^(-2i / d).
 
-    positions :: [b, t]; kind: the layer's type, which sets theta and the scaling. All in fp32.
+    positions :: [b, t]; kind: the layer's type, which sets theta and the scaling. The angles are
+    computed in fp32.
     """
     full = kind == FULL
     theta = config.rope_theta if full else config.rope_local_base_freq
@@ -73,7 +75,7 @@ def attend(
     m = q.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(m, dim=1) for x in (keys, values))  # [b, n * m, s, d]
     scores = cap(q @ keys.transpose(2, 3) * scale, softcap)  # [b, n * m, t, s]
-    # The minimum is finite: with -inf, the softmax of a padding row, which sees no key, is NaN.
+    # A padding token sees no key. If its scores were all -inf, its softmax would be NaN.
     scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
     return wide(scores).softmax(-1).to(q.dtype) @ values
 
@@ -84,7 +86,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def cap(x: Tensor, softcap: float | None) -> Tensor:
-    """Limits x smoothly to the range from -softcap to softcap; None: returns x."""
+    """Limits x smoothly to the range from -softcap to softcap. Returns x if softcap is None."""
     return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
@@ -99,7 +101,7 @@ class Output(NamedTuple):
 
 
 class Reference:
-    """Gemma 1, 2 or 3 (text) on a dict of weights, which has the checkpoint's tensor names.
+    """Gemma 1, 2 or 3 (text), computed with a dict of weights under the checkpoint's tensor names.
 
     config   any GemmaConfig
     weights  all tensors of config.tensor_shapes(), in one dtype and on one device
@@ -117,14 +119,14 @@ class Reference:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Reference:
-        """Reads a directory of safetensors, a .gguf file or a hub id, like GemmaForCausalLM."""
+        """Loads a directory of safetensors, a .gguf file or a hub id, like GemmaForCausalLM."""
         return cls.from_checkpoint(open_checkpoint(name_or_path), dtype=dtype, device=device)
 
     @classmethod
     def from_checkpoint(
         cls, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str
     ) -> Reference:
-        """Reads all weights of an open checkpoint."""
+        """Creates a reference with the checkpoint's weights, converted to dtype."""
         weights = {}
         for name, shape in checkpoint.shapes.items():
             weights[name] = torch.empty(shape, dtype=dtype, device=device)
@@ -141,13 +143,13 @@ class Reference:
         use_cache: bool = True,
         logits_to_keep: int = 0,
     ) -> Output:
-        """Returns the logits of the next token after each new token, and the KV cache.
+        """Returns, for each token of input_ids, the logits of the token after it, and the KV cache.
 
         input_ids        [b, t]
         attention_mask   [b, s], 0 for padding; None: no padding
         position_ids     [b, t]; None: counted from attention_mask
         past_key_values  the KV cache that an earlier call returned; it is not changed
-        logits_to_keep   return the logits of this many last tokens; 0: of all
+        logits_to_keep   number of last tokens whose logits are returned; 0: all tokens
         """
         past = past_key_values[0][0].shape[2] if past_key_values else 0
         t = input_ids.shape[1]
@@ -185,9 +187,11 @@ class Reference:
         cos_sin: tuple[Tensor, Tensor],
         past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Returns hiddens :: [b, t, hidden] after layer i, and its K and V of past and new tokens.
+        """Returns hiddens :: [b, t, hidden] after layer i, and this layer's K and V of all tokens.
 
-        cos_sin: cos and sin of the new tokens' rotary angles; past: K and V of the past tokens.
+        visible  [b, t, s], bool: whether a new token sees a key
+        cos_sin  cos and sin of the new tokens' rotary angles, from `angles`
+        past     this layer's K and V of the past tokens, or None
         """
         name = f"model.layers.{i}"
         x = self.norm(hiddens, f"{name}.input_layernorm")
@@ -213,7 +217,10 @@ class Reference:
         cos_sin: tuple[Tensor, Tensor],
         past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Returns the output :: [b, t, hidden], and K and V of past and new tokens."""
+        """Returns attention's output :: [b, t, hidden], and K and V of the past and new tokens.
+
+        name: prefix of the weights' names; x: normalized hiddens :: [b, t, hidden].
+        """
         config, (b, t, _), d = self.config, x.shape, self.config.head_dim
         q, k, v = (self.project(x, f"{name}.{p}_proj") for p in "qkv")
         q, k, v = (y.view(b, t, -1, d).transpose(1, 2) for y in (q, k, v))  # [b, heads, t, d]
@@ -232,7 +239,7 @@ class Reference:
         return self.project(geglu(gate, up), f"{name}.down_proj")
 
     def predict(self, hiddens: Tensor) -> Tensor:
-        """Returns logits :: [b, t, vocab]. The output projection's weight is the embedding's."""
+        """Returns logits :: [b, t, vocab]. The output projection uses the embedding's weight."""
         logits = self.project(hiddens, "model.embed_tokens")
         return cap(logits, self.config.final_logit_softcapping)
 

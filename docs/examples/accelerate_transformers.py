@@ -1,10 +1,12 @@
-"""A transformers model before and after accelerate(): its text, its time, and the code it runs.
+"""Runs a transformers model before and after accelerate(). Prints the text and time of both runs,
+and the code that the accelerated model uses for each part.
 
     pip install ".[demo,hf]"
     python docs/examples/accelerate_transformers.py --model google/gemma-3-1b-it
 
 On a CPU the kernels' PyTorch references run, which are not faster. On a GPU, in bfloat16, rounding
-can change a token where two are almost equally likely. The demo weights take a minute on a CPU.
+can change a token if another token is almost as likely. With the demo weights, this takes a minute
+on a CPU.
 """
 
 import argparse
@@ -24,7 +26,7 @@ parser.add_argument("--model", help="directory, .gguf file or hub id; default: t
 path = parser.parse_args().model or str(demo_checkpoint())
 device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
-# transformers takes a .gguf file as a directory and a file name.
+# transformers needs the directory and the name of a .gguf file as two arguments.
 source, gguf = (Path(path).parent, Path(path).name) if path.endswith(".gguf") else (path, None)
 model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=dtype).to(device)
 tokenizer = Tokenizer.from_pretrained(path)
@@ -32,7 +34,7 @@ prompt = tokenizer("I want to move", return_tensors="pt").to(device)
 
 
 def show_text(model: PreTrainedModel, label: str) -> None:
-    model.generate(**prompt, max_new_tokens=2, do_sample=False)  # compiles kernels, on a GPU
+    model.generate(**prompt, max_new_tokens=2, do_sample=False)  # on a GPU, compiles kernels
     start = time.perf_counter()
     ids = model.generate(**prompt, max_new_tokens=30, do_sample=False)
     text = tokenizer.decode(ids[0], skip_special_tokens=True)
@@ -40,6 +42,6 @@ def show_text(model: PreTrainedModel, label: str) -> None:
 
 
 show_text(model, "before:")
-show_text(accelerate(model), "after: ")  # the same object
+show_text(accelerate(model), "after: ")  # accelerate() returns the same model object
 for (part, code), count in Counter((line.part, line.path) for line in explain(model)).items():
     print(f"{count:4} × {part}: {code}")

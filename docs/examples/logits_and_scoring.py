@@ -1,8 +1,8 @@
-"""Logits: the most likely next tokens, the log-likelihood of continuations, perplexity.
+"""Computes the most likely next tokens, log-likelihoods of continuations, and perplexities.
 
     python docs/examples/logits_and_scoring.py --model google/gemma-3-1b-pt
 
-Without --model it uses the demo weights.
+Without --model, this example uses the demo weights.
 """
 
 import argparse
@@ -25,11 +25,11 @@ model = GemmaForCausalLM.from_pretrained(path)
 
 
 def token_log_probs(prompt: str, text: str) -> Tensor:
-    """[t], the log-probability of each token of `text` after the prompt and the tokens before."""
-    prompt_ids = tokenizer.encode(prompt, return_tensors="pt")  # [1, p], <bos> first
+    """Returns log P(token | prompt and earlier tokens) for each token of `text` :: [t]."""
+    prompt_ids = tokenizer.encode(prompt, return_tensors="pt")  # [1, p], starts with <bos>
     ids = tokenizer.encode(text, add_special_tokens=False, return_tensors="pt")  # [1, t]
     logits = model(torch.cat((prompt_ids, ids), dim=1)).logits.float().cpu()  # [1, p + t, vocab]
-    # The logits after a token predict the next one.
+    # The logits of a token predict the token after it.
     predictions = logits[0, -ids.shape[1] - 1 : -1].log_softmax(-1)  # [t, vocab]
     return predictions.gather(-1, ids.T).squeeze(-1)
 

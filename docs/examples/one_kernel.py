@@ -1,10 +1,10 @@
-"""One kernel by itself: RMSNorm, beside the same formula in plain PyTorch.
+"""Compares one kernel, RMSNorm, with the same formula in PyTorch.
 
     python docs/examples/one_kernel.py
-    TRITON_INTERPRET=1 python docs/examples/one_kernel.py   # the kernel without a GPU, interpreted
+    TRITON_INTERPRET=1 python docs/examples/one_kernel.py   # interprets the kernel, without a GPU
 
-Prints the largest error of each relative to float64 and, on a CUDA GPU, its time and bandwidth.
-Without a GPU the op runs its PyTorch reference, unless Triton interprets the kernel.
+Prints the largest relative error of both, compared with float64, and on a CUDA GPU their times and
+bandwidths. Without a GPU the op runs its PyTorch reference, unless Triton interprets the kernel.
 """
 
 import torch
@@ -19,7 +19,7 @@ DTYPE, DEVICE = (torch.bfloat16, "cuda") if ON_GPU else (torch.float32, "cpu")
 
 
 def rms_norm_in_pytorch(x: Tensor, weight: Tensor) -> Tensor:
-    """x / sqrt(mean(x²) + eps) * (1 + weight) in float32, rounded once."""
+    """Computes x / sqrt(mean(x²) + eps) * (1 + weight) in float32, and rounds it to x's dtype."""
     z = x.float()  # [rows, dim]
     z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + 1e-6)
     return (z * (1 + weight.float())).to(x.dtype)

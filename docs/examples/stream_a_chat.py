@@ -1,10 +1,10 @@
-"""A conversation with Gemma. Each answer is printed token by token.
+"""Chats with Gemma. Prints each answer token by token.
 
     python docs/examples/stream_a_chat.py --model google/gemma-3-1b-it
     echo "Why is the sky blue?" | python docs/examples/stream_a_chat.py --max-new-tokens 20
 
-Reads one question a line from standard input, up to its end (Ctrl-D). Without --model it uses the
-demo weights. They are a base model, which repeats the question more often than it answers it.
+Reads one question per line from standard input until Ctrl-D. Without --model, this example uses the
+demo weights. They are a base model, which often repeats a question instead of answering it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ for line in sys.stdin:
     ids = model.generate(
         **prompt,
         max_new_tokens=args.max_new_tokens,
-        eos_token_id=tokenizer.stop_token_ids,  # the end of a turn too
+        eos_token_id=tokenizer.stop_token_ids,  # <eos> and <end_of_turn>
         streamer=streamer,
     )
     new = ids[0, prompt.input_ids.shape[1] :]

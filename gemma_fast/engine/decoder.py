@@ -1,11 +1,11 @@
-"""Decoder: one cache, and a step that adds one token to each of its rows.
+"""`Decoder` has one KV cache, and a decode step that adds one token to each row of the cache.
 
     prompt → prefill → token → step → token → step → …
 
-On a GPU the step, from embedding to sampling, is captured in a CUDA graph and then replayed: the
-host launches one graph per token. The first step of each kind runs without a graph, to compile its
-kernels; the second is captured. Everything that changes between replays is stored in device
-tensors: tokens, positions, and the sampling settings of each row.
+On a GPU the step, from embedding to sampling, is captured in a CUDA graph and then replayed, so the
+host launches one graph per token. For each `graph_key` of the sampler, the first step runs without
+a graph, because it compiles kernels. The second step is captured. Everything that changes between
+replays is stored in device tensors: tokens, positions, and the sampling settings of each row.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from gemma_fast.model.gemma import Gemma
 
 # Prefill runs in chunks of this many tokens over all rows, which limits the memory of activations.
 PREFILL_CHUNK = 2048
-ROUND_UP = 256  # tokens, for cache lengths: a slightly longer text needs no new cache or graph
-MAX_GRAPHS = 8  # per decoder, which has one graph for each `graph_key` of its sampler
+# Cache lengths are rounded up to a multiple of ROUND_UP tokens, so a slightly longer text does not
+# need a new cache or graph.
+ROUND_UP = 256
+MAX_GRAPHS = 8  # maximum graphs per decoder; each `graph_key` of its sampler has its own graph
 _capturing = threading.Lock()
 
 
 class Decoder:
     """Decodes up to `batch` sequences of up to `max_length` tokens.
 
-    cache         KVCache for a batch rounded up by `bucket_of`; unused rows are decoded, too
+    cache         KVCache, whose batch is rounded up by `bucket_of`; unused rows are decoded, too
     token         [b], int64, on the device: the newest token of each row, or -1 if its logits were
-                  not finite. It is not in the cache yet.
-    asynchronous  whether `step` returns before its token is computed, as on a GPU
+                  not finite. The newest token is not in the cache yet.
+    asynchronous  True on a GPU, where `step` returns before the token is computed
     """
 
     def __init__(self, model: Gemma, batch: int, max_length: int) -> None:
@@ -46,7 +48,7 @@ class Decoder:
         length = min(-(-max_length // ROUND_UP) * ROUND_UP, model.config.max_position_embeddings)
         bucket, device = bucket_of(batch), model.device
         size = KVCache.bytes_needed(model.config, bucket, length, model.dtype)
-        # Inference tensors could not be changed in place outside of inference mode.
+        # A tensor that is created in inference mode cannot be changed in place outside that mode.
         with (
             torch.inference_mode(False),
             out_of_memory(
@@ -63,7 +65,8 @@ class Decoder:
         self._graph_bytes, self.capture_seconds = 0, 0.0
 
     def fits(self, model: Gemma, max_length: int) -> bool:
-        """Whether this decoder works with the model's current weights and with this length."""
+        """Returns whether this decoder was created for the weights that the model has now, and its
+        cache has room for max_length tokens."""
         return self._weights == _addresses(model) and max_length <= self.cache.max_length
 
     @property
@@ -73,7 +76,8 @@ class Decoder:
     def prefill(
         self, ids: Tensor, attention_mask: Tensor | None = None, texts: Sequence[Sampling] = ()
     ) -> None:
-        """Empties the cache, reads prompts ids :: [b, t], and samples the first token of each.
+        """Empties the cache, adds the prompts ids :: [b, t] to it, and samples the first token
+        after each prompt.
 
         attention_mask  [b, t], 0 for padding on the left; None: no padding
         texts           sampling settings of each row; empty: all rows are greedy
@@ -86,7 +90,10 @@ class Decoder:
         self.extend(ids, attention_mask)
 
     def extend(self, ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Appends ids :: [b, t] to the rows in place of `token`, and samples the next token."""
+        """Appends ids :: [b, t] to the rows of the cache, and samples the next token of each row.
+
+        Discards the current `token`, which is not in the cache yet.
+        """
         b, t = ids.shape
         cache, sampler = self.cache.rows(self._rows), self.sampler.rows(self._rows)
         cache.reserve(t)
@@ -102,7 +109,7 @@ class Decoder:
             self.model.step(last, cache, sampler)
 
     def step(self) -> None:
-        """Decodes `token` and samples the next one."""
+        """Appends `token` to the rows of the cache, and samples the next token of each row."""
         self.cache.reserve(1)
         key = self.sampler.graph_key
         if not self.asynchronous:
@@ -116,12 +123,13 @@ class Decoder:
                 self.cache.count(1)
             else:
                 if len(self._graphs) == MAX_GRAPHS:
-                    del self._graphs[next(iter(self._graphs))]  # the oldest
+                    del self._graphs[next(iter(self._graphs))]  # the oldest graph
                 self._graphs[key] = self._capture()
             self._graphs[key].replay()
 
     def read(self) -> Callable[[], Tensor]:
-        """Starts to copy `token` to the host. Returns a function that waits and returns it: [b]."""
+        """Starts to copy `token` to the host. Returns a function that waits for the copy, and
+        returns it :: [b]."""
         if not self.asynchronous:
             token = self.token.clone()
             return lambda: token
@@ -137,7 +145,7 @@ class Decoder:
         return wait
 
     def memory(self) -> dict[str, int]:
-        """Bytes on the device: "cache" (KV cache and sampler) and "graph" (CUDA graphs)."""
+        """Returns the bytes on the device: "cache" (KV cache, sampler), "graph" (CUDA graphs)."""
         return {"cache": self.cache.nbytes + self.sampler.nbytes, "graph": self._graph_bytes}
 
     def wait(self) -> None:
@@ -153,7 +161,7 @@ class Decoder:
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Captures the step as a CUDA graph, which the caller must replay.
 
-        The capture counts the step's token in the cache, but does not compute it.
+        The capture increases the token counts of the cache on the host, but computes no token.
         """
         start, device = time.perf_counter(), self.token.device
         graph = torch.cuda.CUDAGraph()
@@ -161,13 +169,13 @@ class Decoder:
             _capturing,
             self._memory_for("the CUDA graph of a decode step"),
             torch.cuda.device(device),
-            # Restores the current stream, even if the capture fails.
+            # This context restores the current stream, even if the capture fails.
             torch.cuda.stream(torch.cuda.current_stream(device)),
         ):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
-            # The default capture stream belongs to the device that captured first.
+            # PyTorch's default capture stream is on the first device that captured a graph.
             stream = _capture_stream(device)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._step()
@@ -181,7 +189,7 @@ class Decoder:
 
 
 def bucket_of(batch: int) -> int:
-    """Rounds a batch size up to 1, 2, 4, 8 or a multiple of 8."""
+    """Returns the batch size rounded up to 1, 2, 4, 8 or a multiple of 8."""
     return 1 << (batch - 1).bit_length() if batch <= 8 else -(-batch // 8) * 8
 
 

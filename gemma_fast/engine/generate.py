@@ -1,6 +1,6 @@
-"""The main loop of generate(), from requests to new tokens:
+"""`generate_tokens` is the main loop of generate(), from requests to new tokens:
 
-prefill the cache with the prompts → sample a token → decode it → sample the next → … → stop
+    prefill the cache with the prompts → sample a token → decode step → sample a token → … → stop
 
 decoder.py implements prefill and the decode step.
 """
@@ -24,14 +24,15 @@ from gemma_fast.model.gemma import Gemma
 def generate_tokens(
     model: Gemma, decoders: DecoderPool, requests: Sequence[Request], tokenizer: Any, streamer: Any
 ) -> Tensor:
-    """Returns the new tokens of each request, [b, new], on the host. Ended rows are padded.
+    """Returns the new tokens of all requests :: [b, new], on the host. A row that ends early is
+    filled with its request's pad_token_id.
 
-    tokenizer  decodes generated tokens to find stop strings; needed only if there are any
-    streamer   None, or an object that receives the prompts and then each token by `put(ids)`,
-               and at last `end()`
+    tokenizer  decodes generated tokens to find stop strings; needed only if a request has them
+    streamer   None, or an object: put(ids) is called with the prompts, then with each new token;
+               end() is called last
 
-    Ctrl-C ends generation and returns the tokens so far. Raises ValueError if logits are not
-    finite, and torch.OutOfMemoryError if the cache does not fit.
+    Ctrl-C ends generation and returns the tokens generated until then. Raises ValueError if logits
+    are not finite, and torch.OutOfMemoryError if the cache does not fit.
     """
     stopping = Stopping(requests, tokenizer)
     ids, mask = stack_prompts(requests)
@@ -66,9 +67,9 @@ def generate_tokens(
 
 
 def stack_prompts(requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
-    """Returns ids :: [b, t] and mask :: [b, t], 0 for padding, or None if there is no padding.
+    """Returns ids :: [b, t], and mask :: [b, t], 0 for padding, or None if there is no padding.
 
-    The ids of all requests must have the same length.
+    The ids of all requests must have the same length, left padding included.
     """
     ids = torch.stack([request.ids for request in requests])
     padding = torch.tensor([request.padding for request in requests], device=ids.device)
@@ -78,9 +79,9 @@ def stack_prompts(requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
 
 
 def tokens(decoder: Decoder, count: int) -> Iterator[Tensor]:
-    """Yields the next `count` tokens of each row, [b] on the host.
+    """Yields the next token of each row :: [b], on the host, `count` times.
 
-    A GPU already computes the next token while the caller processes this one.
+    A GPU computes the next token while the caller processes the token that was yielded.
     """
     ahead = decoder.asynchronous
     read = decoder.read()
@@ -98,7 +99,10 @@ def tokens(decoder: Decoder, count: int) -> Iterator[Tensor]:
 
 
 def refuse_not_finite(token: Tensor, tokens: int) -> None:
-    """Raises ValueError if a row's token is -1, which marks logits that are not finite."""
+    """Raises ValueError if a token is -1, which means that its logits are not finite.
+
+    token :: [b], the newest token of each row; tokens: number of tokens before it, for the message.
+    """
     rows = (token < 0).nonzero().flatten().tolist()
     if rows:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""DecoderPool: the decoders that a model keeps for its next calls."""
+"""`DecoderPool` stores the decoders that a model keeps for its next calls of generate()."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from gemma_fast.model.gemma import Gemma
 
 
 class DecoderPool(dict[int, Decoder]):
-    """Batch size → decoder, which one caller uses at a time. A copy of the pool is empty."""
+    """Maps batch sizes to unused decoders: a decoder in use is not in the pool, so that only one
+    caller uses it. A copy of the pool is empty."""
 
     def take(self, model: Gemma, batch: int, max_length: int) -> Decoder:
-        """Removes a decoder that fits from the pool, or creates one. Return it with `give_back`."""
+        """Removes a decoder that fits from the pool, or creates one. The caller returns the decoder
+        to the pool with `give_back`."""
         kept = self.pop(bucket_of(batch), None)
         if kept is not None and kept.fits(model, max_length):
             kept.model = model
             return kept
-        del kept  # frees its memory first
+        del kept  # frees the memory of this decoder before another one is created
         try:
             return Decoder(model, batch, max_length)
         except torch.OutOfMemoryError:
@@ -28,11 +30,11 @@ class DecoderPool(dict[int, Decoder]):
 
     def give_back(self, decoder: Decoder) -> None:
         decoder.wait()
-        del decoder.model  # or the reference cycle keeps the model alive until garbage collection
+        del decoder.model  # otherwise, a reference cycle keeps the model alive after its last use
         self[decoder.cache.batch] = decoder
 
     def memory(self) -> dict[str, int]:
-        """Bytes on the device: "cache" (KV caches and samplers) and "graph" (CUDA graphs)."""
+        """Returns the bytes on the device: "cache" (KV caches, samplers), "graph" (CUDA graphs)."""
         kept = [decoder.memory() for decoder in self.values()]
         return {name: sum(x[name] for x in kept) for name in ("cache", "graph")}
 

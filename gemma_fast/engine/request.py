@@ -1,7 +1,8 @@
-"""Request: one text to continue, with its settings; and `requests_of`, which creates them.
+"""`Request` is one prompt to continue, with its settings. `requests_of` creates the requests of a
+call of generate().
 
-The call's keywords override its generation_config, which overrides the model's. A value out of
-range raises ValueError, which names the value and the allowed values.
+The call's keywords override its generation_config, which overrides the model's generation_config. A
+value out of range raises ValueError, which names the value and the allowed values.
 """
 
 from __future__ import annotations
@@ -21,18 +22,17 @@ from gemma_fast.model.padding import check_shape, left_padding
 
 SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 LENGTHS = ("max_new_tokens", "max_length")
-DEFAULT_NEW_TOKENS = 20  # as in transformers, whose Gemma examples rely on it
+DEFAULT_NEW_TOKENS = 20  # transformers' default, on which its Gemma examples rely
 OPTIONS = (*SETTINGS, *LENGTHS, "eos_token_id", "pad_token_id", "stop_strings")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """A text to continue.
+    """A prompt to continue, and the settings for its text.
 
-    ids             [t], int64: the prompt after its left padding; all requests of a call have the
-                    same t
+    ids             [t], int64: left padding, then the prompt; t is equal in all requests of a call
     padding         number of padding ids on the left
-    sampling        its sampling settings
+    sampling        sampling settings
     max_new_tokens  maximum number of new tokens
     eos_token_ids   tokens that end the text
     stop_strings    strings that end the text when they appear in its generated part
@@ -49,7 +49,7 @@ class Request:
 
 
 class GenerationConfig(dict[str, Any]):
-    """Defaults of `generate`, as in generation_config.json. Items are also attributes.
+    """Stores default options of `generate`, as in generation_config.json. Items are attributes too.
 
     An option that is not set is None. Setting an option that generate does not have raises
     TypeError.
@@ -76,7 +76,7 @@ def requests_of(
 ) -> list[Request]:
     """Returns a request for each row of ids :: [b, t], with left padding where mask :: [b, t] is 0.
 
-    keywords           the call's OPTIONS and "seed"; None: not given
+    keywords           values of OPTIONS and "seed" that were passed to the call; None: not passed
     generation_config  None, a mapping or transformers' GenerationConfig; keywords override it
     defaults           the model's generation_config, which the other two override
     """
@@ -87,7 +87,7 @@ def requests_of(
     stop = _stop_strings(options.get("stop_strings"))
     sampling = Sampling(**{k: v for k, v in options.items() if k in SETTINGS})
     if (seed := keywords.get("seed")) is None and sampling.do_sample:
-        seed = int(torch.randint(1 << 62, (), device="cpu"))  # torch's global generator
+        seed = int(torch.randint(1 << 62, (), device="cpu"))  # from torch's global generator
     sampling = replace(sampling, seed=0 if seed is None else seed)
     return [
         Request(
@@ -101,7 +101,8 @@ def requests_of(
 def _merge(
     keywords: Mapping[str, Any], generation_config: Any, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the set options: keywords override generation_config, which overrides defaults."""
+    """Returns the options that are not None: keywords override generation_config, which overrides
+    defaults."""
     passed = _as_mapping(generation_config)
     for name, value in defaults.items():
         if name in GENERATE:
@@ -117,8 +118,8 @@ def _merge(
 
 
 def _new_tokens(prompt: int, options: Mapping[str, Any], context: int) -> int:
-    """Maximum number of new tokens for a prompt of `prompt` tokens. max_new_tokens, wherever it is
-    set, overrides max_length, as in transformers. Warns if neither is set."""
+    """Returns the maximum number of new tokens for a prompt of `prompt` tokens. max_new_tokens,
+    wherever it is set, overrides max_length, as in transformers. Warns if neither is set."""
     name = next((name for name in LENGTHS if name in options), None)
     if name is None:
         warnings.warn(f"pass max_new_tokens: the default is {DEFAULT_NEW_TOKENS}", stacklevel=4)
@@ -139,7 +140,8 @@ def _new_tokens(prompt: int, options: Mapping[str, Any], context: int) -> int:
 
 
 def _token_ids(name: str, options: Mapping[str, Any], config: GemmaConfig) -> tuple[int, ...]:
-    """Returns the ids in this option, or in the model's config if the option is not set."""
+    """Returns the token ids of the option `name`, or those of the model's config if the option is
+    not set."""
     given = options.get(name, getattr(config, name))
     ids = given.tolist() if isinstance(given, Tensor) else given
     ids = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
@@ -167,7 +169,8 @@ def _padding(mask: Any, ids: Tensor) -> list[int]:
     return left_padding(real).tolist()
 
 
-_METADATA = ("transformers_version", "_from_model_config")  # these are not options
+# keys of transformers' GenerationConfig that are not options of generate()
+_METADATA = ("transformers_version", "_from_model_config")
 
 
 def _as_mapping(config: Any) -> Mapping[str, Any]:

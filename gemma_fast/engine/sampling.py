@@ -1,6 +1,7 @@
-"""Sampling: the settings of one text. Sampler: the settings of all rows of a batch.
+"""`Sampling` stores the sampling settings of one text; `Sampler` stores them for a whole batch.
 
-The order of the steps is transformers': repetition penalty, temperature, top-k, top-p, min-p.
+The settings apply in the same order as in transformers: repetition penalty, temperature, top-k,
+top-p, min-p.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Sampling:
                         negative logits (Keskar et al. 2019, CTRL)
     seed                seed of the sampling noise, from 0 to 2**63 - 1
 
-    If several tokens are as likely as the least likely one that a filter keeps, it keeps them all.
+    top_k, top_p and min_p are filters. Tokens that are as likely as the least likely token that a
+    filter keeps are kept, too.
     """
 
     do_sample: bool = False
@@ -54,9 +56,9 @@ class Sampling:
 
 
 class Sampler:
-    """Each row's sampling settings and newest token; used by `Gemma.step` as model.gemma.Sampler.
+    """Stores each row's sampling settings and newest token, for `Gemma.step`.
 
-    token  [b], int64: the newest token of each row; -1: its logits were not finite
+    token  [b], int64: the newest token of each row; -1: the token's logits were not finite
 
     Everything that changes between replays of a CUDA graph is stored in tensors with fixed
     addresses. A graph is valid for one value of `graph_key` only.
@@ -69,12 +71,13 @@ class Sampler:
         self.token, self._seed, self._top_k = (setting(torch.int64) for _ in range(3))
         self._temperature, self._divisor, self._samples = (setting() for _ in range(3))
         self._penalty, self._tail, self._log_min_p = (setting() for _ in range(3))
-        self._seen = torch.zeros(0, dtype=torch.bool, device=device)  # [b, vocab] if needed
+        self._seen = torch.zeros(0, dtype=torch.bool, device=device)  # `set` makes it [b, vocab]
         self._vocab_size = vocab_size
         self.set([])
 
     def set(self, texts: Sequence[Sampling]) -> None:
-        """Sets the first rows' settings; the other rows are greedy. Forgets all seen tokens."""
+        """Sets the settings of the first len(texts) rows; all other rows are greedy. Marks all
+        tokens as not seen."""
         rows = [*texts, *[Sampling()] * (len(self.token) - len(texts))]
         vocab_size = self._vocab_size
         self._any_samples = any(row.do_sample for row in rows)
@@ -87,7 +90,7 @@ class Sampler:
         _fill(self._divisor, (row.temperature if row.do_sample else 1.0 for row in rows))
         _fill(self._penalty, (row.repetition_penalty for row in rows))
         _fill(self._top_k, (min(row.top_k or vocab_size, vocab_size) for row in rows))
-        _fill(self._tail, (1 - row.top_p for row in rows))  # probability to drop
+        _fill(self._tail, (1 - row.top_p for row in rows))  # probability that top_p may drop
         _fill(self._log_min_p, (math.log(row.min_p) if row.min_p else -math.inf for row in rows))
         self.token.zero_()
         if self._penalises:
@@ -105,7 +108,7 @@ class Sampler:
         return part
 
     def read(self, ids: Tensor) -> None:
-        """Marks ids :: [b, t] as seen, for the repetition penalty."""
+        """Marks the tokens ids :: [b, t] as seen in their rows, for the repetition penalty."""
         if self._penalises:
             self._seen.scatter_(1, ids.clamp(min=0), True)
 
@@ -117,7 +120,8 @@ class Sampler:
     def temperature(self) -> Tensor | None:
         """Temperatures :: [b], 0 for greedy rows; None: all rows are greedy.
 
-        If there is `process`, the others are 1, because it already divides by the temperature.
+        If `process` is not None, the temperature of rows that are not greedy is 1, because
+        `process` already divides by their temperatures.
         """
         if not self._any_samples:
             return None
@@ -133,13 +137,13 @@ class Sampler:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the mask of seen tokens; the other tensors are small."""
+        """Bytes of the mask of seen tokens. All other tensors are small."""
         return self._seen.nbytes
 
     def _process(self, logits: Tensor) -> Tensor:
-        """Applies penalty, temperature and filters to logits :: [b, vocab].
+        """Applies each row's penalty, temperature and filters to logits :: [b, vocab].
 
-        Returns fp32 logits, which are -inf for the tokens that a filter drops.
+        Returns logits :: [b, vocab], fp32, which are -inf for tokens that a filter drops.
         """
         logits = logits.float()
         if self._penalises:
@@ -152,11 +156,12 @@ class Sampler:
         return logits
 
     def _least_kept(self, logits: Tensor) -> Tensor:
-        """Returns the lowest logit that each row's filters keep, [b, 1]; -inf: they keep all."""
+        """Returns the lowest logit that each row's filters keep :: [b, 1], or -inf in a row whose
+        filters keep all tokens."""
         likeliest = logits.topk(self._ordered).values  # [b, ordered], descending
         top_k, tail, best = self._top_k.unsqueeze(1), self._tail.unsqueeze(1), likeliest[:, :1]
         rank = torch.arange(self._ordered, device=logits.device)
-        # A token is kept if it and the less likely ones sum to a probability above 1 - top_p.
+        # A token is kept if its probability plus that of all less likely tokens is above 1 - top_p.
         ascending = likeliest.masked_fill(rank >= top_k, float("-inf")).flip(-1)
         kept = (ascending.softmax(-1).cumsum(-1) > tail) | ((tail == 0) & ascending.isfinite())
         least = torch.where(kept, ascending, best).amin(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Stopping: ends a text at an end token, a stop string or its maximum number of new tokens."""
+"""`Stopping` ends a text at an end token, a stop string or its maximum number of new tokens."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from gemma_fast.engine.request import Request
 
 
 class Stopping:
-    """Finds the rows that are complete. tokenizer: any object with `decode(ids) -> str`.
+    """Finds the rows of a batch whose texts are complete.
 
-    Raises ValueError if a request has stop strings and tokenizer is None.
+    requests   the request of each row
+    tokenizer  any object with `decode(ids) -> str`; None raises ValueError if a request has stop
+               strings
     """
 
     def __init__(self, requests: Sequence[Request], tokenizer: Any) -> None:
@@ -23,7 +25,10 @@ class Stopping:
         self.requests, self.tokenizer = requests, tokenizer
 
     def __call__(self, generated: Tensor) -> Tensor:
-        """generated :: [b, new], all tokens so far → [b], bool: whether the newest ends its row."""
+        """Returns whether the newest token of each row ends its text :: [b], bool.
+
+        generated :: [b, new]: all new tokens until now, the newest one last.
+        """
         count = generated.shape[1]
         ended = [
             token in request.eos_token_ids
@@ -36,7 +41,8 @@ class Stopping:
         return torch.tensor(ended, device="cpu")
 
     def _has_stop_string(self, row: Tensor, request: Request) -> bool:
-        # A character is at most 4 bytes, a token at least one: the tail contains any new match.
+        # A character has at most 4 bytes, and a token at least 1 byte, so a stop string that ends
+        # in the newest token is within these last tokens.
         tail = row[-4 * max(map(len, request.stop_strings)) :].tolist()
         text = self.tokenizer.decode(tail)
         return any(stop in text for stop in request.stop_strings)

@@ -1,9 +1,9 @@
-"""KVCache: preallocated memory for the keys and values of all layers; positions are on the device.
+"""`KVCache` stores the keys and values of all layers in preallocated memory.
 
-Each layer has a ring of slots: slot `p % slots` holds position p. The ring of a full layer has a
-slot for every position, so it never wraps. The ring of a layer with a window of W tokens has W
-slots, so its memory does not grow with the context. All other sizes are rounded up to whole
-blocks, because the attention kernel copies blocks of keys.
+Each layer has a ring of slots: slot `p % slots` stores position p. The ring of a full layer has a
+slot for every position, so it never wraps. The ring of a layer with a window of W tokens has at
+most W slots, so its memory does not grow with the context. Except for W, the number of slots is
+rounded up to whole blocks, because the attention kernel copies blocks of keys.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from gemma_fast.config import GemmaConfig
 from gemma_fast.model.padding import check_position_ids, check_shape, left_padding
 from gemma_fast.model.rope import Rope
 
-BLOCK = 128  # slots; a multiple of the kernels' key blocks, a divisor of Gemma's windows
+BLOCK = 128  # slots per block: a multiple of the kernels' key blocks, a divisor of Gemma's windows
 
 
 @dataclass
 class _Row:
-    """Host-side state of one sequence."""
+    """State of one sequence that is stored on the host."""
 
     length: int = 0
-    unfinished: str | None = None  # the reason why its newest positions may be missing
+    unfinished: str | None = None  # reason why K and V of the newest positions may be missing
     right_padded: bool = False
 
 
 class KVCache:
-    """Keys and values of `batch` sequences of up to `max_length` tokens each.
+    """Stores keys and values of `batch` sequences (rows) of up to `max_length` tokens each.
 
     keys, values  :: list with one [b, n, slots, d] per layer
     next_position :: [b], int32: position of each row's next token; negative while a row is still in
@@ -41,8 +41,9 @@ class KVCache:
     angles        :: layer type → cos, sin :: [≥ max_length, d / 2], fp32, see rope.py
     counter       :: [≥ b * n], int32, zeros: kernels count their finished programs here
 
-    With `grows=True` a full cache doubles, up to the model's context; otherwise it raises
-    ValueError. `rope` has tables that all caches of a model share.
+    All these tensors are on the device. `reserve` doubles a full cache, up to the model's context,
+    if it has `grows=True`, and otherwise raises ValueError. All caches of a model share the tables
+    of `rope`.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class KVCache:
     def rows(self, rows: int | slice) -> KVCache:
         """Returns a cache of these rows that shares this cache's memory and token counts.
 
-        A cache with `grows=True` does not support it.
+        A cache with `grows=True` does not support this method.
         """
         assert not self.grows, "a cache that grows reallocates, so its rows cannot be shared"
         index = slice(rows, rows + 1) if isinstance(rows, int) else rows
@@ -124,16 +125,17 @@ class KVCache:
         return part
 
     def clear(self) -> None:
-        """Empties all rows. Fills them with zeros, because slots must be finite: see _allocate."""
+        """Empties all rows and sets all slots to 0, because they must be finite: see _allocate."""
         for x in (self.next_position, *self.keys, *self.values):
             x.zero_()
         for row in self._rows:
             row.length, row.unfinished, row.right_padded = 0, None, False
 
     def angles_of(self, tokens: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Returns layer type → cos, sin :: [b, t, d / 2] of the next tokens.
+        """Returns layer type → cos, sin :: [b, tokens, d / 2] of the next tokens.
 
-        For one token it returns the whole tables: decode_attention indexes them by position.
+        If `tokens` is 1, returns the whole tables :: [≥ max_length, d / 2] instead, because
+        decode_attention indexes the tables by position.
         """
         if tokens == 1:
             return self.angles
@@ -141,7 +143,8 @@ class KVCache:
         return {kind: (cos[position], sin[position]) for kind, (cos, sin) in self.angles.items()}
 
     def reserve(self, tokens: int) -> None:
-        """Ensures room for `tokens` more. Raises ValueError if they do not fit, or if `stale`."""
+        """Ensures that each row has room for `tokens` more tokens. Raises ValueError if these
+        tokens do not fit, or if the cache is `stale`."""
         if self.stale:
             raise ValueError(f"this cache cannot be continued: {self.stale}; start with a new one")
         needed = self.length + tokens
@@ -152,24 +155,25 @@ class KVCache:
         if needed > self.max_length:
             if not self.grows:
                 raise ValueError(
-                    f"{sizes} the cache of {self.max_length}: make one with max_length={needed}"
+                    f"{sizes} the cache of {self.max_length}: create one with max_length={needed}"
                 )
             self._allocate(min(max(needed, 2 * self.max_length), context))
 
     def align(
         self, tokens: int, attention_mask: Tensor | None, position_ids: Tensor | None = None
     ) -> None:
-        """Sets the rows' positions from the left padding in a mask over all columns, past and new.
+        """Sets each row's next position from the left padding in attention_mask.
 
-        With a mask, all rows must have the same number of tokens. Raises ValueError, and leaves the
-        cache unchanged, if the mask has the wrong shape or holes, if it disagrees with an earlier
-        mask, or if position_ids do not count the real tokens.
+        attention_mask :: [b, length + tokens] covers past and new tokens. If it is given, all rows
+        must have the same number of tokens. Raises ValueError, and leaves the cache unchanged, if
+        the mask has the wrong shape or holes, if it disagrees with an earlier mask, or if
+        position_ids :: [b, tokens] differ from the new tokens' positions.
         """
         columns, device = self.length + tokens, self.next_position.device
         position, right_padded = self.next_position, [False] * self.batch
         real = torch.ones(self.batch, columns, dtype=torch.bool, device=device)
         if attention_mask is not None:
-            assert len({row.length for row in self._rows}) == 1, "the rows' lengths differ"
+            assert len({row.length for row in self._rows}) == 1, "rows differ in length"
             real = check_shape("attention_mask", attention_mask, real).bool()
             padding = left_padding(real)
             position = (self.length - padding).int()
@@ -186,9 +190,8 @@ class KVCache:
 
     @contextmanager
     def unfinished(self, reason: str) -> Iterator[None]:
-        """Context for code that writes to the rows: if it raises, the rows stay stale.
-
-        When these contexts are nested, the outermost reason is kept.
+        """Context for code that writes to the rows. If the code raises, the rows keep `reason`,
+        so the cache is `stale`. In nested contexts, the rows keep the outermost reason.
         """
         before = [row.unfinished for row in self._rows]
         for row in self._rows:
@@ -198,10 +201,10 @@ class KVCache:
             row.unfinished = reason_before
 
     def rings(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Returns the rings of K and V that the next tokens are written to.
+        """Returns the rings of K and V to which the caller must write the next `tokens` tokens.
 
-        These are the layer's own rings while they do not wrap. Otherwise they are temporary longer
-        rings, which already contain the past keys and values that the next tokens see.
+        If the layer's own rings do not wrap, returns views of them. Otherwise returns temporary
+        longer rings, which already contain the past keys and values that the next tokens see.
         """
         keys, values = self.keys[layer], self.values[layer]
         slots = keys.shape[2]
@@ -220,7 +223,10 @@ class KVCache:
         return longer
 
     def keep(self, layer: int, keys: Tensor, values: Tensor, tokens: int) -> None:
-        """Copies the newest positions back to the layer's rings, if `rings` returned other ones."""
+        """Copies the newest positions of temporary rings from `rings` to the layer's own rings.
+
+        Does nothing if `rings` returned the layer's own rings.
+        """
         slots = self.keys[layer].shape[2]
         if keys.shape[2] > slots:
             positions = self._positions(tokens - slots, tokens)
@@ -228,20 +234,22 @@ class KVCache:
             _move(values, self.values[layer], positions)
 
     def advance(self, tokens: int) -> None:
-        """Counts `tokens` tokens, which were written to the rings, in all rows.
+        """Adds `tokens` tokens, whose K and V were written to the rings, to the counts of all rows.
 
-        Unused rows count them too: `clear` such a row before it is full.
+        This includes unused rows, so an unused row must be cleared before it is full.
         """
         self.next_position += tokens
         self.count(tokens)
 
     def count(self, tokens: int) -> None:
-        """The host's part of `advance`. A replayed CUDA graph does the device's part itself."""
+        """Adds `tokens` to the counts on the host only, because a replayed CUDA graph adds them to
+        next_position."""
         for row in self._rows:
             row.length += tokens
 
     def _positions(self, first: int, last: int) -> Tensor:
-        """Returns positions :: [b, last - first], relative to each row's next position."""
+        """Returns each row's positions :: [b, last - first], from next_position + first to
+        next_position + last - 1."""
         offsets = torch.arange(first, last, device=self.next_position.device)
         return self.next_position.unsqueeze(1) + offsets
 
@@ -253,7 +261,7 @@ class KVCache:
             for rings in (self.keys, self.values):
                 b, n, used, d = rings[layer].shape
                 if slots > used:
-                    # Zeros, because attention multiplies unused slots by 0: they must be finite.
+                    # Attention multiplies unused slots by 0, so they must be finite.
                     longer = rings[layer].new_zeros(b, n, slots, d)
                     longer[:, :, :used] = rings[layer]
                     rings[layer] = longer
@@ -269,6 +277,7 @@ def _whole_blocks(slots: int) -> int:
 
 
 def _move(source: Tensor, target: Tensor, positions: Tensor) -> None:
-    """Copies positions :: [b, p] from one ring [b, n, slots, d] to another."""
+    """Copies the slots of positions :: [b, p] from a ring [b, n, slots, d] to a ring of another
+    length."""
     row = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
     target[row, :, positions % target.shape[2]] = source[row, :, positions % source.shape[2]]

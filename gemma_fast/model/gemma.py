@@ -1,9 +1,10 @@
-"""Gemma: the steps of the walk-through on the kernels, with a KV cache.
+"""`Gemma` runs the steps of reference.py on the kernels, with a KV cache.
 
     token ids → embed → layers (attention, MLP) → final norm → logits → next token
 
-The norm after a residual addition also computes the addition. On a GPU the ops run Triton kernels,
-and cuBLAS for matmuls of many rows; elsewhere they run their PyTorch references.
+The op of each norm also computes the residual addition before it. On a GPU the ops run Triton
+kernels, or cuBLAS for matmuls with many rows. On a CPU they run their PyTorch references, unless
+Triton's interpreter is on.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ from gemma_fast.model.rope import Rope
 
 
 class Sampler(Protocol):
-    """How `Gemma.step` samples the next token of each of b rows; see engine/sampling.py.
+    """The attributes with which `Gemma.step` samples the next token of each of b rows.
 
     token        [b], int64: output, the next token, or -1 if the logits are not finite
-    temperature  [b], fp32; 0: the most likely token. None: the most likely token in every row
-    seed         [b], int64: seed of the sampling noise; None without a temperature
-    process      logits :: [b, vocab] → logits to sample from; None: they are not changed
+    temperature  [b], fp32; 0: take the most likely token. None: 0 in every row
+    seed         [b], int64: seed of the sampling noise; None if temperature is None
+    process      function from logits :: [b, vocab] to the logits that are sampled; None: the logits
+                 are sampled unchanged
+
+    engine/sampling.py implements this protocol.
     """
 
     token: Tensor
@@ -48,11 +52,11 @@ class Gemma(nn.Module):
     """The weights of Gemma 1, 2 or 3 (text), and its forward pass.
 
     The weights are frozen, because the kernels have no backward. A new instance has uninitialized
-    weights. state_dict() contains fused weights: load it into another instance; it does not have
-    the layout of a checkpoint.
+    weights. state_dict() contains fused weights, so another instance can load it, but it does not
+    have the layout of a checkpoint.
     """
 
-    head_dims = HEAD_DIMS  # supported by the kernels on a GPU
+    head_dims = HEAD_DIMS  # head dims that the kernels support on a GPU
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -66,7 +70,7 @@ class Gemma(nn.Module):
 
     @property
     def parts(self) -> dict[str, list[str]]:
-        """Parameter name → names of the checkpoint's tensors that are stacked in it."""
+        """Maps each parameter's name to the names of the checkpoint's tensors stacked in it."""
         parts = {"embed_tokens": ["model.embed_tokens.weight"], "norm": ["model.norm.weight"]}
         for i, layer in enumerate(self.layers):
             parts |= {f"layers.{i}.{name}": given for name, given in layer.parts.items() if given}
@@ -88,7 +92,8 @@ class Gemma(nn.Module):
         )  # fmt: skip
 
     def step(self, ids: Tensor, cache: KVCache, sampler: Sampler) -> None:
-        """Runs ids :: [b, t] after the cached tokens and samples the next tokens to sampler.token.
+        """Runs the forward pass on ids :: [b, t], which follow the cached tokens, samples the next
+        token of each row, and writes it to sampler.token.
 
         The caller must have reserved room for t tokens in the cache.
         """
@@ -110,7 +115,7 @@ class Gemma(nn.Module):
     def hidden_states(self, ids: Tensor, cache: KVCache) -> Residual:
         """Returns the residual stream of ids :: [b, t] after the last layer, before the final norm.
 
-        Advances the cache by t tokens. The caller must have reserved room for them.
+        Adds the t tokens to the cache, in which the caller must have reserved room for them.
         """
         t = ids.shape[1]
         assert cache.length + t <= cache.max_length, f"no room for {t} tokens: {cache.length=}"
@@ -125,7 +130,7 @@ class Gemma(nn.Module):
         return stream
 
     def logits(self, hiddens: Residual) -> Tensor:
-        """Returns logits :: [b, t, vocab]. The output projection's weight is the embedding's."""
+        """Returns logits :: [b, t, vocab]. The output projection uses the embedding's weight."""
         logits, _ = norm_linear(
             hiddens.x, hiddens.residual, self.norm, hiddens.post_norm, self.embed_tokens,
             eps=self.config.rms_norm_eps,

@@ -1,7 +1,9 @@
 """One layer of Gemma on the kernels: its weights, attention and MLP.
 
-norm, QKV projection · attention · output projection · norm, gate and up projection, GeGLU · down
-projection: in a decode step of a few sequences, each of these five is one kernel.
+A layer has five steps. In a decode step of a few sequences, each of these steps is one kernel:
+
+    norm, QKV projection → attention → output projection → norm, gate and up projection, GeGLU
+    → down projection
 
     b batch · t new tokens · n kv heads · m query heads per kv head · d head dim
 
@@ -45,11 +47,11 @@ GEMMA1_WEIGHTS = {
 
 
 class Residual(NamedTuple):
-    """The residual stream, as two terms that the next norm adds.
+    """The residual stream, stored as two terms, which the op of the next norm adds.
 
     x          [b, t, hidden], the previous layer's output, not yet added to `residual`
     residual   [b, t, hidden]; None: x is the embedding, and there is nothing to add
-    post_norm  [hidden], weight of the norm that is applied to x before the addition; None: no norm
+    post_norm  [hidden], weight of the norm that is applied to x before x is added; None: no norm
     """
 
     x: Tensor
@@ -57,13 +59,13 @@ class Residual(NamedTuple):
     post_norm: Tensor | None = None
 
     def last(self, tokens: int) -> Residual:
-        """Returns the stream of the last `tokens` tokens only; 0: of all tokens."""
+        """Returns the stream of only the last `tokens` tokens, or of all tokens if it is 0."""
         assert self.residual is not None
         return Residual(self.x[:, -tokens:], self.residual[:, -tokens:], self.post_norm)
 
 
 class Layer(nn.Module):
-    """One layer. Weights have the checkpoint's names, except the fused projections."""
+    """One layer of Gemma. Its weights have the checkpoint's names, except the fused projections."""
 
     input_layernorm: Tensor
     qkv_proj: Tensor
@@ -93,7 +95,7 @@ class Layer(nn.Module):
     def forward(self, stream: Residual, angles: Tables, cache: KVCache) -> Residual:
         """Returns the residual stream after this layer. Writes the tokens' K and V to the cache.
 
-        angles: cos and sin of the tokens, from `cache.angles_of`.
+        angles: layer type → cos and sin of the tokens' rotary angles, from `cache.angles_of`.
         """
         eps = self.config.rms_norm_eps
         qkv, residual = norm_linear(
@@ -109,7 +111,8 @@ class Layer(nn.Module):
         return Residual(x, residual, self.post_feedforward_layernorm)
 
     def attend(self, qkv: Tensor, angles: Tables, cache: KVCache) -> Tensor:
-        """Attention on qkv :: [b, t, (n * m + 2 * n) * d]. Returns [b, t, n * m * d]."""
+        """Writes the K and V in qkv :: [b, t, (n * m + 2 * n) * d] to the cache, and returns
+        attention's output :: [b, t, n * m * d]."""
         config, (b, t, _), d = self.config, qkv.shape, self.config.head_dim
         n, heads = config.num_key_value_heads, config.num_attention_heads
         options = {

@@ -1,4 +1,4 @@
-"""Checks of attention_mask and position_ids, by which callers describe a batch's padding."""
+"""Checks attention_mask and position_ids, which describe the padding of a batch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 def left_padding(mask: Tensor) -> Tensor:
     """Returns the number of padding columns :: [b] on the left of each row.
 
-    mask :: [b, columns], bool, False for padding. Raises ValueError for padding between real
-    columns.
+    mask :: [b, columns], bool, False for padding. Raises ValueError if a row has padding between
+    real tokens.
     """
     columns = mask.shape[1]
     column = torch.arange(columns, device=mask.device)
@@ -22,7 +22,8 @@ def left_padding(mask: Tensor) -> Tensor:
 
 
 def check_shape(name: str, given: Tensor, like: Tensor) -> Tensor:
-    """Returns `given` on the device of `like`. Raises ValueError unless it has the same shape."""
+    """Returns `given` on the device of `like`. Raises ValueError unless `given` is a tensor of the
+    shape of `like`."""
     shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
     if shape != like.shape:
         raise ValueError(f"{name} must be a tensor of shape {tuple(like.shape)}, not {shape}")
@@ -30,7 +31,8 @@ def check_shape(name: str, given: Tensor, like: Tensor) -> Tensor:
 
 
 def check_position_ids(given: Tensor, expected: Tensor, real: Tensor) -> None:
-    """Raises ValueError unless `given` :: [b, t] has the expected positions at the real tokens."""
+    """Raises ValueError unless given :: [b, t] equals expected :: [b, t] where real :: [b, t] is
+    True."""
     given = check_shape("position_ids", given, expected)
     if not torch.equal(given[real].long(), expected[real]):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Rotary embedding: tables of cos and sin for every position, shared by the caches of a model."""
+"""Computes the tables of cos and sin of the rotary embedding, which a model's caches share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tables = dict[str, tuple[Tensor, Tensor]]
 
 
 class Rope:
-    """Rotary tables of a config, one set per device. A copy of a model computes its own tables."""
+    """Stores the rotary tables of a config, one set per device. A copy of a Rope has no tables."""
 
     def __init__(self, config: GemmaConfig) -> None:
         self.config = config
@@ -22,11 +22,11 @@ class Rope:
     def tables(self, positions: int, device: torch.device) -> Tables:
         """Returns layer type → cos, sin :: [≥ positions, d / 2], fp32; row p is for position p.
 
-        Longer tables replace shorter ones. Caches and CUDA graphs keep the ones that they use.
+        Longer tables replace shorter tables. Caches and CUDA graphs keep the tables that they use.
         """
         made = self._tables.get(device)
         if made is None or len(next(iter(made.values()))[0]) < positions:
-            with torch.inference_mode(False):  # usable inside and outside inference mode
+            with torch.inference_mode(False):  # the tables are also used outside inference mode
                 made = _tables(self.config, positions, device)
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()  # other streams may read the tables
@@ -47,9 +47,10 @@ class Rope:
 
 
 def _tables(config: GemmaConfig, positions: int, device: torch.device) -> Tables:
-    """Computes the tables: at position p, channel pair i rotates by p * theta^(-2i / d).
+    """Returns layer type → cos, sin :: [positions, d / 2] of the angles p * theta^(-2i / d), by
+    which position p rotates channel pair i.
 
-    On full layers the angle is also divided by rope_scaling_factor.
+    On full layers the angles are also divided by rope_scaling_factor.
     """
     position = torch.arange(positions, device=device).unsqueeze(1).float()
     i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)

@@ -201,7 +201,7 @@ def test_fields_out_of_range_are_refused(field, value):
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling_factor=0"),
         ({"text_config": 3}, "text_config"),
         ({"model_type": "gemma2", "layer_types": ["global"] * 18}, "'global'"),
-        ({"model_type": "gemma2", "layer_types": [FULL]}, "1 layer_types for"),
+        ({"model_type": "gemma2", "layer_types": [FULL]}, "layer_types has 1 entries"),
         ({"model_type": "gemma2", "layer_types": 3}, "layer_types=3"),
         ({"model_type": "gemma2", "sliding_window": -4}, "sliding_window=-4"),
         ({"model_type": "gemma2", "attn_logit_softcapping": 0}, "attn_logit_softcapping=0"),

@@ -22,7 +22,7 @@ def one(tmp_path_factory) -> Twins:
     ("keywords", "message"),
     [
         ({"num_beams": 4}, r"generate\(\): num_beams=4 is not supported: .*greedy"),
-        ({"num_return_sequences": 2}, "num_return_sequences=2 is not supported: each row gives"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2 is not supported: each prompt gets"),
         ({"return_dict_in_generate": True}, "the result is the ids"),
         ({"output_scores": True}, "call the model in a loop"),
         ({"min_new_tokens": 3}, "pass eos_token_id="),
