@@ -20,7 +20,10 @@ but not timed]"""
 
 
 def counts(*names: str, default: int, least: int, help: str) -> Callable[[Command], Command]:
-    """Returns an option that takes integers, separated by commas or repeated; drops duplicates."""
+    """Returns a decorator that adds an option for integers.
+
+    The integers are separated by commas, or the option is repeated. Duplicates are dropped.
+    """
 
     def parse(context: Any, option: Any, values: Sequence[str]) -> tuple[int, ...]:
         given: dict[int, None] = {}
@@ -45,7 +48,7 @@ dtype_option = click.option(
 )  # fmt: skip
 commit_option = click.option("--commit", help="Commit to record, instead of git's.")
 size_option = click.option(
-    "--size", "sizes", multiple=True, help="Only sizes whose name contains this; repeatable."
+    "--size", "sizes", multiple=True, help="Run only sizes whose name contains this; repeatable."
 )
 
 
@@ -81,7 +84,7 @@ def options(command: Command) -> Command:
 
 
 def pick_sizes(names: Iterable[str], parts: Sequence[str]) -> list[str]:
-    """Returns the names that contain one of the parts; all names without parts."""
+    """Returns the names that contain at least one of the parts, or all names without parts."""
     return [name for name in names if not parts or any(part in name for part in parts)]
 
 
@@ -102,9 +105,9 @@ def refuse_unknown(what: str, names: Iterable[str], known: Iterable[str]) -> Non
 @options
 @click.pass_context
 def bench(context: click.Context, **chosen: Any) -> None:
-    """Prefill (pp) and decode (tg) tokens per second of a whole model, compared with eager PyTorch
-    and transformers, as a share of this machine's peak. Exits with status 1 if a result was wrong
-    or this project's failed."""
+    """Measures the prefill (pp) and decode (tg) speed of a whole model, in tokens per second.
+    Compares it with eager PyTorch, transformers and this machine's peak rates. Exits with status 1
+    if a result is wrong or gemma_fast fails."""
     from gemma_fast.benchmarks.model.command import run_model
     from gemma_fast.benchmarks.model.providers import PROVIDERS
 
