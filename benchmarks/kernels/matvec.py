@@ -22,7 +22,7 @@ from gemma_fast.kernels import matvec as module
 
 
 def inputs(b: int, dim: int, out: int, **make: Any) -> tuple[Tensor, Tensor]:
-    """Returns x :: [b, dim] and weight :: [out, dim], scaled so that outputs are about normal."""
+    """Returns x :: [b, dim], weight :: [out, dim], such that outputs are about normal(0, 1)."""
     return torch.randn(b, dim, **make), torch.randn(out, dim, **make) * dim**-0.5
 
 
