@@ -46,7 +46,7 @@ dtype_option = click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
     help="[default: bfloat16 on a GPU, float32 on a CPU]",
 )  # fmt: skip
-commit_option = click.option("--commit", help="Commit to record, instead of git's.")
+commit_option = click.option("--commit", help="Commit to record instead of git's current commit.")
 size_option = click.option(
     "--size", "sizes", multiple=True, help="Run only sizes whose name contains this; repeatable."
 )
@@ -57,17 +57,19 @@ def out_option(help: str) -> Callable[[Command], Command]:
 
 
 OPTIONS = (
-    counts("-p", "prompts", default=512, least=0, help="Prompt tokens to prefill; 0: none."),
-    counts("-n", "new", default=128, least=0, help="New tokens to decode; 0: none."),
-    counts("-d", "depths", default=0, least=0, help="Tokens already in the cache."),
+    counts("-p", "prompts", default=512, least=0, help="Number of prompt tokens; 0: no prefill."),
+    counts("-n", "new", default=128, least=0, help="Number of new tokens; 0: no decoding."),
+    counts("-d", "depths", default=0, least=0, help="Number of tokens already in the cache."),
     counts("-b", "batches", default=1, least=1, help="Batch size."),
     click.option(
         "-r", "repeats", type=click.IntRange(1), default=5, show_default=True, metavar="N",
-        help="Timed runs of each test; short tests get more.",
+        help="Timed runs of each test; short tests are run more often.",
     ),
     click.option("--model", help=MODEL_HELP),
     dtype_option,
-    click.option("--only", multiple=True, metavar="PROVIDER", help="Run only these; repeatable."),
+    click.option(
+        "--only", multiple=True, metavar="PROVIDER", help="Run only this provider; repeatable."
+    ),
     click.option(
         "-o", "output", type=click.Choice(["md", "json"]), default="md", show_default=True,
         help="Format in which the model's results are printed.",

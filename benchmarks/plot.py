@@ -41,7 +41,7 @@ def kernel_result(row: Mapping[str, Any]) -> KernelResult:
 
 
 def work_of(row: Mapping[str, Any]) -> Work:
-    return Work(row.get("bytes", 0), row.get("flops", 0))  # 0 if not measured: not drawn
+    return Work(row.get("bytes", 0), row.get("flops", 0))  # 0 for a result that was not timed
 
 
 def draw(folder: Path) -> None:

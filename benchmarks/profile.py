@@ -141,7 +141,7 @@ def prepare(
 )  # fmt: skip
 @click.option(
     "-d", "depth", type=click.IntRange(1), default=512, show_default=True,
-    help="Tokens in the cache before the decode step.",
+    help="Number of tokens in the cache before the decode step.",
 )  # fmt: skip
 @click.option(
     "-b", "batch", type=click.IntRange(1), default=1, show_default=True, help="Batch size."

@@ -3,11 +3,11 @@
     python -m benchmarks.tune                                     # every suite
     python -m benchmarks.tune linear attention --size "b 1" --size "t 8192" --out DIR
 
-Every kernel has a table of launch configs, which it passes to `launch_config`. Each size of a suite
-is run with the config from this table, and with every combination of the suite's `tuning`. Each
-config is checked and timed like a provider of the suite. The best of many times is partly luck, so
-the fastest few configs and the table's config are timed again. The tables are not changed. If you
-find a better config, write it into the kernel's table by hand, and note the run that found it.
+The config that a kernel's launcher passes to `launch_config` is called the table's config. Each
+size of a suite is run with the table's config, and with every combination of the suite's `tuning`.
+Each config is checked and timed like a provider of the suite. The best of many times is partly
+luck, so the fastest few configs and the table's config are timed again. The kernels are not
+changed: write a better config into the kernel's file by hand, and note the run that found it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from gemma_fast.benchmarks.measure.machine import Roof, device_and_dtype, measur
 from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.kernels.launch import override
 
-TABLE = f"{OURS}, as the table has it"  # check_replay checks providers that start with OURS
+TABLE = f"{OURS}, as the table has it"  # check_replay needs a name that starts with OURS
 FINALISTS, ROUNDS = 4, 3  # number of configs that are timed again, and how many times
 
 
@@ -143,7 +143,7 @@ def main(
         for name, size in todo:
             keywords = SUITES[name].sizes[size]
             suite = variants(SUITES[name], keywords)
-            with suppress(BrokenProcessPool):  # then time_configs compiles them
+            with suppress(BrokenProcessPool):  # if the pool breaks, time_configs compiles
                 ahead = [
                     pool.submit(compile_ahead, name, keywords, x, device, kind)
                     for x in suite.providers

@@ -57,7 +57,7 @@ def work(
     """Counts the bytes read (old K and V, qkv, cos, sin), the bytes written (new K and V, output),
     and 4 FLOPs per channel, query head and visible key."""
     visible = min(depth, window or depth)
-    cache = 2 * b * n * visible * d  # the newest token is written, the others are read
+    cache = 2 * b * n * visible * d  # K and V: the newest is written, the others are read
     values = cache + b * (heads + 2 * n) * d + b * heads * d
     return Work(values * itemsize + 4 * d, 4 * b * heads * d * visible)
 
@@ -137,8 +137,8 @@ def padded_inputs(
 
 
 def padded_formula(*given: Any) -> Tensor:
-    """Computes attention for rotated q and keys. Each sequence sees keys from its `left_padding`
-    on."""
+    """Computes attention for rotated q and keys. The first key that a sequence sees is at its
+    `left_padding`."""
     q, keys, values, query_offset, left_padding, options = given
     query = query_offset[:, None] + torch.arange(q.shape[1], device=q.device)
     distance = query[:, :, None] - torch.arange(keys.shape[2], device=q.device)  # [b, t, s]

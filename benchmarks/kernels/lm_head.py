@@ -55,7 +55,7 @@ def ours(
     x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, temperature: Tensor | None
 ) -> Call:
     call = choice(x, residual, norm_weight, None, weight, temperature, softcap=None)
-    return lambda: F.embedding(call().clamp(min=0), weight)  # -1: logits are not finite
+    return lambda: F.embedding(call().clamp(min=0), weight)  # token -1: logits are not finite
 
 
 def choice(

@@ -33,7 +33,8 @@ def norm_inputs(rows: int, dim: int, **make: Any) -> tuple[Any, ...]:
 
 
 def add_inputs(rows: int, dim: int, post: bool = False, **make: Any) -> tuple[Any, ...]:
-    """Returns x, residual :: [rows, dim] and weight, post_weight :: [dim] (the latter or None)."""
+    """Returns x, residual :: [rows, dim]; weight :: [dim]; post_weight :: [dim] if `post`, or else
+    None."""
     x, weight = norm_inputs(rows, dim, **make)
     residual = torch.randn_like(x)
     return x, residual, weight, (torch.randn_like(weight) / 2 if post else None)

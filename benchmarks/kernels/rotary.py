@@ -56,8 +56,8 @@ def norm_and_rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) 
 
 
 def formula(*given: Any) -> tuple[Tensor, Tensor]:
-    """Computes the keys and values written for t tokens at positions 0 … t − 1, which fill all
-    slots."""
+    """Computes what rotary_write writes to keys and values, for t tokens at positions 0 … t − 1,
+    which fill all slots."""
     k, v, _, _, cos, sin, _, weight = given
     return norm_and_rotate(k, weight, cos, sin).transpose(1, 2), v.transpose(1, 2)
 

@@ -121,7 +121,7 @@ class KernelResult:
 
     @property
     def cell(self) -> tuple[str, str]:
-        """Returns suite and size. Providers are compared by their results with the same cell."""
+        """Returns (suite, size). Only results with the same cell are compared with each other."""
         return self.suite, self.size
 
     @property

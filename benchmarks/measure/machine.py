@@ -20,7 +20,7 @@ from gemma_fast.kernels.matvec import linear
 
 
 class Work(NamedTuple):
-    """The minimum work of an op: bytes, where each is read or written once, and FLOPs."""
+    """The minimum work of an op: bytes read or written, each counted once, and FLOPs."""
 
     bytes: float
     flops: float
@@ -56,8 +56,8 @@ def device_and_dtype(dtype: str | None) -> tuple[torch.device, torch.dtype]:
 
 def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
     """Returns the median rates of a copy of 1 GiB and a matmul of 8192³ (on a CPU 2048³), with
-    random data. The matmul is F.linear on a GPU. On a CPU it is our `linear`, which calls oneDNN in
-    float32 and is faster."""
+    random data. The matmul is F.linear on a GPU. On a CPU it is our `linear`, which in float32
+    calls oneDNN and is faster than F.linear."""
     cuda = device.type == "cuda"
     n = 8192 if cuda else 2048
     source = torch.empty(1 << 27, dtype=torch.int64, device=device).random_()

@@ -4,8 +4,8 @@ A status is one line of text that begins with one of these words:
 
     ok             the output is correct; the provider was timed, if there is a roof
     wrong          the output differs from the oracle's, or the time is too short to be true
-    cannot         the provider does not support this op or size
-    not installed  a package of the provider is missing
+    cannot         the provider does not support this op or size (NotImplementedError)
+    not installed  a package of the provider is missing (ImportError)
     failed         the provider raised any other exception
 """
 

@@ -123,7 +123,7 @@ def as_json(found: Mapping[str, Any]) -> str:
 def speedups(results: Iterable[Any]) -> dict[tuple[Any, str], float]:
     """Returns (cell, provider) → speed relative to eager, if eager was measured in this cell.
 
-    A cell is a suite and a size, or a test of a model.
+    A cell is here (suite, size) of a kernel's result or the case of a model's result.
     """
     seconds = {(r.cell, r.provider): r.typical for r in results if r.typical}
     return {
@@ -134,8 +134,8 @@ def speedups(results: Iterable[Any]) -> dict[tuple[Any, str], float]:
 
 
 def kernel_cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the cells of a row, by column (KERNEL_COLUMNS). A result that was not timed shows its
-    status in the time column."""
+    """Returns the table cells of a row, by column (KERNEL_COLUMNS). A result that was not timed
+    shows its status in the time column."""
     size, provider, times, *rest = KERNEL_COLUMNS
     cells = {size: row["size"], provider: row["provider"], times: row["status"]}
     if "median_us" not in row:
@@ -150,8 +150,8 @@ def kernel_cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def model_cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the cells of a row, by column (MODEL_COLUMNS). A result that was not timed shows its
-    status in the column "t/s"."""
+    """Returns the table cells of a row, by column (MODEL_COLUMNS). A result that was not timed
+    shows its status in the column "t/s"."""
     cells = {
         "model": row["model"], "size": _size(row["size_bytes"]), "backend": row["backend"],
         "params": _count(row["params"]), "provider": row["provider"],

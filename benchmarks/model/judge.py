@@ -5,7 +5,8 @@ the context allows, the cache is at least as full as in the benchmark case.
 
 A trial is the provider's part of the check, on random prompts. The provider prefills a prefix (as
 many tokens as the case's depth or prompt), prefills the rest of the prompt, decodes greedily, and
-reads a few random tokens, the probe. The judge is the reference, which reads the same tokens.
+reads a few random tokens, the probe. The judge compares the results with those of the reference,
+which reads the same tokens.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.memory import free_bytes
 from gemma_fast.reference import Reference
 
-# Number of prompt tokens after the prefix or the window, whichever is longer; of decode steps; of
-# tokens in the probe.
+# TOKENS: number of prompt tokens after the prefix or the window, whichever is longer. STEPS: number
+# of decode steps. PROBE: number of tokens in the probe.
 TOKENS, STEPS, PROBE = 24, 16, 8
 LONG = 1024  # the trial's prompt exceeds the model's windows, except windows longer than this
 ROWS = 4  # batches up to this size are checked in full; of larger ones, the first and last sequence
@@ -52,9 +53,8 @@ class Judge:
     The logits of the probe depend on all that the decode steps wrote to the cache.
 
     error: outcome.error of the probe's logits
-    regret: how much worse the greedy tokens are than the reference's: the mean difference between
-    the reference's largest logit and its logit of the greedy token, in standard deviations of the
-    logits at this position
+    regret: the mean difference between the reference's largest logit and its logit of the
+    provider's greedy token, in standard deviations of the reference's logits at this position
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
@@ -114,7 +114,7 @@ class Judge:
         if self.dtype == torch.float32 and regret:
             raise Wrong("greedy tokens differ from the reference's")
         if not regret <= limit:
-            raise Wrong(f"regret {regret:.2g} of the greedy tokens exceeds the limit {limit:g}")
+            raise Wrong(f"greedy tokens are {regret:.2g} sd below the best logit, limit {limit:g}")
         self.compare(name, found, self.errors.setdefault((case.batch, prefix), []))
         return found
 

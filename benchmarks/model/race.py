@@ -10,10 +10,10 @@ in between. The times of single tokens come from one additional pass. On a GPU i
 event after each step, so the host can launch later steps ahead. On a CPU it uses the wall clock.
 
 Before a provider is timed, judge.py checks it, with at least as many tokens in its cache as in the
-test. In float32, its greedy tokens must equal the reference's. In a 16-bit dtype, the reference
-computes in float32 with the same weights. Its logits of the provider's greedy tokens must be close
-to its largest logits, and our error must not be much larger than transformers' (see judge.SLACK). A
-wrong provider is not timed. The function `race` does both, the check and the timing.
+test, if the context allows. In float32, its greedy tokens must equal the reference's. In a 16-bit
+dtype, the reference computes in float32 with the same weights: the logits that it gives to the
+provider's greedy tokens must be close to its largest logits, and our error must not be much larger
+than transformers' (see judge.SLACK). A wrong provider is not timed. `race` checks and times.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ModelResult:
 
     @property
     def cell(self) -> Case:
-        """Returns the case. Providers are compared by their results with the same cell."""
+        """Returns the case. Only results with the same cell are compared with each other."""
         return self.case
 
     @property

@@ -1,9 +1,9 @@
 """Checks the accuracy on this machine and prints the results, which are called the certificate.
 
 Kernels are compared with float64, the model with its reference in float32. Each line shows one
-finding (see margins.py): our figures, those of eager PyTorch, their limits and a verdict. A limit
-is `factor` times eager PyTorch's figure plus `slack`; MARGINS states the reasons. Factor and slack
-are constants; all other numbers are measured on this machine.
+finding (see margins.py): our figures, eager PyTorch's figures, the limits of our figures, and a
+verdict. A limit is `factor` times eager PyTorch's figure plus `slack`; MARGINS states the reasons.
+Factor and slack are constants; all other numbers are measured on this machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compares every kernel with float64, and does the same with eager PyTorch. Errors are in ulps.
+"""Computes the errors of every kernel and of eager PyTorch, compared with float64, in ulps.
 
     python -m gemma_fast.benchmarks.verify.kernels    # prints a JSON array
 
@@ -25,8 +25,8 @@ from gemma_fast.benchmarks.measure.outcome import Wrong, full_precision, verdict
 from gemma_fast.benchmarks.verify import margins as of
 from gemma_fast.benchmarks.verify.margins import Finding, finding
 
-# 1 + weight is not exact in bf16 for all three weights, and not in fp16 for the last weight. The
-# first weight occurs in Gemma.
+# Weights for which 1 + weight is inexact in bf16; for the last one, it is also inexact in fp16. The
+# first one occurs in Gemma.
 NORM_WEIGHTS = 15.8125, 2**-8, 2**-11
 
 
@@ -49,8 +49,8 @@ def check_kernels(
 def errors(
     check: Check, prepare: Callable[..., Call], device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Returns the largest and the RMS error in ulps, each of the output for which it is largest. If
-    the kernel returns tokens, returns the largest error of a token."""
+    """Returns the largest error and the RMS error in ulps; with several outputs, each error is the
+    worst output's. If the kernel returns tokens, returns the largest error of a token instead."""
     exact = check.formula(*upcast(inputs_of(check, device, dtype), torch.float64))
     found = prepare(*inputs_of(check, device, dtype))()
     if check.chooses:

@@ -1,9 +1,10 @@
 """The figures that `gemma-fast verify` prints, the limit for each, and the verdict of each check.
 
-A figure is one number of a check, such as the largest error, measured for gemma_fast and for eager
-PyTorch (of the model: transformers or the reference). Its margin gives the limit for gemma_fast:
-factor × eager's figure + slack. A finding is the result of one check in one dtype: its figures and
-the verdict, pass or FAIL. It is printed as one line.
+A figure is one number of a check, such as the largest error. It is measured for gemma_fast (`ours`)
+and for the usual implementation (`eager`), which is eager PyTorch or, for the whole model,
+transformers or the reference. A margin gives the limit of our figure: factor × eager's + slack. A
+finding is the result of one check in one dtype: its figures and the verdict, pass or FAIL. Each
+finding is printed as one line.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Text:
         self.truth = self.reference(ids, use_cache=False).logits[0]  # [t, vocab]
 
     def figures(self, model: Any, greedy: Greedy) -> Figures:
-        """Returns all figures of LINES but those of the last line, which `varying` returns."""
+        """Returns all figures of LINES except those of the last line, which `varying` returns."""
         logits = model(self.ids, use_cache=False).logits[0]
         chosen = greedy(model, self.ids, torch.ones_like(self.ids), self.tokens)
         close = closeness(logits, self.truth, self.ids[0])
