@@ -62,7 +62,7 @@ def choice(
     x: Tensor, residual: Tensor, norm_weight: Tensor, post_norm_weight: Tensor | None,
     weight: Tensor, temperature: Tensor | None = None, softcap: float | None = SOFTCAP,
 ) -> Call:  # fmt: skip
-    """Returns a call that returns the next tokens :: [b]."""
+    """Returns a function without arguments that runs the op and returns the next tokens :: [b]."""
     position, counter = torch.zeros(2, len(x), dtype=torch.int32, device=x.device)
     token = torch.full((len(x),), -1, device=x.device)
     seed = None if temperature is None else torch.ones(len(x), dtype=torch.int64, device=x.device)

@@ -103,7 +103,7 @@ class Check(NamedTuple):
     chooses: bool = False  # whether `ours` returns tokens and `formula` returns logits
 
     def resized(self, name: str, **changes: Any) -> Check:
-        """Returns a check with other keywords of `inputs`."""
+        """Returns the check under another name and with changed keywords of `inputs`."""
         return self._replace(name=name, sizes=[size | changes for size in self.sizes])
 
 

@@ -36,7 +36,7 @@ def visible_pairs(t: int, window: int | None) -> int:
 class Roof(NamedTuple):
     """This machine's peak rates, which limit the speed of every op."""
 
-    copy: float  # bytes/s, read + written, of a large copy
+    copy: float  # bytes/s of a large copy, read + written
     product: float  # FLOP/s of a large matmul
 
     def floor(self, work: Work) -> float:

@@ -37,7 +37,7 @@ def write_plots(
     try:
         import matplotlib
 
-        matplotlib.use("Agg")  # no display needed
+        matplotlib.use("Agg")  # this backend needs no display
     except ImportError as error:
         click.echo(f"No plots: {error}", err=True)
         return

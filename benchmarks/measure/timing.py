@@ -26,7 +26,7 @@ ENOUGH, PATIENCE = 0.2, 2.0
 
 
 class Times(NamedTuple):
-    """Seconds of one call."""
+    """Seconds of one call: median and percentiles."""
 
     median: float
     p20: float
