@@ -1,4 +1,4 @@
-"""Benchmarks of each kernel and of the whole model, and the certificate of `gemma-fast verify`.
+"""Benchmarks of each kernel and of the whole model, and the checks of `gemma-fast verify`.
 
 May import: everything in gemma_fast but cli.
 """

@@ -1,11 +1,11 @@
-"""Benchmarks each op and the whole model against rivals, as a share of this machine's peak.
+"""Benchmarks each op and the whole model. Compares them with rivals and this machine's peak rates.
 
     python -m benchmarks                             # everything: each kernel, then the model
     python -m benchmarks rms_norm geglu --out DIR    # results.json, results.md, plots
     python -m benchmarks attention --only eager --only gemma_fast
-    python -m benchmarks model --model demo -d 0,512 # also on a CPU; as gemma-fast bench
+    python -m benchmarks model --model demo -d 0,512 # same as gemma-fast bench; also on a CPU
 
-Exits with status 1 if a result was wrong or gemma_fast failed. A failed rival is only listed.
+Exits with status 1 if a result is wrong or gemma_fast fails. A rival that fails is only listed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main(
 
 
 def pick(names: Iterable[str]) -> dict[str, Suite]:
-    """Returns the kernel suites among the names; all of them without names."""
+    """Returns the kernel suites among the names, or all kernel suites if no names are given."""
     shared.refuse_unknown("suite", names, (*SUITES, MODEL))
     return {name: SUITES[name] for name in SUITES if name in names or not names}
 
@@ -83,7 +83,10 @@ def refuse_model_options(context: click.Context) -> None:
 def run_kernels(
     suites: Mapping[str, Suite], sizes: Sequence[str], options: Mapping[str, Any]
 ) -> tuple[bool, Roof | None]:
-    """Returns whether no result was `serious`, and the roof, which is measured on a GPU only."""
+    """Runs the suites, prints the results and writes them to the folder in options["out"].
+
+    Returns whether no result is `serious`, and the roof (None without a GPU).
+    """
     only, out = options["only"], options["out"]
     device, kind = machine.device_and_dtype(options["dtype"])
     known = [x for suite in suites.values() for x in suite.sizes_on(device)]
@@ -97,7 +100,7 @@ def run_kernels(
         before = len(results)
         for of_a_size in results_by_size(suite, only, sizes, device, kind, roof):
             results += of_a_size
-            if out:  # after each size, so that an interrupted run keeps its results
+            if out:  # written after each size, so that an interrupted run keeps its results
                 report.kernel_report(head, roof, results, about).write(out)
         if rows := report.kernel_rows(roof, results)[before:]:
             show(suite, rows)
@@ -117,7 +120,7 @@ def results_by_size(
     suite: Suite, only: Iterable[str], sizes: Sequence[str], device: torch.device,
     dtype: torch.dtype, roof: Roof | None,
 ) -> Iterator[list[KernelResult]]:  # fmt: skip
-    """Yields the results of each size. Prints each result to stderr as it arrives."""
+    """Yields one list of results per size. Prints each result's status to stderr immediately."""
     names = [name for name in suite.names if name in only or not only]
     sizes = shared.pick_sizes(suite.sizes_on(device), sizes)
     if not names or not sizes:
@@ -136,7 +139,7 @@ def results_by_size(
 
 
 def show(suite: Suite, rows: Iterable[Mapping[str, Any]]) -> None:
-    title = Text(f"{suite.name}: {suite.about}")  # Text: rich parses no markup in it
+    title = Text(f"{suite.name}: {suite.about}")  # rich does not parse markup in a Text
     table = Table(*report.KERNEL_COLUMNS, title=title, title_justify="left")
     for cells in map(report.kernel_cells, rows):
         table.add_row(*(Text(cells.get(name, "")) for name in report.KERNEL_COLUMNS))

@@ -1,14 +1,14 @@
 """Runs tests, benchmarks against transformers and a profile, within a time limit.
 
-    make gpu                                                # 8 minutes, to benchmarks/results/<gpu>
-    make gpu GPU_MINUTES=4                                  # half the time for each stage
-    PYTHONPATH=. python3 -m benchmarks.gpu --out DIR        # the same, without make
+    make gpu                                            # 8 minutes; writes benchmarks/results/<gpu>
+    make gpu GPU_MINUTES=4                              # each stage gets half as much time
+    PYTHONPATH=. python3 -m benchmarks.gpu --out DIR    # does not need make
 
 Stages run one after another, the most important first, each in its own process. A stage gets its
-share of the remaining time, so a fast stage leaves more time to later ones. If a stage fails or
-runs out of time, its output is kept and the next stage runs. This project need not be installed;
-test files whose packages are missing are left out. Without a GPU, stages run on tiny shapes and
-nothing is measured.
+share of the remaining time, so a fast stage leaves more time to the later stages. If a stage fails
+or runs out of time, its output is kept and the next stage runs. This project does not have to be
+installed. Test files that import a missing package are left out. Without a GPU, the stages use tiny
+shapes and nothing is measured.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ ROOT = Path(gemma_fast.__file__).parents[1]
 GRACE = 5  # seconds that a stage gets to exit after SIGINT, before SIGKILL
 COLUMNS = {"stage": "---", "status": "---", "seconds": "---:", "limit": "---:", "found": "---"}
 BENCHMARKS = "-mgemma_fast.benchmarks"
-# Most kernel suites run two sizes each, with providers that compile fast.
+# Parts of the names of sizes; they select about two sizes of most kernel suites. The providers
+# below are those that compile fast.
 SIZES = (
     "8192 x 2", "t 2048", "t 8192, 8/1", "t 8192, n 16", "m 512", "m 4096", "geglu, b",
     "b 1, depth 2048", "b 1, depth 8192, 8/1", "16384 x 2048", "256000 x 2048, b 1",
@@ -50,13 +51,13 @@ MODELS = ("transformers (eager)", "transformers (sdpa)", "gemma_fast")
 
 class Stage(NamedTuple):
     name: str
-    share: float  # of the time, relative to the other stages
-    arguments: Sequence[str]  # for the Python interpreter
-    missing: str = ""  # why it cannot run; empty if it can
+    share: float  # weight of this stage when the time is divided between the stages
+    arguments: Sequence[str]  # arguments of the Python interpreter
+    missing: str = ""  # why the stage cannot run; empty if it can run
 
 
 class Done(NamedTuple):
-    """Outcome of a stage; see COLUMNS."""
+    """The outcome of a stage: one line of the summary's table (see COLUMNS)."""
 
     stage: str
     status: str
@@ -71,7 +72,7 @@ class Done(NamedTuple):
 
 
 def stages(cuda: bool) -> list[Stage]:
-    """Returns the stages for a GPU, or tiny ones for a CPU."""
+    """Returns the stages for a GPU, or the same stages with tiny shapes for a CPU."""
     model = [BENCHMARKS, "model", *repeat("--only", MODELS), "-r", "3" if cuda else "1"]
     depths, prompts, new = ("512,4096", "2048,8192", "64") if cuda else ("5", "8", "2")
     kernels = [BENCHMARKS, *SUITES, *repeat("--only", PROVIDERS)]
@@ -102,7 +103,10 @@ def tests(name: str, share: float, files: Sequence[Path], marker: str) -> Stage:
 
 
 def runnable(pattern: str) -> list[Path]:
-    """Returns test files whose packages are installed, except test_compile.py: it needs no GPU."""
+    """Returns the test files that match the pattern and import only installed packages.
+
+    test_compile.py is left out, because it needs no GPU.
+    """
     tests = ROOT / "tests"
     own = {"gemma_fast", *(path.stem for path in tests.rglob("*.py"))}
     found = []
@@ -119,7 +123,7 @@ def run_stage(stage: Stage, limit: float, out: Path, commit: str | None) -> Done
         return Done(stage.name, f"left out: {stage.missing}")
     folder = out / stage.name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").unlink(missing_ok=True)  # from an earlier run
+    (folder / "results.json").unlink(missing_ok=True)  # it may be left from an earlier run
     command = [sys.executable, *stage.arguments]
     if stage.arguments[0].startswith(BENCHMARKS):
         command += ["--out", str(folder.resolve()), *(["--commit", commit] if commit else [])]
@@ -155,7 +159,10 @@ def run_stage(stage: Stage, limit: float, out: Path, commit: str | None) -> Done
 
 
 def summary(folder: Path) -> str:
-    """Returns how many results a stage has written and how many are ok; empty without results."""
+    """Returns a text with the number of results in folder/results.json and how many are ok.
+
+    Returns an empty string if the file does not exist.
+    """
     if not (file := folder / "results.json").exists():
         return ""
     results = json.loads(file.read_text(encoding="utf-8"))["results"]
@@ -205,7 +212,8 @@ def run_stages(
 @shared.commit_option
 @click.pass_context
 def main(context: click.Context, minutes: float, out: Path | None, commit: str | None) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stops the stage, too
+    # SIGTERM raises SystemExit, so that run_stage stops the running stage.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     device, kind = device_and_dtype(None)
     head, cuda = stamp(device, kind, ["transformers", *RIVALS], commit), device.type == "cuda"
     name = re.sub("[^a-z0-9]+", "-", (head["gpu"] or "no gpu").lower()).strip("-")

@@ -20,7 +20,10 @@ but not timed]"""
 
 
 def counts(*names: str, default: int, least: int, help: str) -> Callable[[Command], Command]:
-    """Returns an option that takes integers, separated by commas or repeated; drops duplicates."""
+    """Returns a decorator that adds an option for integers.
+
+    The integers are separated by commas, or the option is repeated. Duplicates are dropped.
+    """
 
     def parse(context: Any, option: Any, values: Sequence[str]) -> tuple[int, ...]:
         given: dict[int, None] = {}
@@ -43,9 +46,9 @@ dtype_option = click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
     help="[default: bfloat16 on a GPU, float32 on a CPU]",
 )  # fmt: skip
-commit_option = click.option("--commit", help="Commit to record, instead of git's.")
+commit_option = click.option("--commit", help="Commit to record instead of git's current commit.")
 size_option = click.option(
-    "--size", "sizes", multiple=True, help="Only sizes whose name contains this; repeatable."
+    "--size", "sizes", multiple=True, help="Run only sizes whose name contains this; repeatable."
 )
 
 
@@ -54,17 +57,19 @@ def out_option(help: str) -> Callable[[Command], Command]:
 
 
 OPTIONS = (
-    counts("-p", "prompts", default=512, least=0, help="Prompt tokens to prefill; 0: none."),
-    counts("-n", "new", default=128, least=0, help="New tokens to decode; 0: none."),
-    counts("-d", "depths", default=0, least=0, help="Tokens already in the cache."),
+    counts("-p", "prompts", default=512, least=0, help="Number of prompt tokens; 0: no prefill."),
+    counts("-n", "new", default=128, least=0, help="Number of new tokens; 0: no decoding."),
+    counts("-d", "depths", default=0, least=0, help="Number of tokens already in the cache."),
     counts("-b", "batches", default=1, least=1, help="Batch size."),
     click.option(
         "-r", "repeats", type=click.IntRange(1), default=5, show_default=True, metavar="N",
-        help="Timed runs of each test; short tests get more.",
+        help="Timed runs of each test; short tests are run more often.",
     ),
     click.option("--model", help=MODEL_HELP),
     dtype_option,
-    click.option("--only", multiple=True, metavar="PROVIDER", help="Run only these; repeatable."),
+    click.option(
+        "--only", multiple=True, metavar="PROVIDER", help="Run only this provider; repeatable."
+    ),
     click.option(
         "-o", "output", type=click.Choice(["md", "json"]), default="md", show_default=True,
         help="Format in which the model's results are printed.",
@@ -81,7 +86,7 @@ def options(command: Command) -> Command:
 
 
 def pick_sizes(names: Iterable[str], parts: Sequence[str]) -> list[str]:
-    """Returns the names that contain one of the parts; all names without parts."""
+    """Returns the names that contain at least one of the parts, or all names without parts."""
     return [name for name in names if not parts or any(part in name for part in parts)]
 
 
@@ -102,9 +107,9 @@ def refuse_unknown(what: str, names: Iterable[str], known: Iterable[str]) -> Non
 @options
 @click.pass_context
 def bench(context: click.Context, **chosen: Any) -> None:
-    """Prefill (pp) and decode (tg) tokens per second of a whole model, compared with eager PyTorch
-    and transformers, as a share of this machine's peak. Exits with status 1 if a result was wrong
-    or this project's failed."""
+    """Measures the prefill (pp) and decode (tg) speed of a whole model, in tokens per second.
+    Compares it with eager PyTorch, transformers and this machine's peak rates. Exits with status 1
+    if a result is wrong or gemma_fast fails."""
     from gemma_fast.benchmarks.model.command import run_model
     from gemma_fast.benchmarks.model.providers import PROVIDERS
 

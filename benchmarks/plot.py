@@ -1,4 +1,4 @@
-"""Draws the plots of a results.json again; nothing is measured.
+"""Draws the plots of a results.json again, without measuring anything.
 
 python -m benchmarks.plot benchmarks/results/cpu-amd-epyc
 """
@@ -21,7 +21,7 @@ from gemma_fast.benchmarks.model.race import ModelResult
 
 
 def model_result(row: Mapping[str, Any]) -> ModelResult:
-    """The result that report.model_report wrote as `row`."""
+    """Rebuilds what the plots need of a ModelResult, from its entry in results.json."""
     case = Case(row["kind"], row["tokens"], row["depth"], row["batch"])
     seconds, of_tokens = (tuple(row.get(name, ())) for name in ("samples_s", "token_samples_s"))
     return ModelResult(
@@ -30,7 +30,7 @@ def model_result(row: Mapping[str, Any]) -> ModelResult:
 
 
 def kernel_result(row: Mapping[str, Any]) -> KernelResult:
-    """The result that report.kernel_report wrote as `row`."""
+    """Rebuilds what the plots need of a KernelResult, from its entry in results.json."""
     times = None
     if "median_us" in row:
         times = Times(*(row[name] / 1e6 for name in ("median_us", "p20_us", "p80_us")))
@@ -41,11 +41,14 @@ def kernel_result(row: Mapping[str, Any]) -> KernelResult:
 
 
 def work_of(row: Mapping[str, Any]) -> Work:
-    return Work(row.get("bytes", 0), row.get("flops", 0))  # 0: not measured, so not drawn
+    return Work(row.get("bytes", 0), row.get("flops", 0))  # 0 for a result that was not timed
 
 
 def draw(folder: Path) -> None:
-    """Writes the plots of folder/results.json beside it. ValueError: it has no such results."""
+    """Writes the plots of folder/results.json to the same folder.
+
+    Raises ValueError if the file does not contain results of the benchmarks.
+    """
     file = folder / "results.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -54,7 +57,7 @@ def draw(folder: Path) -> None:
         results = [*map(model_result if of_model else kernel_result, rows)]
         title = title_of(found["stamp"], rows[0]["model"] if of_model else None)
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ValueError(f"{file} does not hold results of the benchmarks: {error!r}") from error
+        raise ValueError(f"{file} does not contain results of the benchmarks: {error!r}") from error
     write_plots(model_plots if of_model else kernel_plots, folder, roof, results, title)
 
 

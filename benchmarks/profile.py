@@ -1,13 +1,14 @@
-"""Profiles a decode step or a prefill: each kernel's share of the time.
+"""Profiles a decode step or a prefill, and prints each kernel's share of the time.
 
     python -m benchmarks.profile                   # a decode step of Gemma 2B after 512 tokens
     python -m benchmarks.profile -p 8192           # prefill of 8192 tokens
     python -m benchmarks.profile -d 1024 -b 64 --model gemma-3-270m --out DIR
 
-The times are from PyTorch's profiler, which slows kernels down a little. So the wall-clock time
-without the profiler is printed next to their sum. Kernels may overlap (programmatic dependent
-launch). Overlapping time counts for the earlier kernel: a kernel's time starts when all earlier
-kernels have ended.
+One decode step or one prefill is called a round. The printed times are means over several rounds.
+They are measured by PyTorch's profiler, which slows kernels down a little, so the wall-clock time
+without the profiler is printed next to the sum of the times. Kernels may overlap (programmatic
+dependent launch). Overlapping time is counted only for the earlier kernel: a kernel's time starts
+when all earlier kernels have ended.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from gemma_fast.benchmarks.model.cases import NEW, PROMPT, find
 from gemma_fast.benchmarks.model.providers import PROVIDERS
 
 ROUNDS = 20
-WARM = 5  # warm-ups of ROUNDS each: compile, capture graphs, let the GPU's clock rates settle
+WARM = 5  # warm-ups of ROUNDS rounds each, to compile, capture graphs and settle the clock rates
 COLUMNS = dict.fromkeys(
     ("kernel", "grid", "launches", "µs a launch", "µs", "share", "idle before"), "---"
 )
@@ -45,17 +46,17 @@ class Kernel(NamedTuple):
 
 
 class Share(NamedTuple):
-    """All launches of a kernel with one grid: their number and µs per round."""
+    """The launches of one kernel with one grid: their number and their time per round."""
 
     name: str
     grid: str
     launches: float
-    busy: float  # time in the kernel after all earlier ones have ended
-    idle: float  # GPU idle time before it
+    busy: float  # µs in which the kernel runs and all earlier kernels have ended
+    idle: float  # µs in which the GPU is idle before the kernel
 
 
 def kernels(trace: Mapping[str, Any]) -> list[Kernel]:
-    """Returns the kernels and copies in a trace of PyTorch's profiler, sorted by start."""
+    """Returns the kernels and copies in a trace of PyTorch's profiler, sorted by start time."""
     found = []
     for event in trace["traceEvents"]:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
@@ -65,7 +66,10 @@ def kernels(trace: Mapping[str, Any]) -> list[Kernel]:
 
 
 def shares(ran: Iterable[Kernel]) -> list[Share]:
-    """Returns the shares, the largest first. Idle time before the first kernel is not counted."""
+    """Returns a Share per kernel and grid, the largest first.
+
+    The idle time before the first kernel is not counted.
+    """
     total: dict[tuple[str, str], list[float]] = {}
     done = None
     for kernel in ran:
@@ -115,9 +119,9 @@ def traced(work: Callable[[], Any]) -> dict[str, Any]:
 def prepare(
     model: str, prompt: int, depth: int, batch: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Returns two calls: one that prepares for some rounds, and one round. A round is a prefill of
-    `prompt` tokens or, if prompt is 0, one decode step after `depth` tokens. Raises ValueError if
-    the tokens do not fit the context."""
+    """Returns two functions: one that fills the cache before several rounds, and one that runs a
+    round. A round is a prefill of `prompt` tokens or, if prompt is 0, one decode step after `depth`
+    tokens. Raises ValueError if the tokens do not fit the context."""
     checkpoint = find(model)
     before, context = prompt or depth, checkpoint.config.max_position_embeddings
     room = before if prompt else depth + ROUNDS
@@ -137,7 +141,7 @@ def prepare(
 )  # fmt: skip
 @click.option(
     "-d", "depth", type=click.IntRange(1), default=512, show_default=True,
-    help="Tokens in the cache before the decode step.",
+    help="Number of tokens in the cache before the decode step.",
 )  # fmt: skip
 @click.option(
     "-b", "batch", type=click.IntRange(1), default=1, show_default=True, help="Batch size."

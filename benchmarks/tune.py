@@ -3,11 +3,11 @@
     python -m benchmarks.tune                                     # every suite
     python -m benchmarks.tune linear attention --size "b 1" --size "t 8192" --out DIR
 
-Each size of a suite is run with the launch config from the kernel's table (`launch_config`), and
-with every combination of the suite's `tuning` instead. Each config is checked, then timed, as the
-benchmarks do with a provider. The best of many times is partly luck, so the fastest few and the
-table's config are timed again. The tables are not changed: write a better config into its table by
-hand, with the run that found it.
+The config that a kernel's launcher passes to `launch_config` is called the table's config. Each
+size of a suite is run with the table's config, and with every combination of the suite's `tuning`.
+Each config is checked and timed like a provider of the suite. The best of many times is partly
+luck, so the fastest few configs and the table's config are timed again. The kernels are not
+changed: write a better config into the kernel's file by hand, and note the run that found it.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ from gemma_fast.benchmarks.measure.machine import Roof, device_and_dtype, measur
 from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.kernels.launch import override
 
-TABLE = f"{OURS}, as the table has it"  # starts with OURS, so that its graph is checked
-FINALISTS, ROUNDS = 4, 3  # how many are timed again, and how often
+TABLE = f"{OURS}, as the table has it"  # check_replay needs a name that starts with OURS
+FINALISTS, ROUNDS = 4, 3  # number of configs that are timed again, and how many times
 
 
 def variants(suite: Suite, size: Size) -> Suite:
-    """Returns the suite with the table's config and each candidate config as providers."""
+    """Returns the suite with other providers: our op with the table's config (TABLE), and with each
+    candidate config."""
     ours, tuning = suite.providers[OURS], suite.tuning
     assert tuning is not None
 
@@ -68,7 +69,8 @@ def variants(suite: Suite, size: Size) -> Suite:
 def compile_ahead(
     suite: str, keywords: Size, name: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Compiles a kernel into Triton's cache. Runs in a worker process."""
+    """Compiles the kernel of one provider of `variants`, so that it is in Triton's cache. This
+    function runs in a worker process."""
     prepare = variants(SUITES[suite], keywords).providers[name]
     prepare(*make_inputs(SUITES[suite], keywords, device, dtype, 0))()
     torch.cuda.empty_cache()  # leave memory to the other processes
@@ -77,7 +79,10 @@ def compile_ahead(
 def time_configs(
     suite: Suite, size: str, device: torch.device, dtype: torch.dtype, roof: Roof
 ) -> list[dict[str, Any]]:
-    """Returns the times of each config, the fastest first; `again_us` if it was timed again."""
+    """Returns a dict per config, the fastest config first: its name ("tile"), status and times.
+
+    `again_us` is the median of the additional times, if the config was timed again.
+    """
     results = list(run(suite, size, device, dtype, roof))
     measured = sorted((r for r in results if r.times), key=lambda r: r.figures(roof)["median_us"])
     names = dict.fromkeys([*(r.provider for r in measured[:FINALISTS]), TABLE])
@@ -95,7 +100,7 @@ def time_configs(
 
 
 def result_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields a line for each config that was timed again, and one for those not measured."""
+    """Yields a line per config that was timed again, and a line with the number of failures."""
     for x in found:
         if "again_us" in x:
             share = x["share_of_roof"] * x["median_us"] / x["again_us"]
@@ -105,7 +110,10 @@ def result_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def chosen(names: Sequence[str], sizes: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields (suite, size): the named suites, and sizes whose name contains one of `sizes`."""
+    """Yields (suite, size) for the named suites, or for all suites if no names are given.
+
+    Only sizes whose name contains one of `sizes` are used, or all sizes if `sizes` is empty.
+    """
     shared.refuse_unknown("suite", names, SUITES)
     for name in SUITES:
         if not names or name in names:
@@ -135,17 +143,17 @@ def main(
         for name, size in todo:
             keywords = SUITES[name].sizes[size]
             suite = variants(SUITES[name], keywords)
-            with suppress(BrokenProcessPool):  # then configs are compiled when they are run
+            with suppress(BrokenProcessPool):  # if the pool breaks, time_configs compiles
                 ahead = [
                     pool.submit(compile_ahead, name, keywords, x, device, kind)
                     for x in suite.providers
                 ]
                 for future in track(ahead, f"{name}, {size}", console=Console(stderr=True)):
-                    future.exception()  # a config that fails to compile or launch is listed below
+                    future.exception()  # waits; time_configs reports failures
             found = time_configs(suite, size, device, kind, roof)
             click.echo("\n".join([f"{name}, {size}", *result_lines(found)]))
             results += [{"suite": name, "size": size, **x} for x in found]
-            if out:  # after each size, so that an interrupted run keeps its results
+            if out:  # written after each size, so that an interrupted run keeps its results
                 written = {"stamp": head, "roof": roof._asdict(), "results": results}
                 (out / "tune.json").write_text(report.as_json(written), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""One table per kernel: inputs, sizes, work, rivals, launch configs to try, error checks.
+"""Benchmark suites and accuracy checks, one file per kernel; suite.py defines both and runs suites.
 
 May import: benchmarks.measure, kernels, reference.
 """

@@ -1,8 +1,9 @@
-"""Prefill attention: t causal queries over t keys.
+"""Suite of prefill attention: t causal queries over t keys.
 
-The rivals get q already rotated, which is not timed; gemma_fast rotates q inside the op. This
-favors the rivals. FlexAttention is torch.compile's attention; its tuning takes up to a minute per
-size. The soft cap is 5, because random scores do not reach Gemma 2's 50.
+The rivals get a q that is already rotated, so their rotation is not timed; gemma_fast rotates q
+inside the op. This favors the rivals. FlexAttention is torch.compile's attention; its tuning takes
+up to a minute per size. The soft cap is 5, because random scores do not reach Gemma 2's soft cap
+of 50.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def inputs(
     t: int, heads: int, n: int, d: int, window: int | None = None, softcap: float | None = None,
     norm: bool = False, **make: Any,
 ) -> Tensors:  # fmt: skip
-    """q :: [1, t, heads, d], not rotated; keys, values :: [1, n, t, d]; …; norm_weight; options"""
+    """Returns q :: [1, t, heads, d], not rotated; keys, values :: [1, n, t, d]; cos, sin;
+    query_offset; norm_weight or None; options."""
     q = torch.randn(1, t, heads, d, **make)
     keys, values = torch.randn(2, 1, n, t, d, **make)
     query_offset = torch.zeros(1, dtype=torch.int32, device=make["device"])
@@ -43,7 +45,8 @@ def work(
     itemsize: int, t: int, heads: int, n: int, d: int,
     window: int | None = None, softcap: float | None = None,
 ) -> Work:  # fmt: skip
-    """4 FLOPs per channel, head and visible pair. Reads q, keys, values, cos, sin; writes out."""
+    """Counts 4 FLOPs per channel, query head and visible (query, key) pair, the bytes read (q,
+    keys, values, cos, sin) and the bytes written (the output)."""
     values = 2 * t * heads * d + 2 * t * n * d
     return Work(values * itemsize + t * d * 4, 4 * heads * d * visible_pairs(t, window))
 
@@ -57,9 +60,11 @@ def with_options(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, options: Options) -> Tensor:
-    """Attention: matmuls in the inputs' dtype, softmax in fp32 or fp64, as in reference.py.
+    """Computes attention :: [b, t, heads, d] as reference.py does: matmuls in the inputs' dtype,
+    softmax in fp32 (or fp64 if the inputs are fp64).
 
-    q :: [b, t, heads, d], rotated; keys, values :: [b, n, s, d]; hidden :: [t, s] or [b, 1, t, s]
+    q :: [b, t, heads, d], rotated; keys, values :: [b, n, s, d]; hidden :: [t, s] or [b, 1, t, s],
+    True where a query must not see a key
     """
     keys, values = (x.repeat_interleave(q.shape[2] // x.shape[1], dim=1) for x in (keys, values))
     scores = q.transpose(1, 2) @ keys.mT * options["scale"]  # [b, heads, t, s]
@@ -71,7 +76,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, options: Opt
 
 
 def hidden_keys(t: int, window: int | None, device: torch.device) -> Tensor:
-    """Returns a mask [t, t]: True for keys after the query or before its window."""
+    """Returns a mask :: [t, t], True for keys after the query or before the query's window."""
     i = torch.arange(t, device=device)
     distance = i[:, None] - i
     return (distance < 0) | (distance >= (window or t))
@@ -88,7 +93,8 @@ def rotated(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rival(prepare: Callable[[Tensor, Tensor, Tensor, Options], Call]) -> Prepare:
-    """Returns a provider that gets q :: [1, t, heads, d], rotated; keys, values :: [1, n, t, d]."""
+    """Returns a provider that calls `prepare` with q :: [1, t, heads, d], rotated; keys, values ::
+    [1, n, t, d]; options."""
 
     def given(*inputs: Any) -> Call:
         q, keys, values, cos, sin, _, _, options = inputs
@@ -113,7 +119,7 @@ def by_sdpa(backend: SDPBackend) -> Prepare:
     return rival(prepare)
 
 
-@cache  # shared by all sets of inputs: Dynamo would compile again for a new function
+@cache  # all sets of inputs share the functions, because Dynamo compiles again for new functions
 def flex_masks(t: int, window: Any, softcap: Any, device: torch.device) -> dict[str, Any]:
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -136,7 +142,8 @@ def flex_attention(q: Tensor, keys: Tensor, values: Tensor, options: Options) ->
     masks = flex_masks(q.shape[1], options["window"], options["softcap"], q.device)
     q = q.transpose(1, 2)  # [1, heads, t, d]
     run = compiled(flex.flex_attention)
-    safe = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}  # each query sees a key
+    # Both hold, because each query sees at least one key, and the keys that it sees are adjacent.
+    safe = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}
     keywords = {"scale": options["scale"], "enable_gqa": True, "kernel_options": safe, **masks}
     return lambda: run(q, keys, values, **keywords).transpose(1, 2)
 
@@ -170,7 +177,10 @@ def choices(size: Size) -> Choices:
 
 
 def named_sizes(names: Sequence[str], *rows: tuple[int, ...]) -> dict[str, Size]:
-    """Returns name → size for each row; a name is like "t 24, 4/1 heads, d 32"."""
+    """Returns name → size. Each row lists the values of `names`.
+
+    The name of a size is, for example, "t 24, 4/1 heads, d 32": 4 query heads and 1 kv head.
+    """
     sizes = [dict(zip(names, row, strict=False)) for row in rows]
 
     def word(size: Size, name: str) -> str:
@@ -182,7 +192,7 @@ def named_sizes(names: Sequence[str], *rows: tuple[int, ...]) -> dict[str, Size]
 NAMES = "t", "heads", "n", "d", "window", "softcap"
 ATTENTION = Suite(
     name="attention",
-    about="Causal attention of a prompt of t tokens; query / kv heads; rivals get q rotated",
+    about="Causal attention of a prompt of t tokens; query/kv heads; rivals get a rotated q",
     sizes=named_sizes(
         NAMES,
         *((t, 8, 1, 256) for t in (512, 2048, 8192, 16384)),
@@ -194,8 +204,8 @@ ATTENTION = Suite(
     inputs=inputs,
     oracle=with_options(module.attention_reference),
     work=work,
-    # Eager rounds scores before the soft cap and the softmax: its error is 6.7e-3. A window that is
-    # wrong by one token gives 1.4e-2.
+    # In bf16, eager PyTorch's error is 6.7e-3, because it rounds scores before the soft cap and the
+    # softmax. A window that is wrong by one token gives an error of 1.4e-2.
     tolerance={torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5},
     tuning=Tuning("attention", choices),
     providers={

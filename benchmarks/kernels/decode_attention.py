@@ -1,8 +1,9 @@
-"""Decode attention: one new token per sequence, whose K and V are written to the cache.
+"""Suite of decode attention: one new token per sequence, whose K and V are written to the cache.
 
 eager, torch.compile and gemma_fast do the rotation, the cache write and the attention. The other
-rivals do the attention only: they get q rotated and the cache written, which is not timed. This
-favors the rivals. Every slot of the ring is visible, so no provider needs a mask.
+rivals do only the attention: they get a rotated q, and a cache that already contains the new token.
+The rotation and the write are not timed, which favors these rivals. Every slot of the ring is
+visible, so no provider needs a mask.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ def inputs(
     b: int, depth: int, heads: int, n: int, d: int, window: int | None = None,
     softcap: float | None = None, norm: bool = False, **make: Any,
 ) -> Tensors:  # fmt: skip
-    """qkv :: [b, heads + 2 n, d]; keys, values :: [b, n, slots, d], a ring of min(depth, window)
-    slots, to which the token at depth − 1 is not written yet; …; both norms; options"""
+    """Returns qkv :: [b, heads + 2 * n, d]; keys, values :: [b, n, slots, d]; cos, sin; position ::
+    [b]; the norm weights of q and k, or None; options.
+
+    keys and values are a ring of min(depth, window) slots, to which the new token, at position
+    depth − 1, is not written yet.
+    """
     qkv = torch.randn(b, heads + 2 * n, d, **make)
     keys, values = torch.randn(2, b, n, min(depth, window or depth), d, **make)
     cos, sin = tables(depth, d, make["device"])
@@ -41,7 +46,7 @@ def inputs(
 
 @cache
 def tables(depth: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns cos, sin :: [depth, d / 2], shared by all inputs, as by all layers of a model."""
+    """Returns cos, sin :: [depth, d / 2]. All sets of inputs share them, as a model's layers do."""
     cos, sin = angles(depth, d, device)
     return cos[0], sin[0]
 
@@ -49,10 +54,10 @@ def tables(depth: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def work(
     itemsize: int, b: int, depth: int, heads: int, n: int, d: int, window: int | None = None
 ) -> Work:
-    """Reads the old K and V, qkv, cos, sin; writes the new K and V, and out. 4 FLOPs per channel,
-    head and visible key."""
+    """Counts the bytes read (old K and V, qkv, cos, sin), the bytes written (new K and V, output),
+    and 4 FLOPs per channel, query head and visible key."""
     visible = min(depth, window or depth)
-    cache = 2 * b * n * visible * d  # the old ones are read, the newest is written
+    cache = 2 * b * n * visible * d  # K and V: the newest is written, the others are read
     values = cache + b * (heads + 2 * n) * d + b * heads * d
     return Work(values * itemsize + 4 * d, 4 * b * heads * d * visible)
 
@@ -72,7 +77,8 @@ def zero_counter(keys: Tensor) -> Tensor:
 def at_position(
     qkv: Tensor, keys: Tensor, cos: Tensor, sin: Tensor, position: Tensor
 ) -> tuple[Tensor, ...]:
-    """Returns q, k, v :: [b, 1, heads, d]; cos, sin :: [b, 1, d / 2] at each row's position."""
+    """Returns q :: [b, 1, n * m, d]; k, v :: [b, 1, n, d]; cos, sin :: [b, 1, d / 2] of each
+    sequence's position."""
     n = keys.shape[1]
     q, k, v = qkv.unsqueeze(1).split((qkv.shape[1] - 2 * n, n, n), dim=2)
     return q, k, v, *(x[position.long()].unsqueeze(1) for x in (cos, sin))
@@ -81,14 +87,15 @@ def at_position(
 def written(
     qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor
 ) -> Tensor:
-    """Writes K and V to the cache. Returns q :: [b, heads, 1, d], rotated."""
+    """Writes the rotated k, and v, to the cache. Returns the rotated q :: [b, heads, 1, d]."""
     q, k, v, cos, sin = at_position(qkv, keys, cos, sin, position)
     rotary_write_reference(k, v, keys, values, cos, sin, position)
     return rotated(q, cos, sin).transpose(1, 2)
 
 
 def eager(*inputs: Any) -> Tensor:
-    """Attention: matmuls in the inputs' dtype, softmax in fp32, as in reference.py."""
+    """Writes K and V to the cache, then computes attention :: [b, heads, d] as reference.py does:
+    matmuls in the inputs' dtype, softmax in fp32."""
     *tensors, _, _, options = inputs
     q, keys, values = written(*tensors), *tensors[1:3]
     b, heads, _, d = q.shape
@@ -107,7 +114,7 @@ def by_sdpa(backend: SDPBackend) -> Prepare:
 
 
 def formula(*given: Any) -> Tensor:
-    """The formula for a full ring, with all rows at the same position."""
+    """Computes decode attention for a full ring, with all sequences at the same position."""
     qkv, keys, values, cos, sin, position, q_weight, k_weight, options = given
     q, k, v, cos, sin = at_position(qkv, keys, cos, sin, position)
     q, k = norm_and_rotate(q, q_weight, cos, sin), norm_and_rotate(k, k_weight, cos, sin)
@@ -121,7 +128,8 @@ def padded_inputs(
     t: int, past: int, n: int, d: int, window: int | None = None, softcap: float | None = None,
     **make: Any,
 ) -> Tensors:  # fmt: skip
-    """q :: [2, t, 2 n, d], after `past` keys. The second row has left padding."""
+    """Returns rotated q :: [2, t, 2 * n, d], after `past` tokens; keys, values :: [2, n, past + t,
+    d]; query_offset, left_padding :: [2]; options. The second sequence has left padding."""
     keys, values = torch.randn(2, 2, n, past + t, d, **make)
     bounds = torch.tensor([[past, past], [0, past // 3]], device=make["device"], dtype=torch.int32)
     options = {"scale": d**-0.5, "window": window, "softcap": softcap}
@@ -129,7 +137,8 @@ def padded_inputs(
 
 
 def padded_formula(*given: Any) -> Tensor:
-    """The formula for q and keys already rotated; a row's keys begin at its `left_padding`."""
+    """Computes attention for rotated q and keys. The first key that a sequence sees is at its
+    `left_padding`."""
     q, keys, values, query_offset, left_padding, options = given
     query = query_offset[:, None] + torch.arange(q.shape[1], device=q.device)
     distance = query[:, :, None] - torch.arange(keys.shape[2], device=q.device)  # [b, t, s]
@@ -160,7 +169,7 @@ CHOICES = {
 NAMES = "b", "depth", "heads", "n", "d", "window"
 DECODE_ATTENTION = Suite(
     name="decode_attention",
-    about="Attention of one token over `depth` keys; query / kv heads; SDPA only attends",
+    about="Attention of one token over `depth` keys; query/kv heads; SDPA does only the attention",
     sizes=named_sizes(
         NAMES,
         *((b, depth, 8, 1, 256) for b, depth in ((1, 2048), (1, 8192), (64, 4096))),

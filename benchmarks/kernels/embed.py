@@ -1,4 +1,4 @@
-"""Embedding lookup and scaling. Only its error is checked: it has no suite."""
+"""Check of the embedding lookup with scaling. It has no suite, so it is not timed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gemma_fast.kernels.embed import embed
 
 
 def inputs(rows: int, dim: int, **make: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, weight, and Gemma's scale, rounded to the dtype."""
+    """Returns ids :: [1, rows], weight :: [999, dim] and Gemma's scale, sqrt(dim), in the dtype."""
     ids = torch.randint(999, (1, rows), device=make["device"])
     return ids, torch.randn(999, dim, **make), torch.tensor(dim**0.5, **make)
 

@@ -1,4 +1,4 @@
-"""GeGLU: the elementwise op, and the gate+up matmul with GeGLU as its epilogue."""
+"""Suites of GeGLU: the elementwise op, and the gate and up matmul with GeGLU as its epilogue."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from gemma_fast.reference import geglu
 
 
 def inputs(rows: int, dim: int, **make: Any) -> tuple[Tensor]:
-    """gate_up :: [rows, 2 * dim]"""
+    """Returns gate_up :: [rows, 2 * dim]."""
     return (torch.randn(rows, 2 * dim, **make),)
 
 
 def work(itemsize: int, rows: int, dim: int) -> Work:
-    """Reads gate and up, writes y. Ten FLOPs per output; tanh counts as one."""
+    """Counts the bytes of gate, up and the output, and ten FLOPs per output (tanh as one FLOP)."""
     return Work(3 * rows * dim * itemsize, 10 * rows * dim)
 
 
 def eager(gate_up: Tensor) -> Tensor:
-    """Computes in the input's dtype; gelu(gate) is rounded before it is multiplied."""
+    """Computes GeGLU in the input's dtype, so gelu(gate) is rounded before the multiplication."""
     return geglu(*gate_up.chunk(2, dim=-1))
 
 
@@ -38,7 +38,7 @@ def ours(gate_up: Tensor) -> Tensor:
 
 
 def liger_geglu(gate_up: Tensor) -> Call:
-    """Takes gate and up as two contiguous tensors."""
+    """Returns a call of liger's op, which takes gate and up as two contiguous tensors."""
     from liger_kernel.ops.geglu import LigerGELUMulFunction
 
     gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
@@ -59,12 +59,14 @@ def flashinfer_geglu(gate_up: Tensor) -> Call:
 
 
 def product_inputs(m: int, k: int, dim: int, **make: Any) -> tuple[Tensor, Tensor]:
-    """x :: [m, k], gate_up_proj :: [2 * dim, k], scaled so that outputs are about normal(0, 1)"""
+    """Returns x :: [m, k] and gate_up_proj :: [2 * dim, k], scaled so that the matmul's outputs are
+    about normal(0, 1)."""
     return torch.randn(m, k, **make), torch.randn(2 * dim, k, **make) * k**-0.5
 
 
 def product_work(itemsize: int, m: int, k: int, dim: int) -> Work:
-    """2 * m * k FLOPs for each of 2 * dim columns. Reads x and weights, writes [m, dim]."""
+    """Counts the bytes of x, the weights and the output [m, dim], and 2 * m * k FLOPs for each of
+    the 2 * dim columns."""
     return Work((m * k + 2 * dim * k + m * dim) * itemsize, 4 * m * k * dim)
 
 
@@ -73,7 +75,8 @@ def product_then_geglu(x: Tensor, gate_up_proj: Tensor) -> Tensor:
 
 
 def quack_product(x: Tensor, gate_up_proj: Tensor) -> Call:
-    """Takes the weights as [k, 2 * dim], with gate and up columns interleaved."""
+    """Returns a call of quack's op, whose weights are [k, 2 * dim], with gate and up columns
+    interleaved."""
     from quack.gemm_interface import gemm_gated
 
     gate, up = gate_up_proj.chunk(2)

@@ -1,4 +1,4 @@
-"""Next token: final norm, projection with the embedding, and argmax or sampling."""
+"""Suite of the next token: final norm, projection with the embedding, and argmax or sampling."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ SOFTCAP = 30.0
 
 
 def inputs(b: int, vocab: int, dim: int, sampled: bool, **make: Any) -> tuple[Any, ...]:
-    """x, residual :: [b, dim], norm_weight :: [dim], weight :: [vocab, dim], temperature :: [b]
+    """Returns x, residual :: [b, dim]; norm_weight :: [dim]; weight :: [vocab, dim]; temperature ::
+    [b] or None.
 
-    One token's logit is far above all others, so neither rounding nor noise changes the result.
+    One token's logit is far above all other logits, so neither rounding nor the sampling noise
+    changes the next token.
     """
     weight = torch.randn(vocab, dim, **make).mul_(dim**-0.5)
     residual, norm_weight = torch.randn(b, dim, **make), torch.randn(dim, **make) / 4
@@ -33,16 +35,17 @@ def inputs(b: int, vocab: int, dim: int, sampled: bool, **make: Any) -> tuple[An
 
 
 def work(itemsize: int, b: int, vocab: int, dim: int, sampled: bool) -> Work:
-    """Reads the weight, x, residual and norm_weight; writes one row per token."""
+    """Counts the bytes read (weight, x, residual, norm_weight), the bytes written (the embedding of
+    each next token), and the FLOPs of the projection."""
     return Work((vocab * dim + (3 * b + 1) * dim) * itemsize, 2 * b * vocab * dim)
 
 
 def eager(
     x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, temperature: Tensor | None
 ) -> Tensor:
-    """Returns the next tokens' rows of the weight, [b, dim], because ids have no numeric error."""
+    """Returns the next tokens' embeddings :: [b, dim], because token ids have no numeric error."""
     scores = matvec.norm_eager(x, residual, norm_weight, None, weight, False)[0].float()
-    if temperature is not None:  # as in gpt-fast: torch.multinomial would wait for the host
+    if temperature is not None:  # as in gpt-fast, because torch.multinomial waits for the host
         probabilities = (scores / temperature[:, None]).softmax(-1)
         scores = probabilities / torch.empty_like(probabilities).exponential_(1)
     return F.embedding(scores.argmax(-1), weight)
@@ -52,14 +55,14 @@ def ours(
     x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, temperature: Tensor | None
 ) -> Call:
     call = choice(x, residual, norm_weight, None, weight, temperature, softcap=None)
-    return lambda: F.embedding(call().clamp(min=0), weight)  # -1 if logits are not finite
+    return lambda: F.embedding(call().clamp(min=0), weight)  # token -1: logits are not finite
 
 
 def choice(
     x: Tensor, residual: Tensor, norm_weight: Tensor, post_norm_weight: Tensor | None,
     weight: Tensor, temperature: Tensor | None = None, softcap: float | None = SOFTCAP,
 ) -> Call:  # fmt: skip
-    """Returns a call that returns the next tokens :: [b]."""
+    """Returns a function without arguments that runs the op and returns the next tokens :: [b]."""
     position, counter = torch.zeros(2, len(x), dtype=torch.int32, device=x.device)
     token = torch.full((len(x),), -1, device=x.device)
     seed = None if temperature is None else torch.ones(len(x), dtype=torch.int64, device=x.device)
@@ -75,7 +78,8 @@ def choice(
 
 
 def choice_inputs(**size: Any) -> tuple[Any, ...]:
-    """Weight rows come in pairs that differ by a few ulps, so rounding can change the token."""
+    """Returns inputs of `choice`. The rows of the weight come in pairs that differ by a few ulps,
+    so that rounding can change the next token."""
     *tensors, matrix, _ = matvec.norm_inputs(**size)
     off = 4 * torch.finfo(matrix.dtype).eps * torch.randn_like(matrix[1::2])
     matrix[1::2] = matrix[:-1:2] * (1 + off)
@@ -94,7 +98,7 @@ def choices(size: Size) -> Choices:
 
 LM_HEAD = Suite(
     name="lm_head",
-    about="Norm, projection with [vocab, dim], b next tokens, and a lookup of their rows",
+    about="Norm, projection with [vocab, dim], b next tokens, and a lookup of their embeddings",
     yardstick=True,
     sizes={
         f"{vocab} x {dim}, b {b}{', sampled' * sampled}": {

@@ -1,4 +1,7 @@
-"""Projections of b rows in a decode step: alone, and with norm, residual and GeGLU."""
+"""Suites of the projections in a decode step: alone, and with norm, residual and GeGLU.
+
+The input x has b rows, one for each sequence of the batch.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from gemma_fast.kernels import matvec as module
 
 
 def inputs(b: int, dim: int, out: int, **make: Any) -> tuple[Tensor, Tensor]:
-    """x :: [b, dim], weight :: [out, dim], scaled so that outputs are about normal(0, 1)"""
+    """Returns x :: [b, dim], weight :: [out, dim], such that outputs are about normal(0, 1)."""
     return torch.randn(b, dim, **make), torch.randn(out, dim, **make) * dim**-0.5
 
 
@@ -30,7 +33,8 @@ def work(itemsize: int, b: int, dim: int, out: int) -> Work:
 def norm_inputs(
     b: int, dim: int, out: int, geglu: bool = False, post: bool = False, **make: Any
 ) -> tuple[Any, ...]:
-    """x, residual :: [b, dim], norm_weight, post_norm_weight :: [dim], weight :: [out, dim]"""
+    """Returns x, residual :: [b, dim]; norm_weight, post_norm_weight :: [dim] (the latter may be
+    None); weight :: [out, dim]; geglu."""
     x, weight = inputs(b, dim, out, **make)
     residual, norm_weight = torch.randn_like(x), torch.randn_like(x[0]) / 4
     post_norm_weight = torch.randn_like(norm_weight) / 2 if post else None
@@ -38,7 +42,8 @@ def norm_inputs(
 
 
 def norm_work(itemsize: int, b: int, dim: int, out: int, geglu: bool) -> Work:
-    """As `work`; the residual is also read and written."""
+    """Counts like `work`, and adds the norm's weight and the residual, which is read and written.
+    With geglu, the output has out / 2 columns."""
     values = out * dim + dim + 3 * b * dim + b * out // (1 + geglu)
     return Work(values * itemsize, 2 * b * out * dim)
 
@@ -64,7 +69,7 @@ def norm_ours(*given: Any, prefetch: bool = True) -> Call:
 
 
 def matmul_choices(size: Size, one_row: Choices) -> Choices:
-    """Returns the choices for one row, or for several rows, which run on the tensor cores."""
+    """Returns `one_row` if x has one row, or else the choices of the tensor core kernel."""
     several = {"BLOCK_N": (16, 32, 64), "BLOCK_K": (128, 256, 512), "STAGES": (3, 4, 6)}
     return several if size["b"] > 1 else one_row
 

@@ -22,16 +22,19 @@ SDPA = {
 
 
 def plain(function: Callable[..., Any]) -> Prepare:
+    """Returns a provider that calls function(*inputs), without preparation."""
     return lambda *inputs: lambda: function(*inputs)
 
 
 def torch_compiled(function: Callable[..., Any]) -> Prepare:
+    """Returns a provider that calls the function compiled by torch.compile."""
     return lambda *inputs: lambda: compiled(function)(*inputs)
 
 
-@cache  # Dynamo identifies a compiled function by its object
+@cache  # one compiled function per function, because Dynamo compiles again for a new object
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile, autotuned, for static shapes. The suite itself captures the CUDA graph."""
+    """Compiles the function for static shapes; autotunes on a GPU. CUDA graphs are off, because
+    measure/timing.py captures one."""
     if torch.cuda.is_available():
         mode = "max-autotune-no-cudagraphs"
         return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
@@ -39,9 +42,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def sdpa(backend: SDPBackend, q: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Call:
-    """q :: [b, heads, t, d]; keys, values :: [b, n, s, d] → a call that returns [b, heads, t, d].
+    """Returns a call that computes attention :: [b, heads, t, d] with one of PyTorch's backends.
 
-    Raises NotImplementedError if the backend has no kernel for them.
+    q :: [b, heads, t, d]; keys, values :: [b, n, s, d]
+
+    Raises NotImplementedError if the backend has no kernel for these inputs.
     """
     if backend == SDPBackend.EFFICIENT_ATTENTION:  # needs one kv head per query head
         group = q.shape[1] // keys.shape[1]
@@ -62,7 +67,7 @@ def sdpa(backend: SDPBackend, q: Tensor, keys: Tensor, values: Tensor, **options
 
 
 def by_pointers(kernel: str, ours: Prepare) -> Prepare:
-    """Returns our op, loading tiles through pointers instead of tensor descriptors."""
+    """Returns the provider `ours`, but with tiles loaded through pointers, not descriptors."""
 
     def prepare(*inputs: Any) -> Call:
         call = ours(*inputs)

@@ -1,4 +1,4 @@
-"""RMSNorm, and residual add + RMSNorm, without and with a post-norm (Gemma 2 and 3)."""
+"""Suites of RMSNorm, and of residual add + RMSNorm with or without a post-norm (Gemma 2 and 3)."""
 
 from __future__ import annotations
 
@@ -28,29 +28,32 @@ ROWS = {"rows": 16, "dim": 640}, {"rows": 512, "dim": 2304}
 
 
 def norm_inputs(rows: int, dim: int, **make: Any) -> tuple[Any, ...]:
-    """x :: [rows, dim], weight :: [dim]"""
+    """Returns x :: [rows, dim] and weight :: [dim]."""
     return torch.randn(rows, dim, **make), torch.randn(dim, **make) / 2
 
 
 def add_inputs(rows: int, dim: int, post: bool = False, **make: Any) -> tuple[Any, ...]:
-    """x, residual :: [rows, dim], weight, post_weight :: [dim]"""
+    """Returns x, residual :: [rows, dim]; weight :: [dim]; post_weight :: [dim] if `post`, or else
+    None."""
     x, weight = norm_inputs(rows, dim, **make)
     residual = torch.randn_like(x)
     return x, residual, weight, (torch.randn_like(weight) / 2 if post else None)
 
 
 def norm_work(itemsize: int, rows: int, dim: int) -> Work:
-    """Reads x, writes y. Four FLOPs per element: square, sum, times 1/rms, times weight."""
+    """Counts the bytes of x and y, and four FLOPs per element: square, sum, times 1/rms, times
+    weight."""
     return Work(2 * rows * dim * itemsize, 4 * rows * dim)
 
 
 def add_work(itemsize: int, rows: int, dim: int, post: bool = False) -> Work:
-    """Reads x and residual, writes y and h. The add is a fifth FLOP, a post-norm four more."""
+    """Counts the bytes of x, residual, y and h, and five FLOPs per element (four as in norm_work,
+    one for the add), or nine with a post-norm."""
     return Work(4 * rows * dim * itemsize, (5 + 4 * post) * rows * dim)
 
 
 def norm(x: Tensor, weight: Tensor | None) -> Tensor:
-    """Returns the formula's result, or x itself if weight is None."""
+    """Returns the RMSNorm of x, or x itself if weight is None."""
     return x if weight is None else rms_norm(x, weight, EPS)
 
 
@@ -76,7 +79,7 @@ def liger() -> tuple[Op, Op]:
 
 
 def liger_cute() -> tuple[Op, Op]:
-    """Liger's CuTe implementation, for compute capability 9.0 and newer."""
+    """Returns Liger's ops in CuTe, which need compute capability 9.0 or newer."""
     from liger_kernel.functional import fused_add_rms_norm, rms_norm
 
     options, impl = (EPS, 1.0, "gemma"), {"impl": "nvidia-cutedsl"}
@@ -87,7 +90,8 @@ def liger_cute() -> tuple[Op, Op]:
 
 
 def quack() -> tuple[Op, Op]:
-    """Normalizes the sum before it is rounded, as flashinfer and Liger's CuTe kernel do."""
+    """Returns quack's ops. The residual add is not rounded before it is normalized; flashinfer and
+    Liger's CuTe kernel do the same."""
     from quack.rmsnorm import rmsnorm_fwd
 
     norm = partial(rmsnorm_fwd, eps=EPS, weight_offset=1.0)
@@ -98,8 +102,9 @@ def quack() -> tuple[Op, Op]:
 
 
 def flashinfer() -> tuple[Op, Op]:
-    """Overwrites x (or the post-norm's output) with y, and residual with h. So replays add to their
-    own results, which stay finite in bf16."""
+    """Returns flashinfer's ops. The residual add overwrites x (or the post-norm's output) with y,
+    and residual with h. So each replay adds to the results of the replay before; these results
+    stay finite in bf16."""
     from flashinfer.norm import gemma_fused_add_rmsnorm, gemma_rmsnorm
 
     def add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +114,7 @@ def flashinfer() -> tuple[Op, Op]:
     return lambda x, weight: gemma_rmsnorm(x, weight, EPS), add
 
 
-# Each function imports its library, and returns its norm and its residual add + norm.
+# Each function imports a library and returns two of its ops: the norm, and residual add + norm.
 LIBRARIES = {"liger": liger, "liger (CuTe)": liger_cute, "quack": quack, "flashinfer": flashinfer}
 
 
@@ -164,7 +169,7 @@ ADD_RMS_NORM = replace(
 ADD_RMS_NORM_POST = replace(
     ADD_RMS_NORM,
     name="add_rms_norm_post",
-    about="The same with a norm of x before the add; the libraries need two calls",
+    about="RMSNorm of x, residual add, then RMSNorm; the libraries need two calls",
     sizes={k: size | {"post": True} for k, size in SIZES.items() if size["dim"] != 2048},
     tiny={k: size | {"post": True} for k, size in TINY.items()},
 )

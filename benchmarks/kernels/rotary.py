@@ -1,4 +1,4 @@
-"""Rotary embedding of K, and the write of K and V to the cache.
+"""Suite of rotary_write: rotates K, and writes K and V to the cache.
 
 No library does this in one op with an unpaged cache, so the rivals are eager PyTorch and
 torch.compile.
@@ -31,7 +31,8 @@ def angles(t: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def inputs(t: int, n: int, d: int, norm: bool = False, **make: Any) -> Tensors:
-    """k, v :: [1, t, n, d]; keys, values :: [1, n, t, d], random, to be overwritten; …"""
+    """Returns k, v :: [1, t, n, d]; keys, values :: [1, n, t, d], which the op overwrites; cos,
+    sin; query_offset; norm_weight or None."""
     k, v = torch.randn(2, 1, t, n, d, **make)
     keys, values = torch.randn(2, 1, n, t, d, **make)
     query_offset = torch.zeros(1, dtype=torch.int32, device=k.device)
@@ -40,14 +41,14 @@ def inputs(t: int, n: int, d: int, norm: bool = False, **make: Any) -> Tensors:
 
 
 def work(itemsize: int, t: int, n: int, d: int, norm: bool = False) -> Work:
-    """Reads and writes k and v; reads cos and sin in fp32. Three FLOPs per channel of k, and four
-    more with a norm."""
+    """Counts the bytes of k and v, read and written, and of cos and sin, read in fp32, and three
+    FLOPs per channel of k, or seven with a norm."""
     return Work(4 * t * n * d * itemsize + t * d * 4, (3 + 4 * norm) * t * n * d)
 
 
 def norm_and_rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-    """Normalizes (if weight is given) and rotates x :: [b, t, heads, d]; cos, sin :: [b, t, d / 2]
-    are rounded to x's dtype."""
+    """Normalizes (unless weight is None) and rotates x :: [b, t, heads, d]. cos and sin, which are
+    [b, t, d / 2], are rounded to x's dtype first."""
     x = norm(x, weight)
     cos, sin = (torch.cat((y, y), dim=-1).to(x.dtype).unsqueeze(2) for y in (cos, sin))
     x1, x2 = x.chunk(2, dim=-1)
@@ -55,13 +56,14 @@ def norm_and_rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) 
 
 
 def formula(*given: Any) -> tuple[Tensor, Tensor]:
-    """The formula for t tokens at positions 0 … t − 1, which fill all slots."""
+    """Computes what rotary_write writes to keys and values, for t tokens at positions 0 … t − 1,
+    which fill all slots."""
     k, v, _, _, cos, sin, _, weight = given
     return norm_and_rotate(k, weight, cos, sin).transpose(1, 2), v.transpose(1, 2)
 
 
 def writing(op: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Returns the op, extended to return the keys and values that it has written."""
+    """Returns a function that calls the op and returns the keys and values that the op wrote."""
 
     def write(*inputs: Any) -> tuple[Tensor, Tensor]:
         op(*inputs)

@@ -1,12 +1,16 @@
-"""Runs an op's providers: each is checked against the oracle, then timed.
+"""A suite is an op with its input sizes and its providers. `run` checks and times each provider.
 
     SUITE = Suite("rms_norm", …, providers={"eager": …, "gemma_fast": …})
     for result in run(SUITE, "8192 x 2048", device, torch.bfloat16, roof): …
 
-A provider is called with one set of inputs. It does its imports and other untimed preparation, and
-returns a call without arguments, which returns the outputs in the oracle's layout. An exception
-becomes its status: ImportError "not installed", NotImplementedError "cannot", anything else
-"failed". A provider whose output differs from the oracle's is "wrong" and is not timed.
+A provider is an implementation of the op: eager PyTorch, a rival library or ours (gemma_fast). It
+is a function that gets one set of inputs, does imports and other untimed preparation, and returns a
+"call": a function without arguments, which runs the op and returns its outputs. The oracle computes
+the correct outputs in float32; a provider whose outputs differ from them is "wrong" and is not
+timed. An exception of a provider becomes its status (see measure/outcome.py).
+
+The work of a size is the minimum number of bytes and FLOPs (see measure/machine.py). A suite with a
+yardstick also times a copy of the same number of bytes.
 """
 
 from __future__ import annotations
@@ -28,25 +32,23 @@ from gemma_fast.benchmarks.measure.timing import Call, Times, device_times
 Size = dict[str, Any]
 Config = dict[str, int]
 Choices = Mapping[str, Sequence[int]]
-Prepare = Callable[..., Call]  # one set of inputs → the timed call
-# Limits of `error`. One rounding to bf16 gives 1.7e-3, to fp16 2.1e-4, and rivals may also round
-# intermediate results. In bf16 this hides another order of roundings, gelu by erf and a wrong eps;
-# the tests detect these.
+Prepare = Callable[..., Call]  # the type of a provider: one set of inputs → the timed call
+# Limits of outcome.error. One rounding to bf16 gives an error of 1.7e-3, to fp16 2.1e-4, and rivals
+# may also round intermediate results. The bf16 limit is too wide to detect another order of
+# roundings, gelu by erf or a wrong eps; the tests detect these mistakes.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Launch configs that benchmarks.tune tries instead of the table's.
-
-    kernel: its name in kernels.launch; choices: size → values to try
-    """
+    """Launch configs that benchmarks.tune tries. kernel: the kernel's name in kernels.launch;
+    choices: size → values to try, by key of the config"""
 
     kernel: str
     choices: Callable[[Size], Choices]
 
     def candidates(self, size: Size) -> dict[str, Config]:
-        """Returns every combination of the choices, by name."""
+        """Returns every combination of the choices: name → launch config."""
         choices = self.choices(size)
         configs = (dict(zip(choices, x, strict=True)) for x in product(*choices.values()))
         return {", ".join([OURS, *(f"{k} {v}" for k, v in x.items())]): x for x in configs}
@@ -56,13 +58,15 @@ class Tuning:
 class Suite:
     """An op, its sizes and its providers.
 
-    yardstick  whether a plain copy of the same number of bytes is timed as well
-    sizes      name → keywords of `inputs` and `work`; tiny: the same, without a GPU
-    inputs     inputs(**size, device=…, dtype=…) → tuple, from torch's seeded generators, no zeros
-    oracle     oracle(*inputs upcast to fp32) → the output or outputs, in fp32
-    work       work(itemsize, **size) → the minimum bytes and FLOPs
+    about      the op in one line, for titles
+    sizes      the sizes used on a GPU: name → keywords of `inputs` and `work`
+    tiny       the sizes used without a GPU
+    inputs     inputs(**size, device=…, dtype=…) → tuple, random, by torch's default generators
+    oracle     oracle(*inputs upcast to fp32) → the correct output or outputs, in fp32
+    work       work(itemsize, **size) → the minimum number of bytes and FLOPs
+    yardstick  whether a copy of the same number of bytes is also timed
     tuning     launch configs that benchmarks.tune tries
-    tolerance  limit of `error`, by dtype
+    tolerance  limit of outcome.error, by dtype
     """
 
     name: str
@@ -88,18 +92,18 @@ class Suite:
 class Check(NamedTuple):
     """A kernel's check in `gemma-fast verify`: ours(*inputs)() is compared with formula(*inputs).
 
-    inputs: as in Suite; sizes: one without a GPU, one with a GPU.
+    inputs: as in Suite; sizes: the size used without a GPU, then the size used on a GPU
     """
 
     name: str
     inputs: Callable[..., tuple[Any, ...]]
-    formula: Callable[..., Any]  # in float64 exact, in a lower dtype eager PyTorch
+    formula: Callable[..., Any]  # eager PyTorch; in float64 its result is taken as exact
     ours: Prepare
     sizes: Sequence[Size]
-    chooses: bool = False  # ours returns tokens, formula logits
+    chooses: bool = False  # whether `ours` returns tokens and `formula` returns logits
 
     def resized(self, name: str, **changes: Any) -> Check:
-        """Returns a check with other keywords of `inputs`."""
+        """Returns the check under another name and with changed keywords of `inputs`."""
         return self._replace(name=name, sizes=[size | changes for size in self.sizes])
 
 
@@ -110,14 +114,14 @@ class KernelResult:
     provider: str
     status: str
     work: Work
-    error: float | None = None  # see `error`
-    times: Times | None = None  # None: not measured
+    error: float | None = None  # see outcome.error
+    times: Times | None = None  # None if the provider was not timed
     graph: bool | None = None  # whether a CUDA graph was timed
-    took: float = 0.0  # seconds in all: inputs, compilation, check, timing
+    took: float = 0.0  # total seconds for inputs, compilation, check and timing
 
     @property
     def cell(self) -> tuple[str, str]:
-        """Suite and size; providers are compared within it."""
+        """Returns (suite, size). Only results with the same cell are compared with each other."""
         return self.suite, self.size
 
     @property
@@ -125,7 +129,7 @@ class KernelResult:
         return self.times and self.times.median
 
     def figures(self, roof: Roof | None) -> dict[str, Any]:
-        """Returns a measured result's times, rates, and share of the roof that bounds this size."""
+        """Returns times, rates and the share of the roof; an empty dict without times or roof."""
         if self.times is None or roof is None:
             return {}
         median, p20, p80 = self.times
@@ -144,7 +148,7 @@ def run(
     suite: Suite, size: str, device: torch.device, dtype: torch.dtype, roof: Roof | None,
     names: Iterable[str] | None = None,
 ) -> Iterator[KernelResult]:  # fmt: skip
-    """Yields the results of `names` (default: all) at one size. Times them only with a roof."""
+    """Yields one result per provider in `names` (default: all). Times them only with a roof."""
     keywords = (suite.sizes if roof else suite.tiny)[size]
     work = suite.work(dtype.itemsize, **keywords)
     names = list(names or suite.names)
@@ -170,7 +174,7 @@ def run(
                 if name != COPY and times.median < 0.8 * roof.floor(work):
                     raise Wrong(f"{roof.floor(work) / times.median:.2g} times the roof's speed")
                 result = replace(result, times=times, graph=graph)
-        except Exception as problem:  # a rival may raise anything: list it and go on
+        except Exception as problem:  # a rival may raise any exception
             result = replace(result, status=verdict(problem))
         yield result
 
@@ -181,7 +185,7 @@ def make_inputs(
     torch.manual_seed(seed)
     given = suite.inputs(**size, device=device, dtype=dtype)
     if device.type == "cuda":
-        torch.cuda.synchronize()  # finish all writes: kernels may prefetch weights
+        torch.cuda.synchronize()  # finish all writes, because kernels may prefetch weights
     return given
 
 
@@ -202,7 +206,8 @@ def check(
     suite: Suite, name: str, size: Size, device: torch.device, dtype: torch.dtype,
     expected: tuple[Tensor, ...],
 ) -> float:  # fmt: skip
-    """Returns the error on the inputs of seed 0. Raises Wrong, or what the provider raises."""
+    """Returns the error of the provider's outputs for the inputs of seed 0. Raises Wrong if it is
+    too large. Exceptions of the provider are not caught."""
     torch.compiler.reset()  # Dynamo stops compiling a function after eight sizes
     call = suite.providers[name](*make_inputs(suite, size, device, dtype, 0))
     found = outputs(call())
@@ -219,10 +224,11 @@ def check(
 def check_replay(
     suite: Suite, name: str, made: Sequence[Call], dtype: torch.dtype, left: Any
 ) -> None:
-    """Raises Wrong if our graph's last replay left another output than a separate call does, which
-    overlapping kernels may cause. Rivals are not checked, because some change their inputs."""
+    """Raises Wrong if `left`, our output after the graph's last replay, differs from the output of
+    a separate call. Overlapping kernels may cause such a difference. Rivals are not checked,
+    because some of them overwrite their inputs."""
     if name.startswith(OURS):
-        copies = [x.clone() for x in outputs(left)]  # the call may write to the same memory
+        copies = [x.clone() for x in outputs(left)]  # a separate call may write to the same memory
         for found, by_itself in zip(copies, outputs(made[0]()), strict=True):
             if not (off := error(found, by_itself)) <= suite.tolerance[dtype]:
                 raise Wrong(f"error {off:.2g} in the timed graph")
@@ -235,7 +241,8 @@ def outputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def calls(
     suite: Suite, name: str, size: Size, device: torch.device, dtype: torch.dtype
 ) -> list[Call]:
-    """Returns the provider's calls, which together touch more than four times the L2 cache."""
+    """Returns the provider's calls, each with its own inputs. Together, they read and write more
+    than four times the size of the L2 cache."""
     first = make_inputs(suite, size, device, dtype, 1)
     touched = int(suite.work(dtype.itemsize, **size).bytes)
     l2 = torch.cuda.get_device_properties(device).L2_cache_size

@@ -1,4 +1,4 @@
-"""All kernel suites by name and all checks, found in the files beside this one; the packages that
+"""Collects all kernel suites and checks from the files of this folder, and lists the packages that
 rivals need."""
 
 from importlib import import_module
@@ -23,7 +23,8 @@ _modules = [
 SUITES = {name: suite for module in _modules for name, suite in _suites(module).items()}
 CHECKS = [check for module in _modules for check in module.CHECKS]
 
-# Packages that providers need besides torch, by their names on PyPI.
+# Packages on PyPI that providers need besides torch: provider → names of the packages. Providers
+# whose names begin with transformers are not listed here; `missing` adds their package.
 PACKAGES = {
     "liger": ["liger-kernel"],
     "liger (CuTe)": ["liger-kernel", "nvidia-cutlass-dsl"],
@@ -35,6 +36,6 @@ RIVALS = sorted({package for packages in PACKAGES.values() for package in packag
 
 
 def missing(provider: str) -> list[str]:
-    """Returns the packages that a provider needs and that are not installed."""
+    """Returns the packages that the provider needs but that are not installed."""
     needed = ["transformers"] if provider.startswith("transformers") else PACKAGES.get(provider, [])
     return [x for x in needed if installed_version(x) is None]

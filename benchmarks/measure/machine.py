@@ -1,4 +1,4 @@
-"""The machine: its description (stamp) and its peak rates (roof), measured in the same run."""
+"""Describes the machine (stamp) and measures its peak rates (roof) in the run that uses them."""
 
 from __future__ import annotations
 
@@ -20,24 +20,27 @@ from gemma_fast.kernels.matvec import linear
 
 
 class Work(NamedTuple):
-    """The minimum work of an op: bytes, each read or written once, and FLOPs."""
+    """The minimum work of an op: bytes read or written, each counted once, and FLOPs."""
 
     bytes: float
     flops: float
 
 
 def visible_pairs(t: int, window: int | None) -> int:
-    """Returns Σ min(i, window) for i from 1 to t: visible keys, summed over the queries."""
+    """Returns the number of keys that t causal queries see, summed over the queries: query i of
+    1 … t sees min(i, window) keys."""
     w = min(t, window or t)
     return w * (w + 1) // 2 + (t - w) * w
 
 
 class Roof(NamedTuple):
-    copy: float  # bytes/s, read + written, of a large copy
+    """This machine's peak rates, which limit the speed of every op."""
+
+    copy: float  # bytes/s of a large copy, read + written
     product: float  # FLOP/s of a large matmul
 
     def floor(self, work: Work) -> float:
-        """Returns the least possible seconds: the larger of the bytes' and the FLOPs' time."""
+        """Returns the least possible seconds: the larger of the bytes' time and the FLOPs' time."""
         return max(work.bytes / self.copy, work.flops / self.product)
 
     def bound(self, work: Work) -> str:
@@ -45,15 +48,16 @@ class Roof(NamedTuple):
 
 
 def device_and_dtype(dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """Returns the GPU or else the CPU, and the named dtype or else the device's default."""
+    """Returns the GPU, or the CPU without a GPU, and the named dtype or the device's default."""
     cuda = torch.cuda.is_available()
     kind = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
     return torch.device("cuda" if cuda else "cpu"), kind
 
 
 def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
-    """Measures a copy of 1 GiB and a matmul of 8192³ (on a CPU 2048³), random data; medians. The
-    matmul is F.linear on a GPU. On a CPU it is our `linear`: in float32 oneDNN, which is faster."""
+    """Returns the median rates of a copy of 1 GiB and a matmul of 8192³ (on a CPU 2048³), with
+    random data. The matmul is F.linear on a GPU. On a CPU it is our `linear`, which in float32
+    calls oneDNN and is faster than F.linear."""
     cuda = device.type == "cuda"
     n = 8192 if cuda else 2048
     source = torch.empty(1 << 27, dtype=torch.int64, device=device).random_()
@@ -72,7 +76,8 @@ def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
 
 
 def measure_again(stamp: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
-    """Adds the roof at the end of the run to the stamp, unless the GPU has failed."""
+    """Measures the roof again, at the end of the run, and adds it to the stamp, unless the GPU has
+    failed."""
     with suppress(RuntimeError):
         stamp["roof_at_the_end"] = measure_roof(device, dtype)._asdict()
 
@@ -80,7 +85,10 @@ def measure_again(stamp: dict[str, Any], device: torch.device, dtype: torch.dtyp
 def stamp(
     device: torch.device, dtype: torch.dtype, rivals: Iterable[str], commit: str | None = None
 ) -> dict[str, Any]:
-    """Returns machine, date and versions. rivals: packages; commit: used instead of git's."""
+    """Returns the machine, the date and versions.
+
+    rivals: packages whose versions are included; commit: replaces the commit that git returns
+    """
     driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     cuda = device.type == "cuda"
     return {
@@ -100,7 +108,8 @@ def stamp(
 
 
 def _commit(file: Path) -> str | None:
-    """Returns the commit if git tracks the file: a package may be inside another repository."""
+    """Returns git's current commit, or None if git does not track the file: an installed package
+    may be inside a repository of another project."""
     git = ("git", "-C", str(file.parent))
     if _output(*git, "ls-files", "--error-unmatch", file.name) is None:
         return None
@@ -108,7 +117,7 @@ def _commit(file: Path) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """Returns the first line that a command prints; None if there is no output or command."""
+    """Returns the first line that the command prints, or None without output or command."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError:

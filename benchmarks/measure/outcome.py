@@ -1,4 +1,13 @@
-"""Outcome of a provider's run: its status, its error, and which results fail the whole run."""
+"""Outcome of a provider's run: its status, its error, and which results fail the whole run.
+
+A status is one line of text that begins with one of these words:
+
+    ok             the output is correct; the provider was timed, if there is a roof
+    wrong          the output differs from the oracle's, or the time is too short to be true
+    cannot         the provider does not support this op or size (NotImplementedError)
+    not installed  a package of the provider is missing (ImportError)
+    failed         the provider raised any other exception
+"""
 
 from __future__ import annotations
 
@@ -15,7 +24,7 @@ from torch import Tensor
 
 EAGER, OURS = "eager", "gemma_fast"
 OURS_BY_POINTERS = "gemma_fast, no descriptors"
-# Without programmatic dependent launch: as with rivals, no call overlaps the previous one.
+# Without programmatic dependent launch, so that no call overlaps the previous call, as with rivals.
 OURS_ALONE = "gemma_fast, no overlap"
 COPY = "copy of the same bytes (yardstick)"
 NOT_MEASURED, WITHOUT_GRAPHS = "ok, not measured", "ok, Inductor skipped CUDA graphs"
@@ -23,11 +32,11 @@ R = TypeVar("R", bound=Any)
 
 
 class Wrong(Exception):
-    """An output differs from the oracle's."""
+    """Raised if an output differs from the oracle's, or if a time is too short to be true."""
 
 
 def verdict(problem: Exception) -> str:
-    """Returns a one-line status for an exception. Prints the traceback to stderr if unexpected."""
+    """Returns the status for an exception. If it is "failed", prints the traceback to stderr."""
     text = str(problem).strip().split("\n")[0] or type(problem).__name__
     kinds = {Wrong: "wrong", ImportError: "not installed", NotImplementedError: "cannot"}
     word = next((word for kind, word in kinds.items() if isinstance(problem, kind)), "failed")
@@ -37,7 +46,7 @@ def verdict(problem: Exception) -> str:
 
 
 def serious(results: Iterable[Any]) -> bool:
-    """Returns whether any result was wrong, or one of this project is not ok."""
+    """Returns whether the whole run fails: any result is wrong, or a result of OURS is not ok."""
     return any(
         r.status.startswith("wrong") or (r.provider == OURS and not r.status.startswith("ok"))
         for r in results
@@ -45,7 +54,7 @@ def serious(results: Iterable[Any]) -> bool:
 
 
 def with_took(results: Iterable[R]) -> Iterator[R]:
-    """Yields the results, each with the seconds that it took."""
+    """Yields the results, with `took` set to the seconds spent on each result."""
     start = time.perf_counter()
     for result in results:
         yield replace(result, took=time.perf_counter() - start)
@@ -53,8 +62,9 @@ def with_took(results: Iterable[R]) -> Iterator[R]:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Returns the RMS over rows of RMS(found − expected) / RMS(expected), so that rows of small
-    numbers count as much as others. It is NaN or infinite if `found` has NaN or infinity."""
+    """Returns RMS(found − expected) / RMS(expected) of each row (along the last dim), combined by
+    an RMS over all rows. So rows of small numbers count as much as rows of large numbers. The error
+    is NaN or infinite if `found` contains NaN or infinity."""
     norm = partial(torch.linalg.vector_norm, dim=-1)
     rows = norm(found.float() - expected.float()) / norm(expected.float())
     return float(rows.square().mean().sqrt())
@@ -62,7 +72,8 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Computes float32 matmuls in full precision, even if the caller has allowed TF32 or bf16."""
+    """Inside the `with` block, float32 matmuls have full precision, even if the caller has allowed
+    TF32 or bf16."""
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""Figures of what was measured: of kernels and of whole models."""
+"""Draws plots of measured results, for kernels and for whole models, with matplotlib."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gemma_fast.benchmarks.measure.outcome import COPY, OURS
 from gemma_fast.benchmarks.measure.report import speedups
 
 DPI = 160
-Plots = Iterator[tuple[str, Any]]  # a file's name and its figure
-ACCENT, MUTED, PALE, INK = "#1f5fbf", "#9aa4b0", "#e9ecf0", "#24292f"  # on white
+Plots = Iterator[tuple[str, Any]]  # (name of the file, matplotlib figure)
+ACCENT, MUTED, PALE, INK = "#1f5fbf", "#9aa4b0", "#e9ecf0", "#24292f"  # on a white background
 STYLES: dict[str, dict[str, Any]] = {
     OURS: {"linewidth": 2.5, "color": "black", "zorder": 3},
     COPY: {"linestyle": "--", "color": "grey"},
@@ -26,8 +26,10 @@ def write_plots(
     plots: Callable[[Roof, Sequence[Any]], Plots], folder: Path, roof: Roof | None,
     results: Sequence[Any], title: str,
 ) -> None:  # fmt: skip
-    """Writes kernel_plots or model_plots of the measured results; says so where there are none, and
-    where matplotlib is missing."""
+    """Writes the plots of the measured results to the folder. plots: kernel_plots or model_plots.
+
+    Prints a message instead if nothing was measured or matplotlib is missing.
+    """
     measured = [r for r in results if r.typical]
     if roof is None or not measured:
         click.echo(f"{folder}: results.json, results.md. No plots: nothing was measured.", err=True)
@@ -35,7 +37,7 @@ def write_plots(
     try:
         import matplotlib
 
-        matplotlib.use("Agg")  # no display needed
+        matplotlib.use("Agg")  # this backend needs no display
     except ImportError as error:
         click.echo(f"No plots: {error}", err=True)
         return
@@ -45,7 +47,7 @@ def write_plots(
 
 
 def title_of(stamp: Mapping[str, Any], model: str | None) -> str:
-    """A plot's title: the model or None, dtype and machine, date and commit of the run."""
+    """Returns the title of a run's plots: model (unless None), dtype, machine, date and commit."""
     name = "Gemma 3 270M (demo weights)" if model == "demo" else model
     where = ", ".join(filter(None, (name, stamp["dtype"], stamp["gpu"] or stamp["cpu"])))
     return f"{where} · {stamp['date']}, commit {stamp['commit'] or 'unknown'}"
@@ -58,7 +60,8 @@ def kernel_plots(roof: Roof, results: Sequence[Any]) -> Plots:
 
 
 def model_plots(roof: Roof, results: Sequence[Any]) -> Plots:
-    """Against depth and batch where there are several."""
+    """Yields the plot of the speed of each test. Also yields the time of a decode step by depth, if
+    the results have several depths, and by batch size, if they have several batch sizes."""
     yield "speed", _speed(roof, results)
     written = [r for r in results if r.case.kind == "tg"]
     for name, other in (("depth", "batch"), ("batch", "depth")):
@@ -71,7 +74,7 @@ def model_plots(roof: Roof, results: Sequence[Any]) -> Plots:
 def _canvas(
     width: float, height: float, lines: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Any, list[Any]]:
-    """A figure and its panels, line by line. options: of matplotlib's subplots."""
+    """Returns a figure and its panels, line by line. options: keywords of matplotlib's subplots."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
@@ -79,7 +82,7 @@ def _canvas(
 
 
 def _plot_lines(panel: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """A line for each provider through its points (provider, x, y)."""
+    """Draws a line for each provider. points: (provider, x, y)."""
     for provider in dict.fromkeys(name for name, _, _ in points):
         xs, ys = zip(*sorted((x, y) for name, x, y in points if name == provider), strict=True)
         style = STYLES.get(provider, {"linewidth": 1.2})
@@ -87,7 +90,7 @@ def _plot_lines(panel: Any, points: Sequence[tuple[str, float, float]]) -> None:
 
 
 def _speedup(results: Sequence[Any]) -> Any:
-    """A panel a suite: sizes across, times eager's speed upwards, a line a provider."""
+    """Draws a panel for each suite: speed relative to eager, by size, with a line per provider."""
     factors = speedups(results)
     suites = list(dict.fromkeys(suite for (suite, _), _ in factors))
     columns = min(len(suites), 2)
@@ -107,14 +110,15 @@ def _speedup(results: Sequence[Any]) -> Any:
 
 
 def _roofline(roof: Roof, results: Sequence[Any]) -> Any:
-    """FLOP/s over FLOPs a byte, under the copy's slope and the product's ceiling; ours large."""
+    """Draws FLOP/s by FLOPs per byte, and the roof: a slope at the copy's rate, then a horizontal
+    line at the matmul's rate. OURS has larger markers than rivals."""
     figure, (panel,) = _canvas(9, 6)
     measured = [r for r in results if r.work.flops]
     ridge = roof.product / roof.copy
     intensities = [r.work.flops / r.work.bytes for r in measured] + [ridge]
     ends = [min(intensities) / 2, ridge, max(intensities) * 2]
     ceiling = [min(x * roof.copy, roof.product) / 1e12 for x in ends]
-    panel.loglog(ends, ceiling, color="black", label="roof: copy, product")
+    panel.loglog(ends, ceiling, color="black", label="roof: copy, matmul")
     suites = list(dict.fromkeys(r.suite for r in measured))
     for i, suite in enumerate(suites):
         for ours in (False, True):
@@ -124,15 +128,15 @@ def _roofline(roof: Roof, results: Sequence[Any]) -> Any:
             style = {"s": 60, "marker": "*"} if ours else {"s": 12, "alpha": 0.5}
             label = f"{suite}, {OURS}" if ours else f"{suite}, others"
             panel.scatter(xs, ys, color=f"C{i}", label=label, **style)
-    panel.set(xlabel="arithmetic intensity, FLOPs a byte", ylabel="TFLOP/s")
+    panel.set(xlabel="arithmetic intensity, FLOPs per byte", ylabel="TFLOP/s")
     panel.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     panel.grid(alpha=0.3, which="both")
     return figure
 
 
 def _speed(roof: Roof, results: Sequence[Any]) -> Any:
-    """A panel for each kind of test, a group for each test, a bar for each provider. Behind each
-    bar: what the roof of the run allows."""
+    """Draws a panel for each kind of test, with a group for each test and a bar for each provider.
+    A pale bar behind each bar shows the speed at the roof."""
     groups: dict[str, dict[Any, list[Any]]] = {"pp": {}, "tg": {}}
     for r in results:
         groups[r.case.kind].setdefault(r.case, []).append(r)
@@ -161,7 +165,7 @@ def _speed(roof: Roof, results: Sequence[Any]) -> Any:
 
 
 def _bar(panel: Any, y: float, result: Any, roof: Roof) -> float:
-    """Draws a result and its roof, with labels. Returns the x up to which that needs room."""
+    """Draws a result and its roof, with labels. Returns the width that they need, as an x value."""
     figures, ours = result.figures(roof), result.provider == OURS
     rate, share = figures["tokens_per_s"], figures.get("mfu", figures.get("mbu"))
     deviation = figures["tokens_per_s_sd"] or 0
@@ -179,7 +183,7 @@ def _bar(panel: Any, y: float, result: Any, roof: Roof) -> float:
 
 
 def _words(case: Any) -> str:
-    """A test's name, and what that means."""
+    """Returns a test's name and its meaning in words."""
     verb = f"prompt of {case.tokens} tokens" if case.kind == "pp" else f"{case.tokens} new tokens"
     after = f", after {case.depth}" if case.depth else ""
     batch = f", batch {case.batch}" if case.batch > 1 else ""
@@ -187,19 +191,23 @@ def _words(case: Any) -> str:
 
 
 def _step_time(roof: Roof, results: Sequence[Any], name: str) -> Any:
-    """A step's mean time upwards, a line a provider; below, what the roof allows."""
+    """Draws the mean time of a decode step, with a line per provider and one for the roof.
+
+    name: "depth" or "batch", the x axis
+    """
     figure, (panel,) = _canvas(9, 5)
     floors = {getattr(r.case, name): roof.floor(r.work) / r.case.tokens * 1e3 for r in results}
     steps = [(r.provider, getattr(r.case, name), r.typical / r.case.tokens) for r in results]
     _plot_lines(panel, [(provider, x, seconds * 1e3) for provider, x, seconds in steps])
     values = sorted(floors)
     panel.plot(values, [floors[x] for x in values], color="grey", linestyle="--", label="roof")
-    panel.set_xscale("symlog", base=2, linthresh=min(value for value in values if value))  # has 0
+    # A symlog axis, because a depth may be 0.
+    panel.set_xscale("symlog", base=2, linthresh=min(value for value in values if value))
     panel.set_xticks(values, [str(value) for value in values])
     panel.minorticks_off()
     panel.set_yscale("log")
     several = any(r.case.batch > 1 for r in results)
-    panel.set(xlabel=name, ylabel="ms a step" if several else "ms a token")
+    panel.set(xlabel=name, ylabel="ms per step" if several else "ms per token")
     panel.legend(fontsize="x-small")
     panel.grid(alpha=0.3)
     return figure

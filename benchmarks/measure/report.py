@@ -1,5 +1,8 @@
-"""Writes the results of a run as results.json and results.md: one table per kernel suite; for
-models, one table like llama-bench's. Table cells are made from the rows of the JSON."""
+"""Writes the results of a run as results.json and results.md.
+
+results.md has one table per kernel suite, or, for models, one table like llama-bench's. A `row` is
+the JSON entry of one result; table cells are made from rows.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,13 @@ MODEL_COLUMNS = {
     "× eager": "---:",
 }  # fmt: skip
 MODEL_FOOTNOTE = (
-    "t/s: tokens of the whole batch over the mean of the repeats, ± sd of the repeats' rates; "
-    "first token, of roof and × eager use that mean, p50 and p99 come from one more pass. Steps "
-    "are timed without reading tokens back; generate() reads them one step behind. First token: "
-    "prefill, until the first new token. Bytes a token: weights and visible keys and values, over "
-    "the tokens of the whole batch. Of roof, for decoding: those bytes a second over the copy's "
-    "(MBU), which reads alone can exceed; for prefill: FLOP/s over the matmul's (MFU)."
+    "t/s: tokens of the whole batch, divided by the mean time of the repeats, ± sd of the repeats' "
+    "rates. First token, of roof and × eager use the same mean; p50 and p99 come from one more "
+    "pass. Steps are timed without reading tokens back; generate() reads each token one step "
+    "later. First token: time of the prefill until the first new token. Bytes a token: weights and "
+    "visible keys and values, divided by the tokens of the whole batch. Of roof, for decoding: "
+    "these bytes per second, divided by the rate of the copy (MBU); it may exceed 1, because reads "
+    "alone can be faster than a copy. Of roof, for prefill: FLOP/s divided by the matmul's (MFU)."
 )
 
 
@@ -48,7 +52,10 @@ class Report(NamedTuple):
 def kernel_report(
     stamp: Mapping[str, Any], roof: Roof | None, results: Sequence[Any], about: Mapping[str, str]
 ) -> Report:
-    """results: KernelResult; about: suite → its description in one line."""
+    """Returns the report on kernels.
+
+    results: KernelResult; about: name of the suite → its description in one line
+    """
     rows, parts = kernel_rows(roof, results), []
     for suite, group in groupby(rows, lambda row: row["suite"]):
         parts += [f"## {suite}", about[suite], table(KERNEL_COLUMNS, map(kernel_cells, group))]
@@ -59,8 +66,12 @@ def kernel_report(
 def model_report(
     stamp: Mapping[str, Any], roof: Roof | None, results: Sequence[Any], about: Mapping[str, Any]
 ) -> Report:
-    """results: ModelResult; about: "model", "size_bytes", "params", "dtype", "checked" (a
-    sentence on the check). Rows are sorted by test, then by provider, in the order of the run."""
+    """Returns the report on a model. Rows are sorted by test, then by provider, in the order of the
+    run.
+
+    results: ModelResult; about: "model", "size_bytes", "params", "dtype" and "checked" (a sentence
+    that describes the check)
+    """
     place = list(dict.fromkeys(r.case for r in results)).index
     same = {key: about[key] for key in ("model", "size_bytes", "params", "dtype")}
     same["backend"] = stamp["gpu"] or stamp["cpu"]
@@ -82,7 +93,7 @@ def kernel_rows(roof: Roof | None, results: Sequence[Any]) -> list[dict[str, Any
 
 
 def _entries(result: Any, roof: Roof | None, factors: Mapping[Any, float]) -> dict[str, Any]:
-    """Returns the JSON entry of a kernel's or a model's result."""
+    """Returns the JSON entry of a result, without the keys that describe its suite or model."""
     key = result.cell, result.provider
     return {
         "provider": result.provider, "status": result.status, "error": result.error,
@@ -95,8 +106,10 @@ def _report(
     stamp: Mapping[str, Any], roof: Roof | None, rows: Sequence[Mapping[str, Any]],
     parts: Sequence[str], notes: Mapping[str, str],
 ) -> Report:  # fmt: skip
-    """parts: Markdown paragraphs after the heading; notes: key in the JSON → sentence about the
-    whole run."""
+    """Returns the report with stamp and roof as its heading.
+
+    parts: Markdown paragraphs after the heading; notes: key in the JSON → sentence on the whole run
+    """
     found = {"stamp": stamp, "roof": roof and roof._asdict(), **notes, "results": rows}
     first = " ".join([heading(stamp, roof), *notes.values()])
     markdown = "\n\n".join([first, *([] if roof else [NOTHING]), *parts]) + "\n"
@@ -108,7 +121,10 @@ def as_json(found: Mapping[str, Any]) -> str:
 
 
 def speedups(results: Iterable[Any]) -> dict[tuple[Any, str], float]:
-    """Returns (cell, provider) → speed relative to eager, if both are measured."""
+    """Returns (cell, provider) → speed relative to eager, if eager was measured in this cell.
+
+    A cell is here (suite, size) of a kernel's result or the case of a model's result.
+    """
     seconds = {(r.cell, r.provider): r.typical for r in results if r.typical}
     return {
         (cell, name): seconds[cell, EAGER] / typical
@@ -118,7 +134,8 @@ def speedups(results: Iterable[Any]) -> dict[tuple[Any, str], float]:
 
 
 def kernel_cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the KERNEL_COLUMNS of a row; without figures, its status instead of its time."""
+    """Returns the table cells of a row, by column (KERNEL_COLUMNS). A result that was not timed
+    shows its status in the time column."""
     size, provider, times, *rest = KERNEL_COLUMNS
     cells = {size: row["size"], provider: row["provider"], times: row["status"]}
     if "median_us" not in row:
@@ -133,7 +150,8 @@ def kernel_cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def model_cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the MODEL_COLUMNS of a row; without figures, its status instead of its speed."""
+    """Returns the table cells of a row, by column (MODEL_COLUMNS). A result that was not timed
+    shows its status in the column "t/s"."""
     cells = {
         "model": row["model"], "size": _size(row["size_bytes"]), "backend": row["backend"],
         "params": _count(row["params"]), "provider": row["provider"],
@@ -170,7 +188,7 @@ def heading(stamp: Mapping[str, Any], roof: Roof | None) -> str:
 
 
 def table(columns: Mapping[str, str], lines: Iterable[Mapping[str, str]]) -> str:
-    """Returns Markdown. columns: name → alignment; lines: column → cell, empty if missing."""
+    """Returns a Markdown table. columns: name → alignment; lines: name → cell, empty if missing"""
     rows = [[*columns], [*columns.values()]]
     rows += [[escape(line.get(name, "")) for name in columns] for line in lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

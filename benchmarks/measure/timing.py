@@ -1,9 +1,10 @@
-"""Time per call with a cold L2 cache: device events around replays of a CUDA graph.
+"""Measures the time per call with a cold L2 cache, by device events around CUDA graph replays.
 
-Kernels that take microseconds are replayed from a graph, so that no launch is timed. The graph
-holds one provider's calls, each with its own inputs. Together they touch more than four times the
-L2 cache (see kernels.suite.calls). Each call's outputs are kept until the capture ends, so that no
-output is written to memory that is still in the cache.
+Kernels that take microseconds are replayed from a graph, so that launches are not timed. The graph
+contains one provider's calls, each with its own inputs. Together, these calls read and write more
+than four times the size of the L2 cache (see `calls` in benchmarks/kernels/suite.py). The outputs
+of each call are kept until the capture ends, so that no output is written to memory that is still
+in the cache.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import torch
 
 Call = Callable[[], Any]
 
-REPLAYS, REPLAY_SECONDS = 50, 1e-3  # number of replays; minimum seconds of each
+REPLAYS, REPLAY_SECONDS = 50, 1e-3  # number of replays; minimum seconds of each replay
 SETTLE = 0.1  # seconds of load before timing, so that clock rates and power have settled
-# Short work is repeated until ENOUGH seconds are timed or PATIENCE seconds have passed.
+# Short calls are repeated until ENOUGH seconds are timed or PATIENCE seconds have passed.
 ENOUGH, PATIENCE = 0.2, 2.0
 
 
 class Times(NamedTuple):
-    """Seconds of one call."""
+    """Seconds of one call: median and percentiles."""
 
     median: float
     p20: float
@@ -38,13 +39,15 @@ def summary(times: Sequence[float]) -> Times:
 
 
 def device_times(calls: Sequence[Call], check: Callable[[Any], None]) -> tuple[Times, bool]:
-    """Returns times on the current GPU, and whether a graph was timed: not all calls allow capture.
+    """Returns the times of a call on the current GPU, and whether a CUDA graph was timed (False if
+    a call cannot be captured).
 
-    check: is called with the first call's output after the last replay
+    check: is called with the output of calls[0] after the last replay
     """
     _warm_up(calls)
     try:
-        with torch.cuda.stream(torch.cuda.current_stream()):  # restored after a failed capture
+        # A failed capture leaves its own stream current; this `with` restores ours.
+        with torch.cuda.stream(torch.cuda.current_stream()):
             seconds, output = _replay_seconds(calls)
     except RuntimeError:  # raised by PyTorch if a call cannot be captured
         _forget_capture()
@@ -73,7 +76,7 @@ def settle(work: Call, seconds: float = SETTLE) -> None:
 
 
 def settle_rounds(once: Call) -> None:
-    """Calls once() at least twice, for SETTLE seconds after the first call, which may compile."""
+    """Calls once(), which may compile, then calls it again at least once and for SETTLE seconds."""
     once()
     end = clock() + SETTLE
     once()
@@ -82,7 +85,8 @@ def settle_rounds(once: Call) -> None:
 
 
 def repeated(once: Callable[[], float], repeats: int) -> list[float]:
-    """Returns the seconds that `repeats` calls of once() return; more if short, see ENOUGH."""
+    """Calls once() `repeats` times, or more often if it is short (see ENOUGH). Returns the seconds
+    that each call returned."""
     end = clock() + PATIENCE
     seconds: list[float] = []
     while len(seconds) < repeats or (sum(seconds) < ENOUGH and clock() < end):
@@ -91,14 +95,16 @@ def repeated(once: Callable[[], float], repeats: int) -> list[float]:
 
 
 def _forget_capture() -> None:
-    """Resets the random generator: a failed capture may leave it capturing, and randn raises."""
+    """Resets the random generator. A failed capture may leave it in capture mode, in which randn
+    raises."""
     torch.cuda.synchronize()
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     generator.graphsafe_set_state(torch.Generator("cuda"))
 
 
 def _warm_up(calls: Sequence[Call]) -> None:
-    """Compiles, autotunes and creates handles; on a side stream, as capture requires."""
+    """Runs the calls, so that they compile, autotune and create handles. They run on a side stream,
+    as capture requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -109,7 +115,7 @@ def _warm_up(calls: Sequence[Call]) -> None:
 
 
 def _replay_seconds(calls: Sequence[Call]) -> tuple[list[float], Any]:
-    """Returns each replay's seconds per call, and the first call's output after the last replay."""
+    """Returns the seconds per call of each replay, and calls[0]'s output after the last replay."""
     graph, output = _capture(calls)
     cycles = math.ceil(REPLAY_SECONDS / min(event_seconds(graph.replay, 3)))
     if cycles > 1:
@@ -120,12 +126,13 @@ def _replay_seconds(calls: Sequence[Call]) -> tuple[list[float], Any]:
 
 
 def _capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Returns the graph, and its first call's output, which replays overwrite."""
+    """Captures all calls in one CUDA graph. Returns the graph and the output of calls[0], which
+    each replay overwrites."""
     graph = torch.cuda.CUDAGraph()
     # thread_local: calls of other threads, such as a compiler's, do not end the capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = [call() for call in calls]
-    return graph, outputs[0]  # the others are freed only now: each call has its own memory
+    return graph, outputs[0]  # all outputs are kept until here, so they share no memory
 
 
 def clock() -> float:

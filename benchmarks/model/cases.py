@@ -1,4 +1,8 @@
-"""The benchmarked model and its test cases, with the minimum bytes and FLOPs of each case."""
+"""The benchmarked model and its cases, with the minimum number of bytes and FLOPs of each case.
+
+A case is one test of a model's speed: prefill (pp) or decode (tg) of a number of tokens. Its depth
+is the number of tokens that are in the cache before.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,10 @@ TINY = GemmaConfig(
 
 
 def find(model: str) -> Checkpoint:
-    """Opens `tiny` or a preset with random weights, `demo`, a directory, .gguf file or hub id."""
+    """Opens the checkpoint of a model.
+
+    model: `tiny` or a preset (both with random weights), `demo`, a directory, .gguf file or hub id
+    """
     if model in (presets := {"tiny": TINY, **PRESETS}):
         return RandomCheckpoint(presets[model], name=model)
     return open_checkpoint(demo_checkpoint() if model == "demo" else model)
@@ -30,7 +37,8 @@ def find(model: str) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Case:
-    """Prefill (pp) or decode (tg) of `tokens` in each of `batch` sequences, after `depth`."""
+    """Prefill (pp) or decode (tg) of `tokens` tokens, after `depth` tokens, in each of `batch`
+    sequences."""
 
     kind: str
     tokens: int
@@ -43,7 +51,7 @@ class Case:
 
     @property
     def before(self) -> int:
-        """Tokens in the cache when the clock starts: at least one for decoding."""
+        """Returns the number of tokens in the cache when timing starts: at least one for tg."""
         return max(self.depth, 1) if self.kind == NEW else self.depth
 
     @property
@@ -51,13 +59,14 @@ class Case:
         return self.before + self.tokens
 
     def status(self, config: GemmaConfig) -> str:
-        """Returns the status before the run: "ok" if the case fits the context."""
+        """Returns the case's status before it is run: "ok" if its tokens fit the context."""
         if self.room <= config.max_position_embeddings:
             return "ok"
         return f"cannot: {self.room} tokens exceed the context of {config.max_position_embeddings}"
 
     def work(self, config: GemmaConfig, itemsize: int) -> Work:
-        """Returns the work of all tokens: one forward pass (pp), or one per token (tg)."""
+        """Returns the minimum bytes and FLOPs of the case: one forward pass over all tokens (pp),
+        or one pass per token (tg)."""
         if self.kind == PROMPT:
             return pass_work(config, itemsize, self.batch, self.depth, self.tokens)
         steps = range(self.before, self.room)
@@ -68,18 +77,19 @@ class Case:
 def cases(
     prompts: Sequence[int], new: Sequence[int], depths: Sequence[int], batches: Sequence[int]
 ) -> list[Case]:
-    """Returns every combination, without those of 0 tokens."""
+    """Returns a case for every combination of the values, but no case for 0 tokens."""
     kinds = [(PROMPT, n) for n in prompts if n] + [(NEW, n) for n in new if n]
     return [Case(*kind, depth, batch) for batch, depth, kind in product(batches, depths, kinds)]
 
 
 def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens: int) -> Work:
-    """Returns the work of a forward pass over `tokens` in each of `batch` sequences, after `depth`.
+    """Returns the work of a forward pass over `tokens` new tokens in each of `batch` sequences,
+    after `depth` tokens.
 
-    Each weight is read once and takes 2 FLOPs per token; the embedding only for the last token's
-    logits. The lookup of the tokens' rows in it is not counted. Attention takes 4 FLOPs per head,
-    channel and visible pair in each layer. Keys and values that a new token sees are read once;
-    new ones that a later token may see are written once.
+    Each weight is read once and takes 2 FLOPs per new token, except the embedding, which takes them
+    only for the last token's logits. The lookup of embeddings is not counted. Attention takes 4
+    FLOPs per layer, query head, channel and visible (query, key) pair. Old keys and values that a
+    new token sees are read once; new keys and values that a later token may see are written once.
     """
     weights, embedding = config.num_parameters, config.vocab_size * config.hidden_size
     heads, n, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim

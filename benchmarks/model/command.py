@@ -25,7 +25,11 @@ def run_model(
     repeats: int, model: str | None, dtype: str | None, only: Sequence[str], output: str,
     out: Path | None, commit: str | None, roof: Roof | None = None,
 ) -> bool:  # fmt: skip
-    """Measures, prints and writes. Returns whether no result was `serious`. roof: if known."""
+    """Measures the model, prints the results and writes them to the folder `out`.
+
+    Returns whether no result is `serious` (see outcome.serious). roof: the machine's roof, if it is
+    already measured
+    """
     device, kind = machine.device_and_dtype(dtype)
     cuda = device.type == "cuda"
     name = model or ("gemma-2b" if cuda else "tiny")
@@ -61,7 +65,7 @@ def run_model(
         if rate := result.figures(roof).get("tokens_per_s"):
             told += f", {rate:.2f} t/s"
         click.echo(f"{told}, {result.took:.1f} s", err=True)
-        if out:  # so that an interrupted run keeps its results
+        if out:  # written each time, so that an interrupted run keeps its results
             model_report(head, roof, results, about).write(out)
     if roof:
         machine.measure_again(head, device, kind)

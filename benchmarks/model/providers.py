@@ -1,11 +1,11 @@
-"""Providers of a whole model: each prefills a prompt and decodes greedily in its own way.
+"""Providers of a whole model: implementations that prefill a prompt and decode greedily.
 
     provider = PROVIDERS["gemma_fast"](checkpoint, torch.bfloat16, device)
     provider.start(batch=1, max_length=640, kind=NEW)
     token = provider.prefill(ids)  # ids :: [b, t] → [b]
     token = provider.step()  # the next token; does not wait for the GPU
 
-A provider imports its packages when it is created: if one is missing, the others still run.
+A provider imports its packages when it is created, so a missing package stops only this provider.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from gemma_fast.reference import Reference
 
 
 class Eager:
-    """The reference or a transformers model in the usual greedy loop, with a growing cache.
+    """Runs the reference or a transformers model in the usual greedy loop, with a growing cache.
 
-    Every provider has these methods, one model and one cache. Tokens are [b], on the device.
+    Every provider has the methods of this class, one model and one cache. The tokens that the
+    methods return are [b], on the device.
     """
 
     def __init__(self, model: Any, mask: Tensor | None = None) -> None:
@@ -36,8 +37,10 @@ class Eager:
         self.model, self.mask = model, mask
 
     def start(self, batch: int, max_length: int, kind: str) -> None:
-        """Creates a cache of max_length tokens per sequence. Compiled code and graphs are for this
-        size. kind: what will be timed, cases.PROMPT or NEW."""
+        """Prepares for sequences of up to max_length tokens.
+
+        kind: what will be timed, cases.PROMPT or cases.NEW
+        """
         self.past: Any = None
 
     def prefill(self, ids: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ class Eager:
         return self.token
 
     def step(self) -> Tensor:
-        """Reads the last token and returns the next one, in memory that the next step may reuse."""
+        """Reads the last token and returns the next token, which the next step may overwrite."""
         return self.extend(self.token[:, None])
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -72,7 +75,7 @@ class Eager:
         return self.model(ids, past_key_values=self.past, use_cache=True).logits
 
     def memory(self) -> dict[str, float]:
-        """Returns the provider's memory in bytes by name, as far as it is known."""
+        """Returns the provider's memory: purpose → bytes. It is empty if nothing is known."""
         return {}
 
 
@@ -81,15 +84,15 @@ def positions(mask: Tensor) -> Tensor:
 
 
 class Static(Eager):
-    """transformers' fastest setup: a StaticCache, and the decode step compiled by torch.compile
-    with a CUDA graph. Prefill is not compiled, as in transformers' generate()."""
+    """Runs transformers' fastest setup: a StaticCache, and the decode step compiled by
+    torch.compile with a CUDA graph. As in transformers' generate(), prefill is not compiled."""
 
     def start(self, batch: int, max_length: int, kind: str) -> None:
         from transformers import StaticCache
 
         if kind == PROMPT:
             raise NotImplementedError("prefill is not compiled; see sdpa")
-        self.past = None  # frees its memory first
+        self.past = None  # frees the old cache before the new cache is allocated
         self.past = StaticCache(config=self.model.config, max_cache_len=max_length)
         self.next = compiled_step(self._next)
         self.windowed = [layer for layer in self.past.layers if layer.is_sliding]
@@ -100,15 +103,16 @@ class Static(Eager):
         return self.extend(ids)
 
     def extend(self, ids: Tensor) -> Tensor:
-        """Runs uncompiled: max-autotune would capture a graph for each length."""
+        """Appends ids without compiled code: max-autotune would capture a graph per length."""
         self.length += ids.shape[1]
         self.position = torch.full((1, 1), self.length, device=ids.device)
         return super().extend(ids)
 
     def step(self) -> Tensor:
-        """Decodes with at most two graphs. A windowed layer's length is a Python int, so each value
-        would be compiled again. So, as in generate(), masks are made outside the compiled step;
-        inside it, the length is 0 or that of a full window."""
+        """Decodes with at most two graphs. A windowed layer stores its length as a Python int, and
+        torch.compile would compile the step again for each value. So, as in generate(), masks are
+        made outside the compiled step; inside the step, the length is 0 or that of a full window.
+        """
         torch.compiler.cudagraph_mark_step_begin()
         token = self.token[:, None].clone()
         masks = self._masks(token)
@@ -140,7 +144,7 @@ class Static(Eager):
 
 
 class Rings(Static):
-    """The same with gemma_fast.hf's cache, which keeps every length in a tensor."""
+    """Like Static, but with gemma_fast.hf's cache, which stores every length in a tensor."""
 
     def start(self, batch: int, max_length: int, kind: str) -> None:
         from gemma_fast.hf import GemmaFastCache
@@ -151,19 +155,19 @@ class Rings(Static):
 
 
 def compiled_step(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compiles as transformers' documentation recommends."""
+    """Compiles the function as transformers' documentation recommends."""
     return torch.compile(function, mode="max-autotune", fullgraph=True, dynamic=False)
 
 
 class Ours:
-    """This project's gemma_fast.engine.decoder.Decoder: each step replays a CUDA graph."""
+    """Runs gemma_fast's Decoder, which on a GPU replays a CUDA graph for each step."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.model = GemmaForCausalLM.from_checkpoint(checkpoint, dtype=dtype, device=device)
 
     def start(self, batch: int, max_length: int, kind: str) -> None:
         self.batch = batch
-        self.decoder: Any = None  # frees the old one's memory first
+        self.decoder: Any = None  # frees the old decoder before the new one is created
         self.decoder = Decoder(self.model, batch, max_length)
 
     def prefill(self, ids: Tensor) -> Tensor:
@@ -179,7 +183,7 @@ class Ours:
         return self.decoder.token
 
     def logits(self, ids: Tensor) -> Tensor:
-        cache = self.decoder.cache.rows(slice(0, self.batch))  # it may have more rows
+        cache = self.decoder.cache.rows(slice(0, self.batch))  # the cache may have more rows
         return self.model(ids, past_key_values=cache).logits
 
     def memory(self) -> dict[str, float]:
@@ -203,7 +207,7 @@ def _transformers(
         if attention == "sdpa" and checkpoint.config.attn_logit_softcapping:
             if loop is Eager and not kernels:
                 raise NotImplementedError("no soft cap")
-            chosen = "eager"  # it applies the soft cap
+            chosen = "eager"  # unlike sdpa, eager attention applies the soft cap
         model = transformers_model(checkpoint, chosen, dtype=dtype, device=device)
         if kernels:
             from gemma_fast.hf import accelerate
@@ -216,7 +220,7 @@ def _transformers(
 
 STATIC = "transformers (static cache, torch.compile max-autotune)"
 RINGS = "gemma_fast.hf (rings, torch.compile max-autotune)"
-# In the order in which they run. Compiled providers come last: they take minutes.
+# The providers run in this order. Compiled providers come last, because they take minutes.
 PROVIDERS: dict[str, Callable[[Checkpoint, torch.dtype, torch.device], Provider]] = {
     EAGER: _reference,
     "transformers (eager)": _transformers("eager"),

@@ -1,18 +1,19 @@
-"""Prefill (pp) and decode (tg) speed of a whole model; tests are named as in llama-bench.
+"""Measures prefill (pp) and decode (tg) speed of a whole model. Test names are llama-bench's:
 
     pp512          prefill of 512 tokens, until the first new token
     tg128          128 decode steps
     tg128 @ d4096  the same, with 4096 tokens already in the cache; see cases.py
 
-Each repeat is timed as a whole, after the device's clock rates have settled. The timer waits for
-the device at the start and at the end; tokens are not read back in between. The times of single
-tokens come from one more pass, from a device event after each step, which does not stop the host
-from launching ahead. On a CPU they are wall-clock times.
+A test is repeated several times. Each repeat is timed as a whole, after the device's clock rates
+have settled. The timer waits for the device at the start and at the end; tokens are not read back
+in between. The times of single tokens come from one additional pass. On a GPU it records a device
+event after each step, so the host can launch later steps ahead. On a CPU it uses the wall clock.
 
-Each provider is checked first, with as many tokens in its cache as the test has. In float32, its
-greedy tokens must be the reference's. In 16 bits, the reference, in float32 with the same weights,
-must give them nearly its largest logits, and this project's error must not exceed transformers'
-(see judge.SLACK). A wrong provider is not timed.
+Before a provider is timed, judge.py checks it, with at least as many tokens in its cache as in the
+test, if the context allows. In float32, its greedy tokens must equal the reference's. In a 16-bit
+dtype, the reference computes in float32 with the same weights: the logits that it gives to the
+provider's greedy tokens must be close to its largest logits, and our error must not be much larger
+than transformers' (see judge.SLACK). A wrong provider is not timed. `race` checks and times.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ from gemma_fast.checkpoint.base import Checkpoint
 
 @dataclass(frozen=True)
 class ModelResult:
-    """seconds: of each repeat; token_seconds: of each step in one more pass."""
+    """The result of one provider in one case.
+
+    seconds: time of each repeat; token_seconds: time of each decode step in the additional pass
+    """
 
     case: Case
     provider: str
@@ -47,13 +51,13 @@ class ModelResult:
     error: float | None = None  # see judge.Judge
     seconds: tuple[float, ...] = ()
     token_seconds: tuple[float, ...] = ()
-    peak_bytes: int | None = None  # reserved on a GPU, with weights and graphs, without the judge
+    peak_bytes: int | None = None  # GPU memory with weights and graphs, without the judge's
     memory: dict[str, float] = field(default_factory=dict)
-    took: float = 0.0  # seconds in all; a provider's first result includes loading its weights
+    took: float = 0.0  # total seconds; a provider's first result includes loading its weights
 
     @property
     def cell(self) -> Case:
-        """The case; providers are compared within it."""
+        """Returns the case. Only results with the same cell are compared with each other."""
         return self.case
 
     @property
@@ -61,7 +65,8 @@ class ModelResult:
         return statistics.fmean(self.seconds) if self.seconds else None
 
     def figures(self, roof: Roof | None) -> dict[str, Any]:
-        """Returns the figures of a measured result. All tokens of a batch count."""
+        """Returns rates, times and memory, or an empty dict if the result was not timed. Rates
+        count the tokens of all sequences in the batch."""
         if roof is None or (mean := self.typical) is None:
             return {}
         tokens = self.case.batch * self.case.tokens
@@ -95,8 +100,9 @@ def run(
     checkpoint: Checkpoint, cases: Sequence[Case], device: torch.device, dtype: torch.dtype,
     roof: Roof | None, repeats: int, names: Sequence[str], judge: Judge,
 ) -> Iterator[ModelResult]:  # fmt: skip
-    """Yields results provider by provider, in the order of PROVIDERS. There transformers precedes
-    this project, because the judge compares their errors. Without a roof, nothing is timed."""
+    """Yields the results of each provider, in the order of PROVIDERS. In this order, transformers
+    runs before gemma_fast, because the judge compares our error with transformers'. Without a roof,
+    nothing is timed."""
     config = checkpoint.config
     for name in (name for name in PROVIDERS if name in names):
         results = [
@@ -107,7 +113,7 @@ def run(
             clear()
             before = torch.cuda.memory_reserved() if device.type == "cuda" else 0
             provider = PROVIDERS[name](checkpoint, dtype, device)
-        except Exception as problem:  # a rival may raise anything: list it and go on
+        except Exception as problem:  # a rival may raise any exception
             status = verdict(problem)
             yield from (replace(result, status=status) for result in results)
             continue
@@ -121,7 +127,10 @@ def race(
     provider: Provider, result: ModelResult, device: torch.device, before: int, roof: Roof | None,
     repeats: int, judge: Judge,
 ) -> ModelResult:  # fmt: skip
-    """Checks and times one test. before: bytes reserved before the provider was loaded."""
+    """Checks and times one provider in one case.
+
+    before: bytes of GPU memory that were reserved before the provider was loaded
+    """
     case = result.case
     try:
         clear()
@@ -143,7 +152,7 @@ def timed(
 ) -> ModelResult:  # fmt: skip
     case, cuda = result.case, device.type == "cuda"
     if cuda:
-        torch.cuda.empty_cache()  # the judge's memory
+        torch.cuda.empty_cache()  # frees the judge's memory
         torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocab_size, (case.batch, case.room), generator=generator).to(device)
@@ -181,7 +190,8 @@ def timed(
 
 
 def step_seconds(step: Callable[[], Tensor], steps: int, cuda: bool) -> list[float]:
-    """Returns the seconds of each step, on a GPU from the end of the previous step to its own."""
+    """Returns the seconds of each step. On a GPU, a step is timed from the end of the previous step
+    to its own end."""
     if not cuda:
         return [wall_seconds(step) for _ in range(steps)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]

@@ -19,11 +19,11 @@ SAME_IN_GEMMA_2_AND_3 = (
 
 
 def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
-    """Returns transformers' config of the same model."""
+    """Returns transformers' config with the same values."""
     same = {name: getattr(config, name) for name in SAME}
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.model_type == "gemma":
-        # Explicit, because some releases compute Gemma 1 with another gelu by default.
+        # Set explicitly, because some releases use another gelu for Gemma 1 by default.
         same["hidden_act"] = "gelu_pytorch_tanh"
         return transformers.GemmaConfig(rope_parameters=rope, **same)
     same |= {name: getattr(config, name) for name in SAME_IN_GEMMA_2_AND_3}
@@ -39,8 +39,8 @@ def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
 def transformers_model(
     checkpoint: Checkpoint, attention: str, dtype: torch.dtype, device: torch.device | str
 ) -> transformers.PreTrainedModel:
-    """Returns transformers' model with the checkpoint's weights, copied one by one, because
-    transformers' GGUF loader drops parts of some checkpoints."""
+    """Returns transformers' model with the checkpoint's weights. The weights are copied one by one,
+    because transformers' GGUF loader drops parts of some checkpoints."""
     config = transformers_config(checkpoint.config)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(

@@ -1,4 +1,4 @@
-"""The certificate of `gemma-fast verify`: kernels and model against exact references.
+"""Accuracy checks of `gemma-fast verify`: kernels and model are compared with exact references.
 
 May import: everything in gemma_fast but cli.
 """

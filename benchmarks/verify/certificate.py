@@ -1,8 +1,9 @@
-"""An accuracy certificate for this machine: kernels against float64, the model against its
-reference in float32, each next to eager PyTorch, with one verdict per line.
+"""Checks the accuracy on this machine and prints the results, which are called the certificate.
 
-A figure's limit is `factor` times eager's figure plus `slack`; MARGINS states the reasons. Except
-for the slack, nothing is compared with figures from another machine.
+Kernels are compared with float64, the model with its reference in float32. Each line shows one
+finding (see margins.py): our figures, eager PyTorch's figures, the limits of our figures, and a
+verdict. A limit is `factor` times eager PyTorch's figure plus `slack`; MARGINS states the reasons.
+Factor and slack are constants; all other numbers are measured on this machine.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from gemma_fast.benchmarks.verify.model import check_model, dtypes_of, rival, te
 from gemma_fast.kernels.launch import runs_triton
 from gemma_fast.load import pick_device
 
-WIDTH = 120  # in characters, if the output is not a terminal
+WIDTH = 120  # characters per line, if the output is not a terminal
 
 
 def certify(model: str | None, device: str | None, dtype: str, tokens: int, as_json: bool) -> bool:
-    """Prints the certificate, and progress to stderr. Returns whether every line passed."""
+    """Prints the certificate, and the progress to stderr. Returns whether every line passed."""
     if runs_triton(torch.empty(0)):
         raise ValueError(
             "TRITON_INTERPRET is set, so the model would run in the interpreter: unset it"
@@ -83,7 +84,8 @@ def kernel_lines(device: torch.device) -> Iterator[Finding]:
 
 
 def interpreted() -> list[Finding]:
-    """Runs a separate process, because TRITON_INTERPRET is read when a kernel is imported."""
+    """Checks the kernels in Triton's interpreter, in a separate process, because TRITON_INTERPRET
+    is read when a kernel is imported."""
     command = [sys.executable, "-m", "gemma_fast.benchmarks.verify.kernels"]
     root = Path(__file__).parents[3]  # the folder that contains the package, installed or not
     # The interpreter also computes masked elements, and warns if they overflow.
@@ -97,7 +99,7 @@ def interpreted() -> list[Finding]:
 
 
 def as_text(head: Mapping[str, Any], lines: Iterable[Finding], passed: bool) -> str:
-    """Returns JSON, in which a figure that is not finite is null."""
+    """Returns the certificate as JSON, in which figures that are not finite are null."""
     limits = {name: margin._asdict() for name, margin in MARGINS.items()}
     found = {"stamp": head, "margins": limits, "lines": [x.as_dict() for x in lines]}
     text = json.dumps(found | {"passed": passed})

@@ -1,11 +1,11 @@
-"""Every kernel's error against float64, in ulps, next to that of eager PyTorch.
+"""Computes the errors of every kernel and of eager PyTorch, compared with float64, in ulps.
 
     python -m gemma_fast.benchmarks.verify.kernels    # prints a JSON array
 
 The command is for Triton's interpreter, so it needs TRITON_INTERPRET=1. One ulp is the spacing of
-the dtype at the true value, or at the RMS of the whole output if that is larger, because a sum's
-rounding error does not shrink with the result. A token's error is the largest logit minus the
-token's true logit, in ulps of the largest.
+the dtype's numbers at the true value, or at the RMS of the whole output if that is larger, because
+a sum's rounding error does not shrink with the result. A token's error is the largest true logit
+minus the token's true logit, in ulps of the largest true logit.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from gemma_fast.benchmarks.measure.outcome import Wrong, full_precision, verdict
 from gemma_fast.benchmarks.verify import margins as of
 from gemma_fast.benchmarks.verify.margins import Finding, finding
 
-# 1 + weight is inexact in bf16 for all, and in fp16 for the last. Gemma has the first.
+# Weights for which 1 + weight is inexact in bf16; for the last one, it is also inexact in fp16. The
+# first one occurs in Gemma.
 NORM_WEIGHTS = 15.8125, 2**-8, 2**-11
 
 
 def check_kernels(
     device: torch.device, dtypes: Iterable[torch.dtype], part: str
 ) -> Iterator[Finding]:
-    """Yields a finding for each check and dtype. A kernel that raises has failed."""
+    """Yields a finding (see margins.py) for each check and dtype. A kernel that raises fails."""
     for check in CHECKS:
         for dtype in dtypes:
             try:
@@ -41,14 +42,15 @@ def check_kernels(
                     eager = errors(check, plain(check.formula), device, dtype)
                 pairs = {name: (ours[name], eager[name]) for name in ours}
                 yield finding(part, check.name, dtype, pairs)
-            except Exception as problem:  # any exception: list it and go on
+            except Exception as problem:  # list any exception and go on
                 yield finding(part, check.name, dtype, {}, verdict(problem))
 
 
 def errors(
     check: Check, prepare: Callable[..., Call], device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Returns the largest and the RMS error in ulps (of the worst output), or the token's error."""
+    """Returns the largest error and the RMS error in ulps; with several outputs, each error is the
+    worst output's. If the kernel returns tokens, returns the largest error of a token instead."""
     exact = check.formula(*upcast(inputs_of(check, device, dtype), torch.float64))
     found = prepare(*inputs_of(check, device, dtype))()
     if check.chooses:
@@ -62,13 +64,13 @@ def errors(
 
 
 def inputs_of(check: Check, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Creates the inputs again, with equal values, because some ops write to them."""
+    """Creates inputs, with the same values in each call, because some ops write to their inputs."""
     given = make_inputs(check, check.sizes[device.type == "cuda"], device, dtype, seed=0)
     for x in given:
         if is_float(x) and x.ndim == 1:  # a norm's weight
             x[: len(NORM_WEIGHTS)] = torch.tensor(NORM_WEIGHTS)
     if device.type == "cuda":
-        torch.cuda.synchronize()  # finish all writes: kernels may prefetch weights
+        torch.cuda.synchronize()  # finish all writes, because kernels may prefetch weights
     return given
 
 
@@ -80,7 +82,10 @@ def value_ulps(found: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def choice_ulps(found: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """found :: [b] tokens, or logits :: [b, vocab]. A token of -1 (not finite) gives infinity."""
+    """Returns the error of each token :: [b]. A token of -1 (logits not finite) gives infinity.
+
+    found: tokens :: [b], or logits :: [b, vocab], of which the largest gives the token
+    """
     token = found.argmax(-1) if is_float(found) else found
     best, chosen = exact.amax(-1), exact.gather(1, token.clamp(min=0)[:, None])[:, 0]
     return ((best - chosen) / spacing(best, dtype)).masked_fill(token < 0, torch.inf)

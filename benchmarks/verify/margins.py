@@ -1,4 +1,11 @@
-"""Figures of the certificate, their margins, and the verdict of each finding."""
+"""The figures that `gemma-fast verify` prints, the limit for each, and the verdict of each check.
+
+A figure is one number of a check, such as the largest error. It is measured for gemma_fast (`ours`)
+and for the usual implementation (`eager`), which is eager PyTorch or, for the whole model,
+transformers or the reference. A margin gives the limit of our figure: factor × eager's + slack. A
+finding is the result of one check in one dtype: its figures and the verdict, pass or FAIL. Each
+finding is printed as one line.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +21,7 @@ CPU_PATH, MODEL = f"The CPU path, the kernels' references: {ERRORS}", "model"
 
 
 class Margin(NamedTuple):
-    """(factor, slack) in float32 and in 16 bits, and the reason."""
+    """(factor, slack) of a figure in float32 and in 16-bit dtypes, and the reason for them."""
 
     float32: tuple[float, float]
     half: tuple[float, float]
@@ -31,7 +38,7 @@ BATCH_GAP = "largest gap, batch 8"
 LOGITS_VARY, TOKENS_VARY = "logits that vary", "tokens that vary"
 NOISE = "float32 sums in another order, exp and rsqrt of the GPU"
 MARGINS = {
-    RMS_ULP: Margin((2, 2), (1.1, 0.05), f"{NOISE}; 16 bits: no additional rounding"),
+    RMS_ULP: Margin((2, 2), (1.1, 0.05), f"{NOISE}; 16 bits allow no additional rounding"),
     MAX_ULP: Margin((3, 16), (1.5, 1), "the largest of many errors varies"),
     CHOICE_ULP: Margin((2, 16), (1.5, 2), "a near-tie may give either token"),
     KL_MEAN: Margin((2, 1e-8), (1.25, 1e-5), "two roundings of one model differ this much"),
@@ -39,21 +46,21 @@ MARGINS = {
     DELTA_MEAN: Margin((2, 1e-4), (1.1, 1e-3), "two roundings of one model differ this much"),
     DELTA_MAX: Margin((3, 1e-3), (1.5, 0.05), "the largest of many values varies"),
     TOP_1: Margin((1, -0.002), (1, -0.02), "a minimum; a near-tie may give either token"),
-    PERPLEXITY: Margin((2, 1e-5), (1.5, 0.005), "relative to the reference's on the text"),
-    GAP: Margin((0, 1e-3), (2, 0.25), "the reference's best logit minus the token's"),
+    PERPLEXITY: Margin((2, 1e-5), (1.5, 0.005), "relative to the reference's perplexity"),
+    GAP: Margin((0, 1e-3), (2, 0.25), "the reference's best logit minus the token's logit"),
     BATCH_DELTA: Margin((3, 1e-3), (1.5, 0.05), "batch 8 sums in another order than batch 1"),
-    BATCH_GAP: Margin((0, 1e-3), (2, 0.25), "best logit without a batch minus the token's"),
+    BATCH_GAP: Margin((0, 1e-3), (2, 0.25), "best logit with batch 1 minus the token's logit"),
     LOGITS_VARY: Margin((0, 0), (0, 0), "same input, same bits"),
     TOKENS_VARY: Margin((0, 0), (0, 0), "same input, same tokens"),
 }  # fmt: skip
-AT_LEAST = {TOP_1}
+AT_LEAST = {TOP_1}  # figures whose limit is a minimum
 
 
 class Figure(NamedTuple):
     name: str
     ours: float
-    eager: float | None  # None: not measured
-    limit: float | None  # None: shown without a limit
+    eager: float | None  # None if it was not measured
+    limit: float | None  # None if the figure has no limit
 
     @property
     def ok(self) -> bool:
@@ -65,11 +72,11 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    part: str
+    part: str  # title of the table that contains this line, or MODEL
     check: str
     dtype: str
     figures: tuple[Figure, ...]
-    note: str = ""  # the error that a check raised
+    note: str = ""  # the exception that the check raised
 
     @property
     def ok(self) -> bool:
@@ -89,7 +96,10 @@ def finding(
     part: str, check: str, dtype: torch.dtype,
     pairs: Mapping[str, tuple[float, float | None]], note: str = "",
 ) -> Finding:  # fmt: skip
-    """pairs: figure's name → (ours, eager's). MARGINS gives the limits."""
+    """Returns a finding whose figures have the limits of MARGINS.
+
+    pairs: name of the figure → (our number, eager's number)
+    """
     figures = []
     for name, (ours, eager) in pairs.items():
         limit = None

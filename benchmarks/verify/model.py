@@ -1,4 +1,4 @@
-"""Compares the model and its rival, in the same dtype, with the reference in float32."""
+"""Compares our model, and a rival in the same dtype, with the reference in float32."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from gemma_fast.memory import free_bytes
 from gemma_fast.reference import Reference
 from gemma_fast.text.tokenizer import Tokenizer
 
-RUNS, BATCH = 3, 8
-WRITTEN = 16  # new tokens of each text in a batch, and in a repeated run
-CHUNK = 16  # rows of logits that are converted to float64 at once
-OLDEST = 5, 17  # the oldest transformers to compare with
-# Charles Darwin, On the Origin of Species (1859), introduction. It exceeds a window of 512 tokens.
+RUNS, BATCH = 3, 8  # number of runs in the repeated-run check; batch size in the batch check
+WRITTEN = 16  # tokens decoded per text, in the batch check and in the repeated-run check
+CHUNK = 16  # tokens whose logits are converted to float64 at once
+OLDEST = 5, 17  # the oldest version of transformers that is compared with
+# Charles Darwin, On the Origin of Species (1859), introduction: longer than a window of 512 tokens.
 TEXT = Path(__file__).with_name("texts") / "darwin.txt"
 
 Figures = tuple[float, ...]
@@ -39,7 +39,10 @@ Greedy = Callable[[Any, Tensor, Tensor, int], Tensor]  # model, ids, mask, count
 
 
 def text_ids(checkpoint: Checkpoint, tokens: int) -> Tensor:
-    """Returns ids [1, t]: TEXT, or random ids for random weights, with room for `tokens` more."""
+    """Returns the ids :: [1, t] of TEXT, or random ids for a model with random weights.
+
+    The context has room for them and `tokens` new tokens. Raises ValueError if that is impossible.
+    """
     config = checkpoint.config
     room = config.max_position_embeddings - max(tokens, WRITTEN)
     if room < 2 * BATCH:
@@ -52,8 +55,9 @@ def text_ids(checkpoint: Checkpoint, tokens: int) -> Tensor:
 
 
 def dtypes_of(checkpoint: Checkpoint, device: torch.device, asked: str) -> list[torch.dtype]:
-    """Returns the dtype asked for, or with "auto" the device's usual ones (on a GPU float32 only if
-    the reference and a second model fit). Raises ValueError if the model overflows the former."""
+    """Returns the dtypes to check: the one named by `asked` or, if that is "auto", the device's
+    usual dtypes (on a GPU, float32 only if the reference and a second model fit in memory). Raises
+    ValueError if the model overflows in the dtype named by `asked`."""
     if asked != "auto":
         refuse_overflow(checkpoint.config, getattr(torch, asked))
         return [getattr(torch, asked)]
@@ -69,7 +73,7 @@ def dtypes_of(checkpoint: Checkpoint, device: torch.device, asked: str) -> list[
 
 def rival() -> tuple[str, Load]:
     """Returns the name and the loader of transformers' model, or of this project's reference if
-    transformers is missing or too old. Both models are called as the reference is."""
+    transformers is missing or too old. Both models are called like the reference."""
     version = installed_version("transformers")
     if version is None or tuple(map(int, version.split(".")[:2])) < OLDEST:
         found = "is not installed" if version is None else f"is {version}, older than 5.17"
@@ -108,8 +112,10 @@ def check_model(
     checkpoint: Checkpoint, ids: Tensor, dtypes: Sequence[torch.dtype], tokens: int,
     other: tuple[str, Load],
 ) -> Iterator[Finding]:  # fmt: skip
-    """Yields the findings of each dtype. ids :: [1, t], on the device; tokens: number of new ones;
-    other: see rival"""
+    """Yields the findings of each dtype.
+
+    ids :: [1, t], on the device; tokens: number of new tokens; other: the result of `rival`
+    """
     with full_precision():
         text = Text(Judge(checkpoint, torch.float32, ids.device), ids, tokens)
         for dtype in dtypes:
@@ -120,7 +126,7 @@ def check_model(
                 varying = text.varying(model) if name == OURS else (None, None)
                 greedy = our_greedy if name == OURS else eager_greedy
                 found.append((*text.figures(model, greedy), *varying))
-                del model  # frees its memory first
+                del model  # frees its memory before the next model is loaded
             eager, ours = map(iter, found)
             for check, names in LINES.items():
                 pairs = {name: (next(ours), next(eager)) for name in names}
@@ -128,7 +134,7 @@ def check_model(
 
 
 class Text:
-    """A text, ids :: [1, t], the reference's logits for it, and how models differ from them."""
+    """Measures how models differ from the reference on a text, ids :: [1, t]."""
 
     def __init__(self, judge: Judge, ids: Tensor, tokens: int) -> None:
         self.reference, self.ids, self.tokens = judge.reference, ids, tokens
@@ -136,14 +142,18 @@ class Text:
         self.truth = self.reference(ids, use_cache=False).logits[0]  # [t, vocab]
 
     def figures(self, model: Any, greedy: Greedy) -> Figures:
+        """Returns all figures of LINES except those of the last line, which `varying` returns."""
         logits = model(self.ids, use_cache=False).logits[0]
         chosen = greedy(model, self.ids, torch.ones_like(self.ids), self.tokens)
         close = closeness(logits, self.truth, self.ids[0])
         return *close, *self.agreement(chosen), *self.batch(model, greedy)
 
     def agreement(self, chosen: Tensor) -> Figures:
-        """Returns the number of tokens before the first that the reference would not choose, and
-        the largest gap between the reference's best logit and that of a token."""
+        """Returns the number of new tokens before the first token that the reference would not
+        choose, and the largest gap between the reference's best logit and a new token's logit.
+
+        chosen :: [1, tokens]: the model's greedy tokens after the text
+        """
         read = torch.cat((self.ids, chosen[:, :-1]), dim=1)
         truth = self.reference(read, use_cache=False, logits_to_keep=self.tokens).logits
         gaps = under_the_best(truth[0], chosen[0])
@@ -151,7 +161,8 @@ class Text:
 
     def batch(self, model: Any, greedy: Greedy) -> Figures:
         """Compares a left-padded batch of beginnings of the text, and the tokens decoded after
-        them, with one forward pass over each of these texts alone."""
+        them, with forward passes over each of these sequences alone. Returns |Δ logit| max, the
+        number of sequences with equal greedy tokens, and the largest gap."""
         t = max(self.ids.shape[1] // 4, 2 * BATCH)
         lengths = [t * (row + 1) // BATCH for row in range(BATCH)]
         ids = torch.stack([self.ids[0, :t].roll(t - length) for length in lengths])
@@ -173,7 +184,8 @@ class Text:
         return float(torch.stack(deltas).max()), float((gap == 0).sum()), float(gap.max())
 
     def varying(self, model: GemmaForCausalLM) -> Figures:
-        """Returns how many repeated runs gave other logits (bitwise), and how many another text."""
+        """Returns how many repeated runs gave logits that are not bitwise equal to the first run's,
+        and how many gave other tokens than the first run."""
         mask = torch.ones_like(self.ids)
         logits = model(self.ids, use_cache=False).logits
         text = our_greedy(model, self.ids, mask, WRITTEN)
@@ -183,14 +195,18 @@ class Text:
 
 
 def closeness(logits: Tensor, truth: Tensor, ids: Tensor) -> Figures:
-    """logits, truth :: [t, vocab], for each of ids :: [t] → the first six figures of LINES"""
+    """Compares logits with truth, both [t, vocab], for the text ids :: [t].
+
+    Returns KL mean and max, |Δ logit| mean and max, top-1 agreement and perplexity change: the
+    first six figures of LINES.
+    """
     columns = []
     for rows in torch.arange(len(ids), device=ids.device).split(CHUNK):
         ours, true = logits[rows].double(), truth[rows].double()
         delta, shift = ours - true, ours.logsumexp(-1) - true.logsumexp(-1)
         kl = shift - (true.softmax(-1) * delta).sum(-1)
         target = ids.roll(-1)[rows, None]
-        surprise = shift - delta.gather(1, target)[:, 0]  # loss minus the reference's
+        surprise = shift - delta.gather(1, target)[:, 0]  # loss minus the reference's loss
         alike = (ours.argmax(-1) == true.argmax(-1)).double()
         delta = delta.abs()
         columns.append(torch.stack((kl, delta.mean(-1), delta.amax(-1), alike, surprise)))

@@ -64,4 +64,4 @@ def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     done = CliRunner().invoke(plot.main, [str(tmp_path)])
     assert done.exit_code == 1
-    assert "results.json does not hold results of the benchmarks" in done.output
+    assert "results.json does not contain results of the benchmarks" in done.output
