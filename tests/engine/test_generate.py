@@ -10,7 +10,7 @@ from tiny_models import left_padded
 from gemma_fast.engine import decoder
 from gemma_fast.engine.sampling import Sampler
 
-NEVER = {"eos_token_id": []}
+NEVER = {"eos_token_id": []}  # no token ends a text
 
 
 class Letters:

@@ -61,7 +61,7 @@ def test_copies_of_a_model_have_no_decoders(twins):
         assert torch.equal(twin.generate(ids, max_new_tokens=3, **NEVER), expected)
 
 
-def test_generate_works_in_and_out_of_inference_mode(twins):
+def test_generate_works_inside_and_outside_of_inference_mode(twins):
     model = random_model(twins.config)
     for options in SAMPLINGS.values():
         for mode in (torch.inference_mode, nullcontext, torch.inference_mode):

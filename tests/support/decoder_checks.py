@@ -2,7 +2,7 @@
 
 from gemma_fast.engine.decoder import Decoder
 
-NEVER = {"eos_token_id": []}
+NEVER = {"eos_token_id": []}  # no token ends a text
 SAMPLINGS = {
     "greedy": {},
     "sampled": {"do_sample": True, "temperature": 2.0, "seed": 3},

@@ -47,11 +47,11 @@ def two_programs(kernel: Kernel, gpu: Gpu) -> str | None:
     if gpu.capability != 90 or kernel["options"].get("BLOCK_M", 128) > 64:
         return None
     if not fits_twice(kernel, gpu):
-        return f"2 * {kernel['shared']} bytes" if is_prefill_attention(kernel) else None
+        return f"needs 2 * {kernel['shared']} bytes" if is_prefill_attention(kernel) else None
     if "attention" not in kernel["kernel"] or kernel["shared"] <= 65_536:
         return None
     registers = kernel["registers"] * 32 * kernel["options"]["num_warps"]
-    return f"2 * {registers} registers" if 2 * registers > 65_536 else None
+    return f"two programs use 2 * {registers} registers" if 2 * registers > 65_536 else None
 
 
 def fits_twice(kernel: Kernel, gpu: Gpu) -> bool:
@@ -72,7 +72,7 @@ def wide_loads(kernel: Kernel, gpu: Gpu) -> str | None:
     held = kernel["wide_loads"] and kernel["narrow_loads"] <= narrow
     if held or kernel["kernel"] in COMPUTE_BOUND:
         return None
-    return f"{kernel['narrow_loads']} narrow loads"
+    return f"{kernel['narrow_loads']} loads are narrower than 16 bytes"
 
 
 def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
@@ -148,7 +148,7 @@ def softmax_beside_matmuls(kernel: Kernel, gpu: Gpu) -> str | None:
 
 def fp_fusion(kernel: Kernel, gpu: Gpu) -> str | None:
     """Launches must set enable_fp_fusion, because the default may differ between environments."""
-    return None if kernel["options"].get("enable_fp_fusion") is True else "the default is used"
+    return None if kernel["options"].get("enable_fp_fusion") is True else "FP fusion is not set"
 
 
 GATES: dict[str, Callable[[Kernel, Gpu], str | None]] = {
