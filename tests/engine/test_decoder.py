@@ -1,4 +1,4 @@
-"""Decoder, which generate() uses: launches of a step, tokens of the kernels, CUDA graphs."""
+"""Tests Decoder: the launches of a step, the tokens that kernels compute, and CUDA graphs."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from gemma_fast.kernels.launch import Gpu, as_on
 @pytest.mark.parametrize(
     ("config", "batch"), [("gemma3-mqa", 1), *slow(("gemma-mqa", 1), ("gemma2-gqa", 8))], ids=str
 )
-def test_a_step_is_at_most_five_launches_per_layer_and_three_more(config, batch):
-    """Prompts of other lengths compile no more kernels."""
+def test_a_step_takes_at_most_five_launches_per_layer_plus_three(config, batch):
+    """Also checks that prompts of other lengths compile no further kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [
@@ -47,9 +47,9 @@ def check_kernels(model, ids, **options):
 
 
 @ALL_FAMILIES
-@pytest.mark.slow  # the default run has test_model_on_kernels_equals_reference
+@pytest.mark.slow  # the default run has the similar test_model_on_kernels_equals_reference
 def test_kernels_give_the_references_tokens(twins):
-    """A batch of three in a decoder for four. The longest text is longer than the windows."""
+    """Decodes three texts in a decoder for four. The longest text is longer than the windows."""
     _, ids, mask = left_padded(twins, [11, 3, 6])
     check_kernels(twins.model, ids, attention_mask=mask, max_new_tokens=3)
 
@@ -68,7 +68,7 @@ def test_kernels_give_the_references_tokens_for_one_text(config):
 
 @ALL_FAMILIES
 def test_rows_do_not_affect_each_other(twins):
-    """Five texts in a decoder for eight."""
+    """Decodes five texts in a decoder for eight."""
     prompts, ids, mask = left_padded(twins, [4, 9, 2, 7, 3])
     out = twins.model.generate(ids, attention_mask=mask, max_new_tokens=6, **NEVER)
     for prompt, row in zip(prompts, out, strict=True):
@@ -78,7 +78,7 @@ def test_rows_do_not_affect_each_other(twins):
 
 @pytest.mark.parametrize("kernels", [False, True], ids=["reference", "kernels"])
 def test_texts_with_different_settings_share_a_step(kernels):
-    """A row gets the same tokens as when all rows have its settings."""
+    """A row gets the same tokens as in a batch in which all rows have the settings of this row."""
     model, ids = random_model(CONFIGS["gemma2-gqa"]), torch.arange(3, 38).view(5, 7)
     texts = [
         Sampling(), Sampling(do_sample=True, temperature=2.0, seed=3),
@@ -115,16 +115,16 @@ def test_the_second_step_is_captured_and_then_replayed(options, graphs):
     assert torch.equal(model.generate(ids, **options), expected)
     assert [graph.replays for graph in graphs] == [7 + 8]
     assert model.memory()["graph"] == 7
-    # Temperature and seed are in device tensors; another filter needs another graph.
+    # The graph reads temperature and seed from device tensors, so their values may change.
     model.generate(ids, **options | {"temperature": 0.5, "seed": 9})
     assert len(graphs) == 1
-    for _ in range(2):
+    for _ in range(2):  # a filter needs another graph
         model.generate(ids, **options | {"do_sample": True, "top_k": 4})
         model.generate(ids, **options)
     assert len(graphs) == 2
 
 
-def test_the_step_started_before_the_end_was_seen_is_discarded(graphs):
+def test_a_step_that_started_before_the_last_token_was_read_is_discarded(graphs):
     """On a GPU the next step starts before the host reads a token that ends the text."""
     model = random_model(CONFIGS["gemma3-gqa"])
     ids = torch.arange(3, 9).unsqueeze(0)
@@ -136,11 +136,11 @@ def test_the_step_started_before_the_end_was_seen_is_discarded(graphs):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch", [1, 3, 8, 20], ids=str)
+@pytest.mark.parametrize("batch", [1, 3, 8, 20], ids="batch {}".format)
 @pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
 @pytest.mark.parametrize("config", list(CONFIGS))
 def test_graphs_give_the_tokens_of_eager_steps(config, options, batch):
-    """The eager steps run without PDL: each kernel starts after the previous one."""
+    """Eager steps run without PDL, so each kernel starts after the previous kernel has finished."""
     model = random_model(CONFIGS[config]).cuda()
     ids = torch.randint(3, 199, (batch, 5), device="cuda")
     decoder = Decoder(model, batch, 40)

@@ -1,4 +1,4 @@
-"""generate() against transformers, everything that ends it, and its errors."""
+"""Compares generate() with transformers, and tests what ends a text, streamers and errors."""
 
 from dataclasses import replace
 
@@ -10,17 +10,19 @@ from tiny_models import left_padded
 from gemma_fast.engine import decoder
 from gemma_fast.engine.sampling import Sampler
 
-NEVER = {"eos_token_id": []}
+NEVER = {"eos_token_id": []}  # no token ends a text
 
 
 class Letters:
-    """A tokenizer with one letter per id, so that tests can choose stop strings by id."""
+    """Decodes each id to one character, so that tests can choose stop strings by id."""
 
     def decode(self, ids) -> str:
         return "".join(chr(0x4E00 + i) for i in ids)
 
 
 class Recorder:
+    """Records what a streamer gets. Simulates Ctrl-C in call number `interrupt_after`."""
+
     def __init__(self, interrupt_after: int | None = None):
         self.puts, self.ended, self.interrupt_after = [], 0, interrupt_after
 
@@ -38,7 +40,7 @@ def hf_generate(twins, ids, **kwargs):
 
 
 @ALL_FAMILIES
-@pytest.mark.parametrize("t", [1, 8, 19], ids=str)
+@pytest.mark.parametrize("t", [1, 8, 19], ids="prompt of {}".format)
 def test_greedy_equals_transformers(twins, t):
     ids = twins.prompt(1, t)
     expected = hf_generate(twins, ids, max_new_tokens=30, eos_token_id=None)
@@ -65,7 +67,7 @@ def test_repetition_penalty_equals_transformers(twins):
 
 
 @ALL_FAMILIES
-def test_eos_ends_rows_and_pads_them(twins):
+def test_rows_are_padded_after_their_eos_token(twins):
     ids = twins.prompt(3, 6)
     free = twins.model.generate(ids, max_new_tokens=12, **NEVER)
     eos = [int(free[0, 8]), int(free[1, 10])]
@@ -75,7 +77,7 @@ def test_eos_ends_rows_and_pads_them(twins):
     assert (out[0, 9:] == 0).all()
 
 
-def test_the_default_eos_token_is_the_configs(twins, monkeypatch):
+def test_the_default_eos_token_is_from_the_config(twins, monkeypatch):
     ids = twins.prompt(1, 5)
     free = twins.model.generate(ids, max_new_tokens=6, **NEVER)
     config = replace(twins.config, eos_token_id=int(free[0, 7]))
@@ -103,7 +105,7 @@ def test_prefill_in_chunks_gives_the_same_tokens(twins, monkeypatch):
         return hidden_states(ids, cache)
 
     monkeypatch.setattr(twins.model, "hidden_states", spy)
-    monkeypatch.setattr(decoder, "PREFILL_CHUNK", 14)  # for two rows: 7 each
+    monkeypatch.setattr(decoder, "PREFILL_CHUNK", 14)  # 7 tokens for each of the two rows
     assert torch.equal(twins.model.generate(ids, **options), expected)
     assert sizes == [7, 7, 7, 7, 2] + 7 * [1]
 
@@ -142,7 +144,7 @@ def test_a_stop_string_ends_its_row(twins):
 
 
 class Bytes:
-    """A tokenizer with four ids per letter, like the bytes of an emoji; it also appends a dot."""
+    """Decodes four ids to one character, like the four bytes of an emoji, and appends a dot."""
 
     def decode(self, ids) -> str:
         return Letters().decode(ids[len(ids) % 4 :: 4]) + "."
@@ -159,7 +161,7 @@ def test_a_stop_string_may_span_many_tokens(twins):
 
 
 def test_the_repetition_penalty_applies_to_prompt_and_new_tokens(twins, monkeypatch):
-    """It does not apply to tokens of other rows or of earlier texts."""
+    """The penalty does not apply to tokens of other rows or of earlier texts."""
     seen, process = [], Sampler._process
 
     def spy(self, logits):
@@ -174,7 +176,7 @@ def test_the_repetition_penalty_applies_to_prompt_and_new_tokens(twins, monkeypa
         assert seen == [[set(row[:t].tolist()) for row in out] for t in (5, 6, 7, 8)]
 
 
-def test_a_stop_string_in_the_prompt_does_not_stop(twins):
+def test_a_stop_string_in_the_prompt_does_not_end_the_text(twins):
     ids = twins.prompt(1, 5)
     stop = Letters().decode(ids[0, 1:3].tolist())
     out = twins.model.generate(
@@ -183,7 +185,7 @@ def test_a_stop_string_in_the_prompt_does_not_stop(twins):
     assert out.shape == (1, 8)
 
 
-def test_streamer_gets_the_prompt_then_each_token(twins):
+def test_a_streamer_gets_the_prompt_and_then_each_token(twins):
     ids, recorder = twins.prompt(1, 5), Recorder()
     out = twins.model.generate(ids, max_new_tokens=4, streamer=recorder, **NEVER)
     assert [p.shape for p in recorder.puts] == [(1, 5)] + 4 * [(1,)]
@@ -197,7 +199,7 @@ def test_a_streamer_gets_all_rows(twins):
     assert torch.equal(torch.cat([p.view(2, -1) for p in recorder.puts], dim=1), out)
 
 
-def test_a_streamer_that_raises_is_ended_too(twins):
+def test_end_is_called_after_a_streamer_raised(twins):
     class Broken(Recorder):
         def put(self, ids):
             raise OSError("pipe closed")
@@ -216,7 +218,7 @@ def test_pad_token_id_fills_finished_rows(twins):
     assert (out[0, 7:] == 7).all()
 
 
-@pytest.mark.parametrize("after", [1, 2, 4], ids=str)
+@pytest.mark.parametrize("after", [1, 2, 4], ids="after {} calls".format)
 def test_ctrl_c_returns_the_tokens_so_far(twins, after):
     ids, recorder = twins.prompt(1, 5), Recorder(interrupt_after=after)
     free = twins.model.generate(ids, max_new_tokens=8, **NEVER)

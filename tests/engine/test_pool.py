@@ -1,4 +1,4 @@
-"""Decoders that a model keeps between texts: when they are reused or freed, and their errors."""
+"""Tests the decoders that a model keeps between texts: their reuse, their release, their errors."""
 
 import copy
 import gc
@@ -24,7 +24,7 @@ def test_decoders_are_kept_by_batch_size(twins):
     assert sizes == [1, 2, 4, 4, 8, 8, 16, 40, 64]
     first = model.decoders.take(model, 3, 20)
     assert (first.cache.batch, first.cache.max_length) == (4, 256)
-    beside = model.decoders.take(model, 3, 20)  # for a second caller at the same time
+    beside = model.decoders.take(model, 3, 20)  # what a second caller gets at the same time
     assert beside is not first
     model.decoders.give_back(first)
     assert model.decoders.take(model, 4, 256) is first
@@ -46,7 +46,7 @@ def test_a_longer_text_and_another_dtype_need_another_decoder():
     assert long.decoders.take(long, 1, 513).cache.max_length == 768
     ids = torch.arange(3, 9).unsqueeze(0)
     expected = model.generate(ids, max_new_tokens=4, **NEVER)
-    model.double().float()  # moves the weights
+    model.double().float()  # moves the weights to new addresses
     assert torch.equal(model.generate(ids, max_new_tokens=4, **NEVER), expected)
     model.bfloat16().generate(ids, max_new_tokens=4)
     assert model.decoders[1].cache.dtype == torch.bfloat16
@@ -61,7 +61,7 @@ def test_copies_of_a_model_have_no_decoders(twins):
         assert torch.equal(twin.generate(ids, max_new_tokens=3, **NEVER), expected)
 
 
-def test_generate_works_in_and_out_of_inference_mode(twins):
+def test_generate_works_inside_and_outside_of_inference_mode(twins):
     model = random_model(twins.config)
     for options in SAMPLINGS.values():
         for mode in (torch.inference_mode, nullcontext, torch.inference_mode):
@@ -81,8 +81,8 @@ def test_prefill_and_extend_equal_one_prefill(twins):
         whole.step()
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_full_decoder_raises_and_can_start_anew(twins, asynchronous):
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+def test_a_full_decoder_raises_and_can_start_a_new_text(twins, asynchronous):
     decoder = Decoder(twins.model, 1, 256)
     decoder.asynchronous, decoder._capture = asynchronous, lambda: Graph(decoder)
     decoder.prefill(twins.prompt(1, 253))
@@ -121,7 +121,7 @@ def test_the_rounded_cache_length_does_not_exceed_the_context():
 
 
 def test_tensors_of_graphs_keep_their_addresses(twins):
-    """A graph reads and writes the addresses with which it was captured."""
+    """A CUDA graph reads and writes the addresses that the tensors had during the capture."""
 
     def addresses(decoder):
         own = [x for x in vars(decoder.sampler).values() if isinstance(x, torch.Tensor)]
@@ -133,7 +133,7 @@ def test_tensors_of_graphs_keep_their_addresses(twins):
     model, options = random_model(twins.config), {"repetition_penalty": 1.5, **NEVER}
     model.generate(twins.prompt(3, 5), max_new_tokens=4, **options)
     before = addresses(model.decoders[4])
-    model.new_cache(1, 1000)  # makes longer rotary tables
+    model.new_cache(1, 1000)  # creates longer rotary tables
     model.generate(twins.prompt(4, 9), max_new_tokens=6, **options)
     assert addresses(model.decoders[4]) == before
 
@@ -161,7 +161,7 @@ def test_a_model_is_freed_with_its_last_reference(twins):
         gc.enable()
 
 
-def test_cache_contents_do_not_reach_the_next_text(twins):
+def test_old_cache_contents_do_not_change_the_next_text(twins):
     model = random_model(twins.config)
     ids = twins.prompt(1, 5)
     expected = model.generate(ids, max_new_tokens=8, **NEVER)
@@ -188,7 +188,7 @@ def damaged(model):
 
 @pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
 def test_non_finite_logits_raise(options, request):
-    if "top_k" not in options:  # these run asynchronously
+    if "top_k" not in options:  # all cases but "filtered" run asynchronously
         request.getfixturevalue("graphs")
     model = random_model(CONFIGS["gemma3-gqa"])
     ids = torch.arange(3, 9).repeat(2, 1)

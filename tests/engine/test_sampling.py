@@ -1,4 +1,4 @@
-"""Sampling against transformers' logits processors, and the ranges of its options."""
+"""Compares sampling with transformers' logits processors, and tests the ranges of settings."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ def logits(batch: int = 4, vocab: int = 50) -> torch.Tensor:
 
 
 def sampler_of(sampling: Sampling, batch: int, vocab: int, seen=None) -> Sampler:
-    """A sampler with these settings and seed 1 in all rows. seen :: [b, n], ids to penalise."""
+    """Returns a sampler with these settings and seed 1 in all rows; it penalises seen :: [b, n]."""
     sampler = Sampler(batch, vocab, "cpu")
     sampler.set([replace(sampling, seed=1)] * batch)
     if seen is not None:
@@ -95,8 +95,8 @@ def test_each_row_uses_its_own_settings():
     assert sampler.temperature.tolist() == [1, 1, 1, 0, 1, 1]
 
 
-def test_filters_keep_all_tokens_that_tie_with_the_last():
-    """transformers' top-k does so too, but its top-p keeps an arbitrary one of equal tokens."""
+def test_filters_keep_all_tokens_that_tie_with_the_last_kept_token():
+    """transformers' top-k also keeps all tied tokens, but its top-p keeps an arbitrary one."""
     given = torch.tensor([[3.0, 1.0, 1.0, 0.0, 1.0]]).bfloat16()
     for filters in ({"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 3, "top_p": 0.9}):
         kept = processed(Sampling(do_sample=True, **filters), given).isfinite()
@@ -116,13 +116,13 @@ def test_repetition_penalty_equals_transformers():
 
 
 def test_the_penalty_is_not_rounded_to_bf16():
-    """10 / 1.004 is 9.96, which is more than 9.9375; in bf16 both would be equal."""
+    """10 / 1.004 = 9.96 is more than 9.9375, but rounded to bf16 both would be equal."""
     close = torch.tensor([[9.9375, 10.0]]).bfloat16()
     assert choose(Sampling(repetition_penalty=1.004), close, torch.tensor([[1]])) == 1
 
 
 def test_top_p_keeps_no_more_tokens_than_needed():
-    """The first token has half of the probability, so the second one is not needed."""
+    """The first token has half of the probability, so the second token must not be kept."""
     halves = torch.tensor([[2.0, 1.0, 0.0, 0.0]]) * math.log(2)  # 1/2, 1/4, 1/8, 1/8
     kept = processed(Sampling(do_sample=True, top_p=0.5), halves).isfinite()
     assert kept.tolist() == [[True, False, False, False]]
@@ -172,7 +172,7 @@ def test_logits_are_processed_only_if_filtered_or_penalised():
 
 
 def test_graph_key_depends_on_the_operations_of_a_step():
-    """It depends on how many logits are ordered, and on whether rows sample or penalise."""
+    """The key depends on the number of sorted logits, and on whether rows sample or penalise."""
 
     def key(**options):
         return sampler_of(Sampling(**options), 2, 9).graph_key
@@ -198,6 +198,6 @@ def test_graph_key_depends_on_the_operations_of_a_step():
         ("min_p", 2), ("repetition_penalty", 0), ("do_sample", "yes"),
     ],
 )  # fmt: skip
-def test_values_out_of_range_raise(name, value):
+def test_invalid_settings_raise(name, value):
     with pytest.raises(ValueError, match=f"{name}={value!r}.* must be"):
         Sampling(**{name: value})

@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests: launches as on Hopper, and outputs that begin as NaN."""
+"""Defines the fixtures `hopper` (Hopper's limits) and `poison_outputs` (outputs start as NaN)."""
 
 import pytest
 import torch
@@ -10,17 +10,18 @@ from gemma_fast.kernels.launch import as_on, gpu
 
 @pytest.fixture(params=HOPPERS)
 def hopper(request):
-    """Device with launches as on Hopper: a GPU with tensor descriptors, or the interpreter."""
+    """Launches kernels with Hopper's limits. Returns the device: a GPU with tensor descriptors, or
+    the CPU, where the interpreter runs the kernels."""
     if torch.cuda.is_available() and not 90 <= gpu(torch.device("cuda", 0)).capability < 120:
-        pytest.skip("needs tensor descriptors, and Hopper's shared memory")
+        pytest.skip("needs tensor descriptors and Hopper's shared memory")
     with as_on(HOPPERS[request.param]), interpreter():
         yield "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
 def poison_outputs(monkeypatch):
-    """Fills outputs (torch.empty) with NaN, which shows what a kernel does not write. The NaN after
-    each output must stay, or the kernel wrote past its end."""
+    """Fills floating-point outputs (torch.empty) with NaN, so elements that a kernel does not write
+    stay NaN. Afterwards checks that no kernel wrote past the end of an output."""
     empty, empty_like, beyond = torch.empty, torch.empty_like, []
 
     def poisoned(make):

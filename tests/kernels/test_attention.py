@@ -1,4 +1,4 @@
-"""attention and rotary_write against a plain fp64 softmax over keys in order of position."""
+"""Compares attention and rotary_write with a plain fp64 softmax over keys in order of position."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,21 +35,24 @@ def check(
     d=D,
     seed=0,
 ):
-    """Runs both ops on t new tokens after `past` tokens of each row (negative: left padding)."""
+    """Compares both ops with fp64, for t new tokens after past[row] tokens.
+
+    If past[row] is negative, the row's new tokens begin with -past[row] tokens of left padding.
+    """
     torch.manual_seed(seed)
     b, start = len(past), torch.tensor(past, dtype=torch.int32, device=device)
     length = max(past) + t
     slots = max(length, 1) + spare
-    if window:  # the shortest ring that suffices, so that it wraps
+    if window:  # the shortest ring that holds all visible keys, so that it wraps
         slots = min(slots, window + t - 1)
     slots = -(-slots // multiple) * multiple
     q_weight, k_weight = (torch.randn(d, device=device) / 2 if norm else None for _ in "qk")
-    # K and V of all tokens, past and new, by position: [b, length, n, d].
+    # k, v :: [b, length, n, d] of past and new tokens, by position; heads of v are strided.
     k, v = (torch.randn(b, length, n, x * d, device=device).to(dtype)[..., :d] for x in (1, 2))
     heads = n * m
     q = torch.randn(b, t, 3 * heads, d, device=device).to(dtype)[:, :, heads : 2 * heads]
 
-    # A slot that is not written yet gets weight zero, so it may hold any finite number.
+    # Attention multiplies unwritten slots by 0, so they may hold any finite number.
     shape, unwritten = (2, b, slots, n, d), torch.finfo(dtype).max
     keys, values = torch.full(shape, unwritten, dtype=dtype, device=device).transpose(2, 3)
     for row, before in enumerate(past):
@@ -67,7 +70,7 @@ def check(
     index = columns.clamp(min=0)[..., None, None].expand(b, t, n, d)
     new_k, new_v = k.gather(1, index), v.gather(1, index)
     rotary_write(new_k, new_v, keys, values, cos, sin, start, k_weight)
-    scale = 0.3 * (32 / d) ** 0.5  # scores, and so errors, of the same size for any d
+    scale = 0.3 * (32 / d) ** 0.5  # for any d, scores and errors have the same size
     out = attention(
         q, keys, values, cos, sin, start, q_weight, scale=scale, window=window, softcap=softcap
     )
@@ -116,7 +119,7 @@ CASES = {
     "all options together": {
         "t": 21, "past": (0, -3), "n": 2, "m": 3, "window": 6, "softcap": 2.0, "norm": True,
     },
-    # Longer than several blocks of every launch config:
+    # The texts below are longer than several blocks of every launch config.
     "long": {"t": 300, "past": (90, 0), "m": 2},
     "long, windowed": {"t": 300, "past": (0, 200), "m": 3, "window": 130},
     "long, padded": {"t": 290, "past": (0, -140), "m": 4, "window": 256, "softcap": 2.0},
@@ -138,9 +141,9 @@ def test_attention_with_descriptors_equals_fp64_softmax(case, dtype, hopper, poi
     check(hopper, dtype, **{"multiple": 128, **CASES[case]})
 
 
-@pytest.mark.parametrize(("offset", "extra"), [(1, 0), (0, 4)], ids=str)
-def test_unaligned_rings_give_the_same_result(offset, extra, hopper):
-    """Descriptors cannot read a ring unless its base and strides are multiples of 16 bytes."""
+@pytest.mark.parametrize(("offset", "extra"), [(1, 0), (0, 4)], ids=["address", "strides"])
+def test_unaligned_rings_give_the_result_of_aligned_copies(offset, extra, hopper):
+    """Descriptors can read a ring only if its address and strides are multiples of 16 bytes."""
     size = 2 * 128 * (D + extra)
     memory = torch.randn(size + 1, device=hopper).half()[offset : size + offset]
     rings = memory.view(2, 1, 1, 128, D + extra)[..., :D]
@@ -153,7 +156,7 @@ def test_unaligned_rings_give_the_same_result(offset, extra, hopper):
     torch.testing.assert_close(out, expected)
 
 
-def test_descriptors_are_used_if_the_ring_ends_with_a_block(hopper, monkeypatch):
+def test_descriptors_are_used_only_if_the_ring_is_whole_blocks(hopper, monkeypatch):
     made = []
     make = attention_file.TensorDescriptor.from_tensor
     noted = SimpleNamespace(from_tensor=lambda *args: made.append(args) or make(*args))
@@ -187,7 +190,7 @@ def check_any(device, dtype, shape, **options):
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.fixed_dictionaries(SHAPES))
-def test_any_shape(shape):
+def test_any_shape_equals_fp64_softmax(shape):
     with interpreter():
         check_any("cuda" if torch.cuda.is_available() else "cpu", torch.float32, shape)
 
@@ -198,7 +201,7 @@ def test_any_shape(shape):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(shape=st.fixed_dictionaries(SHAPES))
-def test_any_shape_with_descriptors(hopper, shape):
+def test_any_shape_with_descriptors_equals_fp64_softmax(hopper, shape):
     check_any(hopper, torch.float16, shape, multiple=128)
 
 
@@ -226,7 +229,7 @@ def test_without_a_window_a_query_sees_the_whole_ring(device):
 
 
 def test_future_keys_do_not_change_the_result(device):
-    """The future key has a far larger score than the visible one."""
+    """The future key has a far larger score than the visible key."""
     q, values = torch.ones(1, 2, 1, D, device=device), torch.randn(1, 1, 2, D, device=device)
     keys = (
         torch.tensor([-1000.0, 1000.0], device=device)
@@ -241,8 +244,8 @@ def test_future_keys_do_not_change_the_result(device):
     )
 
 
-def test_rotation_is_exact_at_large_positions(device):
-    """In bf16 positions 300 and 301 would be equal. Here they must rotate differently."""
+def test_rotation_distinguishes_large_positions(device):
+    """bf16 cannot distinguish positions 300 and 301, but their rotated keys must differ."""
     x = torch.randn(1, 2, 1, D, device=device).to(torch.float32)
     x[:, 1] = x[:, 0]
     start = torch.tensor([300], dtype=torch.int32, device=device)
@@ -266,8 +269,8 @@ def test_query_heads_must_be_a_multiple_of_kv_heads(device):
 
 
 @pytest.mark.parametrize("page", ["kernels/attention.py", "docs/kernels.md"])
-def test_picture_of_the_key_axis_is_right(page):
-    """Queries 21 … 26 with a window of 18, blocks of 4 keys from position 4 on."""
+def test_picture_of_the_key_axis_shows_the_visible_keys(page):
+    """The picture shows queries 21 … 26, a window of 18, and blocks of 4 keys from position 4."""
     visible = attention_file.visible_keys(torch.tensor([21]), None, 6, 28, window=18)[0]
     lines = (Path(__file__).parents[2] / page).read_text().splitlines()
     drawn = [line for line in lines if line.strip().startswith("query 2")]

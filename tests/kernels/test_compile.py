@@ -1,4 +1,5 @@
-"""Compiles every kernel, in each variant that its launchers use, for each GPU generation."""
+"""Compiles every kernel for each GPU generation, as its launchers launch it, and applies the gates
+(gates.py): conditions that each compiled kernel must meet."""
 
 import re
 from pathlib import Path
@@ -10,14 +11,15 @@ from gates import GATES, fits_twice, is_prompt, only_queries
 from marks import slow
 from tritons import compile_with
 
-# 8.6 and 8.9 are left out: they have the shared memory of 12.0 and the instructions of 8.0.
+# 8.6 and 8.9 are omitted: tests of 12.0 cover their shared memory, tests of 8.0 their instructions.
 ALL = {str(x): (str(x),) for x in GPUS if x not in (86, 89)}
 FIRST = {f"{x}, first launches": (str(x), "--first") for x in sorted(GPUS, key=lambda x: x != 90)}
 
 
 @pytest.fixture(scope="module", params=["90, first launches", *slow(*list(FIRST)[1:], *ALL)])
 def compiled(request):
-    """GPU, and compile_kernels.py's reports: on every launch, or on the first of each kernel."""
+    """Returns the GPU, and compile_kernels.py's report on each compiled kernel: of every distinct
+    launch, or (--first) of the first launch of each variant (DESCRIPTORS, BLOCK_M) of a kernel."""
     arguments = (FIRST | ALL)[request.param]
     return GPUS[int(arguments[0])], compile_with(None, *arguments)
 
@@ -26,7 +28,7 @@ def compiled(request):
 def test_every_kernel_passes_the_gate(compiled, gate):
     gpu, kernels = compiled
     broken = [(wrong, kernel) for kernel in kernels if (wrong := GATES[gate](kernel, gpu))]
-    assert not broken, f"{len(broken)} of {len(kernels)} kernels fail, the first: {broken[0]}"
+    assert not broken, f"{len(broken)} of {len(kernels)} kernels fail; the first one is {broken[0]}"
 
 
 def test_every_kernel_is_compiled(compiled):
@@ -39,16 +41,16 @@ def test_every_kernel_is_compiled(compiled):
     assert len({k["kernel"] for k in steps}) == 4
 
 
-@pytest.mark.parametrize("compiled", slow("90"), indirect=True)  # launch configs are tuned for it
-def test_two_programs_of_decode_attention_fit_a_multiprocessor(compiled):
-    """At least in one launch config, so that the gate `two programs` has something to check."""
+@pytest.mark.parametrize("compiled", slow("90"), indirect=True)  # launch configs are tuned for 9.0
+def test_two_programs_of_decode_attention_fit_a_multiprocessor_in_some_config(compiled):
+    """Without such a launch config, the gate `two programs` would not check decode attention."""
     gpu, kernels = compiled
     decode = [k for k in kernels if k["kernel"] == "_decode_attention_kernel"]
     assert any(k["shared"] > 65_536 and fits_twice(k, gpu) for k in decode)
 
 
 @pytest.mark.parametrize("compiled", slow(*ALL), indirect=True)
-def test_prefill_kernels_suit_each_gpu_generation(compiled):
+def test_prefill_kernels_use_the_blocks_and_descriptors_of_each_gpu(compiled):
     gpu, kernels = compiled
     prompts = [k for k in kernels if is_prompt(k)]
     hopper = gpu.capability == 90
@@ -56,7 +58,7 @@ def test_prefill_kernels_suit_each_gpu_generation(compiled):
     used = {(k["kernel"], k["options"]["DESCRIPTORS"]) for k in prompts}
     describes = gpu.capability >= 90
     ways = {("_attention_kernel", False), ("_gate_up_geglu_kernel", describes)}
-    if describes:  # pointers read the rings that end within a block
+    if describes:  # rings whose length is not a multiple of BLOCK_N are loaded through pointers
         ways.add(("_attention_kernel", True))
     assert used == ways
 
@@ -65,7 +67,7 @@ def sass(*lines: str) -> str:
     return "\n".join(x if x.endswith(":") else f"        /*0010*/   {x} ;" for x in lines)
 
 
-def test_spills_are_found_in_loops_of_each_generation():
+def test_spills_are_found_in_loops_of_each_gpu_generation():
     for end in (
         ["@!P0 BRA `(.L_x_1)"], ["BRA.U !UP1, `(.L_x_1)"],
         ["@P1 BRA `(.L_x_2)", "BRA `(.L_x_1)", ".L_x_2:"],
@@ -77,7 +79,7 @@ def test_spills_are_found_in_loops_of_each_generation():
     call = sass(".L_x_1:", "HGMMA R4", "STL.64 [R1], RZ", "@P0 BRA `(.L_x_1)", "EXIT")
     assert spills_in_loops(call) == spilled_bytes(call) == 0
     other = sass(".L_x_1:", "LDL R2, [R1]", "@P0 BRA `(.L_x_1)", "HGMMA R4", "EXIT")
-    assert spills_in_loops(other) == 0  # a loop without a matmul
+    assert spills_in_loops(other) == 0  # the loop has no matmul
     for unread in ("", other + "\nan unknown format: BRA `(.L_x_1)"):
         with pytest.raises(AssertionError, match="some SASS was not parsed"):
             spills_in_loops(unread)
@@ -85,7 +87,7 @@ def test_spills_are_found_in_loops_of_each_generation():
 
 def test_softmax_in_loops_counts_waits_exponentials_and_matmuls():
     def found(*body: str) -> list[tuple[int, ...]]:
-        """Counts waits, exponentials, those before the last wait, and matmuls after it."""
+        """Returns the counts of each loop, in the order of softmax_in_loops."""
         loop = sass(".L_x_1:", *body, "@P1 BRA `(.L_x_1)", "EXIT")
         return [tuple(x.values()) for x in softmax_in_loops(loop)]
 

@@ -1,4 +1,4 @@
-"""decode_attention against a plain fp64 softmax over keys in order of position."""
+"""Compares decode_attention with a plain fp64 softmax over keys in order of position."""
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ D, SCALE = 32, 0.3
 
 @pytest.fixture(params=["kernel", "kernel, 132 multiprocessors", "reference"])
 def device(request):
-    """Runs a test with few splits, with many splits, and on the reference."""
+    """Runs a test on the kernel, with few and with many splits, and on the reference. Returns the
+    device for the inputs."""
     if request.param == "reference":
         yield "cpu"
         return
@@ -26,13 +27,14 @@ def device(request):
 
 
 def table(positions, d, device):
-    """cos, sin :: [positions, d / 2]"""
+    """Returns cos and sin :: [positions, d / 2] of positions 0, 1, …"""
     start = torch.zeros(1, dtype=torch.int32, device=device)
     return (x[0].contiguous() for x in angles(start, positions, d))
 
 
 class Case:
-    """A ring with each row's tokens before position `past`, and inputs for the token at `past`."""
+    """Builds rings with each row's tokens before position past[row], and the inputs for the row's
+    next token, at past[row]. If past[row] is negative, that token is left padding."""
 
     def __init__(
         self, device, dtype, past, *, n=1, m=1, d=D, slots=None, spare=0, window=None,
@@ -44,7 +46,7 @@ class Case:
         self.slots = slots or length + spare
         make = {"device": device, "dtype": dtype}
         self.norms = [torch.randn(d, **make) / 2 if norm else None for _ in "qk"]
-        # K and V of all tokens, past and new, by position: [b, length, n, d].
+        # k, v :: [b, length, n, d] of past and new tokens, by position.
         self.k, self.v = torch.randn(2, self.b, length, n, d, **make)
         self.q = torch.randn(self.b, 1, n * m, d, **make)
         new = torch.tensor([max(p, 0) for p in past])
@@ -52,7 +54,7 @@ class Case:
         heads = self.q[:, 0], self.k[rows, new], self.v[rows, new]
         apart = torch.randn(self.b, n * m + 2 * n + 3, d, **make)
         self.qkv = apart[:, 1:-2].copy_(torch.cat(heads, dim=1))
-        # A slot that is not written yet gets weight zero, so it may hold any finite number.
+        # Attention multiplies unwritten slots by 0, so they may hold any finite number.
         stale = torch.finfo(dtype).max if stale is None else stale
         self.keys, self.values = torch.full((2, self.b, self.slots, n, d), stale, **make)
         for row, p in enumerate(past):
@@ -124,14 +126,14 @@ CASES = {
     "window larger than the text": {"past": [30], "window": 64},
     "window as long as the ring": {"past": [299], "window": 128, "slots": 128, "m": 4},
     "ring that wraps": {"past": [200, 128, 127], "slots": 128},
-    "odd ring that wraps": {"past": [200, 5, 12, 13, 14], "slots": 13, "m": 2},
+    "ring of 13 slots that wraps": {"past": [200, 5, 12, 13, 14], "slots": 13, "m": 2},
     "ring of one slot": {"past": [7, 0], "slots": 1},
-    "few of many slots": {"past": [0, 3], "spare": 700, "m": 2},
+    "few slots used": {"past": [0, 3], "spare": 700, "m": 2},
     "ragged rows": {"past": [3, 90, 0, 41], "spare": 9, "m": 4},
     "left padding": {"past": [-1, 80, -7], "m": 2, "n": 2},
     "rows of padding only": {"past": [-3, -1]},
     "many splits": {"past": [999, 400], "m": 2, "spare": 25},
-    "more splits than are merged at a time": {"past": [340], "m": 16, "d": 256},
+    "more splits than one iteration merges": {"past": [340], "m": 16, "d": 256},
     "all options together": {
         "past": [300, -2, 7, 129], "n": 2, "m": 3, "window": 90, "slots": 101, "softcap": 2.0,
         "norm": True,
@@ -163,14 +165,14 @@ SHAPES = {
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shape=st.fixed_dictionaries(SHAPES), many=st.booleans())
-def test_any_shape(shape, many):
+def test_any_shape_equals_fp64_softmax(shape, many):
     with multiprocessors(many), interpreter():
         Case("cuda" if torch.cuda.is_available() else "cpu", torch.float32, **shape).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decoding_a_prompt_equals_prefill(dtype, device):
-    """Decodes token by token in a ring that wraps, and compares with `attention`."""
+    """Decodes token by token in a ring that wraps. `attention` reads all tokens in one call."""
     t, n, m, slots = 30, 2, 2, 13
     qkv = torch.randn(1, t, n * m + 2 * n, D, device=device).to(dtype)
     q, k, v = qkv.split((n * m, n, n), dim=2)
@@ -222,7 +224,7 @@ def test_empty_batch_gives_an_empty_result(device):
 
 @pytest.mark.gpu
 def test_prefetch_waits_for_the_previous_kernel():
-    """The matmul that computes qkv is still running when the op starts."""
+    """With prefetch, the op starts while the matmul that computes qkv is still running."""
     case = Case("cuda", torch.float16, [4000] * 4, spare=96, m=8, d=256)
     x, weight = torch.randn(4, 8192, device="cuda"), torch.randn(8192, 2560, device="cuda")
     for i in range(50):
@@ -235,7 +237,7 @@ def test_prefetch_waits_for_the_previous_kernel():
         assert torch.equal(out, expected)
 
 
-def test_wrong_heads_or_norms_raise(device):
+def test_wrong_head_counts_or_a_single_norm_raise(device):
     keys, values = torch.randn(2, 1, 2, 4, D, device=device)
     cos, sin = table(4, D, device)
     position, counter = torch.zeros(2, 1, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""embed against PyTorch's lookup and multiplication."""
+"""Compares embed with PyTorch's lookup and multiplication."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from gemma_fast.kernels.embed import embed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [8, 640, 2304])
+@pytest.mark.parametrize("dim", [8, 640, 2304], ids="dim {}".format)
 def test_embed_equals_pytorch(dim, dtype, device, poison_outputs):
     weight = torch.randn(50, dim, device=device).to(dtype)
     ids = torch.tensor([[0, 49, 7], [7, 7, 12]], device=device)
     out = embed(ids, weight, dim**0.5)
-    # Gemma rounds the factor to the dtype first: sqrt(640) is 25.298, in bf16 25.25.
+    # Gemma rounds the factor to the dtype: sqrt(640) = 25.298 becomes 25.25 in bf16.
     expected = F.embedding(ids, weight) * torch.tensor(dim**0.5, dtype=dtype, device=device)
     assert out.dtype == dtype and torch.equal(out, expected)
 

@@ -1,4 +1,4 @@
-"""geglu and gate_up_geglu against fp64."""
+"""Compares geglu and gate_up_geglu with fp64."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from oracles import geglu_oracle
 from gemma_fast.kernels.geglu import gate_up_geglu, geglu
 
 
-def of_halves(gate_up):
+def geglu_of_halves(gate_up):
     return geglu(*gate_up.chunk(2, dim=-1))
 
 
@@ -16,7 +16,7 @@ def of_halves(gate_up):
 @pytest.mark.parametrize("shape", [(1, 2), (3, 2048), (2, 5, 88), (4, 3000), (0, 64)], ids=str)
 def test_geglu_equals_fp64(shape, dtype, device, poison_outputs):
     gate_up = (3 * torch.randn(shape, device=device)).to(dtype)
-    out = of_halves(gate_up)
+    out = geglu_of_halves(gate_up)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), geglu_oracle(gate_up), **TOLERANCE[dtype])
 
@@ -24,20 +24,20 @@ def test_geglu_equals_fp64(shape, dtype, device, poison_outputs):
 def test_geglu_reads_strided_rows(device, poison_outputs):
     gate_up = strided((5, 128), torch.float32, device)
     torch.testing.assert_close(
-        of_halves(gate_up).double(), geglu_oracle(gate_up), **TOLERANCE[torch.float32]
+        geglu_of_halves(gate_up).double(), geglu_oracle(gate_up), **TOLERANCE[torch.float32]
     )
 
 
 def test_gelu_is_the_tanh_approximation(device):
     gate_up = torch.tensor([[-2.7, 1.0]], device=device)
     exact = torch.nn.functional.gelu(gate_up[:, :1])
-    assert (of_halves(gate_up) - exact).abs() > 4e-4
-    assert (of_halves(gate_up) - geglu_oracle(gate_up)).abs() < 1e-6
+    assert (geglu_of_halves(gate_up) - exact).abs() > 4e-4
+    assert (geglu_of_halves(gate_up) - geglu_oracle(gate_up)).abs() < 1e-6
 
 
 def test_large_gates_do_not_overflow(device):
     gate_up = torch.tensor([[60.0, -60.0, 2.0, 3.0]], device=device, dtype=torch.float16)
-    assert of_halves(gate_up).tolist() == [[120.0, 0.0]]
+    assert geglu_of_halves(gate_up).tolist() == [[120.0, 0.0]]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "different strides"])
@@ -64,7 +64,7 @@ GATE_UP_SHAPES = [
 ]  # fmt: skip
 
 
-def check_product(shape, dim, dtype, device):
+def check_gate_up(shape, dim, dtype, device):
     x = torch.randn(shape, device=device).to(dtype)
     weight = (torch.randn(2 * dim, shape[-1], device=device) / shape[-1] ** 0.5).to(dtype)
     out = gate_up_geglu(x, weight)
@@ -76,12 +76,12 @@ def check_product(shape, dim, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "dim"), GATE_UP_SHAPES, ids=str)
 def test_gate_up_geglu_equals_fp64(shape, dim, dtype, device, poison_outputs):
-    check_product(shape, dim, dtype, device)
+    check_gate_up(shape, dim, dtype, device)
 
 
 @pytest.mark.parametrize(("shape", "dim"), GATE_UP_SHAPES, ids=str)
 def test_gate_up_geglu_with_descriptors_equals_fp64(shape, dim, hopper, poison_outputs):
-    check_product(shape, dim, torch.float16, hopper)
+    check_gate_up(shape, dim, torch.float16, hopper)
 
 
 def test_gate_up_geglu_reads_strided_rows(device, poison_outputs):
@@ -92,7 +92,7 @@ def test_gate_up_geglu_reads_strided_rows(device, poison_outputs):
 
 
 def test_gate_up_geglu_reads_unaligned_rows(hopper):
-    """Descriptors cannot read rows that do not begin at a multiple of 16 bytes."""
+    """Descriptors can read rows only if each row begins at a multiple of 16 bytes."""
     x = torch.randn(65 * 32 + 1, device=hopper).half()[1:].view(65, 32)
     weight = (torch.randn(48, 32, device=hopper) / 6).half()
     expected = geglu_oracle(x.double() @ weight.double().T)

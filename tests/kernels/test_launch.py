@@ -1,4 +1,4 @@
-"""Overrides of launch configs, limits of another GPU, and the features that they allow."""
+"""Tests overrides of launch configs, other GPUs' limits, and the features that a GPU allows."""
 
 import torch
 
@@ -7,7 +7,7 @@ from gemma_fast.kernels.launch import Gpu, as_on, gpu, launch_config, override
 CPU, H100, A100 = torch.device("cpu"), Gpu(90, 232_448, 132), Gpu(80, 166_912, 108)
 
 
-def test_an_override_ends_with_its_block():
+def test_an_override_ends_with_its_context():
     table = launch_config("a kernel", {"BLOCK": 4, "num_warps": 8})
     with override("a kernel", BLOCK=2):
         assert launch_config("a kernel", table) == table | {"BLOCK": 2}
@@ -29,7 +29,7 @@ def test_as_on_replaces_the_gpus_limits():
 
 
 def test_kernels_overlap_from_capability_9_0_on():
-    """They overlap by programmatic dependent launch (PDL)."""
+    """Kernels overlap by programmatic dependent launch (PDL)."""
     assert H100.overlap(True) == {"PREFETCH": True, "launch_pdl": True}
     assert H100.overlap(False) == A100.overlap(True) == {"PREFETCH": False}
 

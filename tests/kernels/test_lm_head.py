@@ -1,4 +1,4 @@
-"""sample_token and next_token against their references; noise against Random123 and softmax."""
+"""Compares sample_token and next_token with their references, and tests their random noise."""
 
 import pytest
 import torch
@@ -16,12 +16,12 @@ INF, NAN = float("inf"), float("nan")
 
 
 def sampled(temperature=0.7, seed=(5 << 40) + 77, device="cpu"):
-    """One temperature and one seed, [1] each. `chosen` expands them to all rows."""
+    """Returns a temperature and a seed, [1] each, which `chosen` expands to all rows."""
     return torch.full((1,), temperature, device=device), torch.tensor([seed], device=device)
 
 
 def chosen(op, *given, b, device, position=None, **options):
-    """Returns the tokens that an op samples. `given`: its arguments before `position`."""
+    """Returns the tokens that an op samples. `given` are the op's arguments before `position`."""
     for name in {"temperature", "seed"} & options.keys():
         if options[name] is not None:
             options[name] = options[name].expand(b).contiguous()
@@ -58,7 +58,7 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
     assert tuple(int(x) for x in found) == expected
 
 
-def test_noise_of_token_v_is_number_v_mod_4_of_counter_v_div_4():
+def test_token_v_uses_random_number_v_mod_4_of_philox_counter_v_div_4():
     seed, position = torch.tensor([(3 << 32) + 1]), torch.tensor([9, 11], dtype=torch.int32)
     noise = gumbel_reference(seed, position, 11)
     for row, v in ((0, 0), (0, 10), (1, 3), (1, 4)):
@@ -68,7 +68,7 @@ def test_noise_of_token_v_is_number_v_mod_4_of_counter_v_div_4():
         torch.testing.assert_close(noise[row, v], -(-torch.log1p(-u)).log().float().squeeze())
 
 
-with interpreter():  # needed when a kernel is defined, too
+with interpreter():  # the interpreter runs only kernels that are defined in this context
 
     @triton.jit
     def _noise_kernel(token_ptr, noise_ptr, seed, TOKENS: tl.constexpr):
@@ -77,8 +77,8 @@ with interpreter():  # needed when a kernel is defined, too
 
 
 def test_noise_of_the_kernel_is_exact_in_both_tails():
-    """u is in fp32. The random numbers of the last two tokens are 3 and 2**32 - 9; unless it is
-    clamped, the second one would give u = 1."""
+    """The random numbers of the last two tokens are 3 and 2**32 - 9. The fp32 value of u must be
+    clamped: otherwise, 2**32 - 9 would give u = 1."""
     token, zero = torch.tensor([*range(1022), 66929077, 8036761]), torch.tensor([0])
     drawn = philox_reference((token // 4, zero, zero, zero), torch.tensor([5]))
     r = torch.stack(drawn, dim=-1).gather(1, token[:, None] % 4)
@@ -92,13 +92,13 @@ def test_noise_of_the_kernel_is_exact_in_both_tails():
     torch.testing.assert_close(noise.cpu().double(), expected, rtol=1e-6, atol=2e-7)
 
 
-@pytest.mark.parametrize("drawn", [0, 2**32 - 1])
-def test_noise_of_the_smallest_and_largest_number_is_finite(drawn, monkeypatch):
+@pytest.mark.parametrize("drawn", [0, 2**32 - 1], ids=["smallest", "largest"])
+def test_noise_of_extreme_random_numbers_is_finite(drawn, monkeypatch):
     monkeypatch.setattr(sample, "philox_reference", lambda *_: 4 * (torch.full((1, 2), drawn),))
     assert gumbel_reference(torch.tensor([1]), torch.tensor([0]), 8).isfinite().all()
 
 
-def test_noise_has_the_gumbel_distribution_up_to_its_tails():
+def test_noise_has_the_gumbel_distribution_in_its_tails_too():
     noise = gumbel_reference(torch.tensor([1]), torch.zeros(8, dtype=torch.int32), 262_144)
     assert noise.isfinite().all()
     for x in (-2.0, -1.0, 0.0, 1.0, 3.0, 8.0, 11.0):  # P(noise ≤ x) = exp(-exp(-x))
@@ -133,7 +133,7 @@ def test_non_finite_logits_give_token_minus_one(temperature, device):
 
 
 def test_equal_logits_give_the_lowest_id(device, monkeypatch):
-    monkeypatch.setattr(sample, "PARTIALS", 1)  # compares 4 of the 5 programs per round
+    monkeypatch.setattr(sample, "PARTIALS", 1)  # chunks of 4, for the results of 5 programs
     logits = torch.zeros(3, 5000, device=device)
     logits[1, [1023, 1024, 4999]] = 1.0
     logits[2, [3500, 4999]], logits[2, 7] = 1.0, -0.0
@@ -155,14 +155,14 @@ def test_noise_depends_on_seed_row_and_position(device):
     first = choose_from(logits, *sampled(device=device), position)
     assert torch.equal(choose_from(logits, *sampled(device=device), position), first)
     assert len(set(first.tolist())) >= 5
-    for other in (1, 77, (4 << 40) + 77):  # other low bits, other high bits
+    for other in (1, 77, (4 << 40) + 77):  # the default seed is (5 << 40) + 77
         again = choose_from(logits, *sampled(seed=other, device=device), position)
         assert (again != first).sum() >= 5
 
 
-@pytest.mark.parametrize("b", [1, 3, 9])
+@pytest.mark.parametrize("b", [1, 3, 9], ids="b {}".format)
 def test_each_row_uses_its_own_temperature_and_seed(b, device):
-    """A row gets the same token as when all rows have its settings. Some rows are greedy."""
+    """A row gets the same token as in a batch in which all rows have the settings of this row."""
     given = [x.to(device) for x in inputs(b, 64, 500)]
     logits = exact_logits(*given).float()
     settings = [((0.0, 30.0, 9.0)[i % 3], 7 + i) for i in range(b)]
@@ -202,7 +202,7 @@ CASES = [
     (3, 72, 199, True, True, 30.0),
     (8, 64, 1000, False, False, 5.0),
     (8, 72, 2083, True, False, 30.0),
-    (9, 64, 1000, True, True, 5.0),  # too many rows for one launch
+    (9, 64, 1000, True, True, 5.0),  # more than MAX_ROWS rows take several launches
 ]
 
 
@@ -226,9 +226,9 @@ def test_next_token_equals_reference(b, dim, vocab, residual, post_norm, softcap
     assert not torch.equal(*found)
 
 
-@pytest.mark.parametrize("b", [1, 8])
+@pytest.mark.parametrize("b", [1, 8], ids="b {}".format)
 def test_next_token_equals_reference_with_all_options(b):
-    """Logits are around 1, where a soft cap of a wrong slope would give other tokens."""
+    """Logits are around 1, where a wrong slope of the soft cap would change tokens."""
     given, drawn = inputs(b, 512, 64), set()
     given[-1] /= 512**0.5
     for seed in range(8):
@@ -239,10 +239,11 @@ def test_next_token_equals_reference_with_all_options(b):
     assert len(drawn) > 1
 
 
-@pytest.mark.parametrize("b", [1, 8])
-@pytest.mark.parametrize("same", [(1, 5, 37), (9, 21)], ids=["in one program", "in two programs"])
+@pytest.mark.parametrize("b", [1, 8], ids="b {}".format)
+@pytest.mark.parametrize("same", [(1, 5, 37), (9, 21)], ids=["one program", "two programs"])
 def test_equal_rows_of_the_weight_give_the_lowest_id(same, b, device):
-    """With one row a program computes 16 tokens, four at a time."""
+    """For b = 1, a program computes 16 tokens, four at a time. Ids 1 and 5 belong to one program,
+    ids 9 and 21 to two."""
     x, norm, weight = (torch.zeros(n, 2048, device=device) for n in (b, 1, 40))
     x[:, 3], weight[same, 3] = 2.0, 1.0
     token = chosen(next_token, x, None, norm[0], None, weight, b=b, device=device)
@@ -250,9 +251,9 @@ def test_equal_rows_of_the_weight_give_the_lowest_id(same, b, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("b", [1, 8, 9])
-def test_next_token_in_16_bits_has_the_highest_logit(b, dtype, device):
-    """The token's exact logit is the highest, up to the error of rounding the normalized input."""
+@pytest.mark.parametrize("b", [1, 8, 9], ids="b {}".format)
+def test_next_token_in_16_bits_has_almost_the_highest_logit(b, dtype, device):
+    """The token's exact logit may be lower by the error of rounding the normalized input."""
     given = inputs(b, 128, 500, dtype)
     theirs = [x.to(device) for x in given]
     token = chosen(next_token, *theirs, b=b, device=device).cpu()
@@ -263,7 +264,7 @@ def test_next_token_in_16_bits_has_the_highest_logit(b, dtype, device):
 
 def test_the_soft_cap_applies_before_sampling(device):
     """With a cap of 1, half of the tokens are about equally likely, so equal rows sample different
-    tokens."""
+    tokens. With a cap of 100, equal rows sample one or two tokens."""
     given = [x.to(device) for x in inputs(1, 64, 500)]
     given[:2] = (x.expand(8, -1) for x in given[:2])
     given[-1] *= 0.5
@@ -276,7 +277,7 @@ def test_the_soft_cap_applies_before_sampling(device):
         assert len(set(token.tolist())) in different
 
 
-@pytest.mark.parametrize("b", [1, 3, 9])
+@pytest.mark.parametrize("b", [1, 3, 9], ids="b {}".format)
 @pytest.mark.parametrize("softcap", [*slow(None), 5.0], ids=str)
 def test_non_finite_hiddens_or_weights_give_token_minus_one(b, softcap, device):
     x, residual, norm, post, weight = (t.to(device) for t in inputs(b, 64, 50))

@@ -1,4 +1,4 @@
-"""linear and norm_linear against fp64."""
+"""Compares linear and norm_linear with fp64."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ from gemma_fast.kernels._skinny import MAX_ROWS
 from gemma_fast.kernels.matvec import linear, norm_linear
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 
-# Results are around 1. Three roundings add up: of h, of its norm, and of the sum.
+# For results around 1. The errors of rounding h, the normalized h and the result add up.
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.float16: {"rtol": 2e-3, "atol": 4e-3},
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 3e-2},
 }
-EPS = 1e-2  # large enough to change results
-# (dim, out). dim: below one block, several blocks, not whole blocks, no multiple of 16 bytes.
+EPS = 1e-2  # for the norm; large enough to change results
+# (dim, out): dim is below one block, several blocks, not whole blocks, or not whole 16 bytes.
 SHAPES = [(48, 88), (640, 40), (1160, 30), (2304, 20), (20, 34), (36, 6)]
 
 
@@ -32,7 +32,7 @@ def norm(x, weight):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, MAX_ROWS, MAX_ROWS + 1], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, MAX_ROWS, MAX_ROWS + 1], ids="rows {}".format)
 @pytest.mark.parametrize(("dim", "out"), SHAPES, ids=str)
 def test_linear_equals_fp64(dim, out, rows, dtype, device, poison_outputs):
     x, weight = torch.randn(rows, dim, device=device).to(dtype), weight_of(out, dim, dtype, device)
@@ -44,7 +44,7 @@ def test_linear_equals_fp64(dim, out, rows, dtype, device, poison_outputs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("geglu", [False, True], ids=["plain", "geglu"])
 @pytest.mark.parametrize("stream", ["x alone", "residual", "residual, post-norm"])
-@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS + 1], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS + 1], ids="rows {}".format)
 @pytest.mark.parametrize(("dim", "out"), SHAPES[::2], ids=str)
 def test_norm_linear_equals_fp64(dim, out, rows, stream, geglu, dtype, device, poison_outputs):
     x = 3 * torch.randn(rows, dim, device=device).to(dtype)
@@ -63,7 +63,7 @@ def test_norm_linear_equals_fp64(dim, out, rows, stream, geglu, dtype, device, p
 
 
 def test_residual_is_rounded_as_in_add_rms_norm(device):
-    """Both round the post-norm to fp16, and then the sum."""
+    """Both ops round the post-norm to fp16, add the residual, and round the sum to fp16."""
     x, residual = torch.randn(2, 5, 640, device=device).half()
     post_weight, weight = torch.randn(640, device=device), weight_of(16, 640, torch.half, device)
     _, expected = add_rms_norm(x, residual, post_weight, post_weight)
@@ -71,10 +71,10 @@ def test_residual_is_rounded_as_in_add_rms_norm(device):
     assert (h != expected).float().mean() < 1e-3  # a sum in another order may round differently
 
 
-@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("rows", [1, 6], ids="rows {}".format)
 def test_the_normalized_row_is_rounded_once_as_in_rms_norm(rows, device):
-    """An identity weight returns the row itself. A quarter of it would differ if it were also
-    rounded before it is scaled."""
+    """With an identity weight, y is the normalized row. If the row were also rounded before it is
+    multiplied by the norm weight, a quarter of y would differ from rms_norm."""
     x, norm_weight = torch.randn(rows, 256, device=device).half(), torch.randn(256, device=device)
     y, h = norm_linear(x, x, norm_weight, None, torch.eye(256, device=device).half())
     assert (y != rms_norm(h, norm_weight)).float().mean() < 5e-3
@@ -95,7 +95,7 @@ def test_no_rows_give_an_empty_result(dtype, device):
     assert linear(x, weight).shape == (0, 6) and y.shape == (0, 3) and h.shape == (0, 8)
 
 
-def test_one_launch_up_to_max_rows_and_none_for_no_rows(device, monkeypatch):
+def test_the_kernel_is_launched_for_1_to_max_rows_only(device, monkeypatch):
     launches = []
     monkeypatch.setattr(matvec, "_launch", lambda x, *_: launches.append(x.shape) or (x, x))
     weight = torch.randn(4, 16, device=device)

@@ -1,4 +1,4 @@
-"""Each kernel's op under torch.library.opcheck: schema, fake tensors, symbolic shapes."""
+"""Tests ops with torch.library.opcheck, autograd, wrong dtypes, no tokens and torch.compile."""
 
 import inspect
 import shutil
@@ -71,7 +71,7 @@ SPLIT = ("query", "keys", "values", "query_offset", "left_padding", "counter")
 ATTENTION = ("q", "keys", "values", "cos", "sin", "query_offset", "norm_weight")
 
 
-# Op, arguments by their names in tensors(), options. The first line of an op has no None.
+# (op, names of the arguments in tensors(), options). The first entry of each op passes no None.
 OPS = [
     (rms_norm, ("q", "norm_weight"), {}),
     (add_rms_norm, ("k", "v", "norm_weight"), {}),
@@ -101,7 +101,7 @@ OPS = [
 FIRST = {op.__name__: (op, names, options) for op, names, options in reversed(OPS)}
 
 
-def test_every_op_is_in_the_table():
+def test_every_registered_op_is_tested():
     registered = torch._C._dispatch_get_all_op_names()
     assert set(FIRST) == {x.split("::")[1] for x in registered if x.startswith("gemma_fast::")}
 
@@ -113,7 +113,7 @@ def test_every_op_is_in_the_table():
 )
 @pytest.mark.parametrize("permuted", [*slow(False), True], ids=["contiguous", "permuted"])
 def test_op_passes_opcheck(op, names, options, permuted, device):
-    """Outputs are contiguous for any strides of the inputs, as torch.compile's fake tensors are."""
+    """Outputs must be contiguous for all strides of the inputs, as the fake outputs are."""
     given = tensors_on(device)
     for name in ("q", "k", "v", "x") if permuted else ():
         given[name] = given[name].transpose(0, 1).contiguous().transpose(0, 1)

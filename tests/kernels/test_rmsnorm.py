@@ -1,4 +1,4 @@
-"""rms_norm and add_rms_norm against fp64."""
+"""Compares rms_norm and add_rms_norm with fp64."""
 
 import pytest
 import torch

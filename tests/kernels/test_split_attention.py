@@ -1,5 +1,5 @@
-"""split_attention, and attention of queries that are rotated already, against fp64. The cache holds
-all keys, and each row's first ones may be left padding."""
+"""Compares split_attention and attention with fp64. Queries are already rotated, the cache already
+holds all keys, and the oldest keys of a row may be left padding."""
 
 import pytest
 import torch
@@ -19,18 +19,18 @@ def check(
     device, dtype, left_padding, *, t=1, past=0, n=1, m=1, d=D, spare=0, slots=None, window=None,
     softcap=None, seed=0,
 ):  # fmt: skip
-    """Compares t queries at positions past, past + 1, … A row's tokens begin at left_padding."""
+    """Compares t queries at positions from `past` on. Positions below left_padding are padding."""
     torch.manual_seed(seed)
     b, total, make = len(left_padding), past + t, {"device": device, "dtype": dtype}
     slots = slots or total + spare
-    q = torch.randn(b, t, n * m, 2 * d, **make)[..., :d]  # strided heads
+    q = torch.randn(b, t, n * m, 2 * d, **make)[..., :d]  # [b, t, n * m, d], strided
     k, v = torch.randn(2, b, total, n, d, **make)
     keys, values = torch.full((2, b, slots, n, d), torch.finfo(dtype).max, **make)
     held = torch.arange(max(total - slots, 0), total, device=device)
     keys[:, held % slots], values[:, held % slots] = k[:, held], v[:, held]
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     start, begin = torch.tensor([[past] * b, left_padding], dtype=torch.int32, device=device)
-    scale = SCALE * (D / d) ** 0.5  # scores, and so errors, of the same size for any d
+    scale = SCALE * (D / d) ** 0.5  # for any d, scores and errors have the same size
     options = {"scale": scale, "window": window, "softcap": softcap}
     if t == 1:
         counter = torch.zeros(b * n, dtype=torch.int32, device=device)
@@ -61,7 +61,7 @@ CASES = {
     "query in the padding": {"left_padding": [9, 0], "past": 5},
     "padding before the window": {"left_padding": [3, 60], "past": 70, "window": 20},
     "ring that wraps": {"left_padding": [0, 95], "past": 100, "slots": 32, "window": 32},
-    "odd ring that wraps": {
+    "ring of 13 slots that wraps": {
         "left_padding": [5, 99], "past": 100, "slots": 13, "window": 13, "m": 2,
     },
     "spare slots": {"left_padding": [0, 7], "past": 40, "spare": 500},
@@ -101,7 +101,7 @@ SHAPES = {
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shape=st.fixed_dictionaries(SHAPES), many=st.booleans())
-def test_any_shape(shape, many):
+def test_any_shape_equals_fp64(shape, many):
     with multiprocessors(many), interpreter():
         check("cuda" if torch.cuda.is_available() else "cpu", torch.float32, **shape)
 

@@ -1,4 +1,4 @@
-"""KVCache: caches of some of its rows, counting, failed passes, shared rotary tables."""
+"""Tests KVCache: views of some rows, lengths, passes that fail, and shared rotary tables."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def model():
 
 
 def read(model, ids, cache):
-    """Adds ids to the cache, and returns the logits after the last token."""
+    """Adds ids :: [b, t] to the cache. Returns the logits after the last token: [b, vocab]."""
     cache.reserve(ids.shape[1])
     return model.logits(model.hidden_states(ids, cache).last(1))[:, 0]
 
@@ -37,7 +37,7 @@ def test_sequences_that_start_at_different_times_decode_together(model):
 
 
 @torch.no_grad()
-def test_clearing_a_row_leaves_the_others_unchanged(model):
+def test_clearing_a_row_leaves_other_rows_unchanged(model):
     cache = model.new_cache(2, 32)
     ids = torch.arange(3, 17).view(2, 7)
     read(model, ids, cache)
@@ -73,7 +73,7 @@ def test_a_failed_pass_leaves_its_rows_stale(model):
     assert cache.stale is None
 
 
-def test_rows_of_a_growing_cache_raise(model):
+def test_selecting_rows_of_a_growing_cache_raises(model):
     with pytest.raises(AssertionError, match="a cache that grows"):
         KVCache(model.config, 2, 32, dtype=torch.float32, grows=True).rows(0)
 

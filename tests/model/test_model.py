@@ -1,4 +1,4 @@
-"""The model against transformers' eager model in fp32, and against itself: chunks, padding."""
+"""Compares the model with transformers' eager model in fp32, and with itself (chunks, padding)."""
 
 import shutil
 from copy import deepcopy
@@ -22,7 +22,7 @@ def test_logits_equal_transformers(twins):
     for t in lengths(twins):
         ids = twins.prompt(2, t)
         expected = twins.hf(ids).logits
-        assert expected.std() > 0.3, "logits that are almost equal test nothing"
+        assert expected.std() > 0.3, "almost equal logits cannot show errors"
         close(twins.model(ids).logits, expected)
         close(twins.reference(ids).logits, expected)
 
@@ -48,7 +48,7 @@ def test_right_padded_batch_equals_single_prompts(twins):
     close(logits[1], twins.model(ids[1:]).logits[0])
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 8, 19], ids=str)
+@pytest.mark.parametrize("chunk", [1, 3, 8, 19], ids="chunk {}".format)
 def test_chunks_equal_one_forward(twins, chunk):
     ids = twins.prompt(2, 40)
     expected = twins.model(ids).logits
@@ -60,7 +60,7 @@ def test_chunks_equal_one_forward(twins, chunk):
     close(torch.cat(rows, dim=1), expected)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 11], ids=str)
+@pytest.mark.parametrize("chunk", [1, 4, 11], ids="chunk {}".format)
 def test_left_padded_chunks_and_steps_equal_single_prompts(twins, chunk):
     prompts, ids, mask = left_padded(twins, [30, 3, 17])
     cache = KVCache(twins.config, 3, 30, dtype=torch.float32)
@@ -93,7 +93,7 @@ def test_logits_to_keep_and_use_cache_are_respected(twins):
         close(out.logits, twins.model(ids).logits[:, -1:])
 
 
-def test_memory_of_windowed_layers_does_not_grow(twins):
+def test_windowed_layers_keep_only_their_window(twins):
     window = twins.config.sliding_window
     if window is None:
         pytest.skip("no windowed layers")
@@ -106,8 +106,8 @@ def test_memory_of_windowed_layers_does_not_grow(twins):
     assert cache.nbytes == positions * per_position
 
 
-def test_rings_are_whole_blocks_or_the_window(twins):
-    """The attention kernel copies blocks of keys."""
+def test_rings_are_as_long_as_whole_blocks_or_the_window(twins):
+    """With descriptors, the attention kernel copies whole blocks of keys."""
     for past, tokens, full, windowed in (
         (0, 5, 128, None), (3, 5, 128, None), (0, 128, 128, 128), (0, 129, 256, 256),
         (100, 20, 128, 128), (120, 2, 128, 128), (127, 2, 256, 128),
@@ -120,7 +120,7 @@ def test_rings_are_whole_blocks_or_the_window(twins):
             assert slots == (windowed or window if window else full)
 
 
-def test_a_full_growing_cache_doubles(twins):
+def test_a_full_cache_that_grows_doubles_its_length(twins):
     cache = twins.model(twins.prompt(1, 20)).past_key_values
     twins.model(twins.prompt(1, 1), past_key_values=cache)
     assert cache.max_length == 40
@@ -135,7 +135,7 @@ def test_generation_config_is_read(twins, tmp_path):
 
 @RICHEST_FAMILIES
 def test_model_on_kernels_equals_reference(twins, device):
-    """In fp32 the kernels give the reference's logits and greedy tokens."""
+    """In fp32, the model with kernels gives the logits and greedy tokens of the reference."""
     model = deepcopy(twins.model).to(device)
     _, ids, mask = left_padded(twins, [19, 5])
     expected = twins.reference(ids, attention_mask=mask).logits

@@ -1,4 +1,4 @@
-"""Gemma's numerical rules, one per test. Mistakes in them can be smaller than bf16's noise."""
+"""Tests Gemma's numerical rules, one per test. A mistake can be smaller than bf16's errors."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def test_one_plus_weight_is_computed_in_fp32():
 
 
 def test_norm_is_rounded_once():
-    """Llama rounds before it multiplies by the weight; Gemma rounds after."""
+    """Llama also rounds before the multiplication by the weight. Gemma only rounds the result."""
     x, weight = torch.randn(64, 64).bfloat16(), torch.randn(64).bfloat16()
     z = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     gemma = (z * (1 + weight.double())).bfloat16()
@@ -56,7 +56,7 @@ def test_norm_is_rounded_once():
         rms_norm(x, weight),
         reference.rms_norm(x, weight, 1e-6),
     ):
-        assert (out != gemma).float().mean() < 0.005  # fp32 may round a tie differently
+        assert (out != gemma).float().mean() < 0.005  # fp32 and fp64 may round a tie differently
         assert (out != llama).float().mean() > 0.1
 
 
@@ -102,7 +102,7 @@ def test_gelu_in_gemma_1_configs_means_the_tanh_approximation(tmp_path):
 
 
 def test_angles_are_fp32_in_a_bf16_model():
-    """bf16 cannot represent 257: neighboring positions would be rotated by equal angles."""
+    """bf16 cannot represent 257, so neighboring positions would be rotated by equal angles."""
     config, dtypes = CONFIGS["gemma3-mqa"], (torch.bfloat16, torch.float32)
     half, full = (KVCache(config, 1, 260, dtype=dtype) for dtype in dtypes)
     for cache in (half, full):
@@ -111,14 +111,14 @@ def test_angles_are_fp32_in_a_bf16_model():
     for kind in (FULL, SLIDING):
         half_angles, full_angles = (torch.stack(x.angles_of(4)[kind]) for x in (half, full))
         walk = torch.stack(reference.angles(config, position, kind)).squeeze(2)
-        for angles in (half_angles, walk):  # [cos | sin, 1, 4, d / 2]
+        for angles in (half_angles, walk):  # [2, 1, 4, d / 2]: cos and sin
             assert angles.dtype == torch.float32
             assert torch.equal(angles, full_angles)
             assert len({float(c) for c in angles[0, 0, :, 0]}) == 4
 
 
 def test_attention_scale_is_query_pre_attn_scalar(twins):
-    """A config with another scale gives other logits: the scale is not derived from head_dim."""
+    """Another query_pre_attn_scalar must change logits: the scale must not depend on head_dim."""
     if twins.config.model_type == "gemma":
         pytest.skip("Gemma 1 scales by head_dim")
     other = GemmaForCausalLM.from_pretrained(twins.path, device="cpu")

@@ -10,16 +10,16 @@ import triton
 from triton.backends.nvidia.compiler import get_ptxas
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
-# A store of RZ is not a spill but an argument of a call: ptxas 12.9 on 12.0 emits such a call for
-# tile copies, on a path that is never taken.
+# Matches stores to local memory, except stores of RZ, which are arguments of a call. For compute
+# capability 12.0, ptxas 12.9 emits such a call for tile copies, on a path that is never taken.
 SPILL = r"\bSTL(?:\.(\d+))?\s+\[(.*?)\],\s*R\d"
 
 
 def loops(sass: str) -> list[list[str]]:
-    """Returns the instructions of each loop with matmuls, by address. Nested loops count as one.
+    """Returns the instructions of each loop with matmul or FFMA instructions, ordered by address.
 
-    A loop is a strongly connected component of the graph of instructions, so it includes the blocks
-    that the assembler places elsewhere, such as the retry of a wait.
+    A loop is a strongly connected component of the graph of instructions, so nested loops count as
+    one. It includes the blocks that the assembler places elsewhere, such as the retry of a wait.
     """
     labels: dict[str, int] = {}
     instructions: list[str] = []
@@ -34,7 +34,8 @@ def loops(sass: str) -> list[list[str]]:
     for i, instruction in enumerate(instructions):
         if branch := re.search(r"\bBRA\b.*(\.L_\w+)", instruction):
             graph.add_edge(i, labels[branch[1]])
-        if not re.match(r"BRA[.\w]*\s+`|EXIT|RET", instruction):  # these never reach the next line
+        # An unconditional jump never reaches the next instruction.
+        if not re.match(r"BRA[.\w]*\s+`|EXIT|RET", instruction):
             graph.add_edge(i, i + 1)
     found = (sorted(x) for x in networkx.strongly_connected_components(graph) if len(x) > 1)
     bodies = [[instructions[i] for i in loop] for loop in sorted(found)]
@@ -46,7 +47,7 @@ def count(pattern: str, instructions: list[str]) -> int:
 
 
 def spills_in_loops(sass: str) -> int:
-    """Counts the instructions that store or load spilled registers in loops with matmuls."""
+    """Counts the instructions in `loops` that store or load spilled registers."""
     return sum(count(rf"{SPILL}|\bLDL\b", body) for body in loops(sass))
 
 
@@ -56,9 +57,9 @@ def spilled_bytes(sass: str) -> int:
 
 
 def softmax_in_loops(sass: str) -> list[dict[str, int]]:
-    """For each loop with asynchronous matmuls and exponentials, counts its waits for matmuls, its
-    exponentials, those before the last wait, and the matmuls after that wait, which overlap the
-    softmax of the next iteration."""
+    """Returns, for each loop with asynchronous matmuls and exponentials, the number of waits for
+    matmuls, of exponentials, of exponentials before the last wait, and of matmuls after the last
+    wait. The matmuls after the last wait overlap the softmax of the next iteration."""
     found = []
     for body in loops(sass):
         waits = [i for i, x in enumerate(body) if "WARPGROUP.DEPBAR" in x]
@@ -72,8 +73,8 @@ def softmax_in_loops(sass: str) -> list[dict[str, int]]:
 
 
 def assemble(compiled) -> dict:
-    """Returns registers, spilled bytes, spills and softmax in loops, and the assembler's warnings
-    that it serializes matmuls."""
+    """Returns the number of registers and of spilled bytes, the results of `spills_in_loops` and
+    `softmax_in_loops`, and the assembler's warnings about serialized matmuls."""
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "cubin"), Path(folder, "ptx")
         cubin.write_bytes(compiled.asm["cubin"])
@@ -81,7 +82,7 @@ def assemble(compiled) -> dict:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
         spilled, spills, softmax, warnings = 0, 0, [], ""
-        wgmma = "wgmma" in compiled.asm["ptx"]  # only on 9.0
+        wgmma = "wgmma" in compiled.asm["ptx"]  # asynchronous matmuls, which only 9.0 has
         if int(stack) or wgmma:
             command = [BIN / "nvdisasm", "-c", cubin]
             sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,7 @@
-"""Runs the certificate's checks on the CPU path and a tiny model, and has a mistake to detect."""
+"""Runs the checks of `gemma-fast verify` on the ops' references and on a tiny model.
+
+`exact_gelu` is an error that these checks must detect.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def kernels(*dtypes) -> dict[tuple[str, str], Finding]:
+    """Checks the ops' references. Returns the findings by check and dtype."""
     return {(x.check, x.dtype): x for x in check_kernels(CPU, dtypes, CPU_PATH)}
 
 
@@ -22,7 +26,7 @@ def failed(lines) -> set[str]:
 
 
 class Loud(RandomCheckpoint):
-    """Larger weights, so that attention and MLP change the logits as much as the embedding."""
+    """Multiplies random weights by 10, so that attention and MLP change the logits, too."""
 
     def _read(self, name, out):
         super()._read(name, out)

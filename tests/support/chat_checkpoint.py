@@ -1,4 +1,4 @@
-"""Writes a tiny random chat model with transformers: weights, tokenizer, official template."""
+"""Writes the checkpoint of a tiny random chat model: weights, tokenizer, official template."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Gemma's published chat templates: of Gemma 1 and 2, and of Gemma 3 without its image branch."""
+"""Contains the published chat templates of Gemma 1, 2 and 3 (without Gemma 3's image branch)."""
 
 OFFICIAL_2 = """\
 {{ bos_token }}{% if messages[0]['role'] == 'system' %}\

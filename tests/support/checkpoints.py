@@ -50,7 +50,7 @@ def write_safetensors(
 
 
 def split(path: Path, tensors: dict[str, Tensor], shards: int = 2) -> dict[str, str]:
-    """Replaces model.safetensors by shards and their index. Returns the index's weight map."""
+    """Replaces model.safetensors by shards and an index. Returns the weight map of the index."""
     (path / "model.safetensors").unlink()
     weight_map = {}
     for i in range(shards):
@@ -76,9 +76,9 @@ def write_gguf(
     extra: dict[str, np.ndarray] | None = None,
     **sizes: int,
 ) -> dict[str, Tensor]:
-    """Writes a GGUF file as llama.cpp does: its tensor names are from the gguf package's table, its
-    norms in F32 with 1 added. The tensors of `extra` keep their names. Returns the tensors before
-    `quantize`, by their names in transformers."""
+    """Writes a GGUF file as llama.cpp does: the names come from the gguf package, and norm weights
+    are in F32, with 1 added. Tensors of `extra` keep their names. Returns the unquantized tensors
+    by their names in transformers."""
     config = config_from_json(config_json(family, **sizes))
     tensors = tensors or random_tensors(family, **sizes)
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)

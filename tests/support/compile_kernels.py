@@ -1,15 +1,18 @@
-"""Compiles every kernel, as its launchers would launch it, for one GPU that need not be here.
+"""Compiles every kernel, as its launchers launch it, for one GPU, which need not be present.
 
     python tests/support/compile_kernels.py 90
     python tests/support/compile_kernels.py 90 --hash
     python tests/support/compile_kernels.py 90 --first
 
-Prints a JSON object for each: kernel, registers, bytes spilled and of shared memory,
-spills and softmax in its loops, how wide its loads are, its tensor-core instructions and what the
-assembler warns of. With --hash it prints a line for each instead: a hash of its PTX, and what it
-was compiled for. A change of names or of files leaves all hashes as they were. With --first it
-takes one launch of each kernel. A process of its own, because in the tests' the interpreter has
-taken the compiler's place.
+Prints a JSON object for each compiled kernel: its name, types and options, registers, spilled
+bytes, shared memory, spills and softmax in loops, widths of its loads, its tensor-core instructions
+and the assembler's warnings.
+
+With --hash it instead prints a line with a hash of each kernel's PTX, and the kernel's options and
+types. Renaming a kernel or a file changes no hash. With --first it compiles only the first launch
+of each variant (DESCRIPTORS, BLOCK_M) of a kernel.
+
+Tests run it as a separate process, because in their process the interpreter replaces the compiler.
 """
 
 import hashlib
@@ -44,7 +47,7 @@ from gemma_fast.kernels import (
 )
 from gemma_fast.kernels.launch import Gpu, as_on
 
-# An A100, A10, L4, H100, B200 and RTX 5090.
+# Limits of an A100, A10, L4, H100, B200 and RTX 5090. The key 90 is compute capability 9.0.
 GPUS = {
     gpu.capability: gpu
     for gpu in (
@@ -52,27 +55,27 @@ GPUS = {
         Gpu(100, 232_448, 148), Gpu(120, 101_376, 170),
     )
 }  # fmt: skip
-WHOLE = 90  # on others fp32, and shapes whose launch configs hardly differ, are left out
-PROMPTS = (  # kv heads, query heads a kv head, head dim, window, soft cap, q and k norms
+WHOLE = 90  # the GPU for which MORE_PROMPTS and fp32 kernels are compiled, too
+PROMPTS = (  # kv heads, query heads per kv head, head dim, window, soft cap, q and k norms
     (1, 8, 256, None, None, False),  # Gemma 2B
-    (4, 2, 256, 4096, 50.0, False),  # Gemma 2 2B
-    (16, 2, 128, None, 50.0, False),  # Gemma 2 27B, and every second layer with a window
-    (16, 2, 128, 4096, 50.0, False),
-    (1, 4, 256, 512, None, True),  # Gemma 3 270M and 1B
+    (4, 2, 256, 4096, 50.0, False),  # Gemma 2 2B, layers with a window
+    (16, 2, 128, None, 50.0, False),  # Gemma 2 27B, layers without a window
+    (16, 2, 128, 4096, 50.0, False),  # Gemma 2 27B, layers with a window
+    (1, 4, 256, 512, None, True),  # Gemma 3 270M and 1B, layers with a window
 )
-MORE_PROMPTS = (
+MORE_PROMPTS = (  # shapes with nearly the same launch configs as PROMPTS
     (16, 1, 256, None, None, False),  # Gemma 7B
-    (8, 2, 256, 1024, None, True),  # Gemma 3 12B
-    (16, 2, 128, None, None, True),  # Gemma 3 27B, and its layers with a window
-    (16, 2, 128, 1024, None, True),
+    (8, 2, 256, 1024, None, True),  # Gemma 3 12B, layers with a window
+    (16, 2, 128, None, None, True),  # Gemma 3 27B, layers without a window
+    (16, 2, 128, 1024, None, True),  # Gemma 3 27B, layers with a window
     (1, 4, 256, None, None, True),  # Gemma 3 270M and 1B, layers without a window
     (4, 2, 256, None, 50.0, False),  # Gemma 2 2B, layers without a window
-    (2, 4, 64, None, None, False),  # two kv heads: with one, no tile has 128 rows
+    (2, 4, 64, None, None, False),  # two kv heads, because one has too few rows for BLOCK_M = 128
     (2, 4, 32, None, None, False),
 )
 TYPES = {
     torch.float32: "fp32",
-    torch.float16: "bf16",  # launched as fp16, since off the GPU bf16 is refused; see `report`
+    torch.float16: "bf16",  # launched as fp16, because ops refuse bf16 on a CPU; see `report`
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -88,7 +91,7 @@ launches: list[tuple] = []
 
 
 class Recorder:
-    """Stands in for a kernel: notes what it was launched with."""
+    """Replaces a kernel. Records the kernel's launches instead of running them."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -108,7 +111,7 @@ def type_of(value) -> str | tuple:
 
 
 def types_by_name(kernel, args) -> dict[str, str]:
-    """Types of the arguments; q.ptr: the field `ptr` of the NamedTuple q."""
+    """Returns the arguments' types by name; "q.ptr" is the field `ptr` of the NamedTuple `q`."""
     types = {}
     for parameter, value in zip(kernel.params, args, strict=False):
         fields = value._asdict() if isinstance(value, tuple) else {"": value}
@@ -118,7 +121,7 @@ def types_by_name(kernel, args) -> dict[str, str]:
 
 
 def options_by_name(kwargs) -> dict:
-    """Constants and compiler options; those of a NamedTuple by the names of its fields."""
+    """Returns constants and compiler options by name, and the fields of constant NamedTuples."""
     options = dict(kwargs)
     for value in kwargs.values():
         if isinstance(value, tuple):
@@ -127,7 +130,7 @@ def options_by_name(kwargs) -> dict:
 
 
 def specialized(kernel, args, kwargs) -> tuple[dict, dict, dict]:
-    """Signature, constants and attributes that Triton's launcher would compile a kernel for."""
+    """Returns the signature, constants and attributes for which Triton would compile the launch."""
     constants, attributes = dict(kwargs), {}
 
     def specialize(value, path: tuple, fixed: bool):
@@ -157,7 +160,7 @@ def compile_launch(kernel, args, kwargs, capability: int):
 
 
 def launch_all(dtype: torch.dtype, prompts: Sequence[tuple]) -> None:
-    """Calls each op with the shapes of Gemma 1, 2 and 3, for prompts and for one token."""
+    """Calls each op with the shapes of Gemma 1, 2 and 3, for prompts and for decode steps."""
     memory = torch.empty(256_000 * 2304, dtype=dtype)  # never written, so it takes no memory
 
     def blank(*shape: int) -> Tensor:
@@ -170,7 +173,7 @@ def launch_all(dtype: torch.dtype, prompts: Sequence[tuple]) -> None:
 
 
 def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -> None:
-    """The kernels of a decode step."""
+    """Calls the ops of a decode step, and split_attention, which transformers' layers call."""
     dim, ffn, d = config.hidden_size, config.intermediate_size, config.head_dim
     heads, n = config.num_attention_heads, config.num_key_value_heads
     x, norm, vocab = blank(batch, dim), blank(dim), blank(config.vocab_size, dim)
@@ -234,14 +237,14 @@ def launch_prompts(
                 q, keys, values, cos, sin, query_offset, norm_weight,
                 scale=d**-0.5, window=window, softcap=softcap,
             )  # fmt: skip
-            attention.attention(  # within a transformers model: rotated, perhaps padded
+            attention.attention(  # as called by transformers' layers: rotated q, left padding
                 q, keys, values, None, None, query_offset,
                 scale=d**-0.5, left_padding=query_offset, window=window, softcap=softcap,
             )  # fmt: skip
 
 
 def ptx_hash(job: tuple[int, str], capability: int) -> str:
-    """The PTX without its debug information and the kernel's name."""
+    """Returns a line with the hash of the PTX without debug information and the kernel's name."""
     index, TYPES[torch.float16] = job
     kernel, args, kwargs = launches[index]
     knobs.compilation.disable_line_info = True
@@ -277,12 +280,12 @@ def report(job: tuple[int, str], capability: int) -> str:
 
 
 def record_launches() -> None:
-    """Ops note what they would launch, and launch nothing."""
+    """Makes all ops append their launches to `launches` instead of running kernels."""
     for module in MODULES:
         for name, value in vars(module).copy().items():
             if name.startswith("_") and name.endswith("_kernel"):
                 setattr(module, name, Recorder(value))
-    knobs.runtime.interpret = True  # CPU tensors take the launch path
+    knobs.runtime.interpret = True  # makes ops launch kernels for CPU tensors
 
 
 def main(capability: int, describe: Callable[..., str], only_first: bool) -> None:
@@ -299,7 +302,7 @@ def main(capability: int, describe: Callable[..., str], only_first: bool) -> Non
         first.setdefault(kind, i)
     jobs = [(i, "bf16") for i in (first if only_first else different).values()]
     jobs += [] if only_first else [(i, "fp16") for i in first.values()]
-    with get_context("fork").Pool() as pool:  # forked: it has the launches
+    with get_context("fork").Pool() as pool:  # forked processes inherit `launches`
         for line in pool.imap(partial(describe, capability=capability), jobs):
             print(line)
 

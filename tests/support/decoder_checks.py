@@ -1,8 +1,8 @@
-"""Shared by the engine tests: ways to sample tokens, and a stand-in for CUDA graphs."""
+"""Contains sampling options and a simulated CUDA graph for the engine tests."""
 
 from gemma_fast.engine.decoder import Decoder
 
-NEVER = {"eos_token_id": []}
+NEVER = {"eos_token_id": []}  # no token ends a text
 SAMPLINGS = {
     "greedy": {},
     "sampled": {"do_sample": True, "temperature": 2.0, "seed": 3},
@@ -12,14 +12,14 @@ SAMPLINGS = {
 
 
 class Graph:
-    """Stands in for a CUDA graph of the decode step: a replay runs the step. As after
-    Decoder._capture, the cache has already counted the first step."""
+    """Simulates a CUDA graph of the decode step: replay() runs the step. Like Decoder._capture, the
+    constructor counts the token of the first step in the cache."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder, self.replays = decoder, 0
         decoder.cache.count(1)
 
     def replay(self) -> None:
-        self.decoder.cache.count(-1)  # `_step` counts, but a replay must not
+        self.decoder.cache.count(-1)  # `_step` counts its token, but a replay does not
         self.decoder._step()
         self.replays += 1

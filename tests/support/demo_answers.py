@@ -1,4 +1,5 @@
-"""Results of transformers in fp32 with the demo's weights (Gemma 3 270M)."""
+"""Contains results of transformers in fp32 with the demo's weights (Gemma 3 270M): probabilities of
+the token after PROMPT, and the greedy continuation."""
 
 PROMPT = "I want to move"
 TOP_TEN = {

@@ -1,4 +1,4 @@
-"""A suite for the tests of the benchmarks, with a provider for each possible outcome."""
+"""Defines a benchmark suite for the tests, with a provider for each possible outcome."""
 
 import torch
 

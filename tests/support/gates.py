@@ -1,5 +1,5 @@
-"""Gates: conditions that each compiled kernel must meet. A gate takes compile_kernels.py's report
-on a kernel, and the GPU that it was compiled for. It returns what is wrong, or None."""
+"""Defines gates: conditions that each compiled kernel must meet. A gate takes the kernel's report
+from compile_kernels.py, and the GPU. It returns why the kernel fails, or None."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +9,8 @@ from gemma_fast.kernels.launch import Gpu
 Kernel = dict[str, Any]
 
 COMPUTE_BOUND = ("_attention_kernel", "_gate_up_geglu_kernel")
-# Maximum number of loads below 16 bytes a thread, where it is not 0. They load positions, norms and
-# splits, never weights, keys or values.
+# Kernels that may have loads narrower than 16 bytes per thread, and how many. These loads read ids,
+# positions, norm weights and partial results, but never projection weights, keys or values.
 NARROW_LOADS = {
     "_embed_kernel": 1,
     "_matvec_kernel": 8,
@@ -21,16 +21,16 @@ NARROW_LOADS = {
 
 
 def spills(kernel: Kernel, gpu: Gpu) -> str | None:
-    """ptxas may spill two registers if at most 128 are used, which lets twice as many programs fit,
-    and up to 64 bytes outside the loops."""
+    """ptxas may spill up to 64 bytes outside the loops. It may spill 8 bytes (two registers)
+    anywhere if the kernel uses at most 128 registers, because then twice as many programs fit."""
     few = kernel["spilled"] <= 8 and kernel["registers"] <= 128
     once = kernel["spilled"] <= 64 and not kernel["spills_in_loops"]
     return None if few or once else f"{kernel['spills_in_loops']} spills in loops"
 
 
 def slack(kernel: Kernel, gpu: Gpu) -> str | None:
-    """Prefill attention with descriptors on Hopper leaves 10 of the 255 registers unused, so that
-    the next compiler version does not spill."""
+    """Prefill attention with descriptors must leave at least 10 of Hopper's 255 registers unused,
+    because the next compiler version may need more registers."""
     main = is_prefill_attention(kernel) and kernel["options"]["DESCRIPTORS"]
     registers = kernel["registers"]
     return f"{registers} registers" if main and gpu.capability == 90 and registers > 245 else None
@@ -42,39 +42,43 @@ def shared_memory(kernel: Kernel, gpu: Gpu) -> str | None:
 
 
 def two_programs(kernel: Kernel, gpu: Gpu) -> str | None:
-    """On Hopper two programs of prefill attention with 64 rows must fit a multiprocessor. If the
-    shared memory of decode attention fits twice, its registers must fit twice, too."""
+    """On Hopper, two programs of prefill attention with BLOCK_M = 64 must fit in a multiprocessor.
+    If the shared memory of two programs of decode attention fits, their registers must fit too."""
     if gpu.capability != 90 or kernel["options"].get("BLOCK_M", 128) > 64:
         return None
     if not fits_twice(kernel, gpu):
-        return f"2 * {kernel['shared']} bytes" if is_prefill_attention(kernel) else None
+        return f"needs 2 * {kernel['shared']} bytes" if is_prefill_attention(kernel) else None
     if "attention" not in kernel["kernel"] or kernel["shared"] <= 65_536:
         return None
     registers = kernel["registers"] * 32 * kernel["options"]["num_warps"]
-    return f"2 * {registers} registers" if 2 * registers > 65_536 else None
+    return f"two programs use 2 * {registers} registers" if 2 * registers > 65_536 else None
 
 
 def fits_twice(kernel: Kernel, gpu: Gpu) -> bool:
-    """Whether two programs fit in a multiprocessor's shared memory; each takes 1 KiB more."""
+    """Returns whether the shared memory of two programs fits in a multiprocessor.
+
+    CUDA reserves 1 KiB per program, and a multiprocessor has 1 KiB more than gpu.shared_memory,
+    the limit of one program.
+    """
     return 2 * (kernel["shared"] + 1024) <= gpu.shared_memory + 1024
 
 
 def wide_loads(kernel: Kernel, gpu: Gpu) -> str | None:
-    """Kernels that are bound by memory must load 16 bytes a thread at a time."""
+    """Kernels that are bound by memory must load 16 bytes per thread at a time."""
     narrow = NARROW_LOADS.get(kernel["kernel"], 0)
     if kernel["kernel"] == "_rotary_write_kernel":
         norm = kernel["types"]["rotary.norm_weight"] != "constexpr"
-        narrow = 3 if norm else 1  # query offset; norm weights
+        narrow = 3 if norm else 1  # loads of the query offset and of norm weights
     held = kernel["wide_loads"] and kernel["narrow_loads"] <= narrow
     if held or kernel["kernel"] in COMPUTE_BOUND:
         return None
-    return f"{kernel['narrow_loads']} narrow loads"
+    return f"{kernel['narrow_loads']} loads are narrower than 16 bytes"
 
 
 def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
-    """Before it waits for the previous kernel (PDL), a kernel must fetch at least 64 bytes of
-    weights a thread, and nothing that the previous kernel may write. split_attention, which
-    transformers' layers call, never waits."""
+    """Before it waits for the previous kernel (PDL), a matmul kernel must fetch weights, with one
+    row at least 64 bytes per thread. Before the wait, no kernel may load what the previous kernel
+    may write. split_attention, which transformers' layers call, never waits and is not checked."""
     name, options = kernel["kernel"], kernel["options"]
     if "PREFETCH" not in options or only_queries(kernel):
         return None
@@ -86,24 +90,24 @@ def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
         held = True
     elif name == "_embed_kernel":
         held = loads == 0
-    elif name == "_decode_attention_kernel":  # position, cos, sin, norms; not qkv
+    elif name == "_decode_attention_kernel":  # loads of position, cos, sin and norms, not of qkv
         norm = kernel["types"]["rotary.q_norm"] != "constexpr"
         held = loads <= (9 if norm else 5)
     elif one_row:
         held = loads == kernel["wide_loads_before_wait"] >= 4
-    else:  # weights go to the L2 cache
+    else:  # weights are prefetched into the L2 cache
         held = loads == 0 < kernel["prefetches_before_wait"]
     return None if held else f"{loads} loads before the wait"
 
 
 def only_queries(kernel: Kernel) -> bool:
-    """Whether split_attention launched it: its argument cos is None."""
+    """Returns whether split_attention launched the kernel, which it does with cos = None."""
     decode = kernel["kernel"] == "_decode_attention_kernel"
     return decode and kernel["types"]["rotary.cos"] == "constexpr"
 
 
 def is_prompt(kernel: Kernel) -> bool:
-    """Whether it is a matmul or attention kernel for prompts, in 16 bits."""
+    """Returns whether the kernel is a matmul or an attention kernel for prompts, in 16 bits."""
     matmul = kernel["kernel"] in ("_attention_kernel", "_gate_up_geglu_kernel")
     fp32 = "*fp32" in (kernel["types"].get("q.ptr"), kernel["types"].get("x"))
     return matmul and kernel["options"]["BLOCK_M"] > 16 and not fp32
@@ -114,8 +118,8 @@ def is_prefill_attention(kernel: Kernel) -> bool:
 
 
 def tensor_cores(kernel: Kernel, gpu: Gpu) -> str | None:
-    """Prefill kernels must use Hopper's asynchronous matmuls (wgmma), none of them serialized, and
-    hardware copies of tiles where they have descriptors."""
+    """On Hopper, prefill kernels must use asynchronous matmuls (wgmma), and ptxas must not
+    serialize them. Kernels with descriptors must copy tiles in hardware."""
     if not is_prompt(kernel):
         return None
     if kernel["tile_copies"] != kernel["options"]["DESCRIPTORS"]:
@@ -127,24 +131,24 @@ def tensor_cores(kernel: Kernel, gpu: Gpu) -> str | None:
 
 def softmax_beside_matmuls(kernel: Kernel, gpu: Gpu) -> str | None:
     """Prefill attention on Hopper must wait for its matmuls once per iteration. The matmul after
-    the wait must overlap the next iteration's softmax: most of its exponentials, or as many as
-    take the matmul's time."""
+    the wait runs during the next iteration's softmax. At least half of the next iteration's
+    exponentials must run during this matmul, or enough to fill the matmul's time."""
     if not is_prefill_attention(kernel) or gpu.capability != 90:
         return None
     loops, options = kernel["softmax_in_loops"], kernel["options"]
     if len(loops) != 1 or loops[0]["waits"] != 1 or not loops[0]["matmuls_after_wait"]:
         return f"waits for matmuls: {loops}"
-    # A scheduler runs a quarter of the warps, and 4 exponentials a cycle. All tensor cores of a
-    # multiprocessor together run 2,048 multiplications a cycle.
-    beside = loops[0]["exps_before_wait"] * 8 * options["num_warps"] // 4  # cycles
+    # A scheduler runs a quarter of the warps, with 4 exponentials per cycle: 8 cycles per warp. The
+    # tensor cores of a multiprocessor compute 2,048 multiplications per cycle.
+    beside = loops[0]["exps_before_wait"] * 8 * options["num_warps"] // 4  # in cycles
     matmul = options["BLOCK_M"] * options["BLOCK_N"] * options["dim"] // 2048
     late = 2 * loops[0]["exps_before_wait"] < loops[0]["exps"] and beside < matmul
     return f"exponentials after the wait: {loops}" if late else None
 
 
 def fp_fusion(kernel: Kernel, gpu: Gpu) -> str | None:
-    """Launches must set enable_fp_fusion: defaults and the environment must not change results."""
-    return None if kernel["options"].get("enable_fp_fusion") is True else "the default is used"
+    """Launches must set enable_fp_fusion, because the default may differ between environments."""
+    return None if kernel["options"].get("enable_fp_fusion") is True else "FP fusion is not set"
 
 
 GATES: dict[str, Callable[[Kernel, Gpu], str | None]] = {

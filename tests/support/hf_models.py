@@ -1,4 +1,4 @@
-"""Shared by the tests of gemma_fast.hf: tiny transformers models, prompts, and calls."""
+"""Makes tiny transformers models, prompts and calls for the tests of gemma_fast.hf."""
 
 import torch
 from tiny_models import CONFIGS, random_transformers_model, two_layers
@@ -6,11 +6,12 @@ from tiny_models import CONFIGS, random_transformers_model, two_layers
 from gemma_fast.hf import explain
 
 FAMILIES = ["gemma-mqa", "gemma2-gqa", "gemma3-gqa"]
-B, T = 2, 30  # longer than the windows
+B, T = 2, 30  # rows and tokens of a prompt, which is longer than the windows
 
 
 def make(family, attention="eager", layers=3):
-    """attention: only eager applies Gemma 2's soft cap. layers: 2 (one of each kind) or 3."""
+    """Returns a tiny model with 2 layers (one of each kind) or 3. Only eager attention applies
+    Gemma 2's soft cap."""
     model = random_transformers_model(two_layers(family) if layers == 2 else CONFIGS[family])
     model.config._attn_implementation = attention
     return model
@@ -32,9 +33,9 @@ def logits(model, ids, mask=None, **options):
 
 
 def why(model, **inputs):
-    """Returns the path that each part of the model takes in this call, and the reason."""
+    """Returns the path of each part of the model in this call, and the reason for this path."""
     reasons = {}
     for line in explain(model, **inputs):
         reasons.setdefault(line.part, set()).add((line.path, line.why))
-    assert all(len(reason) == 1 for reason in reasons.values()), "layers differ"
+    assert all(len(reason) == 1 for reason in reasons.values()), "paths of layers differ"
     return {part: reason.pop() for part, reason in reasons.items()}

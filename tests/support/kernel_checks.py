@@ -1,4 +1,4 @@
-"""Shared by the kernel tests: dtypes, tolerances, limits of other GPUs, strided rows."""
+"""Contains dtypes, tolerances, other GPUs' limits and strided inputs for the kernel tests."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -12,33 +12,34 @@ DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
     DTYPES.append(torch.bfloat16)
 
-# Allows one rounding to fp16 or bf16 (an ulp is 2^-10 or 2^-7), or a few to fp32.
+# Allows one rounding to fp16 or bf16 (an ulp is 2^-10 or 2^-7), or a few roundings to fp32.
 TOLERANCE = {
     torch.float32: {"rtol": 3e-6, "atol": 3e-6},
     torch.float16: {"rtol": 6e-4, "atol": 3e-6},
     torch.bfloat16: {"rtol": 4.5e-3, "atol": 3e-6},
 }
-# Limits of `attention_error`: weights and rotated queries are rounded to the dtype.
+# Limits of `attention_error`. Softmax weights and rotated queries are rounded to the dtype.
 ATTENTION_ERROR = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
-# GPUs with tensor descriptors. Blocks are largest for 1 multiprocessor, and halved for 132.
+# GPUs with tensor descriptors. Blocks are largest for 1 multiprocessor, and smaller for 132.
 HOPPERS = {"1 SM": Gpu(90, 232_448, 1), "132 SMs": Gpu(90, 232_448, 132)}
-MANY_MULTIPROCESSORS = Gpu(80, 232_448, 132)  # below 90, as the interpreter cannot prefetch
+MANY_MULTIPROCESSORS = Gpu(80, 232_448, 132)  # not 90, because the interpreter cannot prefetch
 
 
 def attention_error(out: Tensor, expected: Tensor) -> float:
-    """Returns the RMS error of the worst head [..., d], divided by the RMS of the result. (The
-    maximum over channels grows with d; the RMS does not.)"""
+    """Returns the largest RMS error of a head [..., d], divided by the RMS of the expected result.
+    (The maximum over channels grows with d, but the RMS does not.)"""
     error, expected = out.double() - expected.double(), expected.double()
     worst = error.square().mean(-1).sqrt().max()
     return float(worst / expected.square().mean().sqrt())
 
 
 def multiprocessors(many: bool) -> AbstractContextManager[None]:
-    """In this context decode attention uses many splits, or few. On a GPU it changes nothing."""
+    """Returns a context in which decode attention uses many splits, or few. On a GPU, the context
+    changes nothing."""
     return as_on(MANY_MULTIPROCESSORS) if many and not torch.cuda.is_available() else nullcontext()
 
 
 def strided(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    """Returns random numbers whose rows are not adjacent in memory."""
+    """Returns random numbers of this shape. The rows are not adjacent in memory."""
     return torch.randn(*shape[:-1], shape[-1] + 24, device=device).to(dtype)[..., : shape[-1]]

@@ -1,11 +1,11 @@
-"""Records, without a GPU, the launches of a decode step and what other prompts would compile.
+"""Records, without a GPU, the launches of a decode step and the kernels that prompts compile.
 
     python tests/support/launches.py gemma3-mqa 1
 
-Prints a JSON object: `step` lists the launches of a decode step, first Triton's, then PyTorch's;
-`compiled` lists, by prompt length, the kernels that such a prompt would compile in addition.
-Kernels are recorded, not run, so all tokens are 0. Runs as a separate process, like
-compile_kernels.py.
+Prints a JSON object. `step` lists the launches of a decode step: first Triton's kernels, then
+PyTorch's operators. `compiled` lists, by prompt length, the kernels that a prompt of this length
+would compile after a prompt of 19 tokens. Kernels are recorded, not run, so all tokens are 0. Tests
+run this script as a separate process, like compile_kernels.py.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from gemma_fast.engine.decoder import Decoder
 from gemma_fast.kernels.launch import as_on
 
-# PyTorch's operators that launch nothing.
+# PyTorch's operators that launch no kernel.
 SILENT = {
     "aten::" + name
     for name in (
@@ -36,7 +36,7 @@ def launches_something(event) -> bool:
 
 
 def launched(work) -> list[str]:
-    """Returns the names of the launched kernels, first Triton's, then PyTorch's."""
+    """Returns the names of the launched Triton kernels, and then of PyTorch's operators."""
     launches.clear()
     with profile(activities=[ProfilerActivity.CPU]) as found:
         work()
@@ -46,6 +46,7 @@ def launched(work) -> list[str]:
 
 
 def compiled(work) -> set[str]:
+    """Returns the kernels that `work` would compile, each with its options and specialization."""
     launches.clear()
     work()
     return {

@@ -1,7 +1,7 @@
-"""Programs that use Gemma, from its model cards and transformers' documentation.
+"""Contains programs that use Gemma, after its model cards and transformers' documentation.
 
-Each is a string, so that a test can change its import line and nothing else. PATH stands for the
-model's id. Tests compare what a program stores in `result`, and what it prints.
+Each program is a string, so that a test can change only the import line. The name PATH replaces
+the model's id. Tests compare what a program stores in `result`, and what the program prints.
 """
 
 QUICK_START = """

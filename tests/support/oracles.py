@@ -1,4 +1,4 @@
-"""Plain fp64 references for the kernel tests, independent of the kernels' code."""
+"""Contains plain fp64 references for the kernel tests, independent of the kernels' code."""
 
 import math
 
@@ -12,6 +12,7 @@ def geglu_oracle(gate_up):
 
 
 def angles(start, t, d=32):
+    """Returns cos and sin :: [b, t, d / 2], fp32, for positions from start :: [b] on."""
     positions = start.unsqueeze(1) + torch.arange(t, device=start.device)
     i = torch.arange(0, d, 2, device=start.device)
     angle = positions.unsqueeze(2).float() * 100.0 ** (-i / d)
@@ -30,7 +31,8 @@ def normed_and_rotated(x, positions, weight):
 
 
 def softmax_attention(q, k, v, q_positions, k_positions, window, softcap, scale):
-    """q :: [t, heads, d] and k, v :: [s, n, d]; q and k are rotated. Positions give the mask."""
+    """Computes attention of q :: [t, heads, d] over k, v :: [s, n, d]. q and k are already rotated;
+    the positions, [t] and [s], define the mask. Returns [t, heads, d]."""
     m = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(m, dim=1) for x in (k, v))
     scores = torch.einsum("thd,shd->hts", q, k) * scale

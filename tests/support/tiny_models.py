@@ -1,8 +1,10 @@
-"""Tiny random Gemma models, each as transformers' model, as this project's, and as the reference.
+"""Builds tiny random Gemma models. `Twins` contains one model in three implementations:
+transformers', this project's, and the reference.
 
-transformers saves the checkpoint that the other two load, so each comparison also tests loading
-`config.json` and safetensors. Sizes are odd on purpose: heads * head_dim is not hidden_size,
-query_pre_attn_scalar is not head_dim, windows are short, soft caps change the results.
+transformers saves the checkpoint that the other two implementations load, so each comparison also
+tests loading `config.json` and safetensors. Sizes are unusual on purpose: heads * head_dim is not
+hidden_size, query_pre_attn_scalar is not head_dim, windows are short, and soft caps are low enough
+to change the results.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.config import GemmaConfig
 from gemma_fast.reference import Reference
 
-TOLERANCE = 1e-4  # absolute, in fp32; logits are a few units large
+TOLERANCE = 1e-4  # absolute error in fp32, for logits of a few units
 _SHARED = {
     "vocab_size": 199, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 88,
@@ -45,13 +47,15 @@ CONFIGS = {
 
 
 def two_layers(name: str) -> GemmaConfig:
-    """Returns a config of two layers: one with a window, if the family has any, and one without."""
+    """Returns a config of two layers: one has a window (if the family has any), one has none."""
     kinds = CONFIGS[name].layer_types
     return replace(CONFIGS[name], num_hidden_layers=2, layer_types=(max(kinds), min(kinds)))
 
 
 @dataclass
 class Twins:
+    """Contains one model in three implementations with equal weights, and its checkpoint's path."""
+
     hf: transformers.PreTrainedModel
     model: GemmaForCausalLM
     reference: Reference
@@ -79,7 +83,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def left_padded(twins: Twins, counts: list[int]):
-    """Returns prompts of these lengths, and their left-padded batch: ids and attention mask."""
+    """Returns prompts of these lengths, and their left-padded batch (ids and attention mask)."""
     prompts = [twins.prompt(1, count, seed=count) for count in counts]
     ids = torch.zeros(len(counts), max(counts), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -98,7 +102,7 @@ def random_model(
 
 
 def random_transformers_model(config: GemmaConfig) -> transformers.PreTrainedModel:
-    """Returns transformers' model of this config: random weights, eval mode, eager attention."""
+    """Returns transformers' model with random weights, in eval mode, with eager attention."""
     hf = transformers.AutoModelForCausalLM.from_config(
         transformers_config(config), attn_implementation="eager"
     ).eval()

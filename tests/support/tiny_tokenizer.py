@@ -1,7 +1,7 @@
-"""A tokenizer with a few merges: as the metadata of a GGUF file, and as tokenizer.json.
+"""Builds a tokenizer with a few merges, as metadata of a GGUF file and as tokenizer.json.
 
-Ids up to <end_of_turn> are those of a real Gemma. The merges of tokenizer.json are listed
-here, so that tests can compare them with those that the GGUF path derives from scores.
+Ids up to <end_of_turn> are the ids of the real Gemma. The merges of tokenizer.json are listed here,
+so that tests can compare them with the merges that are derived from a GGUF file's scores.
 """
 
 import json
@@ -35,7 +35,7 @@ TEXTS = {
 def gguf_metadata(family: str = "gemma3") -> dict[str, object]:
     unused = [f"<unused{i}>" for i in range(END_OF_TURN[family] - 5)]
     control = ["<pad>", "<eos>", "<bos>", "<unk>", *unused, "<start_of_turn>", "<end_of_turn>"]
-    # Merged pieces come in the order of their merges, with falling scores, as in a real file.
+    # Merged tokens are in the order of their merges, with decreasing scores, as in a real file.
     made = [a + b for a, b in MERGES if a + b not in ADDED]
     letters = ["▁", "é", "漢", *map(chr, range(33, 127))]
     columns = [
@@ -55,7 +55,7 @@ def gguf_metadata(family: str = "gemma3") -> dict[str, object]:
 
 
 def tiny_backend(family: str = "gemma3") -> Tokenizer:
-    """Returns the tokenizer of tokenizer.json, without normalizer and decoder."""
+    """Returns the tokenizer of tokenizer.json, which has no normalizer and no decoder."""
     metadata = gguf_metadata(family)
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     vocab = {token: i for i, token in enumerate(tokens)}

@@ -21,8 +21,8 @@ def _patch_builtins(package, builder, scope) -> None:
             triton_interpreter._patch_attr(package, name, member, builder, scope)
 
 
-# At every call of a function in a kernel, such as tl.sum, Triton searches all members of
-# triton.language for those to patch: a third of the interpreter's time. They never change.
+# When a kernel calls a function such as tl.sum, Triton searches triton.language for builtins to
+# patch, a third of the interpreter's time. The builtins never change, so they are cached here.
 for _package in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base):
     _builtins(_package)
 triton_interpreter._patch_builtin = _patch_builtins
@@ -30,7 +30,7 @@ triton_interpreter._patch_builtin = _patch_builtins
 
 @contextmanager
 def interpreter():
-    """In this context ops on CPU tensors run their Triton kernels in the interpreter."""
+    """In this context, without a GPU, ops on CPU tensors run their kernels in the interpreter."""
     with knobs.runtime.scope():
         knobs.runtime.interpret = not torch.cuda.is_available()
         yield

@@ -1,10 +1,11 @@
-"""Compiles every kernel under several versions of Triton, applies the gates, and prints a table.
+"""Compiles every kernel with several versions of Triton, applies gates.py, and prints a table.
 
     make tritons
     python tests/support/tritons.py .venv/triton-3.6.0 .venv/triton-3.9.0 --gpu 90
 
-A folder holds one version, installed without dependencies (pip install --no-deps --target). The
-environment's own version is always included. Exits with 1 if a kernel fails a gate.
+Each folder contains one version of Triton, installed without dependencies (pip install --no-deps
+--target). The environment's own version is always included. The script exits with 1 if a kernel
+fails a gate, which is a condition of gates.py, or if a version cannot compile the kernels.
 """
 
 import json
@@ -26,7 +27,8 @@ REPORT = Path(__file__).with_name("compile_kernels.py")
 
 
 def compile_with(folder: Path | None, *arguments: str) -> list[dict]:
-    """Returns compile_kernels.py's reports, under the folder's Triton or the environment's own."""
+    """Runs compile_kernels.py with the Triton in `folder` (None: the environment's Triton), and
+    returns its reports."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if folder:
         path = [str(folder.resolve()), environment.get("PYTHONPATH", "")]
