@@ -1,4 +1,4 @@
-"""Tests that the demo weights are assembled from packages and verified, or no file is left."""
+"""Tests that demo weights are assembled and verified, and that no file is left after an error."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
