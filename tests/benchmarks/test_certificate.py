@@ -1,4 +1,7 @@
-"""`gemma-fast verify`: the certificate of a model, its command line and its output."""
+"""Tests the command `gemma-fast verify`: which mistakes in a model it detects, and its output.
+
+The output is called the certificate: one line per check, with errors, their limits and a verdict.
+"""
 
 import json
 import subprocess
@@ -43,12 +46,12 @@ def test_window_off_by_one_fails_the_certificate(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_wrong_new_tokens_fail_the_certificate(dtype, monkeypatch):
+def test_wrong_first_new_token_fails_the_certificate(dtype, monkeypatch):
     generate = GemmaForCausalLM.generate
 
     def wrong(self, ids, *args, **options):
         out = generate(self, ids, *args, **options)
-        first = ids.shape[1]  # in 16 bits, tokens after it may differ anyway
+        first = ids.shape[1]  # the first new token: in 16 bits, later ones may differ anyway
         out[:, first] = (out[:, first] + 1) % 190
         return out
 
@@ -69,7 +72,7 @@ def test_logits_that_vary_between_runs_fail_the_certificate(monkeypatch):
     assert failed(model_lines().values()) == {"3 runs: differing logits / texts"}
 
 
-def test_batch_without_its_mask_fails_the_certificate(monkeypatch):
+def test_ignored_attention_mask_fails_the_certificate(monkeypatch):
     forward = GemmaForCausalLM.forward
 
     def without_mask(self, ids, attention_mask=None, position_ids=None, **options):
@@ -80,7 +83,7 @@ def test_batch_without_its_mask_fails_the_certificate(monkeypatch):
     assert check.startswith("batch 8")
 
 
-def test_dtypes_depend_on_model_device_and_memory():
+def test_checked_dtypes_depend_on_model_device_and_memory():
     gemma2, gemma3 = (RandomCheckpoint(CONFIGS[f"{name}-gqa"]) for name in ("gemma2", "gemma3"))
     assert verify_model.dtypes_of(gemma3, CPU, "auto") == [FP32, BF16]
     cuda = torch.device("cuda")
@@ -99,21 +102,21 @@ def run(*args: str):
 
 @pytest.fixture
 def few_checks(monkeypatch):
-    """Two kernel checks, and no process that runs the interpreter."""
+    """Keeps two kernel checks, and replaces the interpreter's process by one passing line."""
     monkeypatch.setattr(verify_kernels, "CHECKS", verify_kernels.CHECKS[1:3])
     line = margins.finding(margins.INTERPRETER, "rms_norm", FP32, {margins.MAX_ULP: (1.0, 1.0)})
     monkeypatch.setattr(verify, "interpreted", lambda: [line])
 
 
 @pytest.mark.slow
-def test_interpreter_process_passes_every_check():
+def test_kernels_pass_every_check_in_the_interpreter_process():
     lines = verify.interpreted()
     assert len(lines) == 2 * len(verify_kernels.CHECKS)
     assert all(line.ok and line.part == margins.INTERPRETER for line in lines)
     assert {line.dtype for line in lines} == {"float32", "float16"}
 
 
-def test_interpreter_process_that_dies_is_a_failed_line(monkeypatch):
+def test_interpreter_process_that_fails_is_reported_as_a_failed_line(monkeypatch):
     monkeypatch.setattr(verify.sys, "executable", "/bin/false")
     (line,) = verify.interpreted()
     assert not line.ok and "status 1" in line.note
@@ -130,7 +133,7 @@ def test_certificate_is_printed_and_passes():
     ):  # fmt: skip
         assert text in result.stdout
     assert "FAIL" not in result.stdout
-    assert "gemma_fast, bfloat16" in result.stderr, "progress goes to stderr"
+    assert "gemma_fast, bfloat16" in result.stderr, "progress must be printed to stderr"
 
 
 @pytest.mark.usefixtures("few_checks")
@@ -160,7 +163,7 @@ def test_exit_status_is_1_if_a_kernel_is_wrong(as_json, monkeypatch):
 
 
 @pytest.mark.usefixtures("few_checks")
-def test_figures_that_are_not_finite_are_null_in_json(monkeypatch):
+def test_errors_that_are_not_finite_are_null_in_json(monkeypatch):
     check = verify_kernels.CHECKS[0]
     wrong = check._replace(ours=lambda x, weight: lambda: x * torch.nan)
     monkeypatch.setattr(verify_kernels, "CHECKS", [wrong])
@@ -180,7 +183,7 @@ def test_certificate_without_triton_checks_no_kernel(monkeypatch):
     assert margins.INTERPRETER not in result.stdout
 
 
-def test_more_tokens_than_the_context_is_an_error():
+def test_new_tokens_that_leave_no_room_for_a_prompt_are_an_error():
     result = run("--tokens", "16380", "--dtype", "float32")
     assert result.exit_code == 1
     assert "no room for a prompt in a context of 16384" in result.output

@@ -1,4 +1,4 @@
-"""The command `python -m benchmarks`."""
+"""Tests the command `python -m benchmarks`, which benchmarks kernels and whole models."""
 
 import json
 import subprocess
@@ -40,9 +40,9 @@ def test_command_without_a_gpu_measures_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("names", "code"),
     [([EAGER, OURS, "absent", "unable", "broken"], 0), ([OURS, "off"], 1), ([OURS, "NaN"], 1)],
-    ids=str,
+    ids=["other providers fail", "a provider is wrong", "a provider returns NaN"],
 )
-def test_exit_status_is_1_if_a_result_is_wrong_or_ours_failed(names, code, monkeypatch):
+def test_exit_status_is_1_if_a_result_is_wrong_or_gemma_fast_failed(names, code, monkeypatch):
     providers = {name: PROVIDERS[name] for name in names}
     monkeypatch.setitem(SUITES, "double", replace(SUITE, providers=providers))
     assert CliRunner().invoke(main, ["double"]).exit_code == code
@@ -51,7 +51,7 @@ def test_exit_status_is_1_if_a_result_is_wrong_or_ours_failed(names, code, monke
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_only_option_runs_the_named_provider():
+def test_only_option_runs_only_the_named_provider():
     done = CliRunner().invoke(main, ["geglu", "--only", OURS])
     assert done.exit_code == 0
     assert OURS in done.output and EAGER not in done.output.split("× eager")[1]
@@ -64,7 +64,7 @@ def test_size_option_selects_sizes_by_part_of_their_name():
     assert "199 x 64, b 3" in done.stdout and "199 x 64, b 1" not in done.stdout
     done = CliRunner().invoke(main, ["lm_head", "geglu", "--size", "b 4"])
     assert done.exit_code == 2 and "no size has b 4 in its name" in done.output
-    # The named provider is not in rms_norm, so rms_norm has no table, but the model runs.
+    # The suite `rms_norm` lacks this provider, so it prints no table; the suite `model` still runs.
     names = ["rms_norm", "model", "--only", "transformers (eager)", "--size", "5 x 48"]
     done = CliRunner().invoke(main, [*names, "-p", "4", "-n", "0"])
     assert done.exit_code == 0, done.output
@@ -73,7 +73,7 @@ def test_size_option_selects_sizes_by_part_of_their_name():
 
 @pytest.mark.usefixtures("no_gpu")
 def test_results_are_written_after_each_size(monkeypatch, tmp_path):
-    """An interrupted run keeps the results of the sizes that are done."""
+    """An interrupted run keeps the results of all sizes that it finished."""
     providers = {OURS: lambda *inputs: stop()}
 
     def stop():

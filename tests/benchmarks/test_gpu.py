@@ -1,4 +1,7 @@
-"""`python -m benchmarks.gpu`: time limits; one bad stage does not stop the others."""
+"""Tests `python -m benchmarks.gpu`, which runs tests and benchmarks as stages.
+
+A stage is a process with a time limit. A stage that fails must not stop the stages after it.
+"""
 
 import json
 import os
@@ -28,11 +31,12 @@ def python(name: str, code: str, share: float = 1) -> Stage:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
+    """Shortens the time that a stage has to exit before it is killed."""
     monkeypatch.setattr(gpu, "GRACE", 0.2)
 
 
 def test_stage_limits_add_up_to_the_total_time(monkeypatch, tmp_path):
-    """A stage that takes no time leaves its share to the stages after it."""
+    """If a stage ends early, later stages get the rest of its time."""
     now = [0.0]
     monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
 
@@ -68,7 +72,7 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(tmp_path, capsys):
         ("works", "ok", 0, "all well"),
     ]
     assert (tmp_path / "its-child-hangs/log.txt").read_text().startswith("before\n")
-    assert "all well" in capsys.readouterr().out, "output is shown while the stage runs"
+    assert "all well" in capsys.readouterr().out, "output must be shown while the stage runs"
     saved = json.loads((tmp_path / "summary.json").read_text())
     assert saved["stamp"] == HEAD and saved["measured"]
     assert [x["stage"] for x in saved["stages"]] == [stage.name for stage in todo]
@@ -78,18 +82,18 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(tmp_path, capsys):
     assert "| fails | failed |" in (tmp_path / "summary.md").read_text()
 
 
-def test_every_stage_except_the_tests_gets_an_output_folder():
+def test_every_benchmark_stage_gets_an_output_folder():
     told = [x.name for x in stages(cuda=True) if x.arguments[0].startswith(gpu.BENCHMARKS)]
     assert told == ["decode", "prefill", "kernels", "profile"]
 
 
-def test_every_suite_runs_with_at_most_two_sizes():
+def test_every_kernel_suite_runs_with_one_or_two_sizes():
     found = {name: pick_sizes(suite.sizes, SIZES) for name, suite in SUITES.items()}
     assert {name for name, sizes in found.items() if len(sizes) != 2} == {"add_rms_norm_post"}
     assert found["add_rms_norm_post"] == ["8192 x 2304"]
 
 
-def test_test_files_with_missing_packages_are_left_out(monkeypatch):
+def test_test_files_that_import_missing_packages_are_left_out(monkeypatch):
     before = gpu.runnable("hf/test_*.py")
     find = gpu.find_spec
     monkeypatch.setattr(
@@ -100,8 +104,8 @@ def test_test_files_with_missing_packages_are_left_out(monkeypatch):
     assert gpu.tests("tests", 1, [], "gpu").missing == "pytest is not installed"
 
 
-def test_stopping_the_command_ends_its_stage(tmp_path):
-    """SIGTERM to the command ends the stage's process too, so the GPU is free again."""
+def test_stopping_the_command_ends_its_running_stage(tmp_path):
+    """SIGTERM to the command must also end the stage's process, so that the GPU is free again."""
     code = """
 import sys
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The judge of the model benchmark finds wrong providers, and all real providers are right."""
+"""Tests the judge of the model benchmark, which must detect wrong providers and pass correct ones.
+
+A provider is an implementation of the model that is compared, for example transformers.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -29,7 +32,7 @@ QUICK = partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
 
 
 def provider(change):
-    """A provider that runs the reference, after `change` has modified it in place."""
+    """Returns a provider that runs the reference, which change(reference) first modifies."""
 
     def load(checkpoint, dtype, device):
         reference = Reference.from_checkpoint(checkpoint, dtype=dtype, device=device)
@@ -40,6 +43,8 @@ def provider(change):
 
 
 def noise(share):
+    """Returns a provider with random errors in the weights; `share` is their relative size."""
+
     def change(reference):
         for weight in reference.weights.values():
             weight.mul_(1 + share * torch.randn_like(weight))
@@ -67,7 +72,7 @@ class Repeating(Eager):
 
 
 class Forgetting(Eager):
-    """Drops new tokens from the cache. Greedy tokens may not show it, the logits after them do."""
+    """Drops new tokens from the cache. Greedy tokens may still be right; later logits are wrong."""
 
     def step(self):
         past = self.past
@@ -77,7 +82,7 @@ class Forgetting(Eager):
 
 
 class Short(Eager):
-    """Correct up to 100 cached tokens; with more, the cache becomes noise."""
+    """Is correct up to 100 cached tokens. With more tokens, it overwrites the cache with noise."""
 
     def extend(self, ids):
         token = super().extend(ids)
@@ -91,11 +96,15 @@ def absent(checkpoint, dtype, device):
 
 
 def kind(eager):
+    """Returns a provider that runs the correct reference in `eager`, Eager or a subclass."""
     return lambda *where: eager(Reference.from_checkpoint(where[0], dtype=where[1], device=CPU))
 
 
 def judged(monkeypatch, dtype, providers, case=TG2):
-    """Provider → status, for the tiny model. A roof is given, so correct providers are timed."""
+    """Runs the providers with the tiny model, and returns their statuses by name.
+
+    Correct providers are timed, because the peak rates (the roof) are given.
+    """
     monkeypatch.setattr(timing, "ENOUGH", 0)
     for name in list(PROVIDERS):
         monkeypatch.delitem(PROVIDERS, name)
@@ -122,7 +131,7 @@ def test_wrong_providers_are_not_timed(monkeypatch):
 
 
 @pytest.mark.slow
-def test_check_reads_as_many_tokens_as_the_timed_test(monkeypatch):
+def test_error_that_appears_only_at_the_timed_length_is_found(monkeypatch):
     providers = {EAGER: kind(Eager), "short": kind(Short)}
     for case in (Case("tg", 4, depth=300), Case("pp", 300), Case("pp", 4, depth=300, batch=6)):
         found = judged(monkeypatch, FP32, providers, case)
@@ -154,10 +163,11 @@ def test_reference_reads_each_prefix_once(monkeypatch):
         deep.start(1, 0, "tg")
         judge.check(EAGER, deep, Case("tg", 4, depth=1100))
     assert read == [1024, 76, 48, 48]
-    assert judge.prefix(Case("pp", 16384)) == 16384 - 48  # the trial must fit the context too
+    # leaves room in the context for the trial's 24 + 16 + 8 tokens
+    assert judge.prefix(Case("pp", 16384)) == 16384 - 48
 
 
-def test_judge_out_of_memory_is_in_the_status(monkeypatch):
+def test_out_of_memory_in_the_judge_is_in_the_status(monkeypatch):
     def too_much(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -166,14 +176,14 @@ def test_judge_out_of_memory_is_in_the_status(monkeypatch):
     assert found == {EAGER: "cannot: not enough memory for the reference"}
 
 
-def test_wrong_rival_does_not_raise_our_error_limit(monkeypatch):
+def test_wrong_transformers_does_not_increase_the_error_limit_of_gemma_fast(monkeypatch):
     providers = {"transformers (eager)": kind(Eager), "transformers (sdpa)": noise(0.5)}
     found = judged(monkeypatch, BF16, {**providers, OURS: noise(0.01)})
     assert found["transformers (sdpa)"].startswith("wrong: error ")
     assert found[OURS].startswith("wrong: error ") and "transformers' is" in found[OURS]
 
 
-def test_report_states_whether_ours_was_compared_to_transformers():
+def test_report_states_whether_gemma_fast_was_compared_to_transformers():
     judge = Judge(RandomCheckpoint(TINY), BF16, CPU)
     judge.compare(OURS, 0.01, [])
     assert judge.about.endswith("gemma_fast's error was not compared to transformers'.")
@@ -183,7 +193,7 @@ def test_report_states_whether_ours_was_compared_to_transformers():
 
 
 @pytest.mark.slow
-def test_in_16_bits_our_error_is_limited_by_transformers_error(monkeypatch):
+def test_in_16_bits_transformers_error_limits_the_error_of_gemma_fast(monkeypatch):
     found = judged(monkeypatch, BF16, {
         "rotary": provider(without_rotary), "transformers (eager)": kind(Eager), OURS: kind(Eager),
     })  # fmt: skip
@@ -209,11 +219,11 @@ def test_exit_status_is_1_if_a_result_is_wrong(monkeypatch):
     assert done.exit_code == 1 and "wrong: error" in done.stdout
 
 
-# Gemma 3 is covered by test_race.py, whose tiny model is one.
+# test_race.py covers Gemma 3: its tiny model is a Gemma 3 model.
 @pytest.mark.parametrize("name", slow("gemma-mqa", "gemma2-gqa"))
-def test_every_provider_chooses_the_references_tokens(name, monkeypatch):
-    """The prompt exceeds the window. Dynamo alone compiles the step with the static cache, which
-    checks that it is one graph and correct; Inductor would take minutes."""
+def test_every_provider_returns_the_tokens_of_the_reference(name, monkeypatch):
+    """The prompt is longer than the window. Steps are compiled with fullgraph=True, but with the
+    backend "eager", because Inductor would take minutes."""
     monkeypatch.setattr(model_providers, "compiled_step", QUICK)
     checkpoint = RandomCheckpoint(replace(CONFIGS[name], max_position_embeddings=1024))
     judge = Judge(checkpoint, FP32, CPU)

@@ -1,4 +1,5 @@
-"""Every kernel suite runs, and its inputs and work formulas are right."""
+"""Tests that every kernel suite (the benchmark of one op) runs and creates valid inputs, and that
+the formulas for the minimum bytes and FLOPs are right."""
 
 import subprocess
 import sys
@@ -41,19 +42,19 @@ def work(name, size):
     return SUITES[name].work(2, **SUITES[name].sizes[size])
 
 
-def test_work_equals_numbers_computed_by_hand():
+def test_bytes_and_flops_equal_numbers_computed_by_hand():
     m = 1 << 20
-    assert work("rms_norm", "512 x 2048") == (4 * m, 4 * m)  # 1 Mi elements, in and out
+    assert work("rms_norm", "512 x 2048") == (4 * m, 4 * m)  # x and out: 1 Mi elements each
     assert work("add_rms_norm", "512 x 2048") == (8 * m, 5 * m)
     assert work("add_rms_norm_post", "8192 x 640") == (40 * m, 45 * m)
     assert work("geglu", "512 x 2*16384") == (3 * 8 * m * 2, 10 * 8 * m)
-    # k, v, keys, values of 0.5 Mi elements; cos and sin of 0.25 Mi floats each
+    # k, v, keys and values have 0.5 Mi elements each, cos and sin 0.25 Mi floats each
     assert work("rotary_write", "t 2048, n 1") == (4 * m + 2 * m, 3 * m // 2)
-    # q and out of 1 Mi elements, keys and values of 1/8; cos and sin of 1/16 Mi floats each
+    # q and out have 1 Mi elements each, keys and values 1/8 Mi, cos and sin 1/16 Mi floats
     pairs = 512 * 513 // 2
     found = work("attention", "t 512, 8/1 heads, d 256")
     assert found == (2 * (2 * m + m // 4) + m // 2, 4 * 8 * 256 * pairs)
-    # the first 512 queries see 1 … 512 keys, the other 7680 see 512
+    # the first 512 queries see 1 to 512 keys, the other 7680 queries see 512 keys each
     found = work("attention", "t 8192, 4/1 heads, d 256, window 512")
     assert found.flops == 4 * 4 * 256 * (pairs + 7680 * 512)
     found = work("gate_up_geglu", "m 512, k 2048, dim 16384")
@@ -64,7 +65,7 @@ def test_work_equals_numbers_computed_by_hand():
 def test_suites_run_under_pytest_benchmark(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # runs the kernels, not their references
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark reads it
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # it disables pytest-benchmark
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-only"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)

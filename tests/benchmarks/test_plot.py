@@ -1,4 +1,7 @@
-"""Plots drawn again from a results.json, and what the README's picture says."""
+"""Tests the command `python -m benchmarks.plot`, which draws plots from a results.json.
+
+The tests use the results that the README's picture shows.
+"""
 
 import json
 from pathlib import Path
@@ -30,24 +33,25 @@ def test_results_are_read_back_as_they_were_written():
             assert figures[share] == pytest.approx(row[share])
 
 
-def test_bars_are_labelled_with_their_figures():
+def test_bars_are_labelled_with_speed_and_share_of_the_roof():
     name, figure = next(model_plots(ROOF, [*map(plot.model_result, FOUND["results"])]))
     assert name == "speed" and len(figure.axes) == 2
-    assert [len(panel.patches) for panel in figure.axes] == [2 * 6, 2 * 6]  # each with its roof
+    # six bars per panel, each in front of a pale bar that shows the roof
+    assert [len(panel.patches) for panel in figure.axes] == [2 * 6, 2 * 6]
     prompts, steps = ([text.get_text() for text in panel.texts] for panel in figure.axes)
     assert "1094 tokens/s, 57% of the roof" in prompts
     assert "24.2 tokens/s, 39% of the roof" in steps
     assert figure.get_facecolor() == (1, 1, 1, 1)
 
 
-def test_command_draws_a_model(tmp_path):
+def test_command_draws_the_results_of_a_model(tmp_path):
     copy(RESULTS, tmp_path)
     done = CliRunner().invoke(plot.main, [str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert {x.name for x in tmp_path.glob("*.png")} == {"speed.png", "depth.png"}
 
 
-def test_command_draws_kernels(tmp_path):
+def test_command_draws_the_results_of_kernels(tmp_path):
     work, times = Work(6e7, 1e9), Times(4e-5, 3.6e-5, 4.4e-5)
     results = [
         KernelResult("rms_norm", "8192 x 2048", OURS, "ok", work, times=times, graph=True),
@@ -59,8 +63,10 @@ def test_command_draws_kernels(tmp_path):
     assert (tmp_path / "roofline.png").exists()
 
 
-@pytest.mark.parametrize("content", ["{}", '{"results": []}', "no JSON"], ids=str)
-def test_other_files_are_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    "content", ["{}", '{"results": []}', "no JSON"], ids=["empty", "no results", "not JSON"]
+)
+def test_file_without_benchmark_results_is_refused(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     done = CliRunner().invoke(plot.main, [str(tmp_path)])
     assert done.exit_code == 1

@@ -1,4 +1,7 @@
-"""`python -m benchmarks.profile` without a GPU: how time is assigned to kernels."""
+"""Tests `python -m benchmarks.profile` without a GPU: how it divides time among kernels.
+
+A round is one profiled call, either a decode step or the prefill of a prompt.
+"""
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ def test_overlapping_time_counts_for_the_earlier_kernel():
     of_a_round = [
         event("matmul", 10, 20),
         event("attention", 14, 23),  # starts while the matmul runs
-        event("matmul", 15, 22),  # ends before attention does: adds no time
+        event("matmul", 15, 22),  # ends before attention ends, so it adds no time
         event("aten::mm", 0, 100, "cpu_op"),
         event("matmul", 25, 30, grid=(2, 1, 1)),
         event("Memcpy DtoH", 30, 31, "gpu_memcpy"),
@@ -25,7 +28,8 @@ def test_overlapping_time_counts_for_the_earlier_kernel():
     ]
     trace = [{**x, "ts": x["ts"] + 100 * i} for i in range(ROUNDS) for x in reversed(of_a_round)]
     found = shares(kernels({"traceEvents": trace}))
-    idle = (110 - 31) * (ROUNDS - 1) / ROUNDS  # between rounds: before each one except the first
+    # 79 µs pass between two rounds, ROUNDS - 1 times; `shares` gives the time per round
+    idle = (110 - 31) * (ROUNDS - 1) / ROUNDS
     assert found == [
         Share("matmul", "8x1x1", 2, 10, pytest.approx(idle)),
         Share("matmul", "2x1x1", 1, 5, 2),
@@ -39,8 +43,8 @@ def test_overlapping_time_counts_for_the_earlier_kernel():
     )
 
 
-@pytest.mark.parametrize("prompt", [0, 7])
-def test_a_round_is_one_decode_step_or_one_prompt(prompt):
+@pytest.mark.parametrize("prompt", [0, 7], ids=["decode", "prefill"])
+def test_each_profiled_call_is_one_decode_step_or_one_prompt(prompt):
     cpu = torch.device("cpu")
     begin, work = prepare("tiny", prompt, depth=5, batch=2, device=cpu, dtype=torch.float32)
     cache = begin.func.__self__.decoder.cache
@@ -51,7 +55,7 @@ def test_a_round_is_one_decode_step_or_one_prompt(prompt):
             work()
 
 
-def test_more_tokens_than_the_context_is_refused_before_loading():
+def test_tokens_that_exceed_the_context_are_refused_before_loading():
     cpu = torch.device("cpu")
     message = "8193 tokens do not fit the context of gemma-2b, 8192"
     for prompt, depth in ((8193, 1), (0, 8193 - ROUNDS)):

@@ -1,5 +1,5 @@
-"""The model benchmark: its work formulas, figures, errors and reports, and a run of every provider
-on a CPU."""
+"""Tests the model benchmark: its formulas for bytes, FLOPs and rates, its errors and reports, and a
+run of every provider (implementation of the model) on a CPU."""
 
 import json
 import subprocess
@@ -40,18 +40,19 @@ def test_cases_are_named_as_in_llama_bench():
     assert [case.room for case in cases([8], [4], [0, 5], [1])] == [8, 1 + 4, 5 + 8, 5 + 4]
 
 
-def test_work_of_a_tiny_model_equals_numbers_computed_by_hand():
+def test_bytes_and_flops_of_a_tiny_model_equal_numbers_computed_by_hand():
     layer = 48 * 32 * (2 * 4 + 2 * 2) + 3 * 48 * 88 + 4 * 48 + 2 * 32
     embedding = 199 * 48
     assert TINY.num_parameters == embedding + 3 * layer + 48 == 103_680
-    # The layers see 8, 21 and 8 of the 20 cached tokens and the new one. K and V have 2 heads of
-    # 32 numbers, 4 bytes each.
+    # A decode step after 20 tokens: the layers see 8, 21 and 8 tokens, including the new one. K and
+    # V have 2 heads of 32 numbers, 4 bytes each.
     assert [TINY.window(i) for i in range(3)] == [8, None, 8]
     step = pass_work(TINY, 4, 3, 20, 1)
     assert step.bytes == 4 * (103_680 + 3 * 2 * 2 * 32 * (8 + 21 + 8))
     assert step.flops == 3 * (2 * 103_680 + 4 * 4 * 32 * (8 + 21 + 8))
-    # 10 tokens after 5. The full layer reads or writes 15 keys and its queries see 6 … 15 keys; a
-    # windowed layer reads 5, writes 8, and its queries see 6, 7, 8 … 8.
+    # A prefill of 10 tokens after 5. The layer without a window reads or writes 15 keys, and its
+    # queries see 6 to 15 keys. A layer with a window reads 5 keys and writes 8 keys; its first two
+    # queries see 6 and 7 keys, the other eight see 8 keys.
     read = pass_work(TINY, 4, 1, 5, 10)
     assert read.bytes == 4 * (103_680 + 2 * 2 * 32 * (15 + 2 * 13))
     pairs = 2 * (6 + 7 + 8 * 8) + sum(range(6, 16))
@@ -59,10 +60,10 @@ def test_work_of_a_tiny_model_equals_numbers_computed_by_hand():
     assert read.flops == products + 4 * 4 * 32 * pairs
 
 
-def test_work_of_gemma_2b_equals_numbers_computed_by_hand():
+def test_bytes_and_flops_of_gemma_2b_equal_numbers_computed_by_hand():
     embedding, layer = 256_000 * 2048, 2048 * (256 * (8 + 2) + 256 * 8 + 3 * 16384 + 2)
     weights = embedding + 18 * layer + 2048
-    assert weights == GEMMA.num_parameters == 2_506_172_416  # 5.01 GB
+    assert weights == GEMMA.num_parameters == 2_506_172_416  # 5.01 GB in bf16
     one = Case("tg", 1, depth=512).work(GEMMA, 2)
     assert one.bytes == 2 * weights + 513 * 18_432  # K and V of a token: 18 * 2 * 256 * 2 bytes
     assert one.flops == 2 * weights + 18 * 4 * 8 * 256 * 513
@@ -78,11 +79,11 @@ def result(case, provider, seconds=(), status="ok", token_seconds=()):
     return ModelResult(case, provider, status, case.work(GEMMA, 2), 0.03, seconds, token_seconds)
 
 
-def test_figures_are_computed_from_times():
+def test_throughput_latency_and_mfu_follow_from_the_times():
     case = Case("tg", 100, depth=512, batch=2)
     steps = (0.002,) * 98 + (0.003, 0.004)
     x = result(case, OURS, (0.2, 0.25), token_seconds=steps).figures(ROOF)
-    assert x["tokens_per_s"] == pytest.approx(200 / 0.225)  # from the mean time
+    assert x["tokens_per_s"] == pytest.approx(200 / 0.225)  # 0.225 s is the mean time
     assert x["tokens_per_s_sd"] == pytest.approx(100 * 2**0.5)
     assert x["token_p50_s"] == 0.002 and 0.003 <= x["token_p99_s"] < 0.004
     held = 2 * 18_432 * sum(range(513, 613)) / 100
@@ -153,6 +154,7 @@ def test_results_are_written_as_files_and_plots(tmp_path):
 
 @pytest.fixture
 def roof(monkeypatch):
+    """Hides the GPU, and replaces the measurement of the peak rates (the roof)."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine, "measure_roof", lambda *_: ROOF)
 
@@ -160,7 +162,7 @@ def roof(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("roof")
 def test_command_measures_every_provider_on_a_cpu(tmp_path, monkeypatch):
-    """Dynamo alone compiles the step: Inductor would take minutes."""
+    """Compiled steps use the backend "eager", because Inductor would take minutes."""
     quick = partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
     monkeypatch.setattr(model_providers, "compiled_step", quick)
     monkeypatch.setattr(timing, "ENOUGH", 0)
@@ -202,10 +204,10 @@ def test_without_the_model_option_nothing_is_measured_on_a_cpu():
 
 
 @pytest.mark.usefixtures("roof")
-def test_case_longer_than_the_context_is_listed_and_the_others_run():
+def test_case_longer_than_the_context_is_listed_and_other_cases_run():
     options = f"-p 8,16384 -n 0 -d 0,8 --only {EAGER} --only {OURS}".split()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Judge, "prefix", lambda *_: 0)  # 16384 tokens would take minutes
+        patch.setattr(Judge, "prefix", lambda *_: 0)  # checking 16384 tokens takes minutes
         done = CliRunner().invoke(bench, options)
     assert done.exit_code == 0, done.output
     for name in (EAGER, OURS):
@@ -227,7 +229,7 @@ def test_no_case_to_run_is_a_usage_error(options, complaint):
 
 
 def test_cuda_fault_is_listed_and_the_run_continues(monkeypatch):
-    """After a CUDA fault every call raises. The run lists the failures and ends normally."""
+    """After a CUDA fault every CUDA call raises. The run must list failures and end normally."""
 
     def fault(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

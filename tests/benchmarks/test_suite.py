@@ -1,4 +1,7 @@
-"""The kernel benchmarks without a GPU: how each provider is judged, figures and reports."""
+"""Tests the kernel benchmarks without a GPU: status and speed of each provider, and the reports.
+
+A suite is the benchmark of one op; a provider is an implementation of the op.
+"""
 
 import json
 from dataclasses import replace
@@ -48,13 +51,13 @@ def test_every_provider_is_listed_with_its_status():
     assert found["broken"] == "failed: illegal instruction"
 
 
-def test_traceback_of_a_failed_provider_goes_to_stderr(capsys):
+def test_traceback_of_a_failed_provider_is_printed_to_stderr(capsys):
     statuses(names=["broken", "absent"])
     told = capsys.readouterr().err
     assert "and a long story" in told and "in broken" in told and "No module" not in told
 
 
-def test_failed_oracle_is_listed_for_every_provider():
+def test_error_of_the_oracle_is_the_status_of_every_provider():
     def too_large(x):
         raise MemoryError("too large")
 
@@ -78,7 +81,7 @@ def test_wrong_providers_are_not_timed(monkeypatch):
     assert all(r.graph for r in results if r.times)
 
 
-def test_oracle_gets_its_own_fp32_copies():
+def test_oracle_gets_its_own_fp32_copies_of_the_inputs():
     seen = []
 
     def oracle(x):
@@ -91,17 +94,17 @@ def test_oracle_gets_its_own_fp32_copies():
     assert seen == [torch.float32] * 2
 
 
-def test_faster_than_the_roof_is_wrong(monkeypatch):
-    """For example, a graph that captured nothing replays this fast."""
+def test_provider_faster_than_the_roof_is_wrong(monkeypatch):
+    """For example, an empty CUDA graph is faster than the roof (the machine's peak rates)."""
     monkeypatch.setattr(harness, "calls", lambda *_: [lambda: None])
     monkeypatch.setattr(
         harness, "device_times", lambda calls, check: (Times(1e-6, 1e-6, 1e-6), True)
     )
-    (found,) = run(SUITE, "large", CPU, FP32, ROOF, [OURS])  # 8 MiB at 2 TB/s: 4.2 µs
+    (found,) = run(SUITE, "large", CPU, FP32, ROOF, [OURS])  # 8 MiB take 4.2 µs at 2 TB/s
     assert found.status == "wrong: 4.2 times the roof's speed" and found.times is None
 
 
-def test_output_of_our_timed_graph_is_checked(monkeypatch):
+def test_output_of_the_timed_graph_is_checked_for_gemma_fast(monkeypatch):
     def device_times(calls, check):
         check(torch.tensor([1.0, 2.01]))
         return Times(1e-3, 1e-3, 1e-3), True
@@ -110,11 +113,11 @@ def test_output_of_our_timed_graph_is_checked(monkeypatch):
     monkeypatch.setattr(harness, "device_times", device_times)
     eager, ours = run(SUITE, "large", CPU, FP32, ROOF, [EAGER, OURS])
     assert ours.status == "wrong: error 0.0045 in the timed graph" and ours.times is None
-    assert eager.status == "ok"  # not checked: a rival may change its inputs between calls
+    assert eager.status == "ok"  # not checked, because some providers change their inputs
 
 
 def test_by_pointers_launches_without_descriptors():
-    """`by_pointers` makes the provider OURS_BY_POINTERS."""
+    """`by_pointers` turns tensor descriptors off, only for the duration of the call."""
     found = []
     call = by_pointers("double", lambda x: lambda: found.append(launch_config("double", {})))(1)
     call()
@@ -123,8 +126,8 @@ def test_by_pointers_launches_without_descriptors():
 
 
 @pytest.mark.parametrize("name", ["linear", "norm_linear", "decode_attention"])
-def test_ours_alone_launches_without_overlap(name, monkeypatch):
-    """Its launches do not use programmatic dependent launch."""
+def test_provider_without_overlap_does_not_prefetch(name, monkeypatch):
+    """The provider OURS_ALONE must not use programmatic dependent launch."""
     prefetches, suite = [], SUITES[name]
     monkeypatch.setattr(Gpu, "overlap", lambda _, prefetch: prefetches.append(prefetch) or NO_WAIT)
     for provider in (OURS, OURS_ALONE):
@@ -138,7 +141,7 @@ def test_ours_alone_launches_without_overlap(name, monkeypatch):
 def test_error_weighs_rows_of_small_and_large_numbers_equally():
     expected = torch.tensor([[1000.0, 1000.0], [1.0, 1.0]])
     found = torch.tensor([[1000.0, 1000.0], [1.5, 1.0]])
-    assert outcome.error(found, expected) == pytest.approx(0.25)  # √(mean(0, 0.25 / 2))
+    assert outcome.error(found, expected) == pytest.approx(0.25)  # √((0 + 0.125) / 2)
 
 
 def test_tolerance_is_two_to_three_rounding_errors():
@@ -154,20 +157,20 @@ def result(provider, seconds=None, status="ok", suite="rms_norm", size="8192 x 2
     return KernelResult(suite, size, provider, status, Work(6e7, flops), 1e-3, times, bool(times))
 
 
-def test_figures_are_computed_from_a_time():
+def test_rates_and_share_of_the_roof_follow_from_the_time():
     x = result(OURS, seconds=40e-6).figures(ROOF)
     assert x["median_us"] == pytest.approx(40)
     assert x["GB_per_s"] == pytest.approx(1500)  # 6e7 bytes / 40e-6 s
     assert x["TFLOP_per_s"] == pytest.approx(1)  # 4e7 FLOPs / 40e-6 s
     assert x["bound"] == "memory" and x["share_of_roof"] == pytest.approx(0.75)
-    x = result(OURS, seconds=40e-6, flops=2e10).figures(ROOF)  # 20 µs of FLOPs, 30 of bytes
+    x = result(OURS, seconds=40e-6, flops=2e10).figures(ROOF)  # FLOPs 20 µs, bytes 30 µs
     assert x["bound"] == "memory"
     x = result(OURS, seconds=400e-6, flops=2e11).figures(ROOF)
     assert x["bound"] == "compute" and x["share_of_roof"] == pytest.approx(0.5)
     assert result(OURS).figures(ROOF) == {}
 
 
-def test_speedup_is_over_eager_at_the_same_size():
+def test_speedup_is_relative_to_eager_at_the_same_size():
     results = [
         result(EAGER, 80e-6), result(OURS, 20e-6), result("liger", status="not installed: x"),
         result(OURS, 10e-6, size="1 x 1"),
@@ -211,7 +214,7 @@ def test_results_are_written_as_files_and_plots(tmp_path):
     assert len(list(tmp_path.iterdir())) <= 8
 
 
-def test_each_result_has_the_seconds_it_took(monkeypatch):
+def test_each_result_contains_the_seconds_that_it_took(monkeypatch):
     clock = iter([0.0, 3.0, 3.0, 10.0, 10.0])
     monkeypatch.setattr(outcome.time, "perf_counter", lambda: next(clock))
     results = outcome.with_took(run(SUITE, "small", CPU, FP32, None, [EAGER, OURS]))

@@ -1,4 +1,4 @@
-"""Timing of the benchmarks, tested with a fake GPU."""
+"""Tests the timing of the benchmarks with a fake GPU."""
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -19,13 +19,14 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """Replaces torch.cuda: a call takes 2^-17 s in a graph, and 2^-13 s outside of one."""
+    """Replaces torch.cuda. A call takes 2^-17 s in a CUDA graph, and 2^-13 s outside a graph."""
     gpu = SimpleNamespace(now=0.0, capturing=False, refuses=False, captured=[])
 
     def call():
         gpu.captured[-1] += gpu.capturing
         gpu.now += 0 if gpu.capturing else 2**-13
-        return len(gpu.captured) - 1, gpu.captured[-1]  # number of the graph, and of the call in it
+        # number of the graph, and number of the call in the graph
+        return len(gpu.captured) - 1, gpu.captured[-1]
 
     class Event:
         def __init__(self, enable_timing):
@@ -76,7 +77,7 @@ def test_graph_repeats_the_calls_until_a_replay_is_long_enough(fake_gpu):
     times, graph = timing.device_times([fake_gpu.call] * 4, left.append)
     assert graph and times == pytest.approx((2**-17,) * 3)
     assert left == [(2, 1)]
-    assert fake_gpu.captured == [0, 4, 4 * 33]  # 33 / 2^15 of a second
+    assert fake_gpu.captured == [0, 4, 4 * 33]  # 33 * 2^-15 s are at least 1 ms
 
 
 def test_calls_that_cannot_be_captured_are_timed_with_their_launches(fake_gpu):
@@ -92,7 +93,7 @@ def test_input_sets_are_larger_than_four_l2_caches(name):
     seen = []
     providers = {OURS: lambda x: lambda: seen.append(x)}
     made = harness.calls(replace(SUITE, providers=providers), name, {"n": 64}, CPU, FP32)
-    assert len(made) == 8  # 512 bytes each, read and written: 4096, more than 4000
+    assert len(made) == 8  # 8 calls touch 8 * 512 bytes, more than 4 * 1000
     outputs = [call() for call in made]
     tensors = seen if name == OURS else outputs
     assert len({x.data_ptr() for x in tensors}) == 8
@@ -101,7 +102,7 @@ def test_input_sets_are_larger_than_four_l2_caches(name):
 
 @pytest.mark.usefixtures("fake_gpu")
 def test_only_bytes_that_a_call_touches_are_compared_to_the_l2_cache():
-    """For example, a step reads only one row of the rotary table."""
+    """For example, a decode step reads only one row of the table of rotary angles."""
     table = lambda device, dtype, n: (torch.randn(n, 100),)  # noqa: E731
     made = harness.calls(replace(SUITE, inputs=table), OURS, {"n": 64}, CPU, FP32)
     assert len(made) == 8
@@ -109,7 +110,10 @@ def test_only_bytes_that_a_call_touches_are_compared_to_the_l2_cache():
 
 @pytest.fixture
 def rounds(monkeypatch):
-    """Runs `measure` with rounds that take `seconds` on a fake clock → number of rounds."""
+    """Returns run(measure, seconds), which returns how often measure(once) calls once().
+
+    Each call takes the next of `seconds` on a fake clock.
+    """
 
     def run(measure, seconds):
         now, seen = [0.0], []
@@ -126,19 +130,20 @@ def rounds(monkeypatch):
     return run
 
 
-def test_settling_takes_two_rounds_and_a_tenth_of_a_second(rounds):
+def test_settling_takes_at_least_two_calls_and_a_tenth_of_a_second(rounds):
     assert rounds(timing.settle_rounds, repeat(1.0)) == 2
-    assert rounds(timing.settle_rounds, chain([60.0], repeat(2**-5))) == 1 + 4  # 0.125 s
+    # after the first call, four calls take 0.125 s
+    assert rounds(timing.settle_rounds, chain([60.0], repeat(2**-5))) == 1 + 4
 
 
-def test_short_work_is_repeated_more_often(rounds):
+def test_short_calls_are_repeated_until_they_take_a_fifth_of_a_second(rounds):
     five = partial(timing.repeated, repeats=5)
     assert rounds(five, repeat(1.0)) == 5
-    assert rounds(five, repeat(2**-6)) == 13  # 0.203 s
+    assert rounds(five, repeat(2**-6)) == 13  # 13 calls take 0.203 s
     assert rounds(five, repeat(0.0625)) == 5
 
 
-def test_repeats_end_when_the_patience_time_is_over(monkeypatch):
+def test_short_calls_are_not_repeated_for_more_than_two_seconds(monkeypatch):
     now = iter(range(100))
     monkeypatch.setattr(timing, "clock", lambda: next(now))
     assert len(timing.repeated(lambda: 1e-3, 2)) == 3

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tune` without a GPU: the launch configs that it tries are correct."""
+"""Tests `python -m benchmarks.tune`, which times launch configs of kernels, without a GPU."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,8 @@ from gemma_fast.kernels.launch import launch_config, override
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 CUDA = torch.cuda.is_available()
-WHERE = (torch.device("cuda"), torch.bfloat16) if CUDA else (CPU, FP32)  # where kernels run
+# device and dtype of the kernels
+WHERE = (torch.device("cuda"), torch.bfloat16) if CUDA else (CPU, FP32)
 CASES = [(name, size) for name in SUITES for size in SUITES[name].tiny]
 
 
@@ -33,7 +34,7 @@ def test_every_suite_has_launch_configs_to_try():
     assert all(suite.tuning for suite in SUITES.values())
 
 
-# These have the most configs, or the most programs for the interpreter.
+# The interpreter takes long for these cases: they have the most launch configs or programs.
 SLOW = {
     ("lm_head", "199 x 64, b 1, sampled"), ("lm_head", "199 x 64, b 3"),
     ("norm_linear", "64 x 48, b 1"), ("decode_attention", "b 2, depth 24, 4/2 heads, d 32"),
@@ -42,7 +43,7 @@ CASES = [x for case in CASES for x in (slow(case) if case in SLOW else [case])]
 
 
 @pytest.mark.parametrize(("name", "size"), CASES, ids=str)
-def test_every_launch_config_computes_the_same(name, size):
+def test_every_launch_config_gives_correct_results(name, size):
     suite = variants(SUITES[name], SUITES[name].tiny[size])
     with interpreter():
         results = list(run(suite, size, *WHERE, None))
@@ -52,8 +53,8 @@ def test_every_launch_config_computes_the_same(name, size):
     assert results[0].status == "ok, not measured"
 
 
-def test_override_changes_the_launch_config():
-    """Values that are not overridden come from the kernel's table."""
+def test_override_replaces_the_given_values_of_the_launch_config():
+    """All other values come from the kernel's table. A config that cannot compile is `failed`."""
     table = launch_config("matvec", matvec.default_config(1, 48, 64, 4))
     with override(SUITES["linear"].tuning.kernel, BLOCK_N=2):
         assert launch_config("matvec", table) == table | {"BLOCK_N": 2}
@@ -82,7 +83,10 @@ def block(i: int) -> str:
 
 @pytest.fixture
 def timed(monkeypatch):
-    """SUITE with BLOCK 1 to 6 to try: 1 is wrong, 2 is the fastest only when first timed."""
+    """Returns a suite that tries BLOCK = 1 … 6, and the names of the providers timed.
+
+    BLOCK 1 gives wrong results; BLOCK 2 is the fastest at first, but slow when timed again.
+    """
     first = {TABLE: 9, block(2): 1, block(3): 3, block(4): 4, block(5): 5, block(6): 6}
     seen = []
 
@@ -146,13 +150,13 @@ def test_compile_ahead_launches_the_given_config(monkeypatch):
     )
     tiny = SUITES["linear"].tiny["64 x 48, b 1"]
     name = next(x for x in SUITES["linear"].tuning.candidates(tiny) if "BLOCK_N 2," in x)
-    with interpreter(), pytest.raises(TypeError):  # the replaced _launch returns None
+    with interpreter(), pytest.raises(TypeError):  # because the replaced _launch returns None
         tune.compile_ahead("linear", tiny, name, *WHERE)
     assert [x["BLOCK_N"] for x in launched] == [2]
 
 
 class Idle:
-    """Replaces the ProcessPoolExecutor, and compiles nothing ahead."""
+    """Replaces ProcessPoolExecutor, and runs none of the submitted calls."""
 
     def __init__(self, *_):
         pass

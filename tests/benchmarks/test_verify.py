@@ -1,4 +1,4 @@
-"""The certificate passes correct kernels and models, and fails wrong ones."""
+"""Tests that `gemma-fast verify` passes correct kernels and models, and fails wrong ones."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from gemma_fast.kernels import lm_head as lm_head_file
 from gemma_fast.kernels import rmsnorm as rmsnorm_file
 
 
-def test_ulp_is_the_spacing_at_the_value_or_at_a_larger_rms():
+def test_ulp_is_the_spacing_at_the_value_or_at_the_rms_if_that_is_larger():
     size = torch.tensor([1.0, 1.9, 2.0, 0.75], dtype=torch.float64)
     assert spacing(size, BF16).tolist() == [2**-7, 2**-7, 2**-6, 2**-8]
     exact = torch.tensor([1.0, -1.0, 0.0, 1.0], dtype=torch.float64)  # RMS 0.87
@@ -26,7 +26,7 @@ def test_ulp_is_the_spacing_at_the_value_or_at_a_larger_rms():
 
 
 @pytest.mark.slow
-def test_kernels_in_the_interpreter_pass():
+def test_kernels_pass_verify_in_the_interpreter():
     with interpreter():
         lines = list(check_kernels(CPU, [FP32, FP16], INTERPRETER))
     assert len(lines) == 2 * len(CHECKS)
@@ -39,7 +39,7 @@ def test_references_pass_and_their_attention_beats_eager_in_bf16():
     for (check, dtype), found in lines.items():
         if dtype == "bfloat16" and "attention" in check:
             rms = found.figures[1]
-            assert rms.ours < 0.5 < rms.eager, "eager attention rounds scores and weights"
+            assert rms.ours < 0.5 < rms.eager, "eager attention must round scores and weights"
 
 
 def rounded_weight(x, weight, eps=1e-6):
@@ -56,8 +56,8 @@ def one_key_more(reference):
 
 MISTAKES = {
     "exact GELU": (geglu_file, "geglu_reference", lambda _: exact_gelu, {FP32: "geglu"}),
-    "weight rounded": (rmsnorm_file, "rms_norm_reference", lambda _: rounded_weight,
-                       {BF16: "rms_norm"}),
+    "1 + weight rounded": (rmsnorm_file, "rms_norm_reference", lambda _: rounded_weight,
+                           {BF16: "rms_norm"}),
     "window off by one": (attention_file, "attention_reference", one_key_more,
                           {FP32: "attention, window, cap, norm",
                            BF16: "attention, window, cap, norm"}),
@@ -65,7 +65,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_wrong_kernel_fails(mistake, monkeypatch):
+def test_kernel_with_a_mistake_fails(mistake, monkeypatch):
     module, name, wrong, expected = MISTAKES[mistake]
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
     for dtype, check in expected.items():
@@ -74,7 +74,7 @@ def test_wrong_kernel_fails(mistake, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("wrong", ["scaled", "another dtype", "another shape", "NaN", "raises"])
-def test_every_check_can_fail(wrong, dtype, monkeypatch, capsys):
+def test_every_kernel_check_detects_wrong_outputs_and_errors(wrong, dtype, monkeypatch, capsys):
     change = {
         "scaled": lambda x: x * 1.02, "another dtype": lambda x: x.double(),
         "another shape": lambda x: x[..., :-1], "NaN": lambda x: x * torch.nan,
@@ -100,14 +100,15 @@ def test_wrong_token_fails(dtype, monkeypatch):
 
     monkeypatch.setattr(lm_head_file, "next_token", wrong)
     assert failed(kernels(dtype).values()) == {"next_token, 8 rows", "next_token, 16 rows"}
-    monkeypatch.setattr(lm_head_file, "next_token", lambda *_, **__: None)  # the token stays -1
+    # The token stays -1 if next_token writes none.
+    monkeypatch.setattr(lm_head_file, "next_token", lambda *_, **__: None)
     assert failed(kernels(dtype).values()) == {"next_token, 8 rows", "next_token, 16 rows"}
 
 
 @pytest.mark.parametrize(
     "name", ["gemma2-gqa", "gemma3-gqa", *slow("gemma-mqa", "gemma-mha", "gemma3-mqa")]
 )
-def test_models_pass(name):
+def test_correct_models_pass(name):
     lines = model_lines(name, (FP32, BF16))
     assert not failed(lines.values())
     assert len(lines) == 2 * len(verify_model.LINES)

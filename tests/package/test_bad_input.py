@@ -1,4 +1,4 @@
-"""Wrong arguments to the model, and the errors that it raises."""
+"""Tests that wrong arguments to the model raise errors that name the problem."""
 
 import re
 from types import SimpleNamespace
@@ -81,7 +81,7 @@ def test_attention_mask_that_disagrees_with_the_cache_is_refused(model):
 
 
 def test_attention_mask_that_unmasks_cached_padding_is_refused(model):
-    """The first row is all padding so far, so its text cannot start in the cache."""
+    """All cached tokens of the first row are padding. A later mask must not unmask them."""
     padding = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])
     cache = model(ids().repeat(2, 1), attention_mask=padding).past_key_values
     with pytest.raises(ValueError, match="disagrees with the padding of the cached tokens"):
@@ -120,7 +120,7 @@ def test_error_for_a_full_cache_names_the_length_needed(model):
     assert model(ids(1), past_key_values=cache).past_key_values.length == 5
 
 
-def test_cache_made_by_the_model_grows_up_to_the_context(model):
+def test_cache_made_by_the_model_grows_up_to_the_context_length(model):
     cache = model(ids(200)).past_key_values
     assert model(ids(56), past_key_values=cache).past_key_values.max_length == 256
     with pytest.raises(ValueError, match="256 tokens so far and 1 more do not fit the model's con"):
@@ -185,7 +185,7 @@ def test_negative_logits_to_keep_is_refused(model):
         model(ids(), logits_to_keep=-1)
 
 
-def test_unknown_keywords_are_named(model, twins):
+def test_unknown_keywords_are_refused_and_named(model, twins):
     with pytest.raises(TypeError, match="output_attentions"):
         model(ids(), output_attentions=True)
     with pytest.raises(TypeError, match="load_in_8bit"):

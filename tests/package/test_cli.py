@@ -1,4 +1,4 @@
-"""The command line, mostly on the demo weights."""
+"""Tests the command line `gemma-fast`, mostly with the demo weights."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def run(*args: str, **kwargs):
 
 @pytest.fixture(scope="module", autouse=True)
 def load_once():
-    """Commands with the same --model, --device and --dtype share what they load, on the CPU."""
+    """Loads a model once per --model, --device and --dtype. The default device is the CPU."""
     load = cache(cli._load)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -131,7 +131,7 @@ def test_error_without_demo_weights_names_the_extra(monkeypatch):
 @pytest.mark.parametrize(
     "option", [("--temperature", "2"), ("--top-p", "0.99"), ("--min-p", "1e-4")], ids=str
 )
-def test_sampling_options_switch_sampling_on(demo, option):
+def test_each_sampling_option_switches_sampling_on(demo, option):
     args = ("generate", "I want to move", "-n", "8", "--json", "--seed", "1", *demo)
     greedy, drawn, kept = (
         json.loads(run(*args, *more).stdout)["ids"] for more in ((), option, (*option, "--greedy"))

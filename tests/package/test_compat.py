@@ -1,4 +1,4 @@
-"""transformers' keywords are accepted if they change nothing; else the error names a way out."""
+"""Tests that transformers' keywords are accepted if they change nothing, and refused otherwise."""
 
 import pytest
 import torch
@@ -52,9 +52,13 @@ def test_generate_accepts_keywords_that_change_nothing(one):
     assert torch.equal(one.model.generate(inputs=IDS, **GREEDY, **keywords), expected)
 
 
-@pytest.mark.parametrize("kind", [transformers.GenerationConfig, GenerationConfig, dict])
+@pytest.mark.parametrize(
+    "kind",
+    [transformers.GenerationConfig, GenerationConfig, dict],
+    ids=["transformers", "gemma_fast", "dict"],
+)
 def test_generation_config_is_accepted(one, kind):
-    """It overrides the model's own; keywords of the call override both."""
+    """The given config overrides the model's own; keywords of the call override both configs."""
     config = kind(max_new_tokens=6, do_sample=True, top_k=1, num_beams=1)
     first = one.model.generate(IDS, generation_config=config, eos_token_id=[])
     assert torch.equal(first, one.model.generate(IDS, max_new_tokens=6, eos_token_id=[]))
@@ -78,7 +82,7 @@ def test_length_options_limit_the_output(one):
         assert one.model.generate(long, eos_token_id=[]).shape == (1, 256)
 
 
-def test_generation_config_checks_attributes_that_are_set(one):
+def test_generation_config_refuses_unsupported_attributes(one):
     config = GenerationConfig(top_k=3)
     config.max_new_tokens, config.cache_implementation = 5, "static"
     assert (config.max_new_tokens, config.top_k, config.temperature) == (5, 3, None)

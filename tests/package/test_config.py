@@ -1,4 +1,4 @@
-"""GemmaConfig: the published sizes, their layer types, and refused values."""
+"""Tests GemmaConfig: sizes and layer types of the published models, and refused values."""
 
 from dataclasses import replace
 

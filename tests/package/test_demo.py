@@ -1,4 +1,4 @@
-"""The demo weights are assembled from packages and verified; after an error no file is left."""
+"""Tests that demo weights are assembled and verified, and that no file is left after an error."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +10,7 @@ import pytest
 from gemma_fast import demo
 
 CONTENT = [b"GGUF", b"weights" * 500, b"", b"the end"]
+DAMAGES = ["empty", "truncated", "wrong bytes"]
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def site(tmp_path, monkeypatch) -> Path:
-    """A folder on sys.path with small packages that replace the real ones."""
+    """Creates small packages that replace the real ones, and returns their folder."""
     parts = {f"fake_demo_part{i}": f"{demo.NAME}.part{i:02}" for i in range(len(CONTENT))}
     for (package, name), content in zip(parts.items(), CONTENT, strict=True):
         (tmp_path / package / "data").mkdir(parents=True)
@@ -36,28 +37,28 @@ def files(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.rglob("*"))
 
 
-def test_assembles_the_parts_in_order(site, cache):
+def test_parts_are_assembled_in_order(site, cache):
     path = demo.demo_checkpoint()
     assert path == cache / demo.NAME
     assert path.read_bytes() == b"".join(CONTENT)
     assert files(cache) == [demo.NAME]
 
 
-def test_uses_an_intact_file_without_the_packages(site, cache, monkeypatch):
+def test_intact_file_is_used_without_the_packages(site, cache, monkeypatch):
     before = demo.demo_checkpoint().stat()
     monkeypatch.setattr(demo, "PARTS", {"no_such_package": "no such file"})
     after = demo.demo_checkpoint().stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-@pytest.mark.parametrize("damaged", [b"", b"GGUF", b"x" * len(b"".join(CONTENT))], ids=len)
-def test_replaces_a_damaged_file(site, cache, damaged):
+@pytest.mark.parametrize("damaged", [b"", b"GGUF", b"x" * len(b"".join(CONTENT))], ids=DAMAGES)
+def test_damaged_file_is_replaced(site, cache, damaged):
     cache.mkdir(parents=True)
     (cache / demo.NAME).write_bytes(damaged)
     assert demo.demo_checkpoint().read_bytes() == b"".join(CONTENT)
 
 
-def test_several_callers_can_assemble_at_once(site, cache):
+def test_several_callers_can_assemble_the_file_at_once(site, cache):
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda _: demo.demo_checkpoint(), range(32)))
     assert set(paths) == {cache / demo.NAME}
@@ -71,7 +72,7 @@ def test_error_for_a_missing_package_names_the_extra(site, cache, monkeypatch):
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("damaged", [b"", b"weights", b"WEIGHTS" * 500], ids=len)
+@pytest.mark.parametrize("damaged", [b"", b"weights", b"WEIGHTS" * 500], ids=DAMAGES)
 def test_damaged_part_is_refused(site, cache, damaged):
     part = site / "fake_demo_part1" / "data" / demo.PARTS["fake_demo_part1"]
     part.write_bytes(damaged)

@@ -1,13 +1,13 @@
-"""README.md, CONTRIBUTING.md and docs/: their code runs, their links lead somewhere, their figures
-are those of the results.
+"""Tests README.md, CONTRIBUTING.md and docs/: their code must run, the targets of their links must
+exist, and their numbers must equal the benchmark results.
 
-Python blocks of a page run in order, in one process. Commands of shell blocks run one by one. A
-comment directly before a block says otherwise, and why:
+The Python blocks of a page run in order, in one process. Each command of a shell block runs in its
+own process. A comment directly before a block changes this, and must give the reason:
 
     <!-- not run: needs a GPU -->
     <!-- slow: loads the demo weights -->     only `make test-all` runs it
 
-`make` commands are not run either; their targets must exist.
+`make` commands are not run, but their targets must exist.
 """
 
 import json
@@ -33,7 +33,7 @@ TIMEOUT = 600  # seconds
 
 class Block(NamedTuple):
     page: Path
-    line: int  # of its fence, from 1
+    line: int  # number of the line that opens the block, from 1
     language: str
     code: str
     marker: str  # "", "not run" or "slow"
@@ -60,13 +60,14 @@ BLOCKS = {page: blocks_of(page) for page in PAGES}
 
 
 def commands_of(block: Block) -> list[str]:
-    """Commands of a shell block without their comments; continued lines are joined."""
+    """Returns the commands of a shell block without comments. Joins continued lines."""
     lines = block.code.replace("\\\n", " ").splitlines()
     return [line for line in (re.sub(r"(^|\s)#.*", "", x).strip() for x in lines) if line]
 
 
 def python_programs() -> Iterator:
-    """A page's blocks as one program. A page with slow blocks has a second program with them."""
+    """Yields the quick blocks of each page as one program. For a page with slow blocks, also yields
+    all its blocks as one program."""
     for page, blocks in BLOCKS.items():
         runs = [x for x in blocks if x.language == "python" and x.marker != "not run"]
         quick = [x for x in runs if not x.marker]
@@ -93,10 +94,11 @@ PROGRAMS, COMMANDS = list(python_programs()), list(shell_commands())
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    """This clone and this Python come first. The interpreter of conftest.py is off."""
+    """Returns the environment of the commands: this Python is first on PATH, PYTHONPATH is this
+    clone, and Triton's interpreter, which conftest.py turns on, is off."""
     rest = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    threads = {"OMP_NUM_THREADS": "1"}  # as in conftest.py: as many processes as cores
+    threads = {"OMP_NUM_THREADS": "1"}  # one, because pytest runs a process per core
     return rest | threads | {"PATH": os.pathsep.join(paths), "PYTHONPATH": str(ROOT)}
 
 
@@ -112,7 +114,7 @@ def run(command: list[str], environment: dict[str, str]) -> None:
 def test_python_blocks_run(blocks, environment, request):
     program = "\n".join(block.code for block in blocks)
     if "demo_checkpoint" in program:
-        request.getfixturevalue("demo_gguf")  # skips where the extra `demo` is missing
+        request.getfixturevalue("demo_gguf")  # skips the test without the extra `demo`
     run([sys.executable, "-c", program], environment)
 
 
@@ -129,7 +131,7 @@ def test_shell_commands_run(command, environment, request):
 
 
 def test_enough_blocks_run():
-    """So that a change of the pages' format cannot empty the tests above."""
+    """If the format of the pages changes, the tests above must not silently lose their cases."""
     assert sum(len(x.values[0]) for x in PROGRAMS if not x.marks) >= 5
     assert sum(block.marker == "slow" for blocks in BLOCKS.values() for block in blocks) >= 5
     assert len(COMMANDS) >= 8
@@ -137,35 +139,35 @@ def test_enough_blocks_run():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_block_that_does_not_run_says_why(page):
+def test_each_marked_block_gives_a_reason(page):
     blocks = BLOCKS[page]
     for block in blocks:
         where = f"{page.name}:{block.line}"
-        assert block.language, f"{where}: a block without a language"
-        assert not block.marker or block.reason, f"{where}: {block.marker!r} without a reason"
+        assert block.language, f"{where}: the block has no language"
+        assert not block.marker or block.reason, f"{where}: {block.marker!r} has no reason"
     placed = len(MARKER.findall(page.read_text(encoding="utf-8")))
-    assert placed == sum(bool(x.marker) for x in blocks), "a marker that is not before a block"
+    assert placed == sum(bool(x.marker) for x in blocks), "a marker is not directly before a block"
 
 
 def prose(page: Path) -> str:
-    """The page without its code."""
+    """Returns the text of the page without its code."""
     text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     return re.sub(r"`[^`\n]*`", "", text)
 
 
 def anchors(page: Path) -> set[str]:
-    """GitHub's names of the page's headings."""
+    """Returns the anchors that GitHub gives to the page's headings."""
     text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
     return {re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_targets_of_links_exist(page):
     text = prose(page)
     defined = dict(re.findall(r"^\[([^\]]+)\]: *(\S+)$", text, flags=re.M))
     shortcuts = re.findall(r"\[([\w./-]+\.\w+)\](?![\[(:])", text)
-    assert {*shortcuts} <= {*defined}, "a reference without its definition"
+    assert {*shortcuts} <= {*defined}, "a link has no definition"
     for target in [*re.findall(r"\]\(([^)\s]+)\)", text), *defined.values()]:
         if re.match(r"[a-z]+:", target):
             continue
@@ -176,15 +178,15 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_table_cells_hold_something(page):
+def test_table_cells_are_filled(page):
     lines = page.read_text(encoding="utf-8").splitlines()
     for i, line in enumerate(lines):
         header = i + 1 < len(lines) and re.match(r"^\|[-:| ]+\|$", lines[i + 1])
         if not line.startswith("|") or header:
             continue
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
-        assert all(cells), f"{page.name}:{i + 1}: an empty cell"
-        assert "not measured" not in line.lower(), f"{page.name}:{i + 1}"
+        assert all(cells), f"{page.name}:{i + 1}: a cell is empty"
+        assert "not measured" not in line.lower(), f"{page.name}:{i + 1}: no value"
 
 
 def test_readme_is_short():
@@ -193,8 +195,8 @@ def test_readme_is_short():
     assert not [line for line in lines if len(line) > 120]
 
 
-def test_figures_are_those_of_the_results():
-    """The picture's alternative text in the README, and the table in docs/benchmarks.md."""
+def test_numbers_equal_the_benchmark_results():
+    """Checks the alternative text of the README's picture, and the table in docs/benchmarks.md."""
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["results"]
     figures = {(x["test"], x["provider"]): x for x in rows}
     providers = ("eager", "transformers (sdpa)", "gemma_fast")

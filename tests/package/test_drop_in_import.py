@@ -1,4 +1,4 @@
-"""Programs for transformers' Gemma give the same results with gemma_fast in their import line."""
+"""Tests that programs for transformers' Gemma give the same results if they import gemma_fast."""
 
 import io
 import re
@@ -36,7 +36,7 @@ def theirs(names: str) -> str:
 
 
 def with_our_model(names: str) -> str:
-    """Only the model is imported from gemma_fast; the tokenizer and others stay transformers'."""
+    """Returns a line that imports the model from gemma_fast, everything else from transformers."""
     ours = [name for name in names.split(", ") if MODELS.match(name)]
     others = [name for name in names.split(", ") if not MODELS.match(name)]
     return f"from transformers import {', '.join(others)}; from gemma_fast import {', '.join(ours)}"
@@ -47,7 +47,8 @@ def all_ours(names: str) -> str:
 
 
 def run(program: str, change, path: Path) -> tuple[object, str]:
-    """Runs a program with its import line changed by `change` → its result, its output."""
+    """Runs a program after `change` has rewritten its import line. Returns its variable `result`
+    and the printed text."""
     program = IMPORT.sub(lambda line: change(line[1]), program)
     scope, printed = {"PATH": str(path)}, io.StringIO()
     with redirect_stdout(printed), warnings.catch_warnings():
@@ -71,7 +72,7 @@ def same(actual, expected) -> None:
 
 @pytest.mark.parametrize("change", [with_our_model, all_ours])
 @pytest.mark.parametrize("name", EXAMPLES, ids=str)
-def test_examples_give_the_same_result(name, change, checkpoint):
+def test_programs_give_the_same_result(name, change, checkpoint):
     if name == "chats" and not checkpoint.name.startswith("gemma3"):
         pytest.skip("the older templates support neither message parts nor a system turn")
     program = EXAMPLES[name]
@@ -80,8 +81,8 @@ def test_examples_give_the_same_result(name, change, checkpoint):
 
 
 @pytest.mark.parametrize("change", [with_our_model, all_ours])
-def test_streamed_text_is_printed_the_same(change, checkpoint):
-    """Our streamer does not print the newline at the end."""
+def test_streamed_text_is_the_same(change, checkpoint):
+    """Except for the newline at the end, which gemma_fast's streamer does not print."""
     ids, printed = run(PRINT_STREAM, change, checkpoint)
     expected_ids, expected = run(PRINT_STREAM, theirs, checkpoint)
     assert torch.equal(ids, expected_ids)

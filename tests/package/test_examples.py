@@ -1,7 +1,7 @@
-"""docs/examples: each program runs as a user runs it, and prints what is known.
+"""Runs each program in docs/examples as a user would, and compares its output with known values.
 
-A test has the name of its example. Programs run on the CPU, in float32, so that texts are exact;
-only one_kernel.py also runs on a GPU.
+Each test has the name of its example. The programs run on the CPU in float32, so that their texts
+are reproducible. Only one_kernel.py also runs on a GPU.
 """
 
 import os
@@ -17,7 +17,7 @@ from demo_answers import CONTINUATION, PROMPT, TOP_TEN
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs/examples"
-# What follows in float32 with the demo weights, which are a base model: it repeats the question.
+# Outputs in float32 with the demo weights: a base model, which repeats the user's question.
 ANSWER = "Hello mendatanguser\nHello mendatang"
 SAMPLED = " a string to a different position. What I expected to see is the result is"
 LOG_LIKELIHOODS = {" to": -1.632, " to a new country": -5.148, " my car": -3.876}
@@ -28,7 +28,7 @@ PERPLEXITIES = {
 
 @pytest.fixture
 def run(request):
-    """Runs the example that the test is named after, and returns what it prints."""
+    """Returns a function that runs the example with the test's name, and returns its output."""
     name = request.function.__name__.removeprefix("test_")
 
     def run(*args: str, stdin: str = "", on_gpu: bool = False, interpret: bool = False) -> str:
@@ -50,13 +50,13 @@ def test_every_example_has_a_test():
 
 
 def test_stream_a_chat(run, demo_gguf):
-    """The second prompt contains the first turn: the model repeats the first question again."""
+    """The second prompt contains the first turn, so the model repeats the first question again."""
     printed = run("--max-new-tokens", "6", stdin="Hello\nWho wrote Hamlet?\n")
     assert printed == f"> {ANSWER}\n> {ANSWER}\n> \n"
 
 
 def test_batch_of_prompts(run, demo_gguf):
-    """The shortest prompt is padded: its greedy text is that of the prompt alone."""
+    """The shortest prompt is padded. Its greedy text must equal that of the prompt alone."""
     printed = run()
     greedy, sampled = re.findall(r"'I want to move' -> (.*)", printed)
     assert CONTINUATION.startswith(greedy.strip('"')) and len(greedy) > 50
@@ -79,7 +79,7 @@ def test_logits_and_scoring(run, demo_gguf):
 
 @pytest.mark.parametrize("model", ["tiny", pytest.param("demo", marks=pytest.mark.slow)])
 def test_accelerate_transformers(run, model, tmp_path, request):
-    """The tiny model has random weights. transformers takes half a minute to read the demo's."""
+    """The tiny model has random weights. transformers takes half a minute to load the demo."""
     if model == "demo":
         request.getfixturevalue("demo_gguf")
     printed = run(*(["--model", str(write_chat_checkpoint(tmp_path))] if model == "tiny" else []))

@@ -1,7 +1,7 @@
-"""The table of import rules, which the code and the docstrings of rooms (folders) must follow.
+"""Tests that the code and the docstrings of rooms (folders) follow the table of import rules.
 
-Imports are read from the source files, also inside functions, under TYPE_CHECKING, and behind both
-symlinks.
+Imports are read from the source files. Imports inside functions, under TYPE_CHECKING, and in the
+two folders behind symlinks (kernels, benchmarks) count too.
 """
 
 import ast
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gemma_fast"
 EVERYTHING = "everything in gemma_fast but cli"
-# A room or module of gemma_fast → the other rooms and modules that it may import.
+# For each room or module of gemma_fast: the other rooms and modules that it may import.
 RULES = {
     "config": "", "memory": "", "compat": "", "demo": "", "kernels": "", "hf": "kernels",
     "checkpoint": "config",
@@ -37,7 +37,7 @@ RULES = {
 
 
 def modules() -> dict[str, ast.Module]:
-    """Name of each module (as "engine.decoder"; a room's __init__ is "engine") → its source."""
+    """Returns each module's syntax tree by name: "engine.decoder", or "engine" for its __init__."""
     found = {}
     for folder in (PACKAGE, *(x for x in PACKAGE.rglob("*") if x.is_dir()), *links()):
         for file in folder.glob("*.py"):
@@ -49,7 +49,7 @@ def modules() -> dict[str, ast.Module]:
 
 
 def links() -> list[Path]:
-    """Folders behind symlinks, which rglob does not follow, as paths in gemma_fast."""
+    """Returns the folders behind symlinks, which rglob does not follow, as paths in gemma_fast."""
     targets = [PACKAGE / "kernels", PACKAGE / "benchmarks"]
     rooms = [room for room in (ROOT / "benchmarks").iterdir() if (room / "__init__.py").exists()]
     return targets + [PACKAGE / "benchmarks" / room.name for room in rooms]
@@ -59,7 +59,10 @@ SOURCES = modules()
 
 
 def imported(source: ast.AST) -> set[str]:
-    """Imported modules, without "gemma_fast."; `from x import y` gives x, or x.y if that is one."""
+    """Returns the names of the imported modules, without the prefix "gemma_fast.".
+
+    `from x import y` gives x.y if that is a module of gemma_fast, otherwise x.
+    """
     found = set()
     for node in ast.walk(source):
         if isinstance(node, ast.Import):
@@ -77,7 +80,7 @@ OURS = {name: {x for x in names if x in SOURCES} for name, names in IMPORTS.item
 
 
 def room_of(module: str) -> str:
-    """The most specific key of RULES for this module."""
+    """Returns the most specific key of RULES that applies to this module."""
     parts = module.split(".")
     names = [".".join(parts[:n]) for n in (2, 1)]
     return next(name for name in names if name in RULES)
@@ -119,7 +122,7 @@ def test_every_allowed_import_is_used():
     for room, allowed in RULES.items():
         used = {name for module in SOURCES if room_of(module) == room for name in OURS[module]}
         for place in allowed.split(", ") if allowed not in ("", EVERYTHING) else ():
-            assert any(within(name, place) for name in used), f"{room} imports nothing of {place}"
+            assert any(within(name, place) for name in used), f"{room} imports nothing from {place}"
 
 
 def test_kernels_import_only_torch_and_triton():

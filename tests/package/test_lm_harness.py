@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: the model `gemma-fast` gives the scores of the harness's own `hf`."""
+"""Tests that lm-evaluation-harness gives `gemma-fast` the same scores as its own model `hf`."""
 
 import json
 import subprocess
@@ -76,7 +76,7 @@ def tasks(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=[*slow("1"), "3"], ids=["batch 1", "batch 3"])
 def both(request, checkpoint):
-    """The models `hf` and `gemma-fast`, created by name."""
+    """Returns the models `hf` and `gemma-fast`, created by name as the harness creates them."""
     args = f"pretrained={checkpoint},dtype=float32"
     options = {"batch_size": request.param, "device": "cpu"}
     return [
@@ -86,7 +86,7 @@ def both(request, checkpoint):
 
 
 def evaluate(model, tasks: Path, **options) -> dict:
-    """Task → its metrics, and each document's responses."""
+    """Returns, for each task, its metrics and the responses to its documents."""
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     out = lm_eval.simple_evaluate(
         model, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0, **options
@@ -115,9 +115,9 @@ def same(actual, expected) -> None:
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_fewshot": 1}, {"apply_chat_template": True}],
-    ids=["plain", "fewshot", "chat"],
+    ids=["zero-shot", "one-shot", "chat"],
 )
-def test_scores_equal_hf(both, tasks, options):
+def test_scores_and_responses_equal_those_of_hf(both, tasks, options):
     expected, actual = (evaluate(model, tasks, **options) for model in both)
     same(actual, expected)
     assert any(len(answer[0][0]) > 1 for answer in expected["tiny_generate"][1])
@@ -136,14 +136,15 @@ def requests(kind: str, *arguments: tuple) -> list[Instance]:
     ],
     ids=str,
 )
-def test_windows_truncation_and_bos_equal_hf(checkpoint, options):
-    """Checks windows, truncation on the left, <bos>, and the token before an empty context."""
+def test_windows_truncation_and_bos_are_those_of_hf(checkpoint, options):
+    """Checks windows of long texts, truncation on the left, <bos>, and the token that replaces an
+    empty context."""
     args = {"pretrained": str(checkpoint), "dtype": "float32", "device": "cpu", "batch_size": 2}
     models = [
         lm_eval.api.registry.get_model(name)(**args, **options) for name in ("hf", "gemma-fast")
     ]
     pairs = [("", "the world"), ("hello ", "in"), ("a " * 30, "thinner a"), ("<bos>a", " the")]
-    if "prefix_token_id" in options:  # `hf` then does not detect a <bos> at the start
+    if "prefix_token_id" in options:  # then `hf` does not recognize <bos> at the start
         pairs = pairs[:-1]
     kwargs = {"until": ["t"], "max_gen_toks": 5, "do_sample": False}
     for kind, arguments in (
@@ -178,7 +179,7 @@ def test_running_out_of_memory_halves_automatic_batches(checkpoint, monkeypatch)
 
 @pytest.mark.slow
 def test_command_line_scores_a_task(checkpoint, tasks):
-    """`python -m` registers the model, then runs lm_eval's command."""
+    """`python -m gemma_fast.lm_harness` registers the model, then runs lm_eval's command."""
     command = [sys.executable, "-m", "gemma_fast.lm_harness", "--model", "gemma-fast"]
     command += ["--model_args", f"pretrained={checkpoint},dtype=float32", "--batch_size", "auto"]
     command += ["--include_path", str(tasks), "--tasks", "tiny_choice"]

@@ -1,4 +1,4 @@
-"""load_model allocates all weights before it reads any; shared weights, refused models."""
+"""Tests how weights are allocated, read and converted, and which models are refused."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_parts_lists_each_parameter_and_each_tensor_once():
         assert sorted(tensors) == sorted(config.tensor_shapes())
 
 
-def test_tensors_in_memory_are_converted_without_sharing():
+def test_tensors_in_memory_are_converted_to_the_given_dtype():
     source = random_transformers_model(CONFIGS["gemma2-gqa"])
     shared = GemmaForCausalLM.from_transformers(source)
     model = GemmaForCausalLM.from_checkpoint(TransformersCheckpoint(source), dtype="bfloat16")

@@ -1,5 +1,5 @@
-"""`kernels/` and `benchmarks/` have one import name each, in gemma_fast, and never hide PyPI's
-package `kernels`."""
+"""Tests the packages: `kernels/` and `benchmarks/` have one import name each, in gemma_fast, in the
+clone and in the wheel, and do not hide PyPI's package `kernels`."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ import pytest
 from gemma_fast.benchmarks.measure.outcome import OURS
 
 ROOT = Path(__file__).resolve().parents[2]
-FOR_THE_CLONE = ("test_kernels.py", "conftest.py")  # pytest files in benchmarks/
+FOR_THE_CLONE = ("test_kernels.py", "conftest.py")  # pytest files in benchmarks/, not packaged
 ROOMS = [
     path.parent.relative_to(ROOT)
     for folder in ("gemma_fast", "benchmarks")
@@ -37,7 +37,7 @@ PRINT_KERNEL_FILE = "import gemma_fast.kernels.rmsnorm as module; print(module._
 
 
 def python(*args, cwd: Path = ROOT) -> str:
-    """Output of Python run in `cwd`, which is first on its import path, as with PYTHONPATH=."""
+    """Runs Python in `cwd`, which is then first on the import path. Returns the output."""
     command = [sys.executable, *map(str, args)]
     ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -46,7 +46,7 @@ def python(*args, cwd: Path = ROOT) -> str:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory) -> Path:
-    """A folder with the sdist and the wheel made from it, built from a copy of the sources."""
+    """Builds an sdist from a copy of the sources, and from it a wheel. Returns their folder."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
     for folder in ("gemma_fast", "kernels", "benchmarks"):
         copytree(ROOT / folder, tree / folder, symlinks=True, ignore=ignore_patterns("__pycache__"))
@@ -56,7 +56,7 @@ def dist(tmp_path_factory) -> Path:
     return out
 
 
-def test_folders_are_reached_through_symlinks():
+def test_kernels_and_benchmarks_are_symlinks_in_gemma_fast():
     for folder in ("kernels", "benchmarks"):
         assert os.readlink(ROOT / "gemma_fast" / folder) == f"../{folder}"
     assert not (ROOT / "kernels/__init__.py").exists()
@@ -113,7 +113,7 @@ def test_import_does_not_load_slow_packages():
 
 
 def test_generate_runs_without_triton():
-    """There is no Triton for macOS and Windows."""
+    """Triton does not exist for macOS and Windows."""
     code = """
         import sys
 
