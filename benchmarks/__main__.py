@@ -23,8 +23,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_fast.benchmarks import options as shared
+from gemma_fast.benchmarks.kernels.rivals import RIVALS, missing
 from gemma_fast.benchmarks.kernels.suite import KernelResult, Suite, run
-from gemma_fast.benchmarks.kernels.table import RIVALS, SUITES, missing
+from gemma_fast.benchmarks.kernels.table import SUITES
 from gemma_fast.benchmarks.measure import machine, report
 from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import serious, with_took

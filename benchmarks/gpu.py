@@ -31,7 +31,8 @@ import click
 
 import gemma_fast
 from gemma_fast.benchmarks import options as shared
-from gemma_fast.benchmarks.kernels.table import RIVALS, SUITES
+from gemma_fast.benchmarks.kernels.rivals import RIVALS
+from gemma_fast.benchmarks.kernels.table import SUITES
 from gemma_fast.benchmarks.measure import report
 from gemma_fast.benchmarks.measure.machine import device_and_dtype, stamp
 

@@ -1,4 +1,4 @@
-"""Draws the plots of a results.json again, without measuring anything.
+"""Writes the results.md and the plots of a results.json again, without measuring anything.
 
 python -m benchmarks.plot benchmarks/results/cpu-amd-epyc
 """
@@ -13,11 +13,15 @@ from typing import Any
 import click
 
 from gemma_fast.benchmarks.kernels.suite import KernelResult
+from gemma_fast.benchmarks.kernels.table import SUITES
 from gemma_fast.benchmarks.measure.machine import Roof, Work
 from gemma_fast.benchmarks.measure.plots import kernel_plots, model_plots, title_of, write_plots
+from gemma_fast.benchmarks.measure.report import kernel_markdown, model_markdown
 from gemma_fast.benchmarks.measure.timing import Times
 from gemma_fast.benchmarks.model.cases import Case
 from gemma_fast.benchmarks.model.race import ModelResult
+
+ABOUT = {name: suite.about for name, suite in SUITES.items()}
 
 
 def model_result(row: Mapping[str, Any]) -> ModelResult:
@@ -45,9 +49,9 @@ def work_of(row: Mapping[str, Any]) -> Work:
 
 
 def draw(folder: Path) -> None:
-    """Writes the plots of folder/results.json to the same folder.
+    """Writes results.md and the plots of folder/results.json beside it.
 
-    Raises ValueError if the file does not contain results of the benchmarks.
+    Raises ValueError if it does not contain results of the benchmarks.
     """
     file = folder / "results.json"
     try:
@@ -55,9 +59,11 @@ def draw(folder: Path) -> None:
         roof, rows = found["roof"] and Roof(**found["roof"]), found["results"]
         of_model = any("kind" in row for row in rows)
         results = [*map(model_result if of_model else kernel_result, rows)]
+        text = model_markdown(found) if of_model else kernel_markdown(found, ABOUT)
         title = title_of(found["stamp"], rows[0]["model"] if of_model else None)
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"{file} does not contain results of the benchmarks: {error!r}") from error
+    (folder / "results.md").write_text(text, encoding="utf-8")
     write_plots(model_plots if of_model else kernel_plots, folder, roof, results, title)
 
 

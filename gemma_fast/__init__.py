@@ -1,4 +1,4 @@
-"""gemma_fast: Google's Gemma on Triton kernels, small enough to read in an afternoon.
+"""Gemma 1, 2 and 3 (text) on Triton kernels, each with a formula, a PyTorch fallback and tests.
 
 from gemma_fast import GemmaForCausalLM, Tokenizer
 """

@@ -303,11 +303,12 @@ def attention(
     )
     assert heads % n == 0, f"{heads} query heads are not a multiple of {n} kv heads"
     for angles in (cos, sin):
-        assert angles is None or (angles.shape == (b, t, d // 2) and angles.dtype == torch.float32)
-        assert angles is None or angles.is_contiguous()
+        assert angles is None or angles.dtype == torch.float32, f"{angles.dtype=}"
+        assert angles is None or (angles.shape == (b, t, d // 2) and angles.is_contiguous())
     assert (cos is None) == (sin is None) and (norm_weight is None or cos is not None)
     for bound in (query_offset, query_offset if left_padding is None else left_padding):
-        assert bound.shape == (b,) and bound.dtype == torch.int32 and bound.is_contiguous()
+        assert bound.dtype == torch.int32, f"{bound.dtype=}"
+        assert bound.shape == (b,) and bound.is_contiguous()
     assert q.dtype == keys.dtype == values.dtype, f"{q.dtype=}, {keys.dtype=}, {values.dtype=}"
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():

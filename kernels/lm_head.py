@@ -48,9 +48,8 @@ class LMHeadSpec(NamedTuple):
     eps: float  # epsilon of the norms
 
 
-def _cap(logits: Tensor, softcap: float | None) -> Tensor:
-    """Soft cap in fp32; NaN and inf stay as they are."""
-    logits = logits.float()
+def soft_cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
+    """Soft cap in the dtype of logits; NaN and inf stay as they are, so that sampling sees them."""
     if softcap is None:
         return logits
     return torch.where(logits.isfinite(), softcap * torch.tanh(logits / softcap), logits)
@@ -139,7 +138,8 @@ def next_token(
     check_matmul(x, residual, norm_weight, post_norm_weight, weight)
     if not is_matvec(x, weight):
         y, _ = norm_linear(x, residual, norm_weight, post_norm_weight, weight, eps=eps)
-        sample_token(_cap(y, softcap), position, token, counter, temperature, seed)
+        logits = soft_cap_logits(y.float(), softcap)
+        sample_token(logits, position, token, counter, temperature, seed)
         return
 
     config = launch_config("next_token", default_config(rows, vocab, dim, x.element_size()))

@@ -213,7 +213,8 @@ def rotary_write(
     assert v.shape == k.shape and keys.shape == values.shape == (b, n, slots, d)
     assert cos.shape == sin.shape == (b, t, d // 2) and query_offset.shape == (b,)
     assert k.dtype == v.dtype == keys.dtype == values.dtype, f"{k.dtype=}, {keys.dtype=}"
-    assert cos.dtype == sin.dtype == torch.float32 and query_offset.dtype == torch.int32
+    assert cos.dtype == sin.dtype == torch.float32, f"{cos.dtype=}, {sin.dtype=}"
+    assert query_offset.dtype == torch.int32, f"{query_offset.dtype=}"
     if not k.numel():
         return None
     if not runs_triton(k):

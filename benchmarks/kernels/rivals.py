@@ -1,4 +1,5 @@
-"""Providers that several suites share: torch.compile, SDPA, and our op without descriptors."""
+"""Providers that several suites share: torch.compile, SDPA, and our op without descriptors; the
+packages that rivals need."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gemma_fast.benchmarks.kernels.suite import Call, Prepare
+from gemma_fast.benchmarks.measure.machine import installed_version
 from gemma_fast.kernels.launch import override
 
 SDPA = {
@@ -19,6 +21,23 @@ SDPA = {
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+
+# Packages on PyPI that providers need besides torch: provider → names of the packages. Providers
+# whose names begin with transformers are not listed here; `missing` adds their package.
+PACKAGES = {
+    "liger": ["liger-kernel"],
+    "liger (CuTe)": ["liger-kernel", "nvidia-cutlass-dsl"],
+    "quack": ["quack-kernels"],
+    "flashinfer": ["flashinfer-python"],
+    "flash-attn-4": ["flash-attn-4"],
+}
+RIVALS = sorted({package for packages in PACKAGES.values() for package in packages})
+
+
+def missing(provider: str) -> list[str]:
+    """Returns the packages that the provider needs but that are not installed."""
+    needed = ["transformers"] if provider.startswith("transformers") else PACKAGES.get(provider, [])
+    return [x for x in needed if installed_version(x) is None]
 
 
 def plain(function: Callable[..., Any]) -> Prepare:

@@ -1,12 +1,10 @@
-"""Collects all kernel suites and checks from the files of this folder, and lists the packages that
-rivals need."""
+"""All kernel suites by name and all checks, found in the files beside this one."""
 
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 from gemma_fast.benchmarks.kernels.suite import Suite
-from gemma_fast.benchmarks.measure.machine import installed_version
 
 NO_SUITES = ("__init__", "rivals", "suite", "table")
 
@@ -22,20 +20,3 @@ _modules = [
 ]
 SUITES = {name: suite for module in _modules for name, suite in _suites(module).items()}
 CHECKS = [check for module in _modules for check in module.CHECKS]
-
-# Packages on PyPI that providers need besides torch: provider → names of the packages. Providers
-# whose names begin with transformers are not listed here; `missing` adds their package.
-PACKAGES = {
-    "liger": ["liger-kernel"],
-    "liger (CuTe)": ["liger-kernel", "nvidia-cutlass-dsl"],
-    "quack": ["quack-kernels"],
-    "flashinfer": ["flashinfer-python"],
-    "flash-attn-4": ["flash-attn-4"],
-}
-RIVALS = sorted({package for packages in PACKAGES.values() for package in packages})
-
-
-def missing(provider: str) -> list[str]:
-    """Returns the packages that the provider needs but that are not installed."""
-    needed = ["transformers"] if provider.startswith("transformers") else PACKAGES.get(provider, [])
-    return [x for x in needed if installed_version(x) is None]

@@ -1,4 +1,4 @@
-"""Writes the results of a run as results.json and results.md.
+"""Writes the results of a run as results.json, and makes results.md from it.
 
 results.md has one table per kernel suite, or, for models, one table like llama-bench's. A `row` is
 the JSON entry of one result; table cells are made from rows.
@@ -56,11 +56,17 @@ def kernel_report(
 
     results: KernelResult; about: name of the suite → its description in one line
     """
-    rows, parts = kernel_rows(roof, results), []
+    found = _found(stamp, roof, {}, kernel_rows(roof, results))
+    return Report(as_json(found), kernel_markdown(found, about))
+
+
+def kernel_markdown(found: Mapping[str, Any], about: Mapping[str, str]) -> str:
+    """Returns results.md for the content of kernel_report's results.json; about: as there."""
+    rows, parts = found["results"], []
     for suite, group in groupby(rows, lambda row: row["suite"]):
         parts += [f"## {suite}", about[suite], table(KERNEL_COLUMNS, map(kernel_cells, group))]
-    parts += [CALL_BY_CALL] * any(r.graph is False for r in results)
-    return _report(stamp, roof, rows, parts, {})
+    parts += [CALL_BY_CALL] * any(row.get("graph") is False for row in rows)
+    return _markdown(found, parts)
 
 
 def model_report(
@@ -80,11 +86,19 @@ def model_report(
         same | {"test": r.case.name, **asdict(r.case), **_entries(r, roof, factors)}
         for r in sorted(results, key=lambda r: place(r.case))
     ]
+    found = _found(stamp, roof, {"checked": about["checked"]}, rows)
+    return Report(as_json(found), model_markdown(found))
+
+
+def model_markdown(found: Mapping[str, Any]) -> str:
+    """Returns results.md for the content of model_report's results.json."""
+    rows = found["results"]
     batches = any(row["batch"] > 1 for row in rows)
     columns = {k: v for k, v in MODEL_COLUMNS.items() if batches or k != "batch"}
-    parts = [table(columns, map(model_cells, rows))] + [MODEL_FOOTNOTE] * (roof is not None)
+    parts = [table(columns, map(model_cells, rows))]
+    parts += [MODEL_FOOTNOTE] * (found["roof"] is not None)
     parts += [NO_GRAPHS] * any(row["status"] == WITHOUT_GRAPHS for row in rows)
-    return _report(stamp, roof, rows, parts, {"checked": about["checked"]})
+    return _markdown(found, parts)
 
 
 def kernel_rows(roof: Roof | None, results: Sequence[Any]) -> list[dict[str, Any]]:
@@ -102,18 +116,20 @@ def _entries(result: Any, roof: Roof | None, factors: Mapping[Any, float]) -> di
     }  # fmt: skip
 
 
-def _report(
-    stamp: Mapping[str, Any], roof: Roof | None, rows: Sequence[Mapping[str, Any]],
-    parts: Sequence[str], notes: Mapping[str, str],
-) -> Report:  # fmt: skip
-    """Returns the report with stamp and roof as its heading.
+def _found(
+    stamp: Mapping[str, Any], roof: Roof | None, notes: Mapping[str, str],
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the content of results.json. notes: key → sentence about the whole run."""
+    return {"stamp": stamp, "roof": roof and roof._asdict(), **notes, "results": rows}
 
-    parts: Markdown paragraphs after the heading; notes: key in the JSON → sentence on the whole run
-    """
-    found = {"stamp": stamp, "roof": roof and roof._asdict(), **notes, "results": rows}
-    first = " ".join([heading(stamp, roof), *notes.values()])
-    markdown = "\n\n".join([first, *([] if roof else [NOTHING]), *parts]) + "\n"
-    return Report(as_json(found), markdown)
+
+def _markdown(found: Mapping[str, Any], parts: Sequence[str]) -> str:
+    """Returns results.md: a heading with stamp and roof, then `parts`, which are paragraphs."""
+    roof = found["roof"] and Roof(**found["roof"])
+    first = heading(found["stamp"], roof)
+    first += f" {found['checked']}" if "checked" in found else ""
+    return "\n\n".join([first, *([] if roof else [NOTHING]), *parts]) + "\n"
 
 
 def as_json(found: Mapping[str, Any]) -> str:
@@ -188,9 +204,12 @@ def heading(stamp: Mapping[str, Any], roof: Roof | None) -> str:
 
 
 def table(columns: Mapping[str, str], lines: Iterable[Mapping[str, str]]) -> str:
-    """Returns a Markdown table. columns: name → alignment; lines: name → cell, empty if missing"""
+    """Returns a Markdown table. columns: name → alignment; lines: column → cell. A missing or empty
+    cell becomes "–". Columns in which all cells are empty are left out."""
+    lines = [*lines]
+    columns = {k: v for k, v in columns.items() if any(line.get(k) for line in lines)}
     rows = [[*columns], [*columns.values()]]
-    rows += [[escape(line.get(name, "")) for name in columns] for line in lines]
+    rows += [[escape(line.get(name) or "–") for name in columns] for line in lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

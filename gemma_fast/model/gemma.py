@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.attention import HEAD_DIMS
 from gemma_fast.kernels.embed import embed
-from gemma_fast.kernels.lm_head import next_token
+from gemma_fast.kernels.lm_head import next_token, soft_cap_logits
 from gemma_fast.kernels.matvec import norm_linear
 from gemma_fast.kernels.sample import sample_token
 from gemma_fast.model.cache import KVCache
@@ -135,9 +135,7 @@ class Gemma(nn.Module):
             hiddens.x, hiddens.residual, self.norm, hiddens.post_norm, self.embed_tokens,
             eps=self.config.rms_norm_eps,
         )  # fmt: skip
-        if (cap := self.config.final_logit_softcapping) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        return soft_cap_logits(logits, self.config.final_logit_softcapping)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Gemma:
         self.rope.clear()  # the weights may move to another device

@@ -1,7 +1,5 @@
-"""Tests the command `python -m benchmarks.plot`, which draws plots from a results.json.
-
-The tests use the results that the README's picture shows.
-"""
+"""Tests the command `python -m benchmarks.plot`, which writes results.md and plots again from a
+results.json, and what the README's picture says."""
 
 import json
 from pathlib import Path
@@ -49,6 +47,11 @@ def test_command_draws_the_results_of_a_model(tmp_path):
     done = CliRunner().invoke(plot.main, [str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert {x.name for x in tmp_path.glob("*.png")} == {"speed.png", "depth.png"}
+    written = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert written == RESULTS.with_suffix(".md").read_text(encoding="utf-8")
+    lines = [line for line in written.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(FOUND["results"])
+    assert not [line for line in lines if "|  |" in line] and "memory |" not in lines[0]
 
 
 def test_command_draws_the_results_of_kernels(tmp_path):
@@ -57,10 +60,13 @@ def test_command_draws_the_results_of_kernels(tmp_path):
         KernelResult("rms_norm", "8192 x 2048", OURS, "ok", work, times=times, graph=True),
         KernelResult("rms_norm", "8192 x 2048", "liger", "not installed: x", work),
     ]
-    kernel_report(FOUND["stamp"], ROOF, results, {"rms_norm": "RMSNorm"}).write(tmp_path)
+    kernel_report(FOUND["stamp"], ROOF, results, plot.ABOUT).write(tmp_path)
+    expected = (tmp_path / "results.md").read_text(encoding="utf-8")
+    (tmp_path / "results.md").unlink()
     done = CliRunner().invoke(plot.main, [str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "roofline.png").exists()
+    assert (tmp_path / "results.md").read_text(encoding="utf-8") == expected
 
 
 @pytest.mark.parametrize(

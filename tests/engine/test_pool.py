@@ -198,6 +198,19 @@ def test_non_finite_logits_raise(options, request):
     assert torch.equal(model.generate(ids, max_new_tokens=3, **options, **NEVER), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 5}], ids=str)
+def test_an_infinite_logit_raises_in_spite_of_the_soft_cap(options):
+    model = random_model(CONFIGS["gemma2-gqa"])
+    assert model.config.final_logit_softcapping
+    ids = torch.arange(8, 14).unsqueeze(0)
+    model.norm[0] = 1e6
+    model.embed_tokens[7] = torch.eye(len(model.norm))[0]
+    model.embed_tokens[7] *= 3e38 * model(ids).logits[0, -1, 7].sign()  # times 1e6: above fp32
+    assert model(ids).logits[0, -1].isposinf().nonzero().tolist() == [[7]]
+    with pytest.raises(ValueError, match="logits after 6 tokens are not finite"):
+        model.generate(ids, max_new_tokens=3, **options, **NEVER)
+
+
 def test_out_of_memory_for_the_cache_raises(twins, monkeypatch):
     model = random_model(twins.config)
     ids = twins.prompt(2, 5)

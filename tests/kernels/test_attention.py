@@ -1,5 +1,6 @@
 """Compares attention and rotary_write with a plain fp64 softmax over keys in order of position."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -271,9 +272,28 @@ def test_query_heads_must_be_a_multiple_of_kv_heads(device):
 @pytest.mark.parametrize("page", ["kernels/attention.py", "docs/kernels.md"])
 def test_picture_of_the_key_axis_shows_the_visible_keys(page):
     """The picture shows queries 21 … 26, a window of 18, and blocks of 4 keys from position 4."""
-    visible = attention_file.visible_keys(torch.tensor([21]), None, 6, 28, window=18)[0]
+    visible = attention_file.visible_keys(torch.tensor([21]), None, 6, 28, window=18)[0]  # [6, 28]
     lines = (Path(__file__).parents[2] / page).read_text().splitlines()
-    drawn = [line for line in lines if line.strip().startswith("query 2")]
-    for i, (line, row) in enumerate(zip(drawn, visible, strict=True)):
+    header = next(i for i, line in enumerate(lines) if line.strip().startswith("position     4 "))
+    column = {int(x[0]): x.start() for x in re.finditer(r"\d+", lines[header])}
+    for i, row in enumerate(visible):
         blocks = ["".join("█" if x else "·" for x in keys) for keys in row[4:].view(-1, 4)]
-        assert line.strip().startswith(f"query {21 + i}     {' '.join(blocks)}")
+        line = lines[header + 1 + i].strip()
+        assert line.startswith(f"query {21 + i}     {' '.join(blocks)}")
+
+    blocks = visible.view(6, 7, 4)
+    visited = blocks.any(dim=2).any(dim=0).nonzero().flatten() * 4
+    assert visited.tolist() == list(column) == [4, 8, 12, 16, 20, 24]
+    unmasked = blocks.all(dim=2).all(dim=0).nonzero().flatten() * 4
+    assert unmasked.tolist() == [12, 16]
+    parts = [x.start() for x in re.finditer("[└┴]", lines[header + 7])]
+    assert parts == [column[4], column[12], column[20]]
+    begins = [begin for begin in range(25) if visible[:, begin : begin + 4].all()]
+    assert begins == [*range(9, 19)]  # unmasked_begin … unmasked_end - 1
+
+    ring = next(i for i, line in enumerate(lines) if line.strip().startswith("slot  "))
+    slots, positions = ([*re.finditer(r"\d+", line)] for line in lines[ring : ring + 2])
+    assert [int(x[0]) for x in slots] == [0, 6, 15, 0, 5]
+    assert [int(x[0]) for x in positions] == [16, 22, 31, 32, 37]
+    for slot, position in zip(slots, positions, strict=True):
+        assert int(position[0]) % 16 == int(slot[0]) and position.start() == slot.start()

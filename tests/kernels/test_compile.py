@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from assembly import softmax_in_loops, spilled_bytes, spills_in_loops
-from compile_kernels import GPUS
 from gates import GATES, fits_twice, is_prompt, only_queries
+from gemma_launches import GPUS
 from marks import slow
 from tritons import compile_with
 

@@ -12,7 +12,8 @@ import json
 import sys
 
 import torch
-from compile_kernels import GPUS, launches, record_launches, specialized
+from compile_kernels import specialized
+from gemma_launches import GPUS, launches, record_launches
 from tiny_models import CONFIGS, random_model
 from torch.profiler import ProfilerActivity, profile
 

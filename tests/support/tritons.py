@@ -17,8 +17,8 @@ from pathlib import Path
 
 import click
 import triton
-from compile_kernels import GPUS
 from gates import GATES, is_prefill_attention
+from gemma_launches import GPUS
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
