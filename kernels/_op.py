@@ -71,11 +71,11 @@ def _differentiated(x: Tensor) -> bool:
 
 
 @triton.jit
-def wait_for_previous_kernel(PREFETCH: tl.constexpr):
-    """With PREFETCH, waits until the previous kernel has finished. Code before this call overlaps
+def wait_for_previous_kernel(PDL: tl.constexpr):
+    """With PDL, waits until the previous kernel has finished. Code before this call overlaps
     that kernel (programmatic dependent launch)."""
-    if PREFETCH:
+    if PDL:
         tl.extra.cuda.gdc_wait()
-        # The next kernel may start now. It is called after the wait, because then at most two
-        # kernels overlap: the previous one has finished before the next one starts.
+        # Lets the next kernel start. Because this comes after the wait, at most two kernels
+        # overlap: the previous kernel has finished before the next one starts.
         tl.extra.cuda.gdc_launch_dependents()

@@ -17,7 +17,7 @@ left_padding :: [b], int32: positions below it are padding, which no token sees;
 counter      :: [at least b * n], int32, zeros, and zeros again afterwards: counts programs
 q_norm, k_norm :: [d] or None: no norm (Gemma 3 normalizes q and k before it rotates them)
 window       :: the token sees the keys position - window + 1 … position; None: all in the ring
-prefetch     :: start while the previous kernel still runs, if the GPU can (programmatic dependent
+pdl          :: start while the previous kernel still runs, if the GPU can (programmatic dependent
                 launch, PDL). position, cos, sin and norms must be older than the previous kernel,
                 which itself must wait for the one before it before it lets this one start
 returns      :: [b, n * m, d], qkv.dtype
@@ -120,7 +120,7 @@ def _decode_attention_kernel(
     BLOCK_N: tl.constexpr,  # keys
     CHUNK: tl.constexpr,  # splits merged at a time
     MERGE_COST: tl.constexpr,  # keys: see count_splits
-    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     GROUP: tl.constexpr = SPEC.group
     D: tl.constexpr = SPEC.dim
@@ -147,13 +147,13 @@ def _decode_attention_kernel(
     keys_ptr += batch * strides.batch + kv_head * strides.head
     values_ptr += batch * strides.batch + kv_head * strides.head
     if rotary.cos is None:
-        wait_for_previous_kernel(PREFETCH)
+        wait_for_previous_kernel(PDL)
         q_ptr = qkv_ptr + (kv_head * GROUP + row) * qkv.head_stride + channel
         q = tl.load(q_ptr, mask=is_query, other=0.0)  # [BLOCK_M, d]
     else:
         # The new key is a row of the queries' tile, and rotated with them. Its scores are not used.
         loaded = load_new_token_rotary(rotary, position, row, SPEC)
-        wait_for_previous_kernel(PREFETCH)
+        wait_for_previous_kernel(PDL)
         HAS_NORM: tl.constexpr = rotary.q_norm is not None
         q, new_v = load_new_token(qkv_ptr, qkv.head_stride, loaded, row, kv_head, n, SPEC, HAS_NORM)
         slot = (position % slots).to(tl.int64) * strides.slot
@@ -200,7 +200,7 @@ def _decode_attention_kernel(
 
 def _launch(
     qkv: Tensor, keys: Tensor, values: Tensor, rotary: QKRotary, positions: Positions,
-    counter: Tensor, spec: AttentionSpec, prefetch: bool,
+    counter: Tensor, spec: AttentionSpec, pdl: bool,
 ) -> Tensor:  # fmt: skip
     b, n, slots, d = keys.shape
     out = torch.empty(b, n * spec.group, d, dtype=qkv.dtype, device=qkv.device)
@@ -221,7 +221,7 @@ def _launch(
         Heads(qkv, batch_stride, None, head_stride), keys, values, RingStrides(*keys.stride()[:3]),
         rotary, positions, Splits(partial, stats, counter), out, slots,
         SPEC=spec, CHUNK=merge_chunk(spec.group, d, config["num_warps"]),
-        **config, **limits.overlap(prefetch),
+        **config, **limits.pdl_options(pdl),
     )  # fmt: skip
     return out
 
@@ -236,7 +236,7 @@ def decode_attention(
     qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor,
     counter: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None, *, scale: float,
     window: int | None = None, softcap: float | None = None, eps: float = 1e-6,
-    prefetch: bool = False,
+    pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention of one new token per sequence, whose K and V are written to the cache. Runs the
     reference where Triton does not run."""
@@ -262,7 +262,7 @@ def decode_attention(
     assert window != 0 and softcap != 0
     spec = AttentionSpec(heads // n, d, scale, softcap or 0.0, window or 0, eps)
     rotary = QKRotary(cos, sin, q_norm, k_norm)
-    return _launch(qkv, keys, values, rotary, Positions(position, None), counter, spec, prefetch)
+    return _launch(qkv, keys, values, rotary, Positions(position, None), counter, spec, pdl)
 
 
 @op(fake=lambda q, *_, **__: q.new_empty(q.shape), mutates_args=("counter",))
@@ -289,4 +289,4 @@ def split_attention(
     assert window != 0 and softcap != 0
     spec = AttentionSpec(heads // n, d, scale, softcap or 0.0, window or 0, eps=0.0)
     rotary, positions = QKRotary(None, None, None, None), Positions(position, left_padding)
-    return _launch(q, keys, values, rotary, positions, counter, spec, prefetch=False)
+    return _launch(q, keys, values, rotary, positions, counter, spec, pdl=False)

@@ -34,11 +34,11 @@ def _embed_kernel(
     SCALE: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    wait_for_previous_kernel(PREFETCH)
+    wait_for_previous_kernel(PDL)
     row = tl.maximum(tl.load(ids_ptr + token), 0)
     hidden = tl.load(weight_ptr + row * DIM + cols, mask=cols < DIM).to(tl.float32) * SCALE
     tl.store(out_ptr + token * DIM + cols, hidden, mask=cols < DIM)
@@ -50,11 +50,11 @@ def _rounded(scale: float, dtype: torch.dtype) -> float:
 
 
 @op(fake=lambda ids, weight, *_, **__: weight.new_empty(*ids.shape, weight.shape[1]))
-def embed(ids: Tensor, weight: Tensor, scale: float, *, prefetch: bool = False) -> Tensor:
+def embed(ids: Tensor, weight: Tensor, scale: float, *, pdl: bool = False) -> Tensor:
     """Returns the scaled rows of the table, contiguous. Runs the reference where Triton does not
     run.
 
-    prefetch: start while the previous kernel, which writes ids, still runs, and wait for it (PDL).
+    pdl: start while the previous kernel, which writes ids, still runs, and wait for it (PDL).
     """
     assert ids.dtype == torch.int64 and weight.is_contiguous()
     if not runs_triton(weight):
@@ -67,6 +67,6 @@ def embed(ids: Tensor, weight: Tensor, scale: float, *, prefetch: bool = False) 
         _embed_kernel[(ids.numel(), triton.cdiv(dim, config["BLOCK"]))](
             ids, weight, out,
             SCALE=_rounded(scale, weight.dtype), DIM=dim,
-            **config, **gpu(weight.device).overlap(prefetch),
+            **config, **gpu(weight.device).pdl_options(pdl),
         )  # fmt: skip
     return out

@@ -31,11 +31,11 @@ class Gpu(NamedTuple):
             for x in tensors
         )
 
-    def overlap(self, prefetch: bool) -> dict[str, bool]:
+    def pdl_options(self, pdl: bool) -> dict[str, bool]:
         """Launch options of a kernel that calls `wait_for_previous_kernel`."""
-        if prefetch and self.capability >= 90:
-            return {"PREFETCH": True, "launch_pdl": True}
-        return {"PREFETCH": False}
+        if pdl and self.capability >= 90:
+            return {"PDL": True, "launch_pdl": True}
+        return {"PDL": False}
 
 
 _overrides: dict[str, Mapping[str, Any]] = {}

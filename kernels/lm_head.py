@@ -69,7 +69,7 @@ def _next_token_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     CHUNK: tl.constexpr,  # programs whose best scores are compared at a time
-    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     DIM: tl.constexpr = SPEC.dim
     VOCAB: tl.constexpr = SPEC.vocab
@@ -78,9 +78,9 @@ def _next_token_kernel(
     weight_row = tl.minimum(token, VOCAB - 1)
     if BLOCK_B == 1:
         weight = load_weight(weight_ptr, weight_row, 0, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
-    elif PREFETCH:
+    elif PDL:
         prefetch_weight(weight_ptr, weight_row, DIM, BLOCK_K)
-    wait_for_previous_kernel(PREFETCH)
+    wait_for_previous_kernel(PDL)
     scales = norm_scales(inputs, None, rows, False, SPEC.eps, DIM, BLOCK_B, BLOCK_K)
     best = tl.full([BLOCK_N, BLOCK_B], float("-inf"), tl.float32)
     best_token = tl.full([BLOCK_N, BLOCK_B], -1, tl.int32)
@@ -125,12 +125,12 @@ def next_token(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, post_norm_weight: Tensor | None,
     weight: Tensor, position: Tensor, token: Tensor, counter: Tensor,
     temperature: Tensor | None = None, seed: Tensor | None = None, *,
-    softcap: float | None = None, eps: float = 1e-6, prefetch: bool = False,
+    softcap: float | None = None, eps: float = 1e-6, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Writes the next token of each row to `token`. Where Triton does not run, and for more than
     MAX_ROWS rows, it computes the logits and then samples.
 
-    prefetch: as in linear.
+    pdl: as in linear.
     """
     (rows, dim), vocab = x.shape, weight.shape[0]
     check_sampling(rows, position, token, counter, temperature, seed)
@@ -150,5 +150,5 @@ def next_token(
         SamplingInputs(position, temperature, seed), new_partials(token, counter, programs), rows,
         SPEC=LMHeadSpec(dim, vocab, softcap or 0.0, eps),
         CHUNK=PARTIALS * config["num_warps"] // config["BLOCK_B"],
-        **config, **gpu(x.device).overlap(prefetch),
+        **config, **gpu(x.device).pdl_options(pdl),
     )  # fmt: skip

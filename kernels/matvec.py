@@ -11,7 +11,7 @@ y                :: [..., out], with geglu [..., out / 2]; h :: [..., dim]; both
 
 The norm, h and the normalized row are rounded as in rmsnorm.py; sums are in fp32. Up to MAX_ROWS
 rows are one launch: one row in registers (_gemv.py), 2 to 8 on tensor cores (_skinny.py). Each
-program loads all of x and some rows of the weight; program 0 stores h. With `prefetch`, the first
+program loads all of x and some rows of the weight; program 0 stores h. With `pdl`, the first
 block of the weight is fetched before the wait for the previous kernel. More rows take three steps:
 norm, PyTorch's matmul, GeGLU.
 Bound by memory: bytes = weight.numel() * itemsize. Walk-through steps: project to Q, K, V; MLP.
@@ -49,16 +49,16 @@ def _matvec_kernel(
     BLOCK_N: tl.constexpr,  # rows of the weight; with GEGLU half of them gate, half up
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,  # blocks in flight at once
-    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     COLS: tl.constexpr = BLOCK_N // 2 if GEGLU else BLOCK_N  # columns of the output
     program, n = tl.program_id(0), tl.arange(0, BLOCK_N)  # n :: [BLOCK_N]
     weight_row = (program * COLS + n % COLS) % OUT + n // COLS * OUT  # [BLOCK_N]
     if BLOCK_B == 1:
         first_weight = load_weight(weight_ptr, weight_row, 0, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
-    elif PREFETCH:
+    elif PDL:
         prefetch_weight(weight_ptr, weight_row, DIM, BLOCK_K)
-    wait_for_previous_kernel(PREFETCH)
+    wait_for_previous_kernel(PDL)
     scales = Scales(0.0, 0.0)
     if inputs.norm_weight is not None:
         scales = norm_scales(inputs, h_ptr, rows, program == 0, EPS, DIM, BLOCK_B, BLOCK_K)
@@ -112,7 +112,7 @@ def is_matvec(x: Tensor, weight: Tensor) -> bool:
 
 def _launch(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor | None,
-    post_norm_weight: Tensor | None, weight: Tensor, geglu: bool, eps: float, prefetch: bool,
+    post_norm_weight: Tensor | None, weight: Tensor, geglu: bool, eps: float, pdl: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     out_dim, dim = weight.shape[0] // (1 + geglu), weight.shape[1]
     flat = x.reshape(-1, dim).contiguous()  # [rows, dim]
@@ -125,21 +125,21 @@ def _launch(
     config = launch_config("matvec", config)
     _matvec_kernel[(triton.cdiv(out_dim, config["BLOCK_N"] // (1 + geglu)),)](
         MatmulInput(flat, residual, norm_weight, post_norm_weight), weight, out, h, rows,
-        EPS=eps, DIM=dim, OUT=out_dim, GEGLU=geglu, **config, **gpu(x.device).overlap(prefetch),
+        EPS=eps, DIM=dim, OUT=out_dim, GEGLU=geglu, **config, **gpu(x.device).pdl_options(pdl),
     )  # fmt: skip
     return out.view(*x.shape[:-1], out_dim), None if h is None else h.view(x.shape)
 
 
 @op(fake=lambda x, weight, **_: x.new_empty(*x.shape[:-1], weight.shape[0]))
-def linear(x: Tensor, weight: Tensor, *, prefetch: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Tensor, *, pdl: bool = False) -> Tensor:
     """Returns x @ weightᵀ. Where Triton does not run, and for more than MAX_ROWS rows, PyTorch's
     matmul computes it.
 
-    prefetch: read the weight while the previous kernel still runs. No running kernel may write it.
+    pdl: read the weight while the previous kernel still runs. No running kernel may write it.
     """
     check_matmul(x, None, None, None, weight)
     if is_matvec(x, weight):
-        return _launch(x, None, None, None, weight, False, 0.0, prefetch)[0]
+        return _launch(x, None, None, None, weight, False, 0.0, pdl)[0]
     if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         # F.linear calls MKL, which reads weights 2.6 times slower on an AMD processor, for one row
         # (benchmarks/LOG.md). This calls oneDNN, as Inductor does.
@@ -159,17 +159,17 @@ def _fake_norm_linear(
 @op(fake=_fake_norm_linear)
 def norm_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, post_norm_weight: Tensor | None,
-    weight: Tensor, *, geglu: bool = False, eps: float = 1e-6, prefetch: bool = False,
+    weight: Tensor, *, geglu: bool = False, eps: float = 1e-6, pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns (y, h), as defined above. Where Triton does not run, and for more than MAX_ROWS rows,
     norm, matmul and GeGLU are separate ops.
 
-    prefetch: as in linear.
+    pdl: as in linear.
     """
     check_matmul(x, residual, norm_weight, post_norm_weight, weight)
     if is_matvec(x, weight):
         y, h = _launch(
-            x, residual, norm_weight, post_norm_weight, weight, geglu, eps, prefetch
+            x, residual, norm_weight, post_norm_weight, weight, geglu, eps, pdl
         )  # fmt: skip
         assert h is not None
         return y, h

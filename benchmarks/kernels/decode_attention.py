@@ -62,11 +62,11 @@ def work(
     return Work(values * itemsize + 4 * d, 4 * b * heads * d * visible)
 
 
-def ours(*inputs: Any, prefetch: bool = True) -> Call:
+def ours(*inputs: Any, pdl: bool = True) -> Call:
     qkv, keys, values, cos, sin, position, q_norm, k_norm, options = inputs
     counter = zero_counter(keys)
     return lambda: module.decode_attention(
-        qkv, keys, values, cos, sin, position, counter, q_norm, k_norm, **options, prefetch=prefetch
+        qkv, keys, values, cos, sin, position, counter, q_norm, k_norm, **options, pdl=pdl
     )
 
 
@@ -185,7 +185,7 @@ DECODE_ATTENTION = Suite(
         EAGER: plain(eager),
         "torch.compile": torch_compiled(eager),
         **{name: by_sdpa(backend) for name, backend in SDPA.items()},
-        OURS_ALONE: partial(ours, prefetch=False),
+        OURS_ALONE: partial(ours, pdl=False),
         OURS: ours,
     },
 )

@@ -24,7 +24,7 @@ def formula(ids: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def ours(ids: Tensor, weight: Tensor, scale: Tensor) -> Call:
-    return lambda: embed(ids, weight, weight.shape[1] ** 0.5, prefetch=True)
+    return lambda: embed(ids, weight, weight.shape[1] ** 0.5, pdl=True)
 
 
 CHECKS = (Check("embed", inputs, formula, ours, ROWS),)

@@ -70,7 +70,7 @@ def choice(
     def call() -> Tensor:
         module.next_token(
             x, residual, norm_weight, post_norm_weight, weight, position, token, counter,
-            temperature, seed, softcap=softcap, eps=EPS, prefetch=True,
+            temperature, seed, softcap=softcap, eps=EPS, pdl=True,
         )  # fmt: skip
         return token
 

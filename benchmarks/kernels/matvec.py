@@ -63,9 +63,9 @@ def norm_formula(*given: Any) -> tuple[Tensor, Tensor]:
     return geglu_of(y) if geglu else y, h
 
 
-def norm_ours(*given: Any, prefetch: bool = True) -> Call:
+def norm_ours(*given: Any, pdl: bool = True) -> Call:
     *tensors, geglu = given
-    return lambda: module.norm_linear(*tensors, geglu=geglu, eps=EPS, prefetch=prefetch)
+    return lambda: module.norm_linear(*tensors, geglu=geglu, eps=EPS, pdl=pdl)
 
 
 def matmul_choices(size: Size, one_row: Choices) -> Choices:
@@ -97,8 +97,8 @@ LINEAR = Suite(
     providers={
         EAGER: plain(F.linear),
         "torch.compile": torch_compiled(F.linear),
-        OURS_ALONE: plain(partial(module.linear, prefetch=False)),
-        OURS: plain(partial(module.linear, prefetch=True)),
+        OURS_ALONE: plain(partial(module.linear, pdl=False)),
+        OURS: plain(partial(module.linear, pdl=True)),
     },
 )
 NORM_LINEAR = Suite(
@@ -123,7 +123,7 @@ NORM_LINEAR = Suite(
     providers={
         EAGER: plain(norm_eager),
         "torch.compile": torch_compiled(norm_eager),
-        OURS_ALONE: partial(norm_ours, prefetch=False),
+        OURS_ALONE: partial(norm_ours, pdl=False),
         OURS: norm_ours,
     },
 )  # fmt: skip

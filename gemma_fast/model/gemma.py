@@ -109,7 +109,7 @@ class Gemma(nn.Module):
             hiddens.x[:, -1], hiddens.residual[:, -1], self.norm, hiddens.post_norm,
             self.embed_tokens, position, token, counter, *settings,
             softcap=self.config.final_logit_softcapping, eps=self.config.rms_norm_eps,
-            prefetch=True,
+            pdl=True,
         )  # fmt: skip
 
     def hidden_states(self, ids: Tensor, cache: KVCache) -> Residual:
@@ -121,9 +121,7 @@ class Gemma(nn.Module):
         assert cache.length + t <= cache.max_length, f"no room for {t} tokens: {cache.length=}"
         with cache.unfinished("a forward pass did not finish"):
             angles = cache.angles_of(t)
-            stream = Residual(
-                embed(ids, self.embed_tokens, self.config.hidden_size**0.5, prefetch=True)
-            )
+            stream = Residual(embed(ids, self.embed_tokens, self.config.hidden_size**0.5, pdl=True))
             for layer in self.layers:
                 stream = layer(stream, angles, cache)
             cache.advance(t)

@@ -100,14 +100,14 @@ class Layer(nn.Module):
         eps = self.config.rms_norm_eps
         qkv, residual = norm_linear(
             stream.x, stream.residual, self.input_layernorm, stream.post_norm, self.qkv_proj,
-            eps=eps, prefetch=True,
+            eps=eps, pdl=True,
         )  # fmt: skip
-        x = linear(self.attend(qkv, angles, cache), self.o_proj, prefetch=True)
+        x = linear(self.attend(qkv, angles, cache), self.o_proj, pdl=True)
         x, residual = norm_linear(
             x, residual, self.pre_feedforward_layernorm, self.post_attention_layernorm,
-            self.gate_up_proj, geglu=True, eps=eps, prefetch=True,
+            self.gate_up_proj, geglu=True, eps=eps, pdl=True,
         )  # fmt: skip
-        x = linear(x, self.down_proj, prefetch=True)
+        x = linear(x, self.down_proj, pdl=True)
         return Residual(x, residual, self.post_feedforward_layernorm)
 
     def attend(self, qkv: Tensor, angles: Tables, cache: KVCache) -> Tensor:
@@ -124,7 +124,7 @@ class Layer(nn.Module):
         if t == 1:
             out = decode_attention(
                 qkv.view(b, heads + 2 * n, d), cache.keys[self.index], cache.values[self.index],
-                cos, sin, query_offset, cache.counter, self.q_norm, self.k_norm, prefetch=True,
+                cos, sin, query_offset, cache.counter, self.q_norm, self.k_norm, pdl=True,
                 **options,
             )  # fmt: skip
             return out.view(b, 1, heads * d)

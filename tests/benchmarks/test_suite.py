@@ -22,7 +22,7 @@ from gemma_fast.benchmarks.measure.plots import kernel_plots, write_plots
 from gemma_fast.benchmarks.measure.timing import Times
 from gemma_fast.kernels.launch import Gpu, launch_config
 
-NO_WAIT = {"PREFETCH": False}
+NO_WAIT = {"PDL": False}
 CPU, FP32 = torch.device("cpu"), torch.float32
 ROOF = Roof(copy=2e12, product=1e15)
 STAMP = {
@@ -126,16 +126,16 @@ def test_by_pointers_launches_without_descriptors():
 
 
 @pytest.mark.parametrize("name", ["linear", "norm_linear", "decode_attention"])
-def test_provider_without_overlap_does_not_prefetch(name, monkeypatch):
+def test_provider_without_overlap_does_not_use_pdl(name, monkeypatch):
     """The provider OURS_ALONE must not use programmatic dependent launch."""
-    prefetches, suite = [], SUITES[name]
-    monkeypatch.setattr(Gpu, "overlap", lambda _, prefetch: prefetches.append(prefetch) or NO_WAIT)
+    given, suite = [], SUITES[name]
+    monkeypatch.setattr(Gpu, "pdl_options", lambda _, pdl: given.append(pdl) or NO_WAIT)
     for provider in (OURS, OURS_ALONE):
         size = next(iter(suite.tiny.values()))
         call = suite.providers[provider](*suite.inputs(**size, device=CPU, dtype=FP32))
         with interpreter():
             call()
-    assert prefetches == [True, False]
+    assert given == [True, False]
 
 
 def test_error_weighs_rows_of_small_and_large_numbers_equally():

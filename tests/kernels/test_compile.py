@@ -37,7 +37,7 @@ def test_every_kernel_is_compiled(compiled):
     written = {name for x in sources for name in re.findall(r"^def (_\w+_kernel)\(", x, re.M)}
     assert {k["kernel"] for k in kernels} == written
     assert len(written) >= 10
-    steps = [k for k in kernels if "PREFETCH" in k["options"] and not only_queries(k)]
+    steps = [k for k in kernels if "PDL" in k["options"] and not only_queries(k)]
     assert len({k["kernel"] for k in steps}) == 4
 
 

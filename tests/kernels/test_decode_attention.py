@@ -211,7 +211,7 @@ def test_tokens_before_the_window_do_not_change_the_result(device):
 def test_repeated_runs_give_the_same_bits(device):
     case = Case(device, torch.float32, [700, 650, 31], spare=5, n=2, m=4, norm=True)
     first, keys = case.run(), case.keys.clone()
-    for options in ({}, {"prefetch": True}, {}):
+    for options in ({}, {"pdl": True}, {}):
         assert torch.equal(case.run(**options), first) and torch.equal(case.keys, keys)
 
 
@@ -223,16 +223,16 @@ def test_empty_batch_gives_an_empty_result(device):
 
 
 @pytest.mark.gpu
-def test_prefetch_waits_for_the_previous_kernel():
-    """With prefetch, the op starts while the matmul that computes qkv is still running."""
+def test_pdl_waits_for_the_previous_kernel():
+    """With pdl, the op starts while the matmul that computes qkv is still running."""
     case = Case("cuda", torch.float16, [4000] * 4, spare=96, m=8, d=256)
     x, weight = torch.randn(4, 8192, device="cuda"), torch.randn(8192, 2560, device="cuda")
     for i in range(50):
-        for prefetch in (False, True):
+        for pdl in (False, True):
             product = (x * (i + 1) / 800) @ weight
             case.qkv = product.half().view(4, 10, 256)
-            out = case.run(prefetch=prefetch)
-            if not prefetch:
+            out = case.run(pdl=pdl)
+            if not pdl:
                 expected = out
         assert torch.equal(out, expected)
 

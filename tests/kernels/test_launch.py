@@ -30,8 +30,8 @@ def test_as_on_replaces_the_gpus_limits():
 
 def test_kernels_overlap_from_capability_9_0_on():
     """Kernels overlap by programmatic dependent launch (PDL)."""
-    assert H100.overlap(True) == {"PREFETCH": True, "launch_pdl": True}
-    assert H100.overlap(False) == A100.overlap(True) == {"PREFETCH": False}
+    assert H100.pdl_options(True) == {"PDL": True, "launch_pdl": True}
+    assert H100.pdl_options(False) == A100.pdl_options(True) == {"PDL": False}
 
 
 def test_descriptors_need_16_bit_elements_and_16_byte_strides():

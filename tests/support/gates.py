@@ -80,10 +80,10 @@ def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
     row at least 64 bytes per thread. Before the wait, no kernel may load what the previous kernel
     may write. split_attention, which transformers' layers call, never waits and is not checked."""
     name, options = kernel["kernel"], kernel["options"]
-    if "PREFETCH" not in options or only_queries(kernel):
+    if "PDL" not in options or only_queries(kernel):
         return None
     loads = kernel["loads_before_wait"]
-    if (loads is not None) != options["PREFETCH"] or options["PREFETCH"] != (gpu.capability >= 90):
+    if (loads is not None) != options["PDL"] or options["PDL"] != (gpu.capability >= 90):
         return "waits" if loads is not None else "does not wait"
     one_row = options.get("BLOCK_B") == 1
     if loads is None:

@@ -105,17 +105,17 @@ def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -
     token, position = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, dtype=torch.int32)
     counter = torch.zeros(128, dtype=torch.int32)
     drawn = torch.ones(batch), torch.ones(batch).long()
-    embed.embed(token.unsqueeze(1), vocab, dim**0.5, prefetch=True)
+    embed.embed(token.unsqueeze(1), vocab, dim**0.5, pdl=True)
     for out, geglu_too in (((heads + 2 * n) * d, False), (2 * ffn, True)):
         matvec.norm_linear(
-            x, x, norm, post_norm, blank(out, dim), geglu=geglu_too, prefetch=True
+            x, x, norm, post_norm, blank(out, dim), geglu=geglu_too, pdl=True
         )  # fmt: skip
     for columns in (heads * d, ffn):
-        matvec.linear(blank(batch, columns), blank(dim, columns), prefetch=True)
+        matvec.linear(blank(batch, columns), blank(dim, columns), pdl=True)
     for sampling in ((), drawn):
         lm_head.next_token(
             x, x, norm, post_norm, vocab, position, token, counter, *sampling,
-            softcap=config.final_logit_softcapping, prefetch=True,
+            softcap=config.final_logit_softcapping, pdl=True,
         )  # fmt: skip
         sample.sample_token(
             torch.empty(batch, config.vocab_size), position, token, counter, *sampling
@@ -126,7 +126,7 @@ def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -
         decode_attention.decode_attention(
             blank(batch, heads + 2 * n, d), ring, ring, *torch.empty(2, slots, d // 2), position,
             counter, qk_norm, qk_norm, scale=1.0, window=config.window(0),
-            softcap=config.attn_logit_softcapping, prefetch=True,
+            softcap=config.attn_logit_softcapping, pdl=True,
         )  # fmt: skip
         for left_padding in (None, position):
             decode_attention.split_attention(
