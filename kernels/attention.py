@@ -88,11 +88,11 @@ def visible_keys(
     """Whether a query sees the position that a slot of the ring holds: [b, t, slots], bool."""
     device = query_offset.device
     query = query_offset.unsqueeze(1) + torch.arange(t, device=device)  # [b, t] positions
-    last = query[:, -1:]
+    last = query[:, -1:]  # [b, 1]
     key = last - (last - torch.arange(slots, device=device)) % slots  # [b, slots] positions
     query, key = query.unsqueeze(2), key.unsqueeze(1)  # [b, t, 1], [b, 1, slots]
     oldest = 0 if left_padding is None else left_padding.clamp(min=0).view(-1, 1, 1)  # [b, 1, 1]
-    visible = (key >= oldest) & (key <= query)
+    visible = (key >= oldest) & (key <= query)  # [b, t, slots]
     return visible if window is None else visible & (key > query - window)
 
 
@@ -113,7 +113,8 @@ def attention_reference(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.view(b, n, heads // n, t, slots)  # [b, n, m, t, slots]
     scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
-    weights = scores.softmax(-1).masked_fill(~visible.any(-1)[:, None, None, :, None], 0)
+    sees_nothing = ~visible.any(-1)[:, None, None, :, None]  # [b, 1, 1, t, 1]
+    weights = scores.softmax(-1).masked_fill(sees_nothing, 0)
     out = weights.view(b, n, -1, slots) @ values.float()  # [b, n, m * t, d]
     return out.view(b, heads, t, d).transpose(1, 2).to(values.dtype).contiguous()
 
@@ -163,7 +164,7 @@ def _softmax_of_block(
     row_max,  # [BLOCK_M]
     row_sum,  # [BLOCK_M]
     block,  # position of its first key
-    span,
+    span,  # Span
     SPEC: tl.constexpr,
 ):
     """Soft cap, mask and online-softmax step of one block. Returns what softmax_step returns."""
@@ -212,6 +213,7 @@ def _attention_kernel(
     # registers and serializes Hopper's matmuls.
     batch_token = batch.to(tl.int64) * t + token  # int64: times heads * d passes 2**31
     q_ptr = q.ptr + batch.to(tl.int64) * q.batch_stride
+    # [BLOCK_M, 1]
     q_row = (token.to(tl.int64) * q.token_stride + head.to(tl.int64) * q.head_stride)[:, None]
     out_row = ((batch_token * heads + head) * D)[:, None]  # [BLOCK_M, 1]
     channel = tl.arange(0, D)[None, :]  # [1, d]
@@ -228,7 +230,6 @@ def _attention_kernel(
     q_tile = tl.load(out_ptr + out_row + channel, mask=mask, other=0.0)  # [BLOCK_M, d]
 
     span = _span_of_tile(positions, batch, first_row, t, slots, SPEC, BLOCK_M, BLOCK_N)
-
     if not DESCRIPTORS:
         first_slot = batch.to(tl.int64) * strides.batch + kv_head.to(tl.int64) * strides.head
         keys += first_slot
@@ -260,8 +261,8 @@ def _attention_kernel(
         scores, row_max, row_sum, span.last_block, span, SPEC
     )
     v = load_block(v_ring, span.last_block, span.end, BLOCK_N, D, DESCRIPTORS)  # [BLOCK_N, d]
+    # [BLOCK_M, d]
     out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
-
     out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]  # [BLOCK_M, d]
     # cumsum, not arange: the compiler would keep the row numbers of the first arange, above, in 14
     # registers through the loop.
