@@ -31,9 +31,8 @@ def gemv(
     STAGES: tl.constexpr,
 ):
     """Returns rows weight_row of the weight times the input, [BLOCK_N, 1], fp32."""
-    VECTOR: tl.constexpr = (
-        128 // inputs.x.dtype.element_ty.primitive_bitwidth
-    )  # elements in 16 bytes
+    # elements in 16 bytes
+    VECTOR: tl.constexpr = 128 // inputs.x.dtype.element_ty.primitive_bitwidth
     BLOCK_N: tl.constexpr = weight_row.shape[0]
     sums = tl.zeros([BLOCK_N, BLOCK_K // VECTOR], tl.float32)
     first_x = load_input(inputs, scales, rows, 0, DIM, 1, BLOCK_K)  # [1, BLOCK_K]
@@ -48,7 +47,7 @@ def gemv(
 def default_config(out: int, dim: int, itemsize: int) -> dict[str, int]:
     """Returns the launch config for a weight [out, dim]."""
     line = dim * itemsize  # bytes of a row
-    if 2048 < line <= 4096:  # a block holds whole rows, so all weights are loaded before the wait
+    if 2048 < line <= 4096:  # a block has whole rows: PDL loads all weights before its wait
         block = 4096
     else:  # the size that leaves fewer columns of the last block unused
         block = min(2048, 1024, key=lambda block: (-line % block, -block))

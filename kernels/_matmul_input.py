@@ -1,5 +1,6 @@
-"""The residual stream as input of a decode step's matmul: it is added, normalized and rounded while
-it is loaded, as in rmsnorm.py. Each program loads whole rows, because the norm needs them."""
+"""The input of a decode step's matmul. While x is loaded, it is added to the residual stream,
+normalized and rounded as in rmsnorm.py; without a norm, the input is x itself. Each program loads
+whole rows of x, because the norm needs them."""
 
 from typing import Any, NamedTuple
 

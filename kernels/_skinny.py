@@ -15,9 +15,8 @@ def prefetch_weight(
 ):
     """Fetches the first block of the weight into the L2 cache. (Tensor cores read weights from
     shared memory, and Triton copies to shared memory only inside the loop.)"""
-    LINE: tl.constexpr = (
-        1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
-    )  # elements in 128 bytes
+    # elements in 128 bytes, a line of the L2 cache
+    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
     col = tl.minimum(tl.arange(0, BLOCK_K // LINE) * LINE, DIM - 1)[None, :]  # [1, BLOCK_K / LINE]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",

@@ -18,7 +18,7 @@ class Splits(NamedTuple):
 
 
 def count_splits(pairs: int, merge_cost: int, visible: int, gpu: Gpu) -> int:
-    """Number of splits for each of `pairs` (sequence, kv head) with `visible` keys. Merging one
+    """Returns the number of splits for each of `pairs` (sequence, kv head) with `visible` keys. Merging one
     split costs as much as reading `merge_cost` keys; total time is lowest at
     sqrt(merge_cost * visible) keys per split."""
     # At most two programs per multiprocessor, and one split per 64 keys (rounded up).
@@ -29,9 +29,9 @@ def count_splits(pairs: int, merge_cost: int, visible: int, gpu: Gpu) -> int:
 def default_config(
     pairs: int, group: int, visible: int, d: int, itemsize: int, gpu: Gpu
 ) -> dict[str, int]:  # fmt: skip
-    """Returns the launch config. At head_dim 256, blocks are narrower where shared memory is small,
-    and, so that two programs fit on GPUs with 227 KB, if there are more programs than
-    multiprocessors."""
+    """Returns the launch config. At head_dim 256, blocks are narrower if shared memory is small.
+    They are also narrower if there are more programs than multiprocessors: two programs then fit in
+    227 KB."""
     crowded = pairs * count_splits(pairs, group, visible, gpu) > gpu.multiprocessors
     narrow = d == 256 and (crowded or gpu.shared_memory < 160_000)
     return {
@@ -42,7 +42,7 @@ def default_config(
 
 
 def merge_chunk(group: int, d: int, num_warps: int) -> int:
-    """Returns how many splits merge_splits loads at a time: 32 registers per thread."""
+    """Returns how many splits merge_splits loads at a time. They take 32 registers per thread."""
     return min(max(num_warps * 1024 // (triton.next_power_of_2(group) * d), 1), 16)
 
 

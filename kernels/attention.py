@@ -120,7 +120,8 @@ def attention_reference(
 
 
 class Span(NamedTuple):
-    """Places on the key axis of a tile, see the picture; positions from the revolution's start."""
+    """Positions on the key axis of a tile; see the picture. They are counted from the start of the
+    ring revolution."""
 
     oldest: Any
     first_block: Any
@@ -163,7 +164,7 @@ def _softmax_of_block(
     scores,  # [BLOCK_M, BLOCK_N]: q @ kᵀ
     row_max,  # [BLOCK_M]
     row_sum,  # [BLOCK_M]
-    block,  # position of its first key
+    block,  # position of the block's first key
     span,  # Span
     SPEC: tl.constexpr,
 ):
@@ -238,8 +239,8 @@ def _attention_kernel(
     v_ring = HeadRing(values, strides.slot, slots, batch, kv_head)
     out = tl.zeros([BLOCK_M, D], tl.float32)
     if WGMMA:
-        # A matmul writes the zeros. If no matmul has written the accumulator before the loop, ptxas
-        # waits for matmuls at the top of the loop, and softmax does not overlap them.
+        # A matmul initializes the accumulator to zeros. Otherwise ptxas places waits for matmuls at
+        # the top of the loop, and softmax does not overlap them.
         zeros = tl.zeros([16, D], q_tile.dtype)
         out = tl.dot(tl.zeros([BLOCK_M, 16], q_tile.dtype), zeros)  # [BLOCK_M, d]
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see no key

@@ -54,7 +54,7 @@ def embed(ids: Tensor, weight: Tensor, scale: float, *, pdl: bool = False) -> Te
     """Returns the scaled rows of the table, contiguous. Runs the reference where Triton does not
     run.
 
-    pdl: start while the previous kernel, which writes ids, still runs, and wait for it (PDL).
+    pdl: start while the previous kernel, which may write ids, still runs; then wait for it.
     """
     assert ids.dtype == torch.int64 and weight.is_contiguous()
     if not runs_triton(weight):

@@ -135,7 +135,8 @@ def linear(x: Tensor, weight: Tensor, *, pdl: bool = False) -> Tensor:
     """Returns x @ weightᵀ. Where Triton does not run, and for more than MAX_ROWS rows, PyTorch's
     matmul computes it.
 
-    pdl: read the weight while the previous kernel still runs. No running kernel may write it.
+    pdl: start reading the weight while the previous kernel still runs. No running kernel may write
+    the weight.
     """
     check_matmul(x, None, None, None, weight)
     if is_matvec(x, weight):

@@ -38,14 +38,15 @@ class Rotary(NamedTuple):
 class QKRotary(NamedTuple):
     """Pointers to rotary angles and to the norm weights of q and k."""
 
-    cos: Any  # [positions, d / 2], contiguous | None: only queries, rotated already
+    cos: Any  # [positions, d / 2], contiguous | None: there are only queries, rotated already
     sin: Any  # like cos
     q_norm: Any  # [d] | None: no norm
     k_norm: Any  # [d] | None
 
 
 class NewTokenRotary(NamedTuple):
-    """Values loaded from QKRotary for one token: angles, and norm weights of q or k by row."""
+    """Values loaded from QKRotary for one token: its angles, and norm weights for each row of the
+    tile. A query row has the norm weights of q, and the row of the key has those of k."""
 
     cos: Any  # [1, d / 2]
     sin: Any  # [1, d / 2]
@@ -112,7 +113,8 @@ def rotate_rows(
 
 @triton.jit
 def load_new_token_rotary(rotary, position, row, SPEC: tl.constexpr):
-    """Loads the NewTokenRotary at `position`, for row :: [BLOCK_M, 1] as in load_new_token."""
+    """Loads the NewTokenRotary at `position`. row :: [BLOCK_M, 1]: rows below `group` are queries,
+    row `group` is the key."""
     HALF: tl.constexpr = SPEC.dim // 2
     half = tl.arange(0, HALF)[None, :]  # [1, d / 2]
     angle = tl.maximum(position, 0).to(tl.int64) * HALF + half

@@ -23,7 +23,7 @@ ATTENTION_ERROR = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6
 
 # GPUs with tensor descriptors. Blocks are largest for 1 multiprocessor, and smaller for 132.
 HOPPERS = {"1 SM": Gpu(90, 232_448, 1), "132 SMs": Gpu(90, 232_448, 132)}
-MANY_MULTIPROCESSORS = Gpu(80, 232_448, 132)  # not 90, because the interpreter cannot prefetch
+MANY_MULTIPROCESSORS = Gpu(80, 232_448, 132)  # not 90, because the interpreter cannot run PDL
 
 
 def attention_error(out: Tensor, expected: Tensor) -> float:
