@@ -18,8 +18,8 @@ class Splits(NamedTuple):
 
 
 def count_splits(pairs: int, merge_cost: int, visible: int, gpu: Gpu) -> int:
-    """Returns the number of splits for each of `pairs` (sequence, kv head) with `visible` keys. Merging one
-    split costs as much as reading `merge_cost` keys; total time is lowest at
+    """Returns the number of splits for each of `pairs` (sequence, kv head) with `visible` keys.
+    Merging one split costs as much as reading `merge_cost` keys; total time is lowest at
     sqrt(merge_cost * visible) keys per split."""
     # At most two programs per multiprocessor, and one split per 64 keys (rounded up).
     most = min(2 * gpu.multiprocessors // pairs, triton.cdiv(visible, 64))
