@@ -90,8 +90,8 @@ def liger_cute() -> tuple[Op, Op]:
 
 
 def quack() -> tuple[Op, Op]:
-    """Returns quack's ops. They do not round x + residual before the norm. Nor do flashinfer and
-    Liger's CuTe kernel."""
+    """Returns quack's ops. Like flashinfer and Liger's CuTe kernel, they do not round x + residual
+    before the norm."""
     from quack.rmsnorm import rmsnorm_fwd
 
     norm = partial(rmsnorm_fwd, eps=EPS, weight_offset=1.0)

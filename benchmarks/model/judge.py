@@ -74,7 +74,7 @@ class Judge:
         # Errors of transformers, by batch size and length of the prefix.
         self.errors: dict[tuple[int, int], list[float]] = {}
         self.compared = False  # whether our error was compared to transformers'
-        # The reference's caches, by sequence and length of the prefix. They are kept on the host.
+        # The reference's caches by sequence and prefix length, on the host because they are large.
         self.pasts: dict[tuple[int, int], Past] = {}
 
     @property
