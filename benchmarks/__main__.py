@@ -86,7 +86,7 @@ def run_kernels(
 ) -> tuple[bool, Roof | None]:
     """Runs the suites, prints the results and writes them to the folder in options["out"].
 
-    Returns whether no result is `serious`, and the roof (None without a GPU).
+    Returns whether the run passed (see outcome.serious), and the roof (None without a GPU).
     """
     only, out = options["only"], options["out"]
     device, kind = machine.device_and_dtype(options["dtype"])

@@ -40,8 +40,8 @@ ROOT = Path(gemma_fast.__file__).parents[1]
 GRACE = 5  # seconds that a stage gets to exit after SIGINT, before SIGKILL
 COLUMNS = {"stage": "---", "status": "---", "seconds": "---:", "limit": "---:", "found": "---"}
 BENCHMARKS = "-mgemma_fast.benchmarks"
-# Parts of the names of sizes; they select about two sizes of most kernel suites. The providers
-# below are those that compile fast.
+# A size is run if its name contains one of these strings. They select about two sizes of most
+# kernel suites. PROVIDERS lists only providers that compile fast.
 SIZES = (
     "8192 x 2", "t 2048", "t 8192, 8/1", "t 8192, n 16", "m 512", "m 4096", "geglu, b",
     "b 1, depth 2048", "b 1, depth 8192, 8/1", "16384 x 2048", "256000 x 2048, b 1",
@@ -160,7 +160,7 @@ def run_stage(stage: Stage, limit: float, out: Path, commit: str | None) -> Done
 
 
 def summary(folder: Path) -> str:
-    """Returns a text with the number of results in folder/results.json and how many are ok.
+    """Counts the results in folder/results.json. Returns a text such as "12 results, 11 ok".
 
     Returns an empty string if the file does not exist.
     """

@@ -1,4 +1,4 @@
-"""The command `gemma-fast bench` and its options, some shared with the other benchmark commands.
+"""The command `gemma-fast bench` and its options. Other benchmark commands share some options.
 
 Large packages are imported inside functions, so that help and usage errors appear at once.
 """
@@ -86,7 +86,7 @@ def options(command: Command) -> Command:
 
 
 def pick_sizes(names: Iterable[str], parts: Sequence[str]) -> list[str]:
-    """Returns the names that contain at least one of the parts, or all names without parts."""
+    """Returns the names that contain at least one of the parts, or all names if parts is empty."""
     return [name for name in names if not parts or any(part in name for part in parts)]
 
 

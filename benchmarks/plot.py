@@ -1,4 +1,4 @@
-"""Writes the results.md and the plots of a results.json again, without measuring anything.
+"""Writes results.md and the plots again from a results.json, without measuring anything.
 
 python -m benchmarks.plot benchmarks/results/cpu-amd-epyc
 """
@@ -25,7 +25,7 @@ ABOUT = {name: suite.about for name, suite in SUITES.items()}
 
 
 def model_result(row: Mapping[str, Any]) -> ModelResult:
-    """Rebuilds what the plots need of a ModelResult, from its entry in results.json."""
+    """Returns a ModelResult from its entry in results.json. Sets only what the plots need."""
     case = Case(row["kind"], row["tokens"], row["depth"], row["batch"])
     seconds, of_tokens = (tuple(row.get(name, ())) for name in ("samples_s", "token_samples_s"))
     return ModelResult(
@@ -34,7 +34,7 @@ def model_result(row: Mapping[str, Any]) -> ModelResult:
 
 
 def kernel_result(row: Mapping[str, Any]) -> KernelResult:
-    """Rebuilds what the plots need of a KernelResult, from its entry in results.json."""
+    """Returns a KernelResult from its entry in results.json. Sets only what the plots need."""
     times = None
     if "median_us" in row:
         times = Times(*(row[name] / 1e6 for name in ("median_us", "p20_us", "p80_us")))
@@ -49,9 +49,9 @@ def work_of(row: Mapping[str, Any]) -> Work:
 
 
 def draw(folder: Path) -> None:
-    """Writes results.md and the plots of folder/results.json beside it.
+    """Reads folder/results.json, and writes results.md and the plots to the same folder.
 
-    Raises ValueError if it does not contain results of the benchmarks.
+    Raises ValueError if the file does not contain results of the benchmarks.
     """
     file = folder / "results.json"
     try:

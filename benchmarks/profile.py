@@ -46,7 +46,7 @@ class Kernel(NamedTuple):
 
 
 class Share(NamedTuple):
-    """The launches of one kernel with one grid: their number and their time per round."""
+    """All launches of one kernel with the same grid. The numbers are means per round."""
 
     name: str
     grid: str
@@ -56,7 +56,7 @@ class Share(NamedTuple):
 
 
 def kernels(trace: Mapping[str, Any]) -> list[Kernel]:
-    """Returns the kernels and copies in a trace of PyTorch's profiler, sorted by start time."""
+    """Returns the kernels, copies and memsets in a trace of PyTorch's profiler, by start time."""
     found = []
     for event in trace["traceEvents"]:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
@@ -66,7 +66,7 @@ def kernels(trace: Mapping[str, Any]) -> list[Kernel]:
 
 
 def shares(ran: Iterable[Kernel]) -> list[Share]:
-    """Returns a Share per kernel and grid, the largest first.
+    """Returns a Share per kernel and grid, the one with the largest busy + idle time first.
 
     The idle time before the first kernel is not counted.
     """

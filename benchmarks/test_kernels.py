@@ -1,8 +1,8 @@
 """`pytest benchmarks/` runs a test for each suite, size and provider, timed by pytest-benchmark.
 
 pytest-benchmark's clock waits for the GPU, so these times include kernel launches. Each provider is
-also timed as `python -m benchmarks` does, without launches; these times are in extra_info. Without
-a GPU, tiny sizes are checked and nothing is measured.
+also timed without launches, as in `python -m benchmarks`; these times are in extra_info. Without a
+GPU, tiny sizes are checked and nothing is measured.
 """
 
 import itertools
@@ -30,7 +30,7 @@ def roof() -> Roof | None:
     return measure_roof(DEVICE, DTYPE) if DEVICE.type == "cuda" else None
 
 
-@pytest.mark.usefixtures("benchmark")  # else --benchmark-only skips the test
+@pytest.mark.usefixtures("benchmark")  # otherwise --benchmark-only skips the test
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize(("suite", "size", "provider"), CELLS)

@@ -37,13 +37,13 @@ from gemma_fast.benchmarks.measure.machine import Roof, device_and_dtype, measur
 from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.kernels.launch import override
 
-TABLE = f"{OURS}, as the table has it"  # check_replay needs a name that starts with OURS
+TABLE = f"{OURS}, as the table has it"  # check_replay checks only names that begin with OURS
 FINALISTS, ROUNDS = 4, 3  # number of configs that are timed again, and how many times
 
 
 def variants(suite: Suite, size: Size) -> Suite:
-    """Returns the suite with other providers: our op with the table's config (TABLE), and with each
-    candidate config."""
+    """Returns the suite with other providers. Each is our op: one with the table's config (TABLE),
+    and one with each candidate config."""
     ours, tuning = suite.providers[OURS], suite.tuning
     assert tuning is not None
 
@@ -79,7 +79,7 @@ def compile_ahead(
 def time_configs(
     suite: Suite, size: str, device: torch.device, dtype: torch.dtype, roof: Roof
 ) -> list[dict[str, Any]]:
-    """Returns a dict per config, the fastest config first: its name ("tile"), status and times.
+    """Returns a dict per config: its name ("tile"), status and times. The fastest config is first.
 
     `again_us` is the median of the additional times, if the config was timed again.
     """
@@ -143,7 +143,7 @@ def main(
         for name, size in todo:
             keywords = SUITES[name].sizes[size]
             suite = variants(SUITES[name], keywords)
-            with suppress(BrokenProcessPool):  # if the pool breaks, time_configs compiles
+            with suppress(BrokenProcessPool):  # then time_configs compiles the kernels
                 ahead = [
                     pool.submit(compile_ahead, name, keywords, x, device, kind)
                     for x in suite.providers

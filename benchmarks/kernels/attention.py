@@ -45,8 +45,8 @@ def work(
     itemsize: int, t: int, heads: int, n: int, d: int,
     window: int | None = None, softcap: float | None = None,
 ) -> Work:  # fmt: skip
-    """Counts 4 FLOPs per channel, query head and visible (query, key) pair, the bytes read (q,
-    keys, values, cos, sin) and the bytes written (the output)."""
+    """Counts 4 FLOPs per channel, query head and visible (query, key) pair. Counts the bytes read
+    (q, keys, values, cos, sin) and the bytes written (the output)."""
     values = 2 * t * heads * d + 2 * t * n * d
     return Work(values * itemsize + t * d * 4, 4 * heads * d * visible_pairs(t, window))
 
@@ -142,7 +142,7 @@ def flex_attention(q: Tensor, keys: Tensor, values: Tensor, options: Options) ->
     masks = flex_masks(q.shape[1], options["window"], options["softcap"], q.device)
     q = q.transpose(1, 2)  # [1, heads, t, d]
     run = compiled(flex.flex_attention)
-    # Both hold, because each query sees at least one key, and the keys that it sees are adjacent.
+    # Both are true: each query sees at least one key, and the keys that it sees are adjacent.
     safe = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}
     keywords = {"scale": options["scale"], "enable_gqa": True, "kernel_options": safe, **masks}
     return lambda: run(q, keys, values, **keywords).transpose(1, 2)
@@ -177,7 +177,7 @@ def choices(size: Size) -> Choices:
 
 
 def named_sizes(names: Sequence[str], *rows: tuple[int, ...]) -> dict[str, Size]:
-    """Returns name → size. Each row lists the values of `names`.
+    """Returns name → size. Each row has the values of the keywords `names`, or of the first few.
 
     The name of a size is, for example, "t 24, 4/1 heads, d 32": 4 query heads and 1 kv head.
     """

@@ -33,8 +33,8 @@ def inputs(
     """Returns qkv :: [b, heads + 2 * n, d]; keys, values :: [b, n, slots, d]; cos, sin; position ::
     [b]; the norm weights of q and k, or None; options.
 
-    keys and values are a ring of min(depth, window) slots, to which the new token, at position
-    depth − 1, is not written yet.
+    keys and values are a ring of min(depth, window) slots. The new token, at position depth − 1,
+    is not written to it yet.
     """
     qkv = torch.randn(b, heads + 2 * n, d, **make)
     keys, values = torch.randn(2, b, n, min(depth, window or depth), d, **make)
@@ -77,7 +77,7 @@ def zero_counter(keys: Tensor) -> Tensor:
 def at_position(
     qkv: Tensor, keys: Tensor, cos: Tensor, sin: Tensor, position: Tensor
 ) -> tuple[Tensor, ...]:
-    """Returns q :: [b, 1, n * m, d]; k, v :: [b, 1, n, d]; cos, sin :: [b, 1, d / 2] of each
+    """Returns q :: [b, 1, heads, d]; k, v :: [b, 1, n, d]; cos, sin :: [b, 1, d / 2] for each
     sequence's position."""
     n = keys.shape[1]
     q, k, v = qkv.unsqueeze(1).split((qkv.shape[1] - 2 * n, n, n), dim=2)
@@ -87,7 +87,7 @@ def at_position(
 def written(
     qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor
 ) -> Tensor:
-    """Writes the rotated k, and v, to the cache. Returns the rotated q :: [b, heads, 1, d]."""
+    """Rotates q and k. Writes k and v to the cache. Returns the rotated q :: [b, heads, 1, d]."""
     q, k, v, cos, sin = at_position(qkv, keys, cos, sin, position)
     rotary_write_reference(k, v, keys, values, cos, sin, position)
     return rotated(q, cos, sin).transpose(1, 2)
@@ -128,8 +128,9 @@ def padded_inputs(
     t: int, past: int, n: int, d: int, window: int | None = None, softcap: float | None = None,
     **make: Any,
 ) -> Tensors:  # fmt: skip
-    """Returns rotated q :: [2, t, 2 * n, d], after `past` tokens; keys, values :: [2, n, past + t,
-    d]; query_offset, left_padding :: [2]; options. The second sequence has left padding."""
+    """Returns q :: [2, t, 2 * n, d], rotated; keys, values :: [2, n, past + t, d]; query_offset,
+    left_padding :: [2]; options. The queries come after `past` keys. The second sequence has left
+    padding."""
     keys, values = torch.randn(2, 2, n, past + t, d, **make)
     bounds = torch.tensor([[past, past], [0, past // 3]], device=make["device"], dtype=torch.int32)
     options = {"scale": d**-0.5, "window": window, "softcap": softcap}
@@ -137,7 +138,7 @@ def padded_inputs(
 
 
 def padded_formula(*given: Any) -> Tensor:
-    """Computes attention for rotated q and keys. The first key that a sequence sees is at its
+    """Computes attention for rotated q and keys. A sequence does not see the keys before its
     `left_padding`."""
     q, keys, values, query_offset, left_padding, options = given
     query = query_offset[:, None] + torch.arange(q.shape[1], device=q.device)

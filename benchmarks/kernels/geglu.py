@@ -24,7 +24,7 @@ def inputs(rows: int, dim: int, **make: Any) -> tuple[Tensor]:
 
 
 def work(itemsize: int, rows: int, dim: int) -> Work:
-    """Counts the bytes of gate, up and the output, and ten FLOPs per output (tanh as one FLOP)."""
+    """Counts the bytes of gate, up and the output. Counts ten FLOPs per output, one for tanh."""
     return Work(3 * rows * dim * itemsize, 10 * rows * dim)
 
 

@@ -43,9 +43,9 @@ def work(itemsize: int, b: int, vocab: int, dim: int, sampled: bool) -> Work:
 def eager(
     x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, temperature: Tensor | None
 ) -> Tensor:
-    """Returns the next tokens' embeddings :: [b, dim], because token ids have no numeric error."""
+    """Returns the next tokens' embeddings :: [b, dim], because outcome.error cannot compare ids."""
     scores = matvec.norm_eager(x, residual, norm_weight, None, weight, False)[0].float()
-    if temperature is not None:  # as in gpt-fast, because torch.multinomial waits for the host
+    if temperature is not None:  # as in gpt-fast: torch.multinomial waits for the GPU
         probabilities = (scores / temperature[:, None]).softmax(-1)
         scores = probabilities / torch.empty_like(probabilities).exponential_(1)
     return F.embedding(scores.argmax(-1), weight)

@@ -1,5 +1,7 @@
-"""Providers that several suites share: torch.compile, SDPA, and our op without descriptors; the
-packages that rivals need."""
+"""Providers that several suites share: torch.compile, SDPA, and our op without descriptors.
+
+PACKAGES lists the packages that rivals need.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +52,10 @@ def torch_compiled(function: Callable[..., Any]) -> Prepare:
     return lambda *inputs: lambda: compiled(function)(*inputs)
 
 
-@cache  # one compiled function per function, because Dynamo compiles again for a new object
+@cache  # because Dynamo compiles again for each object that torch.compile returns
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles the function for static shapes; autotunes on a GPU. CUDA graphs are off, because
-    measure/timing.py captures one."""
+    measure/timing.py captures the calls in its own graph."""
     if torch.cuda.is_available():
         mode = "max-autotune-no-cudagraphs"
         return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)

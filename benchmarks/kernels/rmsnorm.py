@@ -90,8 +90,8 @@ def liger_cute() -> tuple[Op, Op]:
 
 
 def quack() -> tuple[Op, Op]:
-    """Returns quack's ops. The residual add is not rounded before it is normalized; flashinfer and
-    Liger's CuTe kernel do the same."""
+    """Returns quack's ops. Like flashinfer and Liger's CuTe kernel, they do not round x + residual
+    before the norm."""
     from quack.rmsnorm import rmsnorm_fwd
 
     norm = partial(rmsnorm_fwd, eps=EPS, weight_offset=1.0)
@@ -103,8 +103,8 @@ def quack() -> tuple[Op, Op]:
 
 def flashinfer() -> tuple[Op, Op]:
     """Returns flashinfer's ops. The residual add overwrites x (or the post-norm's output) with y,
-    and residual with h. So each replay adds to the results of the replay before; these results
-    stay finite in bf16."""
+    and residual with h. So each replay adds to the results of the previous replay; these
+    results stay finite in bf16."""
     from flashinfer.norm import gemma_fused_add_rmsnorm, gemma_rmsnorm
 
     def add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

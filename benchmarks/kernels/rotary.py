@@ -41,8 +41,8 @@ def inputs(t: int, n: int, d: int, norm: bool = False, **make: Any) -> Tensors:
 
 
 def work(itemsize: int, t: int, n: int, d: int, norm: bool = False) -> Work:
-    """Counts the bytes of k and v, read and written, and of cos and sin, read in fp32, and three
-    FLOPs per channel of k, or seven with a norm."""
+    """Counts the bytes of k and v (read and written), and of cos and sin (read, in fp32). Counts
+    three FLOPs per channel of k, or seven with a norm."""
     return Work(4 * t * n * d * itemsize + t * d * 4, (3 + 4 * norm) * t * n * d)
 
 
@@ -56,8 +56,8 @@ def norm_and_rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) 
 
 
 def formula(*given: Any) -> tuple[Tensor, Tensor]:
-    """Computes what rotary_write writes to keys and values, for t tokens at positions 0 … t − 1,
-    which fill all slots."""
+    """Computes the keys and values that rotary_write writes for t tokens at positions 0 … t − 1.
+    The tokens fill all slots."""
     k, v, _, _, cos, sin, _, weight = given
     return norm_and_rotate(k, weight, cos, sin).transpose(1, 2), v.transpose(1, 2)
 

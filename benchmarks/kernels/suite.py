@@ -42,7 +42,7 @@ TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-5}
 @dataclass(frozen=True)
 class Tuning:
     """Launch configs that benchmarks.tune tries. kernel: the kernel's name in kernels.launch;
-    choices: size → values to try, by key of the config"""
+    choices: a function from a size to {key of the config: values to try}"""
 
     kernel: str
     choices: Callable[[Size], Choices]
@@ -61,7 +61,7 @@ class Suite:
     about      the op in one line, for titles
     sizes      the sizes used on a GPU: name → keywords of `inputs` and `work`
     tiny       the sizes used without a GPU
-    inputs     inputs(**size, device=…, dtype=…) → tuple, random, by torch's default generators
+    inputs     inputs(**size, device=…, dtype=…) → tuple of random inputs, by torch's generators
     oracle     oracle(*inputs upcast to fp32) → the correct output or outputs, in fp32
     work       work(itemsize, **size) → the minimum number of bytes and FLOPs
     yardstick  whether a copy of the same number of bytes is also timed
@@ -148,7 +148,7 @@ def run(
     suite: Suite, size: str, device: torch.device, dtype: torch.dtype, roof: Roof | None,
     names: Iterable[str] | None = None,
 ) -> Iterator[KernelResult]:  # fmt: skip
-    """Yields one result per provider in `names` (default: all). Times them only with a roof."""
+    """Yields one result per provider in `names` (default: all). Times nothing if roof is None."""
     keywords = (suite.sizes if roof else suite.tiny)[size]
     work = suite.work(dtype.itemsize, **keywords)
     names = list(names or suite.names)
@@ -185,7 +185,7 @@ def make_inputs(
     torch.manual_seed(seed)
     given = suite.inputs(**size, device=device, dtype=dtype)
     if device.type == "cuda":
-        torch.cuda.synchronize()  # finish all writes, because kernels may prefetch weights
+        torch.cuda.synchronize()  # kernels may read weights before earlier kernels have ended
     return given
 
 
@@ -206,8 +206,8 @@ def check(
     suite: Suite, name: str, size: Size, device: torch.device, dtype: torch.dtype,
     expected: tuple[Tensor, ...],
 ) -> float:  # fmt: skip
-    """Returns the error of the provider's outputs for the inputs of seed 0. Raises Wrong if it is
-    too large. Exceptions of the provider are not caught."""
+    """Returns the error of the provider's outputs for the inputs of seed 0. Raises Wrong if the
+    error is too large, or if a shape or dtype is wrong. Exceptions of the provider pass through."""
     torch.compiler.reset()  # Dynamo stops compiling a function after eight sizes
     call = suite.providers[name](*make_inputs(suite, size, device, dtype, 0))
     found = outputs(call())

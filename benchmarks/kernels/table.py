@@ -1,4 +1,4 @@
-"""All kernel suites by name and all checks, found in the files beside this one."""
+"""Collects all kernel suites (by name) and all checks from the other files in this folder."""
 
 from importlib import import_module
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Describes the machine (stamp) and measures its peak rates (roof) in the run that uses them."""
+"""Describes the machine (stamp). Measures its peak rates (roof) in each run that uses them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Work(NamedTuple):
 
 
 def visible_pairs(t: int, window: int | None) -> int:
-    """Returns the number of keys that t causal queries see, summed over the queries: query i of
-    1 … t sees min(i, window) keys."""
+    """Returns the sum, over t causal queries, of the number of keys that a query sees. Query i, of
+    1 … t, sees min(i, window) keys."""
     w = min(t, window or t)
     return w * (w + 1) // 2 + (t - w) * w
 
@@ -48,7 +48,10 @@ class Roof(NamedTuple):
 
 
 def device_and_dtype(dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """Returns the GPU, or the CPU without a GPU, and the named dtype or the device's default."""
+    """Returns the device and the dtype. The device is the GPU, or the CPU if there is no GPU.
+
+    dtype: its name; None selects bfloat16 on a GPU, float32 on a CPU
+    """
     cuda = torch.cuda.is_available()
     kind = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
     return torch.device("cuda" if cuda else "cpu"), kind
@@ -76,8 +79,8 @@ def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
 
 
 def measure_again(stamp: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
-    """Measures the roof again, at the end of the run, and adds it to the stamp, unless the GPU has
-    failed."""
+    """Measures the roof again, at the end of the run, and adds it to the stamp. If the GPU has
+    failed, the stamp stays as it is."""
     with suppress(RuntimeError):
         stamp["roof_at_the_end"] = measure_roof(device, dtype)._asdict()
 
@@ -85,7 +88,7 @@ def measure_again(stamp: dict[str, Any], device: torch.device, dtype: torch.dtyp
 def stamp(
     device: torch.device, dtype: torch.dtype, rivals: Iterable[str], commit: str | None = None
 ) -> dict[str, Any]:
-    """Returns the machine, the date and versions.
+    """Returns a dict that describes the machine, the date and the versions of the software.
 
     rivals: packages whose versions are included; commit: replaces the commit that git returns
     """
@@ -108,8 +111,8 @@ def stamp(
 
 
 def _commit(file: Path) -> str | None:
-    """Returns git's current commit, or None if git does not track the file: an installed package
-    may be inside a repository of another project."""
+    """Returns git's current commit. Returns None if git does not track the file, because an
+    installed package may be inside another project's repository."""
     git = ("git", "-C", str(file.parent))
     if _output(*git, "ls-files", "--error-unmatch", file.name) is None:
         return None
@@ -117,7 +120,7 @@ def _commit(file: Path) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """Returns the first line that the command prints, or None without output or command."""
+    """Returns the command's first line of output. Returns None if there is none."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError:

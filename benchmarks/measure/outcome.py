@@ -1,4 +1,6 @@
-"""Outcome of a provider's run: its status, its error, and which results fail the whole run.
+"""Outcome of a provider's run: its status and its error.
+
+`serious` returns whether the results make the whole benchmark run fail.
 
 A status is one line of text that begins with one of these words:
 
@@ -24,7 +26,8 @@ from torch import Tensor
 
 EAGER, OURS = "eager", "gemma_fast"
 OURS_BY_POINTERS = "gemma_fast, no descriptors"
-# Without programmatic dependent launch, so that no call overlaps the previous call, as with rivals.
+# Without programmatic dependent launch: no call overlaps the previous call. Rivals' calls do not
+# overlap either.
 OURS_ALONE = "gemma_fast, no overlap"
 COPY = "copy of the same bytes (yardstick)"
 NOT_MEASURED, WITHOUT_GRAPHS = "ok, not measured", "ok, Inductor skipped CUDA graphs"

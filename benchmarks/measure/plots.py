@@ -60,8 +60,8 @@ def kernel_plots(roof: Roof, results: Sequence[Any]) -> Plots:
 
 
 def model_plots(roof: Roof, results: Sequence[Any]) -> Plots:
-    """Yields the plot of the speed of each test. Also yields the time of a decode step by depth, if
-    the results have several depths, and by batch size, if they have several batch sizes."""
+    """Yields a plot of the speed of each test. If the results have several depths, also yields a
+    plot of a decode step's time by depth. Does the same for batch sizes."""
     yield "speed", _speed(roof, results)
     written = [r for r in results if r.case.kind == "tg"]
     for name, other in (("depth", "batch"), ("batch", "depth")):
@@ -74,7 +74,7 @@ def model_plots(roof: Roof, results: Sequence[Any]) -> Plots:
 def _canvas(
     width: float, height: float, lines: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Any, list[Any]]:
-    """Returns a figure and its panels, line by line. options: keywords of matplotlib's subplots."""
+    """Returns a figure and its panels, row by row. options: keywords of matplotlib's subplots."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")

@@ -61,7 +61,7 @@ def kernel_report(
 
 
 def kernel_markdown(found: Mapping[str, Any], about: Mapping[str, str]) -> str:
-    """Returns results.md for the content of kernel_report's results.json; about: as there."""
+    """Returns results.md. found: the content of results.json; about: as in kernel_report"""
     rows, parts = found["results"], []
     for suite, group in groupby(rows, lambda row: row["suite"]):
         parts += [f"## {suite}", about[suite], table(KERNEL_COLUMNS, map(kernel_cells, group))]
@@ -91,7 +91,7 @@ def model_report(
 
 
 def model_markdown(found: Mapping[str, Any]) -> str:
-    """Returns results.md for the content of model_report's results.json."""
+    """Returns results.md. found: the content of model_report's results.json"""
     rows = found["results"]
     batches = any(row["batch"] > 1 for row in rows)
     columns = {k: v for k, v in MODEL_COLUMNS.items() if batches or k != "batch"}
@@ -139,7 +139,7 @@ def as_json(found: Mapping[str, Any]) -> str:
 def speedups(results: Iterable[Any]) -> dict[tuple[Any, str], float]:
     """Returns (cell, provider) → speed relative to eager, if eager was measured in this cell.
 
-    A cell is here (suite, size) of a kernel's result or the case of a model's result.
+    Here a cell is the pair (suite, size) of a kernel's result, or the case of a model's result.
     """
     seconds = {(r.cell, r.provider): r.typical for r in results if r.typical}
     return {

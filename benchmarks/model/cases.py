@@ -1,7 +1,7 @@
 """The benchmarked model and its cases, with the minimum number of bytes and FLOPs of each case.
 
 A case is one test of a model's speed: prefill (pp) or decode (tg) of a number of tokens. Its depth
-is the number of tokens that are in the cache before.
+is the number of tokens that are already in the cache.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens
     """Returns the work of a forward pass over `tokens` new tokens in each of `batch` sequences,
     after `depth` tokens.
 
-    Each weight is read once and takes 2 FLOPs per new token, except the embedding, which takes them
-    only for the last token's logits. The lookup of embeddings is not counted. Attention takes 4
-    FLOPs per layer, query head, channel and visible (query, key) pair. Old keys and values that a
+    Each weight is read once and takes 2 FLOPs per new token, except the embedding, which takes
+    FLOPs only for the last token's logits. The lookup of embeddings is not counted. Attention takes
+    4 FLOPs per layer, query head, channel and visible (query, key) pair. Old keys and values that a
     new token sees are read once; new keys and values that a later token may see are written once.
     """
     weights, embedding = config.num_parameters, config.vocab_size * config.hidden_size

@@ -27,8 +27,8 @@ def run_model(
 ) -> bool:  # fmt: skip
     """Measures the model, prints the results and writes them to the folder `out`.
 
-    Returns whether no result is `serious` (see outcome.serious). roof: the machine's roof, if it is
-    already measured
+    Returns whether the run passed (see outcome.serious). roof: the machine's roof, if it has been
+    measured already
     """
     device, kind = machine.device_and_dtype(dtype)
     cuda = device.type == "cuda"

@@ -1,7 +1,7 @@
 """Checks a provider against the reference in float32, before the provider is timed.
 
-The check compares greedy tokens, and logits that depend on the KV cache that the provider wrote. If
-the context allows, the cache is at least as full as in the benchmark case.
+The check compares greedy tokens and logits. The logits depend on the KV cache that the provider
+wrote. If the context allows, the cache is at least as full as in the benchmark case.
 
 A trial is the provider's part of the check, on random prompts. The provider prefills a prefix (as
 many tokens as the case's depth or prompt), prefills the rest of the prompt, decodes greedily, and
@@ -26,14 +26,15 @@ from gemma_fast.reference import Reference
 # TOKENS: number of prompt tokens after the prefix or the window, whichever is longer. STEPS: number
 # of decode steps. PROBE: number of tokens in the probe.
 TOKENS, STEPS, PROBE = 24, 16, 8
-LONG = 1024  # the trial's prompt exceeds the model's windows, except windows longer than this
-ROWS = 4  # batches up to this size are checked in full; of larger ones, the first and last sequence
+LONG = 1024  # the trial's prompt is longer than the windows; windows above LONG are ignored
+ROWS = 4  # up to this batch size all sequences are checked, otherwise the first and the last
 CHUNK = 1024  # tokens of a prefix that the reference reads in one forward pass
-# Limits of the logits' error and of the regret (see Judge). Without rotary embedding the error is
-# 0.46. Rounding to bf16 gives 0.012 to 0.025 with Gemma 3 270M, and 0.016 with random weights.
+# Limits of the logits' error and of the regret (see Judge). For comparison: a model without rotary
+# embedding has an error of 0.46; rounding to bf16 alone gives 0.012 to 0.025 with Gemma 3 270M, and
+# 0.016 with random weights.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4}
-# Our error may be SLACK times transformers' largest error, because the errors of correct results
-# can differ by this factor, through rounding.
+# Our error may be SLACK times transformers' largest error, because rounding alone can make the
+# errors of correct results differ by this factor.
 SLACK = 1.25
 
 Past = list[tuple[Tensor, Tensor]]  # K and V of each layer
@@ -50,7 +51,7 @@ class Judge:
 
     The reference computes in float32 if that fits in memory. A model with random weights mostly
     repeats the previous token, whatever attention computes, so correct greedy tokens prove little.
-    The logits of the probe depend on all that the decode steps wrote to the cache.
+    Thus the probe's logits are compared: they depend on all K and V that the decode steps wrote.
 
     error: outcome.error of the probe's logits
     regret: the mean difference between the reference's largest logit and its logit of the
@@ -73,7 +74,7 @@ class Judge:
         # Errors of transformers, by batch size and length of the prefix.
         self.errors: dict[tuple[int, int], list[float]] = {}
         self.compared = False  # whether our error was compared to transformers'
-        # The reference's caches by sequence and length of the prefix: large, so kept on the host.
+        # The reference's caches by sequence and prefix length, on the host because they are large.
         self.pasts: dict[tuple[int, int], Past] = {}
 
     @property
@@ -136,7 +137,7 @@ class Judge:
         with full_precision():
             truth = torch.cat([self._truth(trial.ids[[row]], row, prefix) for row in rows])
         chosen = truth[:, : STEPS + 1]
-        # The newest greedy token was never read: the probe's tokens were read in its place.
+        # The last greedy token was not read: the probe's tokens were read instead.
         found = error(trial.logits[rows], truth[:, STEPS + 1 :])
         gaps = under_the_best(chosen, trial.tokens[rows])
         return found, float((gaps / chosen.std(-1)).mean())
@@ -152,8 +153,8 @@ class Judge:
         return out.logits.float()
 
     def _past(self, ids: Tensor, row: int) -> Past:
-        """Returns the reference's cache of a prefix, ids :: [1, prefix], which is computed once for
-        all providers. row: index of the sequence"""
+        """Returns the reference's cache of a prefix, ids :: [1, prefix]. Computes it once for all
+        providers. row: index of the sequence"""
         key = row, ids.shape[1]
         if key not in self.pasts:
             past = None

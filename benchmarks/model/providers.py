@@ -28,8 +28,8 @@ from gemma_fast.reference import Reference
 class Eager:
     """Runs the reference or a transformers model in the usual greedy loop, with a growing cache.
 
-    Every provider has the methods of this class, one model and one cache. The tokens that the
-    methods return are [b], on the device.
+    Every provider has the methods of this class. It has one model and one cache. The tokens that
+    the methods return are [b], on the device.
     """
 
     def __init__(self, model: Any, mask: Tensor | None = None) -> None:
@@ -67,7 +67,7 @@ class Eager:
         return self.token
 
     def step(self) -> Tensor:
-        """Reads the last token and returns the next token, which the next step may overwrite."""
+        """Reads the last token and returns the next one. A later step may overwrite the tensor."""
         return self.extend(self.token[:, None])
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Static(Eager):
     def step(self) -> Tensor:
         """Decodes with at most two graphs. A windowed layer stores its length as a Python int, and
         torch.compile would compile the step again for each value. So, as in generate(), masks are
-        made outside the compiled step; inside the step, the length is 0 or that of a full window.
+        made outside the compiled step; inside the step, the length is 0 or the window's length.
         """
         torch.compiler.cudagraph_mark_step_begin()
         token = self.token[:, None].clone()

@@ -1,4 +1,4 @@
-"""Measures prefill (pp) and decode (tg) speed of a whole model. Test names are llama-bench's:
+"""Measures prefill (pp) and decode (tg) speed of a whole model. Test names are as in llama-bench:
 
     pp512          prefill of 512 tokens, until the first new token
     tg128          128 decode steps
@@ -12,8 +12,8 @@ event after each step, so the host can launch later steps ahead. On a CPU it use
 Before a provider is timed, judge.py checks it, with at least as many tokens in its cache as in the
 test, if the context allows. In float32, its greedy tokens must equal the reference's. In a 16-bit
 dtype, the reference computes in float32 with the same weights: the logits that it gives to the
-provider's greedy tokens must be close to its largest logits, and our error must not be much larger
-than transformers' (see judge.SLACK). A wrong provider is not timed. `race` checks and times.
+provider's greedy tokens must be close to its largest logits. Also, our error must not be much
+larger than transformers' (see judge.SLACK). A wrong provider is not timed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ModelResult:
     error: float | None = None  # see judge.Judge
     seconds: tuple[float, ...] = ()
     token_seconds: tuple[float, ...] = ()
-    peak_bytes: int | None = None  # GPU memory with weights and graphs, without the judge's
+    peak_bytes: int | None = None  # GPU memory; includes weights and graphs, not the judge
     memory: dict[str, float] = field(default_factory=dict)
     took: float = 0.0  # total seconds; a provider's first result includes loading its weights
 

@@ -1,11 +1,11 @@
-"""Computes the errors of every kernel and of eager PyTorch, compared with float64, in ulps.
+"""Compares every kernel, and eager PyTorch, with a float64 result. Errors are in ulps.
 
     python -m gemma_fast.benchmarks.verify.kernels    # prints a JSON array
 
 The command is for Triton's interpreter, so it needs TRITON_INTERPRET=1. One ulp is the spacing of
-the dtype's numbers at the true value, or at the RMS of the whole output if that is larger, because
-a sum's rounding error does not shrink with the result. A token's error is the largest true logit
-minus the token's true logit, in ulps of the largest true logit.
+the dtype's numbers at the true value. If the RMS of the whole output is larger, it is the spacing
+at that RMS, because a sum's rounding error does not shrink with the result. A token's error is the
+largest true logit minus the token's true logit, in ulps of the largest true logit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NORM_WEIGHTS = 15.8125, 2**-8, 2**-11
 def check_kernels(
     device: torch.device, dtypes: Iterable[torch.dtype], part: str
 ) -> Iterator[Finding]:
-    """Yields a finding (see margins.py) for each check and dtype. A kernel that raises fails."""
+    """Yields a finding (see margins.py) for each check and dtype. A check that raises fails."""
     for check in CHECKS:
         for dtype in dtypes:
             try:
@@ -49,8 +49,8 @@ def check_kernels(
 def errors(
     check: Check, prepare: Callable[..., Call], device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Returns the largest error and the RMS error in ulps; with several outputs, each error is the
-    worst output's. If the kernel returns tokens, returns the largest error of a token instead."""
+    """Returns the largest error and the RMS error in ulps. With several outputs, each of the two is
+    that of the worst output. If the kernel returns tokens, returns the largest error of a token."""
     exact = check.formula(*upcast(inputs_of(check, device, dtype), torch.float64))
     found = prepare(*inputs_of(check, device, dtype))()
     if check.chooses:
@@ -70,7 +70,7 @@ def inputs_of(check: Check, device: torch.device, dtype: torch.dtype) -> tuple[A
         if is_float(x) and x.ndim == 1:  # a norm's weight
             x[: len(NORM_WEIGHTS)] = torch.tensor(NORM_WEIGHTS)
     if device.type == "cuda":
-        torch.cuda.synchronize()  # finish all writes, because kernels may prefetch weights
+        torch.cuda.synchronize()  # kernels may read weights before earlier kernels have ended
     return given
 
 

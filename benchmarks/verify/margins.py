@@ -21,7 +21,7 @@ CPU_PATH, MODEL = f"The CPU path, the kernels' references: {ERRORS}", "model"
 
 
 class Margin(NamedTuple):
-    """(factor, slack) of a figure in float32 and in 16-bit dtypes, and the reason for them."""
+    """The pair (factor, slack) for float32 and for 16-bit dtypes, and the reason for both."""
 
     float32: tuple[float, float]
     half: tuple[float, float]

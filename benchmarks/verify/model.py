@@ -29,7 +29,7 @@ from gemma_fast.text.tokenizer import Tokenizer
 RUNS, BATCH = 3, 8  # number of runs in the repeated-run check; batch size in the batch check
 WRITTEN = 16  # tokens decoded per text, in the batch check and in the repeated-run check
 CHUNK = 16  # tokens whose logits are converted to float64 at once
-OLDEST = 5, 17  # the oldest version of transformers that is compared with
+OLDEST = 5, 17  # the oldest version of transformers that is used as the rival
 # Charles Darwin, On the Origin of Species (1859), introduction: longer than a window of 512 tokens.
 TEXT = Path(__file__).with_name("texts") / "darwin.txt"
 
@@ -41,7 +41,8 @@ Greedy = Callable[[Any, Tensor, Tensor, int], Tensor]  # model, ids, mask, count
 def text_ids(checkpoint: Checkpoint, tokens: int) -> Tensor:
     """Returns the ids :: [1, t] of TEXT, or random ids for a model with random weights.
 
-    The context has room for them and `tokens` new tokens. Raises ValueError if that is impossible.
+    The number of ids is limited: `tokens` new tokens fit the context too. Raises ValueError if the
+    context is too short.
     """
     config = checkpoint.config
     room = config.max_position_embeddings - max(tokens, WRITTEN)
@@ -160,9 +161,9 @@ class Text:
         return float((gaps == 0).cumprod(0).sum()), float(gaps.max())
 
     def batch(self, model: Any, greedy: Greedy) -> Figures:
-        """Compares a left-padded batch of beginnings of the text, and the tokens decoded after
-        them, with forward passes over each of these sequences alone. Returns |Δ logit| max, the
-        number of sequences with equal greedy tokens, and the largest gap."""
+        """Runs beginnings of the text as a left-padded batch, and decodes tokens after them.
+        Compares logits and tokens with forward passes over each sequence alone. Returns |Δ logit|
+        max, the number of sequences with equal greedy tokens, and the largest gap."""
         t = max(self.ids.shape[1] // 4, 2 * BATCH)
         lengths = [t * (row + 1) // BATCH for row in range(BATCH)]
         ids = torch.stack([self.ids[0, :t].roll(t - length) for length in lengths])
