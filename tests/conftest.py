@@ -41,8 +41,8 @@ def _seed():
 
 @pytest.fixture(params=["kernel", "reference"])
 def device(request):
-    """Runs a test on the kernels (GPU or interpreter), and on their references (CPU). Returns the
-    device for the inputs."""
+    """Runs a test twice: on the kernels (GPU or interpreter) and on their references (CPU). Returns
+    the device for the inputs."""
     if request.param == "reference":
         yield "cpu"
         return

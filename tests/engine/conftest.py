@@ -9,8 +9,8 @@ from gemma_fast.engine.decoder import Decoder
 
 @pytest.fixture(scope="session", params=["gemma3-gqa"])
 def twins(request, tmp_path_factory) -> Twins:
-    """Overrides the fixture of tests/conftest.py with one config, the one with the most features,
-    because most tests in this folder do not depend on the family."""
+    """Replaces the fixture of tests/conftest.py, because most tests in this folder do not depend on
+    the family. Uses only gemma3-gqa, the config with the most features."""
     return Twins.build(CONFIGS[request.param], tmp_path_factory.mktemp(request.param))
 
 

@@ -1,4 +1,4 @@
-"""Tests Decoder: the launches of a step, the tokens that kernels compute, and CUDA graphs."""
+"""Tests Decoder: the number of launches in a step, the tokens that it gives, and CUDA graphs."""
 
 import json
 import os

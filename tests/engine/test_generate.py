@@ -1,4 +1,5 @@
-"""Compares generate() with transformers, and tests what ends a text, streamers and errors."""
+"""Compares generate() with transformers. Also tests streamers, errors, and the conditions that end
+a text."""
 
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ class Letters:
 
 
 class Recorder:
-    """Records what a streamer gets. Simulates Ctrl-C in call number `interrupt_after`."""
+    """Records what a streamer gets. Call number `interrupt_after` of put() simulates Ctrl-C."""
 
     def __init__(self, interrupt_after: int | None = None):
         self.puts, self.ended, self.interrupt_after = [], 0, interrupt_after
@@ -144,7 +145,7 @@ def test_a_stop_string_ends_its_row(twins):
 
 
 class Bytes:
-    """Decodes four ids to one character, like the four bytes of an emoji, and appends a dot."""
+    """Decodes each four ids to one character, like the four bytes of an emoji. Appends a dot."""
 
     def decode(self, ids) -> str:
         return Letters().decode(ids[len(ids) % 4 :: 4]) + "."

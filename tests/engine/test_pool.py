@@ -1,4 +1,5 @@
-"""Tests the decoders that a model keeps between texts: their reuse, their release, their errors."""
+"""Tests the decoders that a model keeps between texts: when they are reused and freed. Also tests
+the errors that Decoder and generate() raise."""
 
 import copy
 import gc
@@ -24,7 +25,7 @@ def test_decoders_are_kept_by_batch_size(twins):
     assert sizes == [1, 2, 4, 4, 8, 8, 16, 40, 64]
     first = model.decoders.take(model, 3, 20)
     assert (first.cache.batch, first.cache.max_length) == (4, 256)
-    beside = model.decoders.take(model, 3, 20)  # what a second caller gets at the same time
+    beside = model.decoders.take(model, 3, 20)  # for a second caller at the same time
     assert beside is not first
     model.decoders.give_back(first)
     assert model.decoders.take(model, 4, 256) is first
@@ -188,7 +189,7 @@ def damaged(model):
 
 @pytest.mark.parametrize("options", SAMPLINGS.values(), ids=list(SAMPLINGS))
 def test_non_finite_logits_raise(options, request):
-    if "top_k" not in options:  # all cases but "filtered" run asynchronously
+    if "top_k" not in options:  # "filtered" runs synchronously, the others do not
         request.getfixturevalue("graphs")
     model = random_model(CONFIGS["gemma3-gqa"])
     ids = torch.arange(3, 9).repeat(2, 1)
@@ -205,7 +206,8 @@ def test_an_infinite_logit_raises_in_spite_of_the_soft_cap(options):
     ids = torch.arange(8, 14).unsqueeze(0)
     model.norm[0] = 1e6
     model.embed_tokens[7] = torch.eye(len(model.norm))[0]
-    model.embed_tokens[7] *= 3e38 * model(ids).logits[0, -1, 7].sign()  # times 1e6: above fp32
+    # In fp32, the logit of token 7 overflows: 3e38 times an input that norm[0] multiplies by 1e6.
+    model.embed_tokens[7] *= 3e38 * model(ids).logits[0, -1, 7].sign()
     assert model(ids).logits[0, -1].isposinf().nonzero().tolist() == [[7]]
     with pytest.raises(ValueError, match="logits after 6 tokens are not finite"):
         model.generate(ids, max_new_tokens=3, **options, **NEVER)

@@ -1,4 +1,4 @@
-"""Compares sampling with transformers' logits processors, and tests the ranges of settings."""
+"""Compares sampling with transformers' logits processors, and tests that invalid settings raise."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,8 @@ def logits(batch: int = 4, vocab: int = 50) -> torch.Tensor:
 
 
 def sampler_of(sampling: Sampling, batch: int, vocab: int, seen=None) -> Sampler:
-    """Returns a sampler with these settings and seed 1 in all rows; it penalises seen :: [b, n]."""
+    """Returns a sampler with these settings and seed 1 in all rows. `seen` :: [b, n] contains the
+    tokens so far, for the repetition penalty."""
     sampler = Sampler(batch, vocab, "cpu")
     sampler.set([replace(sampling, seed=1)] * batch)
     if seen is not None:
@@ -122,7 +123,7 @@ def test_the_penalty_is_not_rounded_to_bf16():
 
 
 def test_top_p_keeps_no_more_tokens_than_needed():
-    """The first token has half of the probability, so the second token must not be kept."""
+    """The first token alone has probability 0.5 = top_p, so the second token must not be kept."""
     halves = torch.tensor([[2.0, 1.0, 0.0, 0.0]]) * math.log(2)  # 1/2, 1/4, 1/8, 1/8
     kept = processed(Sampling(do_sample=True, top_p=0.5), halves).isfinite()
     assert kept.tolist() == [[True, False, False, False]]

@@ -1,4 +1,4 @@
-"""Compares attention and rotary_write with a plain fp64 softmax over keys in order of position."""
+"""Compares attention and rotary_write with a plain fp64 softmax over keys sorted by position."""
 
 import re
 from pathlib import Path
@@ -48,7 +48,7 @@ def check(
         slots = min(slots, window + t - 1)
     slots = -(-slots // multiple) * multiple
     q_weight, k_weight = (torch.randn(d, device=device) / 2 if norm else None for _ in "qk")
-    # k, v :: [b, length, n, d] of past and new tokens, by position; heads of v are strided.
+    # k, v :: [b, length, n, d]: past and new tokens, indexed by position. v has strided heads.
     k, v = (torch.randn(b, length, n, x * d, device=device).to(dtype)[..., :d] for x in (1, 2))
     heads = n * m
     q = torch.randn(b, t, 3 * heads, d, device=device).to(dtype)[:, :, heads : 2 * heads]
@@ -71,7 +71,7 @@ def check(
     index = columns.clamp(min=0)[..., None, None].expand(b, t, n, d)
     new_k, new_v = k.gather(1, index), v.gather(1, index)
     rotary_write(new_k, new_v, keys, values, cos, sin, start, k_weight)
-    scale = 0.3 * (32 / d) ** 0.5  # for any d, scores and errors have the same size
+    scale = 0.3 * (32 / d) ** 0.5  # so scores and errors do not depend on d
     out = attention(
         q, keys, values, cos, sin, start, q_weight, scale=scale, window=window, softcap=softcap
     )

@@ -11,15 +11,17 @@ from gemma_launches import GPUS
 from marks import slow
 from tritons import compile_with
 
-# 8.6 and 8.9 are omitted: tests of 12.0 cover their shared memory, tests of 8.0 their instructions.
+# Capabilities 8.6 and 8.9 are omitted: the tests of 12.0 cover their limit of shared memory, and
+# the tests of 8.0 cover their instructions.
 ALL = {str(x): (str(x),) for x in GPUS if x not in (86, 89)}
 FIRST = {f"{x}, first launches": (str(x), "--first") for x in sorted(GPUS, key=lambda x: x != 90)}
 
 
 @pytest.fixture(scope="module", params=["90, first launches", *slow(*list(FIRST)[1:], *ALL)])
 def compiled(request):
-    """Returns the GPU, and compile_kernels.py's report on each compiled kernel: of every distinct
-    launch, or (--first) of the first launch of each variant (DESCRIPTORS, BLOCK_M) of a kernel."""
+    """Returns the GPU, and compile_kernels.py's reports on all kernels. With --first, there is one
+    report per variant (DESCRIPTORS, BLOCK_M) of a kernel. Otherwise, each distinct launch has one
+    or two: bf16, and for a variant's first launch also fp16."""
     arguments = (FIRST | ALL)[request.param]
     return GPUS[int(arguments[0])], compile_with(None, *arguments)
 
@@ -41,7 +43,7 @@ def test_every_kernel_is_compiled(compiled):
     assert len({k["kernel"] for k in steps}) == 4
 
 
-@pytest.mark.parametrize("compiled", slow("90"), indirect=True)  # launch configs are tuned for 9.0
+@pytest.mark.parametrize("compiled", slow("90"), indirect=True)  # configs are tuned for 9.0 only
 def test_two_programs_of_decode_attention_fit_a_multiprocessor_in_some_config(compiled):
     """Without such a launch config, the gate `two programs` would not check decode attention."""
     gpu, kernels = compiled
@@ -58,7 +60,7 @@ def test_prefill_kernels_use_the_blocks_and_descriptors_of_each_gpu(compiled):
     used = {(k["kernel"], k["options"]["DESCRIPTORS"]) for k in prompts}
     describes = gpu.capability >= 90
     ways = {("_attention_kernel", False), ("_gate_up_geglu_kernel", describes)}
-    if describes:  # rings whose length is not a multiple of BLOCK_N are loaded through pointers
+    if describes:  # only for rings of whole blocks; other rings are loaded through pointers
         ways.add(("_attention_kernel", True))
     assert used == ways
 
@@ -87,7 +89,8 @@ def test_spills_are_found_in_loops_of_each_gpu_generation():
 
 def test_softmax_in_loops_counts_waits_exponentials_and_matmuls():
     def found(*body: str) -> list[tuple[int, ...]]:
-        """Returns the counts of each loop, in the order of softmax_in_loops."""
+        """Returns (waits, exponentials, exponentials before the last wait, matmuls after the last
+        wait) of each loop that softmax_in_loops finds."""
         loop = sass(".L_x_1:", *body, "@P1 BRA `(.L_x_1)", "EXIT")
         return [tuple(x.values()) for x in softmax_in_loops(loop)]
 

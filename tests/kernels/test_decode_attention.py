@@ -1,4 +1,4 @@
-"""Compares decode_attention with a plain fp64 softmax over keys in order of position."""
+"""Compares decode_attention with a plain fp64 softmax over keys sorted by position."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ D, SCALE = 32, 0.3
 
 @pytest.fixture(params=["kernel", "kernel, 132 multiprocessors", "reference"])
 def device(request):
-    """Runs a test on the kernel, with few and with many splits, and on the reference. Returns the
-    device for the inputs."""
+    """Runs a test three times: on the kernel with few splits, on the kernel with many splits, and
+    on the reference. Returns the device for the inputs."""
     if request.param == "reference":
         yield "cpu"
         return
@@ -33,8 +33,8 @@ def table(positions, d, device):
 
 
 class Case:
-    """Builds rings with each row's tokens before position past[row], and the inputs for the row's
-    next token, at past[row]. If past[row] is negative, that token is left padding."""
+    """Builds rings that contain each row's tokens before position past[row]. Also builds q, k and v
+    of the token at past[row]. If past[row] is negative, that token is left padding."""
 
     def __init__(
         self, device, dtype, past, *, n=1, m=1, d=D, slots=None, spare=0, window=None,
@@ -46,7 +46,7 @@ class Case:
         self.slots = slots or length + spare
         make = {"device": device, "dtype": dtype}
         self.norms = [torch.randn(d, **make) / 2 if norm else None for _ in "qk"]
-        # k, v :: [b, length, n, d] of past and new tokens, by position.
+        # k, v :: [b, length, n, d]: past and new tokens, indexed by position.
         self.k, self.v = torch.randn(2, self.b, length, n, d, **make)
         self.q = torch.randn(self.b, 1, n * m, d, **make)
         new = torch.tensor([max(p, 0) for p in past])
@@ -172,7 +172,8 @@ def test_any_shape_equals_fp64_softmax(shape, many):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decoding_a_prompt_equals_prefill(dtype, device):
-    """Decodes token by token in a ring that wraps. `attention` reads all tokens in one call."""
+    """Compares decode_attention, called once per token on a ring that wraps, with one call of
+    attention for all tokens."""
     t, n, m, slots = 30, 2, 2, 13
     qkv = torch.randn(1, t, n * m + 2 * n, D, device=device).to(dtype)
     q, k, v = qkv.split((n * m, n, n), dim=2)

@@ -1,4 +1,5 @@
-"""Tests overrides of launch configs, other GPUs' limits, and the features that a GPU allows."""
+"""Tests overrides of launch configs, and as_on, which replaces the GPU's limits. Also tests when
+kernels may use programmatic dependent launch and tensor descriptors."""
 
 import torch
 

@@ -16,7 +16,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def sampled(temperature=0.7, seed=(5 << 40) + 77, device="cpu"):
-    """Returns a temperature and a seed, [1] each, which `chosen` expands to all rows."""
+    """Returns temperature :: [1] and seed :: [1]. `chosen` expands them to all rows."""
     return torch.full((1,), temperature, device=device), torch.tensor([seed], device=device)
 
 
@@ -77,8 +77,8 @@ with interpreter():  # the interpreter runs only kernels that are defined in thi
 
 
 def test_noise_of_the_kernel_is_exact_in_both_tails():
-    """The random numbers of the last two tokens are 3 and 2**32 - 9. The fp32 value of u must be
-    clamped: otherwise, 2**32 - 9 would give u = 1."""
+    """The last two tokens have the random numbers r = 3 and r = 2**32 - 9. In fp32, the kernel must
+    clamp u = (r + 0.5) / 2**32, because r = 2**32 - 9 would give u = 1."""
     token, zero = torch.tensor([*range(1022), 66929077, 8036761]), torch.tensor([0])
     drawn = philox_reference((token // 4, zero, zero, zero), torch.tensor([5]))
     r = torch.stack(drawn, dim=-1).gather(1, token[:, None] % 4)
@@ -133,7 +133,7 @@ def test_non_finite_logits_give_token_minus_one(temperature, device):
 
 
 def test_equal_logits_give_the_lowest_id(device, monkeypatch):
-    monkeypatch.setattr(sample, "PARTIALS", 1)  # chunks of 4, for the results of 5 programs
+    monkeypatch.setattr(sample, "PARTIALS", 1)  # CHUNK = 4, less than the 5 programs
     logits = torch.zeros(3, 5000, device=device)
     logits[1, [1023, 1024, 4999]] = 1.0
     logits[2, [3500, 4999]], logits[2, 7] = 1.0, -0.0
@@ -155,7 +155,7 @@ def test_noise_depends_on_seed_row_and_position(device):
     first = choose_from(logits, *sampled(device=device), position)
     assert torch.equal(choose_from(logits, *sampled(device=device), position), first)
     assert len(set(first.tolist())) >= 5
-    for other in (1, 77, (4 << 40) + 77):  # the default seed is (5 << 40) + 77
+    for other in (1, 77, (4 << 40) + 77):  # the default seed of `sampled` is (5 << 40) + 77
         again = choose_from(logits, *sampled(seed=other, device=device), position)
         assert (again != first).sum() >= 5
 
@@ -242,8 +242,8 @@ def test_next_token_equals_reference_with_all_options(b):
 @pytest.mark.parametrize("b", [1, 8], ids="b {}".format)
 @pytest.mark.parametrize("same", [(1, 5, 37), (9, 21)], ids=["one program", "two programs"])
 def test_equal_rows_of_the_weight_give_the_lowest_id(same, b, device):
-    """For b = 1, a program computes 16 tokens, four at a time. Ids 1 and 5 belong to one program,
-    ids 9 and 21 to two."""
+    """For b = 1, a program computes the logits of 16 tokens, four at a time. The same program
+    computes ids 1 and 5. Different programs compute ids 9 and 21."""
     x, norm, weight = (torch.zeros(n, 2048, device=device) for n in (b, 1, 40))
     x[:, 3], weight[same, 3] = 2.0, 1.0
     token = chosen(next_token, x, None, norm[0], None, weight, b=b, device=device)
@@ -253,7 +253,7 @@ def test_equal_rows_of_the_weight_give_the_lowest_id(same, b, device):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("b", [1, 8, 9], ids="b {}".format)
 def test_next_token_in_16_bits_has_almost_the_highest_logit(b, dtype, device):
-    """The token's exact logit may be lower by the error of rounding the normalized input."""
+    """Rounding the normalized input may swap tokens whose exact logits are almost equal."""
     given = inputs(b, 128, 500, dtype)
     theirs = [x.to(device) for x in given]
     token = chosen(next_token, *theirs, b=b, device=device).cpu()

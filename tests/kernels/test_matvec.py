@@ -11,14 +11,15 @@ from gemma_fast.kernels._skinny import MAX_ROWS
 from gemma_fast.kernels.matvec import linear, norm_linear
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 
-# For results around 1. The errors of rounding h, the normalized h and the result add up.
+# For results around 1. Three rounding errors add up: in h, in the normalized h, in the result.
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.float16: {"rtol": 2e-3, "atol": 4e-3},
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 3e-2},
 }
-EPS = 1e-2  # for the norm; large enough to change results
-# (dim, out): dim is below one block, several blocks, not whole blocks, or not whole 16 bytes.
+EPS = 1e-2  # large enough to change the norm's results
+# (dim, out). dim is less than a block, several blocks, or not a multiple of a block. In the last
+# two shapes, the size of 16-bit rows is not a multiple of 16 bytes.
 SHAPES = [(48, 88), (640, 40), (1160, 30), (2304, 20), (20, 34), (36, 6)]
 
 

@@ -1,4 +1,5 @@
-"""Tests ops with torch.library.opcheck, autograd, wrong dtypes, no tokens and torch.compile."""
+"""Tests all ops with torch.library.opcheck. Also tests that derivatives and wrong dtypes raise
+errors, and that inputs without tokens give empty results."""
 
 import inspect
 
@@ -68,7 +69,7 @@ SPLIT = ("query", "keys", "values", "query_offset", "left_padding", "counter")
 ATTENTION = ("q", "keys", "values", "cos", "sin", "query_offset", "norm_weight")
 
 
-# (op, names of the arguments in tensors(), options). The first entry of each op passes no None.
+# (op, names of its arguments in tensors(), options). In each op's first entry, no argument is None.
 OPS = [
     (rms_norm, ("q", "norm_weight"), {}),
     (add_rms_norm, ("k", "v", "norm_weight"), {}),
@@ -110,7 +111,7 @@ def test_every_registered_op_is_tested():
 )
 @pytest.mark.parametrize("permuted", [*slow(False), True], ids=["contiguous", "permuted"])
 def test_op_passes_opcheck(op, names, options, permuted, device):
-    """Outputs must be contiguous for all strides of the inputs, as the fake outputs are."""
+    """Outputs must be contiguous for all strides of the inputs, because the fake outputs are."""
     given = tensors_on(device)
     for name in ("q", "k", "v", "x") if permuted else ():
         given[name] = given[name].transpose(0, 1).contiguous().transpose(0, 1)

@@ -19,7 +19,8 @@ def check(
     device, dtype, left_padding, *, t=1, past=0, n=1, m=1, d=D, spare=0, slots=None, window=None,
     softcap=None, seed=0,
 ):  # fmt: skip
-    """Compares t queries at positions from `past` on. Positions below left_padding are padding."""
+    """Compares t queries, at positions past … past + t - 1, with fp64. Positions of a row below
+    left_padding[row] are padding."""
     torch.manual_seed(seed)
     b, total, make = len(left_padding), past + t, {"device": device, "dtype": dtype}
     slots = slots or total + spare
@@ -30,7 +31,7 @@ def check(
     keys[:, held % slots], values[:, held % slots] = k[:, held], v[:, held]
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     start, begin = torch.tensor([[past] * b, left_padding], dtype=torch.int32, device=device)
-    scale = SCALE * (D / d) ** 0.5  # for any d, scores and errors have the same size
+    scale = SCALE * (D / d) ** 0.5  # so scores and errors do not depend on d
     options = {"scale": scale, "window": window, "softcap": softcap}
     if t == 1:
         counter = torch.zeros(b * n, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""Tests KVCache: views of some rows, lengths, passes that fail, and shared rotary tables."""
+"""Tests KVCache: views of rows, token counts, interrupted passes and shared rotary tables."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The whole model under torch.compile: no graph breaks, and the same logits."""
+"""Tests the whole model under torch.compile: it has no graph breaks and gives the same logits."""
 
 import shutil
 

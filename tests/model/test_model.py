@@ -1,4 +1,5 @@
-"""Compares the model with transformers' eager model in fp32, and with itself (chunks, padding)."""
+"""Compares the model with transformers' eager model in fp32. Also compares chunks with one forward
+pass, and padded batches with single prompts."""
 
 import shutil
 from copy import deepcopy

@@ -1,4 +1,5 @@
-"""Tests Gemma's numerical rules, one per test. A mistake can be smaller than bf16's errors."""
+"""Tests Gemma's numerical rules, one per test. Comparing bf16 logits alone would miss mistakes
+that are smaller than bf16's rounding errors."""
 
 from dataclasses import replace
 
@@ -33,7 +34,7 @@ def test_embedding_scale_is_rounded_to_bf16(hidden, scale):
 
 
 def test_one_plus_weight_is_computed_in_fp32():
-    """In bf16 16.8125 would become 16.75, and 1 + 2**-9 would become 1."""
+    """In bf16, 1 + 15.8125 would be rounded to 16.75, and 1 + 2**-9 to 1."""
     weight = torch.tensor([15.8125, 2.0**-9] * 32, dtype=torch.bfloat16)
     x = torch.randn(8, 64)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()

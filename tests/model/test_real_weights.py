@@ -1,5 +1,5 @@
-"""Compares Gemma 3 270M (real weights) with transformers in fp32. Faster tests are in
-tests/package/test_cli.py."""
+"""Compares Gemma 3 270M (real weights) with transformers in fp32. Faster tests of these
+weights are in tests/package/test_cli.py."""
 
 import pytest
 import torch

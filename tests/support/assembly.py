@@ -57,9 +57,12 @@ def spilled_bytes(sass: str) -> int:
 
 
 def softmax_in_loops(sass: str) -> list[dict[str, int]]:
-    """Returns, for each loop with asynchronous matmuls and exponentials, the number of waits for
-    matmuls, of exponentials, of exponentials before the last wait, and of matmuls after the last
-    wait. The matmuls after the last wait overlap the softmax of the next iteration."""
+    """Counts instructions in each loop that has asynchronous matmuls and exponentials.
+
+    Returns a dict per loop: the number of waits for matmuls (`waits`), of exponentials (`exps`), of
+    exponentials before the last wait (`exps_before_wait`), and of matmuls after the last wait
+    (`matmuls_after_wait`). These matmuls overlap the softmax of the next iteration.
+    """
     found = []
     for body in loops(sass):
         waits = [i for i, x in enumerate(body) if "WARPGROUP.DEPBAR" in x]
@@ -73,8 +76,9 @@ def softmax_in_loops(sass: str) -> list[dict[str, int]]:
 
 
 def assemble(compiled) -> dict:
-    """Returns the number of registers and of spilled bytes, the results of `spills_in_loops` and
-    `softmax_in_loops`, and the assembler's warnings about serialized matmuls."""
+    """Returns the kernel's registers per thread, its spilled bytes per thread, the results of
+    `spills_in_loops` and `softmax_in_loops`, and the assembler's warnings about serialized matmuls.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "cubin"), Path(folder, "ptx")
         cubin.write_bytes(compiled.asm["cubin"])
@@ -82,7 +86,7 @@ def assemble(compiled) -> dict:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
         spilled, spills, softmax, warnings = 0, 0, [], ""
-        wgmma = "wgmma" in compiled.asm["ptx"]  # asynchronous matmuls, which only 9.0 has
+        wgmma = "wgmma" in compiled.asm["ptx"]  # asynchronous matmuls, only on capability 9.0
         if int(stack) or wgmma:
             command = [BIN / "nvdisasm", "-c", cubin]
             sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,6 +1,6 @@
 """Runs the checks of `gemma-fast verify` on the ops' references and on a tiny model.
 
-`exact_gelu` is an error that these checks must detect.
+`exact_gelu` computes GELU without the tanh approximation, an error that the checks must detect.
 """
 
 import torch
@@ -26,7 +26,7 @@ def failed(lines) -> set[str]:
 
 
 class Loud(RandomCheckpoint):
-    """Multiplies random weights by 10, so that attention and MLP change the logits, too."""
+    """Multiplies random weights by 10, so that attention and MLP have more effect on the logits."""
 
     def _read(self, name, out):
         super()._read(name, out)

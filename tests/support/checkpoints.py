@@ -77,8 +77,8 @@ def write_gguf(
     **sizes: int,
 ) -> dict[str, Tensor]:
     """Writes a GGUF file as llama.cpp does: the names come from the gguf package, and norm weights
-    are in F32, with 1 added. Tensors of `extra` keep their names. Returns the unquantized tensors
-    by their names in transformers."""
+    are in F32, with 1 added. Tensors in `extra` are written under their own names. Returns the
+    unquantized tensors by their names in transformers."""
     config = config_from_json(config_json(family, **sizes))
     tensors = tensors or random_tensors(family, **sizes)
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)

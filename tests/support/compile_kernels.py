@@ -1,15 +1,19 @@
-"""Compiles every kernel, as its launchers would launch it, for one GPU that need not be here.
+"""Compiles the recorded launches of every kernel for one compute capability. No GPU is needed.
 
     python tests/support/compile_kernels.py 90
     python tests/support/compile_kernels.py 90 --hash
     python tests/support/compile_kernels.py 90 --first
 
-Prints a JSON object for each: kernel, registers, bytes spilled and of shared memory,
-spills and softmax in its loops, how wide its loads are, its tensor-core instructions and what the
-assembler warns of. With --hash it prints a line for each instead: a hash of its PTX, and what it
-was compiled for. A change of names or of files leaves all hashes as they were. With --first it
-takes one launch of each kernel. A process of its own, because in the tests' the interpreter has
-taken the compiler's place.
+Compiles every distinct launch, with bf16 in place of fp16. Also compiles the first launch of each
+variant (DESCRIPTORS, BLOCK_M) of a kernel with fp16. With --first, compiles only the first launch
+of each variant, with bf16.
+
+For each compiled launch, prints a JSON object (see `report`) with registers, spills, loads, etc.
+With --hash, prints a line with a hash of the PTX instead. The hash does not change when a kernel
+is renamed or moved to another file.
+
+Tests run this script as a separate process, because without a GPU the tests' own process defines
+all kernels for Triton's interpreter, so it cannot compile them.
 """
 
 import hashlib
@@ -34,7 +38,8 @@ from gemma_fast.kernels.launch import as_on
 
 TYPES = {
     torch.float32: "fp32",
-    torch.float16: "bf16",  # launched as fp16, because ops refuse bf16 on a CPU; see `report`
+    # Launches use fp16, because ops refuse bf16 on a CPU. Each job replaces this value.
+    torch.float16: "bf16",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -105,7 +110,8 @@ def compile_launch(kernel, args, kwargs, capability: int):
 
 
 def ptx_hash(job: tuple[int, str], capability: int) -> str:
-    """Returns a line with the hash of the PTX without debug information and the kernel's name."""
+    """Returns a line with a hash of the PTX. The hash ignores debug information and the kernel's
+    name."""
     index, TYPES[torch.float16] = job
     kernel, args, kwargs = launches[index]
     knobs.compilation.disable_line_info = True

@@ -13,13 +13,13 @@ SAMPLINGS = {
 
 class Graph:
     """Simulates a CUDA graph of the decode step: replay() runs the step. Like Decoder._capture, the
-    constructor counts the token of the first step in the cache."""
+    constructor increases the cache's token counts on the host, but computes no token."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder, self.replays = decoder, 0
         decoder.cache.count(1)
 
     def replay(self) -> None:
-        self.decoder.cache.count(-1)  # `_step` counts its token, but a replay does not
+        self.decoder.cache.count(-1)  # undoes the count of `_step`: a real replay counts no token
         self.decoder._step()
         self.replays += 1

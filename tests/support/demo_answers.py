@@ -1,5 +1,5 @@
-"""Contains results of transformers in fp32 with the demo's weights (Gemma 3 270M): probabilities of
-the token after PROMPT, and the greedy continuation."""
+"""Contains transformers' fp32 results for PROMPT with the demo's weights (Gemma 3 270M): the ten
+most likely next tokens with their probabilities, and the greedy continuation."""
 
 PROMPT = "I want to move"
 TOP_TEN = {

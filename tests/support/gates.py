@@ -9,7 +9,7 @@ from gemma_fast.kernels.launch import Gpu
 Kernel = dict[str, Any]
 
 COMPUTE_BOUND = ("_attention_kernel", "_gate_up_geglu_kernel")
-# Kernels that may have loads narrower than 16 bytes per thread, and how many. These loads read ids,
+# Maximum number of loads narrower than 16 bytes per thread, by kernel. These loads read ids,
 # positions, norm weights and partial results, but never projection weights, keys or values.
 NARROW_LOADS = {
     "_embed_kernel": 1,
@@ -76,9 +76,12 @@ def wide_loads(kernel: Kernel, gpu: Gpu) -> str | None:
 
 
 def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
-    """Before it waits for the previous kernel (PDL), a matmul kernel must fetch weights, with one
-    row at least 64 bytes per thread. Before the wait, no kernel may load what the previous kernel
-    may write. split_attention, which transformers' layers call, never waits and is not checked."""
+    """Checks the loads before a kernel waits for the previous kernel (PDL).
+
+    A matmul kernel must fetch weights before the wait: for one row, at least 64 bytes per thread.
+    No kernel may load data before the wait that the previous kernel may write. split_attention,
+    which transformers' layers call, never waits and is not checked.
+    """
     name, options = kernel["kernel"], kernel["options"]
     if "PDL" not in options or only_queries(kernel):
         return None
@@ -90,7 +93,7 @@ def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
         held = True
     elif name == "_embed_kernel":
         held = loads == 0
-    elif name == "_decode_attention_kernel":  # loads of position, cos, sin and norms, not of qkv
+    elif name == "_decode_attention_kernel":  # may load position, cos, sin and norms, not qkv
         norm = kernel["types"]["rotary.q_norm"] != "constexpr"
         held = loads <= (9 if norm else 5)
     elif one_row:
@@ -101,13 +104,13 @@ def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
 
 
 def only_queries(kernel: Kernel) -> bool:
-    """Returns whether split_attention launched the kernel, which it does with cos = None."""
+    """Returns whether split_attention launched the kernel: it is the op that passes cos = None."""
     decode = kernel["kernel"] == "_decode_attention_kernel"
     return decode and kernel["types"]["rotary.cos"] == "constexpr"
 
 
 def is_prompt(kernel: Kernel) -> bool:
-    """Returns whether the kernel is a matmul or an attention kernel for prompts, in 16 bits."""
+    """Returns whether the kernel is attention or gate_up_geglu for prompts, in bf16 or fp16."""
     matmul = kernel["kernel"] in ("_attention_kernel", "_gate_up_geglu_kernel")
     fp32 = "*fp32" in (kernel["types"].get("q.ptr"), kernel["types"].get("x"))
     return matmul and kernel["options"]["BLOCK_M"] > 16 and not fp32
@@ -138,8 +141,9 @@ def softmax_beside_matmuls(kernel: Kernel, gpu: Gpu) -> str | None:
     loops, options = kernel["softmax_in_loops"], kernel["options"]
     if len(loops) != 1 or loops[0]["waits"] != 1 or not loops[0]["matmuls_after_wait"]:
         return f"waits for matmuls: {loops}"
-    # A scheduler runs a quarter of the warps, with 4 exponentials per cycle: 8 cycles per warp. The
-    # tensor cores of a multiprocessor compute 2,048 multiplications per cycle.
+    # Each of the 4 schedulers runs a quarter of the warps. It computes 4 exponentials per cycle, so
+    # an EX2 instruction takes 8 cycles for the 32 threads of a warp. The tensor cores of a
+    # multiprocessor compute 2,048 multiplications per cycle.
     beside = loops[0]["exps_before_wait"] * 8 * options["num_warps"] // 4  # in cycles
     matmul = options["BLOCK_M"] * options["BLOCK_N"] * options["dim"] // 2048
     late = 2 * loops[0]["exps_before_wait"] < loops[0]["exps"] and beside < matmul

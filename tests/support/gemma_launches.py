@@ -1,11 +1,11 @@
-"""Launches of every kernel with the shapes of Gemma 1, 2 and 3. They are recorded, not run.
+"""Records launches of every kernel with the shapes of Gemma 1, 2 and 3, but does not run them.
 
     record_launches()
     with as_on(GPUS[90]):
         launch_all(torch.float16, PROMPTS)
     kernel, args, kwargs = launches[0]
 
-Use it in a separate process: record_launches() replaces the kernels for good.
+Use it in a separate process: record_launches() replaces the kernels permanently.
 """
 
 import math
@@ -54,7 +54,7 @@ MORE_PROMPTS = (  # shapes with nearly the same launch configs as PROMPTS
     (16, 2, 128, 1024, None, True),  # Gemma 3 27B, layers with a window
     (1, 4, 256, None, None, True),  # Gemma 3 270M and 1B, layers without a window
     (4, 2, 256, None, 50.0, False),  # Gemma 2 2B, layers without a window
-    (2, 4, 64, None, None, False),  # two kv heads, because one has too few rows for BLOCK_M = 128
+    (2, 4, 64, None, None, False),  # one kv head would give too few rows for BLOCK_M = 128
     (2, 4, 32, None, None, False),
 )
 MODULES = [

@@ -1,4 +1,4 @@
-"""Makes tiny transformers models, prompts and calls for the tests of gemma_fast.hf."""
+"""Makes tiny transformers models and prompts, and calls the models, for tests of gemma_fast.hf."""
 
 import torch
 from tiny_models import CONFIGS, random_transformers_model, two_layers
@@ -6,7 +6,7 @@ from tiny_models import CONFIGS, random_transformers_model, two_layers
 from gemma_fast.hf import explain
 
 FAMILIES = ["gemma-mqa", "gemma2-gqa", "gemma3-gqa"]
-B, T = 2, 30  # rows and tokens of a prompt, which is longer than the windows
+B, T = 2, 30  # rows of a prompt, and tokens per row: more than the windows
 
 
 def make(family, attention="eager", layers=3):
@@ -33,7 +33,8 @@ def logits(model, ids, mask=None, **options):
 
 
 def why(model, **inputs):
-    """Returns the path of each part of the model in this call, and the reason for this path."""
+    """Returns {part of the model: (path, reason)}: the path that the part takes in this call, and
+    why."""
     reasons = {}
     for line in explain(model, **inputs):
         reasons.setdefault(line.part, set()).add((line.path, line.why))

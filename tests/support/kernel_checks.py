@@ -27,16 +27,16 @@ MANY_MULTIPROCESSORS = Gpu(80, 232_448, 132)  # not 90, because the interpreter 
 
 
 def attention_error(out: Tensor, expected: Tensor) -> float:
-    """Returns the largest RMS error of a head [..., d], divided by the RMS of the expected result.
-    (The maximum over channels grows with d, but the RMS does not.)"""
+    """Returns the largest error of a head, divided by the RMS of the expected result. The
+    error of a head is the RMS over its channels, because the maximum would grow with d."""
     error, expected = out.double() - expected.double(), expected.double()
     worst = error.square().mean(-1).sqrt().max()
     return float(worst / expected.square().mean().sqrt())
 
 
 def multiprocessors(many: bool) -> AbstractContextManager[None]:
-    """Returns a context in which decode attention uses many splits, or few. On a GPU, the context
-    changes nothing."""
+    """Returns a context in which decode attention uses many splits if `many`, otherwise few. On a
+    GPU, the context changes nothing."""
     return as_on(MANY_MULTIPROCESSORS) if many and not torch.cuda.is_available() else nullcontext()
 
 

@@ -37,7 +37,8 @@ def launches_something(event) -> bool:
 
 
 def launched(work) -> list[str]:
-    """Returns the names of the launched Triton kernels, and then of PyTorch's operators."""
+    """Runs `work`. Returns the names of the Triton kernels that it launches, followed by the names
+    of its PyTorch operators that launch kernels."""
     launches.clear()
     with profile(activities=[ProfilerActivity.CPU]) as found:
         work()
@@ -47,7 +48,7 @@ def launched(work) -> list[str]:
 
 
 def compiled(work) -> set[str]:
-    """Returns the kernels that `work` would compile, each with its options and specialization."""
+    """Runs `work`. Returns the kernels that it would compile, with options and specialization."""
     launches.clear()
     work()
     return {

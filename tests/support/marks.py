@@ -1,4 +1,4 @@
-"""Defines marks for parameters that only `make test-all` runs, and for the families of a test."""
+"""Defines `slow`, for parameters that only `make test-all` runs, and marks that select families."""
 
 import pytest
 from tiny_models import CONFIGS
@@ -11,10 +11,11 @@ def slow(*values) -> list:
     ]
 
 
-# Families for the fixture `twins`. Without this mark, the nearest conftest.py selects them.
+# Runs a test with all families of the fixture `twins`. Without such a mark, the nearest conftest.py
+# selects the families.
 ALL_FAMILIES = pytest.mark.parametrize("twins", list(CONFIGS), indirect=True)
-# Families for tests in the slow interpreter. Gemma 2 has soft caps, Gemma 3 has q and k norms, and
-# both have windows.
+# Runs a test with two families, because the interpreter is slow. `make test-all` runs it with all.
+# Gemma 2 has soft caps, Gemma 3 has q and k norms, and both have windows.
 RICHEST_FAMILIES = pytest.mark.parametrize(
     "twins",
     ["gemma2-gqa", "gemma3-gqa", *slow("gemma-mqa", "gemma-mha", "gemma3-mqa")],

@@ -1,4 +1,4 @@
-"""Contains programs that use Gemma, after its model cards and transformers' documentation.
+"""Contains programs that use Gemma as its model cards and transformers' documentation show.
 
 Each program is a string, so that a test can change only the import line. The name PATH replaces
 the model's id. Tests compare what a program stores in `result`, and what the program prints.

@@ -12,7 +12,7 @@ def geglu_oracle(gate_up):
 
 
 def angles(start, t, d=32):
-    """Returns cos and sin :: [b, t, d / 2], fp32, for positions from start :: [b] on."""
+    """Returns cos and sin :: [b, t, d / 2], fp32. Positions of row i begin at start[i]."""
     positions = start.unsqueeze(1) + torch.arange(t, device=start.device)
     i = torch.arange(0, d, 2, device=start.device)
     angle = positions.unsqueeze(2).float() * 100.0 ** (-i / d)
@@ -20,7 +20,7 @@ def angles(start, t, d=32):
 
 
 def normed_and_rotated(x, positions, weight):
-    """Normalizes x :: [t, heads, d], if there is a weight, and rotates it by positions :: [t]."""
+    """Rotates x :: [t, heads, d] by positions :: [t]. If weight is given, normalizes x first."""
     x = x.double()
     if weight is not None:
         x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight.double())

@@ -55,7 +55,7 @@ def gguf_metadata(family: str = "gemma3") -> dict[str, object]:
 
 
 def tiny_backend(family: str = "gemma3") -> Tokenizer:
-    """Returns the tokenizer of tokenizer.json, which has no normalizer and no decoder."""
+    """Returns the tokenizer to save as tokenizer.json. It has no normalizer and no decoder."""
     metadata = gguf_metadata(family)
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     vocab = {token: i for i, token in enumerate(tokens)}

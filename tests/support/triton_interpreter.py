@@ -21,8 +21,9 @@ def _patch_builtins(package, builder, scope) -> None:
             triton_interpreter._patch_attr(package, name, member, builder, scope)
 
 
-# When a kernel calls a function such as tl.sum, Triton searches triton.language for builtins to
-# patch, a third of the interpreter's time. The builtins never change, so they are cached here.
+# Whenever a kernel calls a function such as tl.sum, Triton searches triton.language for builtins to
+# patch. This takes a third of the interpreter's time. The builtins never change, so this module
+# caches them.
 for _package in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base):
     _builtins(_package)
 triton_interpreter._patch_builtin = _patch_builtins
