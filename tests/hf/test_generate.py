@@ -118,7 +118,7 @@ def test_prompt_in_chunks_gives_the_same_logits_as_transformers(chunk):
 
 
 def test_decode_step_writes_one_slot_of_a_ring():
-    """In contrast, transformers' StaticSlidingWindowLayer shifts all keys at each step once full."""
+    """In contrast, transformers' StaticSlidingWindowLayer shifts all its keys once it is full."""
     model, ids = accelerate(make("gemma3-gqa"), strict=True), prompt(t=T)
     cache = GemmaFastCache(model.config, 60)
     logits(model, ids, past_key_values=cache)
