@@ -1,4 +1,4 @@
-"""Tests the command `gemma-fast verify`: which mistakes in a model it detects, and its output.
+"""Tests that the command `gemma-fast verify` detects mistakes in a model. Also tests its output.
 
 The output is called the certificate: one line per check, with errors, their limits and a verdict.
 """
@@ -51,7 +51,7 @@ def test_wrong_first_new_token_fails_the_certificate(dtype, monkeypatch):
 
     def wrong(self, ids, *args, **options):
         out = generate(self, ids, *args, **options)
-        first = ids.shape[1]  # the first new token: in 16 bits, later ones may differ anyway
+        first = ids.shape[1]  # the first new token: in 16 bits, only later ones may differ
         out[:, first] = (out[:, first] + 1) % 190
         return out
 
@@ -102,7 +102,7 @@ def run(*args: str):
 
 @pytest.fixture
 def few_checks(monkeypatch):
-    """Keeps two kernel checks, and replaces the interpreter's process by one passing line."""
+    """Keeps only two kernel checks. The interpreter's process is replaced by one passed line."""
     monkeypatch.setattr(verify_kernels, "CHECKS", rmsnorm.CHECKS[:2])
     line = margins.finding(margins.INTERPRETER, "rms_norm", FP32, {margins.MAX_ULP: (1.0, 1.0)})
     monkeypatch.setattr(verify, "interpreted", lambda: [line])

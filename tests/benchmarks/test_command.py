@@ -64,7 +64,7 @@ def test_size_option_selects_sizes_by_part_of_their_name():
     assert "199 x 64, b 3" in done.stdout and "199 x 64, b 1" not in done.stdout
     done = CliRunner().invoke(main, ["lm_head", "geglu", "--size", "b 4"])
     assert done.exit_code == 2 and "no size has b 4 in its name" in done.output
-    # The suite `rms_norm` lacks this provider, so it prints no table; the suite `model` still runs.
+    # `rms_norm` does not have this provider, so it prints no table. The suite `model` runs.
     names = ["rms_norm", "model", "--only", "transformers (eager)", "--size", "5 x 48"]
     done = CliRunner().invoke(main, [*names, "-p", "4", "-n", "0"])
     assert done.exit_code == 0, done.output
@@ -80,7 +80,7 @@ def test_results_are_written_after_each_size(monkeypatch, tmp_path):
         saved = json.loads((tmp_path / "results.json").read_text())
         raise KeyboardInterrupt(str(len(saved["results"])))
 
-    stopped = replace(SUITES["rms_norm"], providers=providers, yardstick=False)  # runs after geglu
+    stopped = replace(SUITES["rms_norm"], providers=providers, yardstick=False)  # geglu runs first
     monkeypatch.setitem(SUITES, "rms_norm", stopped)
     done = CliRunner().invoke(main, ["rms_norm", "geglu", "--only", OURS, "--out", str(tmp_path)])
     saved = json.loads((tmp_path / "results.json").read_text())

@@ -31,7 +31,7 @@ def python(name: str, code: str, share: float = 1) -> Stage:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """Shortens the time that a stage has to exit before it is killed."""
+    """Shortens GRACE, the time between SIGINT and SIGKILL for a stage."""
     monkeypatch.setattr(gpu, "GRACE", 0.2)
 
 

@@ -32,7 +32,7 @@ QUICK = partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
 
 
 def provider(change):
-    """Returns a provider that runs the reference, which change(reference) first modifies."""
+    """Returns a provider that calls change(reference), and then runs this modified reference."""
 
     def load(checkpoint, dtype, device):
         reference = Reference.from_checkpoint(checkpoint, dtype=dtype, device=device)
@@ -96,14 +96,14 @@ def absent(checkpoint, dtype, device):
 
 
 def kind(eager):
-    """Returns a provider that runs the correct reference in `eager`, Eager or a subclass."""
+    """Returns a provider that runs the correct reference. `eager` is Eager or a subclass."""
     return lambda *where: eager(Reference.from_checkpoint(where[0], dtype=where[1], device=CPU))
 
 
 def judged(monkeypatch, dtype, providers, case=TG2):
     """Runs the providers with the tiny model, and returns their statuses by name.
 
-    Correct providers are timed, because the peak rates (the roof) are given.
+    Correct providers are timed, because ROOF, the peak rates, is passed.
     """
     monkeypatch.setattr(timing, "ENOUGH", 0)
     for name in list(PROVIDERS):
@@ -163,7 +163,7 @@ def test_reference_reads_each_prefix_once(monkeypatch):
         deep.start(1, 0, "tg")
         judge.check(EAGER, deep, Case("tg", 4, depth=1100))
     assert read == [1024, 76, 48, 48]
-    # leaves room in the context for the trial's 24 + 16 + 8 tokens
+    # the prefix leaves room in the context for the trial's 24 + 16 + 8 tokens
     assert judge.prefix(Case("pp", 16384)) == 16384 - 48
 
 

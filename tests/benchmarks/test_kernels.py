@@ -1,5 +1,5 @@
-"""Tests that every kernel suite (the benchmark of one op) runs and creates valid inputs, and that
-the formulas for the minimum bytes and FLOPs are right."""
+"""Tests that every kernel suite (the benchmark of one op) runs, and that its inputs are valid.
+Also tests the formulas for the minimum bytes and FLOPs."""
 
 import subprocess
 import sys
@@ -65,7 +65,7 @@ def test_bytes_and_flops_equal_numbers_computed_by_hand():
 def test_suites_run_under_pytest_benchmark(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # runs the kernels, not their references
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # it disables pytest-benchmark
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # disables pytest-benchmark
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-only"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)

@@ -1,5 +1,5 @@
-"""Tests the command `python -m benchmarks.plot`, which writes results.md and plots again from a
-results.json, and what the README's picture says."""
+"""Tests the command `python -m benchmarks.plot`, which reads results.json and writes results.md and
+the plots. Also tests the labels in the README's picture."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tests `python -m benchmarks.profile` without a GPU: how it divides time among kernels.
+"""Tests `python -m benchmarks.profile` without a GPU: it divides the time among the kernels.
 
 A round is one profiled call, either a decode step or the prefill of a prompt.
 """
@@ -28,7 +28,7 @@ def test_overlapping_time_counts_for_the_earlier_kernel():
     ]
     trace = [{**x, "ts": x["ts"] + 100 * i} for i in range(ROUNDS) for x in reversed(of_a_round)]
     found = shares(kernels({"traceEvents": trace}))
-    # 79 µs pass between two rounds, ROUNDS - 1 times; `shares` gives the time per round
+    # each of the ROUNDS - 1 gaps between rounds is 79 µs; `shares` divides their sum by ROUNDS
     idle = (110 - 31) * (ROUNDS - 1) / ROUNDS
     assert found == [
         Share("matmul", "8x1x1", 2, 10, pytest.approx(idle)),

@@ -1,5 +1,5 @@
-"""Tests the model benchmark: its formulas for bytes, FLOPs and rates, its errors and reports, and a
-run of every provider (implementation of the model) on a CPU."""
+"""Tests the model benchmark: its formulas for bytes, FLOPs and rates, its errors and its reports.
+Also runs every provider (implementation of the model) on a CPU."""
 
 import json
 import subprocess
@@ -50,7 +50,7 @@ def test_bytes_and_flops_of_a_tiny_model_equal_numbers_computed_by_hand():
     step = pass_work(TINY, 4, 3, 20, 1)
     assert step.bytes == 4 * (103_680 + 3 * 2 * 2 * 32 * (8 + 21 + 8))
     assert step.flops == 3 * (2 * 103_680 + 4 * 4 * 32 * (8 + 21 + 8))
-    # A prefill of 10 tokens after 5. The layer without a window reads or writes 15 keys, and its
+    # A prefill of 10 tokens after 5. The layer without a window reads 5 keys and writes 10, and its
     # queries see 6 to 15 keys. A layer with a window reads 5 keys and writes 8 keys; its first two
     # queries see 6 and 7 keys, the other eight see 8 keys.
     read = pass_work(TINY, 4, 1, 5, 10)

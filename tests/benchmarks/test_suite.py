@@ -113,11 +113,11 @@ def test_output_of_the_timed_graph_is_checked_for_gemma_fast(monkeypatch):
     monkeypatch.setattr(harness, "device_times", device_times)
     eager, ours = run(SUITE, "large", CPU, FP32, ROOF, [EAGER, OURS])
     assert ours.status == "wrong: error 0.0045 in the timed graph" and ours.times is None
-    assert eager.status == "ok"  # not checked, because some providers change their inputs
+    assert eager.status == "ok"  # not checked: others may change their inputs
 
 
 def test_by_pointers_launches_without_descriptors():
-    """`by_pointers` turns tensor descriptors off, only for the duration of the call."""
+    """`by_pointers` turns tensor descriptors off during the call, and on again after it."""
     found = []
     call = by_pointers("double", lambda x: lambda: found.append(launch_config("double", {})))(1)
     call()

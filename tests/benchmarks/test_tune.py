@@ -54,7 +54,8 @@ def test_every_launch_config_gives_correct_results(name, size):
 
 
 def test_override_replaces_the_given_values_of_the_launch_config():
-    """All other values come from the kernel's table. A config that cannot compile is `failed`."""
+    """All other values come from the kernel's table. If a config cannot compile, its status is
+    `failed`."""
     table = launch_config("matvec", matvec.default_config(1, 48, 64, 4))
     with override(SUITES["linear"].tuning.kernel, BLOCK_N=2):
         assert launch_config("matvec", table) == table | {"BLOCK_N": 2}
@@ -83,7 +84,7 @@ def block(i: int) -> str:
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Returns a suite that tries BLOCK = 1 … 6, and the names of the providers timed.
+    """Returns a suite that tries BLOCK = 1 … 6, and the list of the providers that were timed.
 
     BLOCK 1 gives wrong results; BLOCK 2 is the fastest at first, but slow when timed again.
     """
@@ -150,7 +151,7 @@ def test_compile_ahead_launches_the_given_config(monkeypatch):
     )
     tiny = SUITES["linear"].tiny["64 x 48, b 1"]
     name = next(x for x in SUITES["linear"].tuning.candidates(tiny) if "BLOCK_N 2," in x)
-    with interpreter(), pytest.raises(TypeError):  # because the replaced _launch returns None
+    with interpreter(), pytest.raises(TypeError):  # because the replacement of _launch returns None
         tune.compile_ahead("linear", tiny, name, *WHERE)
     assert [x["BLOCK_N"] for x in launched] == [2]
 

@@ -1,5 +1,5 @@
-"""Checks that bad GGUF files, which are built byte by byte here, raise ValueError with the file's
-name."""
+"""Checks that bad GGUF files raise ValueError with the file's name. The files are built byte by
+byte here."""
 
 import struct
 

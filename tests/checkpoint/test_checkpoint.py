@@ -1,5 +1,5 @@
-"""Checks that valid checkpoints are read, in every layout of a safetensors directory, and how much
-host memory this takes."""
+"""Checks that valid checkpoints are read, with every layout of a safetensors directory. Also checks
+the peak of host memory."""
 
 import json
 import subprocess

@@ -1,5 +1,5 @@
-"""Checks that config.json and GGUF metadata are converted to GemmaConfig, with all field names and
-defaults, and that unsupported values are refused."""
+"""Checks that config.json and GGUF metadata are converted to GemmaConfig: all field names and all
+defaults. Also checks that unsupported values are refused."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ import transformers
 from gemma_fast.checkpoint.config_files import config_from_gguf, config_from_json
 from gemma_fast.config import FULL, PRESETS, SLIDING
 
-# These configs are as on the Hub. Fields that are missing here have transformers' defaults.
+# These configs equal those on the Hub. A missing field has transformers' default.
 GEMMA_3_4B = {
     "model_type": "gemma3",
     "eos_token_id": [1, 106],
@@ -54,8 +54,8 @@ def test_published_configs_equal_the_presets():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_fields_of_transformers_4_and_5_give_the_same_config(name):
-    """Converts a config that transformers 5 saves, and the same values under the field names of
-    transformers 4."""
+    """Converts a config that transformers 5 saved. Then converts the same values with the field
+    names of transformers 4."""
     config = PRESETS[name]
     classes = {
         "gemma": transformers.GemmaConfig,

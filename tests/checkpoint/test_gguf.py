@@ -1,5 +1,5 @@
-"""Checks that valid GGUF files are read: three families, every type that can be dequantized, and
-metadata."""
+"""Checks that valid GGUF files are read: files of three families, every type that can be
+dequantized, and metadata of every type."""
 
 import sys
 import time
@@ -63,7 +63,8 @@ def test_each_quantization_type_is_read(tmp_path, small_blocks, kind):
     def random_blocks(tensor: Tensor) -> tuple[np.ndarray, Type]:
         block, n_bytes = GGML_QUANT_SIZES[kind]
         shape = tensor.shape[0], tensor.shape[1] // block * n_bytes
-        data = np.random.default_rng(0).integers(0, 60, shape, np.uint8)  # bytes < 60: floats < 1
+        # random bytes are read as floats (values or scales of blocks); bytes < 60 keep them below 1
+        data = np.random.default_rng(0).integers(0, 60, shape, np.uint8)
         stored.append(data)
         return data.view(np.dtype(PLAIN.get(kind, np.uint8))), kind
 

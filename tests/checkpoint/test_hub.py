@@ -1,5 +1,5 @@
-"""Checks which files a path or a hub id resolves to, with the Hub's cache and with downloads, and
-that bad names are refused."""
+"""Checks the files to which a path or a hub id resolves, in the Hub's cache or after a download.
+Also checks that bad names are refused."""
 
 from pathlib import Path
 from unittest.mock import Mock
@@ -22,7 +22,7 @@ def test_paths_resolve_to_themselves(tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path) -> Path:
-    """Sets an empty hub cache, turns off the network, and returns the path of the cache."""
+    """Turns off the network, and uses an empty hub cache. Returns the path of the cache."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"

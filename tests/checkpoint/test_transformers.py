@@ -1,5 +1,5 @@
-"""Checks that GemmaForCausalLM.from_transformers gives the same logits, shares the weights, and
-refuses unsupported models."""
+"""Checks that the model of GemmaForCausalLM.from_transformers gives the same logits, and shares its
+weights with the source. Also checks that unsupported models are refused."""
 
 import math
 from copy import deepcopy
@@ -28,7 +28,7 @@ def refused(source: nn.Module, message: str) -> None:
 
 
 def storages(model: nn.Module) -> dict[int, int]:
-    """Returns a dict: address of each weight's storage → size of the storage in bytes."""
+    """Returns {address: size in bytes} of the storages of all weights."""
     kept = (weight.untyped_storage() for weight in model.parameters())
     return {storage.data_ptr(): storage.nbytes() for storage in kept}
 

@@ -1,4 +1,4 @@
-"""Checks that a model accelerated by gemma_fast.hf gives the same logits and is the same object."""
+"""Checks that gemma_fast.hf accelerates a model in place, and that its logits stay the same."""
 
 import copy
 import inspect
@@ -56,8 +56,8 @@ def test_triton_kernels_give_the_same_logits_as_transformers(family):
 @pytest.mark.parametrize("t", [1, 20])
 @pytest.mark.parametrize("family", ["gemma3-gqa", *slow("gemma-mqa", "gemma-mha")])
 def test_triton_kernels_without_a_cache_give_the_same_logits_as_transformers(family, t):
-    """Without a cache, the strides of keys can differ from those of values, even if both are
-    contiguous (t = 1)."""
+    """Without a cache, the strides of keys can differ from those of values. With t = 1 they can
+    differ even if both tensors are contiguous."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids = make(family).to(device), prompt(t=t).to(device)
     expected = logits(model, ids, use_cache=False)
@@ -185,8 +185,8 @@ def test_unpickled_model_in_a_new_process_gives_the_same_logits(model, tmp_path)
 
 @pytest.mark.parametrize("first", ["accelerated", "converted"])
 def test_model_can_be_converted_to_another_dtype(model, first):
-    """The error in bfloat16 must be less than 1.1 times that of transformers, if the model is
-    accelerated first and if it is converted first."""
+    """Accelerates before or after the conversion to bfloat16. In both cases the error must be less
+    than 1.1 times that of transformers."""
     ids = prompt()
     exact = logits(model, ids)
     theirs = (logits(copy.deepcopy(model).bfloat16(), ids) - exact).square().mean().sqrt()

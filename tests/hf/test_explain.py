@@ -1,5 +1,5 @@
-"""Checks that `explain` lists which code each module runs, that strict=True raises if a module does
-not run on the kernels, and that models that cannot be accelerated are refused and unchanged."""
+"""Checks that `explain` lists the code that each module runs, and that strict=True raises if a
+module does not run on the kernels. Also checks that `accelerate` refuses unsupported models."""
 
 import logging
 

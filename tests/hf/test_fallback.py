@@ -22,8 +22,8 @@ def model(request):
 
 @torch.no_grad()
 def check_attention_falls_back(model, mention, **inputs):
-    """Checks that attention falls back, for a reason that contains `mention`, that the logits are
-    bitwise equal, and that strict=True raises RuntimeError. Norms and MLPs are not accelerated."""
+    """Accelerates only attention. Checks that it falls back, that the reason contains `mention`,
+    and that the logits are bitwise equal. Then checks that strict=True raises RuntimeError."""
     expected = model(**inputs).logits
     accelerate(model, norm=False, mlp=False)
     assert torch.equal(model(**inputs).logits, expected)
@@ -94,7 +94,7 @@ def test_mask_with_an_or_function_falls_back(model):
 @torch.no_grad()
 @pytest.mark.parametrize("t", [1, 12])
 def test_image_tokens_attend_to_their_whole_image(t):
-    """Image tokens also attend to the part of their image that is outside the window."""
+    """Image tokens also attend to tokens of their image that are outside the window."""
     model = accelerate(make("gemma3-gqa"))
     cache = transformers.DynamicCache(config=model.config)
     logits(model, prompt(), past_key_values=cache)
@@ -193,8 +193,8 @@ def test_float64_falls_back(model):
 
 @torch.no_grad()
 def test_autocast_falls_back():
-    """Under autocast, the projection returns values in bfloat16, but the rotation returns queries
-    and keys in float32."""
+    """Under autocast, v is bfloat16 because a projection returns it, but q and k are float32 after
+    the rotation."""
     model, ids = make("gemma3-gqa", "sdpa"), prompt()
     exact = model(ids).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -40,8 +40,8 @@ def test_one_plus_weight_is_summed_in_fp32(family, kernel):
 @pytest.mark.parametrize("kernel", [False, True], ids=["reference", "kernel"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensors_of_the_caller_are_not_overwritten(family, kernel):
-    """Checks the inputs of norms (the residual) and MLPs, inputs_embeds, and the keys of earlier
-    tokens in the cache."""
+    """Checks four tensors: the input of a norm (the residual), the input of an MLP, inputs_embeds,
+    and the keys of earlier tokens in the cache."""
     model = accelerate(make(family), strict=True)
     held = []
 

@@ -1,5 +1,5 @@
-"""Checks that `generate` of an accelerated model gives the same tokens as before acceleration, with
-every cache and decoding strategy."""
+"""Checks that `generate` gives the same tokens before and after acceleration, with every cache and
+every decoding strategy."""
 
 import copy
 
@@ -53,7 +53,8 @@ def test_generate_gives_the_same_tokens_as_transformers(model, way):
     "way", ["dynamic cache", "rings", *slow("static cache", "beams", "prefill in chunks")]
 )
 def test_generate_on_the_triton_kernels_gives_the_same_tokens_as_transformers(way):
-    """Each cache has a different layout of keys. Runs in Triton's interpreter, or on a GPU."""
+    """Tests several caches, because their layouts of keys differ. Runs in Triton's interpreter or
+    on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids = make("gemma3-gqa", layers=2).to(device), prompt(t=15).to(device)
     mask, options = padded(ids.cpu(), 4, 0).to(device), WAYS.get(way, {}) | {"max_new_tokens": 4}
@@ -117,7 +118,7 @@ def test_prompt_in_chunks_gives_the_same_logits_as_transformers(chunk):
 
 
 def test_decode_step_writes_one_slot_of_a_ring():
-    """In contrast, a full static layer of transformers shifts the whole window for each token."""
+    """In contrast, transformers' StaticSlidingWindowLayer shifts all its keys once it is full."""
     model, ids = accelerate(make("gemma3-gqa"), strict=True), prompt(t=T)
     cache = GemmaFastCache(model.config, 60)
     logits(model, ids, past_key_values=cache)

@@ -6,7 +6,7 @@ from tiny_models import CONFIGS, Twins
 
 @pytest.fixture(scope="session", params=["gemma3-gqa"])
 def twins(request, tmp_path_factory) -> Twins:
-    """Overrides the fixture of tests/conftest.py with one config, the one with the most features.
+    """Overrides the fixture of tests/conftest.py. Uses only the config with the most features.
 
     Most tests in this folder do not depend on the family.
     """

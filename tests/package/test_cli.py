@@ -21,7 +21,7 @@ def run(*args: str, **kwargs):
 
 @pytest.fixture(scope="module", autouse=True)
 def load_once():
-    """Loads a model once per --model, --device and --dtype. The default device is the CPU."""
+    """Loads a model once per combination of --model, --device and --dtype. Defaults to the CPU."""
     load = cache(cli._load)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

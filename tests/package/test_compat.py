@@ -1,4 +1,5 @@
-"""Tests that transformers' keywords are accepted if they change nothing, and refused otherwise."""
+"""Tests transformers' keywords: those that are not implemented are accepted if they change nothing,
+and refused otherwise."""
 
 import pytest
 import torch

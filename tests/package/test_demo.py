@@ -1,4 +1,4 @@
-"""Tests that demo weights are assembled and verified, and that no file is left after an error."""
+"""Tests that demo weights are assembled and verified, and that errors leave no file behind."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def site(tmp_path, monkeypatch) -> Path:
-    """Creates small packages that replace the real ones, and returns their folder."""
+    """Replaces the demo packages by small ones, and returns the folder of the small packages."""
     parts = {f"fake_demo_part{i}": f"{demo.NAME}.part{i:02}" for i in range(len(CONTENT))}
     for (package, name), content in zip(parts.items(), CONTENT, strict=True):
         (tmp_path / package / "data").mkdir(parents=True)

@@ -1,4 +1,6 @@
-"""Tests that the code and the docstrings of rooms (folders) follow the table of import rules.
+"""Tests that imports follow the table RULES, and that the docstring of each room lists its rule.
+
+A room is a folder of gemma_fast.
 
 Imports are read from the source files. Imports inside functions, under TYPE_CHECKING, and in the
 two folders behind symlinks (kernels, benchmarks) count too.
@@ -49,7 +51,7 @@ def modules() -> dict[str, ast.Module]:
 
 
 def links() -> list[Path]:
-    """Returns the folders behind symlinks, which rglob does not follow, as paths in gemma_fast."""
+    """Returns the folders that rglob does not find because of symlinks, as paths in gemma_fast."""
     targets = [PACKAGE / "kernels", PACKAGE / "benchmarks"]
     rooms = [room for room in (ROOT / "benchmarks").iterdir() if (room / "__init__.py").exists()]
     return targets + [PACKAGE / "benchmarks" / room.name for room in rooms]

@@ -137,14 +137,14 @@ def requests(kind: str, *arguments: tuple) -> list[Instance]:
     ids=str,
 )
 def test_windows_truncation_and_bos_are_those_of_hf(checkpoint, options):
-    """Checks windows of long texts, truncation on the left, <bos>, and the token that replaces an
-    empty context."""
+    """Checks the windows of long texts, truncation on the left, <bos>, and the token that replaces
+    an empty context."""
     args = {"pretrained": str(checkpoint), "dtype": "float32", "device": "cpu", "batch_size": 2}
     models = [
         lm_eval.api.registry.get_model(name)(**args, **options) for name in ("hf", "gemma-fast")
     ]
     pairs = [("", "the world"), ("hello ", "in"), ("a " * 30, "thinner a"), ("<bos>a", " the")]
-    if "prefix_token_id" in options:  # then `hf` does not recognize <bos> at the start
+    if "prefix_token_id" in options:  # with this option, `hf` does not detect <bos>
         pairs = pairs[:-1]
     kwargs = {"until": ["t"], "max_gen_toks": 5, "do_sample": False}
     for kind, arguments in (

@@ -1,5 +1,6 @@
-"""Tests the packages: `kernels/` and `benchmarks/` have one import name each, in gemma_fast, in the
-clone and in the wheel, and do not hide PyPI's package `kernels`."""
+"""Tests the packages: in the clone and in the wheel, the modules of kernels/ and benchmarks/ are
+imported only as gemma_fast.kernels.* and gemma_fast.benchmarks.*, and PyPI's package kernels is
+not hidden."""
 
 import os
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from gemma_fast.benchmarks.measure.outcome import OURS
 
 ROOT = Path(__file__).resolve().parents[2]
-FOR_THE_CLONE = ("test_kernels.py", "conftest.py")  # pytest files in benchmarks/, not packaged
+FOR_THE_CLONE = ("test_kernels.py", "conftest.py")  # pytest files of benchmarks/: not packaged
 ROOMS = [
     path.parent.relative_to(ROOT)
     for folder in ("gemma_fast", "benchmarks")
@@ -37,7 +38,7 @@ PRINT_KERNEL_FILE = "import gemma_fast.kernels.rmsnorm as module; print(module._
 
 
 def python(*args, cwd: Path = ROOT) -> str:
-    """Runs Python in `cwd`, which is then first on the import path. Returns the output."""
+    """Runs Python in the folder `cwd`, so that it imports from there first. Returns the output."""
     command = [sys.executable, *map(str, args)]
     ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -1,5 +1,5 @@
-"""Checks that chat prompts equal those of Gemma's official templates in transformers, and that the
-text of messages cannot inject control tokens."""
+"""Checks that chat prompts equal those that transformers renders from Gemma's official templates.
+Also checks that the text of messages cannot inject control tokens."""
 
 import pytest
 from chat_templates import OFFICIAL

@@ -1,5 +1,5 @@
-"""Checks that the tokenizer of a GGUF file splits text as SentencePiece does, for the vocabulary of
-a real Gemma and for a tiny one."""
+"""Checks that the tokenizer of a GGUF file splits text as SentencePiece does. Uses the vocabulary
+of a real Gemma, and a tiny vocabulary."""
 
 import random
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def sentencepiece(metadata: dict) -> Callable[[str], list[str]]:
     """Returns a function that splits text by SentencePiece's algorithm: it splits at user-defined
     symbols, then merges the pair with the best score, until no pair can be merged.
 
-    Kudo and Richardson, 2018; in C++: PrefixMatcher in normalizer.cc, then bpe_model.cc.
+    Source: Kudo and Richardson, 2018. C++ code: PrefixMatcher in normalizer.cc, bpe_model.cc.
     """
     columns = (metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
     rows = list(zip(*columns, strict=True))
@@ -127,7 +127,7 @@ def test_malformed_metadata_is_refused(change, message):
 
 
 def test_control_tokens_are_detected_by_name():
-    """Old converters mark control tokens as user-defined or normal: merges could produce them."""
+    """Old converters mark control tokens as user-defined or normal, so merges could yield them."""
     metadata = gguf_metadata()
     types = metadata["tokenizer.ggml.token_type"]
     types[2], types[106] = NORMAL, USER_DEFINED

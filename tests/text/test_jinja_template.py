@@ -1,4 +1,4 @@
-"""Checks that a checkpoint's own chat template is found and used, and a hostile one is stopped."""
+"""Checks that a checkpoint's own chat template is used, and that a hostile one is stopped."""
 
 import json
 import time

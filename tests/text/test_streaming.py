@@ -1,4 +1,4 @@
-"""Checks that streamed pieces are whole characters, and equal the decoded text if joined."""
+"""Checks that streamed pieces are whole characters, and that together they equal decode()."""
 
 import random
 

@@ -1,5 +1,5 @@
-"""Checks that encoding and decoding equal transformers, and that bad files and arguments are
-refused."""
+"""Checks that encode and decode give the same results as transformers. Also checks that bad files
+and arguments are refused."""
 
 import json
 import subprocess
@@ -125,7 +125,7 @@ def test_decode_accepts_ids_and_tensors(tiny):
 
 
 def test_import_does_not_load_optional_packages():
-    """The tokenizer does not import transformers, and imports Jinja and gguf only when it needs
+    """The tokenizer never imports transformers. It imports Jinja and gguf only when it needs
     them."""
     few = "{'transformers', 'jinja2', 'gguf'}"
     code = f"import sys, gemma_fast.text.tokenizer; print({few} & {{*sys.modules}})"
