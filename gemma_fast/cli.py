@@ -206,7 +206,7 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def bench(context: click.Context, arguments: tuple[str, ...]) -> None:
-    """Calls `bench` in benchmarks/options.py with the arguments. Imports that file only here."""
+    """Passes the arguments to benchmarks/options.py, which is imported only if `bench` runs."""
     from gemma_fast.benchmarks.options import bench as command
 
     with command.make_context("bench", [*arguments], parent=context.parent) as inner:

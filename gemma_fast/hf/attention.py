@@ -218,7 +218,10 @@ def _reason(
     rest: dict[str, Any],
 ) -> str | None:
     if bounds is None:
-        return "the mask is more than causal with left padding, or first read inside torch.compile"
+        return (
+            "the mask hides more than causality, a sliding window and left padding, or it was first"
+            " read inside torch.compile"
+        )
     if dropout:
         return f"dropout {dropout}: the kernels have no dropout; set it to 0"
     if rest.get("output_attentions") or module.config.output_attentions:  # type: ignore[union-attr]

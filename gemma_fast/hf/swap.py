@@ -33,7 +33,7 @@ def accelerate(
     strict                raise RuntimeError, with the reason, if the kernels do not support a call
 
     transformers' code runs in training mode and if gradients are recorded, because the kernels have
-    no backward. It also runs for dropout, for `output_attentions`, and for masks that contain more
+    no backward. It also runs for dropout, for `output_attentions`, and for masks that hide more
     than causality, a window and left padding. Attention is then sdpa if the model used sdpa before,
     else eager.
 
