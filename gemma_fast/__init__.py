@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (text) on Triton kernels, each with a formula, a PyTorch fallback and tests.
+"""Gemma 1 to 3 (text) on Triton kernels. Each kernel has a formula, a PyTorch fallback and tests.
 
 from gemma_fast import GemmaForCausalLM, Tokenizer
 """

@@ -93,10 +93,10 @@ class GemmaForCausalLM(Gemma):
         generation_config.
 
         Both models share the memory of the embedding, norms, o_proj and down_proj, so an in-place
-        change affects both, until one is moved or converted. The weights of q, k, v, gate and up
-        are copied, because they are fused here, unless they are adjacent in memory. For Gemma 2B in
-        16 bits, they take 2.60 of 5.01 GB. If transformers' model is trained further, the copies do
-        not change: build the model again after the training.
+        change affects both, until one is moved or converted. The weights of q, k and v are stacked
+        in one tensor here, and so are those of gate and up. They are copied unless they are already
+        adjacent in memory. For Gemma 2B in 16 bits, they take 2.60 of 5.01 GB. If
+        transformers' model is trained, the copies do not change: build this model again after that.
 
         Raises ValueError if `checkpoint.transformers` does not support the model.
         """
@@ -206,7 +206,7 @@ class GemmaForCausalLM(Gemma):
         return torch.cat((ids, new.to(ids.device)), dim=1)
 
     def memory(self) -> dict[str, int]:
-        """Returns the bytes on the device as a dict; `free_memory` frees "cache" and "graph".
+        """Returns the bytes of each item on the device. `free_memory` frees "cache" and "graph".
 
         weights  all parameters
         cache    the rotary tables, and the KV caches that `generate` keeps for its next call

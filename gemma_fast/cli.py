@@ -206,7 +206,7 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def bench(context: click.Context, arguments: tuple[str, ...]) -> None:
-    """Passes its arguments to the command in benchmarks/, which is imported only if it is used."""
+    """Passes the arguments to benchmarks/options.py, which is imported only if `bench` runs."""
     from gemma_fast.benchmarks.options import bench as command
 
     with command.make_context("bench", [*arguments], parent=context.parent) as inner:
@@ -225,10 +225,10 @@ def bench(context: click.Context, arguments: tuple[str, ...]) -> None:
 @_options(_model, _device, _dtype("The model's dtype. auto: check all usual dtypes."))
 @click.pass_context
 def verify(context: click.Context, **chosen: Any) -> None:
-    """Measure the error of every kernel against float64, and of the model against its reference
-    in float32. Eager PyTorch and transformers are measured in the same way. The exit status is 1 if
-    an error exceeds that of eager PyTorch by more than the printed margin. --model can also be a
-    size with random weights, as in bench."""
+    """Measure the error of every kernel against float64, and the error of the model against its
+    float32 reference. Eager PyTorch and transformers are measured in the same way. The exit status
+    is 1 if an error exceeds that of eager PyTorch by more than the printed margin. --model can also
+    be a size with random weights, as in bench."""
     from gemma_fast.benchmarks.verify.certificate import certify
 
     context.exit(0 if certify(**chosen) else 1)
@@ -244,7 +244,7 @@ def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCa
     path = model or demo_checkpoint()
     tokenizer = Tokenizer.from_pretrained(path)
     gemma = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device=device)
-    # On a GPU the first call compiles kernels and captures a CUDA graph. Later calls are measured.
+    # Warm up before calls are timed: on a GPU the first call compiles kernels and captures a graph.
     bos = torch.tensor([[tokenizer.bos_token_id]])
     gemma.generate(bos, max_new_tokens=3, do_sample=False, eos_token_id=[])
     return gemma, tokenizer

@@ -1,5 +1,5 @@
-"""Lists transformers' keywords that are accepted only with values that change nothing here, so that
-code for transformers needs only another import.
+"""Lists keywords of transformers that are not implemented here. They are accepted with values that
+change nothing, so that code for transformers needs only another import.
 
 Each call has one table: keyword → the values that are accepted, and the advice in the error message
 for any other value.

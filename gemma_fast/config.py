@@ -130,8 +130,8 @@ class GemmaConfig:
         return self.model_type == "gemma3"
 
     def window(self, layer: int) -> int | None:
-        """Returns how many keys a token sees on this layer, its own included, or None on a full
-        layer, where a token sees all keys before it."""
+        """Returns how many keys a token sees on this layer, its own included; None on a full layer,
+        where it sees its own key and all earlier ones."""
         return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:

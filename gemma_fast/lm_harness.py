@@ -8,8 +8,8 @@ Importing this module registers the model `gemma-fast` in lm_eval:
     python -m gemma_fast.lm_harness run --model gemma-fast --model_args pretrained=PATH --tasks …
 
 Texts are split into tokens and windows by the rules of lm_eval's own model `hf`, so the scores of
-both agree up to rounding. Probabilities are computed in float32 even from 16-bit logits, but `hf`
-computes them in 16 bits.
+both agree up to rounding. If the logits have 16 bits, this model still computes probabilities in
+float32, but `hf` computes them in 16 bits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ try:
     )
     from tqdm import tqdm
 
-    # lm_eval registers its own models only if no model is registered yet, so it must do this first.
+    # lm_eval registers its own models only if no model is registered yet, so load them before ours.
     assert models.MODEL_MAPPING
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -74,7 +74,7 @@ class GemmaFastLM(TemplateLM):
         if isinstance(pretrained, str):
             tokenizer = tokenizer or pretrained
             if device == "cuda:0" and not torch.cuda.is_available():
-                device = None  # cuda:0 is lm_eval's default, which `hf` ignores without a GPU, too
+                device = None  # cuda:0 is lm_eval's default; without a GPU, `hf` ignores it, too
             pretrained = GemmaForCausalLM.from_pretrained(pretrained, dtype=dtype, device=device)
         if tokenizer is None:
             raise ValueError(
@@ -119,8 +119,8 @@ class GemmaFastLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Returns the ids of `string`, which start with exactly one <bos>, unless
-        add_special_tokens or, if that is None, add_bos_token is False."""
+        """Returns the ids of `string`. They start with exactly one <bos>, unless add_special_tokens
+        is False. If add_special_tokens is None, self.add_bos_token is used instead."""
         bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
         return self.tokenizer.encode(string, add_special_tokens=bos is not False)
 

@@ -28,8 +28,8 @@ from gemma_fast.config import FULL, GemmaConfig
 def embed(input_ids: Tensor, embeddings: Tensor) -> Tensor:
     """Returns embeddings[input_ids] * sqrt(hidden) :: [b, t, hidden].
 
-    input_ids :: [b, t]; embeddings :: [vocab, hidden]. sqrt(hidden) is rounded to their dtype
-    before the multiplication.
+    input_ids :: [b, t]; embeddings :: [vocab, hidden]. sqrt(hidden) is rounded to the dtype of
+    embeddings before the multiplication.
     """
     scale = torch.tensor(embeddings.shape[1] ** 0.5).to(embeddings.dtype)
     return embeddings[input_ids] * scale.to(embeddings.device)
@@ -143,7 +143,7 @@ class Reference:
         use_cache: bool = True,
         logits_to_keep: int = 0,
     ) -> Output:
-        """Returns, for each token of input_ids, the logits of the token after it, and the KV cache.
+        """Returns the KV cache and, for each token of input_ids, the logits of the token after it.
 
         input_ids        [b, t]
         attention_mask   [b, s], 0 for padding; None: no padding

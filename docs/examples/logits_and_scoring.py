@@ -1,4 +1,4 @@
-"""Computes the most likely next tokens, log-likelihoods of continuations, and perplexities.
+"""Computes the most likely next tokens, log-likelihoods of continuations, perplexities of texts.
 
     python docs/examples/logits_and_scoring.py --model google/gemma-3-1b-pt
 

@@ -3,8 +3,9 @@
     python docs/examples/one_kernel.py
     TRITON_INTERPRET=1 python docs/examples/one_kernel.py   # interprets the kernel, without a GPU
 
-Prints the largest relative error of both, compared with float64, and on a CUDA GPU their times and
-bandwidths. Without a GPU the op runs its PyTorch reference, unless Triton interprets the kernel.
+Prints the largest relative error of both, compared with float64. On a CUDA GPU, also prints their
+times and bandwidths. Without a GPU the op runs its PyTorch reference, unless Triton interprets the
+kernel.
 """
 
 import torch

@@ -133,4 +133,4 @@ def read_rows(path: Path, tensor: ReaderTensor, start: int, stop: int) -> np.nda
     # Map the file in each call, because unmapping releases the memory pages that were read.
     stored = np.memmap(path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
     rows = dequantize(np.atleast_2d(stored)[start:stop], tensor.tensor_type)
-    return np.require(rows, requirements="W")  # copies float32 rows, a view of the file
+    return np.require(rows, requirements="W")  # float32 rows are a read-only view: copy them

@@ -19,9 +19,9 @@ def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = HUB_
     """Returns the path itself for a directory or a .gguf file. For a hub id, downloads the files
     that match `patterns` and returns their directory.
 
-    Raises ValueError for a pickle, which can run code when it is read, and for other kinds of file,
-    OSError if the download fails, and FileNotFoundError if the name is neither an existing path nor
-    a hub id.
+    Raises ValueError for other kinds of file, for example a pickle, which can run code when it is
+    read. Raises OSError if the download fails, and FileNotFoundError if the name is neither an
+    existing path nor a hub id.
     """
     if not name_or_path or not isinstance(name_or_path, str | os.PathLike):
         raise ValueError(

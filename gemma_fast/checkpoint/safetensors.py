@@ -93,7 +93,7 @@ def _shards(path: Path) -> dict[Path, set[str]]:
 
 def _header(file: Path, listed: set[str]) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """Yields the stored name, shape and dtype of each tensor of the text model in a file. Raises
-    ValueError if the file does not contain a tensor in `listed`."""
+    ValueError if a tensor in `listed` is not in the file."""
     with _open_safetensors(file) as tensors:
         stored_names = set(tensors.keys())
         if absent := sorted(listed - stored_names):

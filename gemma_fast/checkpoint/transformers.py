@@ -58,8 +58,8 @@ def _read_config(source: nn.Module) -> GemmaConfig:
 
 
 def _read_weights(source: nn.Module, config: GemmaConfig) -> dict[str, Tensor]:
-    """Returns the text model's tensors by their names in a checkpoint. Raises ValueError if they do
-    not match the config."""
+    """Returns a dict: name in a checkpoint → tensor of the text model. Raises ValueError if the
+    tensors do not match the config."""
     found, head = {}, None
     for stored_name, weight in source.named_parameters(remove_duplicate=False):
         if TIED_HEAD.match(stored_name):

@@ -1,4 +1,4 @@
-"""Generates token ids from token ids: requests, sampling, stopping, decoders, generate()'s loop.
+"""Generates token ids: requests, sampling, stopping, decoders, and the loop of generate().
 
 May import: config, memory, compat, model.
 """

@@ -24,7 +24,7 @@ from gemma_fast.memory import out_of_memory
 from gemma_fast.model.cache import KVCache
 from gemma_fast.model.gemma import Gemma
 
-# Prefill runs in chunks of this many tokens over all rows, which limits the memory of activations.
+# Prefill runs in chunks of this many tokens, summed over all rows, to limit activation memory.
 PREFILL_CHUNK = 2048
 # Cache lengths are rounded up to a multiple of ROUND_UP tokens, so a slightly longer text does not
 # need a new cache or graph.
@@ -65,8 +65,8 @@ class Decoder:
         self._graph_bytes, self.capture_seconds = 0, 0.0
 
     def fits(self, model: Gemma, max_length: int) -> bool:
-        """Returns whether this decoder was created for the weights that the model has now, and its
-        cache has room for max_length tokens."""
+        """Returns True if this decoder was created for the model's current weights, and its cache
+        has room for max_length tokens."""
         return self._weights == _addresses(model) and max_length <= self.cache.max_length
 
     @property
@@ -128,8 +128,8 @@ class Decoder:
             self._graphs[key].replay()
 
     def read(self) -> Callable[[], Tensor]:
-        """Starts to copy `token` to the host. Returns a function that waits for the copy, and
-        returns it :: [b]."""
+        """Starts to copy `token` to the host. Returns a function that waits for the copy, then
+        returns the copied tokens :: [b]."""
         if not self.asynchronous:
             token = self.token.clone()
             return lambda: token
@@ -175,7 +175,8 @@ class Decoder:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
-            # PyTorch's default capture stream is on the first device that captured a graph.
+            # PyTorch's default capture stream is on the first device that captured a graph, which
+            # may be another device.
             stream = _capture_stream(device)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._step()

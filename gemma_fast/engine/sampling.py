@@ -22,16 +22,16 @@ class Sampling:
     do_sample           False: greedy, the most likely token; temperature and filters are ignored
     temperature         divides the logits
     top_k               ≥ 1: keep only the k most likely tokens; 0: keep all
-    top_p               in (0, 1]: keep only the fewest most likely tokens whose probabilities sum
-                        to at least top_p
+    top_p               in (0, 1]: keep only the smallest set of most likely tokens that has a total
+                        probability of at least top_p
     min_p               in [0, 1]: keep only tokens that have at least min_p times the probability
                         of the most likely one
     repetition_penalty  > 0: divides the positive logits of tokens seen before, and multiplies their
                         negative logits (Keskar et al. 2019, CTRL)
     seed                seed of the sampling noise, from 0 to 2**63 - 1
 
-    top_k, top_p and min_p are filters. Tokens that are as likely as the least likely token that a
-    filter keeps are kept, too.
+    top_k, top_p and min_p are filters. If several tokens are exactly as likely as the least likely
+    token that a filter keeps, it keeps all of them.
     """
 
     do_sample: bool = False
@@ -90,7 +90,7 @@ class Sampler:
         _fill(self._divisor, (row.temperature if row.do_sample else 1.0 for row in rows))
         _fill(self._penalty, (row.repetition_penalty for row in rows))
         _fill(self._top_k, (min(row.top_k or vocab_size, vocab_size) for row in rows))
-        _fill(self._tail, (1 - row.top_p for row in rows))  # probability that top_p may drop
+        _fill(self._tail, (1 - row.top_p for row in rows))  # total probability that top_p may drop
         _fill(self._log_min_p, (math.log(row.min_p) if row.min_p else -math.inf for row in rows))
         self.token.zero_()
         if self._penalises:

@@ -25,7 +25,7 @@ class Stopping:
         self.requests, self.tokenizer = requests, tokenizer
 
     def __call__(self, generated: Tensor) -> Tensor:
-        """Returns whether the newest token of each row ends its text :: [b], bool.
+        """Returns ended :: [b], bool: True if the newest token of the row ends its text.
 
         generated :: [b, new]: all new tokens until now, the newest one last.
         """

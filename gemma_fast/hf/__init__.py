@@ -8,8 +8,9 @@ file, weights, `generate`, caches and adapters do not change. If the kernels do 
 of a module, transformers' own code runs, with one warning; `explain` lists these modules. On a CPU,
 the kernels' references in PyTorch run. Needs the extra `hf`, with transformers 5.17 or newer.
 
-swap.py inserts and removes the kernels, and explains which code runs; layers.py contains the norms,
-MLPs and attention modules, attention.py the masks and the attention, cache.py GemmaFastCache.
+swap.py inserts and removes the kernels, and reports which code runs. layers.py defines the norms,
+MLPs and attention modules. attention.py computes masks and attention. cache.py defines
+GemmaFastCache.
 
 May import: kernels.
 """

@@ -58,9 +58,9 @@ class Run(NamedTuple):
 
 
 def falls_back(module: nn.Module, part: str, x: Tensor, why: str | None) -> bool:
-    """Returns whether transformers' own code must run, which is so if `why`, the reason, is not
-    None. Warns once, and records the code path for `explain`. If the module is strict, raises
-    RuntimeError instead."""
+    """Returns True if transformers' own code must run. `why` is the reason, or None if the kernels
+    can run. Records the code path for `explain`. If there is a reason, warns once, or raises
+    RuntimeError if the module is strict."""
     if why and module.strict:
         raise RuntimeError(f"{part} cannot run on the kernels, which strict=True requires: {why}")
     if not torch.compiler.is_compiling():
@@ -108,9 +108,9 @@ def make_mask(
 ) -> Tensor | None:
     """Implements transformers' mask interface. attention_mask :: [b, past + t], bool. Returns
     `bounds`, or transformers' own mask if `bounds` cannot express the mask."""
-    # For other masks, transformers passes use_vmap=True or allow_is_causal_skip=False (the latter
-    # also for a single token with a compileable cache), and for bidirectional masks
-    # allow_is_bidirectional_skip.
+    # transformers passes use_vmap=True or allow_is_causal_skip=False for masks that are not plain,
+    # and allow_is_bidirectional_skip for bidirectional masks. But it also passes
+    # allow_is_causal_skip=False for a single token with a compileable cache.
     plain = not use_vmap and "allow_is_bidirectional_skip" not in rest
     if not allow_is_causal_skip:
         plain &= q_length == 1 and not _is_union(mask_function)
@@ -138,7 +138,7 @@ def make_mask(
 
 
 def _is_union(mask_function: Callable[..., Any]) -> bool:
-    """Returns whether the mask also lets image tokens attend to each other. Returns False under
+    """Returns True if the mask also lets image tokens attend to each other. Returns False under
     Dynamo, which cannot read the function's name. make_mask calls this only for a single query
     token, which has no later token to attend to."""
     name = "" if torch.compiler.is_compiling() else mask_function.__qualname__
@@ -146,9 +146,9 @@ def _is_union(mask_function: Callable[..., Any]) -> bool:
 
 
 def left_padding(mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the first visible position of each row, [b], and whether the rows hide no position
-    after it. mask :: [b, positions], bool. Positions from `end` on are ignored. If the mask has
-    fewer than `end` positions, the second result is False."""
+    """Returns first :: [b], the first visible position of each row, and whole, a bool tensor. whole
+    is False if a row hides a position after its first visible one, or if the mask has fewer than
+    `end` positions. mask :: [b, positions], bool. Positions from `end` on are ignored."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     seen = mask | (positions >= end)
     first = (~seen).cumprod(dim=1).sum(dim=1)
@@ -170,8 +170,8 @@ def attend(
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Implements transformers' attention interface. query :: [b, n * m, t, d]; key, value ::
-    [b, n, s, d], including those from the cache; query and key are already rotated. Returns the
-    output, [b, t, n * m, d], and the attention weights, or None if they were not stored."""
+    [b, n, s, d] of cached and new tokens; query and key are already rotated. Returns the output,
+    [b, t, n * m, d], and the attention weights, or None if they were not stored."""
     bounds = attention_mask if is_bounds(attention_mask) else None
     accelerated = hasattr(module, "part")  # False in a model that only shares the config
     if accelerated:
@@ -218,7 +218,10 @@ def _reason(
     rest: dict[str, Any],
 ) -> str | None:
     if bounds is None:
-        return "the mask is more than causal with left padding, or first read inside torch.compile"
+        return (
+            "the mask hides more than causality, a sliding window and left padding, or it was first"
+            " read inside torch.compile"
+        )
     if dropout:
         return f"dropout {dropout}: the kernels have no dropout; set it to 0"
     if rest.get("output_attentions") or module.config.output_attentions:  # type: ignore[union-attr]
@@ -267,5 +270,6 @@ def register(original: str) -> str:
     return name
 
 
-for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):  # unpickled models use these names
+# The config of a model that was pickled while it was accelerated contains one of these names.
+for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):
     register(name)

@@ -75,7 +75,7 @@ class Ring(StaticSlidingWindowLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
         """Returns the number of keys that `update` returns, and the position of the first key. For
-        one token this is 0, because the keys are in the order of the slots."""
+        one token this position is 0, because the keys are in the order of the slots."""
         if query_length == 1:
             return self.max_cache_len, RingOffset(0)
         before = self.max_cache_len - 1

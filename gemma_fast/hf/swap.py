@@ -33,12 +33,13 @@ def accelerate(
     strict                raise RuntimeError, with the reason, if the kernels do not support a call
 
     transformers' code runs in training mode and if gradients are recorded, because the kernels have
-    no backward. It also runs for masks with more than causality, a window and left padding, for
-    dropout, and for `output_attentions`. Attention is then sdpa if the model used sdpa before, else
-    eager.
-    Raises ValueError, and leaves the model unchanged, for other architectures, a device other than
-    cuda or cpu, a GPU below compute capability 8.0, and modules whose forward another library has
-    replaced.
+    no backward. It also runs for dropout, for `output_attentions`, and for masks that hide more
+    than causality, a window and left padding. Attention is then sdpa if the model used sdpa before,
+    else eager.
+
+    Raises ValueError, and leaves the model unchanged, for an architecture other than Gemma 1 to 3,
+    a device other than cuda or cpu, a GPU below compute capability 8.0, and modules whose forward
+    another library has replaced.
     """
     text = _text_model(model)
     _refuse(text)
@@ -98,13 +99,13 @@ class FastGemma:
 class Line(NamedTuple):
     module: str  # "model.layers.0.mlp"
     part: str  # "norm", "mlp" or "attention"
-    path: str  # "triton", "reference" (the kernel's, in PyTorch) or "transformers"
+    path: str  # "triton", "reference" (the kernel's PyTorch reference) or "transformers"
     why: str
 
 
 def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Line]:
-    """Calls the model once, and returns one Line for each norm, MLP and attention: which code ran,
-    and why.
+    """Calls the model once. Returns one Line for each norm, MLP and attention module, with the code
+    path that ran and the reason.
 
     inputs  keyword arguments of the call; default: two tokens under no_grad, as in `generate`
     strict  raise RuntimeError if a module runs transformers' code
@@ -153,7 +154,7 @@ def _run(module: nn.Module, part: str) -> Run:
 
 
 def _part(module: nn.Module) -> str | None:
-    """Returns "norm", "mlp" or "attention", accelerated or not; None for any other module."""
+    """Returns "norm", "mlp" or "attention" for such a module, accelerated or not; else None."""
     for original, fast in FAST.items():
         if isinstance(module, original):
             return fast.part

@@ -2,8 +2,8 @@
 
 Each layer has a ring of slots: slot `p % slots` stores position p. The ring of a full layer has a
 slot for every position, so it never wraps. The ring of a layer with a window of W tokens has at
-most W slots, so its memory does not grow with the context. Except for W, the number of slots is
-rounded up to whole blocks, because the attention kernel copies blocks of keys.
+most W slots, so its memory does not grow with the context. Unless it is W, the number of slots is a
+multiple of BLOCK, because the attention kernel copies blocks of keys.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class KVCache:
     angles        :: layer type → cos, sin :: [≥ max_length, d / 2], fp32, see rope.py
     counter       :: [≥ b * n], int32, zeros: kernels count their finished programs here
 
-    All these tensors are on the device. `reserve` doubles a full cache, up to the model's context,
-    if it has `grows=True`, and otherwise raises ValueError. All caches of a model share the tables
-    of `rope`.
+    All these tensors are on the device. If the cache is full, `reserve` doubles its length, up to
+    the model's context; with grows=False it raises ValueError instead. All caches of a model share
+    the tables of `rope`.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class KVCache:
         return part
 
     def clear(self) -> None:
-        """Empties all rows and sets all slots to 0, because they must be finite: see _allocate."""
+        """Empties all rows. Sets all slots to 0: unused slots must be finite, see _allocate."""
         for x in (self.next_position, *self.keys, *self.values):
             x.zero_()
         for row in self._rows:
@@ -166,7 +166,7 @@ class KVCache:
 
         attention_mask :: [b, length + tokens] covers past and new tokens. If it is given, all rows
         must have the same number of tokens. Raises ValueError, and leaves the cache unchanged, if
-        the mask has the wrong shape or holes, if it disagrees with an earlier mask, or if
+        the mask has holes or the wrong shape, if it disagrees with an earlier mask, or if
         position_ids :: [b, tokens] differ from the new tokens' positions.
         """
         columns, device = self.length + tokens, self.next_position.device
@@ -234,9 +234,10 @@ class KVCache:
             _move(values, self.values[layer], positions)
 
     def advance(self, tokens: int) -> None:
-        """Adds `tokens` tokens, whose K and V were written to the rings, to the counts of all rows.
+        """Increases the token counts of all rows by `tokens`. The caller has already written the K
+        and V of these tokens to the rings.
 
-        This includes unused rows, so an unused row must be cleared before it is full.
+        The counts of unused rows increase, too, so an unused row must be cleared before it is full.
         """
         self.next_position += tokens
         self.count(tokens)

@@ -92,7 +92,7 @@ class Gemma(nn.Module):
         )  # fmt: skip
 
     def step(self, ids: Tensor, cache: KVCache, sampler: Sampler) -> None:
-        """Runs the forward pass on ids :: [b, t], which follow the cached tokens, samples the next
+        """Runs the forward pass on ids :: [b, t], which follow the cached tokens. Samples the next
         token of each row, and writes it to sampler.token.
 
         The caller must have reserved room for t tokens in the cache.

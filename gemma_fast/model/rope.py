@@ -47,10 +47,10 @@ class Rope:
 
 
 def _tables(config: GemmaConfig, positions: int, device: torch.device) -> Tables:
-    """Returns layer type → cos, sin :: [positions, d / 2] of the angles p * theta^(-2i / d), by
-    which position p rotates channel pair i.
+    """Returns layer type → cos, sin :: [positions, d / 2] of the rotary angles.
 
-    On full layers the angles are also divided by rope_scaling_factor.
+    Position p rotates channel pair i by the angle p * theta^(-2i / d). On full layers the angle is
+    also divided by rope_scaling_factor.
     """
     position = torch.arange(positions, device=device).unsqueeze(1).float()
     i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)

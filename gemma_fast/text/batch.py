@@ -1,4 +1,4 @@
-"""Defines Encoding, the tokenizer's result, and creates it from ids, with left padding."""
+"""Defines Encoding, the tokenizer's result. `pack` creates it from ids, with left padding."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def pack(
     padding: bool | str,
     flat: bool,
 ) -> Encoding:
-    """Returns an Encoding of `rows`, the ids of each text. If `flat`, there is one row, and lists
-    contain its ids instead of rows. Raises ValueError if `return_tensors` is set for rows of
-    different lengths without `padding`."""
+    """Returns an Encoding of `rows`, the ids of each text. If `flat` is True, there is one row, and
+    without `return_tensors` the Encoding contains its ids instead of a list of rows. Raises
+    ValueError if `return_tensors` is set for rows of different lengths without `padding`."""
     if return_tensors not in (None, "pt") or padding not in (True, False, "longest"):
         raise ValueError(
             f'return_tensors must be None or "pt", and padding a bool or "longest", not'

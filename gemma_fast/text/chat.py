@@ -17,7 +17,8 @@ Message = dict[str, str]
 
 
 class Template(Protocol):
-    """Renders messages to one text. `text` is the source code of the template."""
+    """Renders messages to one prompt. The attribute text is the template's source code, or "" if it
+    has none."""
 
     @property
     def text(self) -> str: ...

@@ -85,8 +85,8 @@ def _columns(metadata: Mapping[str, object], source: str) -> list[list]:
 def _merges(
     vocab: Mapping[str, int], scores: Sequence[float], types: Sequence[int]
 ) -> list[tuple[str, str]]:
-    """Returns the pairs of pieces that merge to another piece, sorted by falling score of that
-    piece, then by falling length of the left half."""
+    """Returns the pairs of pieces that merge to another piece. The order is by score of that piece,
+    then by length of the left half, then by length of the right half, all descending."""
     ranked = []
     for piece, score, type_ in zip(vocab, scores, types, strict=True):
         if type_ == USER_DEFINED:

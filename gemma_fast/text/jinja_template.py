@@ -15,8 +15,8 @@ SPECIAL_TOKENS = {
     "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>",
 }  # fmt: skip
 MAX_SECONDS = 5
-MAX_BYTES = 512 << 20  # of the process's address space, which includes Python itself
-MAX_LENGTH = 1 << 20  # characters of a template, or that a template may add to the messages
+MAX_BYTES = 512 << 20  # size of the process's address space, which includes Python itself
+MAX_LENGTH = 1 << 20  # characters of a template; also of the text that it adds to the messages
 RENDERER = Path(__file__).with_name("jinja_child.py")
 
 

@@ -26,7 +26,7 @@ class TextStreamer:
         skip_prompt: bool = True,
         skip_special_tokens: bool = True,
     ):
-        """write  receives each piece of text; default: to stdout, flushed, without a newline"""
+        """write  receives each piece of text; default: prints it at once, without a newline"""
         self.tokenizer, self.write = tokenizer, write or _print
         self.skip_prompt, self.skip_special_tokens = skip_prompt, skip_special_tokens
         self._held: list[int] = []

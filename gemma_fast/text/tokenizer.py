@@ -145,8 +145,8 @@ class Tokenizer:
     ) -> Encoding:
         """Encodes one text or several.
 
-        Returns an Encoding: of lists of ids (one flat list for a str), or of int64 tensors [b, t]
-        with return_tensors="pt". padding=True or "longest" adds <pad> on the left. Raises
+        Returns an Encoding. It contains lists of ids (one flat list for a str), or int64 tensors
+        [b, t] if return_tensors="pt". padding=True or "longest" adds <pad> on the left. Raises
         ValueError if tensors are requested for texts of different lengths without padding.
         """
         texts = [text] if isinstance(text, str) else text
@@ -156,8 +156,8 @@ class Tokenizer:
     def encode(
         self, text: str, add_special_tokens: bool = True, *, return_tensors: str | None = None
     ) -> Any:
-        """Returns the ids of `text`: a list, or with return_tensors="pt" a tensor [1, t]. Names of
-        special tokens in the text become those tokens.
+        """Returns the ids of `text`: a list, or with return_tensors="pt" a tensor [1, t]. The
+        name of a special token in the text is encoded as that token.
 
         `add_special_tokens` adds <bos> in front, unless the text starts with <bos>. Raises
         ValueError if `text` is not a str or contains half a surrogate pair.
@@ -208,7 +208,7 @@ class Tokenizer:
 
         Returns the same as `tokenizer(text)`, or only its input_ids if return_dict=False. Control
         tokens come only from the template; names of control tokens in a message are encoded as
-        plain text. tokenize=False returns the rendered str, in which tokens and names look equal.
+        plain text. tokenize=False returns the rendered str, which does not show this difference.
 
         Raises ValueError if a message is malformed or out of order, or if the template fails.
         """
