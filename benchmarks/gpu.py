@@ -73,7 +73,7 @@ class Done(NamedTuple):
 
 
 def stages(cuda: bool) -> list[Stage]:
-    """Returns the stages for a GPU, or the same stages with tiny shapes for a CPU."""
+    """Returns the stages for a GPU; or, for a CPU, those that run on it, with tiny shapes."""
     model = [BENCHMARKS, "model", *repeat("--only", MODELS), "-r", "3" if cuda else "1"]
     depths, prompts, new = ("512,4096", "2048,8192", "64") if cuda else ("5", "8", "2")
     kernels = [BENCHMARKS, *SUITES, *repeat("--only", PROVIDERS)]

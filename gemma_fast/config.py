@@ -62,10 +62,10 @@ SHAPES = (
 class GemmaConfig:
     """Config of one Gemma model; `model_type` is its family: Gemma 1, 2 or 3.
 
-    The families differ only in these fields. Gemma 2 has soft caps (`…_softcapping`). Gemma 2 and 3
-    have layers with a sliding window and layers with full attention (`layer_types`), and normalize
-    the outputs of attention and MLP (`post_norms`). Gemma 3 also normalizes queries and keys
-    (`qk_norm`).
+    The families differ in structure as follows. Gemma 2 has soft caps (`…_softcapping`). Gemma 2
+    and 3 have layers with a sliding window and layers with full attention (`layer_types`), and
+    normalize the outputs of attention and MLP (`post_norms`). Gemma 3 also normalizes queries and
+    keys (`qk_norm`). Its layers with a window have their own rotary base (`rope_local_base_freq`).
     """
 
     model_type: str  # "gemma" | "gemma2" | "gemma3"

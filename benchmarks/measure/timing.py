@@ -42,7 +42,7 @@ def device_times(calls: Sequence[Call], check: Callable[[Any], None]) -> tuple[T
     """Returns the times of a call on the current GPU, and whether a CUDA graph was timed (False if
     a call cannot be captured).
 
-    check: is called with the output of calls[0] after the last replay
+    check: is called with the output of calls[0] after the last replay, if a graph was timed
     """
     _warm_up(calls)
     try:

@@ -37,8 +37,8 @@ class Decoder:
     """Decodes up to `batch` sequences of up to `max_length` tokens.
 
     cache         KVCache, whose batch is rounded up by `bucket_of`; unused rows are decoded, too
-    token         [b], int64, on the device: the newest token of each row, or -1 if its logits were
-                  not finite. The newest token is not in the cache yet.
+    token         [b], int64, on the device: the newest token of each row, or -1 if a logit was NaN
+                  or inf, or all were -inf. The newest token is not in the cache yet.
     asynchronous  True on a GPU, where `step` returns before the token is computed
     """
 
