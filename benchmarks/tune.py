@@ -38,7 +38,8 @@ from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.kernels.launch import override
 
 TABLE = f"{OURS}, as the table has it"  # check_replay checks only names that begin with OURS
-FINALISTS, ROUNDS = 4, 3  # number of configs that are timed again, and how many times
+# The fastest FINALISTS configs, and the table's own, are timed again ROUNDS times.
+FINALISTS, ROUNDS = 4, 3
 
 
 def variants(suite: Suite, size: Size) -> Suite:

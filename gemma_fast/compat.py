@@ -90,7 +90,7 @@ TOKENIZER: Table = {
 
 def check_keywords(call: str, given: Mapping[str, Any], table: Table) -> None:
     """Raises TypeError for a keyword that is not in the table, or whose value is not in the table.
-    The value None is always accepted."""
+    None is accepted for every keyword of the table."""
     for name, value in given.items():
         if name not in table:
             raise TypeError(f"{call} got an unexpected keyword argument {name!r}")

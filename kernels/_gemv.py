@@ -1,4 +1,5 @@
-"""Weight × one row: products are elementwise and summed in registers; the weight is read once.
+"""Multiplies a weight by an input of one row: elementwise, with sums in registers. The weight is
+read once.
 
 A thread loads 16 bytes of the weight at a time. Its partial sums stay in its own columns until the
 end, so the loop has no reduction across threads.

@@ -1,4 +1,5 @@
-"""Registration of ops with PyTorch, and the wait for the previous kernel (PDL)."""
+"""Registers ops with PyTorch. Also has the wait for the previous kernel (programmatic dependent
+launch, PDL)."""
 
 import functools
 import inspect

@@ -1,4 +1,5 @@
-"""Weight × 2 to 8 rows, on tensor cores; the weight is read once, through shared memory."""
+"""Multiplies a weight by an input of 2 to 8 rows, on tensor cores. The weight is read once, through
+shared memory."""
 
 from gemma_fast.kernels._matmul_input import load_input, load_weight
 from gemma_fast.kernels._triton import tl, triton
@@ -33,7 +34,7 @@ def skinny_matmul(
     scales,  # Scales
     rows,
     DIM: tl.constexpr,
-    BLOCK_B: tl.constexpr,  # rows, rounded up
+    BLOCK_B: tl.constexpr,  # rows, rounded up to MAX_ROWS
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):

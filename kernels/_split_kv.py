@@ -29,9 +29,9 @@ def count_splits(pairs: int, merge_cost: int, visible: int, gpu: Gpu) -> int:
 def default_config(
     pairs: int, group: int, visible: int, d: int, itemsize: int, gpu: Gpu
 ) -> dict[str, int]:  # fmt: skip
-    """Returns the launch config. At head_dim 256, blocks are narrower if shared memory is small.
-    They are also narrower if there are more programs than multiprocessors: two programs then fit in
-    227 KB."""
+    """Returns the launch config. In 16-bit dtypes at head_dim 256, blocks are narrower if shared
+    memory is small, or if there are more programs than multiprocessors, so that two programs fit in
+    the shared memory of a multiprocessor (227 KB on Hopper)."""
     crowded = pairs * count_splits(pairs, group, visible, gpu) > gpu.multiprocessors
     narrow = d == 256 and (crowded or gpu.shared_memory < 160_000)
     return {
@@ -54,7 +54,7 @@ def merge_splits(
     splits,
     GROUP: tl.constexpr,
     D: tl.constexpr,
-    CHUNK: tl.constexpr,  # splits at a time: as many as registers can hold
+    CHUNK: tl.constexpr,  # splits at a time, see merge_chunk
 ):
     """Merges the partial results of a kv head in the order of the splits and stores the output."""
     ROWS: tl.constexpr = triton.next_power_of_2(GROUP)

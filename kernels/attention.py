@@ -120,8 +120,8 @@ def attention_reference(
 
 
 class Span(NamedTuple):
-    """Positions on the key axis of a tile; see the picture. They are counted from the start of the
-    ring revolution."""
+    """Positions on the key axis of a tile, and the tile's first row; see the picture. Positions are
+    counted from the start of the ring revolution."""
 
     oldest: Any
     first_block: Any

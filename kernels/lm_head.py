@@ -64,7 +64,7 @@ def _next_token_kernel(
     rows,
     SPEC: tl.constexpr,  # LMHeadSpec
     BLOCKS: tl.constexpr,  # blocks of BLOCK_N tokens per program
-    BLOCK_B: tl.constexpr,  # rows, rounded up
+    BLOCK_B: tl.constexpr,  # rows, rounded up to 1 or MAX_ROWS
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -130,7 +130,7 @@ def next_token(
     """Writes the next token of each row to `token`. Where Triton does not run, and for more than
     MAX_ROWS rows, it computes the logits and then samples.
 
-    pdl: as in linear.
+    pdl: as in `linear`, see matvec.py.
     """
     (rows, dim), vocab = x.shape, weight.shape[0]
     check_sampling(rows, position, token, counter, temperature, seed)

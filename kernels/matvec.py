@@ -45,7 +45,7 @@ def _matvec_kernel(
     DIM: tl.constexpr,
     OUT: tl.constexpr,
     GEGLU: tl.constexpr,
-    BLOCK_B: tl.constexpr,  # rows, rounded up
+    BLOCK_B: tl.constexpr,  # rows, rounded up to 1 or MAX_ROWS
     BLOCK_N: tl.constexpr,  # rows of the weight; with GEGLU half of them gate, half up
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,  # blocks in flight at once

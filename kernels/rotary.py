@@ -38,7 +38,7 @@ class Rotary(NamedTuple):
 class QKRotary(NamedTuple):
     """Pointers to rotary angles and to the norm weights of q and k."""
 
-    cos: Any  # [positions, d / 2], contiguous | None: there are only queries, rotated already
+    cos: Any  # [positions, d / 2], contiguous | None: the input has only queries, rotated already
     sin: Any  # like cos
     q_norm: Any  # [d] | None: no norm
     k_norm: Any  # [d] | None

@@ -155,7 +155,7 @@ class Rings(Static):
 
 
 def compiled_step(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compiles the function as transformers' documentation recommends."""
+    """Compiles the function in mode max-autotune, without graph breaks and dynamic shapes."""
     return torch.compile(function, mode="max-autotune", fullgraph=True, dynamic=False)
 
 

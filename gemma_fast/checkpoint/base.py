@@ -76,7 +76,7 @@ class Checkpoint(ABC):
     def copy(self, name: str, out: Tensor) -> None:
         """Copies one tensor to `out`, which must have the same shape. Converts dtype and device.
 
-        Needs host memory for the stored tensor and one converted block.
+        Needs host memory for the tensor as stored, and for the part that is converted at once.
         """
         assert out.shape == self.shapes[name], f"{name}: {out.shape=} is not {self.shapes[name]}"
         self._read(name, out)

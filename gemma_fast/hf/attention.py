@@ -173,7 +173,7 @@ def attend(
     [b, n, s, d] of cached and new tokens; query and key are already rotated. Returns the output,
     [b, t, n * m, d], and the attention weights, or None if they were not stored."""
     bounds = attention_mask if is_bounds(attention_mask) else None
-    accelerated = hasattr(module, "part")  # False in a model that only shares the config
+    accelerated = hasattr(module, "part")  # False in another model with the same config
     if accelerated:
         why = reason(module, query, key, value)
         why = why or _reason(module, query, key, value, bounds, dropout, rest)

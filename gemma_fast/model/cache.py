@@ -216,7 +216,8 @@ class KVCache:
         past = min(self.length, slots - 1)
         b, n, _, d = keys.shape
         shape = b, n, _whole_blocks(past + tokens), d
-        longer = keys.new_zeros(shape), values.new_zeros(shape)  # finite: see _allocate
+        # Zeros, because unused slots must be finite, see _allocate.
+        longer = keys.new_zeros(shape), values.new_zeros(shape)
         positions = self._positions(-past, 0)
         _move(keys, longer[0], positions)
         _move(values, longer[1], positions)

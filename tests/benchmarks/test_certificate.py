@@ -51,7 +51,7 @@ def test_wrong_first_new_token_fails_the_certificate(dtype, monkeypatch):
 
     def wrong(self, ids, *args, **options):
         out = generate(self, ids, *args, **options)
-        first = ids.shape[1]  # the first new token: in 16 bits, only later ones may differ
+        first = ids.shape[1]  # index of the first new token
         out[:, first] = (out[:, first] + 1) % 190
         return out
 
@@ -131,7 +131,7 @@ def test_certificate_is_printed_and_passes():
         "tiny against the reference in float32", "top-1 agreement", "3 × eager +16",
         "Every line passed.",
     ):  # fmt: skip
-        assert text in result.stdout
+        assert text in " ".join(result.stdout.split())  # lines are wrapped
     assert "FAIL" not in result.stdout
     assert "gemma_fast, bfloat16" in result.stderr, "progress must be printed to stderr"
 

@@ -11,8 +11,8 @@ from gemma_launches import GPUS
 from marks import slow
 from tritons import compile_with
 
-# Capabilities 8.6 and 8.9 are omitted: the tests of 12.0 cover their limit of shared memory, and
-# the tests of 8.0 cover their instructions.
+# ALL omits capabilities 8.6 and 8.9: the tests of 12.0 cover their limit of shared memory, and the
+# tests of 8.0 cover their instructions.
 ALL = {str(x): (str(x),) for x in GPUS if x not in (86, 89)}
 FIRST = {f"{x}, first launches": (str(x), "--first") for x in sorted(GPUS, key=lambda x: x != 90)}
 
@@ -20,8 +20,8 @@ FIRST = {f"{x}, first launches": (str(x), "--first") for x in sorted(GPUS, key=l
 @pytest.fixture(scope="module", params=["90, first launches", *slow(*list(FIRST)[1:], *ALL)])
 def compiled(request):
     """Returns the GPU, and compile_kernels.py's reports on all kernels. With --first, there is one
-    report per variant (DESCRIPTORS, BLOCK_M) of a kernel. Otherwise, each distinct launch has one
-    or two: bf16, and for a variant's first launch also fp16."""
+    report per variant (DESCRIPTORS, BLOCK_M) of a kernel. Otherwise, each distinct launch has a
+    report (in bf16 or fp32), and the first launch of a variant also has one in fp16."""
     arguments = (FIRST | ALL)[request.param]
     return GPUS[int(arguments[0])], compile_with(None, *arguments)
 

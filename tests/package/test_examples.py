@@ -50,7 +50,8 @@ def test_every_example_has_a_test():
 
 
 def test_stream_a_chat(run, demo_gguf):
-    """The second prompt contains the first turn, so the model repeats the first question again."""
+    """The demo model repeats a question instead of answering it. The second prompt starts with the
+    first turn, so both answers repeat the first question."""
     printed = run("--max-new-tokens", "6", stdin="Hello\nWho wrote Hamlet?\n")
     assert printed == f"> {ANSWER}\n> {ANSWER}\n> \n"
 
