@@ -45,8 +45,8 @@ def eager(
 ) -> Tensor:
     """Returns the next tokens' embeddings :: [b, dim], because outcome.error cannot compare ids."""
     scores = matvec.norm_eager(x, residual, norm_weight, None, weight, False)[0].float()
-    # Samples as gpt-fast does, by argmax(p / exponential noise): torch.multinomial would wait for the
-    # GPU.
+    # Samples as gpt-fast does, by argmax(p / exponential noise), because torch.multinomial would
+    # wait for the GPU.
     if temperature is not None:
         probabilities = (scores / temperature[:, None]).softmax(-1)
         scores = probabilities / torch.empty_like(probabilities).exponential_(1)
