@@ -68,9 +68,10 @@ def main(
 
 
 def pick(names: Iterable[str]) -> dict[str, Suite]:
-    """Returns the kernel suites among the names, or all kernel suites if no names are given."""
+    """Returns the kernel suites among the names, in the order of the names; or all kernel suites if
+    no names are given."""
     shared.refuse_unknown("suite", names, (*SUITES, MODEL))
-    return {name: SUITES[name] for name in SUITES if name in names or not names}
+    return {name: SUITES[name] for name in names or SUITES if name != MODEL}
 
 
 def refuse_model_options(context: click.Context) -> None:

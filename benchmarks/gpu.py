@@ -48,6 +48,8 @@ SIZES = (
 )  # fmt: skip
 PROVIDERS = ("eager", "SDPA flash", "SDPA cuDNN", "gemma_fast")
 MODELS = ("transformers (eager)", "transformers (sdpa)", "gemma_fast")
+# The stage runs these suites first, because it may run out of time.
+IMPORTANT = ("norm_linear", "linear", "decode_attention", "lm_head", "attention")
 
 
 class Stage(NamedTuple):
@@ -76,7 +78,8 @@ def stages(cuda: bool) -> list[Stage]:
     """Returns the stages for a GPU; or, for a CPU, those that run on it, with tiny shapes."""
     model = [BENCHMARKS, "model", *repeat("--only", MODELS), "-r", "3" if cuda else "1"]
     depths, prompts, new = ("512,4096", "2048,8192", "64") if cuda else ("5", "8", "2")
-    kernels = [BENCHMARKS, *SUITES, *repeat("--only", PROVIDERS)]
+    kernels = [BENCHMARKS, *IMPORTANT, *(x for x in SUITES if x not in IMPORTANT)]
+    kernels += repeat("--only", PROVIDERS)
     kernels += repeat("--size", SIZES) if cuda else []
     marked = [x for x in runnable("**/test_*.py") if "mark.gpu" in x.read_text("utf-8")]
     of_kernels = runnable("kernels/test_*.py" if cuda else "kernels/test_embed.py")
@@ -106,14 +109,14 @@ def tests(name: str, share: float, files: Sequence[Path], marker: str) -> Stage:
 def runnable(pattern: str) -> list[Path]:
     """Returns the test files that match the pattern and import only installed packages.
 
-    test_compile.py is left out, because it needs no GPU.
+    kernels/test_compile.py is left out, because it needs no GPU.
     """
     tests = ROOT / "tests"
     own = {"gemma_fast", *(path.stem for path in tests.rglob("*.py"))}
     found = []
-    for path in sorted(tests.glob(pattern)):
+    for path in sorted({*tests.glob(pattern)} - {tests / "kernels/test_compile.py"}):
         imports = re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.M)
-        if path.name != "test_compile.py" and all(find_spec(x) for x in {*imports} - own):
+        if all(find_spec(x) for x in {*imports} - own):
             found.append(path)
     return found
 

@@ -304,13 +304,16 @@ def attention(
         f"{tuple(keys.shape)=}, {tuple(q.shape)=}"
     )
     assert heads % n == 0, f"{heads} query heads are not a multiple of {n} kv heads"
-    for angles in (cos, sin):
-        assert angles is None or angles.dtype == torch.float32, f"{angles.dtype=}"
-        assert angles is None or (angles.shape == (b, t, d // 2) and angles.is_contiguous())
-    assert (cos is None) == (sin is None) and (norm_weight is None or cos is not None)
-    for bound in (query_offset, query_offset if left_padding is None else left_padding):
-        assert bound.dtype == torch.int32, f"{bound.dtype=}"
-        assert bound.shape == (b,) and bound.is_contiguous()
+    assert (cos is None) == (sin is None), "give cos and sin, or neither"
+    assert norm_weight is None or cos is not None, "norm_weight needs cos and sin"
+    for name, x, shape, dtype in (
+        ("cos", cos, (b, t, d // 2), torch.float32), ("sin", sin, (b, t, d // 2), torch.float32),
+        ("query_offset", query_offset, (b,), torch.int32),
+        ("left_padding", left_padding, (b,), torch.int32),
+    ):  # fmt: skip
+        assert x is None or (x.shape == shape and x.dtype == dtype and x.is_contiguous()), (
+            f"{name} must be contiguous, {shape}, {dtype}: {tuple(x.shape)=}, {x.dtype=}"
+        )
     assert q.dtype == keys.dtype == values.dtype, f"{q.dtype=}, {keys.dtype=}, {values.dtype=}"
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():

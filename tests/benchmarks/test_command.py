@@ -80,9 +80,9 @@ def test_results_are_written_after_each_size(monkeypatch, tmp_path):
         saved = json.loads((tmp_path / "results.json").read_text())
         raise KeyboardInterrupt(str(len(saved["results"])))
 
-    stopped = replace(SUITES["rms_norm"], providers=providers, yardstick=False)  # geglu runs first
+    stopped = replace(SUITES["rms_norm"], providers=providers, yardstick=False)
     monkeypatch.setitem(SUITES, "rms_norm", stopped)
-    done = CliRunner().invoke(main, ["rms_norm", "geglu", "--only", OURS, "--out", str(tmp_path)])
+    done = CliRunner().invoke(main, ["geglu", "rms_norm", "--only", OURS, "--out", str(tmp_path)])
     saved = json.loads((tmp_path / "results.json").read_text())
     assert done.exit_code == 1 and [x["suite"] for x in saved["results"]] == ["geglu"]
 

@@ -87,6 +87,19 @@ def test_every_benchmark_stage_gets_an_output_folder():
     assert told == ["decode", "prefill", "kernels", "profile"]
 
 
+def test_every_file_with_a_test_marked_gpu_is_in_the_first_stage():
+    mark = "mark." + "gpu"  # in two parts, so that this file is not found
+    files = [x for x in (gpu.ROOT / "tests").rglob("test_*.py") if mark in x.read_text()]
+    assert len(files) >= 5
+    assert {*map(str, files)} <= {*stages(cuda=True)[0].arguments}
+
+
+def test_important_kernel_suites_run_first_and_all_run():
+    words = stages(cuda=True)[4].arguments
+    assert words[1:6] == list(gpu.IMPORTANT)
+    assert {*words[1 : 1 + len(SUITES)]} == {*SUITES}
+
+
 def test_every_kernel_suite_runs_with_one_or_two_sizes():
     found = {name: pick_sizes(suite.sizes, SIZES) for name, suite in SUITES.items()}
     assert {name for name, sizes in found.items() if len(sizes) != 2} == {"add_rms_norm_post"}
