@@ -18,7 +18,7 @@ class MatmulInput(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """1 / rms of each row, [BLOCK_B, 1], fp32."""
+    """1 / rms of each row, [BLOCK_B, 1], fp32; not used if the matmul has no norm."""
 
     norm: Any  # 1 / rms of h
     post_norm: Any  # 1 / rms of x; zeros if there is no post-norm

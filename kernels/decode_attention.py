@@ -134,7 +134,7 @@ def _decode_attention_kernel(
     if positions.left_padding is not None:
         oldest = tl.maximum(oldest, tl.load(positions.left_padding + batch) - revolution)
     blocks = tl.maximum(tl.cdiv(end - oldest, BLOCK_N), 1)  # a padding row has one, to store zeros
-    # Blocks per split, as in count_splits, but for the keys that are visible now.
+    # count_splits assumes that the ring is full. This uses the number of keys visible now.
     balanced = tl.sqrt((MERGE_COST * tl.maximum(end - oldest, 0)).to(tl.float32)) / BLOCK_N
     blocks_per_split = tl.maximum(tl.cdiv(blocks, max_splits), (balanced + 0.5).to(tl.int32))
     active = tl.cdiv(blocks, blocks_per_split)

@@ -1,4 +1,4 @@
-"""Contains dtypes, tolerances, other GPUs' limits and strided inputs for the kernel tests."""
+"""Contains dtypes, tolerances, limits of GPUs, strided inputs and sampling for kernel tests."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -43,3 +43,22 @@ def multiprocessors(many: bool) -> AbstractContextManager[None]:
 def strided(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     """Returns random numbers of this shape. The rows are not adjacent in memory."""
     return torch.randn(*shape[:-1], shape[-1] + 24, device=device).to(dtype)[..., : shape[-1]]
+
+
+def sampled(temperature=0.7, seed=(5 << 40) + 77, device="cpu"):
+    """Returns temperature :: [1] and seed :: [1]. `chosen` expands them to all rows."""
+    return torch.full((1,), temperature, device=device), torch.tensor([seed], device=device)
+
+
+def chosen(op, *given, b, device, position=None, **options):
+    """Returns the tokens that an op samples. `given` are the op's arguments before `position`."""
+    for name in {"temperature", "seed"} & options.keys():
+        if options[name] is not None:
+            options[name] = options[name].expand(b).contiguous()
+    token = torch.full((b,), -7, device=device)
+    counter = torch.zeros(b + 1, dtype=torch.int32, device=device)
+    if position is None:
+        position = torch.arange(3, 3 + b, dtype=torch.int32, device=device)
+    op(*given, position, token, counter, **options)
+    assert not counter.any(), "the kernel did not reset its counter"
+    return token
