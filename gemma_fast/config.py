@@ -4,7 +4,8 @@
 
 The field names are those of transformers. Creating a config checks the range of every field, so
 that a damaged config cannot cause a huge allocation. A value out of range raises ValueError, which
-names the field, the value and the allowed range. checkpoint/config_files.py reads config files.
+names the field, the value and the allowed range. checkpoint/config_json.py and config_gguf.py read
+config files.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -34,13 +35,42 @@ INT_RANGES = {
 FLOAT_RANGES = {
     "query_pre_attn_scalar": (1e-3, 1e6),
     "rms_norm_eps": (1e-12, 1e-1),
-    "rope_theta": (1.0, 1e12),
-    "rope_local_base_freq": (1.0, 1e12),
-    "rope_scaling_factor": (1e-3, 1e4),
     "attn_logit_softcapping": (1e-3, 1e6),
     "final_logit_softcapping": (1e-3, 1e6),
 }
+ROPE_RANGES = {
+    "rope_theta": (1.0, 1e12),
+    "factor": (1e-3, 1e4),
+    "original_max_position_embeddings": (1, 1 << 24),
+    "attention_factor": (1e-3, 1e3),
+    "beta_fast": (1e-3, 1e6),
+    "beta_slow": (1e-3, 1e6),
+}
 
+
+class RopeParameters(NamedTuple):
+    """Rotary parameters of the layers of one type. The names are those of transformers.
+
+    default  position p rotates channel pair i by the angle p * rope_theta^(-2i / head_dim)
+    linear   divides every angle by `factor`
+    yarn     divides the angles of slow pairs by `factor`, keeps those of fast pairs, and
+             interpolates between them (Peng et al. 2023). The bounds are the pairs that rotate
+             `beta_slow` and `beta_fast` times within `original_max_position_embeddings` positions;
+             with `truncate` they are rounded outwards to whole pairs. cos and sin are multiplied by
+             `attention_factor`.
+    """
+
+    rope_theta: float = 1e4
+    rope_type: str = "default"  # "default" | "linear" | "yarn"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 1
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+DEFAULT_ROPE = RopeParameters()
 FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {"max_position_embeddings": 8192},
     "gemma2": {
@@ -49,7 +79,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma3": {
         "max_position_embeddings": 131_072, "sliding_window": 4096, "sliding_window_pattern": 6,
-        "rope_theta": 1e6,
+        "full_rope": RopeParameters(1e6),
     },
 }  # fmt: skip
 SHAPES = (
@@ -65,7 +95,7 @@ class GemmaConfig:
     The families differ in structure as follows. Gemma 2 has soft caps (`…_softcapping`). Gemma 2
     and 3 have layers with a sliding window and layers with full attention (`layer_types`), and
     normalize the outputs of attention and MLP (`post_norms`). Gemma 3 also normalizes queries and
-    keys (`qk_norm`). Its layers with a window have their own rotary base (`rope_local_base_freq`).
+    keys (`qk_norm`). Its layers with a window have rotary parameters of their own (`sliding_rope`).
     """
 
     model_type: str  # "gemma" | "gemma2" | "gemma3"
@@ -79,16 +109,16 @@ class GemmaConfig:
     max_position_embeddings: int
     query_pre_attn_scalar: float  # scores are multiplied by query_pre_attn_scalar ** -0.5
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e4  # base of the rotary angles on full layers
-    rope_local_base_freq: float = 1e4  # base of the rotary angles on windowed layers
-    rope_scaling_factor: float = 1.0  # positions on full layers are divided by this factor
+    full_rope: RopeParameters = DEFAULT_ROPE  # rotary parameters of full layers
+    sliding_rope: RopeParameters = DEFAULT_ROPE  # rotary parameters of windowed layers
     sliding_window: int | None = None  # keys that a token sees on windowed layers, its own included
     layer_types: tuple[str, ...] = ()
     sliding_window_pattern: InitVar[int | None] = None  # n: every nth layer is full
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    tie_word_embeddings: bool = True  # False: the output projection has a weight of its own
     bos_token_id: int = 2
-    eos_token_id: int | tuple[int, ...] = 1
+    eos_token_id: int | tuple[int, ...] = 1  # (): no token ends a text
     pad_token_id: int = 0
 
     def __post_init__(self, sliding_window_pattern: int | None) -> None:
@@ -96,6 +126,10 @@ class GemmaConfig:
             raise ValueError(f"model_type {self.model_type!r} is not one of {', '.join(FAMILIES)}")
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         _check_ranges(values | {"sliding_window_pattern": sliding_window_pattern})
+        for name in ("full_rope", "sliding_rope"):
+            _check_rope(name, values[name])
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings={self.tie_word_embeddings!r} must be a bool")
         if not isinstance(self.layer_types, tuple):
             raise ValueError(f"layer_types={self.layer_types!r} must be a tuple (JSON: a list)")
         if not self.layer_types:
@@ -129,6 +163,10 @@ class GemmaConfig:
         """Whether queries and keys are normalized over head_dim before the rotary embedding."""
         return self.model_type == "gemma3"
 
+    def rope(self, kind: str) -> RopeParameters:
+        """Returns the rotary parameters of layers of this type."""
+        return self.full_rope if kind == FULL else self.sliding_rope
+
     def window(self, layer: int) -> int | None:
         """Returns how many keys a token sees on this layer, its own included; None on a full layer,
         where it sees its own key and all earlier ones."""
@@ -158,7 +196,10 @@ class GemmaConfig:
         }
         for i in range(self.num_hidden_layers):
             shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-        return shapes | {"model.norm.weight": (hidden,)}
+        shapes["model.norm.weight"] = (hidden,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        return shapes
 
     @property
     def num_parameters(self) -> int:
@@ -171,11 +212,26 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
         if given is None and name.endswith(("softcapping", "window", "pattern")):
             continue
         several = name == "eos_token_id" and isinstance(given, tuple)
-        kinds, kind = ((int,), "an integer") if name in INT_RANGES else ((int, float), "a number")
         for value in given if several else [given]:
-            number = isinstance(value, kinds) and not isinstance(value, bool)
-            if not (number and low <= value <= high):
-                raise ValueError(f"{name}={value!r} must be {kind} from {low:g} to {high:g}")
+            check_number(name, value, low, high, whole=name in INT_RANGES)
+
+
+def _check_rope(name: str, rope: RopeParameters) -> None:
+    if not isinstance(rope, RopeParameters) or not isinstance(rope.truncate, bool):
+        raise ValueError(f"{name}={rope!r} must be RopeParameters, with a bool for truncate")
+    if rope.rope_type not in ("default", "linear", "yarn"):
+        raise ValueError(f"{name}: rope_type={rope.rope_type!r} is not default, linear or yarn")
+    for field, (low, high) in ROPE_RANGES.items():
+        whole = field == "original_max_position_embeddings"
+        check_number(f"{name}: {field}", getattr(rope, field), low, high, whole)
+
+
+def check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
+    """Raises ValueError unless value is a number from low to high, and an integer if `whole`."""
+    kinds, kind = ((int,), "an integer") if whole else ((int, float), "a number")
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not (number and low <= value <= high):
+        raise ValueError(f"{name}={value!r} must be {kind} from {low:g} to {high:g}")
 
 
 def _preset(family: str, *shapes: int, **values: Any) -> GemmaConfig:
@@ -183,7 +239,7 @@ def _preset(family: str, *shapes: int, **values: Any) -> GemmaConfig:
     return GemmaConfig(model_type=family, **values | dict(zip(SHAPES, shapes, strict=True)))
 
 
-_LONG = {"sliding_window": 1024, "rope_scaling_factor": 8.0}
+_LONG = {"sliding_window": 1024, "full_rope": RopeParameters(1e6, "linear", 8.0)}
 _SHORT = {"sliding_window": 512, "max_position_embeddings": 32768}
 PRESETS = {
     "gemma-2b": _preset("gemma", 256_000, 2048, 18, 8, 1, 256, 16384),

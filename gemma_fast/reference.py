@@ -13,6 +13,7 @@ all other steps in the weights' dtype.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.open import open_checkpoint
-from gemma_fast.config import FULL, GemmaConfig
+from gemma_fast.config import GemmaConfig, RopeParameters
 
 
 def embed(input_ids: Tensor, embeddings: Tensor) -> Tensor:
@@ -42,20 +43,35 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (z * (1 + wide(weight))).to(x.dtype)
 
 
-def angles(config: GemmaConfig, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def angles(rope: RopeParameters, d: int, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Returns cos and sin :: [b, 1, t, d / 2] of the rotary angles position * theta^(-2i / d).
 
-    positions :: [b, t]; kind: the layer's type, which sets theta and the scaling. The angles are
-    computed in fp32.
+    positions :: [b, t]; rope: the layer's rotary parameters. The angles are computed in fp32.
+    Linear scaling divides all angles by rope.factor. YaRN divides those of slow channel pairs only,
+    and multiplies cos and sin by rope.attention_factor.
     """
-    full = kind == FULL
-    theta = config.rope_theta if full else config.rope_local_base_freq
-    i = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-    inv_freq = 1 / theta ** (i / config.head_dim)
-    if full:
-        inv_freq = inv_freq / config.rope_scaling_factor
+    i = torch.arange(d // 2, dtype=torch.float32, device=positions.device)
+    inv_freq = 1 / rope.rope_theta ** (2 * i / d)
+    if rope.rope_type == "linear":
+        inv_freq = inv_freq / rope.factor
+    if rope.rope_type == "yarn":
+        inv_freq = inv_freq * (1 - yarn_ramp(rope, i, d) * (1 - 1 / rope.factor))
     angles = positions[:, None, :, None].float() * inv_freq
-    return angles.cos(), angles.sin()
+    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+
+
+def yarn_ramp(rope: RopeParameters, i: Tensor, d: int) -> Tensor:
+    """Returns 0 for channel pairs that YaRN leaves unchanged, 1 for those whose angles it divides,
+    and values between 0 and 1 for the pairs between them :: [d / 2]. i :: [d / 2]: 0, 1, 2, …"""
+    context = rope.original_max_position_embeddings
+    rotations = torch.tensor([rope.beta_fast, rope.beta_slow], dtype=torch.float64)
+    low, high = (
+        d * torch.log(context / (2 * math.pi * rotations)) / (2 * math.log(rope.rope_theta))
+    ).tolist()
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    return ((i - low) / max(high - low, 0.001)).clamp(0, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -169,7 +185,7 @@ class Reference:
             visible = seen
             if (window := config.window(i)) is not None:
                 visible = seen & (source > target - window)
-            cos_sin = angles(config, position_ids, kind)
+            cos_sin = angles(config.rope(kind), config.head_dim, position_ids)
             past_of_layer = past_key_values[i] if past_key_values else None
             hiddens, key_values = self.layer(i, hiddens, visible, cos_sin, past_of_layer)
             cache.append(key_values)
@@ -239,8 +255,10 @@ class Reference:
         return self.project(geglu(gate, up), f"{name}.down_proj")
 
     def predict(self, hiddens: Tensor) -> Tensor:
-        """Returns logits :: [b, t, vocab]. The output projection uses the embedding's weight."""
-        logits = self.project(hiddens, "model.embed_tokens")
+        """Returns logits :: [b, t, vocab]. The weight of the output projection is the embedding's,
+        unless the checkpoint has another one."""
+        tied = self.config.tie_word_embeddings
+        logits = self.project(hiddens, "model.embed_tokens" if tied else "lm_head")
         return cap(logits, self.config.final_logit_softcapping)
 
     def norm(self, x: Tensor, name: str) -> Tensor:

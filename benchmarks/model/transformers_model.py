@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 
 from gemma_fast.checkpoint.base import Checkpoint
-from gemma_fast.config import FULL, SLIDING, GemmaConfig
+from gemma_fast.config import FULL, SLIDING, GemmaConfig, RopeParameters
 
 SAME = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "intermediate_size", "max_position_embeddings", "rms_norm_eps", "bos_token_id",
-    "eos_token_id", "pad_token_id",
+    "eos_token_id", "pad_token_id", "tie_word_embeddings",
 )  # fmt: skip
 SAME_IN_GEMMA_2_AND_3 = (
     "query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
@@ -21,19 +23,23 @@ SAME_IN_GEMMA_2_AND_3 = (
 def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
     """Returns transformers' config with the same values."""
     same = {name: getattr(config, name) for name in SAME}
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    full, sliding = (_rope(config.rope(kind)) for kind in (FULL, SLIDING))
     if config.model_type == "gemma":
         # Set explicitly, because some releases use another gelu for Gemma 1 by default.
         same["hidden_act"] = "gelu_pytorch_tanh"
-        return transformers.GemmaConfig(rope_parameters=rope, **same)
+        return transformers.GemmaConfig(rope_parameters=full, **same)
     same |= {name: getattr(config, name) for name in SAME_IN_GEMMA_2_AND_3}
     same["layer_types"] = list(config.layer_types)
     if config.model_type == "gemma2":
-        return transformers.Gemma2Config(rope_parameters=rope, **same)
-    if config.rope_scaling_factor != 1:
-        rope |= {"rope_type": "linear", "factor": config.rope_scaling_factor}
-    local = {"rope_type": "default", "rope_theta": config.rope_local_base_freq}
-    return transformers.Gemma3TextConfig(rope_parameters={FULL: rope, SLIDING: local}, **same)
+        return transformers.Gemma2Config(rope_parameters=full, **same)
+    return transformers.Gemma3TextConfig(rope_parameters={FULL: full, SLIDING: sliding}, **same)
+
+
+def _rope(rope: RopeParameters) -> dict[str, Any]:
+    """Returns transformers' rope parameters: only the keys that the type has."""
+    kind, keys = rope.rope_type, ["rope_type", "rope_theta"]
+    keys += {"default": [], "linear": ["factor"], "yarn": [*rope._fields[2:-1]]}[kind]
+    return {key: getattr(rope, key) for key in keys}
 
 
 def transformers_model(

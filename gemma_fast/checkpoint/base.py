@@ -11,9 +11,9 @@ at a time, directly into the model's memory.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,21 @@ from torch import Tensor
 
 from gemma_fast.config import GemmaConfig
 
-# Patterns of transformers' tensor names: prefixes of the text model in a multimodal model, tensors
-# of the vision part, and the lm_head.
-MULTIMODAL_PREFIX = re.compile(r"^(language_model\.model|model\.language_model)\.")
-NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
-TIED_HEAD = re.compile(r"((model\.)?language_model\.)?lm_head\.weight$")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS = 4096  # rows of the head and the embedding that are compared at once
 
 
 class Checkpoint(ABC):
     """The tensors of a text model, in files or in memory, under transformers' names.
 
     config             the model's config
-    dtype              dtype of the embedding; None for GGUF and for random weights
+    dtype              dtype in which the weights are used by default; None for GGUF and for random
+                       weights
     tensors            name → tensor if the tensors are in memory, else None
     device             device of the tensors in memory, else None
     path               directory or file; a name for error messages if there is none
     generation_config  content of generation_config.json; {} if there is none
     shapes             name → shape of each tensor
-    files              name → file that contains the tensor; {} if there are no files
     """
 
     config: GemmaConfig
@@ -49,11 +46,43 @@ class Checkpoint(ABC):
     path: Path
     generation_config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
-    files: dict[str, Path]
+
+    @torch.no_grad()
+    def copy(self, name: str, out: Tensor) -> None:
+        """Copies one tensor to `out`, which must have the same shape. Converts dtype and device.
+
+        Needs host memory for the tensor as stored, and for the part that is converted at once.
+        """
+        assert out.shape == self.shapes[name], f"{name}: {out.shape=} is not {self.shapes[name]}"
+        self._read(name, out)
+
+    @abstractmethod
+    def _read(self, name: str, out: Tensor) -> None: ...
+
+
+class FileCheckpoint(Checkpoint):
+    """A checkpoint in files. A subclass calls `add` for each tensor that it finds.
+
+    files   name → file that contains the tensor
+    stored  name → what the subclass needs to read the tensor
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shapes = {}
+        self.files: dict[str, Path] = {}
+        self.stored: dict[str, Any] = {}
+
+    def add(self, name: str, shape: tuple[int, ...], file: Path, stored: Any) -> None:
+        """Adds a tensor. Raises ValueError if there is already a tensor of this name."""
+        if name in self.files:
+            raise ValueError(f"{file}: tensor {name} is in {self.files[name]} as well")
+        self.shapes[name], self.files[name], self.stored[name] = shape, file, stored
 
     def check(self) -> None:
         """Raises ValueError, with file and tensor name, if a tensor is missing, unknown, or has
-        another shape than the config requires."""
+        another shape than the config requires. Sets config.tie_word_embeddings."""
+        self._find_head()
         expected = self.config.tensor_shapes()
         for name, shape in expected.items():
             if name not in self.shapes:
@@ -72,17 +101,33 @@ class Checkpoint(ABC):
                     " tensor of this name"
                 )
 
-    @torch.no_grad()
-    def copy(self, name: str, out: Tensor) -> None:
-        """Copies one tensor to `out`, which must have the same shape. Converts dtype and device.
-
-        Needs host memory for the tensor as stored, and for the part that is converted at once.
-        """
-        assert out.shape == self.shapes[name], f"{name}: {out.shape=} is not {self.shapes[name]}"
-        self._read(name, out)
-
     @abstractmethod
-    def _read(self, name: str, out: Tensor) -> None: ...
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Returns rows `start` to `stop` - 1 of a tensor as they are stored, dequantized."""
+
+    def _find_head(self) -> None:
+        """Finds out whether the output projection has a weight of its own, as transformers does.
+
+        A stored head that differs from the embedding is used, whatever the config says. A head that
+        equals the embedding is dropped. If the config says that they are tied, a head without an
+        embedding is the weight of both.
+        """
+        tables: list[dict[str, Any]] = [self.shapes, self.files, self.stored]
+        if HEAD not in self.shapes:
+            return
+        if EMBEDDING not in self.shapes and self.config.tie_word_embeddings:
+            for table in tables:
+                table[EMBEDDING] = table.pop(HEAD)
+            return
+        shape = self.config.vocab_size, self.config.hidden_size
+        tied = self.shapes[HEAD] == self.shapes.get(EMBEDDING) == shape and all(
+            torch.equal(*(self._rows(name, i, i + ROWS).float() for name in (HEAD, EMBEDDING)))
+            for i in range(0, shape[0], ROWS)
+        )
+        self.config = replace(self.config, tie_word_embeddings=tied)
+        if tied:
+            for table in tables:
+                del table[HEAD]
 
 
 def parse_config(

@@ -1,23 +1,27 @@
 """Opens a .gguf file, which has llama.cpp's tensor names, reversed dimensions and quantized blocks.
+The other parts of a split file (`-00001-of-00003.gguf`) are opened with the first part.
 
 This module is imported only when a GGUF file is opened, so that the package `gguf` stays optional.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gemma_fast.checkpoint.base import Checkpoint, parse_config
-from gemma_fast.checkpoint.config_files import config_from_gguf
-from gemma_fast.checkpoint.gguf_reader import GGUFFile, read_rows
+from gemma_fast.checkpoint.base import FileCheckpoint, parse_config
+from gemma_fast.checkpoint.config_gguf import config_from_gguf, generation_from_gguf
+from gemma_fast.checkpoint.gguf_reader import GGUFFile, ReaderTensor, read_rows
+from gemma_fast.checkpoint.hub import GGUF_PART
 
 BLOCK = 1 << 20  # elements that are dequantized at once, few enough for the CPU's cache
 
 MODEL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
 }
 COMMON_NAMES = {
     "attn_norm": "input_layernorm",
@@ -41,22 +45,24 @@ GEMMA_3_NAMES = GEMMA_2_NAMES | {
 }
 LAYER_NAMES = {"gemma": GEMMA_1_NAMES, "gemma2": GEMMA_2_NAMES, "gemma3": GEMMA_3_NAMES}
 LAYER_TENSOR = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.weight")
-IGNORED = ("rope_freqs.weight", "output.weight")  # RoPE factors; copy of the embedding
+ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies, 1 in Gemma
 
 
-class GGUFCheckpoint(Checkpoint):
+class GGUFCheckpoint(FileCheckpoint):
     """A Gemma checkpoint in a GGUF file. GGUF stores the weight of a norm as 1 + weight."""
 
     def __init__(self, path: Path):
-        self.path = path
-        file = GGUFFile(path)
-        self.config = parse_config(path, config_from_gguf, file.metadata)
-        self.generation_config = {}
-        self._tensors = {
-            self._name(tensor.name): tensor for tensor in file.tensors if tensor.name not in IGNORED
-        }
-        self.files = dict.fromkeys(self._tensors, path)
-        self.shapes = {name: tuple(t.shape[::-1].tolist()) for name, t in self._tensors.items()}
+        super().__init__(path)
+        first = GGUFFile(path)
+        self.config = parse_config(path, config_from_gguf, first.metadata)
+        self.generation_config = generation_from_gguf(first.metadata)
+        for file in _parts(first):
+            for tensor in file.tensors:
+                if tensor.name == ROPE_FACTORS:
+                    self._refuse_rope_factors(file.path, tensor)
+                    continue
+                shape = tuple(tensor.shape[::-1].tolist())
+                self.add(self._name(tensor.name), shape, file.path, tensor)
 
     def _name(self, stored_name: str) -> str:
         """Returns transformers' name for a tensor of the file."""
@@ -73,20 +79,59 @@ class GGUFCheckpoint(Checkpoint):
 
     def check(self) -> None:
         super().check()
-        for name, tensor in self._tensors.items():
+        for name, tensor in self.stored.items():
             try:
-                read_rows(self.path, tensor, 0, 1)
+                read_rows(self.files[name], tensor, 0, 1)
             except NotImplementedError:
                 raise ValueError(
-                    f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which the"
-                    " package gguf cannot dequantize: convert the model to BF16 or Q8_0"
+                    f"{self.files[name]}: tensor {name} has type {tensor.tensor_type.name}, which"
+                    " the package gguf cannot dequantize: convert the model to BF16 or Q8_0"
                 ) from None
 
     def _read(self, name: str, out: Tensor) -> None:
         rows = torch.atleast_2d(out)
         step = max(BLOCK // rows.shape[1], 1)
         for i in range(0, len(rows), step):
-            values = torch.from_numpy(read_rows(self.path, self._tensors[name], i, i + step))
+            values = self._rows(name, i, i + step)
             if name.endswith("norm.weight"):
                 values -= 1  # GGUF stores 1 + weight
             rows[i : i + step] = values
+
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(read_rows(self.files[name], self.stored[name], start, stop))
+
+    def _refuse_rope_factors(self, path: Path, tensor: ReaderTensor) -> None:
+        if tensor.shape.size != 1 or (read_rows(path, tensor, 0, 1) != 1).any():
+            raise ValueError(
+                f"{path}: tensor {ROPE_FACTORS} scales rotary frequencies, which is not supported"
+            )
+
+
+def _parts(first: GGUFFile) -> Iterator[GGUFFile]:
+    """Yields a file and, if it is split, the other parts beside it. Raises ValueError if a part is
+    missing or belongs to another model."""
+    path, count = first.path, first.metadata.get("split.count", 1)
+    tensors = len(first.tensors)
+    yield first
+    match = GGUF_PART.fullmatch(path.name)
+    named = int(match[3]) if match else 1
+    if count != max(named, 1):
+        raise ValueError(
+            f"{path}: split.count={count!r}, but the name says {named}: parts must be named"
+            " NAME-00001-of-0000N.gguf"
+        )
+    for number in range(2, named + 1):
+        assert match is not None
+        beside = path.with_name(f"{match[1]}-{number:05}-of-{named:05}.gguf")
+        if not beside.is_file():
+            raise FileNotFoundError(
+                f"{beside} does not exist, but {path.name} needs it: download it"
+            )
+        part = GGUFFile(beside)
+        for key, expected in (("split.count", count), ("split.no", number - 1)):
+            if (found := part.metadata.get(key)) != expected:
+                raise ValueError(f"{part.path}: {key}={found!r} must be {expected}")
+        tensors += len(part.tensors)
+        yield part
+    if (total := first.metadata.get("split.tensors.count", tensors)) != tensors:
+        raise ValueError(f"{path}: split.tensors.count={total!r}, but the parts have {tensors}")

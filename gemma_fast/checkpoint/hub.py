@@ -11,6 +11,8 @@ from typing import Any
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+# Name of one part of a split GGUF file: stem, number of the part, number of parts.
+GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.ASCII)
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 MAX_JSON = 16 << 20  # bytes; the index of the largest Gemma takes 0.1 MB
 
@@ -39,6 +41,12 @@ def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = HUB_
     if path.suffix in PICKLES:
         raise ValueError(f"{path} is a pickle, which can run code: convert it to safetensors")
     if path.suffix == ".gguf" and path.is_file():
+        part = GGUF_PART.fullmatch(path.name)
+        if part and int(part[2]) != 1:
+            raise ValueError(
+                f"{path} is part {int(part[2])} of {int(part[3])} of a model: pass the first part,"
+                f" {part[1]}-00001-of-{part[3]}.gguf"
+            )
         return path
     if path.exists():
         raise ValueError(

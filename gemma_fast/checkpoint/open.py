@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.checkpoint.base import Checkpoint, FileCheckpoint
 from gemma_fast.checkpoint.hub import resolve
 from gemma_fast.checkpoint.safetensors import SafetensorsCheckpoint
 
@@ -16,7 +16,7 @@ def open_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
     of `hub.resolve`.
     """
     path = resolve(name_or_path)
-    checkpoint: Checkpoint
+    checkpoint: FileCheckpoint
     if path.is_dir():
         checkpoint = SafetensorsCheckpoint(path)
     else:

@@ -20,7 +20,7 @@ class RandomCheckpoint(Checkpoint):
 
     def __init__(self, config: GemmaConfig, seed: int = 0, name: str = "random weights") -> None:
         self.config, self.seed, self.path = config, seed, Path(name)
-        self.generation_config, self.files = {}, {}
+        self.generation_config = {}
         self.shapes = config.tensor_shapes()
 
     def _read(self, name: str, out: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gemma_fast.checkpoint.base import (
-    MULTIMODAL_PREFIX,
-    NOT_TEXT,
-    TIED_HEAD,
-    Checkpoint,
-    parse_config,
-)
-from gemma_fast.checkpoint.config_files import config_from_json
+from gemma_fast.checkpoint.base import EMBEDDING, HEAD, FileCheckpoint, parse_config
+from gemma_fast.checkpoint.config_json import config_from_json, dtype_name
 from gemma_fast.checkpoint.hub import read_json
+from gemma_fast.checkpoint.names import text_name, warn_of_skipped
 
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
@@ -29,36 +24,57 @@ DTYPES = {
 }  # fmt: skip
 
 
-class SafetensorsCheckpoint(Checkpoint):
+class SafetensorsCheckpoint(FileCheckpoint):
     """A checkpoint in a directory that transformers saved. For a multimodal Gemma 3, it contains
-    only the text model."""
+    only the text model. Its dtype is the one that config.json names, as in transformers."""
 
     def __init__(self, path: Path):
-        self.path = path
+        super().__init__(path)
         config_file, generation_file = path / "config.json", path / "generation_config.json"
-        self.config = parse_config(config_file, config_from_json, read_json(config_file))
+        content = read_json(config_file)
+        self.config = parse_config(config_file, config_from_json, content)
         self.generation_config = read_json(generation_file) if generation_file.is_file() else {}
 
-        self.shapes, self.files, self._stored_names = {}, {}, {}
+        found: list[str] = []
+        stored_dtypes: dict[str, str] = {}
         for file, listed in _shards(path).items():
             for stored_name, shape, dtype in _header(file, listed):
-                name = MULTIMODAL_PREFIX.sub("model.", stored_name)
-                if name in self.files:
-                    raise ValueError(f"{file}: tensor {name} is in {self.files[name]} as well")
+                found.append(stored_name)
+                name = text_name(stored_name)
+                if name is None:
+                    continue
                 if dtype not in DTYPES:
                     allowed = ", ".join(DTYPES)
                     raise ValueError(
                         f"{file}: tensor {name} has dtype {dtype}, which is not one of {allowed}"
                     )
-                if name == "model.embed_tokens.weight":
-                    self.dtype = DTYPES[dtype]
-                self.shapes[name], self.files[name] = shape, file
-                self._stored_names[name] = stored_name
+                self.add(name, shape, file, stored_name)
+                stored_dtypes[name] = dtype
+        warn_of_skipped(path, found)
+        self.dtype = _dtype(config_file, dtype_name(content), stored_dtypes)
 
     def _read(self, name: str, out: Tensor) -> None:
         # Open the file for each tensor, because closing it releases the pages that were read.
         with _open_safetensors(self.files[name]) as tensors:
-            out.copy_(tensors.get_tensor(self._stored_names[name]))
+            out.copy_(tensors.get_tensor(self.stored[name]))
+
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        with _open_safetensors(self.files[name]) as tensors:
+            return tensors.get_slice(self.stored[name])[start:stop]
+
+
+def _dtype(config_file: Path, named: str | None, stored: Mapping[str, str]) -> torch.dtype | None:
+    """Returns the dtype that the config names, or else that of the embedding or the head."""
+    if named is None:
+        names = [name for name in (EMBEDDING, HEAD) if name in stored]
+        return DTYPES[stored[names[0]]] if names else None
+    dtype = getattr(torch, named, None)
+    if dtype not in DTYPES.values():
+        raise ValueError(
+            f"{config_file}: dtype {named!r} is not supported, only float32, bfloat16, float16 and"
+            " float64: pass dtype=… after you have removed the field"
+        )
+    return dtype
 
 
 def _shards(path: Path) -> dict[Path, set[str]]:
@@ -67,6 +83,8 @@ def _shards(path: Path) -> dict[Path, set[str]]:
     if (single := path / "model.safetensors").is_file():
         return {single: set()}
     if not (path / INDEX).is_file():
+        if gguf := sorted(path.glob("*.gguf")):
+            raise ValueError(f"{path} has no safetensors files: pass the path of {gguf[0].name}")
         found = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))) or "none"
         raise ValueError(
             f"{path} has neither model.safetensors nor {INDEX} (shards: {found}): download the"
@@ -92,8 +110,8 @@ def _shards(path: Path) -> dict[Path, set[str]]:
 
 
 def _header(file: Path, listed: set[str]) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Yields the stored name, shape and dtype of each tensor of the text model in a file. Raises
-    ValueError if a tensor in `listed` is not in the file."""
+    """Yields the stored name, shape and dtype of each tensor in a file. Raises ValueError if a
+    tensor in `listed` is not in the file."""
     with _open_safetensors(file) as tensors:
         stored_names = set(tensors.keys())
         if absent := sorted(listed - stored_names):
@@ -101,9 +119,8 @@ def _header(file: Path, listed: set[str]) -> Iterator[tuple[str, tuple[int, ...]
                 f"{file}: tensor {absent[0]} is missing, but {INDEX} lists it: download it again"
             )
         for stored_name in sorted(stored_names):
-            if not (NOT_TEXT.match(stored_name) or TIED_HEAD.match(stored_name)):
-                header = tensors.get_slice(stored_name)
-                yield stored_name, tuple(header.get_shape()), header.get_dtype()
+            header = tensors.get_slice(stored_name)
+            yield stored_name, tuple(header.get_shape()), header.get_dtype()
 
 
 @contextmanager

@@ -5,13 +5,15 @@ This module does not import transformers, because the model's attributes contain
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from gemma_fast.checkpoint.base import MULTIMODAL_PREFIX, NOT_TEXT, TIED_HEAD, Checkpoint
-from gemma_fast.checkpoint.config_files import config_from_json
+from gemma_fast.checkpoint.base import EMBEDDING, HEAD, Checkpoint
+from gemma_fast.checkpoint.config_json import config_from_json
+from gemma_fast.checkpoint.names import text_name
 from gemma_fast.config import GemmaConfig
 
 CLASSES = (
@@ -23,19 +25,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class TransformersCheckpoint(Checkpoint):
     """A checkpoint that shares the weights of the text model in an instance of one of CLASSES.
 
-    Raises ValueError for other classes, variants that this project does not support, an lm_head
-    that is not tied to the embedding, and weights that are quantized, wrapped by an adapter,
-    incomplete, on several devices or in several dtypes.
+    Raises ValueError for other classes, variants that this project does not support, and weights
+    that are quantized, wrapped by an adapter, incomplete, on several devices or in several dtypes.
     """
 
     tensors: dict[str, Tensor]
 
     def __init__(self, source: nn.Module) -> None:
-        self.path, self.files = Path(type(source).__name__), {}
-        self.config = _read_config(source)
-        self.tensors = _read_weights(source, self.config)
+        self.path = Path(type(source).__name__)
+        found = _text_parameters(source)
+        self.config = replace(_read_config(source), tie_word_embeddings=_is_tied(found))
+        self.tensors = _check_weights(found, self.config)
         self.shapes = {name: tuple(weight.shape) for name, weight in self.tensors.items()}
-        embedding = self.tensors["model.embed_tokens.weight"]
+        embedding = self.tensors[EMBEDDING]
         self.dtype, self.device = embedding.dtype, embedding.device
         generation = getattr(source, "generation_config", None)
         given = generation.to_dict() if generation is not None else {}
@@ -57,16 +59,32 @@ def _read_config(source: nn.Module) -> GemmaConfig:
         raise ValueError(f"{kind}: {error}") from error
 
 
-def _read_weights(source: nn.Module, config: GemmaConfig) -> dict[str, Tensor]:
-    """Returns a dict: name in a checkpoint → tensor of the text model. Raises ValueError if the
-    tensors do not match the config."""
-    found, head = {}, None
+def _text_parameters(source: nn.Module) -> dict[str, Tensor]:
+    """Returns a dict: name in a checkpoint → parameter of the text model."""
+    found: dict[str, Tensor] = {}
     for stored_name, weight in source.named_parameters(remove_duplicate=False):
-        if TIED_HEAD.match(stored_name):
-            head = weight
-        elif not NOT_TEXT.match(stored_name):
-            found[MULTIMODAL_PREFIX.sub("model.", stored_name)] = weight
+        if (name := text_name(stored_name)) is not None:
+            found[name] = weight
+    return found
+
+
+def _is_tied(found: dict[str, Tensor]) -> bool:
+    """Returns True if the head is the embedding, equals it, or does not exist."""
+    head, embedding = found.get(HEAD), found.get(EMBEDDING)
+    if head is None or embedding is None or head is embedding:
+        return True
+    same = (head.shape, head.dtype, head.device) == (
+        embedding.shape, embedding.dtype, embedding.device
+    )  # fmt: skip
+    return same and not head.is_meta and torch.equal(head, embedding)
+
+
+def _check_weights(found: dict[str, Tensor], config: GemmaConfig) -> dict[str, Tensor]:
+    """Returns the parameters that the config requires, without gradients. Raises ValueError if they
+    do not match the config."""
     expected = config.tensor_shapes()
+    if config.tie_word_embeddings:
+        found.pop(HEAD, None)
     for name in found:
         if name not in expected:
             way_out = "merge the adapter first (merge_and_unload)" if "lora" in name else ""
@@ -79,11 +97,6 @@ def _read_weights(source: nn.Module, config: GemmaConfig) -> dict[str, Tensor]:
                 f"parameter {name} is missing: fused and renamed weights are not supported"
             )
         _check_weight(name, found[name], shape)
-    embedding = found["model.embed_tokens.weight"]
-    if head is not None and head.data_ptr() != embedding.data_ptr():
-        raise ValueError(
-            "lm_head has its own weights: only an lm_head that is tied to embed_tokens is supported"
-        )
     for what in ("device", "dtype"):
         kinds = {getattr(weight, what): name for name, weight in found.items()}
         if len(kinds) > 1:

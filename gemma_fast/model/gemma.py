@@ -66,15 +66,24 @@ class Gemma(nn.Module):
             Layer(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = frozen(config.hidden_size)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else frozen(config.vocab_size, config.hidden_size)
         self.rope = Rope(config)
 
     @property
     def parts(self) -> dict[str, list[str]]:
         """Maps each parameter's name to the names of the checkpoint's tensors stacked in it."""
         parts = {"embed_tokens": ["model.embed_tokens.weight"], "norm": ["model.norm.weight"]}
+        if self.lm_head is not None:
+            parts["lm_head"] = ["lm_head.weight"]
         for i, layer in enumerate(self.layers):
             parts |= {f"layers.{i}.{name}": given for name, given in layer.parts.items() if given}
         return parts
+
+    @property
+    def output_weight(self) -> Tensor:
+        """Weight of the output projection :: [vocab, hidden]: the embedding, or its own weight."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +116,7 @@ class Gemma(nn.Module):
         assert hiddens.residual is not None
         next_token(
             hiddens.x[:, -1], hiddens.residual[:, -1], self.norm, hiddens.post_norm,
-            self.embed_tokens, position, token, counter, *settings,
+            self.output_weight, position, token, counter, *settings,
             softcap=self.config.final_logit_softcapping, eps=self.config.rms_norm_eps,
             pdl=True,
         )  # fmt: skip
@@ -128,9 +137,9 @@ class Gemma(nn.Module):
         return stream
 
     def logits(self, hiddens: Residual) -> Tensor:
-        """Returns logits :: [b, t, vocab]. The output projection uses the embedding's weight."""
+        """Returns logits :: [b, t, vocab]."""
         logits, _ = norm_linear(
-            hiddens.x, hiddens.residual, self.norm, hiddens.post_norm, self.embed_tokens,
+            hiddens.x, hiddens.residual, self.norm, hiddens.post_norm, self.output_weight,
             eps=self.config.rms_norm_eps,
         )  # fmt: skip
         return soft_cap_logits(logits, self.config.final_logit_softcapping)

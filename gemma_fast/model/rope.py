@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemma_fast.config import FULL, GemmaConfig
+from gemma_fast.config import GemmaConfig, RopeParameters
 
 Tables = dict[str, tuple[Tensor, Tensor]]
 
@@ -47,18 +48,45 @@ class Rope:
 
 
 def _tables(config: GemmaConfig, positions: int, device: torch.device) -> Tables:
-    """Returns layer type → cos, sin :: [positions, d / 2] of the rotary angles.
-
-    Position p rotates channel pair i by the angle p * theta^(-2i / d). On full layers the angle is
-    also divided by rope_scaling_factor.
-    """
+    """Returns layer type → cos, sin :: [positions, d / 2] of the rotary angles, multiplied by the
+    type's attention_factor."""
     position = torch.arange(positions, device=device).unsqueeze(1).float()
-    i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     tables = {}
     for kind in set(config.layer_types):
-        full = kind == FULL
-        theta = config.rope_theta if full else config.rope_local_base_freq
-        inv_freq = 1 / theta ** (i / config.head_dim)
-        angle = position * (inv_freq / config.rope_scaling_factor if full else inv_freq)
-        tables[kind] = angle.cos(), angle.sin()
+        rope = config.rope(kind)
+        angle = position * inverse_frequencies(rope, config.head_dim, device)
+        tables[kind] = angle.cos() * rope.attention_factor, angle.sin() * rope.attention_factor
     return tables
+
+
+def inverse_frequencies(rope: RopeParameters, d: int, device: torch.device) -> Tensor:
+    """Returns the angle of each channel pair at position 1 :: [d / 2], fp32."""
+    pair = torch.arange(0, d, 2, device=device, dtype=torch.float32)
+    fast = 1 / rope.rope_theta ** (pair / d)
+    if rope.rope_type == "default":
+        return fast
+    slow = fast / rope.factor
+    if rope.rope_type == "linear":
+        return slow
+    share = _slow_share(rope, d).to(device)
+    return slow * share + fast * (1 - share)
+
+
+def _slow_share(rope: RopeParameters, d: int) -> Tensor:
+    """Returns the weight of the divided frequency :: [d / 2], from 0 for fast pairs to 1 for slow
+    pairs, as in YaRN."""
+    first, last = (_pair_of(rope, d, turns) for turns in (rope.beta_fast, rope.beta_slow))
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, d - 1)
+    if first == last:
+        last += 0.001  # as in transformers: avoids a division by 0
+    pairs = torch.arange(d // 2, dtype=torch.float32)
+    return ((pairs - first) / (last - first)).clamp(0, 1)
+
+
+def _pair_of(rope: RopeParameters, d: int, turns: float) -> float:
+    """Returns the channel pair, as a fraction, that rotates `turns` times within the original
+    context."""
+    context, base = rope.original_max_position_embeddings, rope.rope_theta
+    return d * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))

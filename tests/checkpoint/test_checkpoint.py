@@ -21,7 +21,7 @@ from checkpoints import (
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import save_file
 
-from gemma_fast.checkpoint.config_files import config_from_json
+from gemma_fast.checkpoint.config_json import config_from_json
 from gemma_fast.checkpoint.open import open_checkpoint
 
 ROOT = Path(__file__).parents[2]

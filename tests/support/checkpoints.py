@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
-from gemma_fast.checkpoint.config_files import config_from_json
+from gemma_fast.checkpoint.config_json import config_from_json
 from gemma_fast.config import GemmaConfig
 
 FAMILIES = ("gemma", "gemma2", "gemma3")
@@ -28,7 +28,8 @@ SIZES = {
 
 
 def config_json(family: str, **sizes: int) -> dict:
-    return {"model_type": family, "sliding_window": 8} | SIZES | sizes
+    kind = "gemma3_text" if family == "gemma3" else family
+    return {"model_type": kind, "sliding_window": 8} | SIZES | sizes
 
 
 def random_tensors(family: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict:

@@ -19,7 +19,7 @@ from torch import Tensor
 from gemma_fast.benchmarks.model.transformers_model import transformers_config
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint
-from gemma_fast.config import GemmaConfig
+from gemma_fast.config import GemmaConfig, RopeParameters
 from gemma_fast.reference import Reference
 
 TOLERANCE = 1e-4  # absolute error in fp32, for logits of a few units
@@ -34,7 +34,7 @@ _GEMMA2 = GemmaConfig(
 )  # fmt: skip
 _GEMMA3 = GemmaConfig(
     model_type="gemma3", query_pre_attn_scalar=20, sliding_window=8, sliding_window_pattern=2,
-    rope_theta=1e6, rope_scaling_factor=8.0, rms_norm_eps=0.01, **_SHARED,
+    full_rope=RopeParameters(1e6, "linear", 8.0), rms_norm_eps=0.01, **_SHARED,
 )  # fmt: skip
 _GEMMA1 = GemmaConfig(model_type="gemma", query_pre_attn_scalar=32, **_SHARED)
 CONFIGS = {

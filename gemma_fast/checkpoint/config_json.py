@@ -1,0 +1,170 @@
+"""Converts config.json (of transformers 4 or 5) to a GemmaConfig.
+
+The tables say what happens to each field: APPLIED, REFUSED or IGNORED. A field is applied for the
+families for which transformers reads it. A field in none of the tables gives a warning.
+
+The input is untrusted. Raises ValueError, with the field's name, if a field is missing, has a wrong
+type, is out of range, or requires a computation that this project does not support.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from gemma_fast.checkpoint.rope_fields import USE_HF, rope_of
+from gemma_fast.config import FAMILIES, SHAPES, GemmaConfig
+
+# model_type in config.json → family
+MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3"}
+ALL, WINDOWED = ("gemma", "gemma2", "gemma3"), ("gemma2", "gemma3")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Field → the families for which transformers reads it. For other families it has no effect.
+APPLIED = {
+    **dict.fromkeys((*SHAPES, *TOKENS, "model_type", "rms_norm_eps"), ALL),
+    **dict.fromkeys(("max_position_embeddings", "tie_word_embeddings", "dtype"), ALL),
+    **dict.fromkeys(("rope_parameters", "rope_scaling", "rope_theta"), ALL),
+    **dict.fromkeys(("query_pre_attn_scalar", "sliding_window", "layer_types"), WINDOWED),
+    "torch_dtype": ALL,  # older name of dtype
+    "text_config": ("gemma3",),
+    "final_logit_softcapping": WINDOWED,
+    "attn_logit_softcapping": ("gemma2",),
+    "sliding_window_pattern": ("gemma3",),
+    "rope_local_base_freq": ("gemma3",),
+    "original_max_position_embeddings": ("gemma", "gemma2"),
+}
+# Field → the families for which transformers reads it, the supported values, and what to do about
+# another value.
+REFUSED: dict[str, tuple[tuple[str, ...], tuple[Any, ...], str]] = {
+    # Gemma 1's configs contain "gelu", but the model uses GELU's tanh approximation.
+    "hidden_act": (("gemma",), ("gelu", "gelu_pytorch_tanh"), USE_HF),
+    "hidden_activation": (WINDOWED, ("gelu_pytorch_tanh",), USE_HF),
+    "attention_bias": (ALL, (False,), USE_HF),
+    "use_bidirectional_attention": (ALL, (False, None), USE_HF),
+    "partial_rotary_factor": (ALL, (1,), USE_HF),
+    "is_encoder_decoder": (ALL, (False,), "use transformers"),
+    "per_layer_config": (ALL, (None,), "use transformers"),
+    "quantization_config": (
+        ALL, (None,), "use a .gguf file, an unquantized checkpoint, or transformers"
+    ),
+}  # fmt: skip
+# Fields without an effect on logits: transformers ignores them when it runs a Gemma model.
+IGNORED = {
+    "architectures", "attention_dropout", "auto_map", "cache_implementation",
+    "chunk_size_feed_forward", "id2label", "initializer_range", "label2id", "num_labels",
+    "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+    "transformers_version", "use_cache",
+    # Parts of a multimodal model that are not read.
+    "boi_token_id", "boi_token_index", "eoi_token_id", "eoi_token_index", "image_token_id",
+    "image_token_index", "mm_tokens_per_image", "vision_config",
+    # Written by old releases of transformers, and by libraries for training.
+    "_attn_implementation_autoset", "_name_or_path", "_sliding_window_pattern",
+    "attn_implementation", "model_max_length", "unsloth_fixed", "unsloth_version",
+    "use_return_dict",
+    # Options of generate(): transformers 5 reads them in generation_config.json only.
+    "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty",
+    "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "output_scores", "prefix", "remove_invalid_values", "repetition_penalty",
+    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "temperature", "top_k", "top_p",
+    "typical_p",
+    # Settings of other kinds of models that old releases wrote for every model.
+    "add_cross_attention", "cross_attention_hidden_size", "finetuning_task", "is_decoder",
+    "pruned_heads", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder",
+    "tokenizer_class", "torchscript", "use_bfloat16",
+}  # fmt: skip
+# transformers' defaults for shapes that are missing in a config.json, in the order of SHAPES.
+DEFAULT_SHAPES = {
+    "gemma": (256_000, 3072, 28, 16, 16, 256, 24576),
+    "gemma2": (256_000, 2304, 26, 8, 4, 256, 9216),
+    "gemma3": (262_208, 2304, 26, 8, 4, 256, 9216),
+}
+NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+
+
+def config_from_json(config: Mapping[str, Any]) -> GemmaConfig:
+    """Converts the content of a config.json. In a multimodal Gemma 3, the text model's fields are
+    under `text_config`, and fields with default values are missing. Raises ValueError for models
+    other than Gemma, and for variants that are not supported."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"the config must be a JSON object, not a {type(config).__name__}")
+    family = MODEL_TYPES.get(str(config.get("model_type")))
+    if family is None:
+        raise ValueError(
+            f"model_type {config.get('model_type')!r} is not one of {', '.join(MODEL_TYPES)}: use"
+            " transformers for other models"
+        )
+    given = _text_fields(config)
+    for name, value in given.items():
+        _check_field(name, value, family)
+    read = {name: value for name, value in given.items() if family in APPLIED.get(name, ())}
+    values = dict(zip(SHAPES, DEFAULT_SHAPES[family], strict=True)) | FAMILIES[family]
+    for name in {f.name for f in fields(GemmaConfig)} | {"sliding_window_pattern"}:
+        if (value := read.get(name)) is not None or (name in read and name in NULLABLE):
+            values[name] = tuple(value) if isinstance(value, list) else value
+    values |= _end_tokens(read)
+    if family == "gemma":
+        values["query_pre_attn_scalar"] = values["head_dim"]
+    values.setdefault("query_pre_attn_scalar", 256)
+    context = values["max_position_embeddings"]
+    return GemmaConfig(**values | {"model_type": family} | rope_of(read, family, context))
+
+
+def dtype_name(config: Mapping[str, Any]) -> str | None:
+    """Returns the name of the dtype in which transformers computes this checkpoint, or None if the
+    config does not set it."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    return None if name is None else str(name).removeprefix("torch.")
+
+
+def _text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of the text model. In a multimodal config they are under `text_config`,
+    but token ids and `tie_word_embeddings` outside of it come first, as in transformers."""
+    if config["model_type"] != "gemma3":
+        return dict(config)
+    given = config.get("text_config")
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"text_config={given!r:.60} must be a JSON object: model_type gemma3 is multimodal; a"
+            " text model has model_type gemma3_text"
+        )
+    if given.get("model_type", "gemma3_text") != "gemma3_text":
+        raise ValueError(f"text_config: model_type {given['model_type']!r} is not gemma3_text")
+    outside = {name: config[name] for name in config if config[name] is not None}
+    return dict(given) | {k: v for k, v in outside.items() if k not in given or k in _OUTSIDE}
+
+
+_OUTSIDE = (*TOKENS, "tie_word_embeddings", "model_type")
+
+
+def _check_field(name: str, value: Any, family: str) -> None:
+    """Raises ValueError for a value that is not supported. Warns if the field is unknown."""
+    if name in REFUSED:
+        families, supported, way_out = REFUSED[name]
+        if family in families and value is not None and value not in supported:
+            raise ValueError(
+                f"{name}={value!r:.80} is not supported, only"
+                f" {' or '.join(str(x) for x in supported)}: {way_out}"
+            )
+    elif name not in APPLIED and name not in IGNORED:
+        warnings.warn(
+            f"config.json: the field {name}={value!r:.60} is unknown and has no effect",
+            stacklevel=2,
+        )
+
+
+def _end_tokens(read: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns eos_token_id and pad_token_id where they are null. Without an end token, no token
+    ends a text. Without a padding token, `generate` pads with the first end token."""
+    found: dict[str, Any] = {}
+    if "eos_token_id" in read and read["eos_token_id"] is None:
+        found["eos_token_id"] = ()
+    if "pad_token_id" in read and read["pad_token_id"] is None:
+        eos = read.get("eos_token_id", 1)
+        first = eos[0] if isinstance(eos, list) and eos else eos
+        found["pad_token_id"] = first if isinstance(first, int) else 0
+    return found
