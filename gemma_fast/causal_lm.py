@@ -208,13 +208,16 @@ class GemmaForCausalLM(Gemma):
     def memory(self) -> dict[str, int]:
         """Returns the bytes of each item on the device. `free_memory` frees "cache" and "graph".
 
-        weights  all parameters
+        weights  all parameters, except an output head of its own
+        lm_head  the output head, if it has a weight of its own
         cache    the rotary tables, and the KV caches that `generate` keeps for its next call
         graph    the CUDA graphs that `generate` keeps for its next call
         """
         kept = self.decoders.memory()
         kept["cache"] += self.rope.nbytes
-        return {"weights": sum(weight.nbytes for weight in self.parameters()), **kept}
+        head = {} if self.lm_head is None else {"lm_head": self.lm_head.nbytes}
+        weights = sum(weight.nbytes for weight in self.parameters()) - sum(head.values())
+        return {"weights": weights, **head, **kept}
 
     def free_memory(self) -> None:
         """Frees the KV caches and CUDA graphs that `generate` keeps, and the rotary tables."""

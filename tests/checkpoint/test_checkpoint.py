@@ -84,22 +84,42 @@ def test_text_model_of_a_multimodal_checkpoint_is_read(tmp_path, prefix):
         "multi_modal_projector.mm_input_projection_weight",
         "model.vision_tower.vision_model.head.weight",
         "model.multi_modal_projector.mm_soft_emb_norm.weight",
-        "language_model.lm_head.weight",
-        "model.language_model.lm_head.weight",
     ):
         stored[name] = torch.zeros(3, dtype=torch.int8)
     save_file(stored, tmp_path / "model.safetensors")
-    config = {"model_type": "gemma3", "text_config": config_json("gemma3_text")}
+    config = {"model_type": "gemma3", "text_config": config_json("gemma3")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert_holds(open_checkpoint(tmp_path), tensors)
     split(tmp_path, stored)
     assert_holds(open_checkpoint(tmp_path), tensors)
 
 
-def test_tied_lm_head_is_ignored(tmp_path):
-    tensors = random_tensors("gemma3")
-    write_safetensors(tmp_path, tensors=tensors | {"lm_head.weight": torch.zeros(12, 64)})
+def test_tensors_of_an_automodel_have_no_prefix(tmp_path):
+    tensors = write_safetensors(tmp_path)
+    stored = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(stored, tmp_path / "model.safetensors")
     assert_holds(open_checkpoint(tmp_path), tensors)
+
+
+def test_tensors_that_are_no_weights_are_skipped_with_one_warning(tmp_path):
+    tensors = random_tensors("gemma3")
+    other = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.embed_tokens.embed_scale")
+    other += ("v_head.summary.weight", "v_head.summary.bias", "score.weight")
+    write_safetensors(tmp_path, tensors=tensors | {name: torch.ones(3) for name in other})
+    with pytest.warns(UserWarning, match="5 tensors are no weights of the model") as caught:
+        assert_holds(open_checkpoint(tmp_path), tensors)
+    assert len(caught) == 1
+
+
+def test_dtype_of_the_config_comes_before_that_of_the_tensors(tmp_path):
+    write_safetensors(tmp_path, tensors=random_tensors("gemma", torch.bfloat16), family="gemma")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name, dtype in {"dtype": "float32", "torch_dtype": "float16"}.items():
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: dtype}))
+        assert open_checkpoint(tmp_path).dtype == getattr(torch, dtype)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float8_e4m3fn"}))
+    with pytest.raises(ValueError, match="dtype 'float8_e4m3fn' is not supported"):
+        open_checkpoint(tmp_path)
 
 
 def test_generation_config_is_read(tmp_path):

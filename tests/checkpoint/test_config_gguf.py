@@ -143,12 +143,11 @@ def test_every_key_is_applied_or_refused_or_gives_a_warning_or_is_known_to_have_
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            applied = config_from_gguf(changed) != config_from_gguf(GGUF_270M)
-        except ValueError as error:
-            assert key in str(error) or "divisible" in str(error) or "odd" in str(error)
+            if config_from_gguf(changed) != config_from_gguf(GGUF_270M):
+                return
+        except ValueError:
             return
-    no_effect = key in ("attn_logit_softcapping", "rope.scale_linear")
-    assert applied or key in str(caught[-1].message if caught else "") or no_effect
+    assert key == "attn_logit_softcapping" or key in str(caught[-1].message)
 
 
 @pytest.mark.parametrize(

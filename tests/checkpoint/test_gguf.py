@@ -83,10 +83,14 @@ def test_each_quantization_type_is_read(tmp_path, small_blocks, kind):
 PLAIN = {Type.F32: np.float32, Type.F16: np.float16}
 
 
-def test_rope_freqs_and_the_tied_output_are_ignored(tmp_path):
-    extra = {"rope_freqs.weight": np.ones(16, np.float32), "output.weight": np.ones((12, 64))}
-    tensors = write_gguf(tmp_path / "model.gguf", extra=extra)
+def test_rope_freqs_without_an_effect_are_ignored(tmp_path):
+    factors = np.ones(16, np.float32)
+    tensors = write_gguf(tmp_path / "model.gguf", extra={"rope_freqs.weight": factors})
     assert_holds(open_checkpoint(tmp_path / "model.gguf"), tensors, atol=5e-7)
+    factors[3] = 2
+    write_gguf(tmp_path / "model.gguf", extra={"rope_freqs.weight": factors})
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight scales rotary frequencies"):
+        open_checkpoint(tmp_path / "model.gguf")
 
 
 def test_metadata_of_every_type_is_read(tmp_path):

@@ -155,9 +155,17 @@ def test_other_models_are_refused(source):
     refused(source, "Gemma3ForCausalLM: use_bidirectional_attention=True is not supported")
 
 
-def test_untied_lm_head_is_refused(source):
-    source.lm_head.weight = nn.Parameter(source.lm_head.weight.detach().clone())
-    refused(source, "lm_head has its own weights")
+def test_a_head_of_its_own_is_shared_and_an_equal_one_is_tied(source):
+    ids = torch.arange(3, 20)[None]
+    head = nn.Parameter(source.lm_head.weight.detach().clone())
+    source.lm_head.weight = head
+    model = GemmaForCausalLM.from_transformers(source)
+    assert model.lm_head is None
+    close(model(ids).logits, source(ids).logits)
+    head.data.neg_()
+    model = GemmaForCausalLM.from_transformers(source)
+    assert model.lm_head.data_ptr() == head.data_ptr()
+    close(model(ids).logits, source(ids).logits)
 
 
 def test_adapters_are_refused(source):

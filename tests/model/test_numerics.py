@@ -111,7 +111,9 @@ def test_angles_are_fp32_in_a_bf16_model():
     position = torch.arange(256, 260).unsqueeze(0)
     for kind in (FULL, SLIDING):
         half_angles, full_angles = (torch.stack(x.angles_of(4)[kind]) for x in (half, full))
-        walk = torch.stack(reference.angles(config, position, kind)).squeeze(2)
+        walk = torch.stack(reference.angles(config.rope(kind), config.head_dim, position)).squeeze(
+            2
+        )
         for angles in (half_angles, walk):  # [2, 1, 4, d / 2]: cos and sin
             assert angles.dtype == torch.float32
             assert torch.equal(angles, full_angles)

@@ -4,7 +4,7 @@ transformers', this project's, and the reference.
 transformers saves the checkpoint that the other two implementations load, so each comparison also
 tests loading `config.json` and safetensors. Sizes are unusual on purpose: heads * head_dim is not
 hidden_size, query_pre_attn_scalar is not head_dim, windows are short, and soft caps are low enough
-to change the results.
+to change the results. One model has an output head of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _GEMMA3 = GemmaConfig(
 _GEMMA1 = GemmaConfig(model_type="gemma", query_pre_attn_scalar=32, **_SHARED)
 CONFIGS = {
     "gemma-mqa": _GEMMA1,
-    "gemma-mha": replace(_GEMMA1, num_key_value_heads=4),
+    "gemma-mha": replace(_GEMMA1, num_key_value_heads=4, tie_word_embeddings=False),
     "gemma2-gqa": replace(_GEMMA2, num_key_value_heads=2),
     "gemma3-mqa": replace(_GEMMA3, num_hidden_layers=7, layer_types=(), sliding_window_pattern=6),
     "gemma3-gqa": replace(_GEMMA3, num_key_value_heads=2, sliding_window=13),
