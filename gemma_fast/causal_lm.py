@@ -27,8 +27,18 @@ from gemma_fast.model.gemma import Gemma
 
 
 class CausalLMOutput(NamedTuple):
+    """Result of a forward pass. Items are also found by name, as in transformers: out["logits"]."""
+
     logits: Tensor  # [b, t, vocab], or [b, logits_to_keep, vocab]
     past_key_values: KVCache | None
+
+    @property
+    def cache(self) -> KVCache | None:
+        """The cache under its name in transformers 5.24."""
+        return self.past_key_values
+
+    def __getitem__(self, key: Any) -> Any:
+        return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
 
 
 class GemmaForCausalLM(Gemma):
@@ -109,6 +119,8 @@ class GemmaForCausalLM(Gemma):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: KVCache | None = None,
+        *,
+        cache: KVCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         **others: Any,
@@ -120,19 +132,20 @@ class GemmaForCausalLM(Gemma):
                          on the right, but then the cache cannot be continued
         position_ids     [b, t], as in transformers; must agree with attention_mask
         past_key_values  the KVCache that an earlier call returned; it is extended in place
+        cache            name of past_key_values in transformers 5.24
         use_cache        False: return no cache; default: return the cache
         logits_to_keep   number of last tokens whose logits are returned; 0: all tokens
         others           transformers' keywords that have no effect here, see `compat.FORWARD`
         """
         check_keywords("forward()", others, FORWARD)
+        if cache is not None and past_key_values is not None:
+            raise TypeError("forward() got both cache and past_key_values: pass only one")
         input_ids = self.check_ids(input_ids)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"{logits_to_keep=} must be an integer of at least 0 (0: all)")
         b, t = input_ids.shape
-        if past_key_values is None:
-            cache = self.new_cache(b, t, grows=True)
-        else:
-            cache = self._check_cache(past_key_values, b)
+        cache = past_key_values if cache is None else cache
+        cache = self.new_cache(b, t, grows=True) if cache is None else self._check_cache(cache, b)
         cache.reserve(t)  # may raise, so it must come before `align` changes the cache's positions
         cache.align(t, attention_mask, position_ids)
         hiddens = self.hidden_states(input_ids, cache)

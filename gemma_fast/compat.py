@@ -22,6 +22,7 @@ Table = Mapping[str, tuple[Any, str]]
 ANY = _Any()
 _FROM_LOGITS = "compute the loss from the logits; the kernels have no backward"
 _DOWNLOAD = "pass the path that huggingface_hub.snapshot_download(…) returns"
+_ADAPTER = "merge the adapter with peft: model.merge_and_unload().save_pretrained(…)"
 _ONE_TEXT = "each prompt gets one continuation: repeat the prompt in the batch to get several"
 _LOOP = "call the model in a loop, with past_key_values, and sample from its logits"
 _MINIMUM = "pass eos_token_id=[], so that no token ends a text"
@@ -58,7 +59,36 @@ GENERATE: Table = _OUTPUTS | {
     "assistant_model": ((), "speculative decoding is not implemented: omit it"),
     "max_time": ((), "to end a text early, pass a streamer that raises KeyboardInterrupt"),
 }
+_ONE_DEVICE = "the model runs on one device: pass device=…"
+_QUANTIZED = "quantized weights are read from .gguf files only"
 FROM_PRETRAINED: Table = {
+    "config": ((), "edit config.json in a copy of the directory"),
+    "generation_config": ((), "set options of model.generation_config, or pass them to generate()"),
+    "state_dict": ((), "save it with safetensors, beside config.json"),
+    "ignore_mismatched_sizes": ((False,), "weights of other shapes are refused"),
+    "key_mapping": ((), "rename the tensors in the file"),
+    "weights_only": ((True,), "pickles are not read"),
+    "disable_mmap": (ANY, ""),
+    "adapter_name": ((), _ADAPTER),
+    "adapter_kwargs": ((), _ADAPTER),
+    "use_kernels": (ANY, ""),
+    "kernel_config": ((), "the kernels are this project's: omit it"),
+    "allow_all_kernels": ((False,), "the kernels are this project's: omit it"),
+    "experts_implementation": (ANY, ""),
+    "fusion_config": ((), "projections are always fused: omit it"),
+    "offload_folder": ((), _ONE_DEVICE),
+    "offload_buffers": ((False,), _ONE_DEVICE),
+    "offload_state_dict": (ANY, ""),
+    "max_memory": ((), _ONE_DEVICE),
+    "tp_plan": ((), _ONE_DEVICE),
+    "tp_size": ((1,), _ONE_DEVICE),
+    "device_mesh": ((), _ONE_DEVICE),
+    "distributed_config": ((), _ONE_DEVICE),
+    "variant": ((), "rename the files of the variant to model.safetensors"),
+    "force_download": ((False,), _DOWNLOAD),
+    "local_files_only": ((False,), _DOWNLOAD),
+    "proxies": ((), _DOWNLOAD),
+    "tqdm_class": ((), _DOWNLOAD),
     "attn_implementation": (
         ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
         "attention runs on this project's kernels; omit it",
@@ -66,9 +96,9 @@ FROM_PRETRAINED: Table = {
     "low_cpu_mem_usage": (ANY, ""),
     "use_safetensors": ((True,), "pickles are not read: convert them to safetensors"),
     "trust_remote_code": ((False,), "a checkpoint's code is not run"),
-    "quantization_config": ((), "quantized weights are read from .gguf files only"),
-    "load_in_8bit": ((False,), "quantized weights are read from .gguf files only"),
-    "load_in_4bit": ((False,), "quantized weights are read from .gguf files only"),
+    "quantization_config": ((), _QUANTIZED),
+    "load_in_8bit": ((False,), _QUANTIZED),
+    "load_in_4bit": ((False,), _QUANTIZED),
     "output_loading_info": ((False,), "missing and unexpected tensors raise ValueError"),
     "revision": (("main",), _DOWNLOAD),
     "token": ((), _DOWNLOAD + ", or run `hf auth login`"),

@@ -18,6 +18,7 @@ from gemma_fast.checkpoint.hub import read_json
 from gemma_fast.checkpoint.names import text_name, warn_of_skipped
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # transformers applies an adapter that it finds beside a model
 SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
@@ -30,6 +31,11 @@ class SafetensorsCheckpoint(FileCheckpoint):
 
     def __init__(self, path: Path):
         super().__init__(path)
+        if (adapter := path / ADAPTER).is_file():
+            raise ValueError(
+                f"{adapter}: adapters are not supported: load base model and adapter with peft, then"
+                " save model.merge_and_unload()"
+            )
         config_file, generation_file = path / "config.json", path / "generation_config.json"
         content = read_json(config_file)
         self.config = parse_config(config_file, config_from_json, content)

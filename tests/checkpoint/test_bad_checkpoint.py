@@ -191,3 +191,27 @@ def test_directories_without_weights_are_refused(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"neither model\.safetensors nor .*shards: none"):
         open_checkpoint(tmp_path)
+
+
+def test_an_adapter_beside_the_model_is_refused(tmp_path):
+    write_safetensors(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter_config\.json: adapters are not supported"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("way", ["head", "embedding", "both"])
+def test_a_damaged_head_is_refused(tmp_path, way):
+    """Values of another shape must not be compared, and NaN does not equal NaN."""
+    tensors = write_safetensors(tmp_path)
+    changed = {"lm_head.weight": torch.full((12, 64), torch.nan)}
+    if way != "head":
+        changed["model.embed_tokens.weight"] = torch.zeros(3, 5)
+    if way == "both":
+        changed["lm_head.weight"] = torch.zeros(3, 5)
+    save_file(tensors | changed, tmp_path / "model.safetensors")
+    if way == "head":
+        assert not open_checkpoint(tmp_path).config.tie_word_embeddings
+        return
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight has shape \(3, 5\)"):
+        open_checkpoint(tmp_path)
