@@ -33,8 +33,8 @@ class SafetensorsCheckpoint(FileCheckpoint):
         super().__init__(path)
         if (adapter := path / ADAPTER).is_file():
             raise ValueError(
-                f"{adapter}: adapters are not supported: load base model and adapter with peft, then"
-                " save model.merge_and_unload()"
+                f"{adapter}: adapters are not supported: load both with peft, then save"
+                " model.merge_and_unload()"
             )
         config_file, generation_file = path / "config.json", path / "generation_config.json"
         content = read_json(config_file)

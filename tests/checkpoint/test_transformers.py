@@ -122,7 +122,7 @@ def test_weight_that_is_not_contiguous_is_copied(source):
     close(model(ids).logits, source(ids).logits)
 
 
-def test_text_model_of_a_multimodal_model_is_loaded():
+def test_text_model_of_a_multimodal_model_is_loaded(tmp_path):
     text = transformers_config(CONFIGS["gemma3-gqa"]).to_dict()
     vision = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
     vision |= {"num_attention_heads": 1, "image_size": 28, "patch_size": 14}
@@ -133,6 +133,17 @@ def test_text_model_of_a_multimodal_model_is_loaded():
     model, ids = GemmaForCausalLM.from_transformers(source), torch.tensor([[2, 5, 9, 7]])
     close(model(ids).logits, source(ids).logits)
     assert model.embed_tokens.data_ptr() == source.get_input_embeddings().weight.data_ptr()
+
+    source.set_output_embeddings(nn.Linear(48, 199, bias=False))
+    source.save_pretrained(tmp_path)
+    hf = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path)
+    expected = hf.eval()(ids).logits
+    for model in (
+        GemmaForCausalLM.from_pretrained(tmp_path, device="cpu"),
+        GemmaForCausalLM.from_transformers(source),
+    ):
+        assert model.lm_head is not None
+        close(model(ids).logits, expected)
 
 
 def test_dtype_and_generation_config_are_kept(source):
