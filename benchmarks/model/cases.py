@@ -86,12 +86,14 @@ def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens
     """Returns the work of a forward pass over `tokens` new tokens in each of `batch` sequences,
     after `depth` tokens.
 
-    Each weight is read once and takes 2 FLOPs per new token, except the embedding, which takes
-    FLOPs only for the last token's logits. The lookup of embeddings is not counted. Attention takes
+    Each weight is read once and takes 2 FLOPs per new token, except that of the output projection,
+    which takes FLOPs only for the last token's logits. The lookup of embeddings is not counted.
+    Attention takes
     4 FLOPs per layer, query head, channel and visible (query, key) pair. Old keys and values that a
     new token sees are read once; new keys and values that a later token may see are written once.
     """
-    weights, embedding = config.num_parameters, config.vocab_size * config.hidden_size
+    head = config.vocab_size * config.hidden_size  # weights of the output projection
+    weights = config.num_parameters - (0 if config.tie_word_embeddings else head)
     heads, n, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     pairs = positions = 0
     for layer in range(config.num_hidden_layers):
@@ -99,5 +101,5 @@ def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens
         limit = window or depth + tokens
         positions += min(depth, limit - 1) + min(tokens, limit)
         pairs += visible_pairs(depth + tokens, window) - visible_pairs(depth, window)
-    products = 2 * (tokens * (weights - embedding) + embedding) + 4 * heads * d * pairs
+    products = 2 * (tokens * (weights - head) + head) + 4 * heads * d * pairs
     return Work((weights + batch * 2 * n * d * positions) * itemsize, batch * products)

@@ -128,7 +128,8 @@ def generation_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     options = {name: given.pop(key) for name, key in SAMPLING.items() if key in given}
     if options:
         options["do_sample"] = options.get("temperature", 1) > 0
-        options["top_k"] = max(options.get("top_k", 0), 0)  # llama.cpp: -1 keeps all tokens
+    if options.get("top_k", 0) < 0:
+        options["top_k"] = 0  # llama.cpp: a negative number keeps all tokens
     if options.get("repetition_penalty", 1) == 1 or given.get("penalty_last_n") == -1:
         given.pop("penalty_last_n", None)  # otherwise llama.cpp penalizes only the last tokens
     for name, value in given.items():

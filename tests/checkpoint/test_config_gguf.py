@@ -169,7 +169,12 @@ def test_every_key_is_applied_or_refused_or_gives_a_warning_or_is_known_to_have_
         ),
         (
             {"general.sampling.temp": 0.0, "general.sampling.penalty_repeat": 1.0},
-            {"temperature": 0.0, "repetition_penalty": 1.0, "do_sample": False, "top_k": 0},
+            {"temperature": 0.0, "repetition_penalty": 1.0, "do_sample": False},
+        ),
+        ({"general.sampling.top_k": -1}, {"top_k": 0, "do_sample": True}),
+        (
+            {"general.sampling.top_p": 0.9},
+            {"top_p": 0.9, "do_sample": True},
         ),
     ],
     ids=str,
