@@ -3,7 +3,8 @@
 import pytest
 import torch
 from kernel_checks import DTYPES, strided
-from oracles import geglu_oracle
+from oracles import geglu_oracle, root_sum_square
+from tolerances import assert_rounded, geglu_size, norm_roundings
 from triton import knobs
 
 from gemma_fast.kernels import matvec
@@ -11,12 +12,6 @@ from gemma_fast.kernels._skinny import MAX_ROWS
 from gemma_fast.kernels.matvec import linear, norm_linear
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 
-# For results around 1. Three rounding errors add up: in h, in the normalized h, in the result.
-TOLERANCE = {
-    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
-    torch.float16: {"rtol": 2e-3, "atol": 4e-3},
-    torch.bfloat16: {"rtol": 1.6e-2, "atol": 3e-2},
-}
 EPS = 1e-2  # large enough to change the norm's results
 # (dim, out). dim is less than a block, several blocks, or not a multiple of a block. In the last
 # two shapes, the size of 16-bit rows is not a multiple of 16 bytes.
@@ -39,7 +34,7 @@ def test_linear_equals_fp64(dim, out, rows, dtype, device, poison_outputs):
     x, weight = torch.randn(rows, dim, device=device).to(dtype), weight_of(out, dim, dtype, device)
     y = linear(x, weight)
     assert y.dtype == dtype
-    torch.testing.assert_close(y.double(), x.double() @ weight.double().T, **TOLERANCE[dtype])
+    assert_rounded(y, x.double() @ weight.double().T, dim, root_sum_square(x, weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -54,13 +49,17 @@ def test_norm_linear_equals_fp64(dim, out, rows, stream, geglu, dtype, device, p
     norm_weight, weight = torch.randn(dim, device=device), weight_of(out, dim, dtype, device)
     y, h = norm_linear(x, residual, norm_weight, post_weight, weight, geglu=geglu, eps=EPS)
 
-    expected = x.double() if post_weight is None else norm(x, post_weight)
-    expected = expected if residual is None else expected + residual.double()
+    post = x.double() if post_weight is None else norm(x, post_weight)
+    expected = post if residual is None else post + residual.double()
     assert h.dtype == y.dtype == dtype
-    torch.testing.assert_close(h.double(), expected, **TOLERANCE[dtype])
-    product = norm(h, norm_weight) @ weight.double().T
-    product = geglu_oracle(product) if geglu else product
-    torch.testing.assert_close(y.double(), product, **TOLERANCE[dtype])
+    steps = int(post_weight is not None)
+    assert_rounded(h, expected, norm_roundings(dim), post.abs(), steps)
+    normed = norm(h, norm_weight)
+    product, size = normed @ weight.double().T, root_sum_square(normed, weight)
+    if geglu:
+        product, size = geglu_oracle(product), geglu_size(product, size)
+    # The normalized row is rounded to the dtype before the matmul.
+    assert_rounded(y, product, norm_roundings(dim) + dim + 16 * geglu, size, steps=1)
 
 
 def test_residual_is_rounded_as_in_add_rms_norm(device):
@@ -84,7 +83,7 @@ def test_the_normalized_row_is_rounded_once_as_in_rms_norm(rows, device):
 def test_linear_and_norm_linear_read_batched_strided_rows(device, poison_outputs):
     x, weight = strided((2, 3, 64), torch.float32, device), torch.randn(6, 64, device=device)
     expected = x.double() @ weight.double().T
-    torch.testing.assert_close(linear(x, weight).double(), expected, rtol=1e-5, atol=1e-4)
+    assert_rounded(linear(x, weight), expected, 64, root_sum_square(x, weight))
     y, h = norm_linear(x, x, torch.zeros(64, device=device), None, weight)
     assert y.shape == (2, 3, 6) and torch.equal(h, x + x)
 
