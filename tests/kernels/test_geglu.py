@@ -4,12 +4,9 @@ import pytest
 import torch
 from kernel_checks import DTYPES, strided
 from oracles import geglu_oracle, root_sum_square
-from tolerances import assert_rounded, geglu_size
+from tolerances import GEGLU_ROUNDINGS, assert_rounded, geglu_size
 
 from gemma_fast.kernels.geglu import gate_up_geglu, geglu
-
-
-GEGLU_ROUNDINGS = 16  # 12 operations; exp counts 4, division counts 4
 
 
 def geglu_of_halves(gate_up):

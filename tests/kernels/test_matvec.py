@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_checks import DTYPES, strided
 from oracles import geglu_oracle, root_sum_square
-from tolerances import assert_rounded, geglu_size, norm_roundings
+from tolerances import GEGLU_ROUNDINGS, assert_rounded, geglu_size, norm_roundings
 from triton import knobs
 
 from gemma_fast.kernels import matvec
@@ -59,7 +59,7 @@ def test_norm_linear_equals_fp64(dim, out, rows, stream, geglu, dtype, device, p
     if geglu:
         product, size = geglu_oracle(product), geglu_size(product, size)
     # The normalized row is rounded to the dtype before the matmul.
-    assert_rounded(y, product, norm_roundings(dim) + dim + 16 * geglu, size, steps=1)
+    assert_rounded(y, product, norm_roundings(dim) + dim + GEGLU_ROUNDINGS, size, steps=1)
 
 
 def test_residual_is_rounded_as_in_add_rms_norm(device):

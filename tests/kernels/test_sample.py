@@ -12,7 +12,7 @@ from gemma_fast.kernels import sample
 from gemma_fast.kernels.sample import gumbel, gumbel_reference, philox_reference, sample_token
 
 INF, NAN = float("inf"), float("nan")
-# Roundings of the noise. The relative error of the inner logarithm is an absolute error of the outer.
+# Roundings of the noise. A relative error of the inner logarithm is an absolute error of the outer.
 TWO_LOGARITHMS = 8
 
 
@@ -71,7 +71,9 @@ def test_noise_of_the_kernel_is_exact_in_both_tails():
         noise = torch.empty(1024, 1, device=device)
         _noise_kernel[(1,)](token.int().to(device), noise, 5, TOKENS=1024)
     expected = -(-torch.log1p(-u)).log()
-    assert_rounded(noise.cpu(), expected, TWO_LOGARITHMS, size=1)
+    # Where u ≥ 0.01, the kernel rounds 1 - u, by up to 2^-25.
+    size = 1 + (u >= 0.01) / (-4 * torch.log1p(-u))
+    assert_rounded(noise.cpu(), expected, TWO_LOGARITHMS, size)
 
 
 @pytest.mark.parametrize("drawn", [0, 2**32 - 1], ids=["smallest", "largest"])

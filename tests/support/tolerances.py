@@ -52,6 +52,9 @@ def pair_size(rotated: Tensor) -> Tensor:
     return torch.cat((norm, norm), dim=-1)
 
 
+GEGLU_ROUNDINGS = 16  # 8 operations, tanh or exp, and a division
+
+
 def geglu_size(gate_up: Tensor, size: Tensor | float = 0.0) -> Tensor:
     """Returns the size of the numbers in GeGLU. gate_up has errors relative to `size`, which GeGLU
     multiplies by its derivatives: at most 1.13 * up and gate."""
