@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_mistakes import OF_ROTATION, OF_SOFTMAX
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import DTYPES
@@ -166,6 +167,15 @@ def test_descriptors_are_used_only_if_the_ring_is_whole_blocks(hopper, monkeypat
     assert len(made) == 2
     check(hopper, torch.float16, t=64, multiple=1, spare=1)
     assert len(made) == 2, "a descriptor was used for a ring that ends within a block"
+
+
+@pytest.mark.parametrize("mistake", OF_SOFTMAX | OF_ROTATION)
+def test_check_detects_a_mistake(mistake, monkeypatch):
+    check("cpu", torch.float32, **CASES["all options together"])
+    for name, wrong in (OF_SOFTMAX | OF_ROTATION)[mistake].items():
+        monkeypatch.setitem(globals(), name, wrong)
+    with pytest.raises(AssertionError, match="times its bound"):
+        check("cpu", torch.float32, **CASES["all options together"])
 
 
 SHAPES = {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_mistakes import OF_ROTATION, OF_SOFTMAX
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DTYPES, multiprocessors
@@ -94,13 +95,13 @@ class Case:
             before[0][row, :, slot], before[1][row, :, slot] = found, self.v[row, p]
 
             seen = min(self.slots, self.options["window"] or self.slots)
-            positions = torch.arange(max(p - seen + 1, 0), p + 1, device=out.device)
+            positions = torch.arange(p + 1, device=out.device)
             exact, size = softmax_attention(
                 normed_and_rotated(self.q[row], new, self.norms[0]),
                 normed_and_rotated(self.k[row, positions], positions, self.norms[1]).to(dtype),
-                self.v[row, positions], new, positions, None, self.options["softcap"], SCALE,
+                self.v[row, positions], new, positions, seen, self.options["softcap"], SCALE,
             )  # fmt: skip
-            roundings = attention_roundings(k.shape[-1], len(positions), SCALE)
+            roundings = attention_roundings(k.shape[-1], min(seen, p + 1), SCALE)
             assert_rounded(out[row], exact[0], size=size[0], **roundings)
         rings = self.keys, self.values
         assert all(map(torch.equal, rings, before)), "a slot other than the new token's was written"
@@ -146,6 +147,15 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_decode_attention_equals_fp64_softmax(case, dtype, device, poison_outputs):
     Case(device, dtype, **CASES[case]).check()
+
+
+@pytest.mark.parametrize("mistake", OF_SOFTMAX | OF_ROTATION)
+def test_check_detects_a_mistake(mistake, monkeypatch):
+    Case("cpu", torch.float32, **CASES["all options together"]).check()
+    for name, wrong in (OF_SOFTMAX | OF_ROTATION)[mistake].items():
+        monkeypatch.setitem(globals(), name, wrong)
+    with pytest.raises(AssertionError, match="times its bound"):
+        Case("cpu", torch.float32, **CASES["all options together"]).check()
 
 
 SHAPES = {

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from kernel_checks import DTYPES, strided
+import torch.nn.functional as F
+from kernel_checks import DTYPES, strided, tf32
 from oracles import geglu_oracle, root_sum_square
 from tolerances import GEGLU_ROUNDINGS, assert_rounded, geglu_size
 
@@ -15,6 +16,24 @@ def geglu_of_halves(gate_up):
 
 def check(out, gate_up, roundings=GEGLU_ROUNDINGS, size=0.0):
     assert_rounded(out, geglu_oracle(gate_up), roundings, geglu_size(gate_up, size))
+
+
+# Each function returns the result of a GeGLU with one mistake.
+MISTAKES = {
+    "GELU by erf": lambda gate, up: F.gelu(gate) * up,
+    "SiLU": lambda gate, up: F.silu(gate) * up,
+    "gate and up swapped": lambda gate, up: F.gelu(up, approximate="tanh") * gate,
+    "GELU rounded": lambda gate, up: F.gelu(gate, approximate="tanh").half() * up,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_check_detects_a_mistake(mistake, dtype):
+    gate_up = (3 * torch.randn(3, 2048)).to(dtype)
+    check(geglu_oracle(gate_up).to(dtype), gate_up)
+    with pytest.raises(AssertionError, match="times its bound"):
+        check(MISTAKES[mistake](*gate_up.double().chunk(2, dim=-1)).to(dtype), gate_up)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,6 +88,13 @@ GATE_UP_SHAPES = [
 def check_product(out, x, weight):
     gate_up, size = x.double() @ weight.double().T, root_sum_square(x, weight)
     check(out, gate_up, GEGLU_ROUNDINGS + x.shape[-1], size)
+
+
+def test_check_detects_products_in_tf32():
+    x, weight = torch.randn(65, 128), torch.randn(260, 128) / 128**0.5
+    check_product(gate_up_geglu(x, weight), x, weight)
+    with pytest.raises(AssertionError, match="times its bound"):
+        check_product(gate_up_geglu(tf32(x), tf32(weight)), x, weight)
 
 
 def check_gate_up(shape, dim, dtype, device):

@@ -106,7 +106,7 @@ def test_equal_rows_of_the_weight_give_the_lowest_id(same, b, device):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("b", [1, 8, 9], ids="b {}".format)
 def test_next_token_in_16_bits_has_almost_the_highest_logit(b, dtype, device):
-    """Both norms, their sum with the residual and the logits are rounded, which may swap tokens whose
+    """The post-norm, its sum with the residual and the norm are rounded. This may swap tokens whose
     exact logits are almost equal."""
     given = inputs(b, 128, 500, dtype)
     theirs = [x.to(device) for x in given]

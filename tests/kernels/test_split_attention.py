@@ -3,6 +3,7 @@ holds all keys, and the oldest keys of a row may be left padding."""
 
 import pytest
 import torch
+from attention_mistakes import OF_SOFTMAX
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DTYPES, multiprocessors
@@ -85,6 +86,17 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_attention_over_a_cache_equals_fp64(case, dtype, device, poison_outputs):
     check(device, dtype, **CASES[case])
+
+
+@pytest.mark.parametrize("t", [1, 50])
+@pytest.mark.parametrize("mistake", OF_SOFTMAX)
+def test_check_detects_a_mistake(mistake, t, monkeypatch):
+    options = {"t": t, "past": 40, "window": 16, "softcap": 2.0}
+    check("cpu", torch.float32, [0, 30], **options)
+    for name, wrong in OF_SOFTMAX[mistake].items():
+        monkeypatch.setitem(globals(), name, wrong)
+    with pytest.raises(AssertionError, match="times its bound"):
+        check("cpu", torch.float32, [0, 30], **options)
 
 
 SHAPES = {

@@ -28,6 +28,11 @@ def strided(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     return torch.randn(*shape[:-1], shape[-1] + 24, device=device).to(dtype)[..., : shape[-1]]
 
 
+def tf32(x: Tensor) -> Tensor:
+    """Rounds fp32 numbers to the 11 significant bits that tensor cores use for TF32."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def sampled(temperature=0.7, seed=(5 << 40) + 77, device="cpu"):
     """Returns temperature :: [1] and seed :: [1]. `chosen` expands them to all rows."""
     return torch.full((1,), temperature, device=device), torch.tensor([seed], device=device)

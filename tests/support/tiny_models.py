@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tolerances import logits_error
 from torch import Tensor
 
 from gemma_fast.benchmarks.model.transformers_model import transformers_config
@@ -21,7 +22,6 @@ from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.config import GemmaConfig
 from gemma_fast.reference import Reference
-from tolerances import rounding_error
 
 _SHARED = {
     "vocab_size": 199, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -46,17 +46,8 @@ CONFIGS = {
 }
 
 
-def roundings(config: GemmaConfig, tokens: int = 40) -> int:
-    """Returns the number of terms in all sums on the path from a token to its logits."""
-    heads = config.num_attention_heads * config.head_dim
-    attention = config.hidden_size + config.head_dim + 2 * tokens + heads
-    mlp = config.hidden_size + config.intermediate_size
-    return config.num_hidden_layers * (attention + mlp) + config.hidden_size
-
-
-# Largest error of fp32 logits, relative to their RMS. A relative error of queries and keys changes
-# softmax weights by this error times the score, and with these weights scores are up to about 10.
-TOLERANCE = 10 * rounding_error(max(map(roundings, CONFIGS.values())))
+# Largest error of fp32 logits, relative to their RMS.
+TOLERANCE = max(logits_error(config, tokens=40) for config in CONFIGS.values())
 
 
 def two_layers(name: str) -> GemmaConfig:

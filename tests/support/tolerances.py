@@ -13,6 +13,8 @@ division, because GPUs compute them with an error of up to 2 ulp.
 import torch
 from torch import Tensor
 
+from gemma_fast.config import GemmaConfig
+
 # The standard deviation of one error is 0.43 * u, and that of a sum of n products in the worst
 # order is 0.3 * sqrt(n) * u. So SPREAD is at least 7 standard deviations.
 SPREAD = 3
@@ -73,3 +75,16 @@ def attention_roundings(d: int, keys: int, scale: float) -> dict[str, float]:
     """
     square = d * scale**2
     return {"roundings": d * 9 * square + 2 * keys, "steps": square + 1}
+
+
+def logits_error(config: GemmaConfig, tokens: int) -> float:
+    """Returns the largest error of a model's fp32 logits, relative to their RMS.
+
+    All sums on the path from a token to its logits add up. A relative error of queries and keys
+    changes softmax weights by this error times the score, and scores are about 10.
+    """
+    heads = config.num_attention_heads * config.head_dim
+    attention = config.hidden_size + config.head_dim + 2 * tokens + heads
+    mlp = config.hidden_size + config.intermediate_size
+    roundings = config.num_hidden_layers * (attention + mlp) + config.hidden_size
+    return 10 * rounding_error(roundings)
