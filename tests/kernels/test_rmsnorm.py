@@ -25,7 +25,7 @@ MISTAKES = {
     "weight without 1 +": lambda x, weight: oracle(x, weight - 1),
     "1 + weight rounded to bf16": lambda x, weight: oracle(x, (1 + weight).bfloat16() - 1.0),
     "epsilon of Llama": lambda x, weight: oracle(x, weight, eps=1e-5),
-    "last column left out": lambda x, weight: oracle(x, weight) * (1 - 1 / x.shape[-1]) ** 0.5,
+    "divided by dim - 1": lambda x, weight: oracle(x, weight) * (1 - 1 / x.shape[-1]) ** 0.5,
     "rounded before it is scaled": lambda x, weight: oracle(x, 0 * weight).half() * (1.0 + weight),
 }
 

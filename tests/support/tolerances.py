@@ -45,7 +45,7 @@ def assert_rounded(
 
 def norm_roundings(dim: int) -> float:
     """Returns the number of roundings of an RMSNorm: its root halves the error of the sum."""
-    return dim / 4 + 8
+    return dim / 4 + 12
 
 
 def pair_size(rotated: Tensor) -> Tensor:
