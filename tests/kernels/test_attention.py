@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_mistakes import OF_ROTATION, OF_SOFTMAX
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_checks import ATTENTION_ERROR, DTYPES, attention_error
+from kernel_checks import DTYPES
 from marks import slow
 from oracles import angles, normed_and_rotated, softmax_attention
+from tolerances import assert_rounded, attention_roundings
 from triton_interpreter import interpreter
 
 from gemma_fast.kernels import attention as attention_file
@@ -85,13 +87,12 @@ def check(
         total = before + t
         q_positions = torch.arange(before + real.start, total, device=device)
         k_positions = torch.arange(total, device=device)
-        expected = softmax_attention(
+        exact, size = softmax_attention(
             normed_and_rotated(q[row, real], q_positions, q_weight),
             normed_and_rotated(k[row, :total], k_positions, k_weight).to(dtype), v[row, :total],
             q_positions, k_positions, window, softcap, scale,
         )  # fmt: skip
-        error = attention_error(out[row, real], expected)
-        assert error < ATTENTION_ERROR[dtype], f"{row=}: {error=}"
+        assert_rounded(out[row, real], exact, size=size, **attention_roundings(d, total, scale))
 
 
 CASES = {
@@ -154,7 +155,7 @@ def test_unaligned_rings_give_the_result_of_aligned_copies(offset, extra, hopper
     out, expected = (
         attention(q, *x, *angles(start, 20), start, scale=0.3) for x in (rings, copies)
     )
-    torch.testing.assert_close(out, expected)
+    assert_rounded(out, expected, size=1, **attention_roundings(D, 20, 0.3))
 
 
 def test_descriptors_are_used_only_if_the_ring_is_whole_blocks(hopper, monkeypatch):
@@ -166,6 +167,15 @@ def test_descriptors_are_used_only_if_the_ring_is_whole_blocks(hopper, monkeypat
     assert len(made) == 2
     check(hopper, torch.float16, t=64, multiple=1, spare=1)
     assert len(made) == 2, "a descriptor was used for a ring that ends within a block"
+
+
+@pytest.mark.parametrize("mistake", OF_SOFTMAX | OF_ROTATION)
+def test_check_detects_a_mistake(mistake, monkeypatch):
+    check("cpu", torch.float32, **CASES["all options together"])
+    for name, wrong in (OF_SOFTMAX | OF_ROTATION)[mistake].items():
+        monkeypatch.setitem(globals(), name, wrong)
+    with pytest.raises(AssertionError, match="times its bound"):
+        check("cpu", torch.float32, **CASES["all options together"])
 
 
 SHAPES = {
@@ -225,8 +235,8 @@ def test_without_a_window_a_query_sees_the_whole_ring(device):
         attention(q[:, :1], keys, values, *cos_sin, start, scale=0.3, window=window)
         for window in (None, slots + 9, slots)
     )
-    torch.testing.assert_close(out, windowed)
-    torch.testing.assert_close(longer, windowed)
+    for other in (out, longer):
+        assert_rounded(other, windowed, size=1, **attention_roundings(D, slots, 0.3))
 
 
 def test_future_keys_do_not_change_the_result(device):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from attention_mistakes import OF_ROTATION, OF_SOFTMAX
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import ATTENTION_ERROR, DTYPES, TOLERANCE, attention_error, multiprocessors
+from kernel_checks import DTYPES, multiprocessors
 from oracles import angles, normed_and_rotated, softmax_attention
+from tolerances import assert_rounded, attention_roundings, norm_roundings, pair_size
 from triton_interpreter import interpreter
 
 from gemma_fast.kernels.attention import attention
@@ -88,19 +90,19 @@ class Case:
             slot, new = p % self.slots, torch.tensor([p], device=out.device)
             k = normed_and_rotated(self.k[row, new], new, self.norms[1])[0]
             found = self.keys[row, :, slot]
-            torch.testing.assert_close(found.double(), k, **TOLERANCE[dtype])
+            assert_rounded(found, k, norm_roundings(k.shape[-1]) + 8, pair_size(k))
             assert torch.equal(self.values[row, :, slot], self.v[row, p])
             before[0][row, :, slot], before[1][row, :, slot] = found, self.v[row, p]
 
             seen = min(self.slots, self.options["window"] or self.slots)
-            positions = torch.arange(max(p - seen + 1, 0), p + 1, device=out.device)
-            expected = softmax_attention(
+            positions = torch.arange(p + 1, device=out.device)
+            exact, size = softmax_attention(
                 normed_and_rotated(self.q[row], new, self.norms[0]),
                 normed_and_rotated(self.k[row, positions], positions, self.norms[1]).to(dtype),
-                self.v[row, positions], new, positions, None, self.options["softcap"], SCALE,
+                self.v[row, positions], new, positions, seen, self.options["softcap"], SCALE,
             )  # fmt: skip
-            error = attention_error(out[row], expected[0])
-            assert error < ATTENTION_ERROR[dtype], f"{row=}: {error=}"
+            roundings = attention_roundings(k.shape[-1], min(seen, p + 1), SCALE)
+            assert_rounded(out[row], exact[0], size=size[0], **roundings)
         rings = self.keys, self.values
         assert all(map(torch.equal, rings, before)), "a slot other than the new token's was written"
 
@@ -147,6 +149,15 @@ def test_decode_attention_equals_fp64_softmax(case, dtype, device, poison_output
     Case(device, dtype, **CASES[case]).check()
 
 
+@pytest.mark.parametrize("mistake", OF_SOFTMAX | OF_ROTATION)
+def test_check_detects_a_mistake(mistake, monkeypatch):
+    Case("cpu", torch.float32, **CASES["all options together"]).check()
+    for name, wrong in (OF_SOFTMAX | OF_ROTATION)[mistake].items():
+        monkeypatch.setitem(globals(), name, wrong)
+    with pytest.raises(AssertionError, match="times its bound"):
+        Case("cpu", torch.float32, **CASES["all options together"]).check()
+
+
 SHAPES = {
     "past": st.lists(
         st.integers(-3, 40) | st.integers(120, 135) | st.integers(0, 700), min_size=1, max_size=3
@@ -191,8 +202,9 @@ def test_decoding_a_prompt_equals_prefill(dtype, device):
         decode_attention(qkv[:, i], *ring, cos, sin, start + i, counter, q_norm, k_norm, **options)
         for i in range(t)
     ])  # fmt: skip
-    assert attention_error(out, expected) < ATTENTION_ERROR[dtype]
-    torch.testing.assert_close(ring[0][:, :, (t - 1) % slots], keys[:, :, -1], **TOLERANCE[dtype])
+    assert_rounded(out, expected, size=1, **attention_roundings(D, slots, SCALE))
+    last = keys[:, :, -1]
+    assert_rounded(ring[0][:, :, (t - 1) % slots], last, norm_roundings(D) + 8, pair_size(last))
 
 
 def test_unused_slots_do_not_change_the_result(device):

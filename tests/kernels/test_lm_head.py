@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_checks import DTYPES, chosen, sampled
 from marks import slow
+from tolerances import rounding_error
 from triton_interpreter import interpreter
 
 from gemma_fast.kernels.lm_head import next_token
@@ -105,13 +106,14 @@ def test_equal_rows_of_the_weight_give_the_lowest_id(same, b, device):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("b", [1, 8, 9], ids="b {}".format)
 def test_next_token_in_16_bits_has_almost_the_highest_logit(b, dtype, device):
-    """Rounding the normalized input may swap tokens whose exact logits are almost equal."""
+    """The post-norm, its sum with the residual and the norm are rounded. This may swap tokens whose
+    exact logits are almost equal."""
     given = inputs(b, 128, 500, dtype)
     theirs = [x.to(device) for x in given]
     token = chosen(next_token, *theirs, b=b, device=device).cpu()
     exact = exact_logits(*given)
     lost = exact.max(-1).values - exact.gather(1, token[:, None]).squeeze(1)
-    assert (lost <= 4 * torch.finfo(dtype).eps * exact.abs().max()).all()
+    assert (lost <= 2 * rounding_error(3, dtype) * exact.square().mean().sqrt()).all()
 
 
 def test_the_soft_cap_applies_before_sampling(device):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from kernel_checks import DTYPES, strided
-from oracles import geglu_oracle
+import torch.nn.functional as F
+from kernel_checks import DTYPES, strided, tf32
+from oracles import geglu_oracle, root_sum_square
+from tolerances import GEGLU_ROUNDINGS, assert_rounded, geglu_size, norm_roundings
 from triton import knobs
 
 from gemma_fast.kernels import matvec
@@ -11,12 +13,6 @@ from gemma_fast.kernels._skinny import MAX_ROWS
 from gemma_fast.kernels.matvec import linear, norm_linear
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 
-# For results around 1. Three rounding errors add up: in h, in the normalized h, in the result.
-TOLERANCE = {
-    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
-    torch.float16: {"rtol": 2e-3, "atol": 4e-3},
-    torch.bfloat16: {"rtol": 1.6e-2, "atol": 3e-2},
-}
 EPS = 1e-2  # large enough to change the norm's results
 # (dim, out). dim is less than a block, several blocks, or not a multiple of a block. In the last
 # two shapes, the size of 16-bit rows is not a multiple of 16 bytes.
@@ -32,14 +28,33 @@ def norm(x, weight):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * (1 + weight)
 
 
+def check_linear(y, x, weight):
+    assert y.dtype == x.dtype
+    exact = x.double() @ weight.double().T
+    assert_rounded(y, exact, x.shape[-1], root_sum_square(x, weight))
+
+
+def check_norm_linear(found, x, residual, norm_weight, post_weight, weight, geglu):
+    (y, h), dim = found, x.shape[-1]
+    assert h.dtype == y.dtype == x.dtype
+    post = x.double() if post_weight is None else norm(x, post_weight)
+    exact = post if residual is None else post + residual.double()
+    steps = int(post_weight is not None)
+    assert_rounded(h, exact, norm_roundings(dim), post.abs(), steps)
+    normed = norm(h, norm_weight)
+    exact, size = normed @ weight.double().T, root_sum_square(normed, weight)
+    if geglu:
+        exact, size = geglu_oracle(exact), geglu_size(exact, size)
+    # The normalized row is rounded to the dtype before the matmul.
+    assert_rounded(y, exact, norm_roundings(dim) + dim + GEGLU_ROUNDINGS, size, steps=1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, MAX_ROWS, MAX_ROWS + 1], ids="rows {}".format)
 @pytest.mark.parametrize(("dim", "out"), SHAPES, ids=str)
 def test_linear_equals_fp64(dim, out, rows, dtype, device, poison_outputs):
     x, weight = torch.randn(rows, dim, device=device).to(dtype), weight_of(out, dim, dtype, device)
-    y = linear(x, weight)
-    assert y.dtype == dtype
-    torch.testing.assert_close(y.double(), x.double() @ weight.double().T, **TOLERANCE[dtype])
+    check_linear(linear(x, weight), x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -52,15 +67,46 @@ def test_norm_linear_equals_fp64(dim, out, rows, stream, geglu, dtype, device, p
     residual = torch.randn(rows, dim, device=device).to(dtype) if "residual" in stream else None
     post_weight = torch.randn(dim, device=device).to(dtype) if "post-norm" in stream else None
     norm_weight, weight = torch.randn(dim, device=device), weight_of(out, dim, dtype, device)
-    y, h = norm_linear(x, residual, norm_weight, post_weight, weight, geglu=geglu, eps=EPS)
+    given = x, residual, norm_weight, post_weight, weight
+    check_norm_linear(norm_linear(*given, geglu=geglu, eps=EPS), *given, geglu)
 
-    expected = x.double() if post_weight is None else norm(x, post_weight)
-    expected = expected if residual is None else expected + residual.double()
-    assert h.dtype == y.dtype == dtype
-    torch.testing.assert_close(h.double(), expected, **TOLERANCE[dtype])
-    product = norm(h, norm_weight) @ weight.double().T
-    product = geglu_oracle(product) if geglu else product
-    torch.testing.assert_close(y.double(), product, **TOLERANCE[dtype])
+
+@pytest.mark.parametrize("mistake", ["TF32", "a column left out", "16 bits"])
+@pytest.mark.parametrize(("dim", "out"), SHAPES, ids=str)
+def test_check_of_linear_detects_a_mistake(dim, out, mistake):
+    x, weight = torch.randn(3, dim), weight_of(out, dim, torch.float32, "cpu")
+    wrong = {
+        "TF32": lambda: linear(tf32(x), tf32(weight)),
+        "a column left out": lambda: linear(x[:, 1:], weight[:, 1:]),
+        "16 bits": lambda: linear(x, weight).half().float(),
+    }
+    check_linear(linear(x, weight), x, weight)
+    with pytest.raises(AssertionError, match="times its bound"):
+        check_linear(wrong[mistake](), x, weight)
+
+
+@pytest.mark.parametrize("geglu", [False, True], ids=["plain", "geglu"])
+@pytest.mark.parametrize("mistake", ["epsilon", "no 1 +", "no 1 + in the post-norm", "TF32"])
+def test_check_of_norm_linear_detects_a_mistake(mistake, geglu):
+    x, residual, norm_weight, post_weight = torch.randn(4, 1160)
+    weight = weight_of(30, 1160, torch.float32, "cpu")
+    given = x[None], residual[None], norm_weight, post_weight, weight
+    check_norm_linear(norm_linear(*given, geglu=geglu, eps=EPS), *given, geglu)
+    eps = 1.01 * EPS if mistake == "epsilon" else EPS
+    changed = {
+        "no 1 +": (*given[:2], norm_weight - 1, *given[3:]),
+        "no 1 + in the post-norm": (*given[:3], post_weight - 1, weight),
+        "TF32": (*given[:4], tf32(weight)),
+    }.get(mistake, given)
+    with pytest.raises(AssertionError, match="times its bound"):
+        check_norm_linear(norm_linear(*changed, geglu=geglu, eps=eps), *given, geglu)
+
+
+def test_check_of_norm_linear_detects_gelu_by_erf(monkeypatch):
+    given = torch.randn(3, 48), None, torch.randn(48), None, weight_of(88, 48, torch.float32, "cpu")
+    monkeypatch.setattr(matvec, "geglu_of", lambda gate, up: F.gelu(gate) * up)
+    with pytest.raises(AssertionError, match="times its bound"):
+        check_norm_linear(norm_linear(*given, geglu=True, eps=EPS), *given, True)
 
 
 def test_residual_is_rounded_as_in_add_rms_norm(device):
@@ -83,8 +129,7 @@ def test_the_normalized_row_is_rounded_once_as_in_rms_norm(rows, device):
 
 def test_linear_and_norm_linear_read_batched_strided_rows(device, poison_outputs):
     x, weight = strided((2, 3, 64), torch.float32, device), torch.randn(6, 64, device=device)
-    expected = x.double() @ weight.double().T
-    torch.testing.assert_close(linear(x, weight).double(), expected, rtol=1e-5, atol=1e-4)
+    check_linear(linear(x, weight), x, weight)
     y, h = norm_linear(x, x, torch.zeros(64, device=device), None, weight)
     assert y.shape == (2, 3, 6) and torch.equal(h, x + x)
 

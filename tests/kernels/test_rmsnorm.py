@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from kernel_checks import DTYPES, TOLERANCE, strided
+from kernel_checks import DTYPES, strided
+from tolerances import assert_rounded, norm_roundings
 
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 
@@ -14,14 +15,37 @@ def oracle(x, weight, eps=1e-6):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * (1 + weight)
 
 
+def check(out, x, weight):
+    assert out.dtype == x.dtype
+    assert_rounded(out, oracle(x, weight), norm_roundings(x.shape[-1]))
+
+
+# Each function returns the result of an rms_norm with one mistake.
+MISTAKES = {
+    "weight without 1 +": lambda x, weight: oracle(x, weight - 1),
+    "1 + weight rounded to bf16": lambda x, weight: oracle(x, (1 + weight).bfloat16() - 1.0),
+    "epsilon of Llama": lambda x, weight: oracle(x, weight, eps=1e-5),
+    "divided by dim - 1": lambda x, weight: oracle(x, weight) * (1 - 1 / x.shape[-1]) ** 0.5,
+    "rounded before it is scaled": lambda x, weight: oracle(x, 0 * weight).half() * (1.0 + weight),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_check_detects_a_mistake(mistake):
+    dtype = torch.float16 if "rounded before" in mistake else torch.float32
+    for shape in SHAPES[2:5]:
+        x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1])
+        check(oracle(x, weight).to(dtype), x, weight)
+        with pytest.raises(AssertionError, match="times its bound"):
+            check(MISTAKES[mistake](x, weight).to(dtype), x, weight)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rms_norm_equals_fp64(shape, dtype, device, poison_outputs):
     x = torch.randn(shape, device=device).to(dtype)
     weight = torch.randn(shape[-1], device=device).to(dtype)
-    out = rms_norm(x, weight)
-    assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), oracle(x, weight), **TOLERANCE[dtype])
+    check(rms_norm(x, weight), x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -32,7 +56,7 @@ def test_add_rms_norm_equals_fp64(shape, dtype, device, poison_outputs):
     before = residual.clone()
     out, total = add_rms_norm(x, residual, weight)
     torch.testing.assert_close(total, x + before, rtol=0, atol=0)
-    torch.testing.assert_close(out.double(), oracle(total, weight), **TOLERANCE[dtype])
+    check(out, total, weight)
     assert torch.equal(residual, before), "the caller's residual was overwritten"
 
 
@@ -43,9 +67,9 @@ def test_add_rms_norm_with_post_norm_equals_fp64(shape, dtype, device, poison_ou
     weight, post_weight = (torch.randn(shape[-1], device=device).to(dtype) for _ in range(2))
     out, total = add_rms_norm(x, residual, weight, post_weight)
     post = oracle(x, post_weight)
-    error = (total.double() - residual.double() - post).abs()
-    assert (error <= TOLERANCE[dtype]["rtol"] * (post.abs() + total.abs()) + 3e-6).all()
-    torch.testing.assert_close(out.double(), oracle(total, weight), **TOLERANCE[dtype])
+    expected = residual.double() + post
+    assert_rounded(total, expected, norm_roundings(shape[-1]), size=post.abs(), steps=1)
+    check(out, total, weight)
 
 
 def test_post_norm_is_rounded_before_it_is_added(device):
@@ -61,10 +85,10 @@ def test_post_norm_is_rounded_before_it_is_added(device):
 def test_strided_rows_equal_fp64(dtype, device, poison_outputs):
     x = strided((6, 64), dtype, device)
     weight = torch.randn(64, device=device)
-    torch.testing.assert_close(rms_norm(x, weight).double(), oracle(x, weight), **TOLERANCE[dtype])
+    check(rms_norm(x, weight), x, weight)
     for a, b in ((x, x), (x, x.contiguous()), (x.contiguous(), x)):
         out, _ = add_rms_norm(a, b, weight)
-        torch.testing.assert_close(out.double(), oracle(x + x, weight), **TOLERANCE[dtype])
+        check(out, x + x, weight)
 
 
 def test_one_plus_weight_is_not_rounded(device):
@@ -73,14 +97,14 @@ def test_one_plus_weight_is_not_rounded(device):
     x = torch.randn(64, 32, device=device)
     exact, rounded = oracle(x, weight), oracle(x, (1 + weight).double() - 1)
     assert (exact - rounded).abs().max() > 1e-2
-    torch.testing.assert_close(rms_norm(x, weight).double(), exact, **TOLERANCE[torch.float32])
+    check(rms_norm(x, weight), x, weight)
 
 
 @pytest.mark.parametrize("large", [1e-20, 1e15], ids=str)
 def test_extreme_values_equal_fp64(large, device):
     x = torch.full((2, 64), large, device=device)
-    expected = oracle(x, torch.zeros(64, device=device)).float()
-    torch.testing.assert_close(rms_norm(x, torch.zeros(64, device=device)), expected)
+    weight = torch.zeros(64, device=device)
+    check(rms_norm(x, weight), x, weight)
 
 
 @pytest.mark.parametrize("device", ["kernel"], indirect=True)

@@ -3,10 +3,12 @@ holds all keys, and the oldest keys of a row may be left padding."""
 
 import pytest
 import torch
+from attention_mistakes import OF_SOFTMAX
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import ATTENTION_ERROR, DTYPES, attention_error, multiprocessors
+from kernel_checks import DTYPES, multiprocessors
 from oracles import softmax_attention
+from tolerances import assert_rounded, attention_roundings
 from triton_interpreter import interpreter
 
 from gemma_fast.kernels.attention import attention
@@ -47,11 +49,11 @@ def check(
             continue
         at = torch.arange(past + padding, total, device=device)
         seen = held[held >= oldest]
-        expected = softmax_attention(
+        exact, size = softmax_attention(
             q[row, padding:].double(), k[row, seen], v[row, seen], at, seen, window, softcap, scale
         )
-        error = attention_error(out[row, padding:], expected)
-        assert error < ATTENTION_ERROR[dtype], f"{row=}: {error=}"
+        roundings = attention_roundings(d, len(seen), scale)
+        assert_rounded(out[row, padding:], exact, size=size, **roundings)
 
 
 CASES = {
@@ -84,6 +86,17 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_attention_over_a_cache_equals_fp64(case, dtype, device, poison_outputs):
     check(device, dtype, **CASES[case])
+
+
+@pytest.mark.parametrize("t", [1, 50])
+@pytest.mark.parametrize("mistake", OF_SOFTMAX)
+def test_check_detects_a_mistake(mistake, t, monkeypatch):
+    options = {"t": t, "past": 40, "window": 16, "softcap": 2.0}
+    check("cpu", torch.float32, [0, 30], **options)
+    for name, wrong in OF_SOFTMAX[mistake].items():
+        monkeypatch.setitem(globals(), name, wrong)
+    with pytest.raises(AssertionError, match="times its bound"):
+        check("cpu", torch.float32, [0, 30], **options)
 
 
 SHAPES = {

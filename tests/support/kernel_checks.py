@@ -1,4 +1,4 @@
-"""Contains dtypes, tolerances, limits of GPUs, strided inputs and sampling for kernel tests."""
+"""Contains dtypes, limits of GPUs, strided inputs and sampling for kernel tests."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -12,26 +12,9 @@ DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
     DTYPES.append(torch.bfloat16)
 
-# Allows one rounding to fp16 or bf16 (an ulp is 2^-10 or 2^-7), or a few roundings to fp32.
-TOLERANCE = {
-    torch.float32: {"rtol": 3e-6, "atol": 3e-6},
-    torch.float16: {"rtol": 6e-4, "atol": 3e-6},
-    torch.bfloat16: {"rtol": 4.5e-3, "atol": 3e-6},
-}
-# Limits of `attention_error`. Softmax weights and rotated queries are rounded to the dtype.
-ATTENTION_ERROR = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
 # GPUs with tensor descriptors. Blocks are largest for 1 multiprocessor, and smaller for 132.
 HOPPERS = {"1 SM": Gpu(90, 232_448, 1), "132 SMs": Gpu(90, 232_448, 132)}
 MANY_MULTIPROCESSORS = Gpu(80, 232_448, 132)  # not 90, because the interpreter cannot run PDL
-
-
-def attention_error(out: Tensor, expected: Tensor) -> float:
-    """Returns the largest error of a head, divided by the RMS of the expected result. The
-    error of a head is the RMS over its channels, because the maximum would grow with d."""
-    error, expected = out.double() - expected.double(), expected.double()
-    worst = error.square().mean(-1).sqrt().max()
-    return float(worst / expected.square().mean().sqrt())
 
 
 def multiprocessors(many: bool) -> AbstractContextManager[None]:
@@ -43,6 +26,11 @@ def multiprocessors(many: bool) -> AbstractContextManager[None]:
 def strided(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     """Returns random numbers of this shape. The rows are not adjacent in memory."""
     return torch.randn(*shape[:-1], shape[-1] + 24, device=device).to(dtype)[..., : shape[-1]]
+
+
+def tf32(x: Tensor) -> Tensor:
+    """Rounds fp32 numbers to the 11 significant bits that tensor cores use for TF32."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def sampled(temperature=0.7, seed=(5 << 40) + 77, device="cpu"):

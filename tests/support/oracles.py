@@ -11,6 +11,11 @@ def geglu_oracle(gate_up):
     return gate / 2 * (1 + torch.tanh(z)) * up
 
 
+def root_sum_square(x, weight):
+    """Returns the size of the sums of x @ weightᵀ: the root of the sum of squared terms."""
+    return (x.double().square() @ weight.double().square().T).sqrt()
+
+
 def angles(start, t, d=32):
     """Returns cos and sin :: [b, t, d / 2], fp32. Positions of row i begin at start[i]."""
     positions = start.unsqueeze(1) + torch.arange(t, device=start.device)
@@ -32,7 +37,8 @@ def normed_and_rotated(x, positions, weight):
 
 def softmax_attention(q, k, v, q_positions, k_positions, window, softcap, scale):
     """Computes attention of q :: [t, heads, d] over k, v :: [s, n, d]. q and k are already rotated;
-    the positions, [t] and [s], define the mask. Returns [t, heads, d]."""
+    the positions, [t] and [s], define the mask. Returns the result and the size of its sums over
+    keys (the root of the sum of squared terms), both [t, heads, d]."""
     m = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(m, dim=1) for x in (k, v))
     scores = torch.einsum("thd,shd->hts", q, k) * scale
@@ -41,4 +47,5 @@ def softmax_attention(q, k, v, q_positions, k_positions, window, softcap, scale)
     distance = q_positions.unsqueeze(1) - k_positions.unsqueeze(0)
     hidden = (distance < 0) | (distance >= (window or 1 << 30))
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    return torch.einsum("hts,shd->thd", weights, v)
+    square = torch.einsum("hts,shd->thd", weights.square(), v.square())
+    return torch.einsum("hts,shd->thd", weights, v), square.sqrt()
