@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tiny_models import close
 
 from gemma_fast import reference
+from gemma_fast.config import SLIDING
 from gemma_fast.reference import Reference
 
 OF_STEPS = {
@@ -45,16 +46,33 @@ def test_mistake_in_a_step_is_detected(twins, mistake, monkeypatch):
 @pytest.mark.parametrize(
     "field",
     [
-        "query_pre_attn_scalar", "sliding_window", "rope_theta", "rope_local_base_freq",
-        "rope_scaling_factor", "attn_logit_softcapping", "final_logit_softcapping", "rms_norm_eps",
+        "query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping",
+        "final_logit_softcapping", "rms_norm_eps",
     ],
 )  # fmt: skip
 def test_wrong_value_of_a_field_is_detected(twins, field):
-    value, gemma_3 = getattr(twins.config, field), twins.config.model_type == "gemma3"
-    if value is None or (field in ("rope_local_base_freq", "rope_scaling_factor") and not gemma_3):
+    value = getattr(twins.config, field)
+    if value is None:
         pytest.skip(f"{twins.config.model_type} has no {field}")
-    ids = twins.prompt(2, 40)
-    wrong = {"sliding_window": value + 1, "rms_norm_eps": 1e-4}.get(field, 1.01 * value)
-    config = replace(twins.config, **{field: wrong})
+    refuse(
+        twins,
+        **{field: {"sliding_window": value + 1, "rms_norm_eps": 1e-4}.get(field, 1.01 * value)},
+    )
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "factor", "attention_factor"])
+@pytest.mark.parametrize("kind", ["full_rope", "sliding_rope"])
+def test_wrong_rotary_parameter_is_detected(twins, kind, field):
+    rope = getattr(twins.config, kind)
+    if (kind == "sliding_rope") and SLIDING not in twins.config.layer_types:
+        pytest.skip("no layer has a window")
+    if field == "factor" and rope.rope_type == "default":
+        pytest.skip("angles are not scaled")
+    refuse(twins, **{kind: rope._replace(**{field: 1.01 * getattr(rope, field)})})
+
+
+def refuse(twins, **wrong):
+    """Fails unless the tolerance detects that these fields of the config are wrong."""
+    ids, config = twins.prompt(2, 40), replace(twins.config, **wrong)
     with pytest.raises(AssertionError, match="not close"):
         close(Reference(config, twins.reference.weights)(ids).logits, twins.model(ids).logits)
