@@ -23,7 +23,8 @@ class GenerationConfig(dict[str, Any]):
     def __getattr__(self, name: str) -> Any:
         if name in GENERATION_CONFIG or name in self:
             return self.get(name)
-        raise AttributeError(f"generate has no option {name!r}, only {', '.join(APPLIED)}")
+        options = ", ".join(APPLIED)
+        raise AttributeError(f"a GenerationConfig has no option {name!r}, only {options}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         check_keywords("generation_config", {name: value}, GENERATION_CONFIG)
@@ -46,6 +47,8 @@ def merge_options(
     check_keywords("generation_config", _given(passed), GENERATION_CONFIG)
     for name, value in _given(defaults).items():
         try:
+            if name not in GENERATION_CONFIG:
+                raise TypeError(f"{MODELS_CONFIG}: {name}={value!r:.60} is unknown: remove it")
             check_keywords(MODELS_CONFIG, {name: value}, GENERATION_CONFIG)
         except TypeError as problem:
             warnings.warn(f"{problem}; it is ignored", stacklevel=4)

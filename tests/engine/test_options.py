@@ -51,7 +51,8 @@ def options_of(free) -> dict[str, dict]:
         "no_repeat_ngram_size 3": {"no_repeat_ngram_size": 3, "repetition_penalty": 0.5},
         "all": {
             "suppress_tokens": [first], "bad_words_ids": [pair], "no_repeat_ngram_size": 2,
-            "repetition_penalty": 1.3, "min_new_tokens": 5, "begin_suppress_tokens": [9], "eos": eos,
+            "repetition_penalty": 1.3, "min_new_tokens": 5, "begin_suppress_tokens": [9],
+            "eos": eos,
         },
     }  # fmt: skip
 
