@@ -135,6 +135,26 @@ TOKENIZER: Table = {
     "revision": FROM_PRETRAINED["revision"],
     "token": FROM_PRETRAINED["token"],
 }
+_ONE_DEVICE = "omit it: the model is on one device"
+_MERGE = "merge it: peft's merge_and_unload(), then save_pretrained(); or use lm_eval's model hf"
+# Arguments of lm_eval's model `hf`, without those of `gemma-fast` and of from_pretrained.
+LM_EVAL: Table = {
+    "backend": (("default", "causal"), "Gemma is a causal model: omit it"),
+    "trust_remote_code": (ANY, ""),  # Gemma needs no code of a checkpoint, and none is run
+    "use_fast_tokenizer": (ANY, ""),
+    "logits_cache": (ANY, ""),  # continuations of equal contexts always share logits
+    "softmax_dtype": (("float32",), "omit it: probabilities are computed in float32"),
+    "mixed_precision_dtype": ((), "pass dtype"),
+    "parallelize": ((False,), _ONE_DEVICE),
+    "max_memory_per_gpu": (ANY, ""),
+    "max_cpu_memory": (ANY, ""),
+    "offload_folder": (ANY, ""),
+    "tp_plan": ((), _ONE_DEVICE),
+    "peft": ((), _MERGE),
+    "delta": ((), "add the weights, and save the sum; or use lm_eval's model hf"),
+    "autogptq": ((False,), FROM_PRETRAINED["load_in_4bit"][1]),
+    "gptqmodel": ((False,), FROM_PRETRAINED["load_in_4bit"][1]),
+}
 
 
 def check_keywords(call: str, given: Mapping[str, Any], table: Table) -> None:

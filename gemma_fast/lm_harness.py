@@ -14,13 +14,16 @@ float32, but `hf` computes them in 16 bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.compat import FROM_PRETRAINED, LM_EVAL, check_keywords
 from gemma_fast.text.batch import Encoding, pack
 from gemma_fast.text.tokenizer import Tokenizer
 
@@ -59,23 +62,38 @@ class GemmaFastLM(TemplateLM):
     max_length       maximum tokens of a prompt with its continuation; default: the model's context
     add_bos_token    False: put no <bos> before a text; default: put one
     prefix_token_id  token that precedes a text without a context; default: <bos>
+    truncation       True: cut a prompt to generate from after the tokenizer's model_max_length
+    think_end_token  token (str or id) after whose last occurrence an answer begins; needed by
+                     enable_thinking=True, which allows only tasks that generate
+    chat_template_args  variables of the chat template; enable_thinking is one of them
+    others           arguments of `hf` that have no effect here, see `compat.LM_EVAL`, and keywords
+                     of from_pretrained
 
     Raises the errors of from_pretrained, ValueError if `pretrained` is a model and `tokenizer` is
-    missing, and TypeError for an unknown argument.
+    missing, and TypeError, which names an alternative, for an argument that is not supported.
     """
 
     def __init__(
         self, pretrained: str | GemmaForCausalLM, *, tokenizer: str | Tokenizer | None = None,
         dtype: str | torch.dtype = "auto", device: str | None = None, batch_size: int | str = 1,
-        max_batch_size: int = 64, max_length: int | None = None, add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None,
+        max_batch_size: int | None = 64, max_length: int | None = None,
+        add_bos_token: bool | None = None, prefix_token_id: int | None = None,
+        truncation: bool | None = False, think_end_token: str | int | None = None,
+        enable_thinking: bool | None = None, chat_template_args: Mapping[str, Any] | None = None,
+        **others: Any,
     ) -> None:  # fmt: skip
         super().__init__()
+        known = {name: others.pop(name) for name in LM_EVAL if name in others}
+        check_keywords("gemma-fast", known, LM_EVAL)
         if isinstance(pretrained, str):
             tokenizer = tokenizer or pretrained
             if device == "cuda:0" and not torch.cuda.is_available():
                 device = None  # cuda:0 is lm_eval's default; without a GPU, `hf` ignores it, too
-            pretrained = GemmaForCausalLM.from_pretrained(pretrained, dtype=dtype, device=device)
+            pretrained = GemmaForCausalLM.from_pretrained(
+                pretrained, dtype=dtype, device=device, **others
+            )
+        else:
+            check_keywords("gemma-fast", others, FROM_PRETRAINED)
         if tokenizer is None:
             raise ValueError(
                 "tokenizer=… is needed if pretrained is a model: pass a Tokenizer or its path"
@@ -86,10 +104,19 @@ class GemmaFastLM(TemplateLM):
             tokenizer = Tokenizer.from_pretrained(tokenizer)
         self.tokenizer: Any = tokenizer
         self.automatic = str(batch_size).startswith("auto")
-        self.batch_size = int(max_batch_size if self.automatic else batch_size)
+        self.batch_size = int((max_batch_size or 64) if self.automatic else batch_size)
         self.max_length = max_length or self.model.config.max_position_embeddings
         self.add_bos_token = add_bos_token
         self._prefix_token_id = prefix_token_id
+        self.truncation = truncation
+        digits = isinstance(think_end_token, str) and think_end_token.isdigit()
+        self.think_end_token = int(think_end_token) if digits else think_end_token  # type: ignore[arg-type]
+        self.enable_thinking = enable_thinking
+        self.chat_template_args = dict(chat_template_args or {})
+        if enable_thinking is not None:
+            self.chat_template_args["enable_thinking"] = enable_thinking
+        if enable_thinking and think_end_token is None:
+            raise ValueError("enable_thinking=True needs think_end_token=…, where thinking ends")
 
     @property
     def eot_token_id(self) -> int:
@@ -102,27 +129,53 @@ class GemmaFastLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return str(self.tokenizer.source).replace("/", "__")
+        name = getattr(self.tokenizer, "source", None) or self.tokenizer.name_or_path
+        return str(name).replace("/", "__")
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Renders a chat. Without `add_generation_prompt` the text ends with the last message."""
-        text = self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        """Renders a chat. Without `add_generation_prompt` the text ends with the last message. If
+        the template fails, leaves out system messages, as `hf` does, and warns."""
+        try:
+            text = self._render(chat_history, add_generation_prompt)
+        except (ValueError, TemplateError) as problem:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            warnings.warn(f"system messages are left out: {problem}", stacklevel=2)
+            text = self._render(others, add_generation_prompt)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].strip()
         return text[: text.rindex(last) + len(last)]
 
+    def _render(self, chat: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=add_generation_prompt,
+            **self.chat_template_args,
+        )  # fmt: skip
+
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-    ) -> list[int]:
-        """Returns the ids of `string`. They start with exactly one <bos>, unless add_special_tokens
-        is False. If add_special_tokens is None, self.add_bos_token is used instead."""
+        self, string: str, add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None, **kwargs: Any,
+    ) -> list[int]:  # fmt: skip
+        """Returns the last left_truncate_len ids of `string`, or all. They start with exactly one
+        <bos>, unless add_special_tokens is False. If add_special_tokens is None, self.add_bos_token
+        is used instead."""
         bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        return self.tokenizer.encode(string, add_special_tokens=bos is not False)
+        ids = self.tokenizer.encode(string, add_special_tokens=bos is not False)
+        if ids[:2] == 2 * [self.tokenizer.bos_token_id]:  # from a tokenizer of transformers
+            ids = ids[1:]
+        return ids[-(left_truncate_len or len(ids)) :]
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Returns for each request what `_loglikelihood_tokens` returns for its tokens."""
+        if self.enable_thinking:
+            raise ValueError("enable_thinking=True needs tasks that only generate text")
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -212,26 +265,37 @@ class GemmaFastLM(TemplateLM):
         eos = self.tokenizer.decode(self.eot_token_id)
         until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
         new = kwargs.pop("max_gen_toks")
-        if not kwargs["do_sample"]:
-            kwargs.pop("temperature", None)
         room = self.max_length - new
         if room < 1:
             raise ValueError(
                 f"max_gen_toks={new} leaves no room for a prompt: it must be below"
                 f" max_length={self.max_length}"
             )
-        ids = {i: self.tok_encode(prompt)[-room:] for i, prompt in prompts.items()}
+        limit = getattr(self.tokenizer, "model_max_length", None) if self.truncation else None
+        ids = {i: self.tok_encode(prompt)[:limit][-room:] for i, prompt in prompts.items()}
+        # In `hf`, max_length counts the prompt, and overrides max_gen_toks.
+        length = {"max_length": kwargs.pop("max_length")} if "max_length" in kwargs else {}
 
         def write(batch: Sequence[int]) -> list[str]:
             inputs = self._pad([ids[i] for i in batch])
             out = self.model.generate(
-                **inputs, max_new_tokens=new, tokenizer=self.tokenizer,
+                **inputs, **(length or {"max_new_tokens": new}), tokenizer=self.tokenizer,
                 stop_strings=[text for text in until if text], **kwargs,
             )[:, inputs.input_ids.shape[1] :]  # fmt: skip
-            texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
-            return [postprocess_generated_text(text, until, None) for text in texts]
+            return [self._answer(row, until) for row in out.tolist()]
 
         yield from self._in_batches(sorted(ids, key=lambda i: -len(ids[i])), write)
+
+    def _answer(self, ids: list[int], until: list[str]) -> str:
+        """Returns the text of an answer without its thinking, up to the first stop string."""
+        end = self.think_end_token
+        if isinstance(end, int):
+            while end in ids:
+                ids = ids[ids.index(end) + 1 :]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if isinstance(end, int):
+            text, end = text.lstrip(), None
+        return postprocess_generated_text(text, until, end)
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> Encoding:
         """Pads rows of ids on the left, so that all rows end in the last column."""

@@ -1,4 +1,4 @@
-"""Tests that each field of transformers' GenerationConfig is applied, has no effect, or is refused."""
+"""Tests that each field of transformers' GenerationConfig is applied, without effect or refused."""
 
 import inspect
 import json

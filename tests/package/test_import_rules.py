@@ -26,7 +26,7 @@ RULES = {
     "engine": "config, memory, compat, model",
     "load": "config, memory, checkpoint, model",
     "causal_lm": "config, compat, checkpoint, model, engine, load",
-    "lm_harness": "causal_lm, text",
+    "lm_harness": "causal_lm, compat, text",
     "benchmarks.measure": "kernels",
     "benchmarks.kernels": "benchmarks.measure, kernels, reference",
     "benchmarks.model": EVERYTHING,
