@@ -15,22 +15,19 @@ float32, but `hf` computes them in 16 bits.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
 
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.compat import FROM_PRETRAINED, LM_EVAL, check_keywords
-from gemma_fast.text.batch import Encoding, pack
 from gemma_fast.text.tokenizer import Tokenizer
 
 try:
-    from lm_eval import models, utils
+    from lm_eval import models
     from lm_eval.api.instance import Instance
-    from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import (
         handle_stop_sequences,
@@ -38,6 +35,8 @@ try:
         postprocess_generated_text,
     )
     from tqdm import tqdm
+
+    from gemma_fast.lm_scoring import ScoringLM
 
     # lm_eval registers its own models only if no model is registered yet, so load them before ours.
     assert models.MODEL_MAPPING
@@ -47,12 +46,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 MAX_GEN_TOKS = 256  # new tokens if the task does not set their number, as in `hf`
-# (key in lm_eval's cache, token ids of the context, token ids of the continuation)
-ScoreRequest = tuple[Any, list[int], list[int]]
 
 
 @register_model("gemma-fast")
-class GemmaFastLM(TemplateLM):
+class GemmaFastLM(ScoringLM):
     """The model `gemma-fast` of lm_eval. Its model_args have the same names as those of `hf`:
 
     pretrained       argument of GemmaForCausalLM.from_pretrained, or a model
@@ -177,70 +174,6 @@ class GemmaFastLM(TemplateLM):
             raise ValueError("enable_thinking=True needs tasks that only generate text")
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
-    def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[float]:
-        """Returns each text's log-probability. A text longer than max_length is split into windows,
-        and each of its tokens is scored in one of them."""
-        texts = [request.args[0] for request in requests]
-        windows: list[ScoreRequest] = []
-        owners: list[int] = []
-        for i, text in enumerate(texts):
-            parts = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(text), prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length, context_len=1,
-            )  # fmt: skip
-            found = [(None, *utils.make_disjoint_window(part)) for part in parts]
-            windows += found
-            owners += [i] * len(found)
-        totals = [0.0] * len(texts)
-        scores = self._loglikelihood_tokens(windows, disable_tqdm)
-        for i, (score, _) in zip(owners, scores, strict=True):
-            totals[i] += score
-        for text, total in zip(texts, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
-        return totals
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[ScoreRequest], disable_tqdm: bool = False, **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        """Returns for each request the log-probability of its continuation, and whether greedy
-        decoding would generate it. The last token of a request is not an input of the model, so
-        requests that differ only in this token share one row of the batch."""
-        same: dict[tuple[int, ...], list[int]] = {}
-        for i, (asked, context, continuation) in enumerate(requests):
-            if not (context and 0 < len(continuation) <= self.max_length):
-                counts = f"{len(context)} + {len(continuation)} tokens"
-                allowed = f"1 or more + 1 to {self.max_length}"
-                raise ValueError(
-                    f"{asked!r:.80} has {counts} (context + continuation), but only {allowed} can"
-                    " be scored"
-                )
-            row = (context + continuation)[-(self.max_length + 1) : -1]
-            same.setdefault(tuple(row), []).append(i)
-        kept = {row: max(len(requests[i][2]) for i in same[row]) for row in same}
-        answers = [(0.0, False)] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="scoring") as progress:
-            longest_first = sorted(same, key=len, reverse=True)
-            for row, logp in self._in_batches(longest_first, lambda rows: self._score(rows, kept)):
-                for i in same[row]:
-                    asked, _, continuation = requests[i]
-                    answers[i] = _answer(logp, continuation)
-                    if asked is not None:
-                        self.cache_hook.add_partial("loglikelihood", asked, answers[i])
-                    progress.update()
-        return answers
-
-    def _score(
-        self, rows: Sequence[tuple[int, ...]], kept: dict[tuple[int, ...], int]
-    ) -> list[Tensor]:
-        """Returns for each row the log-probabilities :: [kept[row], vocab] of the tokens that
-        follow its last kept[row] tokens."""
-        most = max(kept[row] for row in rows)
-        logits = self.model(**self._pad(rows), use_cache=False, logits_to_keep=most).logits
-        logp = torch.log_softmax(logits.float(), dim=-1)
-        return [x[most - kept[row] :] for x, row in zip(logp, rows, strict=True)]
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Returns a continuation of each prompt, up to the first stop string."""
         alike: dict[str, list[int]] = {}  # options → indices of requests that can share a batch
@@ -282,11 +215,11 @@ class GemmaFastLM(TemplateLM):
                 **inputs, **(length or {"max_new_tokens": new}), tokenizer=self.tokenizer,
                 stop_strings=[text for text in until if text], **kwargs,
             )[:, inputs.input_ids.shape[1] :]  # fmt: skip
-            return [self._answer(row, until) for row in out.tolist()]
+            return [self._text_of(row, until) for row in out.tolist()]
 
         yield from self._in_batches(sorted(ids, key=lambda i: -len(ids[i])), write)
 
-    def _answer(self, ids: list[int], until: list[str]) -> str:
+    def _text_of(self, ids: list[int], until: list[str]) -> str:
         """Returns the text of an answer without its thinking, up to the first stop string."""
         end = self.think_end_token
         if isinstance(end, int):
@@ -296,35 +229,6 @@ class GemmaFastLM(TemplateLM):
         if isinstance(end, int):
             text, end = text.lstrip(), None
         return postprocess_generated_text(text, until, end)
-
-    def _pad(self, rows: Sequence[Sequence[int]]) -> Encoding:
-        """Pads rows of ids on the left, so that all rows end in the last column."""
-        return pack([*map(list, rows)], self.tokenizer.pad_token_id, "pt", True, flat=False)
-
-    def _in_batches(
-        self, items: Sequence[Any], run: Callable[[Sequence[Any]], Sequence[Any]]
-    ) -> Iterator[tuple[Any, Any]]:
-        while items:
-            batch = items[: self.batch_size]
-            try:
-                results = run(batch)
-            except torch.OutOfMemoryError:
-                if not self.automatic or len(batch) == 1:
-                    raise
-                self.batch_size = len(batch) // 2
-                self.model.free_memory()
-                continue
-            yield from zip(batch, results, strict=True)
-            items = items[len(batch) :]
-
-
-def _answer(logp: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """Returns the continuation's log-probability, and whether greedy decoding would generate it.
-    logp :: [kept, vocab] are log-probabilities; the last row is for the continuation's last token.
-    """
-    logp, target = logp[-len(continuation) :], torch.tensor(continuation, device=logp.device)
-    total = logp.gather(-1, target.unsqueeze(-1)).sum()
-    return float(total), bool((logp.argmax(-1) == target).all())
 
 
 if __name__ == "__main__":

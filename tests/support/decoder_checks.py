@@ -8,6 +8,7 @@ SAMPLINGS = {
     "sampled": {"do_sample": True, "temperature": 2.0, "seed": 3, "top_k": 0},
     "filtered": {"do_sample": True, "temperature": 2.0, "seed": 3, "top_k": 9, "top_p": 0.9},
     "penalised": {"repetition_penalty": 1.5},
+    "biased": {"no_repeat_ngram_size": 2},
 }
 
 
