@@ -19,7 +19,8 @@ from gemma_fast.checkpoint.transformers import TransformersCheckpoint
 from gemma_fast.compat import FORWARD, FROM_PRETRAINED, GENERATE, check_keywords
 from gemma_fast.config import GemmaConfig
 from gemma_fast.engine.generate import generate_tokens
-from gemma_fast.engine.options import GenerationConfig
+from gemma_fast.engine.options import GenerationConfig, merge_options
+from gemma_fast.engine.outputs import Outputs
 from gemma_fast.engine.pool import DecoderPool
 from gemma_fast.engine.processors import functions_of, processors_of
 from gemma_fast.engine.request import end_token_ids, requests_of
@@ -166,9 +167,10 @@ class GemmaForCausalLM(Gemma):
         generation_config: Any = None,
         inputs: Tensor | None = None,
         **others: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Continues prompts. Returns ids :: [b, t + new] of the prompts and the new tokens, as in
-        transformers. A row is one sequence of the batch.
+        transformers; with return_dict_in_generate=True, an `engine.outputs.GenerateOutput`. A row
+        is one sequence of the batch.
 
         input_ids       [b, t]; prompts of different lengths are padded on the left
         attention_mask  [b, t], 0 for padding; None: pad_token_id is padding, if it ends no text
@@ -208,19 +210,20 @@ class GemmaForCausalLM(Gemma):
         keywords = others | {
             "max_new_tokens": max_new_tokens, "max_length": max_length, "do_sample": do_sample,
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-            "repetition_penalty": repetition_penalty, "seed": seed, "eos_token_id": eos_token_id,
+            "repetition_penalty": repetition_penalty, "eos_token_id": eos_token_id,
             "pad_token_id": pad_token_id, "stop_strings": stop_strings,
         }  # fmt: skip
-        requests = requests_of(
-            ids, attention_mask, keywords, generation_config, self.generation_config, self.config
-        )
+        options = merge_options(keywords, generation_config, self.generation_config)
+        requests = requests_of(ids, attention_mask, options, seed, self.config)
         processors = processors_of(
             logits_processor, prefix_allowed_tokens_fn, copies=len(requests) // len(ids)
         )
         criteria = functions_of("stopping_criteria", stopping_criteria)
-        return generate_tokens(
-            self, self.decoders, requests, tokenizer, streamer, processors, criteria
+        outputs = Outputs(options)
+        ids = generate_tokens(
+            self, self.decoders, requests, tokenizer, streamer, processors, criteria, outputs.record
         )
+        return outputs.of(ids)
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:

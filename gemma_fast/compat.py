@@ -38,7 +38,8 @@ APPLIED = (
     "max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time", "eos_token_id",
     "pad_token_id", "stop_strings", "do_sample", "temperature", "top_k", "top_p", "min_p",
     "repetition_penalty", "no_repeat_ngram_size", "sequence_bias", "bad_words_ids",
-    "suppress_tokens", "begin_suppress_tokens", "num_return_sequences",
+    "suppress_tokens", "begin_suppress_tokens", "num_return_sequences", "return_dict_in_generate",
+    "output_scores", "output_logits",
 )  # fmt: skip
 NO_EFFECT = (
     # speed and memory only
@@ -85,9 +86,6 @@ REFUSED: Table = {
         ("dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked"),
         f"omit it, because there is only one kind of cache, or {_HF}",
     ),
-    "return_dict_in_generate": ((False,), f"the result is the ids, prompt included; or {_HF}"),
-    "output_scores": ((False,), f"{_LOOP}, or {_HF}"),
-    "output_logits": ((False,), f"{_LOOP}, or {_HF}"),
     "output_attentions": ((False,), _HF),
     "output_hidden_states": ((False,), _HF),
 }

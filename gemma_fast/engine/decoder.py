@@ -6,7 +6,7 @@ On a GPU the step, from embedding to sampling, is captured in a CUDA graph and t
 host launches one graph per token. For each `graph_key` of the sampler, the first step runs without
 a graph, because it compiles kernels. The second step is captured. Everything that changes between
 replays is stored in device tensors: tokens, positions, and the sampling settings of each row. A
-step that calls a `Processor` is not captured.
+step that calls a `Processor` or keeps its logits is not captured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from gemma_fast.engine.sampling import Processor, Sampler, Sampling
+from gemma_fast.engine.sampling import Processor, Record, Sampler, Sampling
 from gemma_fast.memory import out_of_memory
 from gemma_fast.model.cache import KVCache
 from gemma_fast.model.gemma import Gemma
@@ -42,7 +42,7 @@ class Decoder:
                   or inf, or all were -inf. The newest token is not in the cache yet.
     asynchronous  True on a GPU, where `step` returns before the token is computed
     ahead         True if the next step may start before the newest token is read: on a GPU, unless
-                  the sampler calls functions of the caller
+                  the sampler calls functions of the caller or keeps logits
     """
 
     def __init__(self, model: Gemma, batch: int, max_length: int) -> None:
@@ -82,7 +82,7 @@ class Decoder:
 
     def prefill(
         self, ids: Tensor, attention_mask: Tensor | None = None, texts: Sequence[Sampling] = (),
-        processors: Sequence[Processor] = (),
+        processors: Sequence[Processor] = (), record: Record | None = None,
     ) -> None:  # fmt: skip
         """Empties the cache, adds the prompts ids :: [b, t] to it, and samples the first token
         after each prompt.
@@ -90,12 +90,13 @@ class Decoder:
         attention_mask  [b, t], 0 for padding on the left; None: no padding
         texts           sampling settings of each row; empty: all rows are greedy
         processors      functions that change the logits of all rows; they prevent CUDA graphs
+        record          list to which the logits of each new token are appended; the same
         """
         if len(ids) > self.cache.batch:
             raise ValueError(f"a batch of {len(ids)} does not fit a decoder for {self.cache.batch}")
         self._rows = slice(0, len(ids))
         self.cache.clear()
-        self.sampler.set(texts, processors)
+        self.sampler.set(texts, processors, record)
         self.extend(ids, attention_mask)
 
     def extend(self, ids: Tensor, attention_mask: Tensor | None = None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from gemma_fast.engine.decoder import Decoder
 from gemma_fast.engine.pool import DecoderPool
 from gemma_fast.engine.request import Request
-from gemma_fast.engine.sampling import Processor
+from gemma_fast.engine.sampling import Processor, Record
 from gemma_fast.engine.stopping import Criterion, Stopping
 from gemma_fast.model.gemma import Gemma
 
@@ -25,6 +25,7 @@ from gemma_fast.model.gemma import Gemma
 def generate_tokens(
     model: Gemma, decoders: DecoderPool, requests: Sequence[Request], tokenizer: Any, streamer: Any,
     processors: Sequence[Processor] = (), criteria: Sequence[Criterion] = (),
+    record: Record | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns ids :: [b, t + new]: the prompts and the new tokens. A row that ends early is filled
     with its request's pad_token_id.
@@ -34,6 +35,7 @@ def generate_tokens(
                 end() is called last
     processors  functions that change logits
     criteria    functions that end texts
+    record      list to which the logits of each new token are appended
 
     Ctrl-C ends generation and returns the tokens generated until then. Raises ValueError if logits
     are not finite, and torch.OutOfMemoryError if the cache does not fit.
@@ -50,7 +52,7 @@ def generate_tokens(
     try:
         if streamer is not None:
             streamer.put(ids.cpu())
-        decoder.prefill(ids, mask, [request.sampling for request in requests], processors)
+        decoder.prefill(ids, mask, [request.sampling for request in requests], processors, record)
         for token in tokens(decoder, new):
             token = torch.where(finished, pad, token)
             refuse_not_finite(token, t + end)

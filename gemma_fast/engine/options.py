@@ -51,7 +51,7 @@ def merge_options(
                 raise TypeError(f"{MODELS_CONFIG}: {name}={value!r:.60} is unknown: remove it")
             check_keywords(MODELS_CONFIG, {name: value}, GENERATION_CONFIG)
         except TypeError as problem:
-            warnings.warn(f"{problem}; it is ignored", stacklevel=4)
+            warnings.warn(f"{problem}; it is ignored", stacklevel=3)
     merged = {**_given(defaults), **_given(passed), **_given(keywords)}
     return {name: merged[name] for name in APPLIED if name in merged}
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from gemma_fast.config import GemmaConfig
 from gemma_fast.engine.bias import biases_of
-from gemma_fast.engine.options import merge_options
 from gemma_fast.engine.sampling import Sampling
 from gemma_fast.model.padding import check_shape, left_padding
 
@@ -57,24 +56,21 @@ class Request:
 def requests_of(
     ids: Tensor,
     mask: Tensor | None,
-    keywords: Mapping[str, Any],
-    generation_config: Any,
-    defaults: Mapping[str, Any],
+    options: Mapping[str, Any],
+    seed: int | None,
     config: GemmaConfig,
 ) -> list[Request]:
     """Returns a request for each row of ids :: [b, t], with left padding where mask :: [b, t] is 0;
     with num_return_sequences=n, n successive requests for each row.
 
-    keywords           options of the call, and "seed"; None: not passed
-    generation_config  None, a mapping or transformers' GenerationConfig; keywords override it
-    defaults           the model's generation_config, which the other two override
+    options  values of compat.APPLIED, see `merge_options`
+    seed     seed of the sampling noise; None: torch's global generator sets it
     """
-    options = merge_options(keywords, generation_config, defaults)
     new = _new_tokens(ids.shape[1], options, config.max_position_embeddings)
     (pad,) = _token_ids("pad_token_id", options, config)
     eos = end_token_ids(options, config)
     stop = _stop_strings(options.get("stop_strings"))
-    sampling = _sampling(options, keywords.get("seed"), eos, ids.shape[1], config.vocab_size)
+    sampling = _sampling(options, seed, eos, ids.shape[1], config.vocab_size)
     copies = _copies(options.get("num_return_sequences", 1), sampling)
     return [
         Request(

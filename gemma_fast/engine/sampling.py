@@ -18,6 +18,8 @@ from gemma_fast.engine.bias import Bias, Biases
 
 # Function from ids :: [b, t], left padding included, and logits :: [b, vocab], fp32, to new logits.
 Processor = Callable[[Tensor, Tensor], Tensor]
+# Logits of the model and processed logits :: [b, vocab], fp32, of each new token.
+Record = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +93,12 @@ class Sampler:
         self._vocab_size = vocab_size
         self.set([])
 
-    def set(self, texts: Sequence[Sampling], processors: Sequence[Processor] = ()) -> None:
+    def set(
+        self, texts: Sequence[Sampling], processors: Sequence[Processor] = (),
+        record: Record | None = None,
+    ) -> None:  # fmt: skip
         """Sets the settings of the first len(texts) rows, for new texts; all other rows are greedy.
-        `processors` are called with the first len(texts) rows only."""
+        `processors` and `record` get the logits of the first len(texts) rows only."""
         rows = [*texts, *[Sampling()] * (len(self.token) - len(texts))]
         vocab_size = self._vocab_size
         self._any_samples = any(row.do_sample for row in rows)
@@ -115,7 +120,7 @@ class Sampler:
         self._biases = Biases([row.biases for row in texts], sizes, device)
         if self._biases:
             self._bias = self._of_all_tokens(self._bias)
-        self._processors = processors
+        self._processors, self._record = processors, record
         self._ids = torch.zeros(len(texts), 0, dtype=torch.int64, device=device)
         self._prompt = 0  # tokens of the prompt
 
@@ -154,8 +159,8 @@ class Sampler:
 
     @property
     def graph_key(self) -> Hashable:
-        """None: a step must not be captured, because it calls functions of the caller."""
-        if self._processors:
+        """None: a step must not be captured, because it calls functions or keeps its logits."""
+        if self._processors or self._record is not None:
             return None
         return self._any_samples, self._penalises, self._ordered, bool(self._biases)
 
@@ -176,6 +181,8 @@ class Sampler:
 
     @property
     def process(self) -> Callable[[Tensor], Tensor] | None:
+        if self._record is not None:
+            return self._process_and_record
         any_step = self._penalises or self._ordered or self._biases or self._processors
         return self._process if any_step else None
 
@@ -183,6 +190,12 @@ class Sampler:
     def nbytes(self) -> int:
         """Bytes of the seen tokens and the biases. All other tensors are small."""
         return self._seen.nbytes + self._bias.nbytes
+
+    def _process_and_record(self, logits: Tensor) -> Tensor:
+        assert self._record is not None
+        texts, scores = len(self._ids), self._process(logits)
+        self._record.append((logits[:texts].float(), scores[:texts]))
+        return scores
 
     def _process(self, logits: Tensor) -> Tensor:
         """Applies each row's biases, penalty, temperature and filters to logits :: [b, vocab].

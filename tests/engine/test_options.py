@@ -207,6 +207,22 @@ def test_prefix_allowed_tokens_fn_equals_transformers(twins, batch):
         twins.model.generate(ids, prefix_allowed_tokens_fn=lambda *_: [], max_new_tokens=1)
 
 
+@pytest.mark.parametrize("outputs", ["scores", "logits", "both", "none"])
+def test_scores_and_logits_equal_transformers(twins, batch, fresh_graphs, outputs):
+    ids, mask, free = batch
+    options = {"repetition_penalty": 1.4, "suppress_tokens": [int(free[0, 13])]}
+    options |= {"return_dict_in_generate": True, "output_scores": outputs in ("scores", "both")}
+    options |= {"output_logits": outputs in ("logits", "both"), "eos": [int(free[1, 14])]}
+    theirs, ours = both(twins, ids, mask, **options)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for name in ("scores", "logits"):
+        expected, found = getattr(theirs, name), getattr(ours, name)
+        assert (found is None) == (expected is None) == (outputs not in (name, "both"))
+        for x, y in zip(found or (), expected or (), strict=True):
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
+    assert bool(fresh_graphs) == (outputs == "none")
+
+
 def test_stopping_criteria_equal_transformers(twins, batch):
     ids, mask, free = batch
 

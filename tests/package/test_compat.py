@@ -23,8 +23,7 @@ def one(tmp_path_factory) -> Twins:
     ("keywords", "message"),
     [
         ({"num_beams": 4}, r"generate\(\): num_beams=4 is not supported: .*greedy"),
-        ({"return_dict_in_generate": True}, "the result is the ids"),
-        ({"output_scores": True}, r"call model\(ids, past_key_values=…\) in a loop"),
+        ({"output_attentions": True}, r"gemma_fast.hf.accelerate\(model\)"),
         ({"past_key_values": torch.ones(2)}, "past_key_values=.* is not supported: call model"),
         ({"cache": torch.ones(2)}, "cache=.* is not supported: call model"),
         ({"assistant_model": torch.nn.Linear(2, 2)}, "it changes only the speed: omit it, or"),
