@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -32,19 +33,21 @@ class Biases:
     """
 
     def __init__(
-        self, rows: Sequence[Sequence[Bias]], ngram_sizes: Sequence[int], device: torch.device
+        self, rows: Sequence[tuple[Bias, ...]], ngram_sizes: Sequence[int], device: torch.device
     ) -> None:
-        tables: dict[int, list[tuple[int, Bias]]] = {}  # number of tokens before the last → biases
+        groups: dict[int, list[int]] = {}  # rows that share one tuple of biases
         for row, biases in enumerate(rows):
-            for bias in biases:
-                tables.setdefault(len(bias.sequence) - 1, []).append((row, bias))
-        self._tables = [_Table.of(table, device) for table in tables.values()]
+            groups.setdefault(id(biases), []).append(row)
+        self._tables = [
+            _Table.of(group, [x for x in rows[group[0]] if len(x.sequence) == length], device)
+            for group in groups.values()
+            for length in sorted({len(x.sequence) for x in rows[group[0]]})
+        ]
         self._ngrams = {
             size: [row for row, other in enumerate(ngram_sizes) if other == size]
             for size in set(ngram_sizes) - {0}
         }
-        whole = all(x.until == math.inf for biases in rows for x in biases)
-        self.constant = whole and not self._ngrams and tables.keys() <= {0}
+        self.constant = not self._ngrams and all(table.constant for table in self._tables)
 
     def __bool__(self) -> bool:
         return bool(self._tables or self._ngrams)
@@ -63,32 +66,34 @@ class Biases:
 
 
 class _Table(NamedTuple):
-    """Biases of sequences of equal length."""
+    """n biases of sequences of equal length, for r rows."""
 
-    row: Tensor  # [n]
+    rows: Tensor  # [r]
     before: Tensor  # [n, length - 1]
     last: Tensor  # [n]
     value: Tensor  # [n]
     until: Tensor  # [n]
+    constant: bool  # whether the biases of all new tokens are equal
 
     @classmethod
-    def of(cls, biases: Sequence[tuple[int, Bias]], device: torch.device) -> _Table:
-        sequences = torch.tensor([x.sequence for _, x in biases], device=device)  # [n, length]
+    def of(cls, rows: Sequence[int], biases: Sequence[Bias], device: torch.device) -> _Table:
+        sequences, values, until = zip(*biases, strict=True)
+        ids = torch.tensor(sequences, device=device)  # [n, length]
         return cls(
-            torch.tensor([row for row, _ in biases], device=device),
-            sequences[:, :-1],
-            sequences[:, -1],
-            torch.tensor([x.value for _, x in biases], dtype=torch.float32, device=device),
-            torch.tensor([x.until for _, x in biases], dtype=torch.float32, device=device),
-        )
+            torch.tensor(rows, device=device), ids[:, :-1], ids[:, -1],
+            torch.tensor(values, dtype=torch.float32, device=device),
+            torch.tensor(until, dtype=torch.float32, device=device),
+            constant=ids.shape[1] == 1 and min(until) == math.inf,
+        )  # fmt: skip
 
     def add_to(self, out: Tensor, ids: Tensor, new: int) -> None:
         start = ids.shape[1] - self.before.shape[1]
         if start < 0:
             return
-        applies = (ids[:, start:][self.row] == self.before).all(-1) & (self.until > new)  # [n]
-        value = self.value.where(applies, 0.0)
-        out.index_put_((self.row, self.last), value, accumulate=True)
+        ends = ids[self.rows, start:].unsqueeze(1)  # [r, 1, length - 1]
+        applies = (ends == self.before).all(-1) & (self.until > new)  # [r, n]
+        value = self.value.where(applies, 0.0)  # [r, n]
+        out.index_put_((self.rows.unsqueeze(1), self.last), value, accumulate=True)
 
 
 def _repeats(ids: Tensor, size: int, vocab_size: int) -> Tensor:
@@ -151,10 +156,14 @@ def _sequence_bias(given: Any, vocab_size: int) -> Iterable[tuple[tuple[int, ...
 
 def _ids(name: str, given: Any, vocab_size: int | None = None) -> tuple[int, ...]:
     """Returns the ids as a tuple. With vocab_size, they must be a sequence in the vocabulary."""
-    ids = given.tolist() if isinstance(given, Tensor) else given
-    whole = isinstance(ids, list | tuple) and all(type(token) is int for token in ids)
-    if whole and (vocab_size is None or (ids and all(0 <= token < vocab_size for token in ids))):
-        return tuple(ids)
+    try:
+        ids = tuple(map(index, given.tolist() if isinstance(given, Tensor) else given))
+    except TypeError:
+        ids = None
+    if ids is not None and (
+        vocab_size is None or (ids and min(ids) >= 0 and max(ids) < vocab_size)
+    ):
+        return ids
     allowed = "integers" if vocab_size is None else f"token ids below {vocab_size}"
     raise ValueError(f"{name}: {given!r:.60} must be a list of {allowed}")
 

@@ -36,7 +36,7 @@ def options_of(free) -> dict[str, dict]:
     first, pair, triple = new[0][0], new[1][1:3], new[2][4:7]
     eos = [new[0][2], new[1][3]]
     return {
-        "suppress_tokens": {"suppress_tokens": [first, *pair, 5000, -1]},
+        "suppress_tokens": {"suppress_tokens": {first, *pair, 5000, -1}},
         "begin_suppress_tokens": {"begin_suppress_tokens": [row[0] for row in new]},
         "bad_words_ids": {"bad_words_ids": [[first], pair, triple, [eos[0]]], "eos": eos},
         "sequence_bias": {"sequence_bias": [[[first], -9.0], [pair, 4.0], [triple, -float("inf")]]},
