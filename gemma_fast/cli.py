@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from gemma_fast.text.tokenizer import Tokenizer
 
 Command = Callable[..., None]
+# Options that a generation_config.json may set otherwise.
+ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1, "return_dict_in_generate": False}
 IMPLY_SAMPLE = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -249,9 +251,8 @@ def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCa
     # Warm up before calls are timed: on a GPU the first call compiles kernels and captures a graph.
     bos = torch.tensor([[tokenizer.bos_token_id]])
     gemma.generate(
-        bos, max_new_tokens=3, do_sample=False, eos_token_id=[], stop_strings=[],
-        num_return_sequences=1,
-    )  # fmt: skip
+        bos, max_new_tokens=3, do_sample=False, eos_token_id=[], stop_strings=[], **ONE_TEXT
+    )
     return gemma, tokenizer
 
 
@@ -291,9 +292,8 @@ def _stream(
     clock = _Clock(None if silent else TextStreamer(tokenizer, skip_prompt=skip_prompt))
     sampling["stop_strings"] = sampling["stop_strings"] or None  # None: those of the model
     out = model.generate(
-        ids, do_sample=do_sample, streamer=clock, tokenizer=tokenizer, num_return_sequences=1,
-        **sampling,
-    )  # fmt: skip
+        ids, do_sample=do_sample, streamer=clock, tokenizer=tokenizer, **ONE_TEXT, **sampling
+    )
     stats = _speed(ids.shape[1], clock.times, model)
     if not silent:
         click.echo()

@@ -208,12 +208,15 @@ class GemmaFastLM(ScoringLM):
         ids = {i: self.tok_encode(prompt)[:limit][-room:] for i, prompt in prompts.items()}
         # In `hf`, max_length counts the prompt, and overrides max_gen_toks.
         length = {"max_length": kwargs.pop("max_length")} if "max_length" in kwargs else {}
+        more = kwargs.pop("stop_strings", None) or self.model.generation_config.get("stop_strings")
+        stop = [*filter(None, until), *([more] if isinstance(more, str) else more or ())]
+        kwargs |= {"num_return_sequences": 1, "return_dict_in_generate": False}
 
         def write(batch: Sequence[int]) -> list[str]:
             inputs = self._pad([ids[i] for i in batch])
             out = self.model.generate(
                 **inputs, **(length or {"max_new_tokens": new}), tokenizer=self.tokenizer,
-                stop_strings=[text for text in until if text], **kwargs,
+                stop_strings=stop, **kwargs,
             )[:, inputs.input_ids.shape[1] :]  # fmt: skip
             return [self._text_of(row, until) for row in out.tolist()]
 

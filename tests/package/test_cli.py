@@ -175,6 +175,7 @@ def test_the_checkpoint_says_where_a_text_ends(checkpoint):
     stopped = write(stop_strings=[letter])
     assert letter in stopped["text"] and len(stopped["ids"]) < 9
     assert write("--stop", "never", stop_strings=[letter])["ids"] == free["ids"]
+    assert write(num_return_sequences=2, return_dict_in_generate=True)["ids"] == free["ids"]
 
 
 def test_command_runs_as_a_module():

@@ -309,6 +309,16 @@ def test_generation_options_and_thinking_equal_hf(checkpoint):
         same(ours.generate_until(asked), hf.generate_until(asked))
 
 
+def test_stop_strings_of_the_checkpoint_and_of_the_task_end_a_text(checkpoint):
+    model = GemmaFastLM(str(checkpoint), dtype="float32", device="cpu")
+    asked = requests("generate_until", ("hello", {"until": ["never"], "max_gen_toks": 12}))
+    [free] = model.generate_until(asked)
+    model.model.generation_config |= {"stop_strings": free[:5], "num_return_sequences": 2}
+    [stopped] = model.generate_until(asked)
+    assert free.startswith(stopped) and free[:5] in stopped and len(stopped) < len(free)
+    assert len(free) == 12 * 5  # a token of five letters
+
+
 def test_a_text_ends_at_the_end_tokens_of_the_checkpoint(checkpoint, tmp_path):
     """lm_eval, Python and the command line end a text at the same tokens, also in a batch."""
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
