@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # type checkers treat a name as exported if it is imported wi
     from gemma_fast.causal_lm import GemmaForCausalLM as GemmaForCausalLM
     from gemma_fast.config import PRESETS as PRESETS
     from gemma_fast.config import GemmaConfig as GemmaConfig
-    from gemma_fast.engine.request import GenerationConfig as GenerationConfig
+    from gemma_fast.engine.options import GenerationConfig as GenerationConfig
     from gemma_fast.model.cache import KVCache as KVCache
     from gemma_fast.reference import Reference as Reference
     from gemma_fast.text.streaming import TextIteratorStreamer as TextIteratorStreamer
@@ -36,7 +36,7 @@ _MODULES = {
     "Gemma2ForCausalLM": "causal_lm",
     "Gemma3ForCausalLM": "causal_lm",
     "GemmaTokenizer": "text.tokenizer",
-    "GenerationConfig": "engine.request",
+    "GenerationConfig": "engine.options",
     "KVCache": "model.cache",
     "PRESETS": "config",
     "Reference": "reference",

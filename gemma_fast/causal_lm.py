@@ -19,8 +19,11 @@ from gemma_fast.checkpoint.transformers import TransformersCheckpoint
 from gemma_fast.compat import FORWARD, FROM_PRETRAINED, GENERATE, check_keywords
 from gemma_fast.config import GemmaConfig
 from gemma_fast.engine.generate import generate_tokens
+from gemma_fast.engine.options import GenerationConfig, merge_options
+from gemma_fast.engine.outputs import Outputs
 from gemma_fast.engine.pool import DecoderPool
-from gemma_fast.engine.request import GenerationConfig, requests_of
+from gemma_fast.engine.processors import functions_of, processors_of
+from gemma_fast.engine.request import end_token_ids, requests_of
 from gemma_fast.load import load_model, pick_device, refuse_overflow
 from gemma_fast.model.cache import KVCache
 from gemma_fast.model.gemma import Gemma
@@ -171,29 +174,40 @@ class GemmaForCausalLM(Gemma):
         stop_strings: str | Sequence[str] | None = None,
         tokenizer: Any = None,
         streamer: Any = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        prefix_allowed_tokens_fn: Any = None,
         generation_config: Any = None,
         inputs: Tensor | None = None,
         **others: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Continues prompts. Returns ids :: [b, t + new] of the prompts and the new tokens, as in
-        transformers. A row is one sequence of the batch.
+        transformers; with return_dict_in_generate=True, an `engine.outputs.GenerateOutput`. A row
+        is one sequence of the batch.
 
         input_ids       [b, t]; prompts of different lengths are padded on the left
-        attention_mask  [b, t], 0 for padding; None: no padding
+        attention_mask  [b, t], 0 for padding; None: pad_token_id is padding, if it ends no text
         max_new_tokens  maximum number of new tokens; default: 20
         max_length      maximum number of tokens, prompt included, if max_new_tokens is not set
-        do_sample, temperature, top_k, top_p, min_p, repetition_penalty  see
-                        `engine.sampling.Sampling`
+        do_sample       False (default): the most likely token, whatever the next four are
+        temperature     divides the logits; 0: the most likely token, even with do_sample=True
+        top_k, top_p, min_p, repetition_penalty  see `engine.sampling.Sampling`; the default of
+                        top_k is 50, as in transformers
         seed            the same seed samples the same text; None: torch's global generator sets it
         eos_token_id    one or more ids that end a row; pad_token_id fills the rest of the row
         stop_strings    strings that end a row when they appear in its generated text; they need
                         `tokenizer`, any object with `decode(ids) -> str`
         streamer        an object: put(ids) is called with the prompt, then with each new token;
                         end() is called last
+        logits_processor  function, or list of functions, (ids, logits) → logits of all rows, as
+                        transformers' LogitsProcessor; they prevent a CUDA graph
+        stopping_criteria  the same for (ids, None) → True where a row ends
+        prefix_allowed_tokens_fn  function (row, ids) → the only tokens that may follow
         generation_config  these options as a mapping, or as transformers' object
         inputs          another name of input_ids
-        others          transformers' keywords that have no effect here, see `compat.GENERATE`;
-                        any other keyword raises TypeError
+        others          the other options of `compat.APPLIED`, as in transformers' GenerationConfig,
+                        and its keywords that have no effect here. A keyword or value that is not
+                        supported raises TypeError, which names an alternative
 
         An option that is None is taken from generation_config, or else from the checkpoint's
         generation_config.json. Ctrl-C ends generation and returns the tokens generated until then.
@@ -206,17 +220,29 @@ class GemmaForCausalLM(Gemma):
         if inputs is not None and input_ids is not None:
             raise TypeError("generate() got both input_ids and inputs: pass only input_ids")
         ids = self.check_ids(inputs if input_ids is None else input_ids)
-        keywords = {
+        keywords = others | {
             "max_new_tokens": max_new_tokens, "max_length": max_length, "do_sample": do_sample,
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-            "repetition_penalty": repetition_penalty, "seed": seed, "eos_token_id": eos_token_id,
+            "repetition_penalty": repetition_penalty, "eos_token_id": eos_token_id,
             "pad_token_id": pad_token_id, "stop_strings": stop_strings,
         }  # fmt: skip
-        requests = requests_of(
-            ids, attention_mask, keywords, generation_config, self.generation_config, self.config
+        options = merge_options(keywords, generation_config, self.generation_config)
+        requests = requests_of(ids, attention_mask, options, seed, self.config)
+        processors = processors_of(
+            logits_processor, prefix_allowed_tokens_fn, copies=len(requests) // len(ids)
         )
-        new = generate_tokens(self, self.decoders, requests, tokenizer, streamer)
-        return torch.cat((ids, new.to(ids.device)), dim=1)
+        criteria = functions_of("stopping_criteria", stopping_criteria)
+        outputs = Outputs(options)
+        ids = generate_tokens(
+            self, self.decoders, requests, tokenizer, streamer, processors, criteria, outputs.record
+        )
+        return outputs.of(ids)
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens at which `generate` ends a text, unless eos_token_id is passed: those of
+        generation_config, or else of the config."""
+        return end_token_ids(self.generation_config, self.config)
 
     def memory(self) -> dict[str, int]:
         """Returns the bytes of each item on the device. `free_memory` frees "cache" and "graph".

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from gemma_fast.text.tokenizer import Tokenizer
 
 Command = Callable[..., None]
+# Options that a generation_config.json may set otherwise.
+ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1, "return_dict_in_generate": False}
 IMPLY_SAMPLE = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -65,7 +67,9 @@ sampling_options = _options(
         default=None,
         help="Sample tokens, or take the most likely ones. [default: as in generation_config.json]",
     ),
-    click.option("--temperature", type=float, help="Divisor of the logits; implies --sample."),
+    click.option(
+        "--temperature", type=float, help="Divisor of the logits; implies --sample. 0 is greedy."
+    ),
     click.option("--top-k", type=int, help="Keep the k most likely tokens; implies --sample."),
     click.option(
         "--top-p",
@@ -246,7 +250,9 @@ def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCa
     gemma = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device=device)
     # Warm up before calls are timed: on a GPU the first call compiles kernels and captures a graph.
     bos = torch.tensor([[tokenizer.bos_token_id]])
-    gemma.generate(bos, max_new_tokens=3, do_sample=False, eos_token_id=[])
+    gemma.generate(
+        bos, max_new_tokens=3, do_sample=False, eos_token_id=[], stop_strings=[], **ONE_TEXT
+    )
     return gemma, tokenizer
 
 
@@ -284,7 +290,10 @@ def _stream(
     if do_sample is None and any(sampling[name] is not None for name in IMPLY_SAMPLE):
         do_sample = True
     clock = _Clock(None if silent else TextStreamer(tokenizer, skip_prompt=skip_prompt))
-    out = model.generate(ids, do_sample=do_sample, streamer=clock, tokenizer=tokenizer, **sampling)
+    sampling["stop_strings"] = sampling["stop_strings"] or None  # None: those of the model
+    out = model.generate(
+        ids, do_sample=do_sample, streamer=clock, tokenizer=tokenizer, **ONE_TEXT, **sampling
+    )
     stats = _speed(ids.shape[1], clock.times, model)
     if not silent:
         click.echo()

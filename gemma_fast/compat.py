@@ -23,9 +23,6 @@ ANY = _Any()
 _FROM_LOGITS = "compute the loss from the logits; the kernels have no backward"
 _DOWNLOAD = "pass the path that huggingface_hub.snapshot_download(…) returns"
 _ADAPTER = "merge the adapter with peft: model.merge_and_unload().save_pretrained(…)"
-_ONE_TEXT = "each prompt gets one continuation: repeat the prompt in the batch to get several"
-_LOOP = "call the model in a loop, with past_key_values, and sample from its logits"
-_MINIMUM = "pass eos_token_id=[], so that no token ends a text"
 _OUTPUTS = {
     "output_attentions": ((False,), "the kernels do not store attention weights"),
     "output_hidden_states": ((False,), "only logits are returned"),
@@ -36,30 +33,80 @@ FORWARD: Table = _OUTPUTS | {
     "labels": ((), _FROM_LOGITS),
     "inputs_embeds": ((), "pass input_ids"),
 }
-GENERATE: Table = _OUTPUTS | {
-    "use_cache": (ANY, ""),
-    "cache_implementation": (("dynamic", "static", "hybrid"), "there is only one kind of cache"),
-    "disable_compile": (ANY, ""),
-    "bos_token_id": (ANY, ""),
-    "return_dict_in_generate": ((False,), "the result is the ids, prompt included"),
-    "output_scores": ((False,), _LOOP),
-    "output_logits": ((False,), _LOOP),
-    "num_beams": ((1,), "use sampling or greedy search"),
-    "num_return_sequences": ((1,), _ONE_TEXT),
-    "early_stopping": ((False,), "it is an option of beam search, which is not supported"),
-    "length_penalty": ((1.0,), "it is an option of beam search, which is not supported"),
-    "min_length": ((0,), _MINIMUM),
-    "min_new_tokens": ((0,), _MINIMUM),
-    "no_repeat_ngram_size": ((0,), "use repetition_penalty"),
-    "typical_p": ((1.0,), "use top_k, top_p or min_p"),
-    "renormalize_logits": ((False,), _LOOP),
-    "logits_processor": ((), _LOOP),
-    "stopping_criteria": ((), "use stop_strings or eos_token_id"),
-    "past_key_values": ((), _LOOP),
-    "assistant_model": ((), "speculative decoding is not implemented: omit it"),
-    "max_time": ((), "to end a text early, pass a streamer that raises KeyboardInterrupt"),
+
+# The fields of transformers' GenerationConfig: each one is in APPLIED, NO_EFFECT or REFUSED.
+APPLIED = (
+    "max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time", "eos_token_id",
+    "pad_token_id", "stop_strings", "do_sample", "temperature", "top_k", "top_p", "min_p",
+    "repetition_penalty", "no_repeat_ngram_size", "sequence_bias", "bad_words_ids",
+    "suppress_tokens", "begin_suppress_tokens", "num_return_sequences", "return_dict_in_generate",
+    "output_scores", "output_logits",
+)  # fmt: skip
+NO_EFFECT = (
+    # speed and memory only
+    "use_cache", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory",
+    "compile_config", "disable_compile", "continuous_batching_config",
+    # options of beam search, and of a second model that drafts tokens
+    "early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "is_assistant",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "speculation_type",
+    "max_matching_ngram_size",
+    # a constant added to all logits; logits that are not finite are an error here
+    "renormalize_logits", "remove_invalid_values",
+    # encoder-decoder models; a prompt is always given; metadata
+    "decoder_start_token_id", "bos_token_id", "transformers_version", "_from_model_config",
+    "_commit_hash",
+)  # fmt: skip
+_HF = "generate with transformers' own model and gemma_fast.hf.accelerate(model)"
+_LOOP = "call model(ids, past_key_values=…) in a loop, and sample from its logits"
+_DRAFT = f"it changes only the speed: omit it, or {_HF}"
+_FILTER = f"use top_k, top_p or min_p, or {_HF}"
+_PROCESSOR = f"pass a logits_processor, or {_HF}"
+REFUSED: Table = {
+    "num_beams": ((1,), f"use sampling or greedy search, or {_HF}"),
+    "constraints": ((), _HF),
+    "force_words_ids": ((), _HF),
+    "penalty_alpha": ((0,), _HF),
+    "dola_layers": ((), _HF),
+    "guidance_scale": ((1,), _HF),
+    "watermarking_config": ((), _HF),
+    "token_healing": ((False,), _HF),
+    "prompt_lookup_num_tokens": ((), _DRAFT),
+    "assistant_early_exit": ((), _DRAFT),
+    "use_mtp": ((False,), _DRAFT),
+    "typical_p": ((1,), _FILTER),
+    "epsilon_cutoff": ((0,), _FILTER),
+    "eta_cutoff": ((0,), _FILTER),
+    "top_h": ((), _FILTER),
+    "encoder_repetition_penalty": ((1,), f"use repetition_penalty, or {_HF}"),
+    "encoder_no_repeat_ngram_size": ((0,), f"use no_repeat_ngram_size, or {_HF}"),
+    "exponential_decay_length_penalty": ((), _PROCESSOR),
+    "forced_bos_token_id": ((), _PROCESSOR),
+    "forced_eos_token_id": ((), _PROCESSOR),
+    "cache_implementation": (
+        ("dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked"),
+        f"omit it, because there is only one kind of cache, or {_HF}",
+    ),
+    "output_attentions": ((False,), _HF),
+    "output_hidden_states": ((False,), _HF),
 }
-_ONE_DEVICE = "the model runs on one device: pass device=…"
+GENERATION_CONFIG: Table = {**REFUSED, **dict.fromkeys(APPLIED + NO_EFFECT, (ANY, ""))}
+# Keywords of transformers' generate() that are not fields of its GenerationConfig.
+GENERATE: Table = {
+    **GENERATION_CONFIG,
+    "past_key_values": ((), f"{_LOOP}, or {_HF}"),
+    "cache": ((), f"{_LOOP}, or {_HF}"),
+    "inputs_embeds": ((), f"pass input_ids, or {_HF}"),
+    "position_ids": ((), "omit it: positions follow from attention_mask"),
+    "assistant_model": ((), _DRAFT),
+    "assistant_tokenizer": ((), _DRAFT),
+    "negative_prompt_ids": ((), _HF),
+    "negative_prompt_attention_mask": ((), _HF),
+    "custom_generate": ((), _HF),
+    "synced_gpus": ((False,), "omit it: the model is on one device"),
+    "trust_remote_code": (ANY, ""),
+}
+_ONE_DEVICE = "omit it: the model runs on one device, see device"
 _QUANTIZED = "quantized weights are read from .gguf files only"
 FROM_PRETRAINED: Table = {
     "config": ((), "edit config.json in a copy of the directory"),
@@ -115,6 +162,25 @@ TOKENIZER: Table = {
     "trust_remote_code": FROM_PRETRAINED["trust_remote_code"],
     "revision": FROM_PRETRAINED["revision"],
     "token": FROM_PRETRAINED["token"],
+}
+_MERGE = "merge it: peft's merge_and_unload(), then save_pretrained(); or use lm_eval's model hf"
+# Arguments of lm_eval's model `hf`, without those of `gemma-fast` and of from_pretrained.
+LM_EVAL: Table = {
+    "backend": (("default", "causal"), "Gemma is a causal model: omit it"),
+    "trust_remote_code": (ANY, ""),  # Gemma needs no code of a checkpoint, and none is run
+    "use_fast_tokenizer": (ANY, ""),
+    "logits_cache": (ANY, ""),  # continuations of equal contexts always share logits
+    "softmax_dtype": (("float32",), "omit it: probabilities are computed in float32"),
+    "mixed_precision_dtype": ((), "pass dtype"),
+    "parallelize": ((False,), _ONE_DEVICE),
+    "max_memory_per_gpu": (ANY, ""),
+    "max_cpu_memory": (ANY, ""),
+    "offload_folder": (ANY, ""),
+    "tp_plan": ((), _ONE_DEVICE),
+    "peft": ((), _MERGE),
+    "delta": ((), "add the weights, and save the sum; or use lm_eval's model hf"),
+    "autogptq": ((False,), FROM_PRETRAINED["load_in_4bit"][1]),
+    "gptqmodel": ((False,), FROM_PRETRAINED["load_in_4bit"][1]),
 }
 
 

@@ -14,20 +14,20 @@ float32, but `hf` computes them in 16 bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from jinja2 import TemplateError
 
 from gemma_fast.causal_lm import GemmaForCausalLM
-from gemma_fast.text.batch import Encoding, pack
+from gemma_fast.compat import FROM_PRETRAINED, LM_EVAL, check_keywords
 from gemma_fast.text.tokenizer import Tokenizer
 
 try:
-    from lm_eval import models, utils
+    from lm_eval import models
     from lm_eval.api.instance import Instance
-    from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import (
         handle_stop_sequences,
@@ -35,6 +35,8 @@ try:
         postprocess_generated_text,
     )
     from tqdm import tqdm
+
+    from gemma_fast.lm_scoring import ScoringLM
 
     # lm_eval registers its own models only if no model is registered yet, so load them before ours.
     assert models.MODEL_MAPPING
@@ -44,12 +46,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 MAX_GEN_TOKS = 256  # new tokens if the task does not set their number, as in `hf`
-# (key in lm_eval's cache, token ids of the context, token ids of the continuation)
-ScoreRequest = tuple[Any, list[int], list[int]]
 
 
 @register_model("gemma-fast")
-class GemmaFastLM(TemplateLM):
+class GemmaFastLM(ScoringLM):
     """The model `gemma-fast` of lm_eval. Its model_args have the same names as those of `hf`:
 
     pretrained       argument of GemmaForCausalLM.from_pretrained, or a model
@@ -59,23 +59,38 @@ class GemmaFastLM(TemplateLM):
     max_length       maximum tokens of a prompt with its continuation; default: the model's context
     add_bos_token    False: put no <bos> before a text; default: put one
     prefix_token_id  token that precedes a text without a context; default: <bos>
+    truncation       True: cut a prompt to generate from after the tokenizer's model_max_length
+    think_end_token  token (str or id) after whose last occurrence an answer begins; needed by
+                     enable_thinking=True, which allows only tasks that generate
+    chat_template_args  variables of the chat template; enable_thinking is one of them
+    others           arguments of `hf` that have no effect here, see `compat.LM_EVAL`, and keywords
+                     of from_pretrained
 
     Raises the errors of from_pretrained, ValueError if `pretrained` is a model and `tokenizer` is
-    missing, and TypeError for an unknown argument.
+    missing, and TypeError, which names an alternative, for an argument that is not supported.
     """
 
     def __init__(
         self, pretrained: str | GemmaForCausalLM, *, tokenizer: str | Tokenizer | None = None,
         dtype: str | torch.dtype = "auto", device: str | None = None, batch_size: int | str = 1,
-        max_batch_size: int = 64, max_length: int | None = None, add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None,
+        max_batch_size: int | None = 64, max_length: int | None = None,
+        add_bos_token: bool | None = None, prefix_token_id: int | None = None,
+        truncation: bool | None = False, think_end_token: str | int | None = None,
+        enable_thinking: bool | None = None, chat_template_args: Mapping[str, Any] | None = None,
+        **others: Any,
     ) -> None:  # fmt: skip
         super().__init__()
+        known = {name: others.pop(name) for name in LM_EVAL if name in others}
+        check_keywords("gemma-fast", known, LM_EVAL)
         if isinstance(pretrained, str):
             tokenizer = tokenizer or pretrained
             if device == "cuda:0" and not torch.cuda.is_available():
                 device = None  # cuda:0 is lm_eval's default; without a GPU, `hf` ignores it, too
-            pretrained = GemmaForCausalLM.from_pretrained(pretrained, dtype=dtype, device=device)
+            pretrained = GemmaForCausalLM.from_pretrained(
+                pretrained, dtype=dtype, device=device, **others
+            )
+        else:
+            check_keywords("gemma-fast", others, FROM_PRETRAINED)
         if tokenizer is None:
             raise ValueError(
                 "tokenizer=… is needed if pretrained is a model: pass a Tokenizer or its path"
@@ -86,10 +101,19 @@ class GemmaFastLM(TemplateLM):
             tokenizer = Tokenizer.from_pretrained(tokenizer)
         self.tokenizer: Any = tokenizer
         self.automatic = str(batch_size).startswith("auto")
-        self.batch_size = int(max_batch_size if self.automatic else batch_size)
+        self.batch_size = int((max_batch_size or 64) if self.automatic else batch_size)
         self.max_length = max_length or self.model.config.max_position_embeddings
         self.add_bos_token = add_bos_token
         self._prefix_token_id = prefix_token_id
+        self.truncation = truncation
+        digits = isinstance(think_end_token, str) and think_end_token.isdigit()
+        self.think_end_token = int(think_end_token) if digits else think_end_token  # type: ignore[arg-type]
+        self.enable_thinking = enable_thinking
+        self.chat_template_args = dict(chat_template_args or {})
+        if enable_thinking is not None:
+            self.chat_template_args["enable_thinking"] = enable_thinking
+        if enable_thinking and think_end_token is None:
+            raise ValueError("enable_thinking=True needs think_end_token=…, where thinking ends")
 
     @property
     def eot_token_id(self) -> int:
@@ -102,91 +126,53 @@ class GemmaFastLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return str(self.tokenizer.source).replace("/", "__")
+        name = getattr(self.tokenizer, "source", None) or self.tokenizer.name_or_path
+        return str(name).replace("/", "__")
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Renders a chat. Without `add_generation_prompt` the text ends with the last message."""
-        text = self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        """Renders a chat. Without `add_generation_prompt` the text ends with the last message. If
+        the template fails, leaves out system messages, as `hf` does, and warns."""
+        try:
+            text = self._render(chat_history, add_generation_prompt)
+        except (ValueError, TemplateError) as problem:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            warnings.warn(f"system messages are left out: {problem}", stacklevel=2)
+            text = self._render(others, add_generation_prompt)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].strip()
         return text[: text.rindex(last) + len(last)]
 
+    def _render(self, chat: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=add_generation_prompt,
+            **self.chat_template_args,
+        )  # fmt: skip
+
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-    ) -> list[int]:
-        """Returns the ids of `string`. They start with exactly one <bos>, unless add_special_tokens
-        is False. If add_special_tokens is None, self.add_bos_token is used instead."""
+        self, string: str, add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None, **kwargs: Any,
+    ) -> list[int]:  # fmt: skip
+        """Returns the last left_truncate_len ids of `string`, or all. They start with exactly one
+        <bos>, unless add_special_tokens is False. If add_special_tokens is None, self.add_bos_token
+        is used instead."""
         bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        return self.tokenizer.encode(string, add_special_tokens=bos is not False)
+        ids = self.tokenizer.encode(string, add_special_tokens=bos is not False)
+        if ids[:2] == 2 * [self.tokenizer.bos_token_id]:  # from a tokenizer of transformers
+            ids = ids[1:]
+        return ids[-(left_truncate_len or len(ids)) :]
 
-    def loglikelihood_rolling(
+    def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[float]:
-        """Returns each text's log-probability. A text longer than max_length is split into windows,
-        and each of its tokens is scored in one of them."""
-        texts = [request.args[0] for request in requests]
-        windows: list[ScoreRequest] = []
-        owners: list[int] = []
-        for i, text in enumerate(texts):
-            parts = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(text), prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length, context_len=1,
-            )  # fmt: skip
-            found = [(None, *utils.make_disjoint_window(part)) for part in parts]
-            windows += found
-            owners += [i] * len(found)
-        totals = [0.0] * len(texts)
-        scores = self._loglikelihood_tokens(windows, disable_tqdm)
-        for i, (score, _) in zip(owners, scores, strict=True):
-            totals[i] += score
-        for text, total in zip(texts, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
-        return totals
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[ScoreRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Returns for each request the log-probability of its continuation, and whether greedy
-        decoding would generate it. The last token of a request is not an input of the model, so
-        requests that differ only in this token share one row of the batch."""
-        same: dict[tuple[int, ...], list[int]] = {}
-        for i, (asked, context, continuation) in enumerate(requests):
-            if not (context and 0 < len(continuation) <= self.max_length):
-                counts = f"{len(context)} + {len(continuation)} tokens"
-                allowed = f"1 or more + 1 to {self.max_length}"
-                raise ValueError(
-                    f"{asked!r:.80} has {counts} (context + continuation), but only {allowed} can"
-                    " be scored"
-                )
-            row = (context + continuation)[-(self.max_length + 1) : -1]
-            same.setdefault(tuple(row), []).append(i)
-        kept = {row: max(len(requests[i][2]) for i in same[row]) for row in same}
-        answers = [(0.0, False)] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="scoring") as progress:
-            longest_first = sorted(same, key=len, reverse=True)
-            for row, logp in self._in_batches(longest_first, lambda rows: self._score(rows, kept)):
-                for i in same[row]:
-                    asked, _, continuation = requests[i]
-                    answers[i] = _answer(logp, continuation)
-                    if asked is not None:
-                        self.cache_hook.add_partial("loglikelihood", asked, answers[i])
-                    progress.update()
-        return answers
-
-    def _score(
-        self, rows: Sequence[tuple[int, ...]], kept: dict[tuple[int, ...], int]
-    ) -> list[Tensor]:
-        """Returns for each row the log-probabilities :: [kept[row], vocab] of the tokens that
-        follow its last kept[row] tokens."""
-        most = max(kept[row] for row in rows)
-        logits = self.model(**self._pad(rows), use_cache=False, logits_to_keep=most).logits
-        logp = torch.log_softmax(logits.float(), dim=-1)
-        return [x[most - kept[row] :] for x, row in zip(logp, rows, strict=True)]
+        """Returns for each request what `_loglikelihood_tokens` returns for its tokens."""
+        if self.enable_thinking:
+            raise ValueError("enable_thinking=True needs tasks that only generate text")
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Returns a continuation of each prompt, up to the first stop string."""
@@ -212,55 +198,40 @@ class GemmaFastLM(TemplateLM):
         eos = self.tokenizer.decode(self.eot_token_id)
         until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
         new = kwargs.pop("max_gen_toks")
-        if not kwargs["do_sample"]:
-            kwargs.pop("temperature", None)
         room = self.max_length - new
         if room < 1:
             raise ValueError(
                 f"max_gen_toks={new} leaves no room for a prompt: it must be below"
                 f" max_length={self.max_length}"
             )
-        ids = {i: self.tok_encode(prompt)[-room:] for i, prompt in prompts.items()}
+        limit = getattr(self.tokenizer, "model_max_length", None) if self.truncation else None
+        ids = {i: self.tok_encode(prompt)[:limit][-room:] for i, prompt in prompts.items()}
+        # In `hf`, max_length counts the prompt, and overrides max_gen_toks.
+        length = {"max_length": kwargs.pop("max_length")} if "max_length" in kwargs else {}
+        more = kwargs.pop("stop_strings", None) or self.model.generation_config.get("stop_strings")
+        stop = [*filter(None, until), *([more] if isinstance(more, str) else more or ())]
+        kwargs |= {"num_return_sequences": 1, "return_dict_in_generate": False}
 
         def write(batch: Sequence[int]) -> list[str]:
             inputs = self._pad([ids[i] for i in batch])
             out = self.model.generate(
-                **inputs, max_new_tokens=new, tokenizer=self.tokenizer,
-                stop_strings=[text for text in until if text], **kwargs,
+                **inputs, **(length or {"max_new_tokens": new}), tokenizer=self.tokenizer,
+                stop_strings=stop, **kwargs,
             )[:, inputs.input_ids.shape[1] :]  # fmt: skip
-            texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
-            return [postprocess_generated_text(text, until, None) for text in texts]
+            return [self._text_of(row, until) for row in out.tolist()]
 
         yield from self._in_batches(sorted(ids, key=lambda i: -len(ids[i])), write)
 
-    def _pad(self, rows: Sequence[Sequence[int]]) -> Encoding:
-        """Pads rows of ids on the left, so that all rows end in the last column."""
-        return pack([*map(list, rows)], self.tokenizer.pad_token_id, "pt", True, flat=False)
-
-    def _in_batches(
-        self, items: Sequence[Any], run: Callable[[Sequence[Any]], Sequence[Any]]
-    ) -> Iterator[tuple[Any, Any]]:
-        while items:
-            batch = items[: self.batch_size]
-            try:
-                results = run(batch)
-            except torch.OutOfMemoryError:
-                if not self.automatic or len(batch) == 1:
-                    raise
-                self.batch_size = len(batch) // 2
-                self.model.free_memory()
-                continue
-            yield from zip(batch, results, strict=True)
-            items = items[len(batch) :]
-
-
-def _answer(logp: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """Returns the continuation's log-probability, and whether greedy decoding would generate it.
-    logp :: [kept, vocab] are log-probabilities; the last row is for the continuation's last token.
-    """
-    logp, target = logp[-len(continuation) :], torch.tensor(continuation, device=logp.device)
-    total = logp.gather(-1, target.unsqueeze(-1)).sum()
-    return float(total), bool((logp.argmax(-1) == target).all())
+    def _text_of(self, ids: list[int], until: list[str]) -> str:
+        """Returns the text of an answer without its thinking, up to the first stop string."""
+        end = self.think_end_token
+        if isinstance(end, int):
+            while end in ids:
+                ids = ids[ids.index(end) + 1 :]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if isinstance(end, int):
+            text, end = text.lstrip(), None
+        return postprocess_generated_text(text, until, end)
 
 
 if __name__ == "__main__":

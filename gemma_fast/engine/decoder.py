@@ -5,7 +5,8 @@
 On a GPU the step, from embedding to sampling, is captured in a CUDA graph and then replayed, so the
 host launches one graph per token. For each `graph_key` of the sampler, the first step runs without
 a graph, because it compiles kernels. The second step is captured. Everything that changes between
-replays is stored in device tensors: tokens, positions, and the sampling settings of each row.
+replays is stored in device tensors: tokens, positions, and the sampling settings of each row. A
+step that calls a `Processor` or keeps its logits is not captured.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from gemma_fast.engine.sampling import Sampler, Sampling
+from gemma_fast.engine.sampling import Processor, Record, Sampler, Sampling
 from gemma_fast.memory import out_of_memory
 from gemma_fast.model.cache import KVCache
 from gemma_fast.model.gemma import Gemma
@@ -40,6 +41,8 @@ class Decoder:
     token         [b], int64, on the device: the newest token of each row, or -1 if a logit was NaN
                   or inf, or all were -inf. The newest token is not in the cache yet.
     asynchronous  True on a GPU, where `step` returns before the token is computed
+    ahead         True if the next step may start before the newest token is read: on a GPU, unless
+                  the sampler calls functions of the caller or keeps logits
     """
 
     def __init__(self, model: Gemma, batch: int, max_length: int) -> None:
@@ -73,20 +76,27 @@ class Decoder:
     def token(self) -> Tensor:
         return self.sampler.token[self._rows]
 
+    @property
+    def ahead(self) -> bool:
+        return self.asynchronous and self.sampler.graph_key is not None
+
     def prefill(
-        self, ids: Tensor, attention_mask: Tensor | None = None, texts: Sequence[Sampling] = ()
-    ) -> None:
+        self, ids: Tensor, attention_mask: Tensor | None = None, texts: Sequence[Sampling] = (),
+        processors: Sequence[Processor] = (), record: Record | None = None,
+    ) -> None:  # fmt: skip
         """Empties the cache, adds the prompts ids :: [b, t] to it, and samples the first token
         after each prompt.
 
         attention_mask  [b, t], 0 for padding on the left; None: no padding
         texts           sampling settings of each row; empty: all rows are greedy
+        processors      functions that change the logits of all rows; they prevent CUDA graphs
+        record          list to which the logits of each new token are appended; the same
         """
         if len(ids) > self.cache.batch:
             raise ValueError(f"a batch of {len(ids)} does not fit a decoder for {self.cache.batch}")
         self._rows = slice(0, len(ids))
         self.cache.clear()
-        self.sampler.set(texts)
+        self.sampler.set(texts, processors, record)
         self.extend(ids, attention_mask)
 
     def extend(self, ids: Tensor, attention_mask: Tensor | None = None) -> None:
@@ -95,6 +105,7 @@ class Decoder:
         Discards the current `token`, which is not in the cache yet.
         """
         b, t = ids.shape
+        self.sampler.follow(ids)
         cache, sampler = self.cache.rows(self._rows), self.sampler.rows(self._rows)
         cache.reserve(t)
         cache.align(t, attention_mask)
@@ -103,7 +114,7 @@ class Decoder:
             cache.unfinished("the prefill of a prompt did not finish"),
             self._memory_for(f"a prefill of {b} x {t} tokens"),
         ):
-            sampler.read(ids)
+            sampler.read(ids, attention_mask)
             for chunk in chunks:
                 self.model.hidden_states(chunk, cache)
             self.model.step(last, cache, sampler)
@@ -111,8 +122,9 @@ class Decoder:
     def step(self) -> None:
         """Appends `token` to the rows of the cache, and samples the next token of each row."""
         self.cache.reserve(1)
+        self.sampler.follow(self.sampler.token.unsqueeze(1))
         key = self.sampler.graph_key
-        if not self.asynchronous:
+        if not self.ahead:
             self._step()
         elif key not in self._warm:
             with self._memory_for("a decode step"):

@@ -16,25 +16,31 @@ from torch import Tensor
 from gemma_fast.engine.decoder import Decoder
 from gemma_fast.engine.pool import DecoderPool
 from gemma_fast.engine.request import Request
-from gemma_fast.engine.stopping import Stopping
+from gemma_fast.engine.sampling import Processor, Record
+from gemma_fast.engine.stopping import Criterion, Stopping
 from gemma_fast.model.gemma import Gemma
 
 
 @torch.no_grad()
 def generate_tokens(
-    model: Gemma, decoders: DecoderPool, requests: Sequence[Request], tokenizer: Any, streamer: Any
-) -> Tensor:
-    """Returns the new tokens of all requests :: [b, new], on the host. A row that ends early is
-    filled with its request's pad_token_id.
+    model: Gemma, decoders: DecoderPool, requests: Sequence[Request], tokenizer: Any, streamer: Any,
+    processors: Sequence[Processor] = (), criteria: Sequence[Criterion] = (),
+    record: Record | None = None,
+) -> Tensor:  # fmt: skip
+    """Returns ids :: [b, t + new]: the prompts and the new tokens. A row that ends early is filled
+    with its request's pad_token_id.
 
-    tokenizer  decodes generated tokens to find stop strings; needed only if a request has them
-    streamer   None, or an object: put(ids) is called with the prompts, then with each new token;
-               end() is called last
+    tokenizer   decodes generated tokens to find stop strings; needed only if a request has them
+    streamer    None, or an object: put(ids) is called with the prompts, then with each new token;
+                end() is called last
+    processors  functions that change logits
+    criteria    functions that end texts
+    record      list to which the logits of each new token are appended
 
     Ctrl-C ends generation and returns the tokens generated until then. Raises ValueError if logits
     are not finite, and torch.OutOfMemoryError if the cache does not fit.
     """
-    stopping = Stopping(requests, tokenizer)
+    stopping = Stopping(requests, tokenizer, criteria)
     ids, mask = stack_prompts(requests)
     b, t = ids.shape
     new = max(request.max_new_tokens for request in requests)
@@ -46,15 +52,17 @@ def generate_tokens(
     try:
         if streamer is not None:
             streamer.put(ids.cpu())
-        decoder.prefill(ids, mask, [request.sampling for request in requests])
+        decoder.prefill(ids, mask, [request.sampling for request in requests], processors, record)
         for token in tokens(decoder, new):
             token = torch.where(finished, pad, token)
             refuse_not_finite(token, t + end)
             generated[:, end] = token
             end += 1
+            if not decoder.ahead:  # processors see padding after the end of a text
+                decoder.token.copy_(token)
             if streamer is not None:
                 streamer.put(token)
-            finished |= stopping(generated[:, :end])
+            finished |= stopping(ids, generated[:, :end])
             if finished.all():
                 break
     except KeyboardInterrupt:
@@ -63,7 +71,7 @@ def generate_tokens(
         if streamer is not None:
             streamer.end()
     decoders.give_back(decoder)
-    return generated[:, :end]
+    return torch.cat((ids, generated[:, :end].to(ids.device)), dim=1)
 
 
 def stack_prompts(requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
@@ -81,9 +89,10 @@ def stack_prompts(requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
 def tokens(decoder: Decoder, count: int) -> Iterator[Tensor]:
     """Yields the next token of each row :: [b], on the host, `count` times.
 
-    A GPU computes the next token while the caller processes the token that was yielded.
+    A GPU computes the next token while the caller processes the token that was yielded, unless
+    `decoder.ahead` is False.
     """
-    ahead = decoder.asynchronous
+    ahead = decoder.ahead
     read = decoder.read()
     for left in reversed(range(count)):
         if left and ahead:

@@ -1,12 +1,11 @@
 """`Request` is one prompt to continue, with its settings. `requests_of` creates the requests of a
-call of generate().
-
-The call's keywords override its generation_config, which overrides the model's generation_config. A
-value out of range raises ValueError, which names the value and the allowed values.
+call of generate(). An option out of range raises ValueError, which names the value and the allowed
+values.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fast.compat import GENERATE, check_keywords
 from gemma_fast.config import GemmaConfig
+from gemma_fast.engine.bias import biases_of
 from gemma_fast.engine.sampling import Sampling
 from gemma_fast.model.padding import check_shape, left_padding
 
-SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SETTINGS = (
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "no_repeat_ngram_size",
+)  # fmt: skip
 LENGTHS = ("max_new_tokens", "max_length")
-DEFAULT_NEW_TOKENS = 20  # transformers' default, on which its Gemma examples rely
-OPTIONS = (*SETTINGS, *LENGTHS, "eos_token_id", "pad_token_id", "stop_strings")
+# transformers' defaults
+DEFAULT_NEW_TOKENS = 20
+DEFAULT_TOP_K = 50
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,6 +37,7 @@ class Request:
     padding         number of padding ids on the left
     sampling        sampling settings
     max_new_tokens  maximum number of new tokens
+    max_time        seconds after which the texts of the call end
     eos_token_ids   tokens that end the text
     stop_strings    strings that end the text when they appear in its generated part
     pad_token_id    fills the row after the text has ended
@@ -43,78 +47,74 @@ class Request:
     padding: int
     sampling: Sampling
     max_new_tokens: int
+    max_time: float
     eos_token_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
     pad_token_id: int
 
 
-class GenerationConfig(dict[str, Any]):
-    """Stores default options of `generate`, as in generation_config.json. Items are attributes too.
-
-    An option that is not set is None. Setting an option that generate does not have raises
-    TypeError.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        if name in OPTIONS or name in self:
-            return self.get(name)
-        raise AttributeError(f"generate has no option {name!r}, only {', '.join(OPTIONS)}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in OPTIONS:
-            check_keywords("generation_config", {name: value}, GENERATE)
-        self[name] = value
-
-
 def requests_of(
     ids: Tensor,
     mask: Tensor | None,
-    keywords: Mapping[str, Any],
-    generation_config: Any,
-    defaults: Mapping[str, Any],
+    options: Mapping[str, Any],
+    seed: int | None,
     config: GemmaConfig,
 ) -> list[Request]:
-    """Returns a request for each row of ids :: [b, t], with left padding where mask :: [b, t] is 0.
+    """Returns a request for each row of ids :: [b, t], with left padding where mask :: [b, t] is 0;
+    with num_return_sequences=n, n successive requests for each row.
 
-    keywords           values of OPTIONS and "seed" that were passed to the call; None: not passed
-    generation_config  None, a mapping or transformers' GenerationConfig; keywords override it
-    defaults           the model's generation_config, which the other two override
+    options  values of compat.APPLIED, see `merge_options`
+    seed     seed of the sampling noise; None: torch's global generator sets it
     """
-    options = _merge(keywords, generation_config, defaults)
     new = _new_tokens(ids.shape[1], options, config.max_position_embeddings)
     (pad,) = _token_ids("pad_token_id", options, config)
-    eos = _token_ids("eos_token_id", options, config)
+    eos = end_token_ids(options, config)
     stop = _stop_strings(options.get("stop_strings"))
-    sampling = Sampling(**{k: v for k, v in options.items() if k in SETTINGS})
-    if (seed := keywords.get("seed")) is None and sampling.do_sample:
-        seed = int(torch.randint(1 << 62, (), device="cpu"))  # from torch's global generator
-    sampling = replace(sampling, seed=0 if seed is None else seed)
+    sampling = _sampling(options, seed, eos, ids.shape[1], config.vocab_size)
+    copies = _copies(options.get("num_return_sequences", 1), sampling)
     return [
         Request(
             ids=row, padding=padding, sampling=sampling, max_new_tokens=new,
-            eos_token_ids=eos, stop_strings=stop, pad_token_id=pad,
+            max_time=_seconds(options), eos_token_ids=eos, stop_strings=stop,
+            pad_token_id=pad,
         )
-        for row, padding in zip(ids, _padding(mask, ids), strict=True)
+        for row, padding in zip(ids, _padding(mask, ids, pad, eos), strict=True)
+        for _ in range(copies)
     ]  # fmt: skip
 
 
-def _merge(
-    keywords: Mapping[str, Any], generation_config: Any, defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns the options that are not None: keywords override generation_config, which overrides
-    defaults."""
-    passed = _as_mapping(generation_config)
-    for name, value in defaults.items():
-        if name in GENERATE:
-            try:
-                check_keywords("the model's generation_config", {name: value}, GENERATE)
-            except TypeError as problem:
-                warnings.warn(f"{problem}; it is ignored", stacklevel=4)
-    unknown = {k: v for k, v in passed.items() if k not in (*OPTIONS, *_METADATA) and v is not None}
-    check_keywords("generation_config", unknown, GENERATE)
-    levels = (keywords, passed, defaults)
-    values = {k: [level[k] for level in levels if level.get(k) is not None] for k in OPTIONS}
-    return {k: value[0] for k, value in values.items() if value}
+def end_token_ids(options: Mapping[str, Any], config: GemmaConfig) -> tuple[int, ...]:
+    """Returns the tokens that end a text: `eos_token_id` of the options of a call or of the model's
+    generation_config, or else of the model's config."""
+    return _token_ids("eos_token_id", options, config)
+
+
+def _sampling(
+    options: Mapping[str, Any], seed: int | None, eos: Sequence[int], prompt: int, vocab_size: int
+) -> Sampling:
+    settings = {"top_k": DEFAULT_TOP_K} | {k: v for k, v in options.items() if k in SETTINGS}
+    sampling = Sampling(**settings, biases=biases_of(options, eos, prompt, vocab_size))
+    if seed is None and sampling.do_sample:
+        seed = int(torch.randint(1 << 62, (), device="cpu"))  # from torch's global generator
+    return replace(sampling, seed=0 if seed is None else seed)
+
+
+def _copies(given: Any, sampling: Sampling) -> int:
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError(f"num_return_sequences={given!r} must be an integer of at least 1")
+    if given > 1 and not sampling.do_sample:
+        raise ValueError(
+            f"num_return_sequences={given} would give equal texts: pass do_sample=True, because "
+            "decoding is greedy"
+        )
+    return given
+
+
+def _seconds(options: Mapping[str, Any]) -> float:
+    seconds = options.get("max_time", math.inf)
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise ValueError(f"max_time={seconds!r} must be a number of seconds")
+    return seconds
 
 
 def _new_tokens(prompt: int, options: Mapping[str, Any], context: int) -> int:
@@ -159,25 +159,18 @@ def _stop_strings(given: str | Sequence[str] | None) -> tuple[str, ...]:
     return stop
 
 
-def _padding(mask: Any, ids: Tensor) -> list[int]:
-    """Returns the number of padding ids on the left of each row."""
-    if mask is None:
-        return [0] * len(ids)
-    real = check_shape("attention_mask", mask, ids).bool()
+def _padding(mask: Any, ids: Tensor, pad: int, eos: Sequence[int]) -> list[int]:
+    """Returns the number of padding ids on the left of each row. Without a mask, pad_token_id is
+    padding unless it is an end token, as in transformers."""
+    if mask is not None:
+        real = check_shape("attention_mask", mask, ids).bool()
+    else:
+        real = torch.ones_like(ids).bool() if pad in eos else ids != pad
+        if (real[:, :-1] & ~real[:, 1:]).any():
+            raise ValueError(
+                f"input_ids has pad_token_id={pad} after other tokens: pad prompts on the left, or"
+                " pass attention_mask with 1 for each token that is not padding"
+            )
     if not real[:, -1].all():
         raise ValueError("pad prompts on the left: each row of attention_mask must end in 1")
     return left_padding(real).tolist()
-
-
-# keys of transformers' GenerationConfig that are not options of generate()
-_METADATA = ("transformers_version", "_from_model_config")
-
-
-def _as_mapping(config: Any) -> Mapping[str, Any]:
-    if config is None or isinstance(config, Mapping):
-        return config or {}
-    if not callable(getattr(config, "to_dict", None)):
-        raise ValueError(
-            f"generation_config must be a GenerationConfig or a dict, not {config!r:.60}"
-        )
-    return config.to_dict()

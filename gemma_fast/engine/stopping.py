@@ -1,14 +1,19 @@
-"""`Stopping` ends a text at an end token, a stop string or its maximum number of new tokens."""
+"""`Stopping` ends a text at an end token, at a stop string, at its maximum number of new tokens,
+after a maximum time, or when a function of the caller says so."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemma_fast.engine.request import Request
+
+# Function from ids :: [b, t], prompts included, and None, to ended :: [b], bool, or one bool.
+Criterion = Callable[[Tensor, None], Any]
 
 
 class Stopping:
@@ -17,28 +22,46 @@ class Stopping:
     requests   the request of each row
     tokenizer  any object with `decode(ids) -> str`; None raises ValueError if a request has stop
                strings
+    criteria   functions of the caller, as transformers' stopping_criteria
     """
 
-    def __init__(self, requests: Sequence[Request], tokenizer: Any) -> None:
-        if tokenizer is None and any(request.stop_strings for request in requests):
-            raise ValueError("stop_strings needs tokenizer=…, which decodes the generated tokens")
-        self.requests, self.tokenizer = requests, tokenizer
+    def __init__(
+        self, requests: Sequence[Request], tokenizer: Any, criteria: Sequence[Criterion] = ()
+    ) -> None:
+        for request in requests:
+            if tokenizer is None and request.stop_strings:
+                raise ValueError(
+                    f"stop_strings={list(request.stop_strings)}, from the call or from the model's"
+                    " generation_config, needs tokenizer=…, which decodes the generated tokens"
+                    " (stop_strings=[]: no stop strings)"
+                )
+        self.requests, self.tokenizer, self.criteria = requests, tokenizer, criteria
+        self._start = time.monotonic()
 
-    def __call__(self, generated: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, generated: Tensor) -> Tensor:
         """Returns ended :: [b], bool: True if the newest token of the row ends its text.
 
-        generated :: [b, new]: all new tokens until now, the newest one last.
+        ids        [b, t]: the prompts
+        generated  [b, new]: all new tokens until now, the newest one last
         """
-        count = generated.shape[1]
-        ended = [
-            token in request.eos_token_ids
-            or count >= request.max_new_tokens
-            or bool(request.stop_strings and self._has_stop_string(generated[row], request))
-            for row, (token, request) in enumerate(
-                zip(generated[:, -1].tolist(), self.requests, strict=True)
-            )
-        ]
-        return torch.tensor(ended, device="cpu")
+        count, seconds = generated.shape[1], time.monotonic() - self._start
+        ended = torch.tensor(
+            [
+                token in request.eos_token_ids
+                or count >= request.max_new_tokens
+                or seconds > request.max_time
+                or bool(request.stop_strings and self._has_stop_string(generated[row], request))
+                for row, (token, request) in enumerate(
+                    zip(generated[:, -1].tolist(), self.requests, strict=True)
+                )
+            ],
+            device="cpu",
+        )
+        if self.criteria:
+            text = torch.cat((ids, generated.to(ids.device)), dim=1)
+            for criterion in self.criteria:
+                ended = ended | torch.as_tensor(criterion(text, None)).bool().cpu()
+        return ended
 
     def _has_stop_string(self, row: Tensor, request: Request) -> bool:
         # A character has at most 4 bytes, and a token at least 1 byte, so a stop string that ends

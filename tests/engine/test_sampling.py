@@ -192,13 +192,13 @@ def test_graph_key_depends_on_the_operations_of_a_step():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("temperature", 0.0), ("temperature", 1e-320), ("temperature", -1),
+        ("temperature", 1e-7), ("temperature", 1e-320), ("temperature", -1),
         ("temperature", float("nan")), ("temperature", "hot"), ("top_k", -1), ("top_k", 2.5),
         ("top_k", True), ("temperature", float("inf")), ("repetition_penalty", float("inf")),
-        ("top_k", 50.0), ("top_k", float("inf")), ("top_p", 0), ("top_p", 1.1), ("min_p", -0.1),
+        ("top_k", 50.0), ("top_k", float("inf")), ("top_p", -0.1), ("top_p", 1.1), ("min_p", -0.1),
         ("min_p", 2), ("repetition_penalty", 0), ("do_sample", "yes"),
     ],
 )  # fmt: skip
 def test_invalid_settings_raise(name, value):
     with pytest.raises(ValueError, match=f"{name}={value!r}.* must be"):
-        Sampling(**{name: value})
+        Sampling(**{"do_sample": True, name: value})

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from chat_checkpoint import write_chat_checkpoint
 from click.testing import CliRunner
 from demo_answers import CONTINUATION, TOP_TEN
 from marks import slow
@@ -24,9 +25,9 @@ def load_once():
     """Loads a model once per combination of --model, --device and --dtype. Defaults to the CPU."""
     load = cache(cli._load)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            cli, "_load", lambda model, device, dtype: load(model, device or "cpu", dtype)
-        )
+        on_cpu = lambda model, device, dtype: load(model, device or "cpu", dtype)  # noqa: E731
+        on_cpu.cache_clear = load.cache_clear
+        patch.setattr(cli, "_load", on_cpu)
         yield
 
 
@@ -103,7 +104,7 @@ def test_chat_keeps_the_conversation(demo):
         ),
         (("generate", "a", "-n", "0"), "max_new_tokens=0 must be"),
         (("generate", "a", "-n", "40000"), "do not fit the model's context of 32768"),
-        (("generate", "a", "--temperature", "0"), "temperature=0.0 is out of range"),
+        (("generate", "a", "--temperature", "-1"), "temperature=-1.0 is out of range"),
         (("write", "a"), "No such command 'write'"),
         (("bench", "-p", "8,x"), "'8,x' is not whole numbers"),
         (("bench", "-b", "0"), "0 is less than 1"),
@@ -137,6 +138,44 @@ def test_each_sampling_option_switches_sampling_on(demo, option):
         json.loads(run(*args, *more).stdout)["ids"] for more in ((), option, (*option, "--greedy"))
     )
     assert drawn != greedy == kept
+
+
+@pytest.mark.parametrize("more", [(), ("--greedy",), ("--sample",), ("--top-k", "9")], ids=str)
+def test_temperature_0_is_greedy(demo, more):
+    args = ("generate", "I want to move", "-n", "8", "--json", *demo)
+    greedy, given = (json.loads(run(*args, *x).stdout) for x in ((), ("--temperature", "0", *more)))
+    assert given["ids"] == greedy["ids"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return write_chat_checkpoint(tmp_path)
+
+
+def test_the_checkpoint_says_where_a_text_ends(checkpoint):
+    """generation_config.json may have end tokens, stop strings and other options."""
+
+    def write(*more: str, **fields) -> str:
+        (checkpoint / "generation_config.json").write_text(json.dumps(fields))
+        args = ("generate", "hello a", "-n", "9", "--json", "--model", str(checkpoint))
+        cli._load.cache_clear()
+        result = run(*args, *more)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    free = write()
+    assert len(free["ids"]) == 9
+    token = free["ids"][5]
+    end = free["ids"].index(token) + 1
+    assert write(eos_token_id=[1, token])["ids"] == free["ids"][:end]
+    longer = write(eos_token_id=[token], min_new_tokens=9)["ids"]
+    assert len(longer) == 9 and token not in longer
+    assert token not in write(suppress_tokens=[token])["ids"]
+    letter = free["text"].strip()[0]
+    stopped = write(stop_strings=[letter])
+    assert letter in stopped["text"] and len(stopped["ids"]) < 9
+    assert write("--stop", "never", stop_strings=[letter])["ids"] == free["ids"]
+    assert write(num_return_sequences=2, return_dict_in_generate=True)["ids"] == free["ids"]
 
 
 def test_command_runs_as_a_module():

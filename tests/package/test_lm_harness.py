@@ -1,6 +1,8 @@
 """Tests that lm-evaluation-harness gives `gemma-fast` the same scores as its own model `hf`."""
 
+import inspect
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from marks import slow
 
+from gemma_fast.compat import FROM_PRETRAINED, LM_EVAL
 from gemma_fast.lm_harness import GemmaFastLM
+from gemma_fast.text.tokenizer import Tokenizer
 
 CHOICES = [
     ("hello", [" the world", " in", "the"]),
@@ -202,8 +206,140 @@ def test_requests_that_cannot_be_scored_are_named_in_the_error(checkpoint):
         model.generate_until(requests("generate_until", ("a", kwargs)))
     with pytest.raises(ValueError, match="tokenizer=… is needed"):
         GemmaFastLM(model.model)
-    with pytest.raises(TypeError, match="peft"):
-        GemmaFastLM(str(checkpoint), peft="adapter")
+
+
+def test_each_argument_of_hf_is_known():
+    hf = lm_eval.api.registry.get_model("hf")
+    theirs = inspect.signature(hf.__init__).parameters.keys()
+    ours = inspect.signature(GemmaFastLM.__init__).parameters.keys()
+    assert not theirs - ours - LM_EVAL.keys() - FROM_PRETRAINED.keys() - {"kwargs"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "way_out"),
+    [
+        ("peft", "adapter", "peft='adapter' is not supported: merge it: .*merge_and_unload"),
+        ("delta", "weights", "delta='weights' is not supported: add the weights"),
+        ("parallelize", True, "parallelize=True is not supported: .*one device"),
+        ("backend", "seq2seq", "backend='seq2seq' is not supported"),
+        ("softmax_dtype", "bfloat16", "softmax_dtype='bfloat16' is not supported: .*float32"),
+        ("revision", "beta", "revision='beta' is not supported: .*snapshot_download"),
+        ("load_in_4bit", True, "load_in_4bit=True is not supported: .*gguf"),
+        ("gguf_file", "a.gguf", "gguf_file='a.gguf' is not supported: pass the path"),
+        ("nonsense", 1, "unexpected keyword argument 'nonsense'"),
+    ],
+)
+def test_arguments_that_are_not_supported_name_a_way_out(checkpoint, name, value, way_out):
+    ready = GemmaFastLM(str(checkpoint), device="cpu")
+    for model in (str(checkpoint), ready.model):
+        with pytest.raises(TypeError, match=way_out):
+            GemmaFastLM(model, tokenizer=ready.tokenizer, **{name: value})
+
+
+def test_arguments_of_hf_without_effect_are_accepted(checkpoint):
+    """The arguments are given as a string, as on lm_eval's command line."""
+    args = "trust_remote_code=True,revision=main,parallelize=False,use_fast_tokenizer=False"
+    args += ",logits_cache=False,backend=causal,attn_implementation=eager,softmax_dtype=float32"
+    args += ",truncation=True,max_memory_per_gpu=1GB,device_map=auto"
+    make = GemmaFastLM.create_from_arg_string
+    plain, other = (make(f"pretrained={checkpoint}{x},dtype=float32") for x in ("", f",{args}"))
+    asked = requests("loglikelihood", ("a b", "cd"))
+    assert plain.loglikelihood(asked) == other.loglikelihood(asked)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+def test_system_messages_are_left_out_if_the_template_refuses_them_as_in_hf(tmp_path, family):
+    path = write_chat_checkpoint(tmp_path, family)
+    chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": " Hi "}]
+    args = {"pretrained": str(path), "dtype": "float32", "device": "cpu"}
+    hf, ours = (lm_eval.api.registry.get_model(name)(**args) for name in ("hf", "gemma-fast"))
+    for prompt in (True, False):
+        expected = hf.apply_chat_template(chat, add_generation_prompt=prompt)
+        with pytest.warns(UserWarning, match="system messages are left out: .*ystem"):
+            assert ours.apply_chat_template(chat, add_generation_prompt=prompt) == expected
+    assert "Be short" not in expected
+    with pytest.raises(ValueError, match="must alternate"):
+        ours.apply_chat_template([{"role": "assistant", "content": "Hi"}])
+
+
+def test_template_variables_are_passed_on(checkpoint):
+    class Recorder(Tokenizer):
+        def apply_chat_template(self, messages, **options):
+            seen.append(options)
+            return "text"
+
+    seen = []
+    loaded = GemmaFastLM(str(checkpoint), device="cpu")
+    recorder = Recorder(loaded.tokenizer.backend, "tiny")
+    options = {"chat_template_args": {"mood": "calm"}, "enable_thinking": True}
+    model = GemmaFastLM(loaded.model, tokenizer=recorder, think_end_token="</t>", **options)
+    assert model.apply_chat_template([{"role": "user", "content": "a"}]) == "text"
+    assert seen == [
+        {"tokenize": False, "add_generation_prompt": True, "mood": "calm", "enable_thinking": True}
+    ]
+    with pytest.raises(ValueError, match="enable_thinking=True needs tasks that only generate"):
+        model.loglikelihood(requests("loglikelihood", ("a", "b")))
+    with pytest.raises(ValueError, match="enable_thinking=True needs think_end_token"):
+        GemmaFastLM(loaded.model, tokenizer=recorder, enable_thinking=True)
+
+
+def both_models(checkpoint, **options) -> list:
+    args = {"pretrained": str(checkpoint), "dtype": "float32", "device": "cpu", "batch_size": 2}
+    return [lm_eval.api.registry.get_model(n)(**args, **options) for n in ("hf", "gemma-fast")]
+
+
+def test_generation_options_and_thinking_equal_hf(checkpoint):
+    """Options of a task, and answers that begin after a token that ends the thinking."""
+    hf, ours = both_models(checkpoint)
+    free = {"until": [], "max_gen_toks": 12}
+    [text] = hf.generate_until(requests("generate_until", ("hello", free)))
+    char = text.strip()[2]
+    [token] = ours.tok_encode(char, add_special_tokens=False)
+    for end in (char, token, str(token)):
+        models = both_models(checkpoint, think_end_token=end)
+        asked = requests("generate_until", *[(prompt, free) for prompt in PROMPTS])
+        same(models[1].generate_until(asked), models[0].generate_until(asked))
+    for options in (
+        {"temperature": 0.0}, {"do_sample": False, "temperature": 0.7, "top_p": 0.5},
+        {"max_tokens": 5}, {"max_length": 30}, {"min_new_tokens": 4, "no_repeat_ngram_size": 2},
+        {"suppress_tokens": [token], "repetition_penalty": 1.3}, {"until": char},
+    ):  # fmt: skip
+        given = {"until": [], **({} if "max_tokens" in options else {"max_gen_toks": 9}), **options}
+        asked = requests("generate_until", *[(prompt, given) for prompt in PROMPTS[:2]])
+        same(ours.generate_until(asked), hf.generate_until(asked))
+
+
+def test_stop_strings_of_the_checkpoint_and_of_the_task_end_a_text(checkpoint):
+    model = GemmaFastLM(str(checkpoint), dtype="float32", device="cpu")
+    asked = requests("generate_until", ("hello", {"until": ["never"], "max_gen_toks": 12}))
+    [free] = model.generate_until(asked)
+    model.model.generation_config |= {"stop_strings": free[:5], "num_return_sequences": 2}
+    [stopped] = model.generate_until(asked)
+    assert free.startswith(stopped) and free[:5] in stopped and len(stopped) < len(free)
+    assert len(free) == 12 * 5  # a token of five letters
+
+
+def test_a_text_ends_at_the_end_tokens_of_the_checkpoint(checkpoint, tmp_path):
+    """lm_eval, Python and the command line end a text at the same tokens, also in a batch."""
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    [free] = both_models(checkpoint)[1:]
+    prompts = [free.tok_encode(prompt) for prompt in ("hello", "a b")]
+    texts = [
+        free.model.generate(torch.tensor([ids]), max_new_tokens=12)[0, len(ids) :]
+        for ids in prompts
+    ]
+    ends = [int(texts[0][4]), int(texts[1][6])]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    hf, ours = both_models(tmp_path)
+    assert ours.model.end_token_ids == tuple(ends)
+    asked = [(prompt, {"until": [], "max_gen_toks": 12}) for prompt in ("hello", "a b")]
+    answers = ours.generate_until(requests("generate_until", *asked))
+    same(answers, hf.generate_until(requests("generate_until", *asked)))
+    for prompt, row, answer in zip(prompts, texts, answers, strict=True):
+        end = next(i for i, token in enumerate(row.tolist()) if token in ends) + 1
+        assert answer == ours.tokenizer.decode(row[:end], skip_special_tokens=True)
+        out = ours.model.generate(torch.tensor([prompt]), max_new_tokens=12)
+        assert torch.equal(out[0, len(prompt) :], row[:end])
 
 
 def test_error_without_lm_eval_names_the_package(monkeypatch):

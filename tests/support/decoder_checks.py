@@ -5,9 +5,10 @@ from gemma_fast.engine.decoder import Decoder
 NEVER = {"eos_token_id": []}  # no token ends a text
 SAMPLINGS = {
     "greedy": {},
-    "sampled": {"do_sample": True, "temperature": 2.0, "seed": 3},
+    "sampled": {"do_sample": True, "temperature": 2.0, "seed": 3, "top_k": 0},
     "filtered": {"do_sample": True, "temperature": 2.0, "seed": 3, "top_k": 9, "top_p": 0.9},
     "penalised": {"repetition_penalty": 1.5},
+    "biased": {"no_repeat_ngram_size": 2},
 }
 
 

@@ -1,0 +1,70 @@
+"""The options of generate(), in three levels: keywords of the call override its generation_config,
+which overrides the model's generation_config. compat.py lists the options of transformers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_fast.compat import APPLIED, GENERATION_CONFIG, check_keywords
+
+MODELS_CONFIG = "the model's generation_config (generation_config.json)"
+
+
+class GenerationConfig(dict[str, Any]):
+    """Stores default options of `generate`, as in generation_config.json. Items are attributes too.
+
+    An option that is not set is None. Setting an option that `generate` does not support raises
+    TypeError, which names an alternative.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in GENERATION_CONFIG or name in self:
+            return self.get(name)
+        options = ", ".join(APPLIED)
+        raise AttributeError(f"a GenerationConfig has no option {name!r}, only {options}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check_keywords("generation_config", {name: value}, GENERATION_CONFIG)
+        self[name] = value
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+
+def merge_options(
+    keywords: Mapping[str, Any], generation_config: Any, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the options of compat.APPLIED that are not None. keywords override generation_config,
+    which overrides defaults, the model's generation_config.
+
+    Raises TypeError for an option in generation_config that is not supported. Warns of one in
+    defaults, because the model of a checkpoint must load.
+    """
+    passed = _as_mapping(generation_config)
+    check_keywords("generation_config", _given(passed), GENERATION_CONFIG)
+    for name, value in _given(defaults).items():
+        try:
+            if name not in GENERATION_CONFIG:
+                raise TypeError(f"{MODELS_CONFIG}: {name}={value!r:.60} is unknown: remove it")
+            check_keywords(MODELS_CONFIG, {name: value}, GENERATION_CONFIG)
+        except TypeError as problem:
+            warnings.warn(f"{problem}; it is ignored", stacklevel=3)
+    merged = {**_given(defaults), **_given(passed), **_given(keywords)}
+    return {name: merged[name] for name in APPLIED if name in merged}
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _as_mapping(config: Any) -> Mapping[str, Any]:
+    if config is None or isinstance(config, Mapping):
+        return config or {}
+    if not callable(getattr(config, "to_dict", None)):
+        raise ValueError(
+            f"generation_config must be a GenerationConfig or a dict, not {config!r:.60}"
+        )
+    return config.to_dict()
