@@ -95,7 +95,8 @@ class GemmaForCausalLM(Gemma):
     ) -> GemmaForCausalLM:
         """Builds the model from an open checkpoint, for example a `RandomCheckpoint`."""
         model = load_model(cls, checkpoint, dtype, device)
-        model.generation_config = GenerationConfig(checkpoint.generation_config)
+        options, source = checkpoint.generation_config, str(checkpoint.path)
+        model.generation_config = GenerationConfig.of(options, source)
         return model
 
     @classmethod

@@ -10,15 +10,22 @@ from typing import Any
 
 from gemma_fast.compat import APPLIED, GENERATION_CONFIG, check_keywords
 
-MODELS_CONFIG = "the model's generation_config (generation_config.json)"
-
 
 class GenerationConfig(dict[str, Any]):
     """Stores default options of `generate`, as in generation_config.json. Items are attributes too.
 
     An option that is not set is None. Setting an option that `generate` does not support raises
-    TypeError, which names an alternative.
+    TypeError, which names an alternative. Warnings name `source`.
     """
+
+    source = "the model"
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], source: str) -> GenerationConfig:
+        """Returns the options that `source`, a file or a model, sets."""
+        config = cls(options)
+        object.__setattr__(config, "source", source)
+        return config
 
     def __getattr__(self, name: str) -> Any:
         if name in GENERATION_CONFIG or name in self:
@@ -35,7 +42,7 @@ class GenerationConfig(dict[str, Any]):
 
 
 def merge_options(
-    keywords: Mapping[str, Any], generation_config: Any, defaults: Mapping[str, Any]
+    keywords: Mapping[str, Any], generation_config: Any, defaults: Any
 ) -> dict[str, Any]:
     """Returns the options of compat.APPLIED that are not None. keywords override generation_config,
     which overrides defaults, the model's generation_config.
@@ -43,13 +50,14 @@ def merge_options(
     Raises TypeError for an option in generation_config that is not supported. Warns of one in
     defaults, because the model of a checkpoint must load.
     """
-    passed = _as_mapping(generation_config)
+    source = f"generation_config of {getattr(defaults, 'source', 'the model')}"
+    passed, defaults = _as_mapping(generation_config), _as_mapping(defaults)
     check_keywords("generation_config", _given(passed), GENERATION_CONFIG)
     for name, value in _given(defaults).items():
         try:
             if name not in GENERATION_CONFIG:
-                raise TypeError(f"{MODELS_CONFIG}: {name}={value!r:.60} is unknown: remove it")
-            check_keywords(MODELS_CONFIG, {name: value}, GENERATION_CONFIG)
+                raise TypeError(f"{source}: {name}={value!r:.60} is unknown: remove it")
+            check_keywords(source, {name: value}, GENERATION_CONFIG)
         except TypeError as problem:
             warnings.warn(f"{problem}; it is ignored", stacklevel=3)
     merged = {**_given(defaults), **_given(passed), **_given(keywords)}
