@@ -113,7 +113,7 @@ def make_mask(
     # allow_is_causal_skip=False for a single token with a compileable cache.
     plain = not use_vmap and "allow_is_bidirectional_skip" not in rest
     if not allow_is_causal_skip:
-        plain &= q_length == 1 and not _is_union(mask_function)
+        plain &= q_length == 1 and _is_causal(mask_function)
     ring = isinstance(kv_offset, RingOffset)
     first = torch.zeros(batch_size, dtype=torch.long, device=device)
     if plain and attention_mask is not None:
@@ -137,12 +137,10 @@ def make_mask(
     return bounds.int().view(2, batch_size, 1, 1)
 
 
-def _is_union(mask_function: Callable[..., Any]) -> bool:
-    """Returns True if the mask also lets image tokens attend to each other. Returns False under
-    Dynamo, which cannot read the function's name. make_mask calls this only for a single query
-    token, which has no later token to attend to."""
-    name = "" if torch.compiler.is_compiling() else mask_function.__qualname__
-    return name.startswith("or_masks")
+def _is_causal(mask_function: Callable[..., Any]) -> bool:
+    """Returns True for transformers' causal mask, with or without a window. False for masks that
+    also let image tokens attend to each other (or_masks). Dynamo can read the name, too."""
+    return mask_function.__qualname__.startswith(("causal_mask_function", "and_masks"))
 
 
 def left_padding(mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
