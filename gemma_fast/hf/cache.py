@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticSlidingWindowLayer
 
-from gemma_fast.hf.attention import RingOffset
+from gemma_fast.hf.masks import RingOffset
 
 
 class GemmaFastCache(StaticCache):

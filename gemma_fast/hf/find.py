@@ -119,7 +119,7 @@ def why_not_attention(text: PreTrainedModel) -> str | None:
         eager = sys.modules[original_class(type(module)).__module__].eager_attention_forward
         if name == "eager" and (code := _foreign_code(eager)):
             return f"eager_attention_forward comes from {code}"
-    if not len(layers) == len(attentions) >= len(text.layers):
+    if not len(layers) == len(attentions) >= len(list(text.layers.children())):  # type: ignore[union-attr]
         return "a layer's attention is not a module with q_proj, k_proj, v_proj and o_proj"
     config: Any = text.config
     if not getattr(config, "is_causal", True) or not all(x.is_causal for x in attentions):

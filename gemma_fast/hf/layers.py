@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from gemma_fast.hf.attention import RING_ERROR, Run, falls_back, is_bounds, reason
+from gemma_fast.hf.attention import Run, falls_back, reason
 from gemma_fast.hf.cache import GemmaFastCache, Ring
+from gemma_fast.hf.masks import RING_ERROR, is_bounds
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.rmsnorm import rms_norm
 
@@ -91,13 +92,13 @@ def original_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _new(original: type[nn.Module], part: str) -> Fast:
-    kind = fast_class(original, part)
+    kind = fast_class(original, part)  # type: ignore[arg-type]
     return kind.__new__(kind)
 
 
 def swap_in(module: nn.Module, part: str, strict: bool) -> None:
     """Runs the module on the kernels."""
-    module.__class__ = fast_class(original_class(type(module)), part)
+    module.__class__ = fast_class(original_class(type(module)), part)  # type: ignore[arg-type]
     module.strict = strict  # type: ignore[assignment]
     if part == "mlp":
         vars(module)["checked"] = module.act_fn  # not a submodule: that would list act_fn twice

@@ -11,6 +11,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from gemma_fast.hf import GemmaFastCache, accelerate
 from gemma_fast.hf import attention as hf_attention
+from gemma_fast.hf import masks as hf_masks
 
 TIGHT = {"rtol": 0, "atol": 3e-5}
 
@@ -63,16 +64,6 @@ def test_packed_sequences_fall_back(model):
     check_attention_falls_back(
         model, "more than causal", input_ids=prompt(), position_ids=positions, use_cache=False
     )
-
-
-@pytest.mark.parametrize("family", ["gemma3-gqa", "gemma3-mqa"])
-def test_bidirectional_attention_falls_back(family):
-    model = make(family)
-    model.config.use_bidirectional_attention = True
-    for module in model.modules():
-        if hasattr(module, "is_causal"):
-            module.is_causal = False
-    check_attention_falls_back(model, "more than causal", input_ids=prompt())
 
 
 def test_mask_with_an_or_function_falls_back(model):
@@ -255,12 +246,12 @@ def make_like(model):
 
 def test_left_padding_is_distinguished_from_holes():
     mask = padded(prompt(t=6), 2, 0).bool()
-    first, whole = hf_attention.left_padding(mask, 6)
+    first, whole = hf_masks.left_padding(mask, 6)
     assert first.tolist() == [2, 0] and whole
     mask[1, 5] = False
-    assert not hf_attention.left_padding(mask, 6)[1]
-    assert hf_attention.left_padding(mask, 5)[1], "positions from `end` on must be ignored"
+    assert not hf_masks.left_padding(mask, 6)[1]
+    assert hf_masks.left_padding(mask, 5)[1], "positions from `end` on must be ignored"
     mask[1, 5] = True
-    assert not hf_attention.left_padding(mask, 7)[1], "a mask must cover all tokens"
-    first, whole = hf_attention.left_padding(torch.zeros(1, 4, dtype=torch.bool), 4)
+    assert not hf_masks.left_padding(mask, 7)[1], "a mask must cover all tokens"
+    first, whole = hf_masks.left_padding(torch.zeros(1, 4, dtype=torch.bool), 4)
     assert first.tolist() == [4] and whole, "a row may contain only padding"
