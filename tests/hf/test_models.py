@@ -1,5 +1,6 @@
-"""Checks which models `accelerate` takes: the base models, every head, and bidirectional Gemma 3. The
-hidden states or logits must be those before acceleration. Other architectures are refused."""
+"""Checks which models `accelerate` takes: the base models, every head, and bidirectional Gemma 3.
+
+Hidden states or logits must be those before acceleration. Other architectures are refused."""
 
 import copy
 import logging
@@ -14,13 +15,13 @@ from gemma_fast.hf import accelerate, explain, restore
 from gemma_fast.hf import attention as hf_attention
 
 CLOSE = {"rtol": 3e-5, "atol": 3e-5}  # hidden states and logits of a few units, in float32
-TEXT = {
-    "gemma-mqa": ["GemmaModel", "GemmaForSequenceClassification", "GemmaForTokenClassification"],
-    "gemma2-gqa": ["Gemma2Model", "Gemma2ForSequenceClassification", "Gemma2ForTokenClassification"],
-    "gemma3-gqa": ["Gemma3TextModel", "Gemma3TextForSequenceClassification"],
-    "multimodal": ["Gemma3Model", "Gemma3ForSequenceClassification"],
-}  # fmt: skip
-MODELS = [(name, family) for family, names in TEXT.items() for name in names]
+CLASSIFIERS = "ForSequenceClassification", "ForTokenClassification"
+MODELS = [
+    *(("Gemma" + head, "gemma-mqa") for head in ("Model", *CLASSIFIERS)),
+    *(("Gemma2" + head, "gemma2-gqa") for head in ("Model", *CLASSIFIERS)),
+    *(("Gemma3Text" + head, "gemma3-gqa") for head in ("Model", CLASSIFIERS[0])),
+    *(("Gemma3" + head, "multimodal") for head in ("Model", CLASSIFIERS[0])),
+]
 
 
 def build(name, config, attention="eager"):
