@@ -156,8 +156,11 @@ def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Li
 
 def _run(text: PreTrainedModel, module: nn.Module, part: str) -> Run:
     """Returns which code the module ran in the last call, and why."""
+    why = _why_not(text, module)
     if not isinstance(module, Fast):
-        return Run("transformers", _why_not(text, module) or f"not accelerated: {part}=False")
+        return Run("transformers", why or f"not accelerated: {part}=False")
+    if module.run is not None and why and module.run.path != "transformers":
+        return Run(module.run.path, f"{why} after accelerate: call accelerate(model) again")
     if module.run is not None:
         return module.run
     name = str(text.config._attn_implementation)
@@ -166,7 +169,7 @@ def _run(text: PreTrainedModel, module: nn.Module, part: str) -> Run:
             "transformers",
             f"the config's attention was set to {name!r}: call accelerate(model) again",
         )
-    return Run("transformers", why_not(module) or "not called")
+    return Run("transformers", why or "not called")
 
 
 def _check_devices(text: PreTrainedModel) -> None:

@@ -83,8 +83,9 @@ def test_mask_with_an_or_function_falls_back(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("t", [1, 12])
-def test_image_tokens_attend_to_their_whole_image(t):
+def test_image_tokens_attend_to_their_whole_image(t, compiled):
     """Image tokens also attend to tokens of their image that are outside the window."""
     model = accelerate(make("gemma3-gqa"))
     cache = transformers.DynamicCache(config=model.config)
@@ -93,9 +94,16 @@ def test_image_tokens_attend_to_their_whole_image(t):
     window = {"config": model.config, "inputs_embeds": torch.zeros(2, t, 4), "attention_mask": None}
     if "block_sequence_ids" not in inspect.signature(create_sliding_window_causal_mask).parameters:
         pytest.skip("transformers 5.17 has no block_sequence_ids")
-    mask = create_sliding_window_causal_mask(
-        **window, past_key_values=cache, block_sequence_ids=blocks
-    )
+
+    def make_mask():
+        return create_sliding_window_causal_mask(
+            **window, past_key_values=cache, block_sequence_ids=blocks
+        )
+
+    if compiled:
+        torch._dynamo.reset()
+        make_mask = torch.compile(make_mask, backend="eager", fullgraph=True)
+    mask = make_mask()
     assert mask.shape[2] == t and (mask == 0).all()
 
 

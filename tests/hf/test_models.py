@@ -15,6 +15,10 @@ from gemma_fast.hf import accelerate, explain, restore
 from gemma_fast.hf import attention as hf_attention
 
 CLOSE = {"rtol": 3e-5, "atol": 3e-5}  # hidden states and logits of a few units, in float32
+VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 8,
+    "num_attention_heads": 2, "patch_size": 2,
+}  # fmt: skip
 CLASSIFIERS = "ForSequenceClassification", "ForTokenClassification"
 MODELS = [
     *(("Gemma" + head, "gemma-mqa") for head in ("Model", *CLASSIFIERS)),
@@ -42,11 +46,7 @@ def config_of(family, **changes):
         setattr(config, name, value)
     if family != "multimodal":
         return config
-    vision = {
-        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 8,
-        "num_attention_heads": 2, "patch_size": 2,
-    }  # fmt: skip
-    return transformers.Gemma3Config(text_config=config.to_dict(), vision_config=vision)
+    return transformers.Gemma3Config(text_config=config.to_dict(), vision_config=VISION)
 
 
 @torch.no_grad()
@@ -75,6 +75,29 @@ def test_outputs_are_the_same_as_before_acceleration(name, family):
     torch.testing.assert_close(outputs(model, RIGHT), expected["right"], **CLOSE)
     restore(model)
     assert torch.equal(outputs(model, RIGHT), expected["right"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_paligemma_keeps_its_attention(attention):
+    """A model_type of its own contains a decoder of Gemma 1. Its prompt is bidirectional."""
+    config = transformers.PaliGemmaConfig(
+        text_config=config_of("gemma-mqa").to_dict(), projection_dim=48, hidden_size=48,
+        vision_config=VISION | {"num_image_tokens": 16, "vision_use_head": False,
+                                "projection_dim": 48}, image_token_id=7,
+    )  # fmt: skip
+    model, ids = build("PaliGemmaForConditionalGeneration", config, attention), prompt(b=1)
+    ids = ids.clamp(min=8)
+    ids[0, :16] = 7
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+              "pixel_values": torch.randn(1, 3, 8, 8)}  # fmt: skip
+    expected = model(**inputs).logits
+    text = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    accelerate(model)
+    torch.testing.assert_close(model(**inputs).logits, expected, **CLOSE)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), text)
+    paths = why(model, **inputs)
+    assert "bidirectional" in paths["attention"][1] and paths["mlp"][0] == "reference"
 
 
 def test_decoder_inside_any_module_is_found():

@@ -102,6 +102,16 @@ def test_methods_replaced_after_acceleration_run_and_are_listed():
     assert path == "transformers" and reason.startswith("its forward was replaced by code of ")
 
 
+def test_class_that_was_replaced_after_acceleration_is_listed(monkeypatch):
+    model, ids = accelerate(make("gemma3-gqa")), prompt()
+    kind = sys.modules[type(model).__module__].Gemma3MLP
+    monkeypatch.setattr(kind, "forward", LigerMLP.forward)
+    path, reason = why(model)["mlp"]
+    assert path == "reference" and reason.endswith("after accelerate: call accelerate(model) again")
+    expected = logits(restore(model), ids)
+    torch.testing.assert_close(logits(accelerate(model), ids), expected, **TIGHT)
+
+
 def test_one_replaced_forward_leaves_the_other_modules_on_the_kernels():
     model, ids = make("gemma3-gqa"), prompt()
     mlp = model.model.layers[1].mlp
