@@ -246,6 +246,23 @@ def test_rings_refuse_models_that_are_not_accelerated_and_unsupported_masks(mode
             GemmaFastCache(model.config, room)
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("room", [6, 9, 12, 13, 14])
+def test_short_cache_gives_the_same_logits_or_is_refused(room, accelerated):
+    """sdpa builds no mask for a prompt shorter than the window, which is 13 here."""
+    model, ids = make("gemma3-gqa", "sdpa"), prompt(t=6)
+    expected, cache = logits(model, ids), GemmaFastCache(model.config, room)
+    if accelerated:
+        accelerate(model, strict=True)
+    if not accelerated and room >= 13:
+        with pytest.raises(ValueError, match="GemmaFastCache needs an accelerated model"):
+            logits(model, ids, past_key_values=cache)
+    else:
+        for part, right in ((ids[:, :4], expected[:, :4]), (ids[:, 4:], expected[:, 4:])):
+            found = logits(model, part, past_key_values=cache)
+            torch.testing.assert_close(found, right, **TIGHT)
+
+
 def make_like(model):
     other = type(model)(copy.deepcopy(model.config)).eval()
     other.load_state_dict(model.state_dict())
