@@ -91,6 +91,11 @@ def attend(
     """Implements transformers' attention interface. query :: [b, n * m, t, d]; key, value ::
     [b, n, s, d] of cached and new tokens; query and key are already rotated. Returns the output,
     [b, t, n * m, d], and the attention weights, or None if they were not stored."""
+    if not isinstance(attention_mask, Tensor | None):  # flex_attention's BlockMask
+        raise ValueError(
+            f"the mask is a {type(attention_mask).__name__}, which {fallback(original)} attention "
+            "cannot read: pass a tensor, or call accelerate(model, attention=False)"
+        )
     bounds = attention_mask if is_bounds(attention_mask) else None
     if bounds is not None:
         _check(original, module, query, rest)

@@ -101,8 +101,8 @@ def left_padding(mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
     return first, whole
 
 
-def is_bounds(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dtype == torch.int32 and mask.shape[2:] == (1, 1)
+def is_bounds(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.shape[2:] == (1, 1)
 
 
 def fallback(original: str) -> str:

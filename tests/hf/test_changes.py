@@ -9,6 +9,7 @@ import torch
 import transformers
 from hf_models import logits, make, padded, prompt, why
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 from gemma_fast.hf import accelerate, explain
 from gemma_fast.hf import attention as hf_attention
@@ -157,6 +158,16 @@ def test_what_flash_attention_honors_is_refused():
         call(position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
     with pytest.raises(ValueError, match=r"honors s_aux, .* call accelerate\(.*=False"):
         call(s_aux=torch.ones(4))
+
+
+@torch.no_grad()
+def test_block_mask_is_refused():
+    model = make("gemma3-gqa")
+    model.config._attn_implementation = "flex_attention"
+    causal = create_block_mask(lambda b, h, q, k: q >= k, 2, None, 30, 30, device="cpu")
+    masks = dict.fromkeys(("full_attention", "sliding_attention"), causal)
+    with pytest.raises(ValueError, match=r"mask is a BlockMask, .* accelerate\(model, attention="):
+        accelerate(model)(prompt(), attention_mask=masks)
 
 
 @pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16])
