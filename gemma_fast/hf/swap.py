@@ -72,7 +72,10 @@ def _refuse(left: dict[str, str], strict: bool) -> None:
             f"{', '.join(left)} cannot run on the kernels, which strict=True requires: "
             f"{_reasons(left)}"
         )
-    raise ValueError(f"no module of this model can run on the kernels: {_reasons(left)}")
+    raise ValueError(
+        f"no module of this model can run on the kernels: {_reasons(left)}. Run the model without "
+        "accelerate"
+    )
 
 
 def restore(model: M) -> M:
@@ -91,15 +94,16 @@ def accelerated(model: M, **options: bool) -> Iterator[M]:
     """Accelerates the model inside `with accelerated(model):`, with the options of `accelerate`.
     Restores the model's previous state at the end of the block."""
     text = text_decoder(model)
-    before = [(x, x.part, x.strict) for x in text.modules() if isinstance(x, Fast)]
+    before = [(x, x.part, dict(vars(x))) for x in text.modules() if isinstance(x, Fast)]
     attention = text.config._attn_implementation
     accelerate(model, **options)
     try:
         yield model
     finally:
         restore(model)
-        for module, part, strict in before:
-            swap_in(module, part, strict)
+        for module, part, state in before:
+            swap_in(module, part, state["strict"])
+            vars(module).update({"checked": state["checked"]} if "checked" in state else {})
         text.config._attn_implementation = attention
 
 
@@ -116,7 +120,7 @@ class FastGemma:
 class Line(NamedTuple):
     module: str  # "model.layers.0.mlp"
     part: str  # "norm", "mlp" or "attention"
-    path: str  # "triton", "reference" (the kernel's PyTorch reference), "transformers"
+    path: str  # "triton", "reference" (PyTorch), or "transformers" (or another library: see why)
     why: str
 
 

@@ -11,7 +11,7 @@ from hf_models import logits, make, padded, prompt, why
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 
-from gemma_fast.hf import accelerate, explain
+from gemma_fast.hf import accelerate, accelerated, explain
 from gemma_fast.hf import attention as hf_attention
 
 TIGHT = {"rtol": 0, "atol": 3e-5}
@@ -71,6 +71,16 @@ def test_change_has_the_same_effect_as_without_acceleration(change, order, atten
         real = slice(None) if mask is None else mask.bool()
         expected = logits(theirs, ids, mask)[real]
         torch.testing.assert_close(logits(model, ids, mask)[real], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_replaced_activation_is_noticed_after_a_with_block():
+    model, ids = accelerate(make("gemma3-gqa")), prompt()
+    CHANGES["the activation"](model)
+    expected = logits(model, ids)
+    with accelerated(model, norm=False):
+        torch.testing.assert_close(logits(model, ids), expected, **TIGHT)
+    torch.testing.assert_close(logits(model, ids), expected, **TIGHT)
+    assert "act_fn was replaced after accelerate" in why(model)["mlp"][1]
 
 
 def test_exact_gelu_in_the_config_is_not_replaced_by_the_tanh_approximation():
