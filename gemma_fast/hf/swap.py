@@ -41,7 +41,8 @@ def accelerate(
     _check_devices(text)
     wanted = {"norm": norm, "mlp": mlp, "attention": attention}
     parts = [(name, x, part) for name, x in text.named_modules() if (part := part_of(x))]
-    left = {name: why for name, x, part in parts if wanted[part] and (why := _why_not(text, x))}
+    whys = _whys(text)
+    left = {name: whys[x] for name, x, part in parts if wanted[part] and x in whys}
     chosen = [(x, part) for name, x, part in parts if wanted[part] and name not in left]
     if left and (strict or not chosen):
         _refuse(left, strict)
@@ -58,8 +59,12 @@ def accelerate(
     return model
 
 
-def _why_not(text: PreTrainedModel, module: nn.Module) -> str | None:
-    return why_not_attention(text) if part_of(module) == "attention" else why_not(module)
+def _whys(text: PreTrainedModel) -> dict[nn.Module, str]:
+    """Returns why parts cannot run on the kernels, for those that cannot."""
+    attention = why_not_attention(text)
+    parts = [(module, part) for module in text.modules() if (part := part_of(module))]
+    whys = {x: attention if part == "attention" else why_not(x) for x, part in parts}
+    return {module: why for module, why in whys.items() if why}
 
 
 def _reasons(left: dict[str, str]) -> str:
@@ -144,9 +149,9 @@ def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Li
     finally:
         for module, demand in zip(fast, demands, strict=True):
             module.strict = demand
-    of_text = set(text.modules())
+    of_text, whys = set(text.modules()), _whys(text)
     lines = [
-        Line(name, part, *_run(text, module, part))
+        Line(name, part, *_run(text, module, part, whys.get(module)))
         for name, module in model.named_modules()
         if (part := part_of(module)) and module in of_text
     ]
@@ -158,9 +163,9 @@ def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Li
     return lines
 
 
-def _run(text: PreTrainedModel, module: nn.Module, part: str) -> Run:
-    """Returns which code the module ran in the last call, and why."""
-    why = _why_not(text, module)
+def _run(text: PreTrainedModel, module: nn.Module, part: str, why: str | None) -> Run:
+    """Returns which code the module ran in the last call, and why. `why` is the reason why it
+    cannot run on the kernels, or None."""
     if not isinstance(module, Fast):
         return Run("transformers", why or f"not accelerated: {part}=False")
     if module.run is not None and why and module.run.path != "transformers":
