@@ -1,10 +1,8 @@
-"""Runs the attention of a transformers model on the kernels. transformers calls `make_mask` and
-`attend`, which are registered under the attention name in the config, such as `gemma_fast+sdpa`.
+"""Runs the attention of a transformers model on the kernels. transformers calls `attend`, which is
+registered under the attention name in the config, such as `gemma_fast+sdpa`.
 
-If a mask combines only causality, a sliding window and left padding, it is not built. The layers
-get `bounds` :: [2, b, 1, 1], int32, instead: the kernels' `query_offset` and `left_padding`,
-relative to the first key. For any other mask, transformers' own code builds the mask and computes
-attention: `sdpa` if the model used `sdpa` before, else `eager`.
+For a call that the kernels do not support, transformers' own attention runs: `sdpa` if the model
+used `sdpa` before, else `eager`.
 """
 
 from __future__ import annotations
@@ -17,37 +15,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
-from gemma_fast.kernels.attention import HEAD_DIMS, attention, visible_keys
+from gemma_fast.hf.masks import fallback, is_bounds, make_mask, mask_of_bounds
+from gemma_fast.kernels.attention import HEAD_DIMS, attention
 from gemma_fast.kernels.decode_attention import split_attention
 from gemma_fast.kernels.launch import runs_triton
 
 PREFIX = "gemma_fast+"
-RING_ERROR = (
-    "GemmaFastCache needs an accelerated model, and a causal mask with padding on the left only: "
-    "call gemma_fast.hf.accelerate(model), or use a DynamicCache or a StaticCache"
-)
 # Keywords that layers pass to attention and that do not change its result.
 IDLE = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
-    "return_dict", "num_items_in_batch",
+    "return_dict", "num_items_in_batch", "is_causal",
 }  # fmt: skip
 logger = logging.get_logger(__name__)
-
-
-class RingOffset:
-    """The position of a ring's first key. Adding it raises ValueError on purpose: transformers' own
-    masks add the offset, and they do not support rings."""
-
-    def __init__(self, position: int | Tensor) -> None:
-        self.position = position
-
-    def __radd__(self, other: Any) -> Any:
-        raise ValueError(RING_ERROR)
 
 
 class Run(NamedTuple):
@@ -92,70 +75,6 @@ def reason(module: nn.Module, x: Tensor, *others: Tensor) -> str | None:
     return None
 
 
-def make_mask(
-    original: str,
-    *,
-    batch_size: int,
-    q_length: int,
-    mask_function: Callable[..., Any],
-    q_offset: int | Tensor = 0,
-    kv_offset: int | RingOffset = 0,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **rest: Any,
-) -> Tensor | None:
-    """Implements transformers' mask interface. attention_mask :: [b, past + t], bool. Returns
-    `bounds`, or transformers' own mask if `bounds` cannot express the mask."""
-    # transformers passes use_vmap=True or allow_is_causal_skip=False for masks that are not plain,
-    # and allow_is_bidirectional_skip for bidirectional masks. But it also passes
-    # allow_is_causal_skip=False for a single token with a compileable cache.
-    plain = not use_vmap and "allow_is_bidirectional_skip" not in rest
-    if not allow_is_causal_skip:
-        plain &= q_length == 1 and not _is_union(mask_function)
-    ring = isinstance(kv_offset, RingOffset)
-    first = torch.zeros(batch_size, dtype=torch.long, device=device)
-    if plain and attention_mask is not None:
-        first, whole = left_padding(attention_mask, q_offset + q_length)
-        if not is_tracing(attention_mask):
-            plain = bool(whole)
-        elif ring:
-            torch._assert_async(whole, RING_ERROR)
-        else:
-            plain = False
-    if not plain:
-        if ring:
-            raise ValueError(RING_ERROR)
-        return ALL_MASK_ATTENTION_FUNCTIONS[fallback(original)](
-            batch_size=batch_size, q_length=q_length, q_offset=q_offset, kv_offset=kv_offset,
-            mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap,
-            allow_is_causal_skip=allow_is_causal_skip, device=device, **rest,
-        )  # fmt: skip
-    offset = kv_offset.position if isinstance(kv_offset, RingOffset) else kv_offset
-    bounds = torch.stack((torch.zeros_like(first) + (q_offset - offset), first - offset))
-    return bounds.int().view(2, batch_size, 1, 1)
-
-
-def _is_union(mask_function: Callable[..., Any]) -> bool:
-    """Returns True if the mask also lets image tokens attend to each other. Returns False under
-    Dynamo, which cannot read the function's name. make_mask calls this only for a single query
-    token, which has no later token to attend to."""
-    name = "" if torch.compiler.is_compiling() else mask_function.__qualname__
-    return name.startswith("or_masks")
-
-
-def left_padding(mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Returns first :: [b], the first visible position of each row, and whole, a bool tensor. whole
-    is False if a row hides a position after its first visible one, or if the mask has fewer than
-    `end` positions. mask :: [b, positions], bool. Positions from `end` on are ignored."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    seen = mask | (positions >= end)
-    first = (~seen).cumprod(dim=1).sum(dim=1)
-    whole = (seen.sum(dim=1) == mask.shape[1] - first).all() & (end <= mask.shape[1])
-    return first, whole
-
-
 def attend(
     original: str,
     module: nn.Module,
@@ -172,14 +91,23 @@ def attend(
     """Implements transformers' attention interface. query :: [b, n * m, t, d]; key, value ::
     [b, n, s, d] of cached and new tokens; query and key are already rotated. Returns the output,
     [b, t, n * m, d], and the attention weights, or None if they were not stored."""
+    if not isinstance(attention_mask, Tensor | None):  # flex_attention's BlockMask
+        raise ValueError(
+            f"the mask is a {type(attention_mask).__name__}, which {fallback(original)} attention "
+            "cannot read: pass a tensor, or call accelerate(model, attention=False)"
+        )
     bounds = attention_mask if is_bounds(attention_mask) else None
+    if bounds is not None:
+        _check(original, module, query, rest)
+    if not original.startswith("flash"):
+        sliding_window = _window(module, sliding_window)
     accelerated = hasattr(module, "part")  # False in another model with the same config
     if accelerated:
         why = reason(module, query, key, value)
         why = why or _reason(module, query, key, value, bounds, dropout, rest)
     if not accelerated or falls_back(module, "attention", query, why):
         if bounds is not None:
-            attention_mask = _mask(original, query, key, bounds, sliding_window)
+            attention_mask = mask_of_bounds(original, query, key, bounds, sliding_window)
         caps = {} if softcap is None else {"softcap": softcap}
         return _original(original, module)(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
@@ -204,8 +132,41 @@ def attend(
     ), None
 
 
-def is_bounds(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dtype == torch.int32 and mask.shape[2:] == (1, 1)
+def _check(original: str, module: nn.Module, query: Tensor, rest: dict[str, Any]) -> None:
+    """Raises ValueError if the original attention would give another result than the kernels and
+    `fallback` do: sdpa and flash attention use is_causal, and flash attention more keywords."""
+    if original == "eager":
+        return
+    found: list[str] = []
+    positions, causal = rest.get("position_ids"), rest.get("is_causal")
+    if query.shape[2] > 1 and not (
+        getattr(module, "is_causal", True) if causal is None else causal
+    ):
+        found.append("is_causal=False")
+    if original != "sdpa":
+        found += _unknown(rest)
+    alone = original.startswith("flash") and query.shape[0] == 1
+    if alone and positions is not None and not is_tracing(positions):
+        found += ["position_ids that restart"] if (positions.diff() != 1).any() else []
+    if found:
+        raise ValueError(
+            f"{original} honors {', '.join(found)}, but the kernels do not: call accelerate(model, "
+            "attention=False)"
+        )
+
+
+def _unknown(rest: dict[str, Any]) -> list[str]:
+    return [name for name, x in rest.items() if x is not None and name not in IDLE]
+
+
+def _window(module: nn.Module, window: int | None) -> int | None:
+    """Returns the window that transformers' masks apply. They read it from the config at each call,
+    but only flash attention reads `window`, which a layer stores when it is created."""
+    config: Any = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return window
+    return config.sliding_window if kinds[module.layer_idx] == "sliding_attention" else None
 
 
 def _reason(
@@ -226,8 +187,7 @@ def _reason(
         return f"dropout {dropout}: the kernels have no dropout; set it to 0"
     if rest.get("output_attentions") or module.config.output_attentions:  # type: ignore[union-attr]
         return "output_attentions needs the attention weights, which the kernels do not store"
-    unknown = [name for name, x in rest.items() if x is not None and name not in IDLE]
-    if unknown:
+    if unknown := _unknown(rest):
         return f"{', '.join(unknown)}: unknown keywords of attention"
     if not query.dtype == key.dtype == value.dtype:
         return f"queries, keys, values are {query.dtype}, {key.dtype}, {value.dtype}: not one dtype"
@@ -236,29 +196,10 @@ def _reason(
     return None
 
 
-def fallback(original: str) -> str:
-    """Returns the name of the attention that runs if the kernels cannot: sdpa if the original is
-    sdpa, else eager."""
-    return original if original == "sdpa" else "eager"
-
-
 def _original(original: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    theirs = next(c for c in type(module).__mro__ if c.__module__.startswith("transformers."))
-    eager = sys.modules[theirs.__module__].eager_attention_forward
+    homes = [sys.modules[kind.__module__] for kind in type(module).__mro__]
+    eager = next(x.eager_attention_forward for x in homes if hasattr(x, "eager_attention_forward"))
     return ALL_ATTENTION_FUNCTIONS.get_interface(fallback(original), eager)
-
-
-def _mask(original: str, query: Tensor, key: Tensor, bounds: Tensor, window: int | None) -> Tensor:
-    """Returns the mask that `bounds` describe, [b, 1, t, s]: bool for sdpa; for eager, the values
-    that are added to the scores."""
-    query_offset, left_padding = bounds.view(2, -1)
-    visible = visible_keys(
-        query_offset, left_padding, query.shape[2], key.shape[2], window
-    ).unsqueeze(1)
-    if fallback(original) == "sdpa":
-        return visible
-    lowest = torch.finfo(query.dtype).min
-    return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, lowest)
 
 
 def register(original: str) -> str:

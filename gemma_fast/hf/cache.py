@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticSlidingWindowLayer
 
-from gemma_fast.hf.attention import RingOffset
+from gemma_fast.hf.masks import RingOffset
 
 
 class GemmaFastCache(StaticCache):
@@ -34,9 +34,12 @@ class GemmaFastCache(StaticCache):
         if not isinstance(max_cache_len, int) or max_cache_len < 1:
             raise ValueError(f"{max_cache_len=} must be an integer of at least 1")
         super().__init__(config, max_cache_len, **options)
+        # A cache below the window's size never wraps. As a ring, it could also pass unnoticed: sdpa
+        # builds no mask for so few keys, so that RingOffset could not stop it.
+        window = getattr(config.get_text_config(), "sliding_window", None)
         self.layers = [
-            Ring(layer.max_cache_len, layer.max_cache_len)
-            if isinstance(layer, StaticSlidingWindowLayer)
+            Ring(window, window)
+            if isinstance(layer, StaticSlidingWindowLayer) and layer.max_cache_len == window
             else layer
             for layer in self.layers
         ]

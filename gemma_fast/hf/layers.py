@@ -6,17 +6,14 @@ the same submodules, so adapters and hooks on the submodules still work.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaMLP, GemmaRMSNorm
-from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2MLP, Gemma2RMSNorm
-from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3MLP, Gemma3RMSNorm
 
-from gemma_fast.hf.attention import RING_ERROR, Run, falls_back, is_bounds, reason
+from gemma_fast.hf.attention import Run, falls_back, reason
 from gemma_fast.hf.cache import GemmaFastCache, Ring
+from gemma_fast.hf.masks import RING_ERROR, is_bounds
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.rmsnorm import rms_norm
 
@@ -25,6 +22,11 @@ class Fast(nn.Module):
     part: ClassVar[str]
     strict: bool = False
     run: Run | None = None  # code path of the last call that was not compiled
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickles the module's original class, because fast_class creates its own."""
+        state = super().__reduce_ex__(protocol)[2:]
+        return (_new, (original_class(type(self)), self.part), *state)
 
 
 class FastNorm(Fast):
@@ -43,11 +45,23 @@ class FastMLP(Fast):
     gate_proj: nn.Linear
     up_proj: nn.Linear
     down_proj: nn.Linear
+    act_fn: Any
+    checked: Any  # the activation that `accelerate` found to be the GELU's tanh approximation
 
     def forward(self, x: Tensor) -> Tensor:
-        if falls_back(self, self.part, x, reason(self, x)):
+        if falls_back(self, self.part, x, reason(self, x) or self._activation()):
             return super().forward(x)
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+
+    def _activation(self) -> str | None:
+        """Returns why act_fn must be called, or None if the kernel gives the same result."""
+        if self.act_fn is not self.checked:
+            return "act_fn was replaced after accelerate: call accelerate(model) again"
+        if getattr(self.act_fn, "_forward_hooks", None) or getattr(
+            self.act_fn, "_forward_pre_hooks", None
+        ):
+            return "act_fn has hooks, and the kernel does not call it"
+        return None
 
 
 class FastAttention(Fast):
@@ -66,56 +80,33 @@ class FastAttention(Fast):
         return super().forward(*args, **kwargs)
 
 
-class FastGemmaRMSNorm(FastNorm, GemmaRMSNorm): ...
+@functools.cache
+def fast_class(original: type[nn.Module], part: str) -> type[Fast]:
+    """Returns the subclass of `original`, a norm, MLP or attention class of transformers."""
+    base = next(x for x in (FastNorm, FastMLP, FastAttention) if x.part == part)
+    return type(f"Fast{original.__name__}", (base, original), {"__module__": __name__})
 
 
-class FastGemma2RMSNorm(FastNorm, Gemma2RMSNorm): ...
+def original_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return kind.__bases__[1] if issubclass(kind, Fast) else kind
 
 
-class FastGemma3RMSNorm(FastNorm, Gemma3RMSNorm): ...
+def _new(original: type[nn.Module], part: str) -> Fast:
+    kind = fast_class(original, part)  # type: ignore[arg-type]
+    return kind.__new__(kind)
 
 
-class FastGemmaMLP(FastMLP, GemmaMLP): ...
+def swap_in(module: nn.Module, part: str, strict: bool) -> None:
+    """Runs the module on the kernels."""
+    module.__class__ = fast_class(original_class(type(module)), part)  # type: ignore[arg-type]
+    module.strict = strict  # type: ignore[assignment]
+    if part == "mlp":
+        vars(module)["checked"] = module.act_fn  # not a submodule: that would list act_fn twice
 
 
-class FastGemma2MLP(FastMLP, Gemma2MLP): ...
-
-
-class FastGemma3MLP(FastMLP, Gemma3MLP): ...
-
-
-class FastGemmaAttention(FastAttention, GemmaAttention): ...
-
-
-class FastGemma2Attention(FastAttention, Gemma2Attention): ...
-
-
-class FastGemma3Attention(FastAttention, Gemma3Attention): ...
-
-
-FAST: dict[type[nn.Module], type[Fast]] = {
-    GemmaRMSNorm: FastGemmaRMSNorm,
-    Gemma2RMSNorm: FastGemma2RMSNorm,
-    Gemma3RMSNorm: FastGemma3RMSNorm,
-    GemmaMLP: FastGemmaMLP,
-    Gemma2MLP: FastGemma2MLP,
-    Gemma3MLP: FastGemma3MLP,
-    GemmaAttention: FastGemmaAttention,
-    Gemma2Attention: FastGemma2Attention,
-    Gemma3Attention: FastGemma3Attention,
-}
-ORIGINAL = {fast: original for original, fast in FAST.items()}
-
-
-def why_not(module: nn.Module) -> str | None:
-    """Returns why this module can never run on the kernels, or None if it can."""
-    if type(module) not in FAST:
-        return f"{type(module).__name__} is not one of transformers' own Gemma classes"
-    if FAST[type(module)].part == "mlp" and not _is_tanh_gelu(module.act_fn):
-        return f"its activation is {module.act_fn}, not the GELU's tanh approximation"
-    return None
-
-
-def _is_tanh_gelu(activation: Any) -> bool:
-    x = torch.linspace(-4, 4, 33)
-    return torch.allclose(activation(x), F.gelu(x, approximate="tanh"), rtol=0, atol=1e-5)
+def swap_out(module: nn.Module) -> None:
+    """Undoes swap_in, if it was called."""
+    if isinstance(module, Fast):
+        module.__class__ = original_class(type(module))  # type: ignore[assignment]
+        for attribute in ("strict", "run", "checked"):
+            vars(module).pop(attribute, None)

@@ -9,17 +9,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3ForConditionalGeneration,
-    GemmaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gemma_fast.hf.attention import PREFIX, Run, register
-from gemma_fast.hf.layers import FAST, ORIGINAL, Fast, why_not
+from gemma_fast.hf.attention import PREFIX, Run, logger, register
+from gemma_fast.hf.find import part_of, text_decoder, why_not, why_not_attention
+from gemma_fast.hf.layers import Fast, swap_in, swap_out
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -32,36 +26,68 @@ def accelerate(
     norm, attention, mlp  parts to run on the kernels
     strict                raise RuntimeError, with the reason, if the kernels do not support a call
 
-    transformers' code runs in training mode and if gradients are recorded, because the kernels have
-    no backward. It also runs for dropout, for `output_attentions`, and for masks that hide more
-    than causality, a window and left padding. Attention is then sdpa if the model used sdpa before,
-    else eager.
+    Modules and attention functions that another library has replaced stay as they are, and so does
+    bidirectional attention. `accelerate` logs this once, and `explain` lists it. The modules on the
+    kernels run transformers' code in training mode and if gradients are recorded, because the
+    kernels have no backward. Attention also does so for dropout, for `output_attentions`, and for
+    masks that hide more than causality, a window and left padding; it is then sdpa if the model
+    used sdpa before, else eager.
 
-    Raises ValueError, and leaves the model unchanged, for an architecture other than Gemma 1 to 3,
-    a device other than cuda or cpu, a GPU below compute capability 8.0, and modules whose forward
-    another library has replaced.
+    Raises ValueError, and leaves the model unchanged, for a model without a text decoder of Gemma 1
+    to 3, a device other than cuda or cpu, a GPU below compute capability 8.0, and a model of which
+    nothing can run on the kernels. Raises RuntimeError if strict=True and a part cannot.
     """
-    text = _text_model(model)
-    _refuse(text)
-    restore(model)
+    text = text_decoder(model)
+    _check_devices(text)
     wanted = {"norm": norm, "mlp": mlp, "attention": attention}
-    parts = [(module, _part(module)) for module in text.modules()]
-    for module in [x for x, part in parts if part and wanted[part] and not why_not(x)]:
-        module.__class__ = FAST[type(module)]
-        module.strict = strict  # type: ignore[assignment]
-    if attention:
+    parts = [(name, x, part) for name, x in text.named_modules() if (part := part_of(x))]
+    whys = _whys(text)
+    left = {name: whys[x] for name, x, part in parts if wanted[part] and x in whys}
+    chosen = [(x, part) for name, x, part in parts if wanted[part] and name not in left]
+    if left and (strict or not chosen):
+        _refuse(left, strict)
+    restore(model)
+    for module, part in chosen:
+        swap_in(module, part, strict)
+    if any(part == "attention" for _, part in chosen):
         text.config._attn_implementation = register(text.config._attn_implementation)
+    if left:
+        logger.warning_once(
+            f"gemma_fast leaves {len(left)} of {len(parts)} modules as they are: {_reasons(left)}. "
+            "gemma_fast.hf.explain(model) lists the modules."
+        )
     return model
+
+
+def _whys(text: PreTrainedModel) -> dict[nn.Module, str]:
+    """Returns why parts cannot run on the kernels, for those that cannot."""
+    attention = why_not_attention(text)
+    parts = [(module, part) for module in text.modules() if (part := part_of(module))]
+    whys = {x: attention if part == "attention" else why_not(x) for x, part in parts}
+    return {module: why for module, why in whys.items() if why}
+
+
+def _reasons(left: dict[str, str]) -> str:
+    return "; ".join(dict.fromkeys(left.values()))
+
+
+def _refuse(left: dict[str, str], strict: bool) -> None:
+    if strict:
+        raise RuntimeError(
+            f"{', '.join(left)} cannot run on the kernels, which strict=True requires: "
+            f"{_reasons(left)}"
+        )
+    raise ValueError(
+        f"no module of this model can run on the kernels: {_reasons(left)}. Run the model without "
+        "accelerate"
+    )
 
 
 def restore(model: M) -> M:
     """Removes the kernels, so that the model is as before `accelerate`, and returns the model."""
-    text = _text_model(model)
+    text = text_decoder(model)
     for module in text.modules():
-        if isinstance(module, Fast):
-            module.__class__ = ORIGINAL[type(module)]  # type: ignore[assignment]
-            for attribute in ("strict", "run"):
-                module.__dict__.pop(attribute, None)
+        swap_out(module)
     name = str(text.config._attn_implementation)
     if name.startswith(PREFIX):
         text.config._attn_implementation = name.removeprefix(PREFIX)
@@ -72,17 +98,17 @@ def restore(model: M) -> M:
 def accelerated(model: M, **options: bool) -> Iterator[M]:
     """Accelerates the model inside `with accelerated(model):`, with the options of `accelerate`.
     Restores the model's previous state at the end of the block."""
-    text = _text_model(model)
-    before = [(module, type(module), vars(module).get("strict")) for module in text.modules()]
+    text = text_decoder(model)
+    before = [(x, x.part, dict(vars(x))) for x in text.modules() if isinstance(x, Fast)]
     attention = text.config._attn_implementation
     accelerate(model, **options)
     try:
         yield model
     finally:
         restore(model)
-        for module, kind, strict in before:
-            if issubclass(kind, Fast):
-                module.__class__, module.strict = kind, strict  # type: ignore[assignment]
+        for module, part, state in before:
+            swap_in(module, part, state["strict"])
+            vars(module).update({"checked": state["checked"]} if "checked" in state else {})
         text.config._attn_implementation = attention
 
 
@@ -99,7 +125,7 @@ class FastGemma:
 class Line(NamedTuple):
     module: str  # "model.layers.0.mlp"
     part: str  # "norm", "mlp" or "attention"
-    path: str  # "triton", "reference" (the kernel's PyTorch reference) or "transformers"
+    path: str  # "triton", "reference" (PyTorch), or "transformers" (or another library: see why)
     why: str
 
 
@@ -112,7 +138,7 @@ def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Li
 
     A model that was compiled with torch.compile runs uncompiled in this call.
     """
-    text = _text_model(model)
+    text = text_decoder(model)
     fast = [module for module in text.modules() if isinstance(module, Fast)]
     demands = [module.strict for module in fast]
     for module in fast:
@@ -123,11 +149,11 @@ def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Li
     finally:
         for module, demand in zip(fast, demands, strict=True):
             module.strict = demand
-    of_text = set(text.modules())
+    of_text, whys = set(text.modules()), _whys(text)
     lines = [
-        Line(name, part, *_run(module, part))
+        Line(name, part, *_run(text, module, part, whys.get(module)))
         for name, module in model.named_modules()
-        if (part := _part(module)) and module in of_text
+        if (part := part_of(module)) and module in of_text
     ]
     left = [f"{line.module}: {line.why}" for line in lines if line.path == "transformers"]
     if strict and left:
@@ -137,49 +163,25 @@ def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Li
     return lines
 
 
-def _run(module: nn.Module, part: str) -> Run:
-    """Returns which code the module ran in the last call, and why."""
+def _run(text: PreTrainedModel, module: nn.Module, part: str, why: str | None) -> Run:
+    """Returns which code the module ran in the last call, and why. `why` is the reason why it
+    cannot run on the kernels, or None."""
     if not isinstance(module, Fast):
-        return Run("transformers", why_not(module) or f"not accelerated: {part}=False")
+        return Run("transformers", why or f"not accelerated: {part}=False")
+    if module.run is not None and why and module.run.path != "transformers":
+        return Run(module.run.path, f"{why} after accelerate: call accelerate(model) again")
     if module.run is not None:
         return module.run
-    config: Any = getattr(module, "config", None)
-    if part == "attention" and not config._attn_implementation.startswith(PREFIX):
-        name = config._attn_implementation
+    name = str(text.config._attn_implementation)
+    if part == "attention" and not name.startswith(PREFIX):
         return Run(
             "transformers",
             f"the config's attention was set to {name!r}: call accelerate(model) again",
         )
-    return Run("transformers", "not called")
+    return Run("transformers", why or "not called")
 
 
-def _part(module: nn.Module) -> str | None:
-    """Returns "norm", "mlp" or "attention" for such a module, accelerated or not; else None."""
-    for original, fast in FAST.items():
-        if isinstance(module, original):
-            return fast.part
-    return None
-
-
-def _text_model(model: nn.Module) -> PreTrainedModel:
-    """Returns the text decoder, which contains the norms, MLPs and attention modules. Raises
-    ValueError for a model that cannot be accelerated."""
-    inner: Any = model
-    if hasattr(inner, "get_base_model"):  # PEFT models
-        inner = inner.get_base_model()
-    if isinstance(inner, (GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM)):
-        return inner.model
-    if isinstance(inner, Gemma3ForConditionalGeneration):
-        return inner.model.language_model
-    kind = type(inner)
-    raise ValueError(
-        f"{kind.__module__}.{kind.__name__} cannot be accelerated: only transformers' "
-        "GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, and the text part of "
-        "Gemma3ForConditionalGeneration can, before torch.compile or DataParallel wraps them"
-    )
-
-
-def _refuse(text: PreTrainedModel) -> None:
+def _check_devices(text: PreTrainedModel) -> None:
     for device in {weight.device for weight in text.parameters()}:
         if device.type not in ("cuda", "cpu"):
             raise ValueError(
@@ -189,10 +191,4 @@ def _refuse(text: PreTrainedModel) -> None:
             found = ".".join(map(str, torch.cuda.get_device_capability(device)))
             raise ValueError(
                 f"{device} has compute capability {found}, but the kernels need 8.0 or higher"
-            )
-    for name, module in text.named_modules():
-        if _part(module) and "forward" in module.__dict__:
-            raise ValueError(
-                f"another library has replaced the forward of {name} (the package accelerate does "
-                "this for a model on several devices): load the model on one device"
             )

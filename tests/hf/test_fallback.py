@@ -11,6 +11,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from gemma_fast.hf import GemmaFastCache, accelerate
 from gemma_fast.hf import attention as hf_attention
+from gemma_fast.hf import masks as hf_masks
 
 TIGHT = {"rtol": 0, "atol": 3e-5}
 
@@ -65,16 +66,6 @@ def test_packed_sequences_fall_back(model):
     )
 
 
-@pytest.mark.parametrize("family", ["gemma3-gqa", "gemma3-mqa"])
-def test_bidirectional_attention_falls_back(family):
-    model = make(family)
-    model.config.use_bidirectional_attention = True
-    for module in model.modules():
-        if hasattr(module, "is_causal"):
-            module.is_causal = False
-    check_attention_falls_back(model, "more than causal", input_ids=prompt())
-
-
 def test_mask_with_an_or_function_falls_back(model):
     """Multimodal models use such masks, so that image tokens attend to each other."""
     model = accelerate(model)
@@ -92,8 +83,9 @@ def test_mask_with_an_or_function_falls_back(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("t", [1, 12])
-def test_image_tokens_attend_to_their_whole_image(t):
+def test_image_tokens_attend_to_their_whole_image(t, compiled):
     """Image tokens also attend to tokens of their image that are outside the window."""
     model = accelerate(make("gemma3-gqa"))
     cache = transformers.DynamicCache(config=model.config)
@@ -102,9 +94,16 @@ def test_image_tokens_attend_to_their_whole_image(t):
     window = {"config": model.config, "inputs_embeds": torch.zeros(2, t, 4), "attention_mask": None}
     if "block_sequence_ids" not in inspect.signature(create_sliding_window_causal_mask).parameters:
         pytest.skip("transformers 5.17 has no block_sequence_ids")
-    mask = create_sliding_window_causal_mask(
-        **window, past_key_values=cache, block_sequence_ids=blocks
-    )
+
+    def make_mask():
+        return create_sliding_window_causal_mask(
+            **window, past_key_values=cache, block_sequence_ids=blocks
+        )
+
+    if compiled:
+        torch._dynamo.reset()
+        make_mask = torch.compile(make_mask, backend="eager", fullgraph=True)
+    mask = make_mask()
     assert mask.shape[2] == t and (mask == 0).all()
 
 
@@ -247,6 +246,23 @@ def test_rings_refuse_models_that_are_not_accelerated_and_unsupported_masks(mode
             GemmaFastCache(model.config, room)
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("room", [6, 9, 12, 13, 14])
+def test_short_cache_gives_the_same_logits_or_is_refused(room, accelerated):
+    """sdpa builds no mask for a prompt shorter than the window, which is 13 here."""
+    model, ids = make("gemma3-gqa", "sdpa"), prompt(t=6)
+    expected, cache = logits(model, ids), GemmaFastCache(model.config, room)
+    if accelerated:
+        accelerate(model, strict=True)
+    if not accelerated and room >= 13:
+        with pytest.raises(ValueError, match="GemmaFastCache needs an accelerated model"):
+            logits(model, ids, past_key_values=cache)
+    else:
+        for part, right in ((ids[:, :4], expected[:, :4]), (ids[:, 4:], expected[:, 4:])):
+            found = logits(model, part, past_key_values=cache)
+            torch.testing.assert_close(found, right, **TIGHT)
+
+
 def make_like(model):
     other = type(model)(copy.deepcopy(model.config)).eval()
     other.load_state_dict(model.state_dict())
@@ -255,12 +271,12 @@ def make_like(model):
 
 def test_left_padding_is_distinguished_from_holes():
     mask = padded(prompt(t=6), 2, 0).bool()
-    first, whole = hf_attention.left_padding(mask, 6)
+    first, whole = hf_masks.left_padding(mask, 6)
     assert first.tolist() == [2, 0] and whole
     mask[1, 5] = False
-    assert not hf_attention.left_padding(mask, 6)[1]
-    assert hf_attention.left_padding(mask, 5)[1], "positions from `end` on must be ignored"
+    assert not hf_masks.left_padding(mask, 6)[1]
+    assert hf_masks.left_padding(mask, 5)[1], "positions from `end` on must be ignored"
     mask[1, 5] = True
-    assert not hf_attention.left_padding(mask, 7)[1], "a mask must cover all tokens"
-    first, whole = hf_attention.left_padding(torch.zeros(1, 4, dtype=torch.bool), 4)
+    assert not hf_masks.left_padding(mask, 7)[1], "a mask must cover all tokens"
+    first, whole = hf_masks.left_padding(torch.zeros(1, 4, dtype=torch.bool), 4)
     assert first.tolist() == [4] and whole, "a row may contain only padding"

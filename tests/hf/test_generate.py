@@ -13,7 +13,8 @@ from triton_interpreter import interpreter
 
 from gemma_fast.hf import GemmaFastCache, accelerate, restore
 
-NEWER = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+NEWER, RENAMED = VERSION >= (5, 18), VERSION >= (5, 24)
 NEW = 24  # new tokens; more than the size of the windows
 TIGHT = {"rtol": 0, "atol": 3e-5}
 
@@ -99,6 +100,26 @@ def test_rings_give_the_same_tokens_as_transformers(model, options, length):
     if not options:
         cache.reset()
         assert torch.equal(generate(model, ids, mask, past_key_values=cache), expected)
+
+
+@pytest.mark.skipif(not RENAMED, reason="past_key_values was called so before transformers 5.24")
+@pytest.mark.parametrize("kind", ["rings", "dynamic"])
+def test_cache_can_be_passed_under_its_new_name(model, kind):
+    ids = prompt()
+    expected, text = logits(model, ids), generate(model, ids)
+    accelerate(model, strict=True)
+
+    def cache():
+        rings = GemmaFastCache(model.config, T + NEW)
+        return rings if kind == "rings" else DynamicCache(config=model.config)
+
+    kept = cache()
+    with torch.no_grad():
+        out = model(ids[:, :20], cache=kept)
+    assert out.cache is kept
+    found = torch.cat((out.logits, logits(model, ids[:, 20:], cache=out.cache)), dim=1)
+    torch.testing.assert_close(found, expected, **TIGHT)
+    assert torch.equal(generate(model, ids, cache=cache()), text)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 11, 13, 20])
