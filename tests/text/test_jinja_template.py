@@ -34,7 +34,8 @@ HOSTILE = {
 
 
 def render(template: str) -> str:
-    return JinjaTemplate(template, "evil.jinja").render(MESSAGES, True)
+    variables = {"messages": MESSAGES, "tools": None, "bos_token": "<bos>"}
+    return JinjaTemplate(template, "evil.jinja").render(variables).text
 
 
 @pytest.mark.parametrize("name", HOSTILE)
