@@ -38,13 +38,13 @@ class Encoding(dict[str, Any]):
             ) from None
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, int):
+        if isinstance(key, int) or (isinstance(key, slice) and self.encodings):
             return self._encoding(key)
         if isinstance(key, slice):
             return {name: value[key] for name, value in self.items()}
         return super().__getitem__(key)
 
-    def _encoding(self, row: int) -> tokenizers.Encoding:
+    def _encoding(self, row: Any) -> Any:
         if self.encodings is None:
             raise KeyError("only the result of tokenizer(text) has an encoding for each text")
         return self.encodings[row]

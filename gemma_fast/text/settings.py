@@ -110,13 +110,15 @@ APPLIED: Mapping[str, Callable[[Any], Any]] = {
 
 
 def check_settings(given: Mapping[str, Any], source: str, *, call: bool = False) -> dict[str, Any]:
-    """Returns the applied settings among `given`, without those that are None.
+    """Returns the applied settings among `given`, without those that are None, except for tokens.
 
     call  `given` are keywords of a call, so an unknown one is a TypeError, not a warning
     """
-    applied = {}
+    applied: dict[str, Any] = {}
     for name, value in given.items():
-        if value is None or name == "_from_auto":
+        if value is None:
+            if name in NAMED:  # not even the default
+                applied[name] = None
             continue
         check = APPLIED.get(name)
         if check is None and name.endswith("_token") and isinstance(value, str | dict | AddedToken):
@@ -154,9 +156,7 @@ def read_settings(directory: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     settings = check_settings(content, str(config))
     path = directory / "special_tokens_map.json"
     if "added_tokens_decoder" not in settings and path.is_file():
-        settings |= check_settings(
-            {k: v for k, v in read_json(path).items() if v is not None}, str(path)
-        )
+        settings |= check_settings(read_json(path), str(path))
     path = directory / "added_tokens.json"
     if "added_tokens_decoder" not in settings and path.is_file():
         settings["added_tokens_decoder"] = _read_added_tokens(path, settings)
@@ -164,7 +164,7 @@ def read_settings(directory: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
-    named = {str(settings[name]) for name in NAMED if name in settings}
+    named = {str(settings[name]) for name in NAMED if settings.get(name)}
     named |= {str(token) for name in EXTRA for token in settings.get(name, ())}
     ids = read_json(path)
     if not all(isinstance(i, int) for i in ids.values()):
@@ -178,7 +178,8 @@ def _read_added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[int, Add
 def add_settings_of(backend: Backend, settings: dict[str, Any]) -> None:
     """Adds what tokenizer.json says about padding and truncation, where `settings` do not."""
     if padding := backend.padding:
-        settings.setdefault("pad_token", added_token(padding["pad_token"]))
+        if settings.get("tokenizer_class") in GENERIC:  # GemmaTokenizer has a pad token of its own
+            settings.setdefault("pad_token", added_token(padding["pad_token"]))
         settings.setdefault("padding_side", padding["direction"])
     if truncation := backend.truncation:
         settings.setdefault("truncation_side", truncation["direction"])

@@ -173,13 +173,15 @@ class Tokenizer(ChatEncoder):
         }
         defaults = {k: v for k, v in DEFAULTS.items() if self.token_to_id(v) is not None}
         named = {**defaults, **own, **specific}
-        added = self.backend.get_added_tokens_decoder().values()
-        contents = {token.content for token in added}
-        for token in (*named.values(), *extra):
-            if str(token) not in contents:
+        added = {t.content: t for t in self.backend.get_added_tokens_decoder().values()}
+        for token in filter(None, (*named.values(), *extra)):
+            found = added.get(str(token))
+            if found is not None and not found.special and token in named.values():
+                found.special, token = True, found
+            if found is None or found is token:
                 self.backend.add_special_tokens([token])
         for name, token in named.items():
-            self._set_named(name, str(token))
+            self._set_named(name, token)
         self._extra = [str(token) for token in extra]
         self._ends = [str(token) for token in settings.get("end_tokens", ())]
 
