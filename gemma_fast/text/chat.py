@@ -96,6 +96,10 @@ def _text_message(message: Message, i: int) -> dict[str, str]:
             raise ValueError(f"message {i}: only text is supported, not {part!r:.60}")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"message {i}: text must be a str, not {part.get('text')!r:.60}")
+        if more := part.keys() - {"type", "text"}:
+            raise ValueError(
+                f"message {i}: {min(more)!r} is not supported by Gemma's turns: {PASS_TEMPLATE}"
+            )
     texts = [part["text"] for part in content]
     # Gemma 3's template strips each part, so several parts are stripped before they are joined. A
     # single part is not stripped here, because the format strips it.
@@ -192,7 +196,8 @@ def render_prompt(
             " message, so it cannot be continued"
         )
     text, _, rest = text.rpartition(end)
-    return Prompt(marks.split(text if rest.startswith(" ") else text.rstrip()), [])
+    text = text if rest.startswith(" ") else text.rstrip()
+    return Prompt(marks.split(text.replace(end, "")), [])  # a template may repeat the field
 
 
 def _append(message: Message, field: str, end: str, template: str) -> str:

@@ -73,7 +73,7 @@ def same(ours, judge) -> None:
         assert getattr(ours, name) == getattr(judge, name), name
     assert str(ours.added_tokens_decoder) == str(judge.added_tokens_decoder)
     texts = [*TEXTS.values(), "a <new>b <|im_end|><start_of_image>"]
-    for options in ({}, {"padding": True}, {"truncation": True}):
+    for options in ({}, {"truncation": True}, {"padding": True})[: 3 if judge.pad_token else 2]:
         assert dict(ours(texts, **options)) == dict(judge(texts, **options))
     rows = judge(texts).input_ids
     for skip in (False, True):
