@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -174,8 +175,8 @@ def generate(
 def chat(system: str | None, model: str, device: str, dtype: str, **sampling: Any) -> None:
     """Chat with an instruction-tuned model. Ctrl-C stops an answer, Ctrl-D ends the chat."""
     gemma, tokenizer = _load(model, device, dtype)
-    eos = gemma.generation_config.get("eos_token_id") or []
-    stop = {*tokenizer.stop_token_ids, *(eos if isinstance(eos, list) else [eos])}
+    _warn_of_missing_template(tokenizer)
+    ends = _ends(gemma, tokenizer)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -184,10 +185,12 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
             click.echo(err=True)
             return
         messages.append({"role": "user", "content": text})
-        encoding: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt"
-        )
-        options = {**sampling, "eos_token_id": sorted(stop)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*there is no chat template")  # said above
+            encoding: Any = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt"
+            )
+        options = {**sampling, "eos_token_id": ends}
         try:
             new, _ = _stream(gemma, tokenizer, encoding.input_ids, options, skip_prompt=True)
         except ValueError as error:
@@ -232,6 +235,29 @@ def verify(context: click.Context, **chosen: Any) -> None:
     from gemma_fast.benchmarks.verify.certificate import certify
 
     context.exit(0 if certify(**chosen) else 1)
+
+
+def _warn_of_missing_template(tokenizer: Tokenizer) -> None:
+    from gemma_fast.text.chat_encoder import NO_TEMPLATE
+
+    if tokenizer.chat_template is None and tokenizer.turns is not None:
+        click.echo(f"Warning: {tokenizer.source}: {NO_TEMPLATE}", err=True)
+
+
+def _ends(model: GemmaForCausalLM, tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids that end an answer: those that end a text in `generate`, and the tokenizer's
+    ends of a turn. Says which ones the checkpoint does not list."""
+    eos = model.generation_config.get("eos_token_id")
+    eos = model.config.eos_token_id if eos is None else eos
+    listed = {*eos} if isinstance(eos, list | tuple) else {eos}
+    more = [token_id for token_id in tokenizer.stop_token_ids if token_id not in listed]
+    if more:
+        names = ", ".join(f"{tokenizer.decode(token_id)} ({token_id})" for token_id in more)
+        click.echo(
+            f"Answers also end at {names}, which the checkpoint's eos_token_id does not list",
+            err=True,
+        )
+    return sorted({*listed, *more})
 
 
 def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCausalLM, Tokenizer]:

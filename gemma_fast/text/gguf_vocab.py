@@ -18,6 +18,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 TYPES = range(1, 7)  # 5 and 6 mark unused tokens and bytes
 COLUMNS = {"tokens": str, "scores": float, "token_type": int}
 MAX_PIECE = 256  # characters; Gemma's longest piece has 31. Finding merges takes quadratic time.
+MAX_CHARACTERS = 4 << 20  # of all pieces; Gemma 3's have 1.5 million
 
 
 def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
@@ -84,6 +85,10 @@ def _check_columns(
     if longest := next((token for token in tokens if len(token) > MAX_PIECE), ""):
         raise ValueError(
             f"{source}: a token has {len(longest)} characters; the limit is {MAX_PIECE}"
+        )
+    if (total := sum(map(len, tokens))) > MAX_CHARACTERS:
+        raise ValueError(
+            f"{source}: the tokens have {total} characters; the limit is {MAX_CHARACTERS}"
         )
     if not all(map(math.isfinite, scores)):
         raise ValueError(f"{source}: the scores of tokens contain a number that is not finite")

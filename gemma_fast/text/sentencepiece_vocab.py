@@ -6,6 +6,8 @@ nor sentencepiece is needed. Source: sentencepiece_model.proto of SentencePiece.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +17,8 @@ from tokenizers import Tokenizer as Backend
 
 from gemma_fast.text.gguf_vocab import NORMAL, bpe_backend
 
-MAX_BYTES = 32 << 20  # Gemma 3's file takes 5 MB
-MAX_PIECES = 1 << 20
+MAX_BYTES = 8 << 20  # Gemma 3's file takes 5 MB
+MAX_FIELDS = 1 << 20  # of all messages; Gemma 3's file has 0.8 million
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 PIECES, TRAINER, NORMALIZER = 1, 2, 3  # fields of the model
 PIECE, SCORE, TYPE = 1, 2, 3  # fields of a piece
@@ -34,17 +36,18 @@ def sentencepiece_backend(path: Path) -> Backend:
     scores: list[float] = []
     types: list[int] = []
     options: dict[int, dict[int, Any]] = {TRAINER: {}, NORMALIZER: {}}
+    count = itertools.count(1)
     try:
-        for field, value in _fields(memoryview(path.read_bytes())):
+        for field, value in _fields(memoryview(path.read_bytes()), count):
             if field == PIECES:
-                piece = dict(_fields(value))
-                tokens.append(bytes(piece[PIECE]).decode("utf-8"))
+                piece = dict(_fields(value, count))
+                tokens.append(str(piece[PIECE], "utf-8"))
                 scores.append(struct.unpack("<f", piece.get(SCORE, bytes(4)))[0])
-                types.append(piece.get(TYPE, NORMAL))
-                if len(tokens) > MAX_PIECES:
-                    raise ValueError(f"it has more than {MAX_PIECES} pieces")
+                types.append(operator.index(piece.get(TYPE, NORMAL)))
             elif field in options:
-                options[field].update(_fields(value))
+                options[field].update(_fields(value, count))
+        if not tokens:
+            raise ValueError("it has no pieces")
     except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
         raise ValueError(
             f"{path} is not a readable SentencePiece model: {error}; download it again, or save"
@@ -68,11 +71,13 @@ def _check_options(trainer: dict[int, Any], normalizer: dict[int, Any], path: Pa
             )
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
+def _fields(data: memoryview, count: Iterator[int]) -> Iterator[tuple[int, Any]]:
     """Yields number and value of each field of a protobuf message: an int for a varint, a view for
-    the other wire types."""
+    the other wire types. `count` counts the fields of all messages."""
     position = 0
     while position < len(data):
+        if next(count) > MAX_FIELDS:
+            raise ValueError(f"it has more than {MAX_FIELDS} fields")
         key, position = _varint(data, position)
         wire, size = key & 7, {FIXED64: 8, FIXED32: 4}.get(key & 7, 0)
         if wire == VARINT:

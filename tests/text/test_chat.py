@@ -7,6 +7,7 @@ from tiny_tokenizer import tiny_backend, write_tokenizer
 
 from gemma_fast.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*there is no chat template")
 FAMILIES = tuple(OFFICIAL)
 
 

@@ -130,6 +130,7 @@ def test_control_tokens_are_detected_by_name():
     assert tokenizer.decode([2, 106], skip_special_tokens=True) == ""
 
 
+@pytest.mark.filterwarnings("ignore:.*there is no chat template")
 def test_chat_text_is_not_merged_to_a_control_token():
     metadata = gguf_metadata()
     the = metadata["tokenizer.ggml.tokens"].index("the")
