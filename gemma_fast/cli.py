@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -309,7 +310,10 @@ def _stream(
     do_sample = sampling.pop("sample")
     if do_sample is None and any(sampling[name] is not None for name in IMPLY_SAMPLE):
         do_sample = True
-    clock = _Clock(None if silent else TextStreamer(tokenizer, skip_prompt=skip_prompt))
+    streamer = TextStreamer(
+        tokenizer, skip_prompt, skip_special_tokens=True, write=partial(click.echo, nl=False)
+    )
+    clock = _Clock(None if silent else streamer)
     out = model.generate(ids, do_sample=do_sample, streamer=clock, tokenizer=tokenizer, **sampling)
     stats = _speed(ids.shape[1], clock.times, model)
     if not silent:
