@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gemma_fast.compat import DECODE, TOKENIZER_CALL, check_keywords
+from gemma_fast.compat import check_keywords
 from gemma_fast.text.batch import PADS, Encoding, pack
 from gemma_fast.text.bos_adder import BosAdder
+from gemma_fast.text.keywords import CALL, DECODE
 from gemma_fast.text.settings import NO_MAX_LENGTH
 
 TRUNCATION = (True, False, None, "longest_first", "only_first", "only_second", "do_not_truncate")
@@ -45,13 +46,13 @@ class TextEncoder(BosAdder):
         Returns an Encoding. It contains lists of ids (one flat list for a str), or int64 tensors
         [b, t] if return_tensors="pt". padding=True or "longest" adds <pad> on `padding_side`;
         truncation=True, or max_length alone, drops ids on `truncation_side`. text_target gives the
-        item labels. `others` are keywords of transformers, see compat.TOKENIZER_CALL.
+        item labels. `others` are keywords of transformers, see keywords.CALL.
 
         Raises ValueError if tensors are requested for texts of different lengths without padding.
         """
         if tokenizer_kwargs:
             return self(text, text_pair, text_target, **{**others, **tokenizer_kwargs})
-        check_keywords("the tokenizer", others, TOKENIZER_CALL)
+        check_keywords("the tokenizer", others, CALL)
         options: dict[str, Any] = {
             "add_special_tokens": add_special_tokens, "padding": padding, "truncation": truncation,
             "max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of,

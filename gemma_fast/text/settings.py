@@ -2,7 +2,7 @@
 transformers' GemmaTokenizer does.
 
 A key is applied (APPLIED, and each key that ends in _token), has no effect or is refused
-(`compat.TOKENIZER`), or is unknown, which is a warning.
+(`keywords.SETTINGS`), or is unknown, which is a warning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from gemma_fast.checkpoint.hub import read_json
-from gemma_fast.compat import TOKENIZER, check_keywords
+from gemma_fast.compat import check_keywords
+from gemma_fast.text.keywords import LOADING, SETTINGS
 from gemma_fast.text.special_tokens import EXTRA, NAMED
 
 NO_MAX_LENGTH = int(1e30)  # transformers' model_max_length of a tokenizer that has none
@@ -116,20 +117,21 @@ def check_settings(given: Mapping[str, Any], source: str, *, call: bool = False)
     """
     applied: dict[str, Any] = {}
     for name, value in given.items():
-        if value is None:
+        if value is None or (name in LOADING and not call):
             if name in NAMED:  # not even the default
                 applied[name] = None
             continue
         check = APPLIED.get(name)
-        if check is None and name.endswith("_token") and isinstance(value, str | dict | AddedToken):
+        is_token = name.endswith("_token") and name not in SETTINGS
+        if check is None and is_token and isinstance(value, str | dict | AddedToken):
             check = added_token
-        if check is not None and not (name == "token" and call):
+        if check is not None:
             try:
                 applied[name] = check(value)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{source}: {name} is {value!r:.60}: it {error}") from None
-        elif call or name in TOKENIZER:
-            check_keywords(source, {name: value}, TOKENIZER)
+        elif call or name in SETTINGS:
+            check_keywords(source, {name: value}, SETTINGS)
         else:
             warnings.warn(
                 f"{source}: the key {name!r} is unknown and has no effect: if the tokenizer needs"

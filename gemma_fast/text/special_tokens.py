@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from gemma_fast.compat import TOKENIZER_ATTRIBUTES
+from gemma_fast.text.keywords import ATTRIBUTES
 
 NAMED = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -55,10 +55,8 @@ class Vocabulary:
                 return token if name == key or token is None else self.token_to_id(token)
             if name.removesuffix("_ids") in EXTRA:
                 return self.convert_tokens_to_ids(self._extra) if "_ids" in name else [*self._extra]
-            if name in TOKENIZER_ATTRIBUTES:
-                raise AttributeError(
-                    f"gemma_fast's tokenizer has no {name}: {TOKENIZER_ATTRIBUTES[name]}"
-                )
+            if name in ATTRIBUTES:
+                raise AttributeError(f"gemma_fast's tokenizer has no {name}: {ATTRIBUTES[name]}")
         raise AttributeError(f"a {type(self).__name__} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gemma_fast.compat import DECODE, check_keywords
+from gemma_fast.compat import check_keywords
+from gemma_fast.text.keywords import DECODE
 from gemma_fast.text.tokenizer import Tokenizer
 
 MAX_HELD = 16  # ids that may wait for a complete character, which has at most four bytes

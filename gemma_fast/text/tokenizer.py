@@ -116,7 +116,7 @@ class Tokenizer(ChatEncoder):
         hub, or rebuilds the tokenizer of a .gguf.
 
         `others` are keys of tokenizer_config.json, or transformers' keywords that have no effect
-        here, see `compat.TOKENIZER`. Raises ValueError, with the path, for a malformed file, and
+        here, see `keywords.SETTINGS`. Raises ValueError, with the path, for a malformed file, and
         the errors of `hub.resolve`.
         """
         given = check_settings(others, "from_pretrained()", call=True)

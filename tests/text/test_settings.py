@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from gemma_fast import AutoTokenizer
-from gemma_fast.compat import TOKENIZER
+from gemma_fast.text.keywords import SETTINGS
 from gemma_fast.text.settings import APPLIED
 from gemma_fast.text.tokenizer import Tokenizer
 
@@ -47,6 +47,7 @@ CONFIGS = {
         "max_length": 3, "truncation_strategy": "only_first", "pad_token_type_id": 5,
         "init_inputs": [], "response_schema": {"a": 1}, "fast_tokenizer_files": ["tokenizer.json"],
     },
+    "keywords of a call": {"use_fast": False, "trust_remote_code": True, "device_map": "auto"},
     "control tokens": {"chat_control_tokens": ["<b>"]},
 }  # fmt: skip
 SAME = (
@@ -264,6 +265,6 @@ def test_every_key_that_transformers_reads_is_in_a_table():
         "init_configuration", "tokenizer_config_file",
     }  # fmt: skip
     files = {"added_tokens_file", "chat_template_file", "tokenizer_config_file"}
-    missing = keys_that_transformers_reads() - {*APPLIED, *TOKENIZER} - arguments - files
+    missing = keys_that_transformers_reads() - {*APPLIED, *SETTINGS} - arguments - files
     assert not missing, missing
-    assert not {*APPLIED} & {*TOKENIZER}
+    assert not {*APPLIED} & {*SETTINGS}

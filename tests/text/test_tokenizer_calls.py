@@ -13,7 +13,7 @@ import transformers
 from tiny_tokenizer import TEXTS, write_tokenizer
 from tokenizers import AddedToken
 
-from gemma_fast.compat import TOKENIZER_ATTRIBUTES
+from gemma_fast.text.keywords import ATTRIBUTES
 from gemma_fast.text.tokenizer import Tokenizer
 
 CONFIG = {
@@ -166,16 +166,16 @@ def test_added_tokens_equal_transformers(ours, judge):
 
 
 def test_every_attribute_of_transformers_exists_or_names_a_way_out(ours, judge):
-    """A new attribute of transformers' tokenizer must be supported, or listed in compat.py."""
+    """A new attribute of transformers' tokenizer must be supported, or listed in keywords.py."""
     names = {name for name in dir(judge) if not name.startswith("_")} | set(
         judge.special_tokens_map
     )
     for name in names:
         if not hasattr(ours, name):
-            assert name in TOKENIZER_ATTRIBUTES, f"{name} is missing"
+            assert name in ATTRIBUTES, f"{name} is missing"
             with pytest.raises(AttributeError, match=f"has no {name}: "):
                 getattr(ours, name)
-    for name in TOKENIZER_ATTRIBUTES:
+    for name in ATTRIBUTES:
         assert not hasattr(ours, name), f"{name} exists, so it need not be listed"
 
 
