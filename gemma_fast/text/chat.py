@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -169,7 +169,7 @@ class Prompt(NamedTuple):
 def render_prompt(
     template: Template,
     variables: Mapping[str, Any],
-    find_control_tokens: Callable[[str], Iterable[tuple[int, int]]],
+    control_tokens: Iterable[str],
     trusted: Mapping[str, str],
     continue_final_message: bool | str = False,
 ) -> Prompt:
@@ -181,7 +181,7 @@ def render_prompt(
                             this name
     """
     taken = template.text + json.dumps([variables, dict(trusted)], ensure_ascii=False)
-    marks = Marks(taken, find_control_tokens)
+    marks = Marks(taken, control_tokens)
     marked = {**trusted, **{name: marks.mark(value) for name, value in variables.items()}}
     if not continue_final_message:
         rendered = template.render(marked)

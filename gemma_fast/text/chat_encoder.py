@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from gemma_fast.text.chat import (
@@ -97,15 +96,14 @@ class ChatEncoder(TextEncoder):
                 " return_assistant_tokens_mask: pass one of them"
             )
         template = self._choose_template(chat_template, tools)
-        control_ids = self._find_control_ids(template.text)
-        find = partial(self._find_control_tokens, control_ids=control_ids)
+        control = self._control_tokens(template.text)
         given = {name: plain(value, name) for name, value in variables.items()}
         given |= {"tools": check_tools(tools), "documents": plain(documents, "documents")}
         given["add_generation_prompt"] = bool(add_generation_prompt)
         several = _is_batch(conversation)
         prompts = [
             render_prompt(
-                template, {**given, "messages": check_messages(chat)}, find,
+                template, {**given, "messages": check_messages(chat)}, control,
                 self.special_tokens_map, continue_final_message,
             )
             for chat in (conversation if several else [conversation])
@@ -113,7 +111,7 @@ class ChatEncoder(TextEncoder):
         if not tokenize:
             texts = [prompt.text for prompt in prompts]
             return texts if several else texts[0]
-        rows = [self._encode_prompt(prompt, control_ids) for prompt in prompts]
+        rows = [self._encode_prompt(prompt, frozenset(control.values())) for prompt in prompts]
         result = self._pack_prompts(
             rows, not several, padding, truncation, max_length, return_tensors,
             return_assistant_tokens_mask, dict(tokenizer_kwargs or {}),
@@ -134,11 +132,11 @@ class ChatEncoder(TextEncoder):
             warnings.warn(f"{self.source}: {NO_TEMPLATE}", stacklevel=3)
         return self.turns
 
-    def _find_control_ids(self, template: str) -> frozenset[int]:
-        """Returns the ids of tokens that a message must not contain."""
+    def _control_tokens(self, template: str) -> dict[str, int]:
+        """Returns the tokens that a message must not contain, with their ids."""
         listed = self.chat_control_tokens
-        return frozenset(
-            i
+        return {
+            token.content: i
             for i, token in self.backend.get_added_tokens_decoder().items()
             if token.special
             or token.content in IMAGES
@@ -147,7 +145,7 @@ class ChatEncoder(TextEncoder):
                 if listed is None
                 else token.content in listed
             )
-        )
+        }
 
     def _pack_prompts(
         self, rows: list[tuple[list[int], list[int]]], flat: bool, padding: Any, truncation: Any,
@@ -178,9 +176,11 @@ class ChatEncoder(TextEncoder):
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         position = 0
+        tokens = {token for _, token in prompt.pieces if token}
+        as_text = {token: self._encode_plain(token, control_ids) for token in tokens}
         for piece, token in prompt.pieces:
             if token:
-                new = self._encode_plain(token, control_ids)
+                new = as_text[token]
                 ids += new
                 offsets += [(position, position + len(piece))] * len(new)
             elif piece:
@@ -192,12 +192,6 @@ class ChatEncoder(TextEncoder):
             ids.insert(0, self.bos_token_id)
             offsets.insert(0, (0, 0))
         return ids, [*_overlaps(offsets, prompt.spans)]
-
-    def _find_control_tokens(self, text: str, control_ids: frozenset[int]) -> list[tuple[int, int]]:
-        """Encodes `text`. Returns start and stop, in characters, of each control token in it."""
-        found = self._split([text])[0]
-        spans = zip(found.ids, found.offsets, strict=True)
-        return [span for token_id, span in spans if token_id in control_ids]
 
     def _encode_plain(self, text: str, control_ids: frozenset[int]) -> list[int]:
         """Returns the ids of `text` from the BPE alone, which does not look for control tokens."""

@@ -7,12 +7,12 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 MAX_DEPTH = 64
 MAX_ITEMS = 200_000
-MAX_CHARACTERS = 16 << 20
+MAX_CHARACTERS = 4 << 20  # about a million tokens
 MAX_BITS = 4096  # of an integer
 PRIVATE_USE = range(0xF0000, 0x10FFFE)
 
@@ -71,13 +71,14 @@ class Marks:
     template joins values directly.)
     """
 
-    def __init__(
-        self, taken: str, find_control_tokens: Callable[[str], Iterable[tuple[int, int]]]
-    ) -> None:
+    def __init__(self, taken: str, control_tokens: Iterable[str]) -> None:
         """taken  a text with all characters that cannot be used as marks"""
         self._taken = set(taken)
         self._free = (char for char in map(chr, PRIVATE_USE) if char not in self._taken)
-        self._find = find_control_tokens
+        self._tokens = {*control_tokens}
+        self._lengths = sorted({len(token) for token in self._tokens}, reverse=True)
+        first = "".join({token[0] for token in self._tokens})
+        self._first = re.compile(f"[{re.escape(first)}]" if first else "(?!)")
         self._marks: dict[str, str] = {}  # token → the character that replaces it
 
     def new(self) -> str:
@@ -101,12 +102,15 @@ class Marks:
 
     def _mark(self, text: str) -> str:
         parts, end = [], 0
-        for start, stop in self._find(text):
-            token = text[start:stop]
-            if token not in self._marks:
-                self._marks[token] = self.new()
-            parts += [text[end:start], self._marks[token]]
-            end = stop
+        for match in self._first.finditer(text):
+            start = match.start()
+            found = (text[start : start + length] for length in self._lengths)
+            token = next((x for x in found if x in self._tokens), "") if start >= end else ""
+            if token:
+                if token not in self._marks:
+                    self._marks[token] = self.new()
+                parts += [text[end:start], self._marks[token]]
+                end = start + len(token)
         return "".join(parts) + text[end:]
 
     def split(self, text: str) -> list[tuple[str, str]]:

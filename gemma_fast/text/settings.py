@@ -50,7 +50,7 @@ def _tokens(value: Any) -> Any:
 
 
 def _decoder(value: Any) -> dict[int, AddedToken]:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or not all(str(i).isdecimal() for i in value):
         raise ValueError("must be an object: id → token")
     return {int(i): added_token(token, special=False) for i, token in sorted(value.items())}
 

@@ -106,6 +106,7 @@ def test_template_renders_as_in_transformers(template):
     assert render(template) == expected
 
 
+@pytest.mark.filterwarnings("ignore:.*there is no chat template")
 def test_template_is_found_where_transformers_finds_it(tmp_path):
     def rendered() -> str:
         return Tokenizer.from_pretrained(tmp_path).apply_chat_template(MESSAGES, tokenize=False)

@@ -49,6 +49,7 @@ def test_unreadable_tokenizer_json_is_refused(tmp_path, content):
         Tokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no post_processor")
 def test_missing_tokenizer_json_or_special_token_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json"):
         Tokenizer.from_pretrained(tmp_path)
