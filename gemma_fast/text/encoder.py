@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import tokenizers
 from torch import Tensor
 
 from gemma_fast.compat import check_keywords
@@ -68,19 +69,10 @@ class TextEncoder(BosAdder):
             truncation = True
         length, limit = self._lengths(padding, truncation, max_length, pad_to_multiple_of)
         found = self._encode(texts, self._pairs(text_pair, texts, limit), add_special_tokens, limit)
-        names = {
-            "attention_mask": (return_attention_mask, [e.attention_mask for e in found]),
-            "token_type_ids": (return_token_type_ids, [e.type_ids for e in found]),
-            "special_tokens_mask": (
-                return_special_tokens_mask, [e.special_tokens_mask for e in found]
-            ),
-            "offset_mapping": (return_offsets_mapping, [e.offsets for e in found]),
-        }  # fmt: skip
-        columns = {
-            name: rows
-            for name, (wanted, rows) in names.items()
-            if (name in self.model_input_names if wanted is None else wanted)
-        }
+        columns = self._columns(
+            found, return_attention_mask, return_token_type_ids, return_special_tokens_mask,
+            return_offsets_mapping,
+        )  # fmt: skip
         result = self._pack(
             [e.ids for e in found], columns, flat, return_tensors, padding=padding,
             max_length=length, pad_to_multiple_of=pad_to_multiple_of, padding_side=padding_side,
@@ -178,6 +170,23 @@ class TextEncoder(BosAdder):
         )  # fmt: skip
         result.update({k: v[0] if flat and not return_tensors else v for k, v in others.items()})
         return result.convert_to_tensors(return_tensors)
+
+    def _columns(
+        self, found: list[tokenizers.Encoding], mask: bool | None, types: bool | None,
+        special: bool, offsets: bool,
+    ) -> dict[str, list]:  # fmt: skip
+        """Returns the columns that a call wants. None: as `model_input_names` says."""
+        columns = {
+            "attention_mask": (mask, [e.attention_mask for e in found]),
+            "token_type_ids": (types, [e.type_ids for e in found]),
+            "special_tokens_mask": (special, [e.special_tokens_mask for e in found]),
+            "offset_mapping": (offsets, [e.offsets for e in found]),
+        }
+        return {
+            name: rows
+            for name, (wanted, rows) in columns.items()
+            if (name in self.model_input_names if wanted is None else wanted)
+        }
 
     def _pack(
         self, rows: list[list[int]], columns: Mapping[str, Any], flat: bool,

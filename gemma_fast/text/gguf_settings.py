@@ -45,7 +45,8 @@ KNOWN = {*TOKEN_IDS, *ENDS, *FLAGS, *READ, *NO_EFFECT}
 def gguf_settings(metadata: Mapping[str, Any], backend: Backend, source: str) -> dict[str, Any]:
     """Returns the settings under the names of tokenizer_config.json, and `end_tokens`.
 
-    Warns of an unknown key, and of an id outside the vocabulary, which llama.cpp ignores, too.
+    Warns of an unknown key, of an id outside the vocabulary, which llama.cpp ignores, too, and of a
+    file without add_space_prefix.
     Raises ValueError for a value of another type, and for add_space_prefix.
     """
     keys = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
@@ -58,6 +59,12 @@ def gguf_settings(metadata: Mapping[str, Any], backend: Backend, source: str) ->
         raise ValueError(
             f"{source}: tokenizer.ggml.add_space_prefix is true, but Gemma adds no space in front"
             " of a text: convert the model again with llama.cpp's convert_hf_to_gguf.py"
+        )
+    if "ggml.add_space_prefix" not in keys:
+        warnings.warn(
+            f"{source} has no tokenizer.ggml.add_space_prefix, so llama.cpp adds a space in front"
+            " of each text. Gemma's tokenizer does not, and none is added here",
+            stacklevel=2,
         )
     settings: dict[str, Any] = {"add_bos_token": True, "add_eos_token": False}
     for key in FLAGS:

@@ -47,11 +47,21 @@ def environment(length: list, spans: list):
     length  one item, the number of characters that have been rendered so far
     spans   receives start and stop of each `{% generation %}` block
     """
-    from jinja2 import nodes, pass_eval_context
-    from jinja2.exceptions import SecurityError, TemplateError
-    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
+
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_generation_tag(length, spans), "jinja2.ext.loopcontrols"],
+    )
+    made.filters["tojson"] = _tojson
+    made.globals |= _globals()
+    return made
+
+
+def _generation_tag(length: list, spans: list):
+    from jinja2 import nodes, pass_eval_context
+    from jinja2.ext import Extension
 
     class Generation(Extension):
         tags = {"generation"}  # noqa: RUF012
@@ -66,6 +76,19 @@ def environment(length: list, spans: list):
             text = caller()
             spans.append([length[0], length[0] + len(text)])
             return text
+
+    return Generation
+
+
+def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _globals() -> dict:
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.utils import Namespace
 
     class SafeNamespace(Namespace):
         def __init__(*args, **kwargs):  # `self` may be the name of an attribute
@@ -90,22 +113,12 @@ def environment(length: list, spans: list):
     def raise_exception(message):
         raise TemplateError(message)
 
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(
-            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
-
-    made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    made.filters["tojson"] = tojson
-    made.globals |= {
+    return {
         "dict": Dict(),
         "namespace": SafeNamespace,
         "raise_exception": raise_exception,
         "strftime_now": lambda format: datetime.now().strftime(format),
     }
-    return made
 
 
 if __name__ == "__main__":

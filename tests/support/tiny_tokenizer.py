@@ -52,6 +52,7 @@ def gguf_metadata(family: str = "gemma3") -> dict[str, object]:
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.add_space_prefix": False,
     }
 
 

@@ -82,6 +82,16 @@ def test_id_outside_the_vocabulary_is_ignored_with_a_warning():
             assert load(eos_token_id=bad).eos_token_id == 1
 
 
+def test_missing_add_space_prefix_warns_of_the_difference_to_llama_cpp():
+    metadata = gguf_metadata()
+    del metadata["tokenizer.ggml.add_space_prefix"]
+    backend = gguf_backend(metadata, "old.gguf")
+    with pytest.warns(UserWarning, match=r"old\.gguf has no .*add_space_prefix.* none is added"):
+        settings = gguf_settings(metadata, backend, "old.gguf")
+    a = backend.token_to_id("a")
+    assert Tokenizer(backend, "old.gguf", settings=settings).encode("a") == [2, a]
+
+
 def test_unknown_key_warns():
     with pytest.warns(UserWarning, match=r"tokenizer\.ggml\.reverse is unknown"):
         load(reverse=True)
