@@ -176,7 +176,7 @@ class TextEncoder(BosAdder):
         special: bool, offsets: bool,
     ) -> dict[str, list]:  # fmt: skip
         """Returns the columns that a call wants. None: as `model_input_names` says."""
-        columns = {
+        columns: dict[str, tuple[bool | None, list]] = {
             "attention_mask": (mask, [e.attention_mask for e in found]),
             "token_type_ids": (types, [e.type_ids for e in found]),
             "special_tokens_mask": (special, [e.special_tokens_mask for e in found]),

@@ -8,7 +8,7 @@ A key is applied (APPLIED, and each key that ends in _token), has no effect or i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from gemma_fast.text.special_tokens import EXTRA, NAMED
 
 NO_MAX_LENGTH = int(1e30)  # transformers' model_max_length of a tokenizer that has none
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+MAX_TOKENS = 1 << 17  # in one list of a file; Gemma 3 has 6415 added tokens
 SIDES = ("left", "right")
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # their files say how text is split
 CLASSES = ("GemmaTokenizer", "GemmaTokenizerFast", *GENERIC)
@@ -40,8 +41,14 @@ def added_token(value: Any, special: bool = True) -> AddedToken:
     raise ValueError("must be a token: a string, or an object with content")
 
 
+def _limit(value: Any) -> None:
+    if isinstance(value, Sized) and len(value) > MAX_TOKENS:
+        raise ValueError(f"must have at most {MAX_TOKENS} tokens, not {len(value)}")
+
+
 def _tokens(value: Any) -> Any:
     """Returns a list of tokens, or for an object a dict of named tokens."""
+    _limit(value)
     if isinstance(value, Mapping) and "content" not in value:
         return {str(name): added_token(token) for name, token in value.items()}
     if isinstance(value, list | tuple):
@@ -52,6 +59,7 @@ def _tokens(value: Any) -> Any:
 def _decoder(value: Any) -> dict[int, AddedToken]:
     if not isinstance(value, Mapping) or not all(str(i).isdecimal() for i in value):
         raise ValueError("must be an object: id → token")
+    _limit(value)
     return {int(i): added_token(token, special=False) for i, token in sorted(value.items())}
 
 
@@ -169,8 +177,8 @@ def _read_added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[int, Add
     named = {str(settings[name]) for name in NAMED if settings.get(name)}
     named |= {str(token) for name in EXTRA for token in settings.get(name, ())}
     ids = read_json(path)
-    if not all(isinstance(i, int) for i in ids.values()):
-        raise ValueError(f"{path} must map tokens to ids")
+    if len(ids) > MAX_TOKENS or not all(isinstance(i, int) and t for t, i in ids.items()):
+        raise ValueError(f"{path} must map at most {MAX_TOKENS} tokens to ids")
     return {
         i: AddedToken(token, normalized=token not in named, special=token in named)
         for token, i in sorted(ids.items(), key=lambda item: item[1])

@@ -174,12 +174,16 @@ class Tokenizer(ChatEncoder):
         defaults = {k: v for k, v in DEFAULTS.items() if self.token_to_id(v) is not None}
         named = {**defaults, **own, **specific}
         added = {t.content: t for t in self.backend.get_added_tokens_decoder().values()}
-        for token in filter(None, (*named.values(), *extra)):
-            found = added.get(str(token))
-            if found is not None and not found.special and token in named.values():
-                found.special, token = True, found
-            if found is None or found is token:
-                self.backend.add_special_tokens([token])
+        missing = [
+            token for token in (*named.values(), *extra) if token and str(token) not in added
+        ]
+        for token in {
+            added[str(token)] for token in named.values() if token and str(token) in added
+        }:
+            if not token.special:
+                token.special = True
+                missing.append(token)
+        self.backend.add_special_tokens(missing)
         for name, token in named.items():
             self._set_named(name, token)
         self._extra = [str(token) for token in extra]

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import time
 
 import pytest
 import transformers
@@ -212,6 +213,26 @@ def test_refused_setting_names_file_key_and_value(tmp_path, config, message):
         return
     with pytest.raises((ValueError, TypeError), match=rf"tokenizer_config\.json.*{message}"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+def test_many_tokens_are_added_or_refused_soon(tmp_path):
+    write_tokenizer(tmp_path)
+    for count in (100_000, 200_000):
+        tokens = [f"<{i}>" for i in range(count)]
+        for value in (tokens, dict(zip(tokens, tokens, strict=True))):
+            write_config(tmp_path, extra_special_tokens=value)
+            start = time.monotonic()
+            if count == 100_000:
+                assert len(Tokenizer.from_pretrained(tmp_path)) == 475 + count
+            else:
+                with pytest.raises(ValueError, match="at most 131072 tokens, not 200000"):
+                    Tokenizer.from_pretrained(tmp_path)
+            assert time.monotonic() - start < 10
+    (tmp_path / "tokenizer_config.json").unlink()
+    for content in ('{"": 5}', '{"a": "b"}'):
+        (tmp_path / "added_tokens.json").write_text(content)
+        with pytest.raises(ValueError, match=r"added_tokens\.json must map at most"):
+            Tokenizer.from_pretrained(tmp_path)
 
 
 def test_unknown_key_warns_in_a_file_and_is_refused_in_a_call(tmp_path):
