@@ -5,12 +5,13 @@ import copy
 import inspect
 import json
 import pickle
+import random
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_tokenizer import TEXTS, write_tokenizer
+from tiny_tokenizer import TEXTS, random_text, tiny_backend, write_tokenizer
 from tokenizers import AddedToken
 
 from gemma_fast.text.keywords import ATTRIBUTES
@@ -112,6 +113,28 @@ def test_offsets_equal_transformers(ours, judge, text):
     same(ours(text, **options), expected)
     assert ours(text).tokens() == expected.tokens()
     assert ours.tokenize(text) == judge.tokenize(text)
+
+
+@pytest.mark.slow
+def test_real_vocabulary_gives_the_results_of_transformers(demo_gguf, tmp_path):
+    demo = Tokenizer.from_pretrained(demo_gguf)
+    demo.backend.post_processor = tiny_backend().post_processor
+    demo.backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
+    ours = Tokenizer.from_pretrained(tmp_path)
+    judge = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    rng, pieces = random.Random(0), list(judge.get_vocab())
+    texts = [*TEXTS.values(), *(random_text(rng, pieces) for _ in range(300))]
+    options = {"return_offsets_mapping": True, "return_special_tokens_mask": True, "padding": True}
+    for more in ({}, {"truncation": True, "max_length": 9}):
+        expected = judge(texts, **options, **more)
+        same(ours(texts, **options, **more), expected)
+        for skip in (False, True):
+            rows = expected.input_ids
+            assert ours.decode(rows, skip) == judge.decode(rows, skip_special_tokens=skip)
+    assert ours.special_tokens_map == judge.special_tokens_map
+    assert ours.all_special_ids == judge.all_special_ids
+    assert len(ours) == len(judge) == 262144
 
 
 IDS = [2, 106, 400, 3, 7]
