@@ -97,11 +97,13 @@ class Tokenizer(ChatEncoder):
         max_len = settings.get("max_len", NO_MAX_LENGTH)
         self.model_max_length = settings.get("model_max_length", max_len)
         self.model_input_names = settings.get("model_input_names", ["input_ids", "attention_mask"])
-        flags = [settings.get(name) for name in ("add_bos_token", "add_eos_token")]
-        if backend.post_processor is None or flags != [None, None]:
-            self._set_post_processor(flags[0] is not False, bool(flags[1]))
-        else:
+        if backend.post_processor is not None:
             self._use(backend.post_processor)
+        else:
+            self._set_post_processor(bos=True, eos=False)
+        for name in ("add_bos_token", "add_eos_token"):
+            if settings.get(name) is not None:
+                setattr(self, name, settings[name])
 
         self.chat_control_tokens = settings.get("chat_control_tokens")
         self._template_source = template_source or source

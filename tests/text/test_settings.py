@@ -169,6 +169,9 @@ def test_post_processor_of_tokenizer_json_says_what_is_added(tmp_path, kind):
         assert Tokenizer.from_pretrained(tmp_path, add_bos_token=True).encode("a")[0] == 2
     else:
         same(*both(tmp_path))
+        ours = Tokenizer.from_pretrained(tmp_path, add_eos_token=True)
+        assert ours.encode("")[:-1] == ([2] if kind == "with eos" else [])
+        assert ours.encode("")[-1] == 1
 
 
 def test_keywords_of_from_pretrained_override_the_file(tmp_path):
