@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -178,8 +180,8 @@ def generate(
 def chat(system: str | None, model: str, device: str, dtype: str, **sampling: Any) -> None:
     """Chat with an instruction-tuned model. Ctrl-C stops an answer, Ctrl-D ends the chat."""
     gemma, tokenizer = _load(model, device, dtype)
-    eos = gemma.generation_config.get("eos_token_id") or []
-    stop = {*tokenizer.stop_token_ids, *(eos if isinstance(eos, list) else [eos])}
+    _warn_of_missing_template(tokenizer)
+    ends = _ends(gemma, tokenizer)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -188,10 +190,12 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
             click.echo(err=True)
             return
         messages.append({"role": "user", "content": text})
-        encoding: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt"
-        )
-        options = {**sampling, "eos_token_id": sorted(stop)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*there is no chat template")  # said above
+            encoding: Any = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt"
+            )
+        options = {**sampling, "eos_token_id": ends}
         try:
             new, _ = _stream(gemma, tokenizer, encoding.input_ids, options, skip_prompt=True)
         except ValueError as error:
@@ -229,13 +233,35 @@ def bench(context: click.Context, arguments: tuple[str, ...]) -> None:
 @_options(_model, _device, _dtype("The model's dtype. auto: check all usual dtypes."))
 @click.pass_context
 def verify(context: click.Context, **chosen: Any) -> None:
-    """Measure the error of every kernel against float64, and the error of the model against its
-    float32 reference. Eager PyTorch and transformers are measured in the same way. The exit status
+    """Measure the error of every kernel against float64, and the error of the model against
+    transformers in float32, which reads the checkpoint itself (a GGUF file: by llama.cpp's rules).
+    Eager PyTorch and transformers are measured in the same way. The exit status
     is 1 if an error exceeds that of eager PyTorch by more than the printed margin. --model can also
     be a size with random weights, as in bench."""
     from gemma_fast.benchmarks.verify.certificate import certify
 
     context.exit(0 if certify(**chosen) else 1)
+
+
+def _warn_of_missing_template(tokenizer: Tokenizer) -> None:
+    from gemma_fast.text.chat_encoder import NO_TEMPLATE
+
+    if tokenizer.chat_template is None and tokenizer.turns is not None:
+        click.echo(f"Warning: {tokenizer.source}: {NO_TEMPLATE}", err=True)
+
+
+def _ends(model: GemmaForCausalLM, tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids that end an answer: those that end a text in `generate`, and the tokenizer's
+    ends of a turn. Says which ones the checkpoint does not list."""
+    listed = set(model.end_token_ids)
+    more = [token_id for token_id in tokenizer.stop_token_ids if token_id not in listed]
+    if more:
+        names = ", ".join(f"{tokenizer.decode(token_id)} ({token_id})" for token_id in more)
+        click.echo(
+            f"Answers also end at {names}, which the checkpoint's eos_token_id does not list",
+            err=True,
+        )
+    return sorted({*listed, *more})
 
 
 def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCausalLM, Tokenizer]:
@@ -289,7 +315,10 @@ def _stream(
     do_sample = sampling.pop("sample")
     if do_sample is None and any(sampling[name] is not None for name in IMPLY_SAMPLE):
         do_sample = True
-    clock = _Clock(None if silent else TextStreamer(tokenizer, skip_prompt=skip_prompt))
+    streamer = TextStreamer(
+        tokenizer, skip_prompt, skip_special_tokens=True, write=partial(click.echo, nl=False)
+    )
+    clock = _Clock(None if silent else streamer)
     sampling["stop_strings"] = sampling["stop_strings"] or None  # None: those of the model
     out = model.generate(
         ids, do_sample=do_sample, streamer=clock, tokenizer=tokenizer, **ONE_TEXT, **sampling

@@ -153,16 +153,6 @@ FROM_PRETRAINED: Table = {
     "subfolder": (("",), _DOWNLOAD),
     "gguf_file": ((), "pass the path of the .gguf file itself"),
 }
-TOKENIZER: Table = {
-    "padding_side": (
-        ("left",),
-        "prompts are padded on the left, so that they end where the new text begins",
-    ),
-    "use_fast": ((True,), "there is no slow tokenizer: omit it"),
-    "trust_remote_code": FROM_PRETRAINED["trust_remote_code"],
-    "revision": FROM_PRETRAINED["revision"],
-    "token": FROM_PRETRAINED["token"],
-}
 _MERGE = "merge it: peft's merge_and_unload(), then save_pretrained(); or use lm_eval's model hf"
 # Arguments of lm_eval's model `hf`, without those of `gemma-fast` and of from_pretrained.
 LM_EVAL: Table = {
@@ -186,11 +176,13 @@ LM_EVAL: Table = {
 
 def check_keywords(call: str, given: Mapping[str, Any], table: Table) -> None:
     """Raises TypeError for a keyword that is not in the table, or whose value is not in the table.
-    None is accepted for every keyword of the table."""
+    None, [] and {} are accepted for every keyword of the table."""
     for name, value in given.items():
         if name not in table:
             raise TypeError(f"{call} got an unexpected keyword argument {name!r}")
         same, way_out = table[name]
+        if isinstance(value, list | tuple | dict) and not value:
+            continue
         if value is not None and not (value in same if isinstance(value, _PLAIN) else same is ANY):
             raise TypeError(f"{call}: {name}={value!r:.60} is not supported: {way_out}")
 

@@ -21,7 +21,8 @@ args = parser.parse_args()
 path = args.model or demo_checkpoint()
 tokenizer = Tokenizer.from_pretrained(path)
 model = GemmaForCausalLM.from_pretrained(path)
-streamer = TextStreamer(tokenizer)  # prints text as soon as its characters are complete
+# prints text as soon as its characters are complete
+streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 messages = []
 print("> ", end="", flush=True)
@@ -41,5 +42,5 @@ for line in sys.stdin:
     messages.append(
         {"role": "assistant", "content": tokenizer.decode(new, skip_special_tokens=True)}
     )
-    print("\n> ", end="", flush=True)
+    print("> ", end="", flush=True)
 print()

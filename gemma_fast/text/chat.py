@@ -1,4 +1,6 @@
-"""Converts chat messages to one prompt in Gemma's chat format. Messages cannot add control tokens.
+"""Converts chat messages to one prompt, in which messages cannot add control tokens.
+
+GemmaTurns renders Gemma's chat format for checkpoints without a template:
 
     <bos><start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n
 
@@ -6,24 +8,32 @@ A message is {"role": "system" | "user" | "assistant", "content": text}. The rol
 `model` instead of `assistant`, and the content a list of {"type": "text", "text": ...}.
 """
 
+from __future__ import annotations
+
+import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
-PRIVATE_USE = range(0xF0000, 0x10FFFE)
+from gemma_fast.text.jinja_template import Rendered
+from gemma_fast.text.plain_data import Marks, plain
 
-Message = dict[str, str]
+Message = dict[str, Any]
+ROLE = re.compile(r"[\w.-]+")
+MEDIA = ("image", "image_url", "audio", "input_audio", "video", "video_url")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field of a message
+PASS_TEMPLATE = "pass chat_template=…"
 
 
 class Template(Protocol):
-    """Renders messages to one prompt. The attribute text is the template's source code, or "" if it
-    has none."""
+    """Renders variables, which are plain JSON, to a prompt. The attribute text is the template's
+    source code, or "" if it has none."""
 
     @property
     def text(self) -> str: ...
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str: ...
+    def render(self, variables: Mapping[str, Any]) -> Rendered: ...
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,14 @@ class GemmaTurns:
     system_turn: bool
     text: str = ""
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def render(self, variables: Mapping[str, Any]) -> Rendered:
         """Returns the prompt. Raises ValueError if user and assistant do not alternate after an
-        optional system turn."""
+        optional system turn, and for anything else that the format has no place for."""
+        for name, value in variables.items():
+            known = name in ("messages", "add_generation_prompt") or name.endswith("_token")
+            if value is not None and not known:
+                raise ValueError(f"{name}: Gemma's turns have no place for it: {PASS_TEMPLATE}")
+        messages = [_text_message(m, i) for i, m in enumerate(variables["messages"])]
         prefix = ""
         if messages[0]["role"] == "system":
             if not self.system_turn:
@@ -55,87 +70,150 @@ class GemmaTurns:
             if role != ("user", "model")[i % 2]:
                 raise ValueError(
                     f"message {i + len(messages) - len(turns)}: the role is {message['role']!r},"
-                    " but user and assistant must alternate, user first"
+                    f" but user and assistant must alternate, user first; or {PASS_TEMPLATE}"
                 )
             text += f"<start_of_turn>{role}\n{prefix}{message['content'].strip()}<end_of_turn>\n"
             prefix = ""
-        return text + ("<start_of_turn>model\n" if add_generation_prompt else "")
+        add = variables["add_generation_prompt"]
+        return Rendered(text + ("<start_of_turn>model\n" if add else ""), [])
+
+
+def _text_message(message: Message, i: int) -> dict[str, str]:
+    """Returns the message with its parts joined to one text."""
+    extra = [k for k in message if k not in ("role", "content")]
+    if extra:
+        raise ValueError(
+            f"message {i}: {extra[0]!r} is not supported by Gemma's turns, only role and content:"
+            f" {PASS_TEMPLATE}"
+        )
+    content = message.get("content")
+    if isinstance(content, str):
+        return {"role": message["role"], "content": content}
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"message {i}: content must be text, not {content!r:.60}")
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise ValueError(f"message {i}: only text is supported, not {part!r:.60}")
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"message {i}: text must be a str, not {part.get('text')!r:.60}")
+        if more := part.keys() - {"type", "text"}:
+            raise ValueError(
+                f"message {i}: {min(more)!r} is not supported by Gemma's turns: {PASS_TEMPLATE}"
+            )
+    texts = [part["text"] for part in content]
+    # Gemma 3's template strips each part, so several parts are stripped before they are joined. A
+    # single part is not stripped here, because the format strips it.
+    joined = texts[0] if len(texts) == 1 else "".join(text.strip() for text in texts)
+    return {"role": message["role"], "content": joined}
 
 
 def check_messages(messages: object) -> list[Message]:
-    """Returns the messages, with each content joined to one str. Raises ValueError, with the index
-    of the message, for a malformed one."""
+    """Returns the messages as plain JSON, without keys whose value is None, and with a message's
+    reasoning under each name that templates use, as transformers does. Raises ValueError, with the
+    index of the message, for a malformed one."""
+    messages = getattr(messages, "messages", messages)
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"messages must be a list of at least one message, not {messages!r:.60}")
     checked = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+    for i, message in enumerate(plain(list(messages), "messages")):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(
                 f"message {i} must be a dict with role and content, not {message!r:.60}"
             )
-        extra = [k for k, v in message.items() if k not in ("role", "content") and v is not None]
-        if extra:
-            raise ValueError(f"message {i}: {extra[0]!r} is not supported, only role and content")
-        if not message["role"].isidentifier():  # control tokens in a role are not escaped
+        if not ROLE.fullmatch(message["role"]):  # control tokens in a role are not escaped
             raise ValueError(
                 f"message {i}: {message['role']!r:.60} is not a role: use system, user or assistant"
             )
-        checked.append({"role": message["role"], "content": _content(message.get("content"), i)})
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") in MEDIA:
+                raise ValueError(f"message {i}: only text is supported, not {part['type']!r:.60}")
+        message = {key: value for key, value in message.items() if value is not None}
+        reasoning = [message[key] for key in REASONING if key in message]
+        if reasoning:
+            message = {"thinking": reasoning[0], **message, "reasoning_content": reasoning[0]}
+        checked.append(message)
     return checked
 
 
-def _content(content: object, i: int) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, Sequence) or not content:
-        raise ValueError(f"message {i}: content must be text, not {content!r:.60}")
-    texts = []
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, Mapping) else part
-            raise ValueError(f"message {i}: only text is supported, not {kind!r:.60}")
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"message {i}: text must be a str, not {part.get('text')!r:.60}")
-        texts.append(part["text"])
-    # Gemma 3's template strips each part, so several parts are stripped before they are joined. A
-    # single part is not stripped here, because the template may strip it.
-    return texts[0] if len(texts) == 1 else "".join(text.strip() for text in texts)
+def check_tools(tools: object) -> list[Any] | None:
+    """Returns tools as plain JSON. Raises ValueError for functions."""
+    if tools is None:
+        return None
+    if not isinstance(tools, list | tuple):
+        raise ValueError(f"tools must be a list of JSON schemas, not {tools!r:.60}")
+    for tool in tools:
+        if callable(tool) and not callable(getattr(tool, "model_dump", None)):
+            name = getattr(tool, "__name__", "function")
+            raise ValueError(
+                f"tools contains the function {name}: pass its JSON schema, which"
+                f" transformers.utils.get_json_schema({name}) returns"
+            )
+        if not isinstance(tool, Mapping):
+            raise ValueError(f"a tool must be a dict with its JSON schema, not {tool!r:.60}")
+    return plain(list(tools), "tools")
 
 
-def render_pieces(
+class Prompt(NamedTuple):
+    """pieces  parts of the rendered text, each with the control token that it is a mark of, or ""
+    spans      start and stop of `{% generation %}` blocks, in characters of the joined pieces"""
+
+    pieces: list[tuple[str, str]]
+    spans: list[list[int]]
+
+    @property
+    def text(self) -> str:
+        return "".join(token or piece for piece, token in self.pieces)
+
+
+def render_prompt(
     template: Template,
-    messages: Sequence[Message],
-    add_generation_prompt: bool,
-    find_control_tokens: Callable[[str], Iterable[tuple[int, int]]],
-) -> list[str]:
-    """Renders the prompt, and splits it at each control token that came from a message.
+    variables: Mapping[str, Any],
+    control_tokens: Iterable[str],
+    trusted: Mapping[str, str],
+    continue_final_message: bool | str = False,
+) -> Prompt:
+    """Renders the prompt, in which each control token that came from `variables` has a piece of its
+    own. Tokens of that kind must be encoded as plain text.
 
-    Returns the pieces. Pieces 1, 3, 5, … are the control tokens, which must be encoded as plain
-    text. While the template runs, one private-use character replaces each of these tokens, so the
-    template can move or drop a token, but cannot split it. (A template could still build a control
-    token if it joined halves from two messages; no known template joins messages directly.)
+    trusted                 the names and texts of special tokens, for the template
+    continue_final_message  the prompt ends with the last message's content, or with the field of
+                            this name
     """
-    taken = set(template.text).union(*(message["content"] for message in messages))
-    free = (char for char in map(chr, PRIVATE_USE) if char not in taken)
-    marks: dict[str, str] = {}  # token → the character that replaces it
+    taken = template.text + json.dumps([variables, dict(trusted)], ensure_ascii=False)
+    marks = Marks(taken, control_tokens)
+    marked = {**trusted, **{name: marks.mark(value) for name, value in variables.items()}}
+    if not continue_final_message:
+        rendered = template.render(marked)
+        return Prompt(marks.split(rendered.text), rendered.spans)
+    field = continue_final_message if isinstance(continue_final_message, str) else "content"
+    end = marks.new()
+    final = _append(marked["messages"][-1], field, end + " ", template.text)
+    text = template.render(marked).text
+    if final.strip() not in text or end not in text:
+        raise ValueError(
+            f"continue_final_message: the template drops or changes the {field} of the final"
+            " message, so it cannot be continued"
+        )
+    text, _, rest = text.rpartition(end)
+    text = text if rest.startswith(" ") else text.rstrip()
+    return Prompt(marks.split(text.replace(end, "")), [])  # a template may repeat the field
 
-    def mark(text: str) -> str:
-        parts, end = [], 0
-        for start, stop in find_control_tokens(text):
-            token = text[start:stop]
-            if token not in marks:
-                marks[token] = next(free, "")
-                if not marks[token]:
-                    raise ValueError(
-                        "messages and template use all private-use characters, but one must be free"
-                    )
-            parts += [text[end:start], marks[token]]
-            end = stop
-        return "".join(parts) + text[end:]
 
-    marked = [message | {"content": mark(message["content"])} for message in messages]
-    rendered = template.render(marked, add_generation_prompt)
-    if not marks:
-        return [rendered]
-    tokens = {char: token for token, char in marks.items()}
-    return [tokens.get(piece, piece) for piece in re.split(f"([{''.join(tokens)}])", rendered)]
+def _append(message: Message, field: str, end: str, template: str) -> str:
+    """Appends `end` to the text of a field of a message, in place. Returns the text before."""
+    value = message.get(field)
+    names = [field]
+    if field in REASONING:
+        names = [name for name in REASONING if message.get(name) == value]
+    if template and not any(name in template for name in names):
+        raise ValueError(f"continue_final_message: the chat template has no field {field!r}")
+    if isinstance(value, str):
+        for name in names:
+            message[name] = value + end
+        return value
+    for part in reversed(value if isinstance(value, list) else []):
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            text, part["text"] = part["text"], part["text"] + end
+            return text
+    raise ValueError(f"continue_final_message: the final message has no {field} with text")

@@ -1,8 +1,9 @@
-"""Builds a BPE tokenizer from a GGUF file, equal to the tokenizer that was converted to GGUF.
+"""Builds a BPE tokenizer from the pieces of a SentencePiece model, as stored in a GGUF file or in
+tokenizer.model. It is equal to the tokenizer that was converted to GGUF.
 
-GGUF stores the pieces of a SentencePiece model and their scores, but not BPE's merges. The scores
-define the merges: SentencePiece merges the two neighbors whose joint piece has the highest score,
-so each split of a piece into two pieces is a merge, and merges are sorted by the piece's score.
+Neither file stores BPE's merges. The scores define them: SentencePiece merges the two neighbors
+whose joint piece has the highest score, so each split of a piece into two pieces is a merge, and
+merges are sorted by the piece's score.
 """
 
 import math
@@ -17,6 +18,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 TYPES = range(1, 7)  # 5 and 6 mark unused tokens and bytes
 COLUMNS = {"tokens": str, "scores": float, "token_type": int}
 MAX_PIECE = 256  # characters; Gemma's longest piece has 31. Finding merges takes quadratic time.
+MAX_CHARACTERS = 4 << 20  # of all pieces; Gemma 3's have 1.5 million
 
 
 def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
@@ -27,14 +29,31 @@ def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
     if metadata.get("tokenizer.ggml.model") != "llama":
         model = metadata.get("tokenizer.ggml.model")
         raise ValueError(f"{source}: tokenizer.ggml.model is {model!r}, but Gemma's is 'llama'")
-    tokens, scores, types = _columns(metadata, source)
+    columns = []
+    for name, kind in COLUMNS.items():
+        column = metadata.get(f"tokenizer.ggml.{name}")
+        if not isinstance(column, list) or set(map(type, column)) != {kind}:
+            raise ValueError(
+                f"{source}: tokenizer.ggml.{name} must be a non-empty list of {kind.__name__}"
+            )
+        columns.append(column)
+    tokens, scores, types = columns
+    return bpe_backend(tokens, scores, types, source)
+
+
+def bpe_backend(
+    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], source: str
+) -> Backend:
+    """Returns the tokenizer with these pieces, without normalizer and decoder. The id of a piece is
+    its position. Raises ValueError, with `source` in the message, for malformed columns."""
+    _check_columns(tokens, scores, types, source)
     pieces = [
         token.replace(" ", "▁") if type_ == USER_DEFINED else token
         for token, type_ in zip(tokens, types, strict=True)
     ]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     if len(vocab) != len(pieces):
-        raise ValueError(f"{source}: tokenizer.ggml.tokens contains a token twice")
+        raise ValueError(f"{source}: the vocabulary contains a token twice")
 
     backend = Backend(
         BPE(
@@ -55,17 +74,9 @@ def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
     return backend
 
 
-def _columns(metadata: Mapping[str, object], source: str) -> list[list]:
-    columns = []
-    for name, kind in COLUMNS.items():
-        column = metadata.get(f"tokenizer.ggml.{name}")
-        if not isinstance(column, list) or set(map(type, column)) != {kind}:
-            raise ValueError(
-                f"{source}: tokenizer.ggml.{name} must be a non-empty list of {kind.__name__}"
-            )
-        columns.append(column)
-
-    tokens, scores, types = columns
+def _check_columns(
+    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], source: str
+) -> None:
     if not len(tokens) == len(scores) == len(types):
         raise ValueError(
             f"{source}: {len(tokens)} tokens, {len(scores)} scores and {len(types)} token types:"
@@ -75,11 +86,14 @@ def _columns(metadata: Mapping[str, object], source: str) -> list[list]:
         raise ValueError(
             f"{source}: a token has {len(longest)} characters; the limit is {MAX_PIECE}"
         )
+    if (total := sum(map(len, tokens))) > MAX_CHARACTERS:
+        raise ValueError(
+            f"{source}: the tokens have {total} characters; the limit is {MAX_CHARACTERS}"
+        )
     if not all(map(math.isfinite, scores)):
-        raise ValueError(f"{source}: tokenizer.ggml.scores contains a number that is not finite")
+        raise ValueError(f"{source}: the scores of tokens contain a number that is not finite")
     if unknown := set(types).difference(TYPES):
-        raise ValueError(f"{source}: tokenizer.ggml.token_type {min(unknown)} is not one of 1 to 6")
-    return columns
+        raise ValueError(f"{source}: the token_type {min(unknown)} is not one of 1 to 6")
 
 
 def _merges(

@@ -3,9 +3,12 @@
 import sys
 from collections.abc import Callable
 from queue import Queue
+from typing import Any
 
 from torch import Tensor
 
+from gemma_fast.compat import check_keywords
+from gemma_fast.text.keywords import DECODE
 from gemma_fast.text.tokenizer import Tokenizer
 
 MAX_HELD = 16  # ids that may wait for a complete character, which has at most four bytes
@@ -14,23 +17,38 @@ MAX_HELD = 16  # ids that may wait for a complete character, which has at most f
 class TextStreamer:
     """Writes text during `generate`, which passes the prompt, then each new token, to `put`.
 
-    `write` receives pieces of text that are not empty and do not end inside a character. Joined,
-    they equal `tokenizer.decode` of the same ids, unless the bytes are not valid UTF-8.
+    Arguments and defaults are those of transformers: prompt and special tokens are included by
+    default, and a newline is printed at the end.
+
+    `on_finalized_text`, which a subclass may override, receives pieces of text that do not end
+    inside a character. Joined, they equal `tokenizer.decode` of the same ids, unless the bytes are
+    not valid UTF-8.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        write: Callable[[str], object] | None = None,
+        skip_prompt: bool = False,
         *,
-        skip_prompt: bool = True,
-        skip_special_tokens: bool = True,
+        skip_special_tokens: bool = False,
+        write: Callable[[str], object] | None = None,
+        **decode_kwargs: Any,
     ):
-        """write  receives each piece of text; default: prints it at once, without a newline"""
-        self.tokenizer, self.write = tokenizer, write or _print
+        """write          receives each piece of text that is not empty; default: prints it at once
+        decode_kwargs  keywords of `tokenizer.decode`, which have no effect here
+        """
+        check_keywords("the streamer", decode_kwargs, DECODE)
+        self.tokenizer, self.write = tokenizer, write
         self.skip_prompt, self.skip_special_tokens = skip_prompt, skip_special_tokens
         self._held: list[int] = []
         self._at_prompt = True
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Writes a piece of text. The last call, with stream_end=True, may have no text."""
+        if self.write is None:
+            print(text, end="\n" if stream_end else "", file=sys.stdout, flush=True)
+        elif text:
+            self.write(text)
 
     def put(self, ids: Tensor) -> None:
         """Writes the text that ids :: [t] or [1, t] complete. The first call passes the prompt.
@@ -51,23 +69,25 @@ class TextStreamer:
     def end(self) -> None:
         """Writes the text of the remaining ids, even if the last character is incomplete. The next
         call of `put` passes a new prompt."""
-        self._flush()
+        text = self._text()
+        self._held.clear()
         self._at_prompt = True
+        self.on_finalized_text(text, stream_end=True)
 
     def _text(self) -> str:
         return self.tokenizer.decode(self._held, self.skip_special_tokens)
 
     def _flush(self) -> None:
-        if text := self._text():
-            self.write(text)
+        text = self._text()
         self._held.clear()
+        if text:
+            self.on_finalized_text(text)
 
 
 class TextIteratorStreamer(TextStreamer):
     """Iterates over the pieces of text while another thread runs `generate`.
 
-    Arguments and defaults are those of transformers: prompt and special tokens are included by
-    default. Raises queue.Empty if no piece arrives for `timeout` seconds (None: wait forever).
+    Raises queue.Empty if no piece arrives for `timeout` seconds (None: wait forever).
     """
 
     def __init__(
@@ -75,19 +95,18 @@ class TextIteratorStreamer(TextStreamer):
         tokenizer: Tokenizer,
         skip_prompt: bool = False,
         timeout: float | None = None,
-        *,
-        skip_special_tokens: bool = False,
+        **options: Any,
     ):
+        """options  keywords of TextStreamer"""
+        super().__init__(tokenizer, skip_prompt, **options)
         self.timeout = timeout
         self._pieces: Queue[str | None] = Queue()
-        super().__init__(
-            tokenizer, self._pieces.put, skip_prompt=skip_prompt,
-            skip_special_tokens=skip_special_tokens,
-        )  # fmt: skip
 
-    def end(self) -> None:
-        super().end()
-        self._pieces.put(None)
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._pieces.put(text)
+        if stream_end:
+            self._pieces.put(None)
 
     def __iter__(self) -> "TextIteratorStreamer":
         return self
@@ -97,7 +116,3 @@ class TextIteratorStreamer(TextStreamer):
         if piece is None:
             raise StopIteration
         return piece
-
-
-def _print(text: str) -> None:
-    print(text, end="", file=sys.stdout, flush=True)

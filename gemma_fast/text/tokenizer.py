@@ -9,41 +9,58 @@ exactly one <bos>, even if the text starts with <bos>, and names of control toke
 are encoded as plain text.
 """
 
+from __future__ import annotations
+
+import json
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
-from torch import Tensor
 
 from gemma_fast.checkpoint.hub import read_json, resolve
-from gemma_fast.compat import TOKENIZER, check_keywords
-from gemma_fast.text.batch import Encoding, pack
-from gemma_fast.text.chat import GemmaTurns, Template, check_messages, render_pieces
+from gemma_fast.text.chat import GemmaTurns
+from gemma_fast.text.chat_encoder import ChatEncoder
+from gemma_fast.text.gguf_settings import gguf_settings
 from gemma_fast.text.gguf_vocab import gguf_backend
-from gemma_fast.text.jinja_template import check_template, read_template
+from gemma_fast.text.sentencepiece_vocab import sentencepiece_backend
+from gemma_fast.text.settings import (
+    GENERIC,
+    NO_MAX_LENGTH,
+    add_settings_of,
+    check_settings,
+    read_settings,
+)
+from gemma_fast.text.special_tokens import DEFAULTS, EXTRA
+from gemma_fast.text.templates import read_templates
 
 CORE = ("<pad>", "<eos>", "<bos>", "<unk>")
 TURNS = ("<start_of_turn>", "<end_of_turn>")
-IMAGES = ("<start_of_image>", "<end_of_image>")
 GEMMA_3_END_OF_TURN = 106  # 107 in Gemma 1 and 2
+FILES = ["*.json", "*.jinja", "tokenizer.model"]
+# Normalizer and decoder are the same for every Gemma.
+NORMALIZER = normalizers.Replace(" ", "▁")
+DECODER = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
 
 
-class Tokenizer:
-    """Gemma's tokenizer.
+class Tokenizer(ChatEncoder):
+    """Gemma's tokenizer. Its base classes have the calls and attributes.
 
-    bos_token_id, eos_token_id, pad_token_id, unk_token_id :: int
-    stop_token_ids :: list[int], the ids of <eos>, and of <end_of_turn> if the vocabulary has it
-    vocab_size     :: int, equal to len(tokenizer)
-    pad_token      :: str, can be set, as in transformers
-    padding_side   :: "left"
-    chat           template for messages; None if there is no template and no turn tokens
+    stop_token_ids :: list[int], the ids of <eos>, of <end_of_turn> if the vocabulary has it, and of
+                      the checkpoint's other tokens that end a text
+    vocab_size     :: int, without tokens that were added later
     """
 
-    bos_token, eos_token, unk_token = "<bos>", "<eos>", "<unk>"
+    is_fast = True
+    clean_up_tokenization_spaces = False
+    clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = False
+    split_special_tokens = False
+    verbose = False
+    pad_token_type_id = 0
+    init_inputs = ()
 
     def __init__(
         self,
@@ -51,10 +68,11 @@ class Tokenizer:
         source: str,
         *,
         model_type: str = "",
-        template: Template | None = None,
+        settings: Mapping[str, Any] | None = None,
+        template_source: str | None = None,
     ):
         """Changes `backend` in place. Error messages contain `source`. `model_type` is the field of
-        config.json.
+        config.json, `settings` are those of settings.py or gguf_settings.py.
 
         Raises ValueError if `backend` is not a BPE with Gemma's core tokens.
         """
@@ -63,218 +81,168 @@ class Tokenizer:
         missing = [name for name in CORE if name not in ids]
         if not isinstance(backend.model, models.BPE) or missing:
             raise ValueError(f"{source} is not a Gemma tokenizer: it lacks {missing or 'BPE'}")
-        self.backend, self.source = backend, source
-        self.vocab_size = backend.get_vocab_size()
-        self.pad_token_id, self.eos_token_id = ids["<pad>"], ids["<eos>"]
-        self.bos_token_id, self.unk_token_id = ids["<bos>"], ids["<unk>"]
-        self.stop_token_ids = [ids[name] for name in ("<eos>", "<end_of_turn>") if name in ids]
-
-        # Normalizer and decoder are the same for every Gemma, so those of the file are ignored.
-        backend.normalizer = normalizers.Replace(" ", "▁")
-        backend.pre_tokenizer = None
-        backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
+        self._named, self._extra = {}, []
+        self.backend, self.source, self.name_or_path = backend, source, source
+        self.init_kwargs = dict(settings or {})
+        settings = dict(settings or {})
+        add_settings_of(backend, settings)
+        backend.normalizer, backend.pre_tokenizer, backend.decoder = NORMALIZER, None, DECODER
         backend.no_padding()
         backend.no_truncation()
         backend.add_special_tokens([AddedToken(name, normalized=False) for name in ids])
+        self._set_tokens(settings)
 
-        added = backend.get_added_tokens_decoder()
-        self._control_ids = {i for i, t in added.items() if t.special or t.content in IMAGES}
-        self.chat = template
-        if template is None and ids.keys() >= set(TURNS):
-            gemma_3 = ids["<end_of_turn>"] == GEMMA_3_END_OF_TURN
-            self.chat = GemmaTurns(model_type.startswith("gemma3") if model_type else gemma_3)
+        self.padding_side = settings.get("padding_side", "left")
+        self.truncation_side = settings.get("truncation_side", "right")
+        max_len = settings.get("max_len", NO_MAX_LENGTH)
+        self.model_max_length = settings.get("model_max_length", max_len)
+        self.model_input_names = settings.get("model_input_names", ["input_ids", "attention_mask"])
+        if backend.post_processor is not None:
+            self._use(backend.post_processor)
+        else:
+            self._set_post_processor(bos=True, eos=False)
+        for name in ("add_bos_token", "add_eos_token"):
+            if settings.get(name) is not None:
+                setattr(self, name, settings[name])
+
+        self.chat_control_tokens = settings.get("chat_control_tokens")
+        self._template_source = template_source or source
+        self.chat_template = settings.get("chat_template")
+        gemma_3 = ids.get("<end_of_turn>") == GEMMA_3_END_OF_TURN
+        family = model_type.startswith("gemma3") if model_type else gemma_3
+        self.turns = GemmaTurns(family) if ids.keys() >= set(TURNS) else None
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **others: Any) -> "Tokenizer":
-        """Loads tokenizer.json from a directory or the hub, or rebuilds the tokenizer of a .gguf.
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **others: Any) -> Tokenizer:
+        """Loads tokenizer.json, or tokenizer.model, and the files beside it from a directory or the
+        hub, or rebuilds the tokenizer of a .gguf.
 
-        `others` are transformers' keywords that have no effect here, see `compat.TOKENIZER`.
-        Raises ValueError, with the path, for a malformed file, and the errors of `hub.resolve`.
+        `others` are keys of tokenizer_config.json, or transformers' keywords that have no effect
+        here, see `keywords.SETTINGS`. Raises ValueError, with the path, for a malformed file, and
+        the errors of `hub.resolve`.
         """
-        check_keywords("from_pretrained()", others, TOKENIZER)
-        path = resolve(name_or_path, patterns=["*.json", "*.jinja"])
+        given = check_settings(others, "from_pretrained()", call=True)
+        path = resolve(name_or_path, patterns=FILES)
         if path.is_file():
             from gemma_fast.checkpoint.gguf_reader import GGUFFile  # needs the extra `gguf`
 
             metadata = GGUFFile(path).metadata
+            backend = gguf_backend(metadata, str(path))
             return cls(
-                gguf_backend(metadata, str(path)),
+                backend,
                 str(path),
                 model_type=str(metadata.get("general.architecture") or ""),
-                template=check_template(metadata.get("tokenizer.chat_template"), str(path)),
+                settings=gguf_settings(metadata, backend, str(path)) | given,
             )
         config = read_json(path / "config.json") if (path / "config.json").exists() else {}
-        return cls(
-            _load(path / "tokenizer.json"),
-            str(path / "tokenizer.json"),
+        file, backend = _load(path)
+        settings = read_settings(path, others)
+        if settings.get("tokenizer_class") in GENERIC:
+            _check_pipeline(backend, file)
+        if file.suffix == ".json" and backend.post_processor is None:
+            _warn_of_missing_bos(settings, file)
+        templates, template_source = read_templates(path)
+        if templates is not None and "chat_template" not in given:
+            settings["chat_template"] = templates
+        tokenizer = cls(
+            backend,
+            str(file),
             model_type=str(config.get("model_type") or ""),
-            template=read_template(path),
+            settings=settings,
+            template_source=template_source,
         )
+        tokenizer.name_or_path = os.fspath(name_or_path)
+        return tokenizer
 
-    def __len__(self) -> int:
-        return self.vocab_size
+    def _set_tokens(self, settings: Mapping[str, Any]) -> None:
+        """Adds the tokens of `settings` that the vocabulary lacks, and names them."""
+        known = {repr(token) for token in self.backend.get_added_tokens_decoder().values()}
+        decoder = settings.get("added_tokens_decoder", {})
+        self.backend.add_tokens([token for token in decoder.values() if repr(token) not in known])
+        for i, token in decoder.items():
+            if self.token_to_id(token.content) != i:
+                warnings.warn(
+                    f"{self.source}: the id of {token.content!r} is"
+                    f" {self.token_to_id(token.content)}, not {i} as in added_tokens_decoder",
+                    stacklevel=4,
+                )
+        extra: Any = next((settings[name] for name in EXTRA if settings.get(name)), [])
+        specific = dict(settings.get("model_specific_special_tokens", {}))
+        if isinstance(extra, Mapping):
+            specific, extra = {**specific, **extra}, []
+        own = {
+            k: v for k, v in settings.items() if k.endswith("_token") and not isinstance(v, bool)
+        }
+        defaults = {k: v for k, v in DEFAULTS.items() if self.token_to_id(v) is not None}
+        named = {**defaults, **own, **specific}
+        added = {t.content: t for t in self.backend.get_added_tokens_decoder().values()}
+        missing = [
+            token for token in (*named.values(), *extra) if token and str(token) not in added
+        ]
+        for token in {
+            added[str(token)] for token in named.values() if token and str(token) in added
+        }:
+            if not token.special:
+                token.special = True
+                missing.append(token)
+        self.backend.add_special_tokens(missing)
+        for name, token in named.items():
+            self._set_named(name, token)
+        self._extra = [str(token) for token in extra]
+        self._ends = [str(token) for token in settings.get("end_tokens", ())]
 
     @property
-    def pad_token(self) -> str:
-        return self.backend.id_to_token(self.pad_token_id) or ""
-
-    @pad_token.setter
-    def pad_token(self, token: str) -> None:
-        token_id = self.token_to_id(token)
-        if token_id is None:
-            raise ValueError(f"pad_token={token!r} is not in the vocabulary: use one of its tokens")
-        self.pad_token_id = token_id
+    def stop_token_ids(self) -> list[int]:
+        names = ["<eos>", self.eos_token, "<end_of_turn>", *self._ends]
+        found = [self.token_to_id(name) for name in names if name]
+        return sorted({token_id for token_id in found if token_id is not None})
 
     @property
-    def padding_side(self) -> str:
-        return "left"
+    def backend_tokenizer(self) -> Backend:
+        return self.backend
 
-    @padding_side.setter
-    def padding_side(self, side: str) -> None:
-        check_keywords("the tokenizer", {"padding_side": side}, TOKENIZER)
-
-    def __call__(
-        self,
-        text: str | Iterable[str],
-        *,
-        return_tensors: str | None = None,
-        padding: bool | str = False,
-        add_special_tokens: bool = True,
-    ) -> Encoding:
-        """Encodes one text or several.
-
-        Returns an Encoding. It contains lists of ids (one flat list for a str), or int64 tensors
-        [b, t] if return_tensors="pt". padding=True or "longest" adds <pad> on the left. Raises
-        ValueError if tensors are requested for texts of different lengths without padding.
-        """
-        texts = [text] if isinstance(text, str) else text
-        rows = [self._ids(text, add_special_tokens) for text in texts]
-        return pack(rows, self.pad_token_id, return_tensors, padding, flat=isinstance(text, str))
-
-    def encode(
-        self, text: str, add_special_tokens: bool = True, *, return_tensors: str | None = None
-    ) -> Any:
-        """Returns the ids of `text`: a list, or with return_tensors="pt" a tensor [1, t]. The
-        name of a special token in the text is encoded as that token.
-
-        `add_special_tokens` adds <bos> in front, unless the text starts with <bos>. Raises
-        ValueError if `text` is not a str or contains half a surrogate pair.
-        """
-        ids = self._ids(text, add_special_tokens)
-        return pack([ids], self.pad_token_id, return_tensors, False, flat=True).input_ids
-
-    def decode(self, ids: int | Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
-        """Returns the text of ids :: [t], or of one id. Skips ids outside the vocabulary."""
-        row = ids.tolist() if isinstance(ids, Tensor) else ids
-        row = [row] if isinstance(row, int) else list(row)
-        try:
-            return self.backend.decode(row, skip_special_tokens=skip_special_tokens)
-        except (OverflowError, TypeError):
-            raise ValueError(
-                f"ids must be one row of token ids, not {ids!r:.60}; for a batch, use batch_decode"
-            ) from None
-
-    def batch_decode(
-        self, rows: Iterable[Sequence[int] | Tensor], skip_special_tokens: bool = False
-    ) -> list[str]:
-        """Returns one text per row. rows :: [b, t], or a list of lists of ids."""
-        return [self.decode(row, skip_special_tokens) for row in rows]
-
-    def token_to_id(self, token: str) -> int | None:
-        """Returns the id of a token such as "<end_of_turn>"; None for an unknown token."""
-        return self.backend.token_to_id(token)
-
-    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
-        """Returns the id of a token, or a list of ids. An unknown token has the id of <unk>."""
-        names = [tokens] if isinstance(tokens, str) else tokens
-        found = [self.token_to_id(name) for name in names]
-        ids = [self.unk_token_id if token_id is None else token_id for token_id in found]
-        return ids[0] if isinstance(tokens, str) else ids
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[Any],
-        *,
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-        return_tensors: str | None = None,
-        return_dict: bool = True,
-        padding: bool | str = False,
-    ) -> Any:
-        """Converts a conversation, or a list of conversations, to prompts. Uses the checkpoint's
-        template, or Gemma's official chat format if the checkpoint has no template.
-
-        Returns the same as `tokenizer(text)`, or only its input_ids if return_dict=False. Control
-        tokens come only from the template; names of control tokens in a message are encoded as
-        plain text. tokenize=False returns the rendered str, which does not show this difference.
-
-        Raises ValueError if a message is malformed or out of order, or if the template fails.
-        """
-        if self.chat is None:
-            raise ValueError(
-                f"{self.source} has no chat template, and no {' and '.join(TURNS)}: use an"
-                " instruction-tuned (-it) model"
-            )
-        several = isinstance(messages, list | tuple) and isinstance([*messages, 0][0], list | tuple)
-        chats = [check_messages(chat) for chat in (messages if several else [messages])]
-        if not tokenize:
-            texts = [self.chat.render(chat, add_generation_prompt) for chat in chats]
-            return texts if several else texts[0]
-        rows = [self._chat_ids(chat, add_generation_prompt) for chat in chats]
-        encoding = pack(rows, self.pad_token_id, return_tensors, padding, flat=not several)
-        return encoding if return_dict else encoding.input_ids
-
-    def _chat_ids(
-        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool
-    ) -> list[int]:
-        assert self.chat is not None
-        pieces = render_pieces(
-            self.chat, messages, add_generation_prompt, self._find_control_tokens
-        )
-        ids = self._ids(pieces[0])
-        for token, text in zip(pieces[1::2], pieces[2::2], strict=True):
-            ids += self._encode_plain(token) + self._ids(text, add_special_tokens=False)
-        return ids
-
-    def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = self._encode(text).ids
-        if add_special_tokens and ids[:1] != [self.bos_token_id]:
-            ids.insert(0, self.bos_token_id)
-        return ids
-
-    def _encode(self, text: str) -> tokenizers.Encoding:
-        try:
-            return self.backend.encode(text, add_special_tokens=False)
-        except TypeError:
-            raise ValueError(f"text must be a str of valid Unicode, not {text!r:.60}") from None
-
-    def _find_control_tokens(self, text: str) -> list[tuple[int, int]]:
-        """Encodes `text`. Returns start and stop, in characters, of each control token in it."""
-        found = self._encode(text)
-        spans = zip(found.ids, found.offsets, strict=True)
-        return [span for token_id, span in spans if token_id in self._control_ids]
-
-    def _encode_plain(self, text: str) -> list[int]:
-        """Returns the ids of `text` from the BPE alone, which does not look for control tokens."""
-        text = self.backend.normalizer.normalize_str(text)
-        ids = [token.id for token in self.backend.model.tokenize(text)]
-        if (self._control_ids - {self.unk_token_id}) & set(ids):
-            raise ValueError(
-                f"{self.source}: the BPE merges turn the plain text {text!r} into a control token:"
-                " remove it from the messages"
-            )
-        return ids
+    @property
+    def decoder(self) -> Any:
+        return self.backend.decoder
 
 
-def _load(file: Path) -> Backend:
+def _load(directory: Path) -> tuple[Path, Backend]:
+    """Returns the file that contains the vocabulary, and the tokenizer that it describes."""
+    file, model = directory / "tokenizer.json", directory / "tokenizer.model"
+    if not file.is_file() and model.is_file():
+        return model, sentencepiece_backend(model)
     if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}: pass the directory of a model")
+        raise FileNotFoundError(
+            f"{directory} has no {file.name} and no {model.name}: pass the directory of a model"
+        )
     try:
-        return Backend.from_file(str(file))
+        return file, Backend.from_file(str(file))
     except Exception as error:  # tokenizers raises Exception, not a subclass
         raise ValueError(f"{file} is not a readable tokenizer: {error}") from error
+
+
+def _check_pipeline(backend: Backend, file: Path) -> None:
+    """Raises ValueError if the file prepares or decodes text in another way than Gemma's."""
+    for name, found, wanted in (
+        ("normalizer", backend.normalizer, NORMALIZER),
+        ("decoder", backend.decoder, DECODER),
+    ):
+        state = found and json.loads(found.__getstate__())
+        if state != json.loads(wanted.__getstate__()):
+            raise ValueError(
+                f"{file}: {name} is {state!r:.200}, but Gemma's is {wanted!r:.200}: use"
+                " transformers.AutoTokenizer, whose tensors this model takes"
+            )
+
+
+def _warn_of_missing_bos(settings: dict[str, Any], file: Path) -> None:
+    if settings.get("add_bos_token") is None:
+        settings["add_bos_token"] = False
+        warnings.warn(
+            f"{file} has no post_processor, so no <bos> is added to a text, as in transformers:"
+            " pass add_bos_token=True for Gemma's usual ids",
+            stacklevel=3,
+        )
 
 
 AutoTokenizer = GemmaTokenizer = Tokenizer

@@ -82,12 +82,11 @@ def test_programs_give_the_same_result(name, change, checkpoint):
 
 @pytest.mark.parametrize("change", [with_our_model, all_ours])
 def test_streamed_text_is_the_same(change, checkpoint):
-    """Ignores the newline at the end, which gemma_fast's streamer does not print."""
     ids, printed = run(PRINT_STREAM, change, checkpoint)
     expected_ids, expected = run(PRINT_STREAM, theirs, checkpoint)
     assert torch.equal(ids, expected_ids)
     assert expected.strip()
-    assert printed.removesuffix("\n") == expected.removesuffix("\n")
+    assert printed == expected
 
 
 def test_failed_generation_ends_its_stream(checkpoint):

@@ -53,3 +53,39 @@ OFFICIAL_3 = """\
 {%- endif -%}
 """
 OFFICIAL = {"gemma": OFFICIAL_2, "gemma2": OFFICIAL_2, "gemma3": OFFICIAL_3}
+# A template that uses everything that templates of tool-using and reasoning models use.
+WITH_TOOLS = """\
+{{- bos_token }}
+{%- macro turn(role) -%}<start_of_turn>{{ role }}
+{% endmacro -%}
+{%- if tools %}{{ turn('system') }}{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}{{ tools | tojson(indent=2) }}<end_of_turn>
+{% endif -%}
+{%- if documents %}{% for d in documents %}# {{ d.title }}: {{ d['text'] }}
+{% endfor %}{% endif -%}
+{%- set ns = namespace(count=0) -%}
+{%- for message in messages -%}
+    {%- set ns.count = ns.count + 1 -%}
+    {{- turn('model' if message.role == 'assistant' else message.role) -}}
+    {%- if message.name is defined %}[{{ message.name }}] {% endif -%}
+    {%- if message.reasoning_content is defined and enable_thinking is defined -%}
+        <think>{{ message.reasoning_content }}</think>
+    {%- endif -%}
+    {%- if message.content is defined and message.content is string -%}
+        {% generation %}{{ message.content }}{% endgeneration %}
+    {%- elif message.content is defined -%}
+        {%- for part in message.content -%}
+            {{ part.type }}:{% for key, value in part.items() %}{{ key }}={{ value }};{% endfor %}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- for call in message.tool_calls or [] -%}
+        <call>{{ call.function.name }} {{ call.function.arguments | tojson }}</call>
+        {%- for key, value in call.function.arguments | dictsort %} {{ key }}={{ value }}
+        {%- endfor -%}
+        {%- if loop.index > 3 %}{% break %}{% endif -%}
+    {%- endfor -%}
+    {{- '<end_of_turn>\\n' -}}
+{%- endfor -%}
+{{- ns.count }}{{ guideline | default('no guideline') }}{{ dict(a=1) }}{{ '%.2f' % 1.5 }}
+{%- if add_generation_prompt %}{{ turn('model') }}{% endif -%}
+"""

@@ -5,6 +5,7 @@ so that tests can compare them with the merges that are derived from a GGUF file
 """
 
 import json
+import random
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, models
@@ -51,6 +52,7 @@ def gguf_metadata(family: str = "gemma3") -> dict[str, object]:
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.add_space_prefix": False,
     }
 
 
@@ -73,3 +75,17 @@ def write_tokenizer(directory: Path, family: str = "gemma3") -> Path:
     tiny_backend(family).save(str(directory / "tokenizer.json"))
     (directory / "config.json").write_text(json.dumps({"model_type": family}))
     return directory
+
+
+def random_text(rng: random.Random, pieces: list[str]) -> str:
+    letters = [*map(chr, range(32, 127)), "é", "ñ", "漢", "字", "😀", "\u0301", "\t", "\n"]
+    return "".join(
+        rng.choice(
+            [
+                rng.choice(pieces).replace("▁", " "),
+                rng.choice(letters) * rng.randint(1, 3),
+                rng.choice(" \n") * rng.randint(1, 80),
+            ]
+        )
+        for _ in range(rng.randint(1, 12))
+    )

@@ -5,9 +5,9 @@ import pytest
 from chat_templates import OFFICIAL
 from tiny_tokenizer import tiny_backend, write_tokenizer
 
-from gemma_fast.text.jinja_template import JinjaTemplate
 from gemma_fast.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*there is no chat template")
 FAMILIES = tuple(OFFICIAL)
 
 
@@ -57,7 +57,7 @@ def ours(family, tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def jinja(family) -> Tokenizer:
-    return Tokenizer(tiny_backend(family), "tiny", template=JinjaTemplate(OFFICIAL[family], "own"))
+    return Tokenizer(tiny_backend(family), "tiny", settings={"chat_template": OFFICIAL[family]})
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_bad_messages_are_refused(ours, messages, message):
 def test_family_is_detected_without_a_config(family):
     """Gemma 3 is recognized by its id of <end_of_turn>."""
     tokenizer = Tokenizer(tiny_backend(family), "tiny")
-    assert tokenizer.chat.system_turn == (family == "gemma3")
+    assert tokenizer.turns.system_turn == (family == "gemma3")
     assert tokenizer.stop_token_ids == [1, 106 if family == "gemma3" else 107]
 
 

@@ -5,7 +5,15 @@ import random
 from collections.abc import Callable
 
 import pytest
-from tiny_tokenizer import CONTROL, NORMAL, TEXTS, USER_DEFINED, gguf_metadata, tiny_backend
+from tiny_tokenizer import (
+    CONTROL,
+    NORMAL,
+    TEXTS,
+    USER_DEFINED,
+    gguf_metadata,
+    random_text,
+    tiny_backend,
+)
 
 from gemma_fast.checkpoint.gguf_reader import GGUFFile
 from gemma_fast.text.gguf_vocab import gguf_backend
@@ -27,20 +35,6 @@ def test_demo_tokenizer_gives_known_ids(demo):
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_decode_inverts_encode(demo, text):
     assert demo.decode(demo.encode(text)) == "<bos>" + text
-
-
-def random_text(rng: random.Random, pieces: list[str]) -> str:
-    letters = [*map(chr, range(32, 127)), "é", "ñ", "漢", "字", "😀", "\u0301", "\t", "\n"]
-    return "".join(
-        rng.choice(
-            [
-                rng.choice(pieces).replace("▁", " "),
-                rng.choice(letters) * rng.randint(1, 3),
-                rng.choice(" \n") * rng.randint(1, 80),
-            ]
-        )
-        for _ in range(rng.randint(1, 12))
-    )
 
 
 def sentencepiece(metadata: dict) -> Callable[[str], list[str]]:
@@ -136,6 +130,7 @@ def test_control_tokens_are_detected_by_name():
     assert tokenizer.decode([2, 106], skip_special_tokens=True) == ""
 
 
+@pytest.mark.filterwarnings("ignore:.*there is no chat template")
 def test_chat_text_is_not_merged_to_a_control_token():
     metadata = gguf_metadata()
     the = metadata["tokenizer.ggml.tokens"].index("the")

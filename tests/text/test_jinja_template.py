@@ -4,9 +4,12 @@ import json
 import time
 
 import pytest
+import transformers
 from tiny_tokenizer import write_tokenizer
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from gemma_fast.text import jinja_template
+from gemma_fast.text.jinja_child import environment
 from gemma_fast.text.jinja_template import JinjaTemplate
 from gemma_fast.text.tokenizer import Tokenizer
 
@@ -34,7 +37,8 @@ HOSTILE = {
 
 
 def render(template: str) -> str:
-    return JinjaTemplate(template, "evil.jinja").render(MESSAGES, True)
+    variables = {"messages": MESSAGES, "tools": None, "bos_token": "<bos>"}
+    return JinjaTemplate(template, "evil.jinja").render(variables).text
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -71,6 +75,38 @@ def test_template_can_use_the_functions_that_transformers_provides():
     assert render("  {% if true %}\na\n  {% endif %}\n") == "a\n"
 
 
+def test_environment_has_what_transformers_provides():
+    ours, theirs = environment([0], []), _compile_jinja_template("").environment
+    for name in ("globals", "filters", "tests"):
+        assert getattr(ours, name).keys() == getattr(theirs, name).keys(), name
+    assert sorted(tag for x in ours.extensions.values() for tag in x.tags) == sorted(
+        tag for x in theirs.extensions.values() for tag in x.tags
+    )
+    for name in (
+        "trim_blocks", "lstrip_blocks", "autoescape", "undefined", "finalize", "sandboxed",
+        "block_start_string", "variable_start_string", "keep_trailing_newline", "newline_sequence",
+    ):  # fmt: skip
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ dict.fromkeys('ab', 1) }}{{ dict({'a': 1}, b=2) }}{{ namespace(self=3).self }}",
+        "{{ [1, {'é': '<'}] | tojson(indent=1, separators=(',', ':'), sort_keys=true) }}",
+        "{{ {'é': 1} | tojson(ensure_ascii=true) }}{{ 1.0 | tojson }}",
+        "{% generation %}a{% generation %}b{% endgeneration %}{% endgeneration %}c",
+        "{% set c = cycler(1, 2) %}{{ c.next() }}{{ c.next() }}{% set j = joiner() %}{{ j() }}",
+        "{{ lipsum is defined }}{{ messages | map(attribute='content') | list }}",
+        "{%- macro m(x) -%}{{ x }}{%- endmacro -%}{{ m(1) }}{{ x is undefined }}",
+    ],
+)
+def test_template_renders_as_in_transformers(template):
+    expected = _compile_jinja_template(template).render(messages=MESSAGES)
+    assert render(template) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*there is no chat template")
 def test_template_is_found_where_transformers_finds_it(tmp_path):
     def rendered() -> str:
         return Tokenizer.from_pretrained(tmp_path).apply_chat_template(MESSAGES, tokenize=False)
@@ -87,6 +123,36 @@ def test_template_is_found_where_transformers_finds_it(tmp_path):
     assert rendered() == "named"
     (tmp_path / "chat_template.jinja").write_text("file {{ bos_token }}")
     assert rendered() == "file <bos>"
+
+
+def test_named_templates_are_chosen_as_in_transformers(tmp_path):
+    write_tokenizer(tmp_path)
+    named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t{{ 1 }}"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+
+    def same() -> None:
+        ours = Tokenizer.from_pretrained(tmp_path)
+        judge = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert ours.chat_template == judge.chat_template
+        for options in ({}, {"tools": [{}]}, {"chat_template": "tool_use"}, {"chat_template": "x"},
+                        {"chat_template": "rag"}):  # fmt: skip
+            options = {"tokenize": False, **options}
+            try:
+                expected = judge.apply_chat_template(MESSAGES, **options)
+            except ValueError:
+                with pytest.raises(ValueError, match=r"no default one: pass chat_template=… with"):
+                    ours.apply_chat_template(MESSAGES, **options)
+            else:
+                assert ours.apply_chat_template(MESSAGES, **options) == expected
+
+    same()
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_bytes(b"rag\r\n{{ 1 }}")
+    same()
+    (tmp_path / "chat_template.jinja").write_text("default")
+    same()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").unlink()
+    same()
 
 
 @pytest.mark.parametrize("content", ['{"chat_template": 3}', "{", "[]"])

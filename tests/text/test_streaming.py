@@ -7,7 +7,7 @@ import torch
 from tiny_tokenizer import tiny_backend
 from transformers import TextStreamer as TransformersStreamer
 
-from gemma_fast.text.streaming import TextStreamer
+from gemma_fast.text.streaming import TextIteratorStreamer, TextStreamer
 from gemma_fast.text.tokenizer import Tokenizer
 
 
@@ -18,7 +18,8 @@ def tiny() -> Tokenizer:
 
 def stream(tokenizer: Tokenizer, ids: list[int], prompt: str = "the", **options) -> list[str]:
     pieces: list[str] = []
-    streamer = TextStreamer(tokenizer, pieces.append, **options)
+    options = {"skip_prompt": True, "skip_special_tokens": True, **options}
+    streamer = TextStreamer(tokenizer, write=pieces.append, **options)
     streamer.put(torch.tensor([tokenizer.encode(prompt)]))
     for token_id in ids:
         streamer.put(torch.tensor([token_id]))
@@ -53,15 +54,15 @@ def test_invalid_bytes_become_replacement_characters(tiny):
     for _ in range(200):
         ids = [rng.choice([a, stray, rng.randrange(len(tiny)), *emoji]) for _ in range(40)]
         assert "".join(stream(tiny, ids)).count("a") >= ids.count(a)
-    endless = TextStreamer(tiny, (pieces := []).append, skip_prompt=False)
+    endless = TextStreamer(tiny, write=(pieces := []).append)
     endless.put(torch.tensor([stray] * 1000))
     assert pieces, "invalid bytes must not delay the text forever"
 
 
-def test_prompt_is_skipped_by_default(tiny):
+def test_prompt_can_be_skipped(tiny):
     assert stream(tiny, [2], skip_prompt=False, prompt="the") == ["the"]
     assert stream(tiny, [], prompt="the") == []
-    streamer = TextStreamer(tiny, (pieces := []).append)
+    streamer = TextStreamer(tiny, True, write=(pieces := []).append)
     for _ in range(2):
         streamer.put(torch.tensor([tiny.encode("hello")]))
         streamer.put(torch.tensor([tiny.token_to_id("a")]))
@@ -71,13 +72,46 @@ def test_prompt_is_skipped_by_default(tiny):
         streamer.put(torch.zeros(2, 3, dtype=torch.int64))
 
 
-def test_printed_text_equals_transformers_except_for_bos_and_newline(tiny, capsys):
-    ids = tiny.encode("hello the 😀\nwin")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"skip_prompt": True},
+        {"skip_special_tokens": True, "clean_up_tokenization_spaces": True},
+    ],
+    ids=str,
+)
+def test_printed_text_equals_transformers(tiny, capsys, options):
+    ids = tiny.encode("hello the 😀\nwin<end_of_turn>")
     printed = []
-    for streamer in (TextStreamer(tiny), TransformersStreamer(tiny, skip_prompt=True)):
+    for kind in (TextStreamer, TransformersStreamer):
+        streamer = kind(tiny, **options)
         for value in (torch.tensor([ids]), *torch.tensor(ids).split(1)):
             streamer.put(value)
         streamer.end()
         printed.append(capsys.readouterr().out)
-    assert printed[0] == "hello the 😀\nwin"
-    assert printed[1] == "<bos>" + printed[0] + "\n"
+    assert printed[0] == printed[1]
+    assert printed[0].endswith("\n")
+
+
+def test_subclass_receives_the_finalized_text(tiny):
+    class Recorder(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            received.append((text, stream_end))
+
+    received: list[tuple[str, bool]] = []
+    streamer = Recorder(tiny, skip_prompt=True)
+    for value in torch.tensor([2, tiny.token_to_id("a"), tiny.token_to_id("<0xC3>")]).split(1):
+        streamer.put(value)
+    streamer.end()
+    assert received == [("a", False), ("�", True)]
+
+
+def test_iterator_ends_with_the_text(tiny):
+    streamer = TextIteratorStreamer(tiny, skip_prompt=True, timeout=5, skip_special_tokens=True)
+    for token_id in tiny.encode("<bos>a b<eos>"):
+        streamer.put(torch.tensor([token_id]))
+    streamer.end()
+    assert list(streamer) == ["a", " ", "b"]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        TextStreamer(tiny, nonsense=1)

@@ -1,0 +1,107 @@
+"""Splits texts into tokens, and adds <bos> in front and the eos token at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tokenizers
+from tokenizers import processors
+
+from gemma_fast.text.special_tokens import Vocabulary
+
+
+class BosAdder(Vocabulary):
+    """add_bos_token, add_eos_token  whether <bos> and the eos token are added to a text; can be set
+    padding_side, truncation_side    "left" or "right"; can be set
+    model_max_length                 limit of truncation=True and padding="max_length"
+    model_input_names                names in the result of a call
+    """
+
+    source: str
+    padding_side: str
+    truncation_side: str
+    model_max_length: int
+    model_input_names: list[str]
+    _post: processors.PostProcessor
+    _added: list[int]  # the ids that are added to an empty text
+
+    def _set_post_processor(self, bos: bool, eos: bool) -> None:
+        """Makes the tokenizer add the bos token in front of a text, and the eos token after it."""
+        bos, eos = bos and self.bos_token is not None, eos and self.eos_token is not None
+        named = [(self.bos_token, self.bos_token_id)] * bos
+        named += [(self.eos_token, self.eos_token_id)] * eos
+        first = [f"{self.bos_token}:0"] * bos + ["$A:0"] + [f"{self.eos_token}:0"] * eos
+        second = [f"{self.bos_token}:1"] * bos + ["$B:1"] + [f"{self.eos_token}:1"] * eos
+        self._use(
+            processors.TemplateProcessing(
+                single=first, pair=first + second, special_tokens=[*dict.fromkeys(named)]
+            )
+        )
+
+    def _use(self, post_processor: processors.PostProcessor) -> None:
+        self._post = post_processor
+        self._added = post_processor.process(self._split([""])[0]).ids
+
+    @property
+    def add_bos_token(self) -> bool:
+        return self.bos_token_id in self._added
+
+    @add_bos_token.setter
+    def add_bos_token(self, add: bool) -> None:
+        self._set_post_processor(add, self.add_eos_token)
+
+    @property
+    def add_eos_token(self) -> bool:
+        return self.eos_token_id in self._added
+
+    @add_eos_token.setter
+    def add_eos_token(self, add: bool) -> None:
+        self._set_post_processor(self.add_bos_token, add)
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        return self._post.num_special_tokens_to_add(pair)
+
+    @property
+    def max_len_single_sentence(self) -> int:
+        return self.model_max_length - self.num_special_tokens_to_add()
+
+    @property
+    def max_len_sentences_pair(self) -> int:
+        return self.model_max_length - self.num_special_tokens_to_add(pair=True)
+
+    def _pairs(self, pairs: Any, texts: list[Any], limit: int | None) -> list[Any]:
+        if pairs is None:
+            return [None] * len(texts)
+        pairs = [pairs] if isinstance(pairs, str) else [*pairs]
+        if limit is not None:
+            raise ValueError("truncation of text pairs is not supported: truncate them first")
+        if len(pairs) != len(texts):
+            raise ValueError(f"{len(texts)} texts and {len(pairs)} text pairs do not match")
+        return self._split(pairs)
+
+    def _encode(
+        self, texts: list[Any], pairs: list[Any], special: bool, limit: int | None
+    ) -> list[tokenizers.Encoding]:
+        """Encodes texts, and adds the tokens that belong around a text. A text that starts with
+        <bos> does not get a second one."""
+        found = self._split(texts)
+        for encoding in found:
+            count = len(encoding.ids)
+            if special and self.add_bos_token and encoding.ids[:1] == [self.bos_token_id]:
+                encoding.truncate(count - 1, direction="left")
+                count -= 1
+            room = (limit or 0) - (len(self._added) if special else 0)
+            if limit is not None and count > room:
+                encoding.truncate(max(room, 0), direction=self.truncation_side)
+        return [
+            self._post.process(encoding, pair, special)
+            for encoding, pair in zip(found, pairs, strict=True)
+        ]
+
+    def _split(self, texts: list[Any]) -> list[tokenizers.Encoding]:
+        for text in texts:
+            try:
+                text.encode("utf-8")
+            except (AttributeError, UnicodeEncodeError):
+                raise ValueError(f"text must be a str of valid Unicode, not {text!r:.60}") from None
+        return self.backend.encode_batch(texts, add_special_tokens=False)
