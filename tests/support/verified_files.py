@@ -1,0 +1,89 @@
+"""Writes tiny random checkpoints, and checks them as `gemma-fast verify` does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from checkpoints import random_tensors
+from tiny_models import CONFIGS, random_transformers_model
+from tiny_tokenizer import gguf_metadata, tiny_backend
+from torch import Tensor, nn
+
+from gemma_fast.benchmarks.verify.ids import check_ids
+from gemma_fast.benchmarks.verify.margins import Finding
+from gemma_fast.benchmarks.verify.model import check_model
+from gemma_fast.benchmarks.verify.truth import truth_of
+from gemma_fast.checkpoint.base import Checkpoint
+
+ADD = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string"}
+KEYS: dict[str, Any] = {
+    "context_length": 512, "embedding_length": 64, "block_count": 7, "feed_forward_length": 96,
+    "attention.head_count": 2, "attention.head_count_kv": 1, "attention.key_length": 32,
+    "attention.value_length": 32, "attention.layer_norm_rms_epsilon": 1e-6,
+}  # fmt: skip
+
+
+def write_directory(
+    path: Path, name: str = "gemma3-gqa", head: bool = False, **config: Any
+) -> Path:
+    """Writes what transformers saves, and a tokenizer. head: the model has an output head of its
+    own, although its config says that it is tied; config: fields to set in config.json"""
+    model = random_transformers_model(CONFIGS[name])
+    if head:
+        rows, hidden = model.get_input_embeddings().weight.shape
+        torch.manual_seed(0)
+        model.set_output_embeddings(nn.Linear(hidden, rows, bias=False))
+    model.save_pretrained(path)
+    if config:
+        file = path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    tiny_backend(CONFIGS[name].model_type).save(str(path / "tokenizer.json"))
+    return path
+
+
+def write_gguf_file(
+    path: Path, family: str, tensors: dict[str, Tensor] | None = None, **keys: Any
+) -> Path:
+    """Writes a GGUF file of 7 layers, with a tokenizer, with the names that llama.cpp uses.
+
+    tensors: further tensors, under their stored names
+    keys: metadata below the family's name, with __ for the dot; None: without this key
+    """
+    vocabulary = gguf_metadata(family)
+    sizes = {"vocab_size": len(vocabulary["tokenizer.ggml.tokens"]), "num_hidden_layers": 7}
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
+    names = gguf.get_tensor_name_map(arch, 7)
+    writer = gguf.GGUFWriter(path, family)
+    given = KEYS | {name.replace("__", "."): value for name, value in keys.items()}
+    given = {f"{family}.{name}": value for name, value in given.items()}
+    given |= vocabulary | {"tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1}
+    given["tokenizer.ggml.add_space_prefix"] = False
+    del given["general.architecture"]  # the writer adds it
+    for name, value in given.items():
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif value is not None:
+            getattr(writer, ADD[type(value)])(name, value)
+    for name, tensor in random_tensors(family, **sizes).items():
+        weight = tensor * 0.3 + (tensor.dim() == 1)  # GGUF stores 1 + weight of norms
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.numpy())
+    for name, tensor in (tensors or {}).items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def verify(checkpoint: Checkpoint, *dtypes: torch.dtype) -> tuple[str, list[Finding]]:
+    """Checks a checkpoint with a random text. Returns who read it for the truth, in words, and the
+    findings. dtypes: float32 by default"""
+    truth, model = truth_of(checkpoint, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, checkpoint.config.vocab_size, (1, 64), generator=generator)
+    lines = list(check_ids(checkpoint, truth, model))
+    lines += check_model(checkpoint, ids, dtypes or [torch.float32], 8, (truth, model))
+    return truth.reader, lines
