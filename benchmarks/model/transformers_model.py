@@ -1,4 +1,7 @@
-"""Creates transformers' model of a checkpoint, for benchmarks and tests to compare with."""
+"""Creates transformers' model from gemma_fast's config and weights, for benchmarks and tests.
+
+A mistake of gemma_fast's reader is in this model, too. verify/truth.py does without that reader.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,9 @@ SAME_IN_GEMMA_2_AND_3 = (
 def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
     """Returns transformers' config with the same values."""
     same = {name: getattr(config, name) for name in SAME}
+    if isinstance(config.eos_token_id, tuple):
+        same["eos_token_id"] = list(config.eos_token_id)
+    same["tie_word_embeddings"] = getattr(config, "tie_word_embeddings", True)
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.model_type == "gemma":
         # Set explicitly, because some releases use another gelu for Gemma 1 by default.
@@ -28,6 +34,7 @@ def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
         return transformers.GemmaConfig(rope_parameters=rope, **same)
     same |= {name: getattr(config, name) for name in SAME_IN_GEMMA_2_AND_3}
     same["layer_types"] = list(config.layer_types)
+    same["hidden_activation"] = "gelu_pytorch_tanh"
     if config.model_type == "gemma2":
         return transformers.Gemma2Config(rope_parameters=rope, **same)
     if config.rope_scaling_factor != 1:
@@ -39,8 +46,8 @@ def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
 def transformers_model(
     checkpoint: Checkpoint, attention: str, dtype: torch.dtype, device: torch.device | str
 ) -> transformers.PreTrainedModel:
-    """Returns transformers' model with the checkpoint's weights. The weights are copied one by one,
-    because transformers' GGUF loader drops parts of some checkpoints."""
+    """Returns transformers' model with the checkpoint's config and weights. Random weights are in
+    no file that transformers could read, and it reads GGUF in another way than llama.cpp."""
     config = transformers_config(checkpoint.config)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(

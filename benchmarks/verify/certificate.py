@@ -2,8 +2,8 @@
 
 Kernels are compared with float64, the model with transformers' model in float32 (see truth.py).
 Each line shows one finding (see margins.py): our figures, eager PyTorch's figures, the limits of
-our figures, and a verdict. A limit is `factor` times eager PyTorch's figure plus `slack`; MARGINS states the reasons.
-Factor and slack are constants; all other numbers are measured on this machine.
+our figures, and a verdict. A limit is `factor` times eager PyTorch's figure plus `slack`; MARGINS
+states the reasons. Factor and slack are constants; all other numbers are measured on this machine.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ DELTA = "|Δ logit|, mean / max"
 IDS = "differing ids of the text / end tokens"
 
 
-@pytest.mark.parametrize("name", ["gemma-mqa", "gemma2-gqa", "gemma3-gqa"])
+@pytest.mark.parametrize("name", ["gemma-mqa", "gemma2-gqa", "gemma3-gqa", "multimodal"])
 def test_correct_directory_passes_against_transformers_own_reading(name, tmp_path):
     reader, lines = verify(open_checkpoint(write_directory(tmp_path, name)), FP32, BF16)
     assert reader == "reading the checkpoint itself"

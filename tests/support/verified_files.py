@@ -6,11 +6,13 @@ from typing import Any
 
 import gguf
 import torch
+import transformers
 from checkpoints import random_tensors
 from tiny_models import CONFIGS, random_transformers_model
 from tiny_tokenizer import gguf_metadata, tiny_backend
 from torch import Tensor, nn
 
+from gemma_fast.benchmarks.model.transformers_model import transformers_config
 from gemma_fast.benchmarks.verify.ids import check_ids
 from gemma_fast.benchmarks.verify.margins import Finding
 from gemma_fast.benchmarks.verify.model import check_model
@@ -30,7 +32,7 @@ def write_directory(
 ) -> Path:
     """Writes what transformers saves, and a tokenizer. head: the model has an output head of its
     own, although its config says that it is tied; config: fields to set in config.json"""
-    model = random_transformers_model(CONFIGS[name])
+    model = multimodal() if name == "multimodal" else random_transformers_model(CONFIGS[name])
     if head:
         rows, hidden = model.get_input_embeddings().weight.shape
         torch.manual_seed(0)
@@ -39,8 +41,22 @@ def write_directory(
     if config:
         file = path / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | config))
-    tiny_backend(CONFIGS[name].model_type).save(str(path / "tokenizer.json"))
+    family = model.config.model_type.removesuffix("_text")
+    tiny_backend(family).save(str(path / "tokenizer.json"))
     return path
+
+
+def multimodal() -> transformers.PreTrainedModel:
+    """Returns a Gemma 3 that also reads images, with random weights."""
+    vision = {
+        "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16,
+        "num_attention_heads": 1, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=transformers_config(CONFIGS["gemma3-gqa"]).to_dict(), vision_config=vision,
+        mm_tokens_per_image=4, image_token_index=1,
+    )  # fmt: skip
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
 
 
 def write_gguf_file(
