@@ -12,6 +12,7 @@ import torch
 from certificate_lines import BF16, CPU, FP32, exact_gelu, failed, model_lines
 from click.testing import CliRunner
 from tiny_models import CONFIGS
+from verified_files import write_directory, write_gguf_file
 
 from gemma_fast.benchmarks.kernels import rmsnorm
 from gemma_fast.benchmarks.verify import certificate as verify
@@ -141,6 +142,8 @@ def test_certificate_is_printed_as_json():
     result = run("--json", "--dtype", "bfloat16")
     found = json.loads(result.stdout)
     assert result.exit_code == 0 and found["passed"]
+    truth = found["stamp"]["truth"]
+    assert truth.startswith("transformers 5") and "given what gemma_fast's reader read" in truth
     assert found["stamp"]["model"] == "tiny" and found["stamp"]["torch"] == torch.__version__
     assert found["margins"].keys() >= {x["name"] for y in found["lines"] for x in y["figures"]} - {
         "greedy tokens until they differ", "equal greedy texts",
@@ -148,6 +151,24 @@ def test_certificate_is_printed_as_json():
     dtypes = {line["dtype"] for line in found["lines"] if line["part"] == margins.MODEL}
     assert dtypes == {"bfloat16"}
     assert {line["verdict"] for line in found["lines"]} == {"pass"}
+
+
+@pytest.mark.usefixtures("few_checks")
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [("multimodal", "the checkpoint itself"), ("x.gguf", "the GGUF file by llama.cpp's rules")],
+)
+def test_certificate_of_files_states_who_read_them(name, reader, tmp_path):
+    path = tmp_path / name
+    if name.endswith(".gguf"):
+        write_gguf_file(path, "gemma2", rope__freq_base=1e4)
+    else:
+        write_directory(path, name)
+    result = run("--model", str(path), "--json", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["stamp"]["truth"].endswith(f", reading {reader}")
+    assert "differing ids of the text / end tokens" in {x["check"] for x in found["lines"]}
 
 
 @pytest.mark.usefixtures("few_checks")

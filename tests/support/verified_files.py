@@ -1,6 +1,7 @@
 """Writes tiny random checkpoints, and checks them as `gemma-fast verify` does."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gemma_fast.benchmarks.verify.margins import Finding
 from gemma_fast.benchmarks.verify.model import check_model
 from gemma_fast.benchmarks.verify.truth import truth_of
 from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.config import GemmaConfig
 
 ADD = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string"}
 KEYS: dict[str, Any] = {
@@ -32,7 +34,10 @@ def write_directory(
 ) -> Path:
     """Writes what transformers saves, and a tokenizer. head: the model has an output head of its
     own, although its config says that it is tied; config: fields to set in config.json"""
-    model = multimodal() if name == "multimodal" else random_transformers_model(CONFIGS[name])
+    source = CONFIGS["gemma3-gqa" if name == "multimodal" else name]
+    backend = tiny_backend(source.model_type)
+    source = replace(source, vocab_size=backend.get_vocab_size())
+    model = multimodal(source) if name == "multimodal" else random_transformers_model(source)
     if head:
         rows, hidden = model.get_input_embeddings().weight.shape
         torch.manual_seed(0)
@@ -41,19 +46,18 @@ def write_directory(
     if config:
         file = path / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | config))
-    family = model.config.model_type.removesuffix("_text")
-    tiny_backend(family).save(str(path / "tokenizer.json"))
+    backend.save(str(path / "tokenizer.json"))
     return path
 
 
-def multimodal() -> transformers.PreTrainedModel:
+def multimodal(text: GemmaConfig) -> transformers.PreTrainedModel:
     """Returns a Gemma 3 that also reads images, with random weights."""
     vision = {
         "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16,
         "num_attention_heads": 1, "image_size": 28, "patch_size": 14,
     }  # fmt: skip
     config = transformers.Gemma3Config(
-        text_config=transformers_config(CONFIGS["gemma3-gqa"]).to_dict(), vision_config=vision,
+        text_config=transformers_config(text).to_dict(), vision_config=vision,
         mm_tokens_per_image=4, image_token_index=1,
     )  # fmt: skip
     return transformers.Gemma3ForConditionalGeneration(config).eval()
