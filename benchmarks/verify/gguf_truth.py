@@ -38,7 +38,9 @@ REFUSED: dict[str, Any] = {
 class GGUFTruth:
     """Reads a GGUF file, or all parts of a split one, once. `model` creates a model in any dtype.
 
-    Raises ValueError if llama.cpp would refuse the file, or if transformers cannot represent it.
+    An output.weight is the output head, in all families (llama.cpp expects it in Gemma 3 only).
+    Raises ValueError for other tensors that llama.cpp does not know, for missing tensors, and for
+    metadata that transformers' Gemma cannot represent.
     """
 
     def __init__(self, path: Path) -> None:
