@@ -40,10 +40,12 @@ def check_ids(checkpoint: Checkpoint, truth: Truth, model: Any) -> Iterator[Find
     pairs = zip(found, expected, strict=True)
     differ = sum(x != y for a, b in pairs for x, y in zip_longest(a, b))
     figures: dict[str, tuple[float, float | None]] = {of.IDS_DIFFER: (differ, None)}
+    check = "differing ids of the text"
     if checkpoint.path.is_dir():
         differ = len(our_ends(checkpoint) ^ as_set(model.generation_config.eos_token_id))
         figures[of.ENDS_DIFFER] = differ, None
-    yield finding(MODEL, "differing ids of the text / end tokens", torch.int64, figures)
+        check += " / end tokens"
+    yield finding(MODEL, check, torch.int64, figures)
 
 
 def our_ends(checkpoint: Checkpoint) -> set[int]:

@@ -168,7 +168,7 @@ def test_certificate_of_files_states_who_read_them(name, reader, tmp_path):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["stamp"]["truth"].endswith(f", reading {reader}")
-    assert "differing ids of the text / end tokens" in {x["check"] for x in found["lines"]}
+    assert any(x["check"].startswith("differing ids of the text") for x in found["lines"])
 
 
 @pytest.mark.usefixtures("few_checks")
