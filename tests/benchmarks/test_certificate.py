@@ -130,7 +130,8 @@ def test_certificate_is_printed_and_passes():
     for text in (
         "torch ", "in Triton's interpreter only", "runs the CPU path", "add_rms_norm",
         "tiny against transformers", "random weights are in no file, in float32",
-        "top-1 agreement", "3 × eager +16", "Every line passed.",
+        "top-1 agreement", "3 × eager +16",
+        "Every line passed. gemma_fast's reader of checkpoints was not checked.",
     ):  # fmt: skip
         assert text in " ".join(result.stdout.split())  # lines are wrapped
     assert "FAIL" not in result.stdout
@@ -168,6 +169,7 @@ def test_certificate_of_files_states_who_read_them(name, reader, tmp_path):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["stamp"]["truth"].endswith(f", reading {reader}")
+    assert found["stamp"]["reader_checked"]
     assert any(x["check"].startswith("differing ids of the text") for x in found["lines"])
 
 
