@@ -16,7 +16,6 @@ from typing import Any
 
 import click
 import torch
-from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -34,6 +33,7 @@ from gemma_fast.benchmarks.model.command import run_model
 from gemma_fast.benchmarks.model.providers import PROVIDERS
 
 MODEL = "model"
+MODEL_OPTIONS = "prompts", "new", "depths", "batches", "repeats", "model", "output"
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -48,11 +48,15 @@ def main(
 ) -> None:  # fmt: skip
     suites, only, out = pick(names), options["only"], options["out"]
     with_model = not names or MODEL in names
-    if not with_model:
-        refuse_model_options(context)
     known = [name for suite in suites.values() for name in suite.names]
     known += PROVIDERS if with_model else []
     shared.refuse_unknown("provider", only, dict.fromkeys(known))
+    with_model &= not only or any(name in PROVIDERS for name in only)
+    if not with_model:
+        why = f"is for the suite {MODEL}, which is not selected: add it, or one of its providers"
+        shared.refuse_options(context, MODEL_OPTIONS, why)
+    if not suites:
+        shared.refuse_options(context, ["sizes"], f"is not for the suite {MODEL}: use -p, -n, -d")
     if suites and options["output"] == "json":
         raise click.UsageError(f"-o json is for the suite {MODEL} alone: use --out to write JSON")
     if listing:
@@ -60,7 +64,7 @@ def main(
         return
     shared.make_folder(out)
     well, roof = run_kernels(suites, sizes, options) if suites else (True, None)
-    if with_model and (not only or any(name in PROVIDERS for name in only)):
+    if with_model:
         folder = out / MODEL if out and suites else out
         shared.make_folder(folder)
         well &= run_model(**options | {"out": folder}, roof=roof)
@@ -74,14 +78,6 @@ def pick(names: Iterable[str]) -> dict[str, Suite]:
     return {name: SUITES[name] for name in names or SUITES if name != MODEL}
 
 
-def refuse_model_options(context: click.Context) -> None:
-    for name in ("prompts", "new", "depths", "batches", "repeats", "model", "output"):
-        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
-            option = next(x.opts[0] for x in context.command.params if x.name == name)
-            why = f"is for the suite {MODEL}, which is not selected: add it"
-            raise click.UsageError(f"{option} {why}")
-
-
 def run_kernels(
     suites: Mapping[str, Suite], sizes: Sequence[str], options: Mapping[str, Any]
 ) -> tuple[bool, Roof | None]:
@@ -92,8 +88,7 @@ def run_kernels(
     only, out = options["only"], options["out"]
     device, kind = machine.device_and_dtype(options["dtype"])
     known = [x for suite in suites.values() for x in suite.sizes_on(device)]
-    if not shared.pick_sizes(known, sizes):
-        raise click.UsageError(f"no size has {' or '.join(sizes)} in its name")
+    shared.refuse_unused_sizes(known, sizes)
     roof = machine.measure_roof(device, kind) if device.type == "cuda" else None
     head = machine.stamp(device, kind, RIVALS, options["commit"])
     about = {name: suite.about for name, suite in suites.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from gemma_fast.config import PRESETS
 
@@ -88,6 +89,19 @@ def options(command: Command) -> Command:
 def pick_sizes(names: Iterable[str], parts: Sequence[str]) -> list[str]:
     """Returns the names that contain at least one of the parts, or all names if parts is empty."""
     return [name for name in names if not parts or any(part in name for part in parts)]
+
+
+def refuse_unused_sizes(names: Sequence[str], parts: Iterable[str]) -> None:
+    if unused := [part for part in parts if not pick_sizes(names, [part])]:
+        raise click.UsageError(f"no size has {' or '.join(unused)} in its name")
+
+
+def refuse_options(context: click.Context, names: Iterable[str], why: str) -> None:
+    """Raises UsageError if one of the parameters was given on the command line."""
+    for name in names:
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            option = next(x.opts[0] for x in context.command.params if x.name == name)
+            raise click.UsageError(f"{option} {why}")
 
 
 def make_folder(out: Path | None) -> None:

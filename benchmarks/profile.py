@@ -150,10 +150,13 @@ def prepare(
 @shared.dtype_option
 @shared.out_option("Write profile.md here.")
 @shared.commit_option
+@click.pass_context
 def main(
-    prompt: int, depth: int, batch: int, model: str, dtype: str | None, out: Path | None,
-    commit: str | None,
+    context: click.Context, prompt: int, depth: int, batch: int, model: str, dtype: str | None,
+    out: Path | None, commit: str | None,
 ) -> None:  # fmt: skip
+    if prompt:
+        shared.refuse_options(context, ["depth"], "is for a decode step, not for a prefill (-p)")
     device, kind = device_and_dtype(dtype)
     if device.type != "cuda":
         raise click.ClickException("profiling needs a CUDA GPU, and there is none")

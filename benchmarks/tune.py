@@ -116,9 +116,10 @@ def chosen(names: Sequence[str], sizes: Sequence[str]) -> Iterator[tuple[str, st
     Only sizes whose name contains one of `sizes` are used, or all sizes if `sizes` is empty.
     """
     shared.refuse_unknown("suite", names, SUITES)
-    for name in SUITES:
-        if not names or name in names:
-            yield from ((name, size) for size in shared.pick_sizes(SUITES[name].sizes, sizes))
+    picked = [name for name in SUITES if not names or name in names]
+    shared.refuse_unused_sizes([size for name in picked for size in SUITES[name].sizes], sizes)
+    for name in picked:
+        yield from ((name, size) for size in shared.pick_sizes(SUITES[name].sizes, sizes))
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -131,8 +132,7 @@ def main(
     names: Sequence[str], sizes: Sequence[str], dtype: str | None, out: Path | None,
     commit: str | None,
 ) -> None:  # fmt: skip
-    if not (todo := list(chosen(names, sizes))):
-        raise click.UsageError(f"no size has {' or '.join(sizes)} in its name")
+    todo = list(chosen(names, sizes))
     device, kind = device_and_dtype(dtype)
     if device.type != "cuda":
         raise click.ClickException("tuning needs a CUDA GPU, and there is none")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 from gemma_fast.benchmarks.measure.machine import Work, visible_pairs
 from gemma_fast.checkpoint.base import Checkpoint
@@ -29,8 +30,16 @@ def find(model: str) -> Checkpoint:
     """Opens the checkpoint of a model.
 
     model: `tiny` or a preset (both with random weights), `demo`, a directory, .gguf file or hub id
+
+    Raises ValueError for a name that has two meanings, and the errors of open_checkpoint.
     """
-    if model in (presets := {"tiny": TINY, **PRESETS}):
+    if model in (*(presets := {"tiny": TINY, **PRESETS}), "demo") and Path(model).exists():
+        meaning = "the demo weights" if model == "demo" else "a size with random weights"
+        raise ValueError(
+            f"--model {model} means {meaning}, but there is also a path {model}: write ./{model}"
+            " for the path, or run the command in another folder"
+        )
+    if model in presets:
         return RandomCheckpoint(presets[model], name=model)
     return open_checkpoint(demo_checkpoint() if model == "demo" else model)
 

@@ -11,6 +11,7 @@ A provider imports its packages when it is created, so a missing package stops o
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ class Eager:
     def __init__(self, model: Any, mask: Tensor | None = None) -> None:
         """mask :: [b, t], the prompt's attention mask: 0 for left padding"""
         self.model, self.mask = model, mask
+        # transformers 5.24 renamed the cache, both as a keyword and in the output.
+        renamed = "cache" in signature(model.forward).parameters
+        self.cache = "cache" if renamed else "past_key_values"
 
     def start(self, batch: int, max_length: int, kind: str) -> None:
         """Prepares for sequences of up to max_length tokens.
@@ -59,10 +63,8 @@ class Eager:
         if self.mask is not None:
             position_ids = positions(self.mask)[:, -ids.shape[1] :]
             padding = {"attention_mask": self.mask, "position_ids": position_ids}
-        out = self.model(
-            ids, past_key_values=self.past, use_cache=True, logits_to_keep=1, **padding
-        )
-        self.past = out.past_key_values
+        out = self._call(ids, self.past, logits_to_keep=1, **padding)
+        self.past = getattr(out, self.cache)
         self.token: Tensor = out.logits[:, -1].argmax(-1)
         return self.token
 
@@ -72,7 +74,11 @@ class Eager:
 
     def logits(self, ids: Tensor) -> Tensor:
         """Appends ids :: [b, t] to the cache, and returns their logits :: [b, t, vocab]."""
-        return self.model(ids, past_key_values=self.past, use_cache=True).logits
+        logits: Tensor = self._call(ids, self.past).logits
+        return logits
+
+    def _call(self, ids: Tensor, past: Any, **options: Any) -> Any:
+        return self.model(ids, **{self.cache: past}, use_cache=True, **options)
 
     def memory(self) -> dict[str, float]:
         """Returns the provider's memory: purpose → bytes. It is empty if nothing is known."""
@@ -127,10 +133,7 @@ class Static(Eager):
         return self.token
 
     def _next(self, token: Tensor, position: Tensor, masks: Any, past: Any) -> Tensor:
-        out = self.model(
-            token, attention_mask=masks, position_ids=position, past_key_values=past,
-            use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+        out = self._call(token, past, attention_mask=masks, position_ids=position, logits_to_keep=1)
         return out.logits[:, -1].argmax(-1)
 
     def _masks(self, token: Tensor) -> Any:

@@ -1,4 +1,7 @@
-"""Creates transformers' model of a checkpoint, for benchmarks and tests to compare with."""
+"""Creates transformers' model from gemma_fast's config and weights, for benchmarks and tests.
+
+A mistake of gemma_fast's reader is in this model, too. verify/truth.py does without that reader.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,18 @@ SAME_IN_GEMMA_2_AND_3 = (
 def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
     """Returns transformers' config with the same values."""
     same = {name: getattr(config, name) for name in SAME}
+    if isinstance(config.eos_token_id, tuple):
+        same["eos_token_id"] = list(config.eos_token_id)
     full, sliding = (_rope(config.rope(kind)) for kind in (FULL, SLIDING))
+    if full != sliding and config.model_type != "gemma3":
+        raise ValueError(f"transformers' {config.model_type} has one rope for all layers")
     if config.model_type == "gemma":
         # Set explicitly, because some releases use another gelu for Gemma 1 by default.
         same["hidden_act"] = "gelu_pytorch_tanh"
         return transformers.GemmaConfig(rope_parameters=full, **same)
     same |= {name: getattr(config, name) for name in SAME_IN_GEMMA_2_AND_3}
     same["layer_types"] = list(config.layer_types)
+    same["hidden_activation"] = "gelu_pytorch_tanh"
     if config.model_type == "gemma2":
         return transformers.Gemma2Config(rope_parameters=full, **same)
     return transformers.Gemma3TextConfig(rope_parameters={FULL: full, SLIDING: sliding}, **same)
@@ -38,15 +46,15 @@ def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
 def _rope(rope: RopeParameters) -> dict[str, Any]:
     """Returns transformers' rope parameters: only the keys that the type has."""
     kind, keys = rope.rope_type, ["rope_type", "rope_theta"]
-    keys += {"default": [], "linear": ["factor"], "yarn": [*rope._fields[2:-1]]}[kind]
+    keys += {"default": [], "linear": ["factor"], "yarn": [*rope._fields[2:]]}[kind]
     return {key: getattr(rope, key) for key in keys}
 
 
 def transformers_model(
     checkpoint: Checkpoint, attention: str, dtype: torch.dtype, device: torch.device | str
 ) -> transformers.PreTrainedModel:
-    """Returns transformers' model with the checkpoint's weights. The weights are copied one by one,
-    because transformers' GGUF loader drops parts of some checkpoints."""
+    """Returns transformers' model with the checkpoint's config and weights. Random weights are in
+    no file that transformers could read, and it reads GGUF in another way than llama.cpp."""
     config = transformers_config(checkpoint.config)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(

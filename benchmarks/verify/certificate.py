@@ -1,9 +1,9 @@
 """Checks the accuracy on this machine and prints the results, which are called the certificate.
 
-Kernels are compared with float64, the model with its reference in float32. Each line shows one
-finding (see margins.py): our figures, eager PyTorch's figures, the limits of our figures, and a
-verdict. A limit is `factor` times eager PyTorch's figure plus `slack`; MARGINS states the reasons.
-Factor and slack are constants; all other numbers are measured on this machine.
+Kernels are compared with float64, the model with transformers' model in float32 (see truth.py).
+Each line shows one finding (see margins.py): our figures, eager PyTorch's figures, the limits of
+our figures, and a verdict. A limit is `factor` times eager PyTorch's figure plus `slack`; MARGINS
+states the reasons. Factor and slack are constants; all other numbers are measured on this machine.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.benchmarks.measure.report import heading
 from gemma_fast.benchmarks.model.cases import find
 from gemma_fast.benchmarks.verify import margins
+from gemma_fast.benchmarks.verify.ids import check_ids
 from gemma_fast.benchmarks.verify.kernels import check_kernels
 from gemma_fast.benchmarks.verify.margins import MARGINS, MODEL, Finding
-from gemma_fast.benchmarks.verify.model import check_model, dtypes_of, rival, text_ids
+from gemma_fast.benchmarks.verify.model import check_model, dtypes_of, text_ids
+from gemma_fast.benchmarks.verify.truth import truth_of
 from gemma_fast.kernels.launch import runs_triton
 from gemma_fast.load import pick_device
 
@@ -43,14 +45,23 @@ def certify(model: str | None, device: str | None, dtype: str, tokens: int, as_j
         raise ValueError(
             "TRITON_INTERPRET is set, so the model would run in the interpreter: unset it"
         )
-    target, other, checkpoint = pick_device(device, None), rival(), find(model or "demo")
+    target, checkpoint = pick_device(device, None), find(model or "demo")
     dtypes = dtypes_of(checkpoint, target, dtype)
     ids = text_ids(checkpoint, tokens).to(target)
     lines = list(kernel_lines(target))
-    lines += check_model(checkpoint, ids, dtypes, tokens, other)
+    click.echo("the truth, float32", err=True)
+    truth, exact = truth_of(checkpoint, target)
+    lines += check_ids(checkpoint, truth, exact)
+    lines += check_model(checkpoint, ids, dtypes, tokens, (truth, exact))
     head = stamp(target, torch.float32, ["transformers"])
     head["dtype"] = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    head |= {"model": model or "demo", "beside": other[0], "kernels": how_checked(target)}
+    head |= {
+        "model": model or "demo",
+        "beside": truth.name,
+        "truth": f"{truth.name}, {truth.reader}",
+        "reader_checked": truth.ids is not None,
+        "kernels": how_checked(target),
+    }
     passed = all(line.ok for line in lines)
     if as_json:
         click.echo(as_text(head, lines, passed))
@@ -113,7 +124,7 @@ def show(head: Mapping[str, Any], lines: Iterable[Finding], passed: bool) -> Non
     console.print(f"{heading(head, None)} {head['kernels']}", highlight=False)
     for part, group in groupby(lines, lambda line: line.part):
         other = head["beside"] if part == MODEL else "eager"
-        title = f"{head['model']} against the reference in float32" if part == MODEL else part
+        title = f"{head['model']} against {head['truth']}, in float32" if part == MODEL else part
         table = Table("", "dtype", OURS, other, "allowed", "", title=title)
         for line in group:
             columns = zip(*(figure[1:] for figure in line.figures), strict=True)
@@ -125,7 +136,10 @@ def show(head: Mapping[str, Any], lines: Iterable[Finding], passed: bool) -> Non
     for name, margin in MARGINS.items():
         allowed.add_row(name, *(f"{x:g} × eager {y:+g}" for x, y in margin[:2]), margin.why)
     console.print(allowed)
-    console.print("Every line passed." if passed else "A line FAILED.", highlight=False)
+    reader = (
+        "" if head["reader_checked"] else " gemma_fast's reader of checkpoints was not checked."
+    )
+    console.print(("Every line passed." if passed else "A line FAILED.") + reader, highlight=False)
 
 
 def number(x: float | None) -> str:

@@ -2,7 +2,7 @@
 
 A figure is one number of a check, such as the largest error. It is measured for gemma_fast (`ours`)
 and for the usual implementation (`eager`), which is eager PyTorch or, for the whole model,
-transformers or the reference. A margin gives the limit of our figure: factor × eager's + slack. A
+transformers. A margin gives the limit of our figure: factor × eager's + slack. A
 finding is the result of one check in one dtype: its figures and the verdict, pass or FAIL. Each
 finding is printed as one line.
 """
@@ -36,6 +36,7 @@ ALIKE, GAP = "greedy tokens until they differ", "largest gap"
 BATCH_DELTA, BATCH_ALIKE = "|Δ| max, batch 8", "equal greedy texts"
 BATCH_GAP = "largest gap, batch 8"
 LOGITS_VARY, TOKENS_VARY = "logits that vary", "tokens that vary"
+IDS_DIFFER, ENDS_DIFFER = "ids that differ", "end tokens that differ"
 NOISE = "float32 sums in another order, exp and rsqrt of the GPU"
 MARGINS = {
     RMS_ULP: Margin((2, 2), (1.1, 0.05), f"{NOISE}; 16 bits allow no additional rounding"),
@@ -46,12 +47,14 @@ MARGINS = {
     DELTA_MEAN: Margin((2, 1e-4), (1.1, 1e-3), "two roundings of one model differ this much"),
     DELTA_MAX: Margin((3, 1e-3), (1.5, 0.05), "the largest of many values varies"),
     TOP_1: Margin((1, -0.002), (1, -0.02), "a minimum; a near-tie may give either token"),
-    PERPLEXITY: Margin((2, 1e-5), (1.5, 0.005), "relative to the reference's perplexity"),
-    GAP: Margin((0, 1e-3), (2, 0.25), "the reference's best logit minus the token's logit"),
+    PERPLEXITY: Margin((2, 1e-5), (1.5, 0.005), "relative to the truth's perplexity"),
+    GAP: Margin((0, 1e-3), (2, 0.25), "the truth's best logit minus the token's logit"),
     BATCH_DELTA: Margin((3, 1e-3), (1.5, 0.05), "batch 8 sums in another order than batch 1"),
     BATCH_GAP: Margin((0, 1e-3), (2, 0.25), "best logit with batch 1 minus the token's logit"),
     LOGITS_VARY: Margin((0, 0), (0, 0), "same input, same bits"),
     TOKENS_VARY: Margin((0, 0), (0, 0), "same input, same tokens"),
+    IDS_DIFFER: Margin((0, 0), (0, 0), "same text, same ids"),
+    ENDS_DIFFER: Margin((0, 0), (0, 0), "a text must end at the same tokens"),
 }  # fmt: skip
 AT_LEAST = {TOP_1}  # figures whose limit is a minimum
 

@@ -1,45 +1,39 @@
-"""Compares our model, and a rival in the same dtype, with the reference in float32."""
+"""Compares our model, and transformers' model in the same dtype, with the truth (see truth.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from torch import Tensor
 
-from gemma_fast.benchmarks.measure.machine import installed_version
 from gemma_fast.benchmarks.measure.outcome import OURS, full_precision
-from gemma_fast.benchmarks.model.judge import Judge, under_the_best
+from gemma_fast.benchmarks.model.judge import under_the_best
 from gemma_fast.benchmarks.model.providers import Eager, positions
 from gemma_fast.benchmarks.verify import margins as of
+from gemma_fast.benchmarks.verify.ids import read_text
 from gemma_fast.benchmarks.verify.margins import MODEL, Finding, finding
+from gemma_fast.benchmarks.verify.truth import Truth
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.load import refuse_overflow
 from gemma_fast.memory import free_bytes
-from gemma_fast.reference import Reference
 from gemma_fast.text.tokenizer import Tokenizer
 
 RUNS, BATCH = 3, 8  # number of runs in the repeated-run check; batch size in the batch check
 WRITTEN = 16  # tokens decoded per text, in the batch check and in the repeated-run check
 CHUNK = 16  # tokens whose logits are converted to float64 at once
-OLDEST = 5, 17  # the oldest version of transformers that is used as the rival
-# Charles Darwin, On the Origin of Species (1859), introduction: longer than a window of 512 tokens.
-TEXT = Path(__file__).with_name("texts") / "darwin.txt"
 
 Figures = tuple[float, ...]
-Load = Callable[..., Any]  # checkpoint, dtype=…, device=… → model
 Greedy = Callable[[Any, Tensor, Tensor, int], Tensor]  # model, ids, mask, count → [b, count]
 
 
 def text_ids(checkpoint: Checkpoint, tokens: int) -> Tensor:
-    """Returns the ids :: [1, t] of TEXT, or random ids for a model with random weights.
+    """Returns the ids :: [1, t] of ids.TEXT, or random ids for a model with random weights.
 
     The number of ids is limited: `tokens` new tokens fit the context too. Raises ValueError if the
     context is too short.
@@ -51,13 +45,13 @@ def text_ids(checkpoint: Checkpoint, tokens: int) -> Tensor:
     if isinstance(checkpoint, RandomCheckpoint):
         generator = torch.Generator().manual_seed(0)
         return torch.randint(3, config.vocab_size, (1, min(room, 600)), generator=generator)
-    text = TEXT.read_text(encoding="utf-8").strip()
-    return Tokenizer.from_pretrained(checkpoint.path)(text, return_tensors="pt").input_ids[:, :room]
+    ours = Tokenizer.from_pretrained(checkpoint.path)(read_text(), return_tensors="pt")
+    return ours.input_ids[:, :room]
 
 
 def dtypes_of(checkpoint: Checkpoint, device: torch.device, asked: str) -> list[torch.dtype]:
     """Returns the dtypes to check: the one named by `asked` or, if that is "auto", the device's
-    usual dtypes (on a GPU, float32 only if the reference and a second model fit in memory). Raises
+    usual dtypes (on a GPU, float32 only if the truth and a second model fit in memory). Raises
     ValueError if the model overflows in the dtype named by `asked`."""
     if asked != "auto":
         refuse_overflow(checkpoint.config, getattr(torch, asked))
@@ -70,18 +64,6 @@ def dtypes_of(checkpoint: Checkpoint, device: torch.device, asked: str) -> list[
         refuse_overflow(checkpoint.config, torch.float16)
         dtypes.append(torch.float16)
     return dtypes
-
-
-def rival() -> tuple[str, Load]:
-    """Returns the name and the loader of transformers' model, or of this project's reference if
-    transformers is missing or too old. Both models are called like the reference."""
-    version = installed_version("transformers")
-    if version is None or tuple(map(int, version.split(".")[:2])) < OLDEST:
-        found = "is not installed" if version is None else f"is {version}, older than 5.17"
-        return f"eager reference, as transformers {found}", Reference.from_checkpoint
-    from gemma_fast.benchmarks.model.transformers_model import transformers_model
-
-    return f"transformers {version}", partial(transformers_model, attention="eager")
 
 
 def our_greedy(model: GemmaForCausalLM, ids: Tensor, mask: Tensor, count: int) -> Tensor:
@@ -98,7 +80,7 @@ def eager_greedy(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
 
 # Each check and its figures, in the order in which Text.figures and Text.varying return them.
 LINES = {
-    "KL(reference ‖ model), mean / max": (of.KL_MEAN, of.KL_MAX),
+    "KL(truth ‖ model), mean / max": (of.KL_MEAN, of.KL_MAX),
     "|Δ logit|, mean / max": (of.DELTA_MEAN, of.DELTA_MAX),
     of.TOP_1: (of.TOP_1,),
     of.PERPLEXITY: (of.PERPLEXITY,),
@@ -111,52 +93,57 @@ LINES = {
 @torch.no_grad()
 def check_model(
     checkpoint: Checkpoint, ids: Tensor, dtypes: Sequence[torch.dtype], tokens: int,
-    other: tuple[str, Load],
+    truth: tuple[Truth, Any],
 ) -> Iterator[Finding]:  # fmt: skip
     """Yields the findings of each dtype.
 
-    ids :: [1, t], on the device; tokens: number of new tokens; other: the result of `rival`
+    ids :: [1, t], on the device; tokens: number of new tokens; truth: the result of `truth_of`
     """
+    source, exact = truth
     with full_precision():
-        text = Text(Judge(checkpoint, torch.float32, ids.device), ids, tokens)
+        text = Text(exact, checkpoint.config.pad_token_id, ids, tokens)
         for dtype in dtypes:
-            found = []
-            for name, load in (other, (OURS, GemmaForCausalLM.from_checkpoint)):
-                click.echo(f"{name}, {dtype}".replace("torch.", ""), err=True)
-                model = load(checkpoint, dtype=dtype, device=ids.device)
-                varying = text.varying(model) if name == OURS else (None, None)
-                greedy = our_greedy if name == OURS else eager_greedy
-                found.append((*text.figures(model, greedy), *varying))
-                del model  # frees its memory before the next model is loaded
-            eager, ours = map(iter, found)
+            model = exact  # in float32 the truth is measured too: one model less to load
+            if dtype != torch.float32:
+                click.echo(f"{source.name}, {dtype}".replace("torch.", ""), err=True)
+                model = source.load(dtype=dtype, device=ids.device)
+            eager = iter((*text.figures(model, eager_greedy), None, None))
+            del model  # frees its memory before the next model is loaded
+            click.echo(f"{OURS}, {dtype}".replace("torch.", ""), err=True)
+            gemma = GemmaForCausalLM.from_checkpoint(checkpoint, dtype=dtype, device=ids.device)
+            varying = text.varying(gemma)
+            ours = iter((*text.figures(gemma, our_greedy), *varying))
+            del gemma
             for check, names in LINES.items():
                 pairs = {name: (next(ours), next(eager)) for name in names}
                 yield finding(MODEL, check.format(tokens=tokens), dtype, pairs)
 
 
 class Text:
-    """Measures how models differ from the reference on a text, ids :: [1, t]."""
+    """Measures how models differ from the truth on a text, ids :: [1, t].
 
-    def __init__(self, judge: Judge, ids: Tensor, tokens: int) -> None:
-        self.reference, self.ids, self.tokens = judge.reference, ids, tokens
-        self.pad = self.reference.config.pad_token_id
-        self.truth = self.reference(ids, use_cache=False).logits[0]  # [t, vocab]
+    truth: a model in float32, called like the reference; pad: id for the places of padding
+    """
+
+    def __init__(self, truth: Any, pad: int, ids: Tensor, tokens: int) -> None:
+        self.truth, self.pad, self.ids, self.tokens = truth, pad, ids, tokens
+        self.logits = truth(ids, use_cache=False).logits[0]  # [t, vocab]
 
     def figures(self, model: Any, greedy: Greedy) -> Figures:
         """Returns all figures of LINES except those of the last line, which `varying` returns."""
         logits = model(self.ids, use_cache=False).logits[0]
         chosen = greedy(model, self.ids, torch.ones_like(self.ids), self.tokens)
-        close = closeness(logits, self.truth, self.ids[0])
+        close = closeness(logits, self.logits, self.ids[0])
         return *close, *self.agreement(chosen), *self.batch(model, greedy)
 
     def agreement(self, chosen: Tensor) -> Figures:
-        """Returns the number of new tokens before the first token that the reference would not
-        choose, and the largest gap between the reference's best logit and a new token's logit.
+        """Returns the number of new tokens before the first token that the truth would not choose,
+        and the largest gap between the truth's best logit and a new token's logit.
 
         chosen :: [1, tokens]: the model's greedy tokens after the text
         """
         read = torch.cat((self.ids, chosen[:, :-1]), dim=1)
-        truth = self.reference(read, use_cache=False, logits_to_keep=self.tokens).logits
+        truth = self.truth(read, use_cache=False, logits_to_keep=self.tokens).logits
         gaps = under_the_best(truth[0], chosen[0])
         return float((gaps == 0).cumprod(0).sum()), float(gaps.max())
 
@@ -207,7 +194,7 @@ def closeness(logits: Tensor, truth: Tensor, ids: Tensor) -> Figures:
         delta, shift = ours - true, ours.logsumexp(-1) - true.logsumexp(-1)
         kl = shift - (true.softmax(-1) * delta).sum(-1)
         target = ids.roll(-1)[rows, None]
-        surprise = shift - delta.gather(1, target)[:, 0]  # loss minus the reference's loss
+        surprise = shift - delta.gather(1, target)[:, 0]  # loss minus the truth's loss
         alike = (ours.argmax(-1) == true.argmax(-1)).double()
         delta = delta.abs()
         columns.append(torch.stack((kl, delta.mean(-1), delta.amax(-1), alike, surprise)))

@@ -12,6 +12,7 @@ import torch
 from certificate_lines import BF16, CPU, FP32, exact_gelu, failed, model_lines
 from click.testing import CliRunner
 from tiny_models import CONFIGS
+from verified_files import write_directory, write_gguf_file
 
 from gemma_fast.benchmarks.kernels import rmsnorm
 from gemma_fast.benchmarks.verify import certificate as verify
@@ -128,8 +129,9 @@ def test_certificate_is_printed_and_passes():
     assert result.exit_code == 0, result.output
     for text in (
         "torch ", "in Triton's interpreter only", "runs the CPU path", "add_rms_norm",
-        "tiny against the reference in float32", "top-1 agreement", "3 × eager +16",
-        "Every line passed.",
+        "tiny against transformers", "random weights are in no file, in float32",
+        "top-1 agreement", "3 × eager +16",
+        "Every line passed. gemma_fast's reader of checkpoints was not checked.",
     ):  # fmt: skip
         assert text in " ".join(result.stdout.split())  # lines are wrapped
     assert "FAIL" not in result.stdout
@@ -141,6 +143,8 @@ def test_certificate_is_printed_as_json():
     result = run("--json", "--dtype", "bfloat16")
     found = json.loads(result.stdout)
     assert result.exit_code == 0 and found["passed"]
+    truth = found["stamp"]["truth"]
+    assert truth.startswith("transformers 5") and "given what gemma_fast's reader read" in truth
     assert found["stamp"]["model"] == "tiny" and found["stamp"]["torch"] == torch.__version__
     assert found["margins"].keys() >= {x["name"] for y in found["lines"] for x in y["figures"]} - {
         "greedy tokens until they differ", "equal greedy texts",
@@ -148,6 +152,25 @@ def test_certificate_is_printed_as_json():
     dtypes = {line["dtype"] for line in found["lines"] if line["part"] == margins.MODEL}
     assert dtypes == {"bfloat16"}
     assert {line["verdict"] for line in found["lines"]} == {"pass"}
+
+
+@pytest.mark.usefixtures("few_checks")
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [("multimodal", "the checkpoint itself"), ("x.gguf", "the GGUF file by llama.cpp's rules")],
+)
+def test_certificate_of_files_states_who_read_them(name, reader, tmp_path):
+    path = tmp_path / name
+    if name.endswith(".gguf"):
+        write_gguf_file(path, "gemma2", rope__freq_base=1e4)
+    else:
+        write_directory(path, name)
+    result = run("--model", str(path), "--json", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["stamp"]["truth"].endswith(f", reading {reader}")
+    assert found["stamp"]["reader_checked"]
+    assert any(x["check"].startswith("differing ids of the text") for x in found["lines"])
 
 
 @pytest.mark.usefixtures("few_checks")

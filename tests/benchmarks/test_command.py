@@ -14,6 +14,7 @@ from gemma_fast.benchmarks.__main__ import main
 from gemma_fast.benchmarks.kernels.table import SUITES
 from gemma_fast.benchmarks.measure import report
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
+from gemma_fast.benchmarks.model.cases import find
 from gemma_fast.benchmarks.model.providers import PROVIDERS as MODEL_PROVIDERS
 
 
@@ -93,6 +94,9 @@ def test_results_are_written_after_each_size(monkeypatch, tmp_path):
         (["rmsnorm"], "no suite rmsnorm: choose from attention, decode_attention"),
         (["geglu", "--model", "demo"], "--model is for the suite model"),
         (["geglu", "-d", "5"], "-d is for the suite model"),
+        (["--only", "liger", "-p", "5"], "-p is for the suite model"),
+        (["model", "--size", "b 1"], "--size is not for the suite model: use -p, -n, -d"),
+        (["lm_head", "--size", "b 3", "--size", "b 99"], "no size has b 99 in its name"),
         (["-o", "json"], "-o json is for the suite model alone"),
         (["geglu", "--only", "vllm"], "no provider vllm: choose from eager, torch.compile"),
         (["geglu", "--out", "/dev/null/x"], "--out /dev/null/x"),
@@ -124,3 +128,14 @@ def test_list_option_shows_suites_and_providers():
     assert all(name in done.output for name in (*SUITES, *MODEL_PROVIDERS))
     done = CliRunner().invoke(main, ["rms_norm", "--list"])
     assert "attention" not in done.output and OURS in done.output
+
+
+@pytest.mark.parametrize("name", ["gemma-2-2b", "tiny", "demo"])
+def test_name_that_is_a_folder_too_is_refused(name, tmp_path, monkeypatch):
+    """Otherwise random weights would be measured instead of the folder's."""
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"there is also a path {name}: write ./{name} for the"):
+        find(name)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        find(f"./{name}")

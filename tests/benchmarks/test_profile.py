@@ -67,3 +67,8 @@ def test_command_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = CliRunner().invoke(profile.main, ["-p", "512"])
     assert done.exit_code and "profiling needs a CUDA GPU, and there is none" in done.output
+
+
+def test_depth_of_a_prefill_is_refused():
+    done = CliRunner().invoke(profile.main, ["-p", "512", "-d", "4096"])
+    assert done.exit_code == 2 and "-d is for a decode step, not for a prefill" in done.output

@@ -113,12 +113,4 @@ def test_correct_models_pass(name):
     assert not failed(lines.values())
     assert len(lines) == 2 * len(verify_model.LINES)
     greedy = lines["24 greedy tokens: until they differ / gap float32"].figures[0]
-    assert (greedy.ours, greedy.eager) == (24, 24), "in float32 all tokens must be the reference's"
-
-
-def test_reference_replaces_a_missing_or_old_transformers(monkeypatch):
-    for version, said in ((None, "is not installed"), ("4.57.1", "is 4.57.1, older than 5.17")):
-        monkeypatch.setattr(verify_model, "installed_version", lambda _, found=version: found)
-        other = verify_model.rival()
-        assert said in other[0]
-        assert not failed(model_lines(dtypes=(FP32, BF16), other=other).values())
+    assert (greedy.ours, greedy.eager) == (24, 24), "in float32 all tokens must be the truth's"

@@ -10,6 +10,7 @@ from tiny_models import CONFIGS
 from gemma_fast.benchmarks.verify import model as verify_model
 from gemma_fast.benchmarks.verify.kernels import check_kernels
 from gemma_fast.benchmarks.verify.margins import CPU_PATH, Finding
+from gemma_fast.benchmarks.verify.truth import truth_of
 from gemma_fast.checkpoint.random import RandomCheckpoint
 
 CPU = torch.device("cpu")
@@ -33,11 +34,11 @@ class Loud(RandomCheckpoint):
         out.mul_(10)
 
 
-def model_lines(name="gemma3-gqa", dtypes=(FP32,), other=None) -> dict[str, Finding]:
-    other = other or verify_model.rival()
+def model_lines(name="gemma3-gqa", dtypes=(FP32,)) -> dict[str, Finding]:
     checkpoint = Loud(CONFIGS[name])
     ids = verify_model.text_ids(checkpoint, 24)
-    lines = verify_model.check_model(checkpoint, ids, dtypes, 24, other)
+    truth = truth_of(checkpoint, CPU)
+    lines = verify_model.check_model(checkpoint, ids, dtypes, 24, truth)
     return {f"{x.check.split(',')[0]} {x.dtype}": x for x in lines}
 
 

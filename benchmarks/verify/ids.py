@@ -1,0 +1,57 @@
+"""Compares token ids, and the tokens that end a text, with those of transformers or llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma_fast.benchmarks.verify import margins as of
+from gemma_fast.benchmarks.verify.margins import MODEL, Finding, finding
+from gemma_fast.benchmarks.verify.truth import Truth
+from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.text.tokenizer import Tokenizer
+
+# Charles Darwin, On the Origin of Species (1859), introduction: longer than a window of 512 tokens.
+TEXT = Path(__file__).with_name("texts") / "darwin.txt"
+MIXED = "  two  spaces\n\n\n\ttab 漢字 😀 é e\u0301 <b>\x07 <start_of_turn>user\nhe'll </b>1,000.5"
+
+
+def read_text() -> str:
+    return TEXT.read_text(encoding="utf-8").strip()
+
+
+def check_ids(checkpoint: Checkpoint, truth: Truth, model: Any) -> Iterator[Finding]:
+    """Yields a finding: whether our ids of two texts are those of the truth's own tokenizer, and,
+    for a directory, whether `generate` ends a text at the same tokens. model: the truth's model"""
+    if truth.ids is None:
+        return
+    ours = Tokenizer.from_pretrained(checkpoint.path)
+    try:
+        expected = [truth.ids(text) for text in (read_text(), MIXED)]
+    except Exception as error:  # whatever stops transformers: state it and go on
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        yield Finding(MODEL, f"ids of the text: not compared, because of {reason}", "", ())
+        return
+    found = [list(ours(text)["input_ids"]) for text in (read_text(), MIXED)]
+    pairs = zip(found, expected, strict=True)
+    differ = sum(x != y for a, b in pairs for x, y in zip_longest(a, b))
+    figures: dict[str, tuple[float, float | None]] = {of.IDS_DIFFER: (differ, None)}
+    check = "differing ids of the text"
+    if checkpoint.path.is_dir():
+        differ = len(our_ends(checkpoint) ^ as_set(model.generation_config.eos_token_id))
+        figures[of.ENDS_DIFFER] = differ, None
+        check += " / end tokens"
+    yield finding(MODEL, check, torch.int64, figures)
+
+
+def our_ends(checkpoint: Checkpoint) -> set[int]:
+    given = checkpoint.generation_config.get("eos_token_id")
+    return as_set(checkpoint.config.eos_token_id if given is None else given)
+
+
+def as_set(ids: int | Sequence[int] | None) -> set[int]:
+    return {ids} if isinstance(ids, int) else set(ids or ())

@@ -1,0 +1,81 @@
+"""Computes the token ids of a text from GGUF metadata by llama.cpp's rules for Gemma.
+
+Source: tokenizer_st_partition and llm_tokenizer_spm_session in llama.cpp's src/llama-vocab.cpp.
+This file shares no code with gemma_fast.text.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
+
+
+def llama_cpp_ids(metadata: Mapping[str, Any], text: str) -> list[int]:
+    """Returns the ids of a text. Special tokens in it are recognized. Raises NotImplementedError if
+    tokenizer.ggml.model is not "llama", which stands for SentencePiece."""
+    if (model := metadata["tokenizer.ggml.model"]) != "llama":
+        raise NotImplementedError(f"tokenizer.ggml.model {model!r}")
+    tokens, scores, types = (
+        metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type")
+    )
+    vocab = {token: i for i, token in enumerate(tokens)}
+    special = [i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    fragments: list[str | int] = [text]
+    for i in sorted(special, key=lambda i: -len(tokens[i])):
+        if tokens[i] and tokens[i] in text:
+            fragments = [x for part in fragments for x in split(part, tokens[i], i)]
+    ids = [metadata["tokenizer.ggml.bos_token_id"]]
+    ids = ids if metadata.get("tokenizer.ggml.add_bos_token", True) else []
+    prefix, special_before = metadata.get("tokenizer.ggml.add_space_prefix", True), True
+    for part in fragments:
+        if isinstance(part, int):
+            ids.append(part)
+        else:
+            part = " " + part if prefix and special_before else part
+            ids += merged(part.replace(" ", "▁"), vocab, scores)
+        special_before = isinstance(part, int)
+    return ids
+
+
+def split(part: str | int, token: str, i: int) -> list[str | int]:
+    """Returns the fragment with every occurrence of the token replaced by its id."""
+    if isinstance(part, int):
+        return [part]
+    pieces: list[str | int] = [part.split(token)[0]]
+    for piece in part.split(token)[1:]:
+        pieces += [i, piece]
+    return [x for x in pieces if x != ""]
+
+
+def merged(text: str, vocab: Mapping[str, int], scores: Sequence[float]) -> list[int]:
+    """Returns the ids of a text without special tokens. Neighbors whose joint piece has the highest
+    score, the leftmost first, are merged; what is in no token becomes bytes."""
+    pieces: list[str] = list(text)
+    after, before = list(range(1, len(pieces) + 1)), list(range(-1, len(pieces) - 1))
+    heap: list[tuple[float, int, int, str]] = []
+
+    def push(left: int, right: int) -> None:
+        if left >= 0 and right < len(pieces):
+            joint = pieces[left] + pieces[right]
+            if joint in vocab:
+                heapq.heappush(heap, (-scores[vocab[joint]], left, right, joint))
+
+    for i in range(len(pieces) - 1):
+        push(i, i + 1)
+    while heap:
+        _, left, right, joint = heapq.heappop(heap)
+        if not (pieces[left] and pieces[right] and pieces[left] + pieces[right] == joint):
+            continue  # one of the two was merged before
+        pieces[left], pieces[right], after[left] = joint, "", after[right]
+        if after[left] < len(pieces):
+            before[after[left]] = left
+        push(before[left], left)
+        push(left, after[left])
+    ids = []
+    for piece in filter(None, pieces):
+        whole = [vocab[piece]] if piece in vocab else None
+        ids += whole or [vocab[f"<0x{byte:02X}>"] for byte in piece.encode()]
+    return ids
