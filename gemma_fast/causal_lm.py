@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.checkpoint.transformers import TransformersCheckpoint
-from gemma_fast.compat import FORWARD, FROM_PRETRAINED, GENERATE, check_keywords
+from gemma_fast.compat import FORWARD, FROM_PRETRAINED, GENERATE, check_keywords, download_options
 from gemma_fast.config import GemmaConfig
 from gemma_fast.engine.generate import generate_tokens
 from gemma_fast.engine.options import GenerationConfig, merge_options
@@ -72,7 +72,9 @@ class GemmaForCausalLM(Gemma):
         device       None: the GPU if there is one, else the CPU
         device_map   transformers' way to pass the device: "auto", a device, or {"": device}
         torch_dtype  older name of dtype in transformers
-        others       transformers' keywords that have no effect here, see `compat.FROM_PRETRAINED`
+        others       revision, token, cache_dir, force_download, local_files_only: as in
+                     huggingface_hub, without effect on a path; and transformers' keywords that
+                     have no effect here, see `compat.FROM_PRETRAINED`
 
         Checks config, tensor names, shapes and dtypes before it allocates the weights; then reads
         one tensor at a time. Raises ValueError or FileNotFoundError, which name the file and the
@@ -82,7 +84,7 @@ class GemmaForCausalLM(Gemma):
         if dtype is not None and torch_dtype is not None:
             raise TypeError("from_pretrained() got both dtype and torch_dtype: pass only dtype")
         dtype = dtype or torch_dtype or "auto"
-        checkpoint = open_checkpoint(name_or_path)
+        checkpoint = open_checkpoint(name_or_path, download_options(others))
         return cls.from_checkpoint(checkpoint, dtype=dtype, device=pick_device(device, device_map))
 
     @classmethod

@@ -106,6 +106,8 @@ GENERATE: Table = {
     "synced_gpus": ((False,), "omit it: the model is on one device"),
     "trust_remote_code": (ANY, ""),
 }
+# Keywords of from_pretrained that are passed on to huggingface_hub. They have no effect on a path.
+DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 _ONE_DEVICE = "omit it: the model runs on one device, see device"
 _QUANTIZED = "quantized weights are read from .gguf files only"
 FROM_PRETRAINED: Table = {
@@ -132,8 +134,6 @@ FROM_PRETRAINED: Table = {
     "device_mesh": ((), _ONE_DEVICE),
     "distributed_config": ((), _ONE_DEVICE),
     "variant": ((), "rename the files of the variant to model.safetensors"),
-    "force_download": ((False,), _DOWNLOAD),
-    "local_files_only": ((False,), _DOWNLOAD),
     "proxies": ((), _DOWNLOAD),
     "tqdm_class": ((), _DOWNLOAD),
     "attn_implementation": (
@@ -142,14 +142,13 @@ FROM_PRETRAINED: Table = {
     ),
     "low_cpu_mem_usage": (ANY, ""),
     "use_safetensors": ((True,), "pickles are not read: convert them to safetensors"),
-    "trust_remote_code": ((False,), "a checkpoint's code is not run"),
+    "trust_remote_code": (ANY, ""),  # no code of a checkpoint is run, and Gemma needs none
     "quantization_config": ((), _QUANTIZED),
     "load_in_8bit": ((False,), _QUANTIZED),
     "load_in_4bit": ((False,), _QUANTIZED),
     "output_loading_info": ((False,), "missing and unexpected tensors raise ValueError"),
-    "revision": (("main",), _DOWNLOAD),
-    "token": ((), _DOWNLOAD + ", or run `hf auth login`"),
-    "cache_dir": ((), _DOWNLOAD),
+    "use_auth_token": ((), "pass token"),
+    **dict.fromkeys(DOWNLOAD, (ANY, "")),
     "subfolder": (("",), _DOWNLOAD),
     "gguf_file": ((), "pass the path of the .gguf file itself"),
 }
@@ -172,6 +171,11 @@ LM_EVAL: Table = {
     "autogptq": ((False,), FROM_PRETRAINED["load_in_4bit"][1]),
     "gptqmodel": ((False,), FROM_PRETRAINED["load_in_4bit"][1]),
 }
+
+
+def download_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keywords of DOWNLOAD in a call of from_pretrained."""
+    return {name: given[name] for name in DOWNLOAD if given.get(name) is not None}
 
 
 def check_keywords(call: str, given: Mapping[str, Any], table: Table) -> None:

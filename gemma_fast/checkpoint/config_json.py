@@ -52,7 +52,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], tuple[Any, ...], str]] = {
 }  # fmt: skip
 # Fields without an effect on logits: transformers ignores them when it runs a Gemma model.
 IGNORED = {
-    "architectures", "attention_dropout", "auto_map", "cache_implementation",
+    "architectures", "attention_dropout", "cache_implementation",
     "chunk_size_feed_forward", "id2label", "initializer_range", "label2id", "num_labels",
     "output_attentions", "output_hidden_states", "problem_type", "return_dict",
     "transformers_version", "use_cache",

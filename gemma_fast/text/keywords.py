@@ -6,24 +6,19 @@ the advice in the error message for any other value. ATTRIBUTES: name → the ad
 
 from collections.abc import Mapping
 
-from gemma_fast.compat import ANY, FROM_PRETRAINED, Table
+from gemma_fast.compat import ANY, DOWNLOAD, FROM_PRETRAINED, Table
 
-_DOWNLOAD = FROM_PRETRAINED["revision"][1]
 _AUTO_TOKENIZER = "use transformers.AutoTokenizer, whose tensors this model takes"
 # Keywords of from_pretrained that are not keys of tokenizer_config.json.
 LOADING: Table = {
     "use_fast": ((True,), "there is no slow tokenizer: omit it"),
     "from_slow": ((False,), "there is no slow tokenizer: omit it"),
     "trust_remote_code": FROM_PRETRAINED["trust_remote_code"],
-    "revision": FROM_PRETRAINED["revision"],
-    "token": FROM_PRETRAINED["token"],
-    "use_auth_token": FROM_PRETRAINED["token"],
-    "cache_dir": FROM_PRETRAINED["cache_dir"],
     "subfolder": FROM_PRETRAINED["subfolder"],
     "gguf_file": FROM_PRETRAINED["gguf_file"],
-    "force_download": ((False,), _DOWNLOAD),
-    "proxies": ((), _DOWNLOAD),
-    "local_files_only": ((True, False), "pass a bool"),
+    "proxies": FROM_PRETRAINED["proxies"],
+    "use_auth_token": FROM_PRETRAINED["use_auth_token"],
+    **dict.fromkeys(DOWNLOAD, (ANY, "")),
     # These three are keywords of a model, which programs pass to the tokenizer, too.
     "device_map": (ANY, ""),
     "dtype": (ANY, ""),

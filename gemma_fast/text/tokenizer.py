@@ -22,6 +22,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
 from gemma_fast.checkpoint.hub import read_json, resolve
+from gemma_fast.compat import download_options
 from gemma_fast.text.chat import GemmaTurns
 from gemma_fast.text.chat_encoder import ChatEncoder
 from gemma_fast.text.gguf_settings import gguf_settings
@@ -117,12 +118,12 @@ class Tokenizer(ChatEncoder):
         """Loads tokenizer.json, or tokenizer.model, and the files beside it from a directory or the
         hub, or rebuilds the tokenizer of a .gguf.
 
-        `others` are keys of tokenizer_config.json, or transformers' keywords that have no effect
-        here, see `keywords.SETTINGS`. Raises ValueError, with the path, for a malformed file, and
-        the errors of `hub.resolve`.
+        `others` are keys of tokenizer_config.json, keywords of a download (`compat.DOWNLOAD`), or
+        transformers' keywords that have no effect here, see `keywords.SETTINGS`. Raises ValueError,
+        with the path, for a malformed file, and the errors of `hub.resolve`.
         """
         given = check_settings(others, "from_pretrained()", call=True)
-        path = resolve(name_or_path, patterns=FILES)
+        path = resolve(name_or_path, FILES, download_options(others))
         if path.is_file():
             from gemma_fast.checkpoint.gguf_reader import GGUFFile  # needs the extra `gguf`
 

@@ -10,8 +10,10 @@ from checkpoints import assert_holds, split, write_gguf, write_safetensors
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
 
+from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.hub import resolve
 from gemma_fast.checkpoint.open import open_checkpoint
+from gemma_fast.text.tokenizer import Tokenizer
 
 
 def test_paths_resolve_to_themselves(tmp_path):
@@ -56,6 +58,22 @@ def test_pickles_are_not_downloaded(monkeypatch, tmp_path):
     files = ["config.json", "model.safetensors", "chat_template.jinja", "pytorch_model.bin", "a.py"]
     taken = huggingface_hub.utils.filter_repo_objects(files, allow_patterns=asked["allow_patterns"])
     assert list(taken) == files[:3]
+
+
+@pytest.mark.parametrize("load", [GemmaForCausalLM.from_pretrained, Tokenizer.from_pretrained])
+def test_options_of_a_download_are_passed_on(monkeypatch, tmp_path, load):
+    asked = {}
+
+    def snapshot_download(repo_id: str, **kwargs) -> str:
+        asked.update(kwargs)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    options = {"revision": "v2", "token": "hf_x", "cache_dir": "here", "local_files_only": True}
+    with pytest.raises(FileNotFoundError):
+        load("owner/model", **options)
+    del asked["allow_patterns"]
+    assert asked == options
 
 
 def test_error_for_an_offline_hub_id_suggests_a_local_path(offline):
