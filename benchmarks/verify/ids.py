@@ -25,8 +25,8 @@ def read_text() -> str:
 
 
 def check_ids(checkpoint: Checkpoint, truth: Truth, model: Any) -> Iterator[Finding]:
-    """Yields a finding: whether our ids of two texts are those of the truth's own tokenizer, and,
-    for a directory, whether `generate` ends a text at the same tokens. model: the truth's model"""
+    """Yields a finding: whether our ids of two texts are those of the truth's own tokenizer, and
+    whether `generate` ends a text at the same tokens. model: the truth's model"""
     if truth.ids is None:
         return
     ours = Tokenizer.from_pretrained(checkpoint.path)
@@ -39,13 +39,11 @@ def check_ids(checkpoint: Checkpoint, truth: Truth, model: Any) -> Iterator[Find
     found = [list(ours(text)["input_ids"]) for text in (read_text(), MIXED)]
     pairs = zip(found, expected, strict=True)
     differ = sum(x != y for a, b in pairs for x, y in zip_longest(a, b))
-    figures: dict[str, tuple[float, float | None]] = {of.IDS_DIFFER: (differ, None)}
-    check = "differing ids of the text"
-    if checkpoint.path.is_dir():
-        differ = len(our_ends(checkpoint) ^ as_set(model.generation_config.eos_token_id))
-        figures[of.ENDS_DIFFER] = differ, None
-        check += " / end tokens"
-    yield finding(MODEL, check, torch.int64, figures)
+    ends = truth.ends or as_set(model.generation_config.eos_token_id)
+    figures: dict[str, tuple[float, float | None]] = {
+        of.IDS_DIFFER: (differ, None), of.ENDS_DIFFER: (len(our_ends(checkpoint) ^ ends), None),
+    }  # fmt: skip
+    yield finding(MODEL, "differing ids of the text / end tokens", torch.int64, figures)
 
 
 def our_ends(checkpoint: Checkpoint) -> set[int]:

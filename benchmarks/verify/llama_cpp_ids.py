@@ -1,4 +1,4 @@
-"""Computes the token ids of a text from GGUF metadata by llama.cpp's rules for Gemma.
+"""Computes the token ids of a text, and those that end it, from GGUF metadata by llama.cpp's rules.
 
 Source: tokenizer_st_partition and llm_tokenizer_spm_session in llama.cpp's src/llama-vocab.cpp.
 This file shares no code with gemma_fast.text.
@@ -38,6 +38,15 @@ def llama_cpp_ids(metadata: Mapping[str, Any], text: str) -> list[int]:
             ids += merged(part.replace(" ", "▁"), vocab, scores)
         special_before = isinstance(part, int)
     return ids
+
+
+def llama_cpp_ends(metadata: Mapping[str, Any]) -> set[int]:
+    """Returns the ids that end a text. llama.cpp also stops at the names of other models' end
+    tokens, such as </s>, which is an HTML tag in Gemma's vocabulary."""
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    ends = {metadata[key] for key in keys if key in metadata}
+    named = enumerate(metadata["tokenizer.ggml.tokens"])
+    return ends | {i for i, token in named if token in ("<eos>", "<end_of_turn>")}
 
 
 def split(part: str | int, token: str, i: int) -> list[str | int]:

@@ -30,12 +30,14 @@ class Truth(NamedTuple):
     reader  who reads the checkpoint, in words
     load    called with dtype and device, returns a model that is called like the reference
     ids     called with a text, returns its ids; None if they would be gemma_fast's own
+    ends    ids that end a text; None: those of the model's generation_config
     """
 
     name: str
     reader: str
     load: Callable[..., Any]
     ids: Callable[[str], list[int]] | None = None
+    ends: set[int] | None = None
 
 
 def truth_of(checkpoint: Checkpoint, device: torch.device) -> tuple[Truth, Any]:
@@ -64,17 +66,17 @@ def truth_of(checkpoint: Checkpoint, device: torch.device) -> tuple[Truth, Any]:
     return truth, truth.load(dtype=torch.float32, device=device)
 
 
-def own_reader(path: Path) -> tuple[str, Callable[..., Any], Callable[[str], list[int]]]:
-    """Returns `reader`, `load` and `ids` of a Truth that does not use gemma_fast's reader."""
+def own_reader(path: Path) -> tuple[Any, ...]:
+    """Returns the fields of a Truth, after its name, that does not use gemma_fast's reader."""
     if path.is_dir():
         load, ids = partial(read_directory, path), partial(ids_by_transformers, path)
         return "reading the checkpoint itself", load, ids
     from gemma_fast.benchmarks.verify.gguf_truth import GGUFTruth
-    from gemma_fast.benchmarks.verify.llama_cpp_ids import llama_cpp_ids
+    from gemma_fast.benchmarks.verify.llama_cpp_ids import llama_cpp_ends, llama_cpp_ids
 
     file = GGUFTruth(path)
-    ids = partial(llama_cpp_ids, file.metadata)
-    return "reading the GGUF file by llama.cpp's rules", file.model, ids
+    ids, ends = partial(llama_cpp_ids, file.metadata), llama_cpp_ends(file.metadata)
+    return "reading the GGUF file by llama.cpp's rules", file.model, ids, ends
 
 
 def read_directory(path: Path, dtype: torch.dtype, device: torch.device | str) -> Any:

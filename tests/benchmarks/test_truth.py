@@ -21,8 +21,7 @@ from gemma_fast.config import FULL, SLIDING
 from gemma_fast.text.tokenizer import Tokenizer
 
 DELTA = "|Δ logit|, mean / max"
-IDS = "differing ids of the text"
-IDS_AND_ENDS = f"{IDS} / end tokens"
+IDS_AND_ENDS = "differing ids of the text / end tokens"
 
 
 @pytest.mark.parametrize("name", ["gemma-mqa", "gemma2-gqa", "gemma3-gqa", "multimodal"])
@@ -39,7 +38,7 @@ def test_correct_gguf_passes_against_llama_cpps_rules(family, tmp_path):
     path = write_gguf_file(tmp_path / "x.gguf", family, rope__freq_base=theta, **keys)
     reader, lines = verify(open_checkpoint(path), FP32, BF16)
     assert reader == "reading the GGUF file by llama.cpp's rules"
-    assert not failed(lines) and lines[0].check == IDS
+    assert not failed(lines) and lines[0].check == IDS_AND_ENDS
 
 
 @pytest.mark.parametrize(
@@ -66,6 +65,14 @@ def test_output_head_of_its_own_passes(name, tmp_path):
     checkpoint = open_checkpoint(write_directory(tmp_path, name, head=True))
     assert not checkpoint.config.tie_word_embeddings
     assert not failed(verify(checkpoint)[1])
+
+
+def test_dropped_end_of_a_turn_in_a_gguf_file_fails(tmp_path):
+    keys = {"attention__sliding_window": 8}
+    checkpoint = open_checkpoint(write_gguf_file(tmp_path / "x.gguf", "gemma3", **keys))
+    assert not failed(verify(checkpoint)[1])
+    checkpoint.generation_config = {"eos_token_id": 1}  # without <end_of_turn>
+    assert failed(verify(checkpoint)[1]) == {IDS_AND_ENDS}
 
 
 def test_dropped_output_head_fails(tmp_path):
