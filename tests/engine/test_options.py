@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from decoder_checks import NEVER
-from tiny_models import CONFIGS, left_padded, random_model
+from tiny_models import CONFIGS, TOLERANCE, close, left_padded, random_model
 
 from gemma_fast.engine.bias import Bias
 from gemma_fast.engine.decoder import Decoder
@@ -162,7 +162,7 @@ def test_logits_processors_are_called_as_in_transformers(twins, batch, fresh_gra
     assert len(calls[0]) == len(calls[1])
     for theirs, ours in zip(*calls, strict=True):
         assert torch.equal(ours[0], theirs[0])
-        torch.testing.assert_close(ours[1], theirs[1], atol=1e-4, rtol=0)
+        close(ours[1], theirs[1])
 
 
 def test_custom_processors_run_before_temperature_and_filters(twins):
@@ -219,7 +219,7 @@ def test_scores_and_logits_equal_transformers(twins, batch, fresh_graphs, output
         expected, found = getattr(theirs, name), getattr(ours, name)
         assert (found is None) == (expected is None) == (outputs not in (name, "both"))
         for x, y in zip(found or (), expected or (), strict=True):
-            torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
+            torch.testing.assert_close(x, y, atol=TOLERANCE, rtol=0)
     assert bool(fresh_graphs) == (outputs == "none")
 
 

@@ -9,14 +9,13 @@ import torch
 import transformers
 from hf_models import FAMILIES, logits, make, padded, prompt
 from marks import slow
+from tiny_models import close
 from triton_interpreter import interpreter
 
 from gemma_fast import hf
 from gemma_fast.hf import accelerate, accelerated, explain, restore
 from gemma_fast.hf import attention as hf_attention
 from gemma_fast.hf import layers as hf_layers
-
-TIGHT = {"rtol": 0, "atol": 3e-5}  # for float32 logits, which are about 3
 
 
 @pytest.fixture(params=FAMILIES)
@@ -30,8 +29,8 @@ def test_logits_are_the_same_as_before_acceleration(model):
     before, plain = logits(model, ids, mask), logits(model, ids)
     accelerate(model, strict=True)
     real = mask.bool()
-    torch.testing.assert_close(logits(model, ids, mask)[real], before[real], **TIGHT)
-    torch.testing.assert_close(logits(model, ids), plain, **TIGHT)
+    close(logits(model, ids, mask)[real], before[real])
+    close(logits(model, ids), plain)
 
 
 @pytest.mark.parametrize("family", ["gemma3-gqa", *slow("gemma-mqa", "gemma2-gqa")])
@@ -50,7 +49,7 @@ def test_triton_kernels_give_the_same_logits_as_transformers(family):
             part = ids[:, i : i + 1]
             found.append(logits(model, part, mask[:, : i + 1], past_key_values=cache))
     real = mask.bool()
-    torch.testing.assert_close(torch.cat(found, dim=1)[real], expected[real], **TIGHT)
+    close(torch.cat(found, dim=1)[real], expected[real])
 
 
 @pytest.mark.parametrize("t", [1, 20])
@@ -63,7 +62,7 @@ def test_triton_kernels_without_a_cache_give_the_same_logits_as_transformers(fam
     expected = logits(model, ids, use_cache=False)
     accelerate(model, strict=True)
     with interpreter():
-        torch.testing.assert_close(logits(model, ids, use_cache=False), expected, **TIGHT)
+        close(logits(model, ids, use_cache=False), expected)
 
 
 @pytest.mark.parametrize("part", ["norm", "mlp", "attention"])
@@ -71,7 +70,7 @@ def test_each_part_can_be_accelerated_alone(model, part):
     ids, parts = prompt(), dict.fromkeys(("norm", "mlp", "attention"), False)
     expected = logits(model, ids)
     accelerate(model, **parts | {part: True})
-    torch.testing.assert_close(logits(model, ids), expected, **TIGHT)
+    close(logits(model, ids), expected)
     ours = {line.part for line in explain(model) if line.path != "transformers"}
     assert ours == {part}
 
@@ -202,7 +201,7 @@ def test_model_can_be_moved_between_devices(model):
     ids = prompt()
     expected = logits(accelerate(model, strict=True), ids)
     found = logits(model.cuda(), ids.cuda()).cpu()
-    torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)
+    close(found, expected)
     assert torch.equal(logits(model.cpu(), ids), expected)
 
 
@@ -213,10 +212,10 @@ def test_several_families_can_be_accelerated_at_once():
         accelerate(model, strict=True)
     for _ in range(2):
         for model, right in zip(models, expected, strict=True):
-            torch.testing.assert_close(logits(model, ids), right, **TIGHT)
+            close(logits(model, ids), right)
     restore(models[0])
     assert torch.equal(logits(models[0], ids), expected[0])
-    torch.testing.assert_close(logits(models[2], ids), expected[2], **TIGHT)
+    close(logits(models[2], ids), expected[2])
 
 
 def test_model_with_sdpa_can_be_accelerated():
@@ -224,7 +223,7 @@ def test_model_with_sdpa_can_be_accelerated():
     mask = padded(ids, 7, 0)
     expected = logits(model, ids, mask)[mask.bool()]
     found = logits(accelerate(model, strict=True), ids, mask)[mask.bool()]
-    torch.testing.assert_close(found, expected, **TIGHT)
+    close(found, expected)
     assert model.config._attn_implementation == "gemma_fast+sdpa"
     assert restore(model).config._attn_implementation == "sdpa"
 

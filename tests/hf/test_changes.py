@@ -8,13 +8,12 @@ import pytest
 import torch
 import transformers
 from hf_models import logits, make, padded, prompt, why
+from tiny_models import close
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 
 from gemma_fast.hf import accelerate, accelerated, explain
 from gemma_fast.hf import attention as hf_attention
-
-TIGHT = {"rtol": 0, "atol": 3e-5}
 
 
 def set_config(**values):
@@ -70,7 +69,7 @@ def test_change_has_the_same_effect_as_without_acceleration(change, order, atten
     for mask in (None, padded(ids, 7, 0)):
         real = slice(None) if mask is None else mask.bool()
         expected = logits(theirs, ids, mask)[real]
-        torch.testing.assert_close(logits(model, ids, mask)[real], expected, rtol=1e-5, atol=1e-4)
+        close(logits(model, ids, mask)[real], expected)
 
 
 def test_replaced_activation_is_noticed_after_a_with_block():
@@ -78,8 +77,8 @@ def test_replaced_activation_is_noticed_after_a_with_block():
     CHANGES["the activation"](model)
     expected = logits(model, ids)
     with accelerated(model, norm=False):
-        torch.testing.assert_close(logits(model, ids), expected, **TIGHT)
-    torch.testing.assert_close(logits(model, ids), expected, **TIGHT)
+        close(logits(model, ids), expected)
+    close(logits(model, ids), expected)
     assert "act_fn was replaced after accelerate" in why(model)["mlp"][1]
 
 
@@ -88,7 +87,7 @@ def test_exact_gelu_in_the_config_is_not_replaced_by_the_tanh_approximation():
     config.hidden_activation = "gelu"
     model = transformers.Gemma3ForCausalLM(config).eval()
     expected = logits(model, prompt())
-    torch.testing.assert_close(logits(accelerate(model), prompt()), expected, **TIGHT)
+    close(logits(accelerate(model), prompt()), expected)
     assert "not the GELU's tanh approximation" in why(model)["mlp"][1]
 
 
@@ -111,8 +110,8 @@ def test_bias_yarn_and_positions_are_honored(family):
     expected = logits(model, ids), logits(model, ids, position_ids=positions)
     assert (expected[0] - expected[1]).abs().max() > 1e-3
     accelerate(model, strict=True)
-    torch.testing.assert_close(logits(model, ids), expected[0], **TIGHT)
-    torch.testing.assert_close(logits(model, ids, position_ids=positions), expected[1], **TIGHT)
+    close(logits(model, ids), expected[0])
+    close(logits(model, ids, position_ids=positions), expected[1])
 
 
 KEYWORDS = {
@@ -127,7 +126,7 @@ KEYWORDS = {
 def test_keywords_of_attention_have_the_same_effect_as_without_acceleration(name, attention):
     model, given = make("gemma3-gqa", attention), {"input_ids": prompt(), name: KEYWORDS[name]}
     expected = model(**given).logits
-    torch.testing.assert_close(accelerate(model)(**given).logits, expected, **TIGHT)
+    close(accelerate(model)(**given).logits, expected)
     path, reason = why(model, **given)["attention"]
     unknown = "hides more than causality" if name == "is_causal" else f"{name}: unknown keyword"
     assert path == "transformers" and unknown in reason
@@ -147,7 +146,7 @@ def test_attention_that_is_set_to_bidirectional_is_left_or_refused(order):
         with pytest.raises(ValueError, match="is_causal=False, but the kernels do not"):
             logits(model, ids)
         accelerate(model)
-    torch.testing.assert_close(logits(model, ids), logits(theirs, ids), **TIGHT)
+    close(logits(model, ids), logits(theirs, ids))
     assert "bidirectional" in why(model)["attention"][1]
 
 
@@ -203,7 +202,7 @@ def test_norm_with_a_tensor_subclass_stays():
     norm = model.model.norm
     norm.weight = DTensor(norm.weight.data)
     expected = logits(model, prompt())
-    torch.testing.assert_close(logits(accelerate(model), prompt()), expected, **TIGHT)
+    close(logits(accelerate(model), prompt()), expected)
     left = [line for line in explain(model) if line.path == "transformers"]
     assert [line.why for line in left] == ["its weight is a DTensor, not a plain tensor"]
 
@@ -246,5 +245,5 @@ def test_adapters_give_the_same_logits(kind, order):
     real = mask.bool()
     if found.shape[1] > real.shape[1]:
         found, expected = found[:, -real.shape[1] :], expected[:, -real.shape[1] :]
-    torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-4)
+    close(found[real], expected[real])
     assert any(getattr(x, "run", None) is not None for x in ours.modules())

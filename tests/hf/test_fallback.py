@@ -7,13 +7,12 @@ import pytest
 import torch
 import transformers
 from hf_models import FAMILIES, logits, make, padded, prompt, why
+from tiny_models import close
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from gemma_fast.hf import GemmaFastCache, accelerate
 from gemma_fast.hf import attention as hf_attention
 from gemma_fast.hf import masks as hf_masks
-
-TIGHT = {"rtol": 0, "atol": 3e-5}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -180,7 +179,7 @@ def test_hidden_states_are_the_same_as_before_acceleration(model):
         expected = model(ids, output_hidden_states=True).hidden_states
         found = accelerate(model, strict=True)(ids, output_hidden_states=True).hidden_states
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=3e-5, atol=3e-5)
+        close(a, b)
 
 
 def test_float64_falls_back(model):
@@ -216,7 +215,7 @@ def test_exact_gelu_falls_back():
         layer.mlp.act_fn = torch.nn.GELU()
     ids = prompt()
     expected = logits(model, ids)
-    torch.testing.assert_close(logits(accelerate(model), ids), expected, **TIGHT)
+    close(logits(accelerate(model), ids), expected)
     path, reason = why(model)["mlp"]
     assert path == "transformers" and "not the GELU's tanh approximation" in reason
 
@@ -260,7 +259,7 @@ def test_short_cache_gives_the_same_logits_or_is_refused(room, accelerated):
     else:
         for part, right in ((ids[:, :4], expected[:, :4]), (ids[:, 4:], expected[:, 4:])):
             found = logits(model, part, past_key_values=cache)
-            torch.testing.assert_close(found, right, **TIGHT)
+            close(found, right)
 
 
 def make_like(model):

@@ -5,12 +5,11 @@ import pytest
 import torch
 import transformers
 from hf_models import FAMILIES, logits, make, prompt
+from tiny_models import close
 from triton_interpreter import interpreter
 
 from gemma_fast.hf import accelerate, explain, restore
 from gemma_fast.hf.layers import swap_in
-
-TIGHT = {"rtol": 0, "atol": 3e-5}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,7 +89,7 @@ def test_multimodal_model_gives_the_same_output_for_text(multimodal):
     expected = logits(multimodal, ids)
     text = multimodal.generate(ids, max_new_tokens=8, do_sample=False)
     accelerate(multimodal, strict=True)
-    torch.testing.assert_close(logits(multimodal, ids), expected, **TIGHT)
+    close(logits(multimodal, ids), expected)
     assert torch.equal(multimodal.generate(ids, max_new_tokens=8, do_sample=False), text)
     modules = dict(multimodal.named_modules())
     assert all("language_model" in line.module for line in explain(multimodal))
@@ -110,7 +109,7 @@ def test_multimodal_model_gives_the_same_output_for_an_image(multimodal):
         expected = multimodal(**inputs).logits
         text = multimodal.generate(**inputs, max_new_tokens=8, do_sample=False)
         accelerate(multimodal)
-        torch.testing.assert_close(multimodal(**inputs).logits, expected, **TIGHT)
+        close(multimodal(**inputs).logits, expected)
         assert torch.equal(multimodal.generate(**inputs, max_new_tokens=8, do_sample=False), text)
         paths = {(line.part, line.path) for line in explain(multimodal, **inputs)}
     assert ("attention", "transformers") in paths and ("norm", "reference") in paths

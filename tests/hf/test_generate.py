@@ -8,6 +8,7 @@ import torch
 import transformers
 from hf_models import FAMILIES, T, logits, make, padded, prompt
 from marks import slow
+from tiny_models import close
 from transformers import DynamicCache, StaticCache
 from triton_interpreter import interpreter
 
@@ -16,7 +17,6 @@ from gemma_fast.hf import GemmaFastCache, accelerate, restore
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 NEWER, RENAMED = VERSION >= (5, 18), VERSION >= (5, 24)
 NEW = 24  # new tokens; more than the size of the windows
-TIGHT = {"rtol": 0, "atol": 3e-5}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -118,7 +118,7 @@ def test_cache_can_be_passed_under_its_new_name(model, kind):
         out = model(ids[:, :20], cache=kept)
     assert out.cache is kept
     found = torch.cat((out.logits, logits(model, ids[:, 20:], cache=out.cache)), dim=1)
-    torch.testing.assert_close(found, expected, **TIGHT)
+    close(found, expected)
     assert torch.equal(generate(model, ids, cache=cache()), text)
 
 
@@ -135,7 +135,7 @@ def test_prompt_in_chunks_gives_the_same_logits_as_transformers(chunk):
             for i in range(0, 60, chunk)
         ], dim=1)  # fmt: skip
         real = mask.bool()
-        torch.testing.assert_close(found[real], expected[real], **TIGHT)
+        close(found[real], expected[real])
 
 
 def test_decode_step_writes_one_slot_of_a_ring():
@@ -170,5 +170,5 @@ def test_left_padded_batch_gives_the_same_results_as_single_prompts(model):
     texts = generate(model, ids, mask)
     for row, padding in enumerate((0, 4, 21)):
         alone = ids[row : row + 1, padding:]
-        torch.testing.assert_close(logits(model, alone)[0], together[row, padding:], **TIGHT)
+        close(logits(model, alone)[0], together[row, padding:])
         assert torch.equal(generate(model, alone)[0, T - padding :], texts[row, T:])

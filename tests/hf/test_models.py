@@ -9,12 +9,12 @@ import pytest
 import torch
 import transformers
 from hf_models import make, padded, prompt, why
+from tiny_models import close
 from torch import nn
 
 from gemma_fast.hf import accelerate, explain, restore
 from gemma_fast.hf import attention as hf_attention
 
-CLOSE = {"rtol": 3e-5, "atol": 3e-5}  # hidden states and logits of a few units, in float32
 VISION = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 8,
     "num_attention_heads": 2, "patch_size": 2,
@@ -70,9 +70,9 @@ def test_outputs_are_the_same_as_before_acceleration(name, family):
     assert accelerate(model, strict=True) is model
     assert {path for path, _ in why(model).values()} == {"reference"}
     for padding in ("no mask", "left"):
-        torch.testing.assert_close(outputs(model, MASKS[padding]), expected[padding], **CLOSE)
+        close(outputs(model, MASKS[padding]), expected[padding])
     accelerate(model)
-    torch.testing.assert_close(outputs(model, RIGHT), expected["right"], **CLOSE)
+    close(outputs(model, RIGHT), expected["right"])
     restore(model)
     assert torch.equal(outputs(model, RIGHT), expected["right"])
 
@@ -94,7 +94,7 @@ def test_paligemma_keeps_its_attention(attention):
     expected = model(**inputs).logits
     text = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     accelerate(model)
-    torch.testing.assert_close(model(**inputs).logits, expected, **CLOSE)
+    close(model(**inputs).logits, expected)
     assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), text)
     paths = why(model, **inputs)
     assert "bidirectional" in paths["attention"][1] and paths["mlp"][0] == "reference"
@@ -118,7 +118,7 @@ def test_bidirectional_gemma3_keeps_its_attention(attention, padding):
     mask, causal = MASKS[padding], copy.deepcopy(model)
     expected = outputs(model, mask)
     accelerate(model)
-    torch.testing.assert_close(outputs(model, mask), expected, **CLOSE)
+    close(outputs(model, mask), expected)
     paths = why(model)
     assert paths["attention"][0] == "transformers" and "bidirectional" in paths["attention"][1]
     assert paths["norm"][0] == paths["mlp"][0] == "reference"
@@ -157,7 +157,7 @@ def test_model_that_becomes_bidirectional_after_acceleration(attention, field):
     accelerate(model)
     setattr(model.config, field, value)
     for mask in MASKS.values():
-        torch.testing.assert_close(outputs(model, mask), outputs(other, mask), **CLOSE)
+        close(outputs(model, mask), outputs(other, mask))
 
 
 def small(**more):

@@ -14,13 +14,12 @@ import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hf_models import FAMILIES, logits, make, padded, prompt, why
 from like_liger import LigerMLP, LigerNorm, replace_classes
+from tiny_models import close
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from gemma_fast.hf import accelerate, explain, restore
-
-TIGHT = {"rtol": 0, "atol": 3e-5}
 
 
 def check_attention_only(model):
@@ -28,7 +27,7 @@ def check_attention_only(model):
     ids = prompt()
     expected = logits(model, ids)
     accelerate(model)
-    torch.testing.assert_close(logits(model, ids), expected, **TIGHT)
+    close(logits(model, ids), expected)
     paths = why(model)
     assert paths["attention"][0] == "reference"
     assert paths["norm"][0] == paths["mlp"][0] == "transformers"
@@ -97,7 +96,7 @@ def test_methods_replaced_after_acceleration_run_and_are_listed():
     other = copy.deepcopy(model)
     _replace_forwards(other)
     _replace_forwards(accelerate(model))
-    torch.testing.assert_close(logits(model, prompt()), logits(other, prompt()), **TIGHT)
+    close(logits(model, prompt()), logits(other, prompt()))
     path, reason = why(model)["mlp"]
     assert path == "transformers" and reason.startswith("its forward was replaced by code of ")
 
@@ -109,7 +108,7 @@ def test_class_that_was_replaced_after_acceleration_is_listed(monkeypatch):
     path, reason = why(model)["mlp"]
     assert path == "reference" and reason.endswith("after accelerate: call accelerate(model) again")
     expected = logits(restore(model), ids)
-    torch.testing.assert_close(logits(accelerate(model), ids), expected, **TIGHT)
+    close(logits(accelerate(model), ids), expected)
 
 
 def test_one_replaced_forward_leaves_the_other_modules_on_the_kernels():
@@ -118,7 +117,7 @@ def test_one_replaced_forward_leaves_the_other_modules_on_the_kernels():
     mlp.forward = lambda x: 2 * type(mlp).forward(mlp, x)
     expected = logits(model, ids)
     accelerate(model)
-    torch.testing.assert_close(logits(model, ids), expected, **TIGHT)
+    close(logits(model, ids), expected)
     left = [line for line in explain(model) if line.path == "transformers"]
     assert [line.module for line in left] == ["model.layers.1.mlp"]
     with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp: its forward was replaced"):
@@ -158,7 +157,7 @@ def test_attention_stays_if_the_code_around_it_was_replaced(where):
         model.model.__class__ = type("Other", (type(model.model),), {"forward": _forward})
     expected = logits(model, ids)
     accelerate(model)
-    torch.testing.assert_close(logits(model, ids), expected, **TIGHT)
+    close(logits(model, ids), expected)
     paths = why(model)
     assert paths["attention"][0] == "transformers" and __name__ in paths["attention"][1]
     assert paths["norm"][0] == "reference" and model.config._attn_implementation == "eager"
@@ -192,7 +191,7 @@ def test_registered_attention_stays(name, monkeypatch):
     mask = padded(ids, 7, 0)
     expected = logits(model, ids, mask)
     accelerate(model)
-    torch.testing.assert_close(logits(model, ids, mask), expected, **TIGHT)
+    close(logits(model, ids, mask), expected)
     assert model.config._attn_implementation == name
     path, reason = why(model)["attention"]
     assert path == "transformers" and f"attention is '{name}'" in reason
@@ -220,6 +219,6 @@ def test_quantized_linears_stay_in_place(family):
                 setattr(module, name, Linear4bit(child))
     expected = logits(model, ids)
     accelerate(model, strict=True)
-    torch.testing.assert_close(logits(model, ids), expected, **TIGHT)
+    close(logits(model, ids), expected)
     assert type(model.model.layers[0].mlp.gate_proj) is Linear4bit
     assert {path for path, _ in why(model).values()} == {"reference"}

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import transformers
-from tiny_models import CONFIGS, random_model
+from tiny_models import CONFIGS, close, random_model
 
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.compat import FROM_PRETRAINED
@@ -47,7 +47,7 @@ def test_forward_takes_and_returns_the_cache_under_both_names():
         assert out.cache is out.past_key_values is out["cache"] is out[1]
         assert out["logits"] is out.logits
         again = model(ids[:, 10:], **{name: out.cache}).logits
-        torch.testing.assert_close(again, expected, rtol=0, atol=1e-4)
+        close(again, expected)
     out = model(ids)
     with pytest.raises(TypeError, match="both cache and past_key_values"):
         model(ids, cache=out.cache, past_key_values=out.cache)
