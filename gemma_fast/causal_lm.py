@@ -192,7 +192,8 @@ class GemmaForCausalLM(Gemma):
         attention_mask  [b, t], 0 for padding; None: pad_token_id is padding, if it ends no text
         max_new_tokens  maximum number of new tokens; default: 20
         max_length      maximum number of tokens, prompt included, if max_new_tokens is not set
-        do_sample       False (default): the most likely token, whatever the next four are
+        do_sample       False (default): take the most likely token, and ignore temperature, top_k,
+                        top_p and min_p
         temperature     divides the logits; 0: the most likely token, even with do_sample=True
         top_k, top_p, min_p, repetition_penalty  see `engine.sampling.Sampling`; the default of
                         top_k is 50, as in transformers

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gemma_fast.text.tokenizer import Tokenizer
 
 Command = Callable[..., None]
-# Options that a generation_config.json may set otherwise.
+# Options that the commands set, because a generation_config.json may have other values.
 ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1, "return_dict_in_generate": False}
 IMPLY_SAMPLE = ("temperature", "top_k", "top_p", "min_p")
 
@@ -190,8 +190,8 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
             click.echo(err=True)
             return
         messages.append({"role": "user", "content": text})
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*there is no chat template")  # said above
+        with warnings.catch_warnings():  # _warn_of_missing_template has printed this warning
+            warnings.filterwarnings("ignore", message=".*there is no chat template")
             encoding: Any = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt"
             )
@@ -234,10 +234,10 @@ def bench(context: click.Context, arguments: tuple[str, ...]) -> None:
 @click.pass_context
 def verify(context: click.Context, **chosen: Any) -> None:
     """Measure the error of every kernel against float64, and the error of the model against
-    transformers in float32, which reads the checkpoint itself (a GGUF file: by llama.cpp's rules).
-    Eager PyTorch and transformers are measured in the same way. The exit status
-    is 1 if an error exceeds that of eager PyTorch by more than the printed margin. --model can also
-    be a size with random weights, as in bench."""
+    transformers in float32. transformers reads the checkpoint itself; a GGUF file is read by
+    llama.cpp's rules. Eager PyTorch and transformers are measured in the same way. The exit status
+    is 1 if an error exceeds theirs by more than the printed margin. --model can also be a size with
+    random weights, as in bench."""
     from gemma_fast.benchmarks.verify.certificate import certify
 
     context.exit(0 if certify(**chosen) else 1)
@@ -319,7 +319,7 @@ def _stream(
         tokenizer, skip_prompt, skip_special_tokens=True, write=partial(click.echo, nl=False)
     )
     clock = _Clock(None if silent else streamer)
-    sampling["stop_strings"] = sampling["stop_strings"] or None  # None: those of the model
+    sampling["stop_strings"] = sampling["stop_strings"] or None  # None: the model's stop strings
     out = model.generate(
         ids, do_sample=do_sample, streamer=clock, tokenizer=tokenizer, **ONE_TEXT, **sampling
     )

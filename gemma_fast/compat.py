@@ -51,9 +51,9 @@ NO_EFFECT = (
     "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
     "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "speculation_type",
     "max_matching_ngram_size",
-    # a constant added to all logits; logits that are not finite are an error here
+    # adds one constant to all logits of a token; logits that are not finite raise an error here
     "renormalize_logits", "remove_invalid_values",
-    # encoder-decoder models; a prompt is always given; metadata
+    # for encoder-decoder models, and for calls without a prompt; metadata
     "decoder_start_token_id", "bos_token_id", "transformers_version", "_from_model_config",
     "_commit_hash",
 )  # fmt: skip

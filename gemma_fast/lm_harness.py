@@ -59,7 +59,7 @@ class GemmaFastLM(ScoringLM):
     max_length       maximum tokens of a prompt with its continuation; default: the model's context
     add_bos_token    False: put no <bos> before a text; default: put one
     prefix_token_id  token that precedes a text without a context; default: <bos>
-    truncation       True: cut a prompt to generate from after the tokenizer's model_max_length
+    truncation       True: truncate prompts of generation tasks to the tokenizer's model_max_length
     think_end_token  token (str or id) after whose last occurrence an answer begins; needed by
                      enable_thinking=True, which allows only tasks that generate
     chat_template_args  variables of the chat template; enable_thinking is one of them

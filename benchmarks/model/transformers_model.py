@@ -1,6 +1,6 @@
 """Creates transformers' model from gemma_fast's config and weights, for benchmarks and tests.
 
-A mistake of gemma_fast's reader is in this model, too. verify/truth.py does without that reader.
+A mistake of gemma_fast's reader is in this model, too. verify/truth.py does not use that reader.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def _rope(rope: RopeParameters) -> dict[str, Any]:
 def transformers_model(
     checkpoint: Checkpoint, attention: str, dtype: torch.dtype, device: torch.device | str
 ) -> transformers.PreTrainedModel:
-    """Returns transformers' model with the checkpoint's config and weights. Random weights are in
-    no file that transformers could read, and it reads GGUF in another way than llama.cpp."""
+    """Returns transformers' model with the checkpoint's config and weights. It is for random
+    weights, which are in no file, and for GGUF, which transformers reads differently."""
     config = transformers_config(checkpoint.config)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(

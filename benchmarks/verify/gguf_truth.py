@@ -163,7 +163,7 @@ def per_layer(keys: Mapping[str, Any], name: str, default: int | None = None) ->
 
 def kinds(keys: Mapping[str, Any], layers: int, period: int) -> list[str]:
     """Returns each layer's kind of attention. The pattern is a list (true: window) or a period: the
-    last layer of each period is full, and with period 0 none is."""
+    last layer of each period is full; with period 0, no layer is full."""
     pattern = keys.get("attention.sliding_window_pattern", period)
     if not isinstance(pattern, list):
         pattern = [pattern == 0 or i % pattern < pattern - 1 for i in range(layers)]

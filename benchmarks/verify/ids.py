@@ -32,7 +32,7 @@ def check_ids(checkpoint: Checkpoint, truth: Truth, model: Any) -> Iterator[Find
     ours = Tokenizer.from_pretrained(checkpoint.path)
     try:
         expected = [truth.ids(text) for text in (read_text(), MIXED)]
-    except Exception as error:  # whatever stops transformers: state it and go on
+    except Exception as error:  # any error of transformers: report it and continue
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         yield Finding(MODEL, f"ids of the text: not compared, because of {reason}", "", ())
         return

@@ -60,8 +60,8 @@ def split(part: str | int, token: str, i: int) -> list[str | int]:
 
 
 def merged(text: str, vocab: Mapping[str, int], scores: Sequence[float]) -> list[int]:
-    """Returns the ids of a text without special tokens. Neighbors whose joint piece has the highest
-    score, the leftmost first, are merged; what is in no token becomes bytes."""
+    """Returns the ids of a text without special tokens. Merges the neighbors whose joint piece has
+    the highest score, the leftmost first. Characters that are in no token become bytes."""
     pieces: list[str] = list(text)
     after, before = list(range(1, len(pieces) + 1)), list(range(-1, len(pieces) - 1))
     heap: list[tuple[float, int, int, str]] = []

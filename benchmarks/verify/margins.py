@@ -2,9 +2,9 @@
 
 A figure is one number of a check, such as the largest error. It is measured for gemma_fast (`ours`)
 and for the usual implementation (`eager`), which is eager PyTorch or, for the whole model,
-transformers. A margin gives the limit of our figure: factor × eager's + slack. A
-finding is the result of one check in one dtype: its figures and the verdict, pass or FAIL. Each
-finding is printed as one line.
+transformers. A margin gives the limit of our figure: factor × eager's + slack. A finding is the
+result of one check in one dtype: its figures and the verdict, pass or FAIL. Each finding is printed
+as one line.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ Greedy = Callable[[Any, Tensor, Tensor, int], Tensor]  # model, ids, mask, count
 def text_ids(checkpoint: Checkpoint, tokens: int) -> Tensor:
     """Returns the ids :: [1, t] of ids.TEXT, or random ids for a model with random weights.
 
-    The number of ids is limited: `tokens` new tokens fit the context too. Raises ValueError if the
-    context is too short.
+    There are at most as many ids as leave room in the context for `tokens` new tokens. Raises
+    ValueError if the context is too short.
     """
     config = checkpoint.config
     room = config.max_position_embeddings - max(tokens, WRITTEN)
@@ -103,7 +103,7 @@ def check_model(
     with full_precision():
         text = Text(exact, checkpoint.config.pad_token_id, ids, tokens)
         for dtype in dtypes:
-            model = exact  # in float32 the truth is measured too: one model less to load
+            model = exact  # in float32, transformers' model is the truth itself
             if dtype != torch.float32:
                 click.echo(f"{source.name}, {dtype}".replace("torch.", ""), err=True)
                 model = source.load(dtype=dtype, device=ids.device)

@@ -24,10 +24,10 @@ NOT_TEXT = ("vision_tower.", "multi_modal_projector.")
 
 
 class Truth(NamedTuple):
-    """The implementation whose results are right.
+    """The implementation whose results count as correct.
 
     name    the implementation
-    reader  who reads the checkpoint, in words
+    reader  how the checkpoint is read, as text for the title
     load    called with dtype and device, returns a model that is called like the reference
     ids     called with a text, returns its ids; None if they would be gemma_fast's own
     ends    ids that end a text; None: those of the model's generation_config
@@ -59,7 +59,7 @@ def truth_of(checkpoint: Checkpoint, device: torch.device) -> tuple[Truth, Any]:
             return truth, truth.load(dtype=torch.float32, device=device)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever stops transformers: state it and go on
+        except Exception as error:  # any error of transformers: report it and continue
             why = " ".join(f"{type(error).__name__}: {error}".split())
             problem = f"its own reading failed with {why}"
     truth = Truth(name, f"given what gemma_fast's reader read, because {problem}", given)
@@ -80,8 +80,8 @@ def own_reader(path: Path) -> tuple[Any, ...]:
 
 
 def read_directory(path: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """Returns transformers' model of a directory. Raises ValueError if it would have weights that
-    are in no file."""
+    """Returns transformers' model of a directory. Raises ValueError if the files lack a
+    weight of the model, or if a shape differs."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -27,7 +27,7 @@ KEYS = {
         "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
     },
 }  # fmt: skip
-ROUNDED = {"truncate": True}  # transformers does not read `truncate` of one layer type
+ROUNDED = {"truncate": True}  # transformers ignores `truncate` in the object of a layer type
 OTHER_KEYS = {"rope_type", "type", "partial_rotary_factor"}
 
 

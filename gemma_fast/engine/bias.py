@@ -97,8 +97,8 @@ class _Table(NamedTuple):
 
 
 def _repeats(ids: Tensor, size: int, vocab_size: int) -> Tensor:
-    """Returns mask :: [b, vocab]: the tokens with which the last `size` tokens of a row would be
-    `size` tokens that are in ids :: [b, t] already."""
+    """Returns mask :: [b, vocab], True for tokens that would repeat an n-gram: `size` successive
+    tokens that are already in the same row of ids :: [b, t]."""
     if ids.shape[1] < size:
         return torch.zeros(len(ids), vocab_size, dtype=torch.bool, device=ids.device)
     windows = ids.unfold(1, size, 1)  # [b, t - size + 1, size]

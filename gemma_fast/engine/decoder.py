@@ -90,7 +90,8 @@ class Decoder:
         attention_mask  [b, t], 0 for padding on the left; None: no padding
         texts           sampling settings of each row; empty: all rows are greedy
         processors      functions that change the logits of all rows; they prevent CUDA graphs
-        record          list to which the logits of each new token are appended; the same
+        record          list to which the logits of each new token are appended; it prevents CUDA
+                        graphs, too
         """
         if len(ids) > self.cache.batch:
             raise ValueError(f"a batch of {len(ids)} does not fit a decoder for {self.cache.batch}")

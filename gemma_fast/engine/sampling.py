@@ -26,8 +26,7 @@ Record = list[tuple[Tensor, Tensor]]
 class Sampling:
     """Sampling settings of one text. Raises ValueError for a value out of range.
 
-    do_sample           False: greedy, the most likely token; temperature and filters are ignored,
-                        whatever their values are
+    do_sample           False: greedy, the most likely token; temperature and filters are ignored
     temperature         divides the logits; 0: greedy
     top_k               ≥ 1: keep only the k most likely tokens; 0: keep all
     top_p               in [0, 1]: keep only the smallest set of most likely tokens that has a total
@@ -60,7 +59,7 @@ class Sampling:
             raise ValueError(f"do_sample={self.do_sample!r} must be True or False")
         if not self.do_sample or self.temperature == 0:
             for name in ("do_sample", "temperature", "top_k", "top_p", "min_p"):
-                object.__setattr__(self, name, getattr(Sampling, name))  # the default
+                object.__setattr__(self, name, getattr(Sampling, name))  # ignored
         for name, (in_range, words) in _RANGES.items():
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -102,7 +101,7 @@ class Sampler:
         rows = [*texts, *[Sampling()] * (len(self.token) - len(texts))]
         vocab_size = self._vocab_size
         self._any_samples = any(row.do_sample for row in rows)
-        self._penalises = any(row.repetition_penalty != 1 for row in rows)
+        self._penalizes = any(row.repetition_penalty != 1 for row in rows)
         # Number of top logits that the filters need in sorted order; 0: there are no filters.
         self._ordered = max(_ordered(row, vocab_size) for row in rows)
         _fill(self._seed, (row.seed for row in rows))
@@ -114,7 +113,7 @@ class Sampler:
         _fill(self._tail, (1 - row.top_p for row in rows))  # total probability that top_p may drop
         _fill(self._log_min_p, (math.log(row.min_p) if row.min_p else -math.inf for row in rows))
         self.token.zero_()
-        if self._penalises:
+        if self._penalizes:
             self._seen = self._of_all_tokens(self._seen).zero_()
         sizes, device = [row.no_repeat_ngram_size for row in texts], self.token.device
         self._biases = Biases([row.biases for row in texts], sizes, device)
@@ -141,7 +140,7 @@ class Sampler:
     def read(self, ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Marks the tokens ids :: [b, t] as seen in their rows, for the repetition penalty. Skips
         left padding, where attention_mask :: [b, t] is 0."""
-        if self._penalises:
+        if self._penalizes:
             if attention_mask is not None:
                 ids = ids.where(attention_mask.bool(), ids[:, -1:])
             self._seen.scatter_(1, ids.clamp(min=0), True)
@@ -162,7 +161,7 @@ class Sampler:
         """None: a step must not be captured, because it calls functions or keeps its logits."""
         if self._processors or self._record is not None:
             return None
-        return self._any_samples, self._penalises, self._ordered, bool(self._biases)
+        return self._any_samples, self._penalizes, self._ordered, bool(self._biases)
 
     @property
     def temperature(self) -> Tensor | None:
@@ -183,7 +182,7 @@ class Sampler:
     def process(self) -> Callable[[Tensor], Tensor] | None:
         if self._record is not None:
             return self._process_and_record
-        any_step = self._penalises or self._ordered or self._biases or self._processors
+        any_step = self._penalizes or self._ordered or self._biases or self._processors
         return self._process if any_step else None
 
     @property
@@ -205,7 +204,7 @@ class Sampler:
         logits = logits.float()
         if self._biases:
             logits = logits + self._bias
-        if self._penalises:
+        if self._penalizes:
             penalty = self._penalty.unsqueeze(1)
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(self._seen, penalised, logits)

@@ -1,5 +1,5 @@
 """`Stopping` ends a text at an end token, at a stop string, at its maximum number of new tokens,
-after a maximum time, or when a function of the caller says so."""
+after a maximum time, or when a function of the caller returns True."""
 
 from __future__ import annotations
 

@@ -133,8 +133,8 @@ def attend(
 
 
 def _check(original: str, module: nn.Module, query: Tensor, rest: dict[str, Any]) -> None:
-    """Raises ValueError if the original attention would give another result than the kernels and
-    `fallback` do: sdpa and flash attention use is_causal, and flash attention more keywords."""
+    """Raises ValueError for arguments that the original attention applies, and that neither the
+    kernels nor `fallback` apply: is_causal, and more keywords for flash and flex attention."""
     if original == "eager":
         return
     found: list[str] = []

@@ -34,8 +34,9 @@ class GemmaFastCache(StaticCache):
         if not isinstance(max_cache_len, int) or max_cache_len < 1:
             raise ValueError(f"{max_cache_len=} must be an integer of at least 1")
         super().__init__(config, max_cache_len, **options)
-        # A cache below the window's size never wraps. As a ring, it could also pass unnoticed: sdpa
-        # builds no mask for so few keys, so that RingOffset could not stop it.
+        # A cache smaller than the window never wraps, so it needs no ring. It must not be one: sdpa
+        # builds no mask for so few keys, so RingOffset could not refuse a model that is not
+        # accelerated.
         window = getattr(config.get_text_config(), "sliding_window", None)
         self.layers = [
             Ring(window, window)

@@ -63,8 +63,8 @@ def _is_decoder(module: nn.Module) -> bool:
 
 
 def part_of(module: nn.Module) -> str | None:
-    """Returns "norm", "mlp" or "attention" for such a module of any library; else None. A wrapper,
-    as of PEFT or torch.compile, is no part, but the module inside it is one."""
+    """Returns "norm", "mlp" or "attention" for such a module of any library; else None. A wrapper
+    (PEFT, torch.compile) is not a part; the module inside it is."""
     children = module._modules.keys()
     if children >= {"q_proj", "k_proj", "v_proj", "o_proj"}:
         return "attention"

@@ -60,7 +60,7 @@ def accelerate(
 
 
 def _whys(text: PreTrainedModel) -> dict[nn.Module, str]:
-    """Returns why parts cannot run on the kernels, for those that cannot."""
+    """Returns part → the reason why it cannot run on the kernels, for parts that cannot."""
     attention = why_not_attention(text)
     parts = [(module, part) for module in text.modules() if (part := part_of(module))]
     whys = {x: attention if part == "attention" else why_not(x) for x, part in parts}

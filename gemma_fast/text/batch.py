@@ -10,7 +10,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-PADS: dict[str, Any] = {  # the value of a padding position
+PADS: dict[str, Any] = {  # values for padding
     "attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1, "offset_mapping": (0, 0),
     "assistant_masks": 0,
 }  # fmt: skip
@@ -19,8 +19,8 @@ PADDING = (True, False, None, "longest", "max_length", "do_not_pad")
 
 
 class Encoding(dict[str, Any]):
-    """Stores `input_ids`, `attention_mask` (1: token, 0: padding) and what else was requested, as
-    items and as attributes.
+    """Stores `input_ids`, `attention_mask` (1: token, 0: padding) and the other requested columns,
+    as items and as attributes.
 
     encodings  a tokenizers.Encoding for each text, without padding, with offsets and the like;
                `encoding[0]` is encodings[0]. None for a chat and after `pad`

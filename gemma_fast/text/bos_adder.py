@@ -11,7 +11,9 @@ from gemma_fast.text.special_tokens import Vocabulary
 
 
 class BosAdder(Vocabulary):
-    """add_bos_token, add_eos_token  whether <bos> and the eos token are added to a text; can be set
+    """Adds <bos> and the eos token to texts.
+
+    add_bos_token, add_eos_token  whether <bos> and the eos token are added to a text; can be set
     padding_side, truncation_side    "left" or "right"; can be set
     model_max_length                 limit of truncation=True and padding="max_length"
     model_input_names                names in the result of a call

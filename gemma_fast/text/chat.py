@@ -79,7 +79,7 @@ class GemmaTurns:
 
 
 def _text_message(message: Message, i: int) -> dict[str, str]:
-    """Returns the message with its parts joined to one text."""
+    """Returns the message with its parts joined into one text."""
     extra = [k for k in message if k not in ("role", "content")]
     if extra:
         raise ValueError(
@@ -155,7 +155,7 @@ def check_tools(tools: object) -> list[Any] | None:
 
 
 class Prompt(NamedTuple):
-    """pieces  parts of the rendered text, each with the control token that it is a mark of, or ""
+    """pieces  parts of the rendered text, each with the control token that it stands for, or ""
     spans      start and stop of `{% generation %}` blocks, in characters of the joined pieces"""
 
     pieces: list[tuple[str, str]]
@@ -174,7 +174,7 @@ def render_prompt(
     continue_final_message: bool | str = False,
 ) -> Prompt:
     """Renders the prompt, in which each control token that came from `variables` has a piece of its
-    own. Tokens of that kind must be encoded as plain text.
+    own. These pieces must be encoded as plain text.
 
     trusted                 the names and texts of special tokens, for the template
     continue_final_message  the prompt ends with the last message's content, or with the field of

@@ -24,7 +24,9 @@ OPTIONS = ("pad_to_multiple_of", "padding_side", "return_attention_mask")  # of 
 
 
 class ChatEncoder(TextEncoder):
-    """chat_template        a template, or templates by name; None if there is none; can be set
+    """Encodes chats.
+
+    chat_template        a template, or templates by name; None if there is none; can be set
     chat_control_tokens  added tokens that a message cannot contain, besides special tokens;
                          None: those in the template
     turns                Gemma's chat format, used without a template; None if the vocabulary lacks
@@ -172,7 +174,7 @@ class ChatEncoder(TextEncoder):
     def _encode_prompt(
         self, prompt: Prompt, control_ids: frozenset[int]
     ) -> tuple[list[int], list[int]]:
-        """Returns the ids of a prompt, and 1 for each that overlaps one of its spans."""
+        """Returns the ids of a prompt, and for each id 1 if it overlaps a span, else 0."""
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         position = 0
@@ -218,7 +220,7 @@ def _is_batch(conversation: Any) -> bool:
 
 
 def _overlaps(offsets: list[tuple[int, int]], spans: list[list[int]]) -> Iterator[int]:
-    """Yields 1 for each token that overlaps a span. Both are in order."""
+    """Yields for each token 1 if it overlaps a span, else 0. Both are in order."""
     left = iter(spans)
     span = next(left, None)
     for start, stop in offsets:

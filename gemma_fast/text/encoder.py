@@ -147,7 +147,7 @@ class TextEncoder(BosAdder):
         verbose: bool = True,
     ) -> Encoding:
         """Pads ids that are encoded already: an Encoding or a dict with input_ids, or a list of
-        them. Other items than a call returns stay as they are."""
+        them. Items that a call does not return stay as they are."""
         given = encoded_inputs
         if not isinstance(given, Mapping):
             given = {name: [example[name] for example in given] for name in given[0]}
@@ -175,7 +175,7 @@ class TextEncoder(BosAdder):
         self, found: list[tokenizers.Encoding], mask: bool | None, types: bool | None,
         special: bool, offsets: bool,
     ) -> dict[str, list]:  # fmt: skip
-        """Returns the columns that a call wants. None: as `model_input_names` says."""
+        """Returns the requested columns. An argument of None follows `model_input_names`."""
         columns: dict[str, tuple[bool | None, list]] = {
             "attention_mask": (mask, [e.attention_mask for e in found]),
             "token_type_ids": (types, [e.type_ids for e in found]),

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from gemma_fast.text.templates import gguf_templates
 
 PREFIX = "tokenizer."
-TOKEN_IDS = {  # key → name of the token whose id it is
+TOKEN_IDS = {  # key, which stores a token id → name of the token
     "ggml.bos_token_id": "bos_token",
     "ggml.eos_token_id": "eos_token",
     "ggml.unknown_token_id": "unk_token",

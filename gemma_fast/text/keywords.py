@@ -1,4 +1,4 @@
-"""Lists what transformers' tokenizers have and this one has not: settings, keywords and attributes.
+"""Lists settings, keywords and attributes that transformers' tokenizers have and this one lacks.
 
 SETTINGS, CALL and DECODE: keyword → the values that are accepted because they change nothing, and
 the advice in the error message for any other value. ATTRIBUTES: name → the advice.
@@ -75,7 +75,7 @@ SETTINGS: Table = {
 }
 # Keywords of tokenizer(text).
 CALL: Table = {
-    "is_split_into_words": ((False,), "join the words to a text"),
+    "is_split_into_words": ((False,), "join the words into a text"),
     "return_overflowing_tokens": ((False,), "split the ids that the call without it returns"),
     "split_special_tokens": ((False,), _AUTO_TOKENIZER),
     "text_pair_target": ((), "call the tokenizer a second time"),

@@ -1,4 +1,4 @@
-"""Copies what a chat template gets (messages, tools, documents, other variables) to plain JSON
+"""Copies the variables of a chat template (messages, tools, documents and others) to plain JSON
 values, and marks control tokens in them."""
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Marks:
 
     def split(self, text: str) -> list[tuple[str, str]]:
         """Splits a rendered text at its marks. Returns the pieces as they stand in `text`, each
-        with the control token that it is a mark of, or with ""."""
+        with the control token that it stands for, or with ""."""
         tokens = {char: token for token, char in self._marks.items()}
         # A template's tojson(ensure_ascii=True) writes a mark as an escape sequence.
         tokens |= {json.dumps(char)[1:-1]: token for char, token in tokens.items()}

@@ -24,7 +24,8 @@ NO_MAX_LENGTH = int(1e30)  # transformers' model_max_length of a tokenizer that 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 MAX_TOKENS = 1 << 17  # in one list of a file; Gemma 3 has 6415 added tokens
 SIDES = ("left", "right")
-GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # their files say how text is split
+# classes whose pipeline is defined by tokenizer.json
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 CLASSES = ("GemmaTokenizer", "GemmaTokenizerFast", *GENERIC)
 
 
@@ -126,7 +127,7 @@ def check_settings(given: Mapping[str, Any], source: str, *, call: bool = False)
     applied: dict[str, Any] = {}
     for name, value in given.items():
         if value is None or (name in LOADING and not call):
-            if name in NAMED:  # not even the default
+            if name in NAMED:  # null removes the default token, too
                 applied[name] = None
             continue
         check = APPLIED.get(name)
@@ -160,7 +161,7 @@ def read_settings(directory: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     config = directory / "tokenizer_config.json"
     has_json = (directory / "tokenizer.json").is_file()
     content = read_json(config) if config.is_file() else {}
-    if has_json:  # its post-processor says what is added to a text
+    if has_json:  # its post-processor defines which tokens are added
         for name in ("add_bos_token", "add_eos_token"):
             content.pop(name, None)
     settings = check_settings(content, str(config))
