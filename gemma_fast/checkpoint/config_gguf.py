@@ -2,7 +2,7 @@
 
 GGUF does not store query_pre_attn_scalar, and most files do not store the layer pattern and the
 theta of windowed layers. The architecture and the number of layers determine these fields. Keys of
-the tokenizer are in text/gguf_vocab.py.
+the tokenizer are in text/gguf_settings.py.
 
 The metadata are untrusted. Raises ValueError, with the key, for a value that is missing, out of
 range, or requires a computation that this project does not support. Warns of a key of the
@@ -11,6 +11,7 @@ architecture that is in no table.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -126,6 +127,8 @@ def generation_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     dot = "general.sampling."
     given = {k.removeprefix(dot): _rounded(v) for k, v in metadata.items() if k.startswith(dot)}
     options = {name: given.pop(key) for name, key in SAMPLING.items() if key in given}
+    for name, value in options.items():
+        check_number(dot + SAMPLING[name], value, -math.inf, math.inf)
     if options:
         options["do_sample"] = options.get("temperature", 1) > 0
     if options.get("top_k", 0) < 0:

@@ -184,6 +184,13 @@ def test_options_of_generate_are_read_from_gguf(metadata, expected):
     assert {name: found[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("key", config_gguf.SAMPLING.values())
+@pytest.mark.parametrize("value", ["hot", [1.0], True, float("nan")], ids=str)
+def test_sampling_settings_that_are_no_numbers_are_refused(key, value):
+    with pytest.raises(ValueError, match=rf"general.sampling.{key}=.* must be a number"):
+        generation_from_gguf({f"general.sampling.{key}": value})
+
+
 @pytest.mark.parametrize(
     "setting",
     [
