@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from gemma_fast.benchmarks.verify import margins as of
 from gemma_fast.benchmarks.verify.margins import MODEL, Finding, finding
 from gemma_fast.benchmarks.verify.truth import Truth
 from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.engine.options import merge_options
+from gemma_fast.engine.request import end_token_ids
 from gemma_fast.text.tokenizer import Tokenizer
 
 # Charles Darwin, On the Origin of Species (1859), introduction: longer than a window of 512 tokens.
@@ -42,16 +44,12 @@ def check_ids(checkpoint: Checkpoint, truth: Truth, model: Any) -> Iterator[Find
     figures: dict[str, tuple[float, float | None]] = {of.IDS_DIFFER: (differ, None)}
     check = "differing ids of the text"
     if checkpoint.path.is_dir():
-        differ = len(our_ends(checkpoint) ^ as_set(model.generation_config.eos_token_id))
+        ours_end = end_token_ids(
+            merge_options({}, None, checkpoint.generation_config), checkpoint.config
+        )
+        theirs_end = model.generation_config.eos_token_id
+        theirs_end = [theirs_end] if isinstance(theirs_end, int) else theirs_end or []
+        differ = len({*ours_end} ^ {*theirs_end})
         figures[of.ENDS_DIFFER] = differ, None
         check += " / end tokens"
     yield finding(MODEL, check, torch.int64, figures)
-
-
-def our_ends(checkpoint: Checkpoint) -> set[int]:
-    given = checkpoint.generation_config.get("eos_token_id")
-    return as_set(checkpoint.config.eos_token_id if given is None else given)
-
-
-def as_set(ids: int | Sequence[int] | None) -> set[int]:
-    return {ids} if isinstance(ids, int) else set(ids or ())
