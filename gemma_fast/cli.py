@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gemma_fast.compat import ONE_TEXT
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from gemma_fast.text.tokenizer import Tokenizer
 
 Command = Callable[..., None]
-# Options that a generation_config.json may set otherwise.
-ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1, "return_dict_in_generate": False}
 IMPLY_SAMPLE = ("temperature", "top_k", "top_p", "min_p")
 
 
