@@ -99,7 +99,7 @@ class FileCheckpoint(Checkpoint):
             if name not in expected:
                 raise ValueError(
                     f"{self.files[name]}: tensor {name} is unknown: the config's model has no"
-                    " tensor of this name"
+                    " tensor of this name; load the model with transformers"
                 )
 
     @abstractmethod

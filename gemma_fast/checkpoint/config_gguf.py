@@ -116,14 +116,31 @@ def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
 def generation_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options of `generate` that a GGUF file sets: end tokens, suppressed tokens and
     `general.sampling.*`. Warns of sampling settings that `generate` does not have."""
-    tokens = metadata.get("tokenizer.ggml.tokens") or []
-    ends = {tokens.index(name) for name in END_NAMES if name in tokens}
-    ends |= {_token_id(metadata, name) for name in ("eos", "eot", "eom")} - {None}
-    found: dict[str, Any] = {"eos_token_id": sorted(ends)} if ends else {}
+    ends = _end_tokens(metadata)
+    found: dict[str, Any] = {"eos_token_id": ends} if ends else {}
     if suppressed := metadata.get("tokenizer.ggml.suppress_tokens"):
         for token in suppressed if isinstance(suppressed, list) else [suppressed]:
             check_number("tokenizer.ggml.suppress_tokens", token, *TOKEN_ID, whole=True)
         found["suppress_tokens"] = suppressed
+    return found | _sampling(metadata)
+
+
+def _end_tokens(metadata: Mapping[str, Any]) -> list[int]:
+    """Returns the tokens that end a text. Warns of an id outside the vocabulary, and ignores it, as
+    llama.cpp does."""
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    ends = {tokens.index(name) for name in END_NAMES if name in tokens}
+    for name in ("eos", "eot", "eom"):
+        token = _token_id(metadata, name)
+        if token is not None and tokens and token >= len(tokens):
+            problem = f"tokenizer.ggml.{name}_token_id is {token}, which is not in the vocabulary"
+            warnings.warn(f"{problem}: ignored", stacklevel=2)
+        elif token is not None:
+            ends.add(token)
+    return sorted(ends)
+
+
+def _sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
     dot = "general.sampling."
     given = {k.removeprefix(dot): _rounded(v) for k, v in metadata.items() if k.startswith(dot)}
     options = {name: given.pop(key) for name, key in SAMPLING.items() if key in given}
@@ -139,7 +156,7 @@ def generation_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
         if value and name not in ("xtc_threshold", "mirostat_tau", "mirostat_eta"):
             problem = f"{dot}{name}={value!r:.60} has no effect: generate() has no such option"
             warnings.warn(problem, stacklevel=2)
-    return found | options
+    return options
 
 
 def _check_keys(given: dict[str, Any], family: str) -> None:

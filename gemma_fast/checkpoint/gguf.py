@@ -74,7 +74,8 @@ class GGUFCheckpoint(FileCheckpoint):
             if part in LAYER_NAMES[family]:
                 return f"model.layers.{layer}.{LAYER_NAMES[family][part]}.weight"
         raise ValueError(
-            f"{self.path}: tensor {stored_name} is unknown: {family} has no such tensor"
+            f"{self.path}: tensor {stored_name} is unknown: {family} has no such tensor; use"
+            " llama.cpp"
         )
 
     def check(self) -> None:
@@ -103,7 +104,8 @@ class GGUFCheckpoint(FileCheckpoint):
     def _refuse_rope_factors(self, path: Path, tensor: ReaderTensor) -> None:
         if tensor.shape.size != 1 or (read_rows(path, tensor, 0, 1) != 1).any():
             raise ValueError(
-                f"{path}: tensor {ROPE_FACTORS} scales rotary frequencies, which is not supported"
+                f"{path}: tensor {ROPE_FACTORS} scales rotary frequencies, which is not supported:"
+                " use llama.cpp"
             )
 
 

@@ -52,7 +52,8 @@ class SafetensorsCheckpoint(FileCheckpoint):
                 if dtype not in DTYPES:
                     allowed = ", ".join(DTYPES)
                     raise ValueError(
-                        f"{file}: tensor {name} has dtype {dtype}, which is not one of {allowed}"
+                        f"{file}: tensor {name} has dtype {dtype}, which is not one of {allowed}:"
+                        " load the model with transformers, or convert the weights"
                     )
                 self.add(name, shape, file, stored_name)
                 stored_dtypes[name] = dtype

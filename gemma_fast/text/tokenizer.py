@@ -4,9 +4,9 @@
     tokenizer("I want to move", return_tensors="pt").input_ids  # [b, t]
     tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_tensors="pt")
 
-Tokenizer has the interface of transformers' tokenizers, with two differences: ids start with
-exactly one <bos>, even if the text starts with <bos>, and names of control tokens in a chat message
-are encoded as plain text.
+Tokenizer has the interface of transformers' tokenizers, with two differences: a text that starts
+with <bos> does not get a second one, and names of control tokens in a chat are encoded as plain
+text.
 """
 
 from __future__ import annotations

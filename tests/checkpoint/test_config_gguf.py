@@ -184,6 +184,12 @@ def test_options_of_generate_are_read_from_gguf(metadata, expected):
     assert {name: found[name] for name in expected} == expected
 
 
+def test_end_tokens_outside_the_vocabulary_are_ignored_with_a_warning():
+    metadata = {"tokenizer.ggml.tokens": ["<pad>", "<eos>"], "tokenizer.ggml.eot_token_id": 2}
+    with pytest.warns(UserWarning, match="eot_token_id is 2, which is not in the vocabulary"):
+        assert generation_from_gguf(metadata) == {"eos_token_id": [1]}
+
+
 @pytest.mark.parametrize("key", config_gguf.SAMPLING.values())
 @pytest.mark.parametrize("value", ["hot", [1.0], True, float("nan")], ids=str)
 def test_sampling_settings_that_are_no_numbers_are_refused(key, value):
