@@ -64,6 +64,7 @@ class GemmaForCausalLM(Gemma):
         device: torch.device | str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         torch_dtype: torch.dtype | str | None = None,
+        local_files_only: bool = False,
         **others: Any,
     ) -> GemmaForCausalLM:
         """Loads a model from a directory of safetensors, a .gguf file or a hub id.
@@ -72,6 +73,7 @@ class GemmaForCausalLM(Gemma):
         device       None: the GPU if there is one, else the CPU
         device_map   transformers' way to pass the device: "auto", a device, or {"": device}
         torch_dtype  older name of dtype in transformers
+        local_files_only  do not download: a hub id must be in the Hub's cache
         others       transformers' keywords that have no effect here, see `compat.FROM_PRETRAINED`
 
         Checks config, tensor names, shapes and dtypes before it allocates the weights; then reads
@@ -82,7 +84,7 @@ class GemmaForCausalLM(Gemma):
         if dtype is not None and torch_dtype is not None:
             raise TypeError("from_pretrained() got both dtype and torch_dtype: pass only dtype")
         dtype = dtype or torch_dtype or "auto"
-        checkpoint = open_checkpoint(name_or_path)
+        checkpoint = open_checkpoint(name_or_path, local_files_only)
         return cls.from_checkpoint(checkpoint, dtype=dtype, device=pick_device(device, device_map))
 
     @classmethod

@@ -137,7 +137,6 @@ FROM_PRETRAINED: Table = {
     "distributed_config": ((), _ONE_DEVICE),
     "variant": ((), "rename the files of the variant to model.safetensors"),
     "force_download": ((False,), _DOWNLOAD),
-    "local_files_only": ((False,), _DOWNLOAD),
     "proxies": ((), _DOWNLOAD),
     "tqdm_class": ((), _DOWNLOAD),
     "attn_implementation": (

@@ -17,9 +17,14 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 MAX_JSON = 16 << 20  # bytes; the index of the largest Gemma takes 0.1 MB
 
 
-def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = HUB_FILES) -> Path:
+def resolve(
+    name_or_path: str | os.PathLike[str],
+    patterns: Sequence[str] = HUB_FILES,
+    local_files_only: bool = False,
+) -> Path:
     """Returns the path itself for a directory or a .gguf file. For a hub id, downloads the files
-    that match `patterns` and returns their directory.
+    that match `patterns` and returns their directory. With local_files_only, finds them in the
+    Hub's cache.
 
     Raises ValueError for other kinds of file, for example a pickle, which can run code when it is
     read. Raises OSError if the download fails, and FileNotFoundError if the name is neither an
@@ -54,15 +59,19 @@ def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = HUB_
             " directory"
         )
     if HUB_ID.fullmatch(name) and path.suffix not in (".gguf", ".safetensors"):
-        return _download(name, patterns)
+        return _download(name, patterns, local_files_only)
     raise FileNotFoundError(f"{path} does not exist, and is not a hub id (owner/name): check it")
 
 
-def _download(hub_id: str, patterns: Sequence[str]) -> Path:
+def _download(hub_id: str, patterns: Sequence[str], local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(
+                hub_id, allow_patterns=list(patterns), local_files_only=local_files_only
+            )
+        )
     except (OSError, ValueError) as error:  # base classes of huggingface_hub's errors
         raise OSError(
             f"{hub_id} is not a local directory, and its download from the Hugging Face Hub failed"

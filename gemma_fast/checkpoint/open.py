@@ -9,13 +9,16 @@ from gemma_fast.checkpoint.hub import resolve
 from gemma_fast.checkpoint.safetensors import SafetensorsCheckpoint
 
 
-def open_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(
+    name_or_path: str | os.PathLike[str], local_files_only: bool = False
+) -> Checkpoint:
     """Opens and checks a directory of safetensors, a .gguf file or a model on the Hugging Face Hub.
+    With local_files_only, a model on the Hub must be in its cache.
 
     Raises ValueError if a file is malformed or a tensor does not match the config, and the errors
     of `hub.resolve`.
     """
-    path = resolve(name_or_path)
+    path = resolve(name_or_path, local_files_only=local_files_only)
     checkpoint: FileCheckpoint
     if path.is_dir():
         checkpoint = SafetensorsCheckpoint(path)

@@ -8,23 +8,19 @@ from collections.abc import Mapping
 
 from gemma_fast.compat import ANY, FROM_PRETRAINED, Table
 
-_DOWNLOAD = FROM_PRETRAINED["revision"][1]
+_SHARED = (
+    "trust_remote_code", "revision", "token", "cache_dir", "subfolder", "gguf_file",
+    "force_download", "proxies",
+)  # fmt: skip
 _AUTO_TOKENIZER = "use transformers.AutoTokenizer, whose tensors this model takes"
 # Keywords of from_pretrained that are not keys of tokenizer_config.json.
 LOADING: Table = {
     "use_fast": ((True,), "there is no slow tokenizer: omit it"),
     "from_slow": ((False,), "there is no slow tokenizer: omit it"),
-    "trust_remote_code": FROM_PRETRAINED["trust_remote_code"],
-    "revision": FROM_PRETRAINED["revision"],
-    "token": FROM_PRETRAINED["token"],
+    **{name: FROM_PRETRAINED[name] for name in _SHARED},
     "use_auth_token": FROM_PRETRAINED["token"],
-    "cache_dir": FROM_PRETRAINED["cache_dir"],
-    "subfolder": FROM_PRETRAINED["subfolder"],
-    "gguf_file": FROM_PRETRAINED["gguf_file"],
-    "force_download": ((False,), _DOWNLOAD),
-    "proxies": ((), _DOWNLOAD),
-    "local_files_only": ((True, False), "pass a bool"),
-    # These three are keywords of a model, which programs pass to the tokenizer, too.
+    "local_files_only": (ANY, ""),  # a keyword is applied
+    # These four are keywords of a model, which programs pass to the tokenizer, too.
     "device_map": (ANY, ""),
     "dtype": (ANY, ""),
     "torch_dtype": (ANY, ""),

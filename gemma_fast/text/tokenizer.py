@@ -113,16 +113,18 @@ class Tokenizer(ChatEncoder):
         self.turns = GemmaTurns(family) if ids.keys() >= set(TURNS) else None
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **others: Any) -> Tokenizer:
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], *, local_files_only: bool = False, **others: Any
+    ) -> Tokenizer:
         """Loads tokenizer.json, or tokenizer.model, and the files beside it from a directory or the
-        hub, or rebuilds the tokenizer of a .gguf.
+        hub, or rebuilds the tokenizer of a .gguf. With local_files_only, nothing is downloaded.
 
         `others` are keys of tokenizer_config.json, or transformers' keywords that have no effect
         here, see `keywords.SETTINGS`. Raises ValueError, with the path, for a malformed file, and
         the errors of `hub.resolve`.
         """
         given = check_settings(others, "from_pretrained()", call=True)
-        path = resolve(name_or_path, patterns=FILES)
+        path = resolve(name_or_path, FILES, local_files_only)
         if path.is_file():
             from gemma_fast.checkpoint.gguf_reader import GGUFFile  # needs the extra `gguf`
 

@@ -4,6 +4,7 @@ that forward takes and returns the cache under both of its names."""
 import inspect
 import re
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -11,8 +12,9 @@ from tiny_models import CONFIGS, random_model
 
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.compat import FROM_PRETRAINED
+from gemma_fast.text.tokenizer import Tokenizer
 
-OURS = {"dtype", "device", "device_map", "torch_dtype"}
+OURS = {"dtype", "device", "device_map", "torch_dtype", "local_files_only"}
 INTERNAL = {"_commit_hash", "_from_auto", "_from_pipeline"}
 THEIRS = transformers.PreTrainedModel.from_pretrained
 
@@ -36,6 +38,18 @@ def test_a_keyword_has_no_effect_or_its_error_names_a_way_out(name, tmp_path):
     for value in same if isinstance(same, tuple) else (object(),):
         with pytest.raises(FileNotFoundError, match=r"config\.json"):
             GemmaForCausalLM.from_pretrained(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("kind", [GemmaForCausalLM, Tokenizer])
+@pytest.mark.parametrize("options", [{}, {"local_files_only": True}], ids=str)
+def test_local_files_only_is_honored(kind, options, monkeypatch):
+    def snapshot_download(hub_id, **given):
+        raise OSError(f"local_files_only={given['local_files_only']}")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(OSError, match="owner/model is not a local directory") as error:
+        kind.from_pretrained("owner/model", **options)
+    assert str(error.value.__cause__) == f"local_files_only={bool(options)}"
 
 
 def test_forward_takes_and_returns_the_cache_under_both_names():
