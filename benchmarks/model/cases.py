@@ -97,9 +97,9 @@ def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens
 
     Each weight is read once and takes 2 FLOPs per new token, except that of the output projection,
     which takes FLOPs only for the last token's logits. The lookup of embeddings is not counted.
-    Attention takes
-    4 FLOPs per layer, query head, channel and visible (query, key) pair. Old keys and values that a
-    new token sees are read once; new keys and values that a later token may see are written once.
+    Attention takes 4 FLOPs per layer, query head, channel and visible (query, key) pair. Old keys
+    and values that a new token sees are read once; new keys and values that a later token may see
+    are written once.
     """
     head = config.vocab_size * config.hidden_size  # weights of the output projection
     weights = config.num_parameters - (0 if config.tie_word_embeddings else head)

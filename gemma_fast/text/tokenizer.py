@@ -142,7 +142,7 @@ class Tokenizer(ChatEncoder):
         if settings.get("tokenizer_class") in GENERIC:
             _check_pipeline(backend, file)
         if file.suffix == ".json" and backend.post_processor is None:
-            _warn_of_missing_bos(settings, file)
+            _leave_out_bos(settings, file)
         templates, template_source = read_templates(path)
         if templates is not None and "chat_template" not in given:
             settings["chat_template"] = templates
@@ -237,7 +237,8 @@ def _check_pipeline(backend: Backend, file: Path) -> None:
             )
 
 
-def _warn_of_missing_bos(settings: dict[str, Any], file: Path) -> None:
+def _leave_out_bos(settings: dict[str, Any], file: Path) -> None:
+    """Sets add_bos_token to False and warns, unless it is set."""
     if settings.get("add_bos_token") is None:
         settings["add_bos_token"] = False
         warnings.warn(
