@@ -99,14 +99,20 @@ def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
     values = {"num_key_value_heads": heads, "head_dim": hidden // heads} | values
     for key in HEAD_DIMS:
         if given.get(key, values["head_dim"]) != values["head_dim"]:
-            raise ValueError(f"{dot}{key}={given[key]!r} must equal {values['head_dim']=}")
+            raise ValueError(
+                f"{dot}{key}={given[key]!r} must equal {dot}{APPLIED['head_dim']}"
+                f"={values['head_dim']!r}: use llama.cpp"
+            )
     scaled = (family, layers) in SCALED_BY_HIDDEN
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens := metadata.get("tokenizer.ggml.tokens"), list):
+        raise ValueError(
+            "the GGUF metadata has no list tokenizer.ggml.tokens: convert the model again"
+        )
     ids: dict[str, Any] = {f"{x}_token_id": _token_id(metadata, x) for x in ("bos", "eos")}
     ids["pad_token_id"] = _token_id(metadata, "padding")
     return GemmaConfig(
         model_type=family,
-        vocab_size=len(tokens) if isinstance(tokens, list) else None,  # type: ignore[arg-type]
+        vocab_size=len(tokens),
         query_pre_attn_scalar=hidden // heads if scaled else values["head_dim"],
         **values | _windows(given, family, layers) | _rope(given, family),
         **{name: token for name, token in ids.items() if token is not None},
