@@ -246,7 +246,7 @@ class GemmaForCausalLM(Gemma):
     def end_token_ids(self) -> tuple[int, ...]:
         """The tokens at which `generate` ends a text, unless eos_token_id is passed: those of
         generation_config, or else of the config."""
-        return end_token_ids(self.generation_config, self.config)
+        return end_token_ids(merge_options({}, None, self.generation_config), self.config)
 
     def memory(self) -> dict[str, int]:
         """Returns the bytes of each item on the device. `free_memory` frees "cache" and "graph".

@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gemma_fast.compat import ONE_TEXT
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from gemma_fast.text.tokenizer import Tokenizer
 
 Command = Callable[..., None]
-# Options that the commands set, because a generation_config.json may have other values.
-ONE_TEXT: dict[str, Any] = {"num_return_sequences": 1, "return_dict_in_generate": False}
 IMPLY_SAMPLE = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -94,11 +94,14 @@ sampling_options = _options(
 
 
 class _Errors(click.Group):
-    """Prints an error of the library as one message, without a traceback; the exit status is 1."""
+    """Prints an error of the library as one message, without a traceback; the exit status is 1.
+    Prints warnings without the place in the code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: _warn(message)
+                return super().invoke(ctx)
         except (ValueError, OSError, ImportError) as error:
             raise click.ClickException(str(error)) from error
         except RuntimeError as error:
@@ -247,7 +250,11 @@ def _warn_of_missing_template(tokenizer: Tokenizer) -> None:
     from gemma_fast.text.chat_encoder import NO_TEMPLATE
 
     if tokenizer.chat_template is None and tokenizer.turns is not None:
-        click.echo(f"Warning: {tokenizer.source}: {NO_TEMPLATE}", err=True)
+        _warn(f"{tokenizer.source}: {NO_TEMPLATE}")
+
+
+def _warn(message: object) -> None:
+    click.echo(f"Warning: {message}", err=True)
 
 
 def _ends(model: GemmaForCausalLM, tokenizer: Tokenizer) -> list[int]:

@@ -32,6 +32,7 @@ FORWARD: Table = _OUTPUTS | {
     "return_dict": ((True,), "index the result: [0] is the logits, [1] the cache"),
     "labels": ((), _FROM_LOGITS),
     "inputs_embeds": ((), "pass input_ids"),
+    "token_type_ids": (ANY, ""),  # transformers' text models ignore them
 }
 
 # The fields of transformers' GenerationConfig: each one is in APPLIED, NO_EFFECT or REFUSED.
@@ -91,13 +92,16 @@ REFUSED: Table = {
     "output_hidden_states": ((False,), _HF),
 }
 GENERATION_CONFIG: Table = {**REFUSED, **dict.fromkeys(APPLIED + NO_EFFECT, (ANY, ""))}
-# Keywords of transformers' generate() that are not fields of its GenerationConfig.
+# Options for one row of ids per prompt, whatever the generation_config of the model says.
+ONE_TEXT: Mapping[str, Any] = {"num_return_sequences": 1, "return_dict_in_generate": False}
+# The keywords of transformers' generate(): the fields of its GenerationConfig, and others.
 GENERATE: Table = {
     **GENERATION_CONFIG,
     "past_key_values": ((), f"{_LOOP}, or {_HF}"),
     "cache": ((), f"{_LOOP}, or {_HF}"),
     "inputs_embeds": ((), f"pass input_ids, or {_HF}"),
     "position_ids": ((), "omit it: positions follow from attention_mask"),
+    "token_type_ids": ((), "pass only input_ids and attention_mask"),
     "assistant_model": ((), _DRAFT),
     "assistant_tokenizer": ((), _DRAFT),
     "negative_prompt_ids": ((), _HF),
@@ -168,9 +172,11 @@ LM_EVAL: Table = {
     "tp_plan": ((), _ONE_DEVICE),
     "peft": ((), _MERGE),
     "delta": ((), "add the weights, and save the sum; or use lm_eval's model hf"),
-    "autogptq": ((False,), FROM_PRETRAINED["load_in_4bit"][1]),
-    "gptqmodel": ((False,), FROM_PRETRAINED["load_in_4bit"][1]),
+    "autogptq": ((False,), _QUANTIZED),
+    "gptqmodel": ((False,), _QUANTIZED),
 }
+
+_PLAIN = (bool, int, float, str)
 
 
 def download_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,6 +195,3 @@ def check_keywords(call: str, given: Mapping[str, Any], table: Table) -> None:
             continue
         if value is not None and not (value in same if isinstance(value, _PLAIN) else same is ANY):
             raise TypeError(f"{call}: {name}={value!r:.60} is not supported: {way_out}")
-
-
-_PLAIN = (bool, int, float, str)

@@ -22,7 +22,7 @@ import torch
 from jinja2 import TemplateError
 
 from gemma_fast.causal_lm import GemmaForCausalLM
-from gemma_fast.compat import FROM_PRETRAINED, LM_EVAL, check_keywords
+from gemma_fast.compat import FROM_PRETRAINED, LM_EVAL, ONE_TEXT, check_keywords
 from gemma_fast.text.tokenizer import Tokenizer
 
 try:
@@ -135,22 +135,18 @@ class GemmaFastLM(ScoringLM):
         """Renders a chat. Without `add_generation_prompt` the text ends with the last message. If
         the template fails, leaves out system messages, as `hf` does, and warns."""
         try:
-            text = self._render(chat_history, add_generation_prompt)
+            return self._render(chat_history, add_generation_prompt)
         except (ValueError, TemplateError) as problem:
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
             warnings.warn(f"system messages are left out: {problem}", stacklevel=2)
-            text = self._render(others, add_generation_prompt)
-        if add_generation_prompt:
-            return text
-        last = chat_history[-1]["content"].strip()
-        return text[: text.rindex(last) + len(last)]
+            return self._render(others, add_generation_prompt)
 
     def _render(self, chat: list[dict[str, str]], add_generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=add_generation_prompt,
-            **self.chat_template_args,
+            continue_final_message=not add_generation_prompt, **self.chat_template_args,
         )  # fmt: skip
 
     def tok_encode(
@@ -210,7 +206,7 @@ class GemmaFastLM(ScoringLM):
         length = {"max_length": kwargs.pop("max_length")} if "max_length" in kwargs else {}
         more = kwargs.pop("stop_strings", None) or self.model.generation_config.get("stop_strings")
         stop = [*filter(None, until), *([more] if isinstance(more, str) else more or ())]
-        kwargs |= {"num_return_sequences": 1, "return_dict_in_generate": False}
+        kwargs |= ONE_TEXT
 
         def write(batch: Sequence[int]) -> list[str]:
             inputs = self._pad([ids[i] for i in batch])

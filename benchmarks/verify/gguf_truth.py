@@ -29,9 +29,6 @@ BLOCK = 1 << 22  # elements that are dequantized at once
 # Keys that llama.cpp reads and that transformers' Gemma cannot represent → the value without effect
 REFUSED: dict[str, Any] = {
     "attention.causal": True, "expert_count": 0, "rope.scaling.attn_factor": 1.0,
-    "rope.scaling.alpha": 0.0, "rope.scaling.yarn_ext_factor": None,
-    "rope.scaling.yarn_attn_factor": None, "rope.scaling.yarn_beta_fast": None,
-    "rope.scaling.yarn_beta_slow": None, "rope.scaling.yarn_log_multiplier": None,
 }  # fmt: skip
 
 
@@ -102,27 +99,17 @@ def config_of(
         )
     keys = {name.removeprefix(f"{family}."): value for name, value in metadata.items()}
     refuse(keys)
-    layers, hidden = keys["block_count"], keys["embedding_length"]
-    heads = per_layer(keys, "attention.head_count")
-    head_dim = keys.get("attention.key_length", hidden // heads)
-    for name in ("attention.value_length", "rope.dimension_count"):
-        if keys.get(name, head_dim) != head_dim:
-            raise ValueError(f"{name} {keys[name]} is not attention.key_length {head_dim}")
-    common = {
+    common = common_of(keys) | {
         "vocab_size": vocab_size, "tie_word_embeddings": tie_word_embeddings,
-        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": per_layer(keys, "attention.head_count_kv", heads),
-        "head_dim": head_dim, "intermediate_size": per_layer(keys, "feed_forward_length"),
-        "max_position_embeddings": keys["context_length"],
-        "rms_norm_eps": keys["attention.layer_norm_rms_epsilon"],
     }  # fmt: skip
-    rope = rope_of(keys)
+    rope, layers, hidden = rope_of(keys), common["num_hidden_layers"], common["hidden_size"]
     if family == "gemma":
         return transformers.GemmaConfig(
             hidden_act="gelu_pytorch_tanh", rope_parameters=rope, **common
         )
     common["hidden_activation"] = "gelu_pytorch_tanh"  # ggml_gelu
     largest = layers == {"gemma2": 46, "gemma3": 62}[family]  # 27B
+    heads, head_dim = common["num_attention_heads"], common["head_dim"]
     common["query_pre_attn_scalar"] = hidden // heads if largest else head_dim
     if family == "gemma2":
         if keys.get("rope.freq_base_swa", rope["rope_theta"]) != rope["rope_theta"]:
@@ -142,6 +129,23 @@ def config_of(
         layer_types=kinds(keys, layers, 6) if window else [FULL] * layers,
         final_logit_softcapping=keys.get("final_logit_softcapping") or None, **common,
     )  # fmt: skip
+
+
+def common_of(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of transformers' config that all families have."""
+    hidden, heads = keys["embedding_length"], per_layer(keys, "attention.head_count")
+    head_dim = keys.get("attention.key_length", hidden // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if keys.get(name, head_dim) != head_dim:
+            raise ValueError(f"{name} {keys[name]} is not attention.key_length {head_dim}")
+    return {
+        "hidden_size": hidden, "num_hidden_layers": keys["block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": per_layer(keys, "attention.head_count_kv", heads),
+        "head_dim": head_dim, "intermediate_size": per_layer(keys, "feed_forward_length"),
+        "max_position_embeddings": keys["context_length"],
+        "rms_norm_eps": keys["attention.layer_norm_rms_epsilon"],
+    }  # fmt: skip
 
 
 def refuse(keys: Mapping[str, Any]) -> None:
@@ -179,9 +183,4 @@ def rope_of(keys: Mapping[str, Any]) -> dict[str, Any]:
         return rope
     if kind == "linear":
         return rope | {"rope_type": "linear", "factor": factor}
-    if kind == "yarn":
-        original = keys.get("rope.scaling.original_context_length", keys["context_length"])
-        return rope | {
-            "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
-        }  # fmt: skip
-    raise ValueError(f"rope.scaling.type {kind!r} is not one of none, linear, yarn")
+    raise ValueError(f"rope.scaling.type {kind!r} is not one of none, linear")

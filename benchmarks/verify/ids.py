@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from gemma_fast.benchmarks.verify import margins as of
 from gemma_fast.benchmarks.verify.margins import MODEL, Finding, finding
 from gemma_fast.benchmarks.verify.truth import Truth
 from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.engine.options import merge_options
+from gemma_fast.engine.request import end_token_ids
 from gemma_fast.text.tokenizer import Tokenizer
 
 # Charles Darwin, On the Origin of Species (1859), introduction: longer than a window of 512 tokens.
@@ -39,17 +41,11 @@ def check_ids(checkpoint: Checkpoint, truth: Truth, model: Any) -> Iterator[Find
     found = [list(ours(text)["input_ids"]) for text in (read_text(), MIXED)]
     pairs = zip(found, expected, strict=True)
     differ = sum(x != y for a, b in pairs for x, y in zip_longest(a, b))
-    ends = truth.ends or as_set(model.generation_config.eos_token_id)
+    given = model.generation_config.eos_token_id
+    ends = truth.ends or ({given} if isinstance(given, int) else set(given or ()))
+    options = merge_options({}, None, checkpoint.generation_config)
+    ours_end = end_token_ids(options, checkpoint.config)
     figures: dict[str, tuple[float, float | None]] = {
-        of.IDS_DIFFER: (differ, None), of.ENDS_DIFFER: (len(our_ends(checkpoint) ^ ends), None),
+        of.IDS_DIFFER: (differ, None), of.ENDS_DIFFER: (len(set(ours_end) ^ ends), None),
     }  # fmt: skip
     yield finding(MODEL, "differing ids of the text / end tokens", torch.int64, figures)
-
-
-def our_ends(checkpoint: Checkpoint) -> set[int]:
-    given = checkpoint.generation_config.get("eos_token_id")
-    return as_set(checkpoint.config.eos_token_id if given is None else given)
-
-
-def as_set(ids: int | Sequence[int] | None) -> set[int]:
-    return {ids} if isinstance(ids, int) else set(ids or ())

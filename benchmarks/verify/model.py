@@ -67,9 +67,7 @@ def dtypes_of(checkpoint: Checkpoint, device: torch.device, asked: str) -> list[
 
 
 def our_greedy(model: GemmaForCausalLM, ids: Tensor, mask: Tensor, count: int) -> Tensor:
-    out = model.generate(
-        ids, mask, max_new_tokens=count, do_sample=False, repetition_penalty=1.0, eos_token_id=[]
-    )
+    out = model.generate(ids, mask, max_new_tokens=count, do_sample=False, eos_token_id=[])
     return out[:, ids.shape[1] :]
 
 
@@ -111,6 +109,7 @@ def check_model(
             del model  # frees its memory before the next model is loaded
             click.echo(f"{OURS}, {dtype}".replace("torch.", ""), err=True)
             gemma = GemmaForCausalLM.from_checkpoint(checkpoint, dtype=dtype, device=ids.device)
+            gemma.generation_config.clear()  # eager_greedy does not apply its options, either
             varying = text.varying(gemma)
             ours = iter((*text.figures(gemma, our_greedy), *varying))
             del gemma

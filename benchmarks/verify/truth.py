@@ -44,7 +44,8 @@ def truth_of(checkpoint: Checkpoint, device: torch.device) -> tuple[Truth, Any]:
     """Returns the truth of a checkpoint, and its model in float32."""
     version = installed_version("transformers")
     if version is None or tuple(map(int, version.split(".")[:2])) < OLDEST:
-        found = "is not installed" if version is None else f"is {version}, older than 5.17"
+        oldest = ".".join(map(str, OLDEST))
+        found = "is not installed" if version is None else f"is {version}, older than {oldest}"
         reader = f"read by gemma_fast's own reader, because transformers {found}"
         truth = Truth("eager reference", reader, partial(Reference.from_checkpoint, checkpoint))
         return truth, truth.load(dtype=torch.float32, device=device)

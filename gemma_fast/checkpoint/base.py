@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from gemma_fast.config import GemmaConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS = 4096  # rows of the head and the embedding that are compared at once
+T = TypeVar("T")
 
 
 class Checkpoint(ABC):
@@ -98,7 +99,7 @@ class FileCheckpoint(Checkpoint):
             if name not in expected:
                 raise ValueError(
                     f"{self.files[name]}: tensor {name} is unknown: the config's model has no"
-                    " tensor of this name"
+                    " tensor of this name; load the model with transformers"
                 )
 
     @abstractmethod
@@ -130,9 +131,7 @@ class FileCheckpoint(Checkpoint):
                 del table[HEAD]
 
 
-def parse_config(
-    path: Path, parse: Callable[[dict[str, Any]], GemmaConfig], content: dict[str, Any]
-) -> GemmaConfig:
+def parse_content(path: Path, parse: Callable[[dict[str, Any]], T], content: dict[str, Any]) -> T:
     """Returns `parse(content)`. If that raises ValueError, adds the path to the message."""
     try:
         return parse(content)

@@ -2,7 +2,7 @@
 
 GGUF does not store query_pre_attn_scalar, and most files do not store the layer pattern and the
 theta of windowed layers. The architecture and the number of layers determine these fields. Keys of
-the tokenizer are in text/gguf_vocab.py.
+the tokenizer are in text/gguf_settings.py.
 
 The metadata are untrusted. Raises ValueError, with the key, for a value that is missing, out of
 range, or requires a computation that this project does not support. Warns of a key of the
@@ -11,6 +11,7 @@ architecture that is in no table.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -98,14 +99,20 @@ def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
     values = {"num_key_value_heads": heads, "head_dim": hidden // heads} | values
     for key in HEAD_DIMS:
         if given.get(key, values["head_dim"]) != values["head_dim"]:
-            raise ValueError(f"{dot}{key}={given[key]!r} must equal {values['head_dim']=}")
+            raise ValueError(
+                f"{dot}{key}={given[key]!r} must equal {dot}{APPLIED['head_dim']}"
+                f"={values['head_dim']!r}: use llama.cpp"
+            )
     scaled = (family, layers) in SCALED_BY_HIDDEN
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens := metadata.get("tokenizer.ggml.tokens"), list):
+        raise ValueError(
+            "the GGUF metadata has no list tokenizer.ggml.tokens: convert the model again"
+        )
     ids: dict[str, Any] = {f"{x}_token_id": _token_id(metadata, x) for x in ("bos", "eos")}
     ids["pad_token_id"] = _token_id(metadata, "padding")
     return GemmaConfig(
         model_type=family,
-        vocab_size=len(tokens) if isinstance(tokens, list) else None,  # type: ignore[arg-type]
+        vocab_size=len(tokens),
         query_pre_attn_scalar=hidden // heads if scaled else values["head_dim"],
         **values | _windows(given, family, layers) | _rope(given, family),
         **{name: token for name, token in ids.items() if token is not None},
@@ -115,17 +122,36 @@ def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
 def generation_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options of `generate` that a GGUF file sets: end tokens, suppressed tokens and
     `general.sampling.*`. Warns of sampling settings that `generate` does not have."""
-    tokens = metadata.get("tokenizer.ggml.tokens") or []
-    ends = {tokens.index(name) for name in END_NAMES if name in tokens}
-    ends |= {_token_id(metadata, name) for name in ("eos", "eot", "eom")} - {None}
-    found: dict[str, Any] = {"eos_token_id": sorted(ends)} if ends else {}
+    ends = _end_tokens(metadata)
+    found: dict[str, Any] = {"eos_token_id": ends} if ends else {}
     if suppressed := metadata.get("tokenizer.ggml.suppress_tokens"):
         for token in suppressed if isinstance(suppressed, list) else [suppressed]:
             check_number("tokenizer.ggml.suppress_tokens", token, *TOKEN_ID, whole=True)
         found["suppress_tokens"] = suppressed
+    return found | _sampling(metadata)
+
+
+def _end_tokens(metadata: Mapping[str, Any]) -> list[int]:
+    """Returns the tokens that end a text. Warns of an id outside the vocabulary, and ignores it, as
+    llama.cpp does."""
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    ends = {tokens.index(name) for name in END_NAMES if name in tokens}
+    for name in ("eos", "eot", "eom"):
+        token = _token_id(metadata, name)
+        if token is not None and tokens and token >= len(tokens):
+            problem = f"tokenizer.ggml.{name}_token_id is {token}, which is not in the vocabulary"
+            warnings.warn(f"{problem}: ignored", stacklevel=2)
+        elif token is not None:
+            ends.add(token)
+    return sorted(ends)
+
+
+def _sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
     dot = "general.sampling."
     given = {k.removeprefix(dot): _rounded(v) for k, v in metadata.items() if k.startswith(dot)}
     options = {name: given.pop(key) for name, key in SAMPLING.items() if key in given}
+    for name, value in options.items():
+        check_number(dot + SAMPLING[name], value, -math.inf, math.inf)
     if options:
         options["do_sample"] = options.get("temperature", 1) > 0
     if options.get("top_k", 0) < 0:
@@ -136,7 +162,7 @@ def generation_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
         if value and name not in ("xtc_threshold", "mirostat_tau", "mirostat_eta"):
             problem = f"{dot}{name}={value!r:.60} has no effect: generate() has no such option"
             warnings.warn(problem, stacklevel=2)
-    return found | options
+    return options
 
 
 def _check_keys(given: dict[str, Any], family: str) -> None:

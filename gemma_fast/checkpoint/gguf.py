@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gemma_fast.checkpoint.base import FileCheckpoint, parse_config
+from gemma_fast.checkpoint.base import FileCheckpoint, parse_content
 from gemma_fast.checkpoint.config_gguf import config_from_gguf, generation_from_gguf
 from gemma_fast.checkpoint.gguf_reader import GGUFFile, ReaderTensor, read_rows
 from gemma_fast.checkpoint.hub import GGUF_PART
@@ -54,8 +54,8 @@ class GGUFCheckpoint(FileCheckpoint):
     def __init__(self, path: Path):
         super().__init__(path)
         first = GGUFFile(path)
-        self.config = parse_config(path, config_from_gguf, first.metadata)
-        self.generation_config = generation_from_gguf(first.metadata)
+        self.config = parse_content(path, config_from_gguf, first.metadata)
+        self.generation_config = parse_content(path, generation_from_gguf, first.metadata)
         for file in _parts(first):
             for tensor in file.tensors:
                 if tensor.name == ROPE_FACTORS:
@@ -74,7 +74,8 @@ class GGUFCheckpoint(FileCheckpoint):
             if part in LAYER_NAMES[family]:
                 return f"model.layers.{layer}.{LAYER_NAMES[family][part]}.weight"
         raise ValueError(
-            f"{self.path}: tensor {stored_name} is unknown: {family} has no such tensor"
+            f"{self.path}: tensor {stored_name} is unknown: {family} has no such tensor; use"
+            " llama.cpp"
         )
 
     def check(self) -> None:
@@ -103,7 +104,8 @@ class GGUFCheckpoint(FileCheckpoint):
     def _refuse_rope_factors(self, path: Path, tensor: ReaderTensor) -> None:
         if tensor.shape.size != 1 or (read_rows(path, tensor, 0, 1) != 1).any():
             raise ValueError(
-                f"{path}: tensor {ROPE_FACTORS} scales rotary frequencies, which is not supported"
+                f"{path}: tensor {ROPE_FACTORS} scales rotary frequencies, which is not supported:"
+                " use llama.cpp"
             )
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gemma_fast.checkpoint.base import EMBEDDING, HEAD, FileCheckpoint, parse_config
+from gemma_fast.checkpoint.base import EMBEDDING, HEAD, FileCheckpoint, parse_content
 from gemma_fast.checkpoint.config_json import config_from_json, dtype_name
 from gemma_fast.checkpoint.hub import read_json
 from gemma_fast.checkpoint.names import text_name, warn_of_skipped
@@ -38,7 +38,7 @@ class SafetensorsCheckpoint(FileCheckpoint):
             )
         config_file, generation_file = path / "config.json", path / "generation_config.json"
         content = read_json(config_file)
-        self.config = parse_config(config_file, config_from_json, content)
+        self.config = parse_content(config_file, config_from_json, content)
         self.generation_config = read_json(generation_file) if generation_file.is_file() else {}
 
         found: list[str] = []
@@ -52,7 +52,8 @@ class SafetensorsCheckpoint(FileCheckpoint):
                 if dtype not in DTYPES:
                     allowed = ", ".join(DTYPES)
                     raise ValueError(
-                        f"{file}: tensor {name} has dtype {dtype}, which is not one of {allowed}"
+                        f"{file}: tensor {name} has dtype {dtype}, which is not one of {allowed}:"
+                        " load the model with transformers, or convert the weights"
                     )
                 self.add(name, shape, file, stored_name)
                 stored_dtypes[name] = dtype

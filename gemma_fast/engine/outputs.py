@@ -31,13 +31,11 @@ class Outputs:
 
     def of(self, ids: Tensor) -> Tensor | GenerateOutput:
         whole, scores, logits = self._returns
+        if not whole:
+            return ids
         record = self.record or []
-        return (
-            GenerateOutput(
-                ids,
-                tuple(processed for _, processed in record) if scores else None,
-                tuple(raw for raw, _ in record) if logits else None,
-            )
-            if whole
-            else ids
+        return GenerateOutput(
+            ids,
+            tuple(processed for _, processed in record) if scores else None,
+            tuple(raw for raw, _ in record) if logits else None,
         )

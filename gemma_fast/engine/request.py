@@ -84,8 +84,8 @@ def requests_of(
 
 
 def end_token_ids(options: Mapping[str, Any], config: GemmaConfig) -> tuple[int, ...]:
-    """Returns the tokens that end a text: `eos_token_id` of the options of a call or of the model's
-    generation_config, or else of the model's config."""
+    """Returns the tokens that end a text: `eos_token_id` of the options, which `merge_options`
+    returns, or else of the model's config."""
     return _token_ids("eos_token_id", options, config)
 
 

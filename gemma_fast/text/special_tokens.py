@@ -62,7 +62,7 @@ class Vocabulary:
     def __setattr__(self, name: str, value: Any) -> None:
         key = name.removesuffix("_id")
         if key in NAMED or key in self.__dict__.get("_named", ()):
-            self._set_named(key, value if name == key else self.backend.id_to_token(value))
+            self._set_named(key, value if name == key else self._token_of(name, value))
         elif name in EXTRA:
             self._extra = [self._known(name, token) for token in value or ()]
         else:
@@ -73,6 +73,19 @@ class Vocabulary:
             self._named.pop(name, None)
         else:
             self._named[name] = self._known(name, token)
+
+    def _token_of(self, name: str, token_id: int | None) -> str | None:
+        if token_id is None:
+            return None
+        try:
+            token = self.backend.id_to_token(token_id)
+        except (TypeError, OverflowError):
+            token = None
+        if token is None:
+            raise ValueError(
+                f"{name}={token_id!r:.60} is not in the vocabulary: use one of its ids, or None"
+            )
+        return token
 
     def _known(self, name: str, token: str | AddedToken) -> str:
         if not isinstance(token, str | AddedToken) or self.token_to_id(str(token)) is None:

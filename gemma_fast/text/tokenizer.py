@@ -4,9 +4,9 @@
     tokenizer("I want to move", return_tensors="pt").input_ids  # [b, t]
     tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_tensors="pt")
 
-Tokenizer has the interface of transformers' tokenizers, with two differences: ids start with
-exactly one <bos>, even if the text starts with <bos>, and names of control tokens in a chat message
-are encoded as plain text.
+Tokenizer has the interface of transformers' tokenizers, with two differences: a text that starts
+with <bos> does not get a second one, and names of control tokens in a chat are encoded as plain
+text.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Tokenizer(ChatEncoder):
         if settings.get("tokenizer_class") in GENERIC:
             _check_pipeline(backend, file)
         if file.suffix == ".json" and backend.post_processor is None:
-            _warn_of_missing_bos(settings, file)
+            _leave_out_bos(settings, file)
         templates, template_source = read_templates(path)
         if templates is not None and "chat_template" not in given:
             settings["chat_template"] = templates
@@ -236,7 +236,8 @@ def _check_pipeline(backend: Backend, file: Path) -> None:
             )
 
 
-def _warn_of_missing_bos(settings: dict[str, Any], file: Path) -> None:
+def _leave_out_bos(settings: dict[str, Any], file: Path) -> None:
+    """Sets add_bos_token to False and warns, unless it is set."""
     if settings.get("add_bos_token") is None:
         settings["add_bos_token"] = False
         warnings.warn(

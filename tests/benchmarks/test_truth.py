@@ -4,6 +4,7 @@ that a mistake of our reader fails it.
 A mistake is put back by a checkpoint whose path is that of other files, or whose config is wrong.
 """
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,16 @@ def test_correct_directory_passes_against_transformers_own_reading(name, tmp_pat
     reader, lines = verify(open_checkpoint(write_directory(tmp_path, name)), FP32, BF16)
     assert reader == "reading the checkpoint itself"
     assert not failed(lines) and lines[0].check == IDS_AND_ENDS
+
+
+@pytest.mark.filterwarnings("ignore:.*num_beams")
+def test_options_of_generation_config_do_not_change_the_verdict(tmp_path):
+    write_directory(tmp_path)
+    ids = {"eos_token_id": 1, "pad_token_id": 0}
+    options = {"suppress_tokens": [*range(3, 250)], "stop_strings": ["a"], "num_beams": 2}
+    (tmp_path / "generation_config.json").write_text(json.dumps(ids | options))
+    _, lines = verify(open_checkpoint(tmp_path), FP32)
+    assert not failed(lines)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -93,7 +93,7 @@ def test_query_pre_attn_scalar_of_27b_models_is_derived_from_gguf():
         ({"gemma3.embedding_length": 1 << 40}, "embedding_length=1099511627776"),
         ({"gemma3.rope.scaling.type": "yarn"}, "yarn"),
         ({"gemma3.attention.causal": False}, "attention.causal=False"),
-        ({"gemma3.attention.value_length": 128}, "value_length=128 must equal"),
+        ({"gemma3.attention.value_length": 128}, r"value_length=128 must .*key_length=256"),
         ({"gemma3.rope.dimension_count": 128}, "dimension_count=128 must equal"),
         ({"gemma3.rope.scaling.attn_factor": 2.0}, "attn_factor=2.0"),
         ({"gemma3.expert_count": 4}, "expert_count=4"),
@@ -102,7 +102,7 @@ def test_query_pre_attn_scalar_of_27b_models_is_derived_from_gguf():
         ({"gemma3.attention.sliding_window_pattern": "6"}, "sliding_window_pattern='6'"),
         ({"general.type": "adapter"}, "'adapter' is not supported"),
         ({"tokenizer.ggml.eos_token_id": "1"}, "eos_token_id='1'"),
-        ({"tokenizer.ggml.tokens": None}, "vocab_size=None"),
+        ({"tokenizer.ggml.tokens": None}, "no list tokenizer.ggml.tokens"),
     ],
     ids=str,
 )
@@ -182,6 +182,19 @@ def test_every_key_is_applied_or_refused_or_gives_a_warning_or_is_known_to_have_
 def test_options_of_generate_are_read_from_gguf(metadata, expected):
     found = generation_from_gguf(metadata)
     assert {name: found[name] for name in expected} == expected
+
+
+def test_end_tokens_outside_the_vocabulary_are_ignored_with_a_warning():
+    metadata = {"tokenizer.ggml.tokens": ["<pad>", "<eos>"], "tokenizer.ggml.eot_token_id": 2}
+    with pytest.warns(UserWarning, match="eot_token_id is 2, which is not in the vocabulary"):
+        assert generation_from_gguf(metadata) == {"eos_token_id": [1]}
+
+
+@pytest.mark.parametrize("key", config_gguf.SAMPLING.values())
+@pytest.mark.parametrize("value", ["hot", [1.0], True, float("nan")], ids=str)
+def test_sampling_settings_that_are_no_numbers_are_refused(key, value):
+    with pytest.raises(ValueError, match=rf"general.sampling.{key}=.* must be a number"):
+        generation_from_gguf({f"general.sampling.{key}": value})
 
 
 @pytest.mark.parametrize(

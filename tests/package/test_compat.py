@@ -28,6 +28,7 @@ def one(tmp_path_factory) -> Twins:
         ({"cache": torch.ones(2)}, "cache=.* is not supported: call model"),
         ({"assistant_model": torch.nn.Linear(2, 2)}, "it changes only the speed: omit it, or"),
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized' is not"),
+        ({"token_type_ids": torch.zeros(1, 3)}, "pass only input_ids and attention_mask"),
         ({"num_beans": 1}, r"generate\(\) got an unexpected keyword argument 'num_beans'"),
         ({"inputs": IDS}, "both input_ids and inputs"),
         ({"generation_config": {"num_beams": 2}}, "generation_config: num_beams=2 is not"),
@@ -96,6 +97,7 @@ def test_generation_config_refuses_unsupported_attributes(one):
 def test_forward_accepts_keywords_that_change_nothing_and_refuses_others(one):
     expected = one.model(IDS).logits
     keywords = {"return_dict": True, "output_attentions": False, "labels": None}
+    keywords["token_type_ids"] = torch.ones_like(IDS)
     assert torch.equal(one.model(IDS, **keywords).logits, expected)
     for given, message in (
         ({"labels": IDS}, "labels=.* is not supported: compute the loss from"),

@@ -141,3 +141,18 @@ def test_each_known_option_is_an_attribute_of_our_generation_config():
     assert config.to_dict() == {"top_k": 3, "suppress_tokens": [5], "num_beams": 1}
     with pytest.raises(TypeError, match=r"typical_p=0\.5 is not supported"):
         config.typical_p = 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (GenerationConfig({"eos_token_id": None}), (1,)),
+        (GenerationConfig({"eos_token_id": [3, 4]}), (3, 4)),
+        (transformers.GenerationConfig(eos_token_id=7), (7,)),
+        (transformers.GenerationConfig(), (1,)),
+    ],
+    ids=str,
+)
+def test_end_tokens_are_those_of_any_kind_of_generation_config(one, monkeypatch, options, expected):
+    monkeypatch.setattr(one.model, "generation_config", options)
+    assert one.model.end_token_ids == expected

@@ -33,7 +33,7 @@ RULES = {
     "benchmarks.model": EVERYTHING,
     "benchmarks.verify": EVERYTHING,
     "benchmarks": EVERYTHING,
-    "cli": "causal_lm, text, demo, benchmarks",
+    "cli": "compat, causal_lm, text, demo, benchmarks",
     "__main__": "cli",
     "__init__": "config, causal_lm, engine, model, reference, text",
 }  # fmt: skip

@@ -275,8 +275,11 @@ def test_template_variables_are_passed_on(checkpoint):
     model = GemmaFastLM(loaded.model, tokenizer=recorder, think_end_token="</t>", **options)
     assert model.apply_chat_template([{"role": "user", "content": "a"}]) == "text"
     assert seen == [
-        {"tokenize": False, "add_generation_prompt": True, "mood": "calm", "enable_thinking": True}
-    ]
+        {
+            "tokenize": False, "add_generation_prompt": True, "continue_final_message": False,
+            "mood": "calm", "enable_thinking": True,
+        }
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="enable_thinking=True needs tasks that only generate"):
         model.loglikelihood(requests("loglikelihood", ("a", "b")))
     with pytest.raises(ValueError, match="enable_thinking=True needs think_end_token"):

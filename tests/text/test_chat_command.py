@@ -44,6 +44,14 @@ def test_missing_template_is_said_once_before_the_first_answer(path):
     assert result.stdout.count("\n") >= 2
 
 
+@pytest.mark.filterwarnings("default")
+def test_warnings_have_no_place_in_the_code(path):
+    set_generation_config(path, eos_token_id=[1, 106], thinking_budget=9)
+    result = chat(path)
+    warning = f"Warning: generation_config of {path}: thinking_budget=9 is unknown: remove it"
+    assert warning in result.stderr and "UserWarning" not in result.stderr
+
+
 def first_token(path: Path) -> int:
     tokenizer = Tokenizer.from_pretrained(path)
     prompt = tokenizer.apply_chat_template(

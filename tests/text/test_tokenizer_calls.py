@@ -238,7 +238,11 @@ def test_names_can_be_set_as_in_transformers(ours, judge):
     same(ours(SEVERAL, truncation=True), judge(SEVERAL, truncation=True))
     with pytest.raises(ValueError, match="pad_token='nothing' is not in the vocabulary: use one"):
         ours.pad_token = "nothing"
-    ours.pad_token = None
+    for wrong in (1 << 20, -1, "x"):
+        with pytest.raises(ValueError, match=f"pad_token_id={wrong!r} is not in the vocabulary"):
+            ours.pad_token_id = wrong
+    ours.pad_token_id = None
+    assert ours.pad_token is None and ours.pad_token_id is None
     with pytest.raises(ValueError, match="padding needs a pad token: set pad_token"):
         ours(SEVERAL, padding=True)
 
