@@ -123,7 +123,9 @@ class GemmaConfig:
 
     def __post_init__(self, sliding_window_pattern: int | None) -> None:
         if self.model_type not in FAMILIES:
-            raise ValueError(f"model_type {self.model_type!r} is not one of {', '.join(FAMILIES)}")
+            raise ValueError(
+                f"model_type {self.model_type!r:.80} is not one of {', '.join(FAMILIES)}"
+            )
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         _check_ranges(values | {"sliding_window_pattern": sliding_window_pattern})
         for name in ("full_rope", "sliding_rope"):
@@ -131,7 +133,7 @@ class GemmaConfig:
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"tie_word_embeddings={self.tie_word_embeddings!r} must be a bool")
         if not isinstance(self.layer_types, tuple):
-            raise ValueError(f"layer_types={self.layer_types!r} must be a tuple (JSON: a list)")
+            raise ValueError(f"layer_types={self.layer_types!r:.80} must be a tuple (JSON: a list)")
         if not self.layer_types:
             pattern = sliding_window_pattern or 1
             kinds = [SLIDING if i % pattern else FULL for i in range(1, self.num_hidden_layers + 1)]
@@ -142,7 +144,9 @@ class GemmaConfig:
                 f"num_hidden_layers={self.num_hidden_layers!r}"
             )
         if unknown := {str(kind) for kind in self.layer_types} - {SLIDING, FULL}:
-            raise ValueError(f"layer_types has {sorted(unknown)}: use only {SLIDING} and {FULL}")
+            raise ValueError(
+                f"layer_types has {sorted(unknown)!s:.80}: use only {SLIDING} and {FULL}"
+            )
         if SLIDING in self.layer_types and self.sliding_window is None:
             raise ValueError(f"layer_types has {SLIDING}, but sliding_window is not set")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -231,7 +235,7 @@ def check_number(name: str, value: Any, low: float, high: float, whole: bool = F
     kinds, kind = ((int,), "an integer") if whole else ((int, float), "a number")
     number = isinstance(value, kinds) and not isinstance(value, bool)
     if not (number and low <= value <= high):
-        raise ValueError(f"{name}={value!r} must be {kind} from {low:g} to {high:g}")
+        raise ValueError(f"{name}={value!r:.80} must be {kind} from {low:g} to {high:g}")
 
 
 def _preset(family: str, *shapes: int, **values: Any) -> GemmaConfig:

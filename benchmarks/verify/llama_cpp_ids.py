@@ -43,10 +43,18 @@ def llama_cpp_ids(metadata: Mapping[str, Any], text: str) -> list[int]:
 def llama_cpp_ends(metadata: Mapping[str, Any]) -> set[int]:
     """Returns the ids that end a text. llama.cpp also stops at the names of other models' end
     tokens, such as </s>, which is an HTML tag in Gemma's vocabulary."""
-    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    names = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in names)
     ends = {metadata[key] for key in keys if key in metadata}
-    named = enumerate(metadata["tokenizer.ggml.tokens"])
-    return ends | {i for i, token in named if token in ("<eos>", "<end_of_turn>")}
+    texts = (
+        "<eos> <end_of_turn> <|im_end|> <|eot_id|> <|end|> <|endoftext|> <|eom_id|> <EOT> _<EOT>"
+    )
+    texts += " [EOT] [EOS] <|end_of_text|> <end_of_utterance> <turn|> <|tool_response> <|return|>"
+    texts += " <|call|> <|flush|> <|calls|> [e~["
+    tokens = metadata["tokenizer.ggml.tokens"]
+    return {i for i in ends if 0 <= i < len(tokens)} | {
+        i for i, token in enumerate(tokens) if token in texts.split()
+    }
 
 
 def split(part: str | int, token: str, i: int) -> list[str | int]:

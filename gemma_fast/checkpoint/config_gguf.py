@@ -65,7 +65,14 @@ IGNORED = (
 )  # fmt: skip
 # Models whose scale of queries is not head_dim ** -0.5, by family and number of layers: the 27B.
 SCALED_BY_HIDDEN = (("gemma2", 46), ("gemma3", 62))
-END_NAMES = ("<eos>", "<end_of_turn>")  # tokens that end a text in every vocabulary that has them
+# Tokens that end a text, by the name of their key and by their text. llama.cpp's list of texts also
+# has </s>, which is an HTML tag in Gemma's vocabulary.
+END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+END_NAMES = (
+    "<eos>", "<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|eom_id|>",
+    "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<turn|>",
+    "<|tool_response>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "[e~[",
+)  # fmt: skip
 # Option of `generate` → key after "general.sampling."
 SAMPLING = {
     "temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
@@ -132,18 +139,11 @@ def generation_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _end_tokens(metadata: Mapping[str, Any]) -> list[int]:
-    """Returns the tokens that end a text. Warns of an id outside the vocabulary, and ignores it, as
-    llama.cpp does."""
+    """Returns the tokens that end a text."""
     tokens = metadata.get("tokenizer.ggml.tokens") or []
-    ends = {tokens.index(name) for name in END_NAMES if name in tokens}
-    for name in ("eos", "eot", "eom"):
-        token = _token_id(metadata, name)
-        if token is not None and tokens and token >= len(tokens):
-            problem = f"tokenizer.ggml.{name}_token_id is {token}, which is not in the vocabulary"
-            warnings.warn(f"{problem}: ignored", stacklevel=2)
-        elif token is not None:
-            ends.add(token)
-    return sorted(ends)
+    ends = {i for i, token in enumerate(tokens) if token in END_NAMES}
+    found = (_token_id(metadata, name) for name in END_KEYS)
+    return sorted(ends | {token for token in found if token is not None})
 
 
 def _sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,9 +229,15 @@ def _linear(theta: float, factor: float) -> RopeParameters:
 
 
 def _token_id(metadata: Mapping[str, Any], name: str) -> int | None:
-    key = f"tokenizer.ggml.{name}_token_id"
-    if (token := metadata.get(key)) is not None:
-        check_number(key, token, *TOKEN_ID, whole=True)
+    """Returns a special token. Warns of an id outside the vocabulary, and ignores it, as llama.cpp
+    does."""
+    key, tokens = f"tokenizer.ggml.{name}_token_id", metadata.get("tokenizer.ggml.tokens")
+    if (token := metadata.get(key)) is None:
+        return None
+    check_number(key, token, -math.inf, math.inf, whole=True)
+    if not 0 <= token < (len(tokens) if isinstance(tokens, list) else TOKEN_ID[1]):
+        warnings.warn(f"{key}={token} is not in the vocabulary: it is ignored", stacklevel=2)
+        return None
     return token
 
 

@@ -86,27 +86,30 @@ DEFAULT_SHAPES = {
 NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 
 
-def config_from_json(config: Mapping[str, Any]) -> GemmaConfig:
-    """Converts the content of a config.json. In a multimodal Gemma 3, the text model's fields are
-    under `text_config`, and fields with default values are missing. Raises ValueError for models
-    other than Gemma, and for variants that are not supported."""
+def config_from_json(config: Mapping[str, Any], source: str = "config.json") -> GemmaConfig:
+    """Converts the content of a config.json. Warnings name `source`.
+
+    In a multimodal Gemma 3, the text model's fields are under `text_config`, and fields with
+    default values are missing. Raises ValueError for models other than Gemma, and for variants that
+    are not supported.
+    """
     if not isinstance(config, Mapping):
         raise ValueError(f"the config must be a JSON object, not a {type(config).__name__}")
     family = MODEL_TYPES.get(str(config.get("model_type")))
     if family is None:
         raise ValueError(
-            f"model_type {config.get('model_type')!r} is not one of {', '.join(MODEL_TYPES)}: use"
-            " transformers for other models"
+            f"model_type {config.get('model_type')!r:.80} is not one of"
+            f" {', '.join(MODEL_TYPES)}: use transformers for other models"
         )
     given = _text_fields(config)
     for name, value in given.items():
-        _check_field(name, value, family)
+        _check_field(name, value, family, source)
     read = {name: value for name, value in given.items() if family in APPLIED.get(name, ())}
     values = dict(zip(SHAPES, DEFAULT_SHAPES[family], strict=True)) | FAMILIES[family]
     for name in {f.name for f in fields(GemmaConfig)} | {"sliding_window_pattern"}:
         if (value := read.get(name)) is not None or (name in read and name in NULLABLE):
             values[name] = tuple(value) if isinstance(value, list) else value
-    values |= _end_tokens(read)
+    values |= _special_tokens(read, values["vocab_size"], source)
     if family == "gemma":
         values["query_pre_attn_scalar"] = values["head_dim"]
     values.setdefault("query_pre_attn_scalar", 256)
@@ -133,7 +136,12 @@ def _text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             " text model has model_type gemma3_text"
         )
     if given.get("model_type", "gemma3_text") != "gemma3_text":
-        raise ValueError(f"text_config: model_type {given['model_type']!r} is not gemma3_text")
+        raise ValueError(f"text_config: model_type {given['model_type']!r:.80} is not gemma3_text")
+    if given.get("final_logit_softcapping") is not None:
+        raise ValueError(
+            "text_config.final_logit_softcapping is not supported: transformers ignores it in the"
+            " multimodal model, and applies it in the text model; remove it, or save the text model"
+        )
     outside = {name: config[name] for name in config if config[name] is not None}
     return dict(given) | {k: v for k, v in outside.items() if k not in given or k in _OUTSIDE}
 
@@ -141,7 +149,7 @@ def _text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 _OUTSIDE = (*TOKENS, "tie_word_embeddings", "model_type")
 
 
-def _check_field(name: str, value: Any, family: str) -> None:
+def _check_field(name: str, value: Any, family: str, source: str) -> None:
     """Raises ValueError for a value that is not supported. Warns if the field is unknown."""
     if name in REFUSED:
         families, supported, way_out = REFUSED[name]
@@ -152,19 +160,36 @@ def _check_field(name: str, value: Any, family: str) -> None:
             )
     elif name not in APPLIED and name not in IGNORED:
         warnings.warn(
-            f"config.json: the field {name}={value!r:.60} is unknown and has no effect",
+            f"{source}: the field {name}={value!r:.60} is unknown and has no effect",
             stacklevel=2,
         )
 
 
-def _end_tokens(read: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns eos_token_id and pad_token_id where they are null. Without an end token, no token
-    ends a text. Without a padding token, `generate` pads with the first end token."""
+def _special_tokens(read: Mapping[str, Any], vocab_size: Any, source: str) -> dict[str, Any]:
+    """Returns the token ids of the config. Warns of an id outside the vocabulary, and ignores it.
+
+    Without an end token, no token ends a text. Without a padding token, `generate` pads with the
+    first end token.
+    """
     found: dict[str, Any] = {}
-    if "eos_token_id" in read and read["eos_token_id"] is None:
-        found["eos_token_id"] = ()
-    if "pad_token_id" in read and read["pad_token_id"] is None:
-        eos = read.get("eos_token_id", 1)
-        first = eos[0] if isinstance(eos, list) and eos else eos
-        found["pad_token_id"] = first if isinstance(first, int) else 0
+    for name in TOKENS:
+        given = read.get(name)
+        ids: list[Any] = given if isinstance(given, list) else [given] * (given is not None)
+        whole = all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+        single = name == "eos_token_id" or not isinstance(given, list)
+        if name not in read or not (whole and single and isinstance(vocab_size, int)):
+            continue  # the default, or a value that GemmaConfig refuses
+        kept = tuple(i for i in ids if 0 <= i < vocab_size)
+        if len(kept) < len(ids):
+            problem = f"{source}: {name}={given!r:.60} is not in the vocabulary: it is ignored"
+            warnings.warn(problem, stacklevel=2)
+        if name == "eos_token_id":
+            found[name] = kept if isinstance(given, list) or not kept else kept[0]
+        elif kept:
+            found[name] = kept[0]
+        elif name == "pad_token_id":
+            ends = found.get("eos_token_id", 1)
+            found[name] = ends if isinstance(ends, int) else (*ends, 0)[0]
+        else:
+            found[name] = 2  # GemmaConfig's default; it has no effect here
     return found

@@ -112,15 +112,16 @@ class GGUFCheckpoint(FileCheckpoint):
 def _parts(first: GGUFFile) -> Iterator[GGUFFile]:
     """Yields a file and, if it is split, the other parts beside it. Raises ValueError if a part is
     missing or belongs to another model."""
-    path, count = first.path, first.metadata.get("split.count", 1)
+    path = first.path
+    count = first.metadata.get("split.count") or 1  # merged files have 0
     tensors = len(first.tensors)
     yield first
     match = GGUF_PART.fullmatch(path.name)
     named = int(match[3]) if match else 1
-    if count != max(named, 1):
+    if count != max(named, 1) or first.metadata.get("split.no", 0) != 0:
         raise ValueError(
-            f"{path}: split.count={count!r}, but the name says {named}: parts must be named"
-            " NAME-00001-of-0000N.gguf"
+            f"{path}: split.count={count!r} and split.no={first.metadata.get('split.no', 0)!r}, but"
+            f" the name says the first of {named}: parts must be named NAME-00001-of-0000N.gguf"
         )
     for number in range(2, named + 1):
         assert match is not None

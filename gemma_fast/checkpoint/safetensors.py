@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ class SafetensorsCheckpoint(FileCheckpoint):
             )
         config_file, generation_file = path / "config.json", path / "generation_config.json"
         content = read_json(config_file)
-        self.config = parse_content(config_file, config_from_json, content)
+        self.config = parse_content(
+            config_file, partial(config_from_json, source=str(config_file)), content
+        )
         self.generation_config = read_json(generation_file) if generation_file.is_file() else {}
 
         found: list[str] = []

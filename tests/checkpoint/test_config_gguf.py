@@ -162,6 +162,8 @@ def test_every_key_is_applied_or_refused_or_gives_a_warning_or_is_known_to_have_
             {"tokenizer.ggml.tokens": ["<pad>", "<eos>", "x", "<end_of_turn>"]},
             {"eos_token_id": [1, 3]},
         ),
+        ({"tokenizer.ggml.fim_pad_token_id": 7}, {"eos_token_id": [7]}),
+        ({"tokenizer.ggml.tokens": ["<|im_end|>", "</s>", "<eos>"]}, {"eos_token_id": [0, 2]}),
         ({"tokenizer.ggml.suppress_tokens": [5, 6]}, {"suppress_tokens": [5, 6]}),
         (
             {"general.sampling.temp": 0.7, "general.sampling.top_k": 64},
@@ -186,7 +188,7 @@ def test_options_of_generate_are_read_from_gguf(metadata, expected):
 
 def test_end_tokens_outside_the_vocabulary_are_ignored_with_a_warning():
     metadata = {"tokenizer.ggml.tokens": ["<pad>", "<eos>"], "tokenizer.ggml.eot_token_id": 2}
-    with pytest.warns(UserWarning, match="eot_token_id is 2, which is not in the vocabulary"):
+    with pytest.warns(UserWarning, match="eot_token_id=2 is not in the vocabulary"):
         assert generation_from_gguf(metadata) == {"eos_token_id": [1]}
 
 

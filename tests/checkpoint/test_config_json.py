@@ -118,7 +118,8 @@ def test_fields_are_read_from_json(given, expected):
     ]
     + [
         ("rms_norm_eps", float("nan")), ("rms_norm_eps", -1e-6), ("rope_theta", "1e4"),
-        ("rope_theta", float("inf")), ("eos_token_id", "x"), ("eos_token_id", [1, -2]),
+        ("rope_theta", float("inf")), ("eos_token_id", "x"), ("eos_token_id", [1, "2"]),
+        ("pad_token_id", [0]),
     ],
 )  # fmt: skip
 def test_fields_out_of_range_are_refused(field, value):
@@ -168,6 +169,35 @@ def test_fields_out_of_range_are_refused(field, value):
 def test_unsupported_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         config_from_json(GEMMA_2B | change)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("eos_token_id", -1, ()),
+        ("eos_token_id", [1, -2, 10**6], (1,)),
+        ("pad_token_id", -1, 1),  # the first end token
+        ("bos_token_id", -1, 2),
+    ],
+)
+def test_token_ids_outside_the_vocabulary_are_ignored_with_a_warning(field, value, expected):
+    with pytest.warns(UserWarning, match=f"here: {field}=.* is not in the vocabulary"):
+        config = config_from_json(GEMMA_2B | {field: value}, "here")
+    assert getattr(config, field) == expected
+
+
+def test_messages_do_not_repeat_long_values():
+    for field in ("vocab_size", "model_type", "layer_types"):
+        with pytest.raises(ValueError, match=field) as error:
+            config_from_json(GEMMA_2B | {"model_type": "gemma2"} | {field: "A" * 10**6})
+        assert len(str(error.value)) < 300
+
+
+def test_final_soft_cap_of_a_multimodal_model_is_refused():
+    """transformers' multimodal model ignores it, but its text model applies it."""
+    text = GEMMA_3_4B["text_config"] | {"final_logit_softcapping": 30.0}
+    with pytest.raises(ValueError, match=r"text_config\.final_logit_softcapping is not supported"):
+        config_from_json(GEMMA_3_4B | {"text_config": text})
 
 
 def test_fields_outside_text_config_come_first():

@@ -3,7 +3,7 @@ together are refused."""
 
 import gguf
 import pytest
-from checkpoints import assert_holds, config_json, random_tensors, write_metadata
+from checkpoints import assert_holds, config_json, random_tensors, write_gguf, write_metadata
 
 from gemma_fast.checkpoint.config_json import config_from_json
 from gemma_fast.checkpoint.open import open_checkpoint
@@ -61,7 +61,8 @@ def test_a_missing_part_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({0: {"split.count": 2}}, r"split\.count=2, but the name says 3"),
+        ({0: {"split.count": 2}}, r"split\.count=2 and .* the name says the first of 3"),
+        ({0: {"split.no": 1}}, r"split\.no=1, but the name says the first of 3"),
         ({1: {"split.count": 2}}, r"00002.*split\.count=2 must be 3"),
         ({2: {"split.no": 1}}, r"00003.*split\.no=1 must be 2"),
         ({0: {"split.tensors.count": 7}}, r"split\.tensors\.count=7, but the parts have"),
@@ -87,7 +88,7 @@ def test_a_tensor_in_two_parts_is_refused(tmp_path):
 def test_a_part_that_is_renamed_is_refused(tmp_path):
     first, _ = write_parts(tmp_path)
     first.rename(tmp_path / "model.gguf")
-    with pytest.raises(ValueError, match=r"split\.count=3, but the name says 1"):
+    with pytest.raises(ValueError, match=r"split\.count=3 .*, but the name says the first of 1"):
         open_checkpoint(tmp_path / "model.gguf")
 
 
@@ -104,3 +105,9 @@ def test_a_truncated_part_is_refused(tmp_path):
     second.write_bytes(second.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"00002.* is not a readable GGUF file"):
         open_checkpoint(first)
+
+
+def test_a_merged_file_has_a_count_of_zero(tmp_path):
+    """gguf-split --merge writes split.count = 0."""
+    tensors = write_gguf(tmp_path / "a.gguf", keys={"split.no": 0, "split.count": 0})
+    assert_holds(open_checkpoint(tmp_path / "a.gguf"), tensors, atol=5e-7)

@@ -75,10 +75,12 @@ def write_gguf(
     *,
     quantize: Callable[[Tensor], tuple[np.ndarray, Type]] = lambda t: (t.numpy(), Type.F32),
     extra: dict[str, np.ndarray] | None = None,
+    keys: dict[str, int] | None = None,
     **sizes: int,
 ) -> dict[str, Tensor]:
     """Writes a GGUF file as llama.cpp does: the names come from the gguf package, and norm weights
-    are in F32, with 1 added. Tensors in `extra` are written under their own names. Returns the
+    are in F32, with 1 added. Tensors in `extra` are written under their own names, and `keys`
+    are further metadata. Returns the
     unquantized tensors by their names in transformers."""
     config = config_from_json(config_json(family, **sizes))
     tensors = tensors or random_tensors(family, **sizes)
@@ -86,6 +88,8 @@ def write_gguf(
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, family)
     write_metadata(writer, config)
+    for key, value in (keys or {}).items():
+        writer.add_uint16(key, value)
     for name, tensor in tensors.items():
         norm = tensor.dim() == 1
         data, kind = ((tensor.float() + 1).numpy(), Type.F32) if norm else quantize(tensor)
