@@ -46,6 +46,7 @@ def certify(model: str | None, device: str | None, dtype: str, tokens: int, as_j
             "TRITON_INTERPRET is set, so the model would run in the interpreter: unset it"
         )
     target, checkpoint = pick_device(device, None), find(model or "demo")
+    head = stamp(target, torch.float32, ["transformers"])  # names the commit that is loaded
     dtypes = dtypes_of(checkpoint, target, dtype)
     ids = text_ids(checkpoint, tokens).to(target)
     lines = list(kernel_lines(target))
@@ -53,7 +54,6 @@ def certify(model: str | None, device: str | None, dtype: str, tokens: int, as_j
     truth, exact = truth_of(checkpoint, target)
     lines += check_ids(checkpoint, truth, exact)
     lines += check_model(checkpoint, ids, dtypes, tokens, (truth, exact))
-    head = stamp(target, torch.float32, ["transformers"])
     head["dtype"] = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     head |= {
         "model": model or "demo",
