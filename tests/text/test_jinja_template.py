@@ -19,7 +19,14 @@ HOSTILE = {
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "not end within 2 s",
     ),
-    "fills memory": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "512 MiB"),
+    "fills memory": (
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x * 2 %}{% endfor %}",
+        "512 MiB",
+    ),
+    "output without end": (
+        "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+        "characters; the limit is",
+    ),
     "one big string": ("{{ 'x' * 99999999999 }}", "512 MiB"),
     "long output": ("{{ 'x' * 9999999 }}", "9999999 characters"),
     "escapes by attributes": ("{{ ''.__class__.__mro__ }}", "unsafe"),
@@ -46,8 +53,9 @@ def test_hostile_templates_are_stopped(monkeypatch, name):
     template, message = HOSTILE[name]
     monkeypatch.setattr(jinja_template, "MAX_SECONDS", 2)
     start = time.monotonic()
-    with pytest.raises(ValueError, match=rf"evil\.jinja.*({message})"):
+    with pytest.raises(ValueError, match=rf"evil\.jinja.*({message})") as error:
         render(template)
+    assert ("512 MiB" in str(error.value)) == (message == "512 MiB")
     assert time.monotonic() - start < 10
 
 
@@ -207,7 +215,7 @@ def test_failed_template_is_named_by_the_place_that_it_came_from(tmp_path):
             ours.apply_chat_template(MESSAGES, **options)
         assert "limits" not in str(e.value)
     ours.chat_template = bad
-    with pytest.raises(ValueError, match="^the attribute chat_template: the template failed"):
+    with pytest.raises(ValueError, match=r"^the attribute chat_template: the template failed"):
         ours.apply_chat_template(MESSAGES)
     ours = Tokenizer.from_pretrained(tmp_path, chat_template=bad)
     with pytest.raises(
