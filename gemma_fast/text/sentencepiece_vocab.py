@@ -47,6 +47,8 @@ def sentencepiece_backend(path: Path) -> Backend:
         for field, value in _fields(memoryview(path.read_bytes()), MODEL_WIRES, count):
             if field == PIECES:
                 piece = dict(_fields(value, PIECE_WIRES, count))
+                if PIECE not in piece:
+                    raise ValueError(f"piece {len(tokens)} has no text")
                 tokens.append(str(piece[PIECE], "utf-8"))
                 scores.append(struct.unpack("<f", piece.get(SCORE, bytes(4)))[0])
                 types.append(piece.get(TYPE, NORMAL))
@@ -54,7 +56,7 @@ def sentencepiece_backend(path: Path) -> Backend:
                 options[field].update(_fields(value, OPTION_WIRES[field], count))
         if not tokens:
             raise ValueError("it has no pieces")
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path} is not a readable SentencePiece model: {error}; download it again, or save"
             " tokenizer.json with transformers.AutoTokenizer"
