@@ -249,7 +249,12 @@ def verify(context: click.Context, **chosen: Any) -> None:
 def _warn_of_missing_template(tokenizer: Tokenizer) -> None:
     from gemma_fast.text.chat_encoder import NO_TEMPLATE
 
-    if tokenizer.chat_template is None and tokenizer.turns is not None:
+    if tokenizer.chat_template is None:
+        if tokenizer.turns is None:
+            raise click.ClickException(
+                f"{tokenizer.source} has no chat template, and no <start_of_turn> and"
+                " <end_of_turn>: use an instruction-tuned (-it) model"
+            )
         _warn(f"{tokenizer.source}: {NO_TEMPLATE}")
 
 

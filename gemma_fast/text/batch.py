@@ -15,6 +15,7 @@ PADS: dict[str, Any] = {  # values for padding
     "assistant_masks": 0,
 }  # fmt: skip
 TENSORS: dict[str, Any] = {"pt": torch.tensor, "np": np.array}
+SIDES = ("left", "right")
 PADDING = (True, False, None, "longest", "max_length", "do_not_pad")
 
 
@@ -74,6 +75,7 @@ class Encoding(dict[str, Any]):
     def to(self, device: torch.device | torch.dtype | str | int, **options: Any) -> Encoding:
         """Returns a copy with the tensors on `device`. Does not change lists. Accepts a dtype, as
         transformers does, but keeps ids as integers. options  of `Tensor.to`"""
+        options.pop("dtype", None)
         if isinstance(device, torch.dtype):
             return self._copy(self)
         return self._copy(
@@ -94,6 +96,11 @@ class Encoding(dict[str, Any]):
         copy = Encoding(items)
         copy.encodings = self.encodings
         return copy
+
+
+def check_side(name: str, side: Any) -> None:
+    if side not in SIDES:
+        raise ValueError(f'{name} must be "left" or "right", not {side!r}')
 
 
 def check_tensors(return_tensors: Any) -> str:
@@ -126,11 +133,9 @@ def pack(
 
     Raises ValueError if `return_tensors` is set for rows of different lengths without `padding`.
     """
-    if padding not in PADDING or padding_side not in ("left", "right"):
-        raise ValueError(
-            f'padding must be a bool, "longest" or "max_length", not {padding!r}, and padding_side'
-            f' "left" or "right", not {padding_side!r}'
-        )
+    if padding not in PADDING:
+        raise ValueError(f'padding must be a bool, "longest" or "max_length", not {padding!r}')
+    check_side("padding_side", padding_side)
     lengths = [len(row) for row in rows]
     if padding in (True, "longest"):
         max_length = max(lengths, default=0)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tokenizers
 from tokenizers import processors
 
+from gemma_fast.text.batch import check_side
 from gemma_fast.text.special_tokens import Vocabulary
+
+MAX_POST_PROCESSOR = 1 << 14  # bytes of its JSON; Gemma's takes less than 1000
 
 
 class BosAdder(Vocabulary):
@@ -27,6 +32,11 @@ class BosAdder(Vocabulary):
     _post: processors.PostProcessor
     _added: list[int]  # the ids that are added to an empty text
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("padding_side", "truncation_side"):
+            check_side(name, value)
+        super().__setattr__(name, value)
+
     def _set_post_processor(self, bos: bool, eos: bool) -> None:
         """Makes the tokenizer add the bos token in front of a text, and the eos token after it."""
         bos, eos = bos and self.bos_token is not None, eos and self.eos_token is not None
@@ -41,6 +51,7 @@ class BosAdder(Vocabulary):
         )
 
     def _use(self, post_processor: processors.PostProcessor) -> None:
+        _check_post_processor(post_processor, self.source)
         self._post = post_processor
         self._added = post_processor.process(self._split([""])[0]).ids
 
@@ -74,7 +85,7 @@ class BosAdder(Vocabulary):
     def _pairs(self, pairs: Any, texts: list[Any], limit: int | None) -> list[Any]:
         if pairs is None:
             return [None] * len(texts)
-        pairs = [pairs] if isinstance(pairs, str) else [*pairs]
+        pairs = text_list("text_pair", pairs)
         if limit is not None:
             raise ValueError("truncation of text pairs is not supported: truncate them first")
         if len(pairs) != len(texts):
@@ -107,3 +118,37 @@ class BosAdder(Vocabulary):
             except (AttributeError, UnicodeEncodeError):
                 raise ValueError(f"text must be a str of valid Unicode, not {text!r:.60}") from None
         return self.backend.encode_batch(texts, add_special_tokens=False)
+
+
+def text_list(name: str, texts: Any) -> list[Any]:
+    """Returns a text or several as a list. Raises ValueError for what cannot contain texts."""
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, Mapping | bytes) or not hasattr(texts, "__iter__"):
+        raise ValueError(f"{name} must be a str or a list of str, not {texts!r:.60}")
+    return [*texts]
+
+
+def _check_post_processor(post_processor: processors.PostProcessor, source: str) -> None:
+    """Raises ValueError if an untrusted post-processor could add a large number of ids to a text:
+    if it is long, or repeats the text, which a sequence of post-processors would do repeatedly."""
+    state = post_processor.__getstate__()
+    if len(state) > MAX_POST_PROCESSOR:
+        raise ValueError(
+            f"{source}: post_processor has {len(state)} bytes; the limit is {MAX_POST_PROCESSOR}:"
+            " Gemma's adds only <bos>"
+        )
+    for items in _templates(json.loads(state)):
+        texts = [item["Sequence"]["id"] for item in items if "Sequence" in item]
+        if len(texts) > len(set(texts)):
+            raise ValueError(
+                f"{source}: post_processor has the text {len(texts)} times; the limit is once:"
+                " Gemma's adds only <bos>"
+            )
+
+
+def _templates(state: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    yield state.get("single") or []
+    yield state.get("pair") or []
+    for processor in state.get("processors") or ():
+        yield from _templates(processor)

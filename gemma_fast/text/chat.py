@@ -64,7 +64,7 @@ class GemmaTurns:
         if not turns:
             raise ValueError("there is no user turn after the system turn: add one")
 
-        text = "<bos>"
+        text = variables.get("bos_token") or ""
         for i, message in enumerate(turns):
             role = "model" if message["role"] == "assistant" else message["role"]
             if role != ("user", "model")[i % 2]:

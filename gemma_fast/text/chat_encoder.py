@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +20,8 @@ from gemma_fast.text.jinja_template import JinjaTemplate
 from gemma_fast.text.plain_data import plain
 from gemma_fast.text.templates import Templates, check_templates, choose_template
 
+ATTRIBUTE = "the attribute chat_template"  # source of a template in error messages
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 IMAGES = ("<start_of_image>", "<end_of_image>")
 OPTIONS = ("pad_to_multiple_of", "padding_side", "return_attention_mask")  # of tokenizer_kwargs
 
@@ -37,7 +40,7 @@ class ChatEncoder(TextEncoder):
     chat_control_tokens: list[str] | None
     _template_source: str
     _templates: Templates = None
-    _warned = False
+    _warned: frozenset[str] = frozenset()
 
     @property
     def chat_template(self) -> Templates:
@@ -45,11 +48,13 @@ class ChatEncoder(TextEncoder):
 
     @chat_template.setter
     def chat_template(self, template: Any) -> None:
-        self._templates = check_templates(template, self._template_source)
+        self._templates = check_templates(template, ATTRIBUTE)
+        if template is not None:
+            self._template_source = ATTRIBUTE
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
         """Returns the template that apply_chat_template uses with the same arguments."""
-        return choose_template(self._templates, chat_template, tools, self._template_source)
+        return choose_template(self._templates, chat_template, tools, self._template_source)[0]
 
     def apply_chat_template(
         self,
@@ -73,13 +78,14 @@ class ChatEncoder(TextEncoder):
         """Converts a conversation, or a list of conversations, to prompts. Uses the checkpoint's
         template, or Gemma's official chat format if the checkpoint has no template.
 
-        Returns the same as `tokenizer(text)`, or only its input_ids if return_dict=False. Control
-        tokens come only from the template; names of control tokens in messages, tools, documents
-        and `variables` are encoded as plain text. tokenize=False returns the rendered str, which
-        does not show this difference.
+        Returns the same as `tokenizer(text)`, or only its input_ids if return_dict=False. <bos>
+        comes from the template only. tokenize=False returns the rendered str.
 
         tools                   JSON schemas of functions
         chat_template           a template, or the name of one of the checkpoint's
+        sanitize_control_tokens
+                                True: names of control tokens in messages, tools, documents and
+                                `variables` are encoded as plain text; False: as control tokens
         continue_final_message  the prompt ends with the text of the last message, or with its field
                                 of this name
         return_assistant_tokens_mask
@@ -98,7 +104,9 @@ class ChatEncoder(TextEncoder):
                 " return_assistant_tokens_mask: pass one of them"
             )
         template = self._choose_template(chat_template, tools)
-        control = self._control_tokens(template.text)
+        control = self._control_tokens(template.text) if sanitize_control_tokens else {}
+        if return_assistant_tokens_mask and not GENERATION.search(template.text):
+            self._warn_once(NO_GENERATION)
         given = {name: plain(value, name) for name, value in variables.items()}
         given |= {"tools": check_tools(tools), "documents": plain(documents, "documents")}
         given["add_generation_prompt"] = bool(add_generation_prompt)
@@ -114,6 +122,8 @@ class ChatEncoder(TextEncoder):
             texts = [prompt.text for prompt in prompts]
             return texts if several else texts[0]
         rows = [self._encode_prompt(prompt, frozenset(control.values())) for prompt in prompts]
+        if self.add_bos_token and any(self.bos_token_id not in ids for ids, _ in rows):
+            self._warn_once(NO_BOS)
         result = self._pack_prompts(
             rows, not several, padding, truncation, max_length, return_tensors,
             return_assistant_tokens_mask, dict(tokenizer_kwargs or {}),
@@ -122,17 +132,21 @@ class ChatEncoder(TextEncoder):
 
     def _choose_template(self, wanted: str | None, tools: Any) -> Template:
         if wanted is not None or self._templates is not None:
-            text = self.get_chat_template(wanted, tools)
-            return JinjaTemplate(text, self._template_source)
+            return JinjaTemplate(
+                *choose_template(self._templates, wanted, tools, self._template_source)
+            )
         if self.turns is None:
             raise ValueError(
                 f"{self.source} has no chat template, and no <start_of_turn> and <end_of_turn>: use"
                 " an instruction-tuned (-it) model, or pass chat_template=…"
             )
-        if not self._warned:
-            self._warned = True
-            warnings.warn(f"{self.source}: {NO_TEMPLATE}", stacklevel=3)
+        self._warn_once(f"{self.source}: {NO_TEMPLATE}, or pass its chat_template=…", 4)
         return self.turns
+
+    def _warn_once(self, message: str, stacklevel: int = 3) -> None:
+        if message not in self._warned:
+            self._warned |= {message}
+            warnings.warn(message, stacklevel=stacklevel)
 
     def _control_tokens(self, template: str) -> dict[str, int]:
         """Returns the tokens that a message must not contain, with their ids."""
@@ -190,9 +204,6 @@ class ChatEncoder(TextEncoder):
                 ids += found.ids
                 offsets += [(position + a, position + b) for a, b in found.offsets]
             position += len(piece)
-        if self.add_bos_token and ids[:1] != [self.bos_token_id]:
-            ids.insert(0, self.bos_token_id)
-            offsets.insert(0, (0, 0))
         return ids, [*_overlaps(offsets, prompt.spans)]
 
     def _encode_plain(self, text: str, control_ids: frozenset[int]) -> list[int]:
@@ -209,7 +220,15 @@ class ChatEncoder(TextEncoder):
 
 NO_TEMPLATE = (
     "there is no chat template, so Gemma's turns are used. A base model was not trained for them,"
-    " and does not answer: use an instruction-tuned (-it) model, or pass its chat_template=…"
+    " and does not answer: use an instruction-tuned (-it) model"
+)
+NO_BOS = (
+    "the chat template writes no <bos>, so the prompt has none, as in transformers. Gemma answers"
+    " badly without it: add {{ bos_token }} to the template"
+)
+NO_GENERATION = (
+    "return_assistant_tokens_mask: the chat template has no {% generation %} block, so the mask is"
+    " 0 everywhere"
 )
 
 

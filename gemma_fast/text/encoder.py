@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gemma_fast.compat import check_keywords
 from gemma_fast.text.batch import PADS, Encoding, pack
-from gemma_fast.text.bos_adder import BosAdder
+from gemma_fast.text.bos_adder import BosAdder, text_list
 from gemma_fast.text.keywords import CALL, DECODE
 from gemma_fast.text.settings import NO_MAX_LENGTH
 
@@ -63,8 +63,8 @@ class TextEncoder(BosAdder):
             target = self(text_target, **options)
             if text is None:
                 return target
-        flat = text is None or isinstance(text, str)
-        texts: list[Any] = [text] if flat else [*text]  # type: ignore[misc]
+        flat = isinstance(text, str)
+        texts = text_list("text", text)
         if truncation is None and max_length is not None and padding is False:
             truncation = True
         length, limit = self._lengths(padding, truncation, max_length, pad_to_multiple_of)

@@ -23,7 +23,10 @@ TOKEN_IDS = {  # key, which stores a token id → name of the token
     "ggml.seperator_token_id": "sep_token",
     "ggml.cls_token_id": "cls_token",
 }
-ENDS = ("ggml.eot_token_id", "ggml.eom_token_id")  # other tokens that end a text
+ENDS = (  # other tokens that end a text
+    "ggml.eot_token_id", "ggml.eom_token_id", "ggml.fim_pad_token_id", "ggml.fim_rep_token_id",
+    "ggml.fim_sep_token_id",
+)  # fmt: skip
 FLAGS = ("ggml.add_bos_token", "ggml.add_eos_token")
 READ = (
     "ggml.model", "ggml.tokens", "ggml.scores", "ggml.token_type", "ggml.add_space_prefix",
@@ -34,8 +37,7 @@ READ = (
 NO_EFFECT = (
     "ggml.pre", "ggml.merges", "ggml.token_type_count", "ggml.add_sep_token",
     "ggml.remove_extra_whitespaces", "ggml.precompiled_charsmap", "ggml.fim_pre_token_id",
-    "ggml.fim_suf_token_id", "ggml.fim_mid_token_id", "ggml.fim_pad_token_id",
-    "ggml.fim_rep_token_id", "ggml.fim_sep_token_id", "ggml.prefix_token_id",
+    "ggml.fim_suf_token_id", "ggml.fim_mid_token_id", "ggml.prefix_token_id",
     "ggml.suffix_token_id", "ggml.middle_token_id", "ggml.suppress_tokens",
     "ggml.normalizer.lowercase", "huggingface.json", "rwkv.world", "chat_templates",
 )  # fmt: skip

@@ -15,9 +15,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+ADDED = (UNKNOWN, CONTROL, USER_DEFINED)
 TYPES = range(1, 7)  # 5 and 6 mark unused tokens and bytes
 COLUMNS = {"tokens": str, "scores": float, "token_type": int}
 MAX_PIECE = 256  # characters; Gemma's longest piece has 31. Finding merges takes quadratic time.
+MAX_ADDED = 1 << 15  # tokens that are split off before the BPE merges; Gemma 3 has 6415
 MAX_CHARACTERS = 4 << 20  # of all pieces; Gemma 3's have 1.5 million
 
 
@@ -68,7 +70,7 @@ def bpe_backend(
         [
             AddedToken(piece, normalized=False, special=type_ != USER_DEFINED)
             for piece, type_ in zip(pieces, types, strict=True)
-            if type_ in (UNKNOWN, CONTROL, USER_DEFINED)
+            if type_ in ADDED
         ]
     )
     return backend
@@ -94,6 +96,11 @@ def _check_columns(
         raise ValueError(f"{source}: the scores of tokens contain a number that is not finite")
     if unknown := set(types).difference(TYPES):
         raise ValueError(f"{source}: the token_type {min(unknown)} is not one of 1 to 6")
+    if (added := sum(map(ADDED.__contains__, types))) > MAX_ADDED:
+        raise ValueError(
+            f"{source}: the token types make {added} control and user-defined tokens; the limit is"
+            f" {MAX_ADDED}"
+        )
 
 
 def _merges(

@@ -20,7 +20,7 @@ def main() -> None:
     try:
         reply = render(request, json.load(sys.stdin))
     except Exception as error:  # a template can raise any exception, also MemoryError
-        reply = {"error": f"{type(error).__name__}: {error}"}
+        reply = {"error": ": ".join(filter(None, [type(error).__name__, str(error)]))}
     sys.stdout.write(json.dumps(reply))
 
 

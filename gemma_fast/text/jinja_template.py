@@ -50,8 +50,8 @@ class JinjaTemplate:
             )
         except subprocess.TimeoutExpired:
             raise ValueError(
-                f"{self.source}: the chat template did not end within {MAX_SECONDS} s: correct it,"
-                " or pass chat_template=…"
+                f"{self.source}: the template did not end within {MAX_SECONDS} s: correct it, or"
+                " pass another chat_template=…"
             ) from None
         if child.returncode:
             reason = child.stderr.strip().rpartition("\n")[2] or f"exit code {child.returncode}"
@@ -60,7 +60,6 @@ class JinjaTemplate:
             if "text" in reply:
                 return Rendered(**reply)
             reason = reply["error"]
-        raise ValueError(
-            f"{self.source}: the chat template failed: {reason}"
-            f" (limits: {MAX_SECONDS} s, {MAX_BYTES >> 20} MiB)"
-        )
+        stopped = child.returncode < 0 or "MemoryError" in reason  # < 0: ended by a signal
+        limits = f" (limits: {MAX_SECONDS} s, {MAX_BYTES >> 20} MiB)" if stopped else ""
+        raise ValueError(f"{self.source}: the template failed: {reason}{limits}")

@@ -81,7 +81,7 @@ CALL: Table = {
     "text_pair_target": ((), "call the tokenizer a second time"),
     "max_target_length": ((), "call the tokenizer a second time"),
     "clean_up_tokenization_spaces": (ANY, ""),
-    "sanitize_control_tokens": ((False,), "apply_chat_template always does so"),
+    "sanitize_control_tokens": ((False,), "pass it to apply_chat_template"),
     "verbose": (ANY, ""),
     "stride": (ANY, ""),
 }

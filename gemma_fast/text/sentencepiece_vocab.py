@@ -7,9 +7,8 @@ nor sentencepiece is needed. Source: sentencepiece_model.proto of SentencePiece.
 from __future__ import annotations
 
 import itertools
-import operator
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,13 @@ PIECES, TRAINER, NORMALIZER = 1, 2, 3  # fields of the model
 PIECE, SCORE, TYPE = 1, 2, 3  # fields of a piece
 MODEL_TYPE, UNIGRAM, BPE = 3, 1, 2  # field of the trainer, its default, and Gemma's value
 CHARSMAP, DUMMY_PREFIX, EXTRA_WHITESPACES = 2, 3, 4  # fields of the normalizer
+# field → wire type, of the model and of the messages in it
+MODEL_WIRES = {PIECES: BYTES, TRAINER: BYTES, NORMALIZER: BYTES}
+PIECE_WIRES = {PIECE: BYTES, SCORE: FIXED32, TYPE: VARINT}
+OPTION_WIRES = {
+    TRAINER: {MODEL_TYPE: VARINT},
+    NORMALIZER: {CHARSMAP: BYTES, DUMMY_PREFIX: VARINT, EXTRA_WHITESPACES: VARINT},
+}
 
 
 def sentencepiece_backend(path: Path) -> Backend:
@@ -38,17 +44,19 @@ def sentencepiece_backend(path: Path) -> Backend:
     options: dict[int, dict[int, Any]] = {TRAINER: {}, NORMALIZER: {}}
     count = itertools.count(1)
     try:
-        for field, value in _fields(memoryview(path.read_bytes()), count):
+        for field, value in _fields(memoryview(path.read_bytes()), MODEL_WIRES, count):
             if field == PIECES:
-                piece = dict(_fields(value, count))
+                piece = dict(_fields(value, PIECE_WIRES, count))
+                if PIECE not in piece:
+                    raise ValueError(f"piece {len(tokens)} has no text")
                 tokens.append(str(piece[PIECE], "utf-8"))
                 scores.append(struct.unpack("<f", piece.get(SCORE, bytes(4)))[0])
-                types.append(operator.index(piece.get(TYPE, NORMAL)))
+                types.append(piece.get(TYPE, NORMAL))
             elif field in options:
-                options[field].update(_fields(value, count))
+                options[field].update(_fields(value, OPTION_WIRES[field], count))
         if not tokens:
             raise ValueError("it has no pieces")
-    except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path} is not a readable SentencePiece model: {error}; download it again, or save"
             " tokenizer.json with transformers.AutoTokenizer"
@@ -71,15 +79,26 @@ def _check_options(trainer: dict[int, Any], normalizer: dict[int, Any], path: Pa
             )
 
 
-def _fields(data: memoryview, count: Iterator[int]) -> Iterator[tuple[int, Any]]:
+def _fields(
+    data: memoryview, wires: Mapping[int, int], count: Iterator[int]
+) -> Iterator[tuple[int, Any]]:
     """Yields number and value of each field of a protobuf message: an int for a varint, a view for
-    the other wire types. `count` counts the fields of all messages."""
+    the other wire types. `count` counts the fields of all messages.
+
+    wires  field → its wire type. Another one raises ValueError; fields that are not listed may have
+           any
+    """
     position = 0
     while position < len(data):
         if next(count) > MAX_FIELDS:
             raise ValueError(f"it has more than {MAX_FIELDS} fields")
         key, position = _varint(data, position)
         wire, size = key & 7, {FIXED64: 8, FIXED32: 4}.get(key & 7, 0)
+        if wires.get(key >> 3, wire) != wire:
+            raise ValueError(
+                f"field {key >> 3} at byte {position} of its message has wire type {wire}, not"
+                f" {wires[key >> 3]}"
+            )
         if wire == VARINT:
             value, position = _varint(data, position)
             yield key >> 3, value

@@ -17,13 +17,13 @@ from tokenizers import Tokenizer as Backend
 
 from gemma_fast.checkpoint.hub import read_json
 from gemma_fast.compat import check_keywords
+from gemma_fast.text.batch import SIDES
+from gemma_fast.text.gguf_vocab import MAX_ADDED
 from gemma_fast.text.keywords import LOADING, SETTINGS
 from gemma_fast.text.special_tokens import EXTRA, NAMED
 
 NO_MAX_LENGTH = int(1e30)  # transformers' model_max_length of a tokenizer that has none
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-MAX_TOKENS = 1 << 17  # in one list of a file; Gemma 3 has 6415 added tokens
-SIDES = ("left", "right")
 # classes whose pipeline is defined by tokenizer.json
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 CLASSES = ("GemmaTokenizer", "GemmaTokenizerFast", *GENERIC)
@@ -43,8 +43,8 @@ def added_token(value: Any, special: bool = True) -> AddedToken:
 
 
 def _limit(value: Any) -> None:
-    if isinstance(value, Sized) and len(value) > MAX_TOKENS:
-        raise ValueError(f"must have at most {MAX_TOKENS} tokens, not {len(value)}")
+    if isinstance(value, Sized) and len(value) > MAX_ADDED:
+        raise ValueError(f"must have at most {MAX_ADDED} tokens, not {len(value)}")
 
 
 def _tokens(value: Any) -> Any:
@@ -140,7 +140,10 @@ def check_settings(given: Mapping[str, Any], source: str, *, call: bool = False)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{source}: {name} is {value!r:.60}: it {error}") from None
         elif call or name in SETTINGS:
-            check_keywords(source, {name: value}, SETTINGS)
+            try:
+                check_keywords(source, {name: value}, SETTINGS)
+            except TypeError as error:
+                raise (error if call else ValueError(str(error))) from None
         else:
             warnings.warn(
                 f"{source}: the key {name!r} is unknown and has no effect: if the tokenizer needs"
@@ -178,8 +181,8 @@ def _read_added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[int, Add
     named = {str(settings[name]) for name in NAMED if settings.get(name)}
     named |= {str(token) for name in EXTRA for token in settings.get(name, ())}
     ids = read_json(path)
-    if len(ids) > MAX_TOKENS or not all(isinstance(i, int) and t for t, i in ids.items()):
-        raise ValueError(f"{path} must map at most {MAX_TOKENS} tokens to ids")
+    if len(ids) > MAX_ADDED or not all(isinstance(i, int) and t for t, i in ids.items()):
+        raise ValueError(f"{path} must map at most {MAX_ADDED} tokens to ids, not {len(ids)}")
     return {
         i: AddedToken(token, normalized=token not in named, special=token in named)
         for token, i in sorted(ids.items(), key=lambda item: item[1])

@@ -74,7 +74,7 @@ class Vocabulary:
         else:
             self._named[name] = self._known(name, token)
 
-    def _token_of(self, name: str, token_id: int | None) -> str | None:
+    def _token_of(self, name: str, token_id: Any) -> str | None:
         if token_id is None:
             return None
         try:
@@ -82,13 +82,12 @@ class Vocabulary:
         except (TypeError, OverflowError):
             token = None
         if token is None:
-            raise ValueError(
-                f"{name}={token_id!r:.60} is not in the vocabulary: use one of its ids, or None"
-            )
+            raise ValueError(f"{name}={token_id!r:.60} is not an id of the vocabulary")
         return token
 
-    def _known(self, name: str, token: str | AddedToken) -> str:
-        if not isinstance(token, str | AddedToken) or self.token_to_id(str(token)) is None:
+    def _known(self, name: str, token: Any) -> str:
+        _check_token(name, token)
+        if self.token_to_id(str(token)) is None:
             raise ValueError(
                 f"{name}={token!r:.60} is not in the vocabulary: use one of its tokens, or add it"
                 " with add_special_tokens"
@@ -97,6 +96,12 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.__dict__.get('source')!r}, vocab_size={self.vocab_size},"
+            f" special_tokens_map={self.special_tokens_map})"
+        )
 
     def __bool__(self) -> bool:
         return True
@@ -181,6 +186,8 @@ class Vocabulary:
         """Adds tokens to the end of the vocabulary, and returns the number of new ones. The model's
         embedding does not grow: an id beyond it is refused by the model."""
         tokens = new_tokens if isinstance(new_tokens, list | tuple) else [new_tokens]
+        for token in tokens:
+            _check_token("a token", token)
         add = self.backend.add_special_tokens if special_tokens else self.backend.add_tokens
         return add([token for token in tokens if token])
 
@@ -201,3 +208,8 @@ class Vocabulary:
             else:
                 raise ValueError(f"{name!r} is not the name of a special token: use one of {NAMED}")
         return count
+
+
+def _check_token(name: str, token: Any) -> None:
+    if not isinstance(token, str | AddedToken):
+        raise ValueError(f"{name} must be a str or an AddedToken, not {token!r:.60}")

@@ -10,6 +10,7 @@ from gemma_fast.text.jinja_template import MAX_LENGTH
 
 FOLDER = "additional_chat_templates"
 MAX_TEMPLATES = 64
+PASSED = "the chat_template that was passed"
 Templates = str | dict[str, str] | None  # one template, or several by name
 
 
@@ -62,23 +63,25 @@ def gguf_templates(metadata: Mapping[str, Any], source: str) -> Templates:
     return check_templates(found, f"{source}: {key}")
 
 
-def choose_template(templates: Templates, wanted: str | None, tools: Any, source: str) -> str:
-    """Returns the template that transformers would choose: `wanted` is a template or the name of
-    one. Without it, that for tools, or the default one."""
+def choose_template(
+    templates: Templates, wanted: str | None, tools: Any, source: str
+) -> tuple[str, str]:
+    """Returns the template that transformers would choose, and its source for error messages.
+    `wanted` is a template or the name of one. Without it, that for tools, or the default one."""
+    if wanted is not None:
+        named = templates.get(wanted) if isinstance(templates, dict) else None
+        return (named, source) if named else (_checked(wanted, PASSED), PASSED)
     if not isinstance(templates, dict):
-        found = templates if wanted is None else _checked(wanted, "chat_template=…")
-        if found is None:
+        if templates is None:
             raise ValueError(
                 f"{source} has no chat template: pass chat_template=…, or set the attribute"
                 " chat_template"
             )
-        return found
-    if wanted is not None:
-        return templates.get(wanted) or _checked(wanted, "chat_template=…")
+        return templates, source
     names = ("tool_use", "default") if tools is not None else ("default",)
     for name in names:
         if name in templates:
-            return templates[name]
+            return templates[name], source
     raise ValueError(
         f"{source} has several chat templates and no default one: pass chat_template=… with one of"
         f" {sorted(templates)}"

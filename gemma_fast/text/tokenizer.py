@@ -5,20 +5,18 @@
     tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_tensors="pt")
 
 Tokenizer has the interface of transformers' tokenizers, with two differences: a text that starts
-with <bos> does not get a second one, and names of control tokens in a chat are encoded as plain
-text.
+with <bos> does not get a second one, and names of control tokens in a chat message are encoded as
+plain text, unless sanitize_control_tokens=False is passed.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
 from gemma_fast.checkpoint.hub import read_json, resolve
@@ -26,8 +24,7 @@ from gemma_fast.compat import download_options
 from gemma_fast.text.chat import GemmaTurns
 from gemma_fast.text.chat_encoder import ChatEncoder
 from gemma_fast.text.gguf_settings import gguf_settings
-from gemma_fast.text.gguf_vocab import gguf_backend
-from gemma_fast.text.sentencepiece_vocab import sentencepiece_backend
+from gemma_fast.text.gguf_vocab import MAX_ADDED, gguf_backend
 from gemma_fast.text.settings import (
     GENERIC,
     NO_MAX_LENGTH,
@@ -36,15 +33,20 @@ from gemma_fast.text.settings import (
     read_settings,
 )
 from gemma_fast.text.special_tokens import DEFAULTS, EXTRA
-from gemma_fast.text.templates import read_templates
+from gemma_fast.text.templates import check_templates, read_templates
+from gemma_fast.text.vocab_files import (
+    DECODER,
+    NORMALIZER,
+    check_pipeline,
+    load_vocabulary,
+    warn_of_missing_bos,
+)
 
 CORE = ("<pad>", "<eos>", "<bos>", "<unk>")
 TURNS = ("<start_of_turn>", "<end_of_turn>")
 GEMMA_3_END_OF_TURN = 106  # 107 in Gemma 1 and 2
+CALL_TEMPLATE = "from_pretrained(chat_template=…)"  # source of a template in error messages
 FILES = ["*.json", "*.jinja", "tokenizer.model"]
-# Normalizer and decoder are the same for every Gemma.
-NORMALIZER = normalizers.Replace(" ", "▁")
-DECODER = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
 
 
 class Tokenizer(ChatEncoder):
@@ -108,7 +110,7 @@ class Tokenizer(ChatEncoder):
 
         self.chat_control_tokens = settings.get("chat_control_tokens")
         self._template_source = template_source or source
-        self.chat_template = settings.get("chat_template")
+        self._templates = check_templates(settings.get("chat_template"), self._template_source)
         gemma_3 = ids.get("<end_of_turn>") == GEMMA_3_END_OF_TURN
         family = model_type.startswith("gemma3") if model_type else gemma_3
         self.turns = GemmaTurns(family) if ids.keys() >= set(TURNS) else None
@@ -134,16 +136,19 @@ class Tokenizer(ChatEncoder):
                 str(path),
                 model_type=str(metadata.get("general.architecture") or ""),
                 settings=gguf_settings(metadata, backend, str(path)) | given,
+                template_source=CALL_TEMPLATE if "chat_template" in given else None,
             )
         config = read_json(path / "config.json") if (path / "config.json").exists() else {}
-        file, backend = _load(path)
+        file, backend = load_vocabulary(path)
         settings = read_settings(path, others)
         if settings.get("tokenizer_class") in GENERIC:
-            _check_pipeline(backend, file)
+            check_pipeline(backend, file)
         if file.suffix == ".json" and backend.post_processor is None:
-            _leave_out_bos(settings, file)
+            warn_of_missing_bos(settings, file)
         templates, template_source = read_templates(path)
-        if templates is not None and "chat_template" not in given:
+        if "chat_template" in given:
+            template_source = CALL_TEMPLATE
+        elif templates is not None:
             settings["chat_template"] = templates
         tokenizer = cls(
             backend,
@@ -186,6 +191,11 @@ class Tokenizer(ChatEncoder):
             if not token.special:
                 token.special = True
                 missing.append(token)
+        if len(added) + len(missing) > MAX_ADDED:
+            raise ValueError(
+                f"{self.source}: the file and its settings add {len(added) + len(missing)} tokens;"
+                f" the limit is {MAX_ADDED}"
+            )
         self.backend.add_special_tokens(missing)
         for name, token in named.items():
             self._set_named(name, token)
@@ -205,46 +215,6 @@ class Tokenizer(ChatEncoder):
     @property
     def decoder(self) -> Any:
         return self.backend.decoder
-
-
-def _load(directory: Path) -> tuple[Path, Backend]:
-    """Returns the file that contains the vocabulary, and the tokenizer that it describes."""
-    file, model = directory / "tokenizer.json", directory / "tokenizer.model"
-    if not file.is_file() and model.is_file():
-        return model, sentencepiece_backend(model)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{directory} has no {file.name} and no {model.name}: pass the directory of a model"
-        )
-    try:
-        return file, Backend.from_file(str(file))
-    except Exception as error:  # tokenizers raises Exception, not a subclass
-        raise ValueError(f"{file} is not a readable tokenizer: {error}") from error
-
-
-def _check_pipeline(backend: Backend, file: Path) -> None:
-    """Raises ValueError if the file prepares or decodes text in another way than Gemma's."""
-    for name, found, wanted in (
-        ("normalizer", backend.normalizer, NORMALIZER),
-        ("decoder", backend.decoder, DECODER),
-    ):
-        state = found and json.loads(found.__getstate__())
-        if state != json.loads(wanted.__getstate__()):
-            raise ValueError(
-                f"{file}: {name} is {state!r:.200}, but Gemma's is {wanted!r:.200}: use"
-                " transformers.AutoTokenizer, whose tensors this model takes"
-            )
-
-
-def _leave_out_bos(settings: dict[str, Any], file: Path) -> None:
-    """Sets add_bos_token to False and warns, unless it is set."""
-    if settings.get("add_bos_token") is None:
-        settings["add_bos_token"] = False
-        warnings.warn(
-            f"{file} has no post_processor, so no <bos> is added to a text, as in transformers:"
-            " pass add_bos_token=True for Gemma's usual ids",
-            stacklevel=3,
-        )
 
 
 AutoTokenizer = GemmaTokenizer = Tokenizer

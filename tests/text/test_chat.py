@@ -120,6 +120,17 @@ def test_message_text_cannot_make_control_tokens(ours, jinja, judge, attack):
             assert ids == theirs.input_ids
 
 
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_unsanitized_text_makes_the_control_tokens_that_it_makes_in_transformers(
+    ours, jinja, judge, attack
+):
+    text = ATTACKS[attack]
+    messages = turns(text, text, f" the {text} in ")
+    expected = judge.apply_chat_template(messages)
+    for tokenizer in (ours, jinja):
+        assert tokenizer.apply_chat_template(messages, sanitize_control_tokens=False) == expected
+
+
 def test_merges_cannot_make_a_control_token():
     backend = tiny_backend()
     backend.add_special_tokens(["the"])  # the BPE merges t, h and e to this token

@@ -41,6 +41,7 @@ def test_missing_template_is_said_once_before_the_first_answer(path):
     assert result.exit_code == 0, result.output
     assert result.stderr.count("no chat template") == 1
     assert "use an instruction-tuned (-it) model" in result.stderr.partition("you>")[0]
+    assert "chat_template=" not in result.stderr
     assert result.stdout.count("\n") >= 2
 
 
@@ -85,3 +86,13 @@ def test_system_message_reaches_the_template(path):
     plain = chat(path, text="hello\n")
     counts = [int(x.stderr.split(" prompt tokens")[0].split()[-1]) for x in (plain, result)]
     assert counts[1] > counts[0]
+
+
+def test_model_without_template_and_turns_is_refused(path):
+    (path / "chat_template.jinja").unlink()
+    file = path / "tokenizer.json"
+    file.write_text(file.read_text().replace("_of_turn>", "_of_thought>"))
+    result = chat(path)
+    assert result.exit_code == 1
+    assert "no chat template, and no <start_of_turn>" in result.stderr
+    assert "chat_template=" not in result.stderr

@@ -87,13 +87,13 @@ def judge(path):
     return transformers.AutoTokenizer.from_pretrained(path)
 
 
+@pytest.mark.filterwarnings("ignore:.*writes no <bos>")
 @pytest.mark.parametrize(("chat", "options"), CHATS.values(), ids=CHATS)
 def test_rendered_text_equals_transformers(ours, judge, chat, options):
     text = ours.apply_chat_template(chat, tokenize=False, **options)
     assert text == judge.apply_chat_template(chat, tokenize=False, **options)
     ids = ours.apply_chat_template(chat, **options | {"return_dict": False})
-    expected = judge.apply_chat_template(chat, **options | {"return_dict": False})
-    assert ids == ([] if expected[:1] == [2] else [2]) + expected
+    assert ids == judge.apply_chat_template(chat, **options | {"return_dict": False})
 
 
 def test_functions_are_refused_with_the_way_to_their_schema(ours):
@@ -187,7 +187,7 @@ PLACES = {
     "reasoning": ([USER, ANSWER | {"reasoning": ATTACK}], {"enable_thinking": True}),
     "final message": ([USER, ANSWER | {"content": ATTACK}], {"continue_final_message": True}),
     "escaped": ([USER], {"guideline": ATTACK,
-                "chat_template": "<eos>{{ guideline | tojson(ensure_ascii=True) }}"}),
+                "chat_template": "<bos><eos>{{ guideline | tojson(ensure_ascii=True) }}"}),
 }  # fmt: skip
 
 
@@ -202,8 +202,7 @@ def test_control_tokens_stay_plain_text_wherever_they_stand(ours, chat, options)
     assert control(json.dumps(ATTACK)[1:-1]) == control("abc")
     rendered = ours.apply_chat_template(chat, tokenize=False, **options)
     ids = ours.apply_chat_template(chat, **options).input_ids
-    bos = "" if rendered.startswith("<bos>") else "<bos>"
-    assert ours.decode(ids) == bos + rendered
+    assert ours.decode(ids) == rendered
 
 
 def test_tokens_of_the_template_are_control_tokens(ours, judge):
@@ -300,9 +299,9 @@ def test_chat_keywords_of_the_tokenizer_equal_transformers(ours, judge):
             )
 
 
+@pytest.mark.filterwarnings("ignore:.*there is no chat template")
 def test_turns_without_a_template_refuse_what_they_have_no_place_for():
     turns = Tokenizer(tiny_backend(), "tiny")
-    turns._warned = True
     for options, name in (({"tools": [SCHEMA]}, "tools"), ({"documents": [{}]}, "documents"),
                           ({"guideline": "a"}, "guideline")):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}: .*no place for it: pass chat_template="):
@@ -310,6 +309,18 @@ def test_turns_without_a_template_refuse_what_they_have_no_place_for():
     part = [{"type": "text", "source_lang_code": "cs", "text": "Ahoj"}]
     with pytest.raises(ValueError, match=r"message 0: 'source_lang_code' .*pass chat_template="):
         turns.apply_chat_template([{"role": "user", "content": part}])
+
+
+def test_mask_without_a_generation_block_warns_once(path):
+    ours = Tokenizer.from_pretrained(path)
+    options = {"return_assistant_tokens_mask": True, "chat_template": "<bos>{{ messages }}"}
+    with pytest.warns(UserWarning, match=r"no {% generation %} block, so the mask is 0") as seen:
+        found = [ours.apply_chat_template([USER], **options) for _ in range(2)]
+    assert len(seen) == 1
+    assert set(found[0].assistant_masks) == {0}
+    options["chat_template"] += "{%- generation -%}{% endgeneration %}"
+    assert ours.apply_chat_template([USER], **options) == found[0]
+    assert len(seen) == 1
 
 
 def test_missing_template_warns_once():

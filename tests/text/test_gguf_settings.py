@@ -37,6 +37,8 @@ def test_token_ids_name_the_special_tokens():
 def test_tokens_that_end_a_turn_end_a_text():
     assert load().stop_token_ids == [1, 106]
     assert load(eot_token_id=9, eom_token_id=10).stop_token_ids == [1, 9, 10, 106]
+    fim = {"fim_pad_token_id": 11, "fim_rep_token_id": 12, "fim_sep_token_id": 13}
+    assert load(**fim, fim_mid_token_id=14).stop_token_ids == [1, 11, 12, 13, 106]
 
 
 def test_flags_say_what_is_added_to_a_text():

@@ -109,6 +109,14 @@ def test_tokenizer_from_gguf_equals_tokenizer_json():
         ({"token_type": [1.5] * 475}, "token_type must be a non-empty list of int"),
         ({"token_type": [7] * 475}, "token_type 7 is not"),
         ({"tokens": ["x"] * 475}, "twice"),
+        (
+            {
+                "tokens": [f"x{i}" for i in range(1 << 19)],
+                "scores": [0.0] * (1 << 19),
+                "token_type": [CONTROL] * (1 << 19),
+            },
+            "token types make 524288 control and user-defined tokens; the limit is 32768",
+        ),
         ({"tokens": ["x" * 257] * 475}, "257 characters"),
         ({"tokens": [f"x{i}" for i in range(475)]}, "lacks .*<pad>"),
     ],

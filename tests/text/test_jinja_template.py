@@ -19,7 +19,14 @@ HOSTILE = {
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "not end within 2 s",
     ),
-    "fills memory": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "512 MiB"),
+    "fills memory": (
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x * 2 %}{% endfor %}",
+        "512 MiB",
+    ),
+    "output without end": (
+        "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+        "characters; the limit is",
+    ),
     "one big string": ("{{ 'x' * 99999999999 }}", "512 MiB"),
     "long output": ("{{ 'x' * 9999999 }}", "9999999 characters"),
     "escapes by attributes": ("{{ ''.__class__.__mro__ }}", "unsafe"),
@@ -46,8 +53,9 @@ def test_hostile_templates_are_stopped(monkeypatch, name):
     template, message = HOSTILE[name]
     monkeypatch.setattr(jinja_template, "MAX_SECONDS", 2)
     start = time.monotonic()
-    with pytest.raises(ValueError, match=rf"evil\.jinja.*({message})"):
+    with pytest.raises(ValueError, match=rf"evil\.jinja.*({message})") as error:
         render(template)
+    assert ("512 MiB" in str(error.value)) == (message == "512 MiB")
     assert time.monotonic() - start < 10
 
 
@@ -59,7 +67,7 @@ def test_hostile_templates_are_stopped(monkeypatch, name):
 def test_renderer_that_exits_without_a_reply_raises(monkeypatch, tmp_path, ends, reason):
     (tmp_path / "child.py").write_text(f"import sys; {ends}")
     monkeypatch.setattr(jinja_template, "RENDERER", tmp_path / "child.py")
-    with pytest.raises(ValueError, match=rf"evil\.jinja: the chat template failed: {reason}"):
+    with pytest.raises(ValueError, match=rf"evil\.jinja: the template failed: {reason}"):
         render("")
 
 
@@ -170,10 +178,47 @@ def test_template_that_is_too_long_is_refused(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_ids_start_with_one_bos_even_if_the_template_has_none(tmp_path):
+@pytest.mark.parametrize("bos", ["", "<bos>", "{{ bos_token }}", "<bos><bos>"])
+def test_bos_comes_from_the_template_as_in_transformers(tmp_path, recwarn, bos):
+    """A template without <bos> gives no <bos>, and one warning."""
     write_tokenizer(tmp_path)
-    for template in ("{{ messages[0].content }}", "<bos>{{ messages[0].content }}"):
-        (tmp_path / "chat_template.jinja").write_text(template)
-        ids = Tokenizer.from_pretrained(tmp_path).apply_chat_template(MESSAGES).input_ids
-        assert ids[0] == 2
-        assert ids.count(2) == 1
+    (tmp_path / "chat_template.jinja").write_text(bos + "{{ messages[0].content }}")
+    ours = Tokenizer.from_pretrained(tmp_path)
+    judge = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for _ in range(2):
+        assert ours.apply_chat_template(MESSAGES) == judge.apply_chat_template(MESSAGES)
+    said = [w for w in recwarn if "writes no <bos>" in str(w.message)]
+    assert len(said) == (not bos)
+
+
+@pytest.mark.parametrize("bos", ["<unused3>", None])
+def test_turns_without_a_template_write_the_bos_token_of_the_file(tmp_path, bos):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos}))
+    with pytest.warns(UserWarning, match="no chat template"):
+        text = Tokenizer.from_pretrained(tmp_path).apply_chat_template(MESSAGES, tokenize=False)
+    assert text.startswith(f"{bos or ''}<start_of_turn>user")
+
+
+def test_failed_template_is_named_by_the_place_that_it_came_from(tmp_path):
+    write_tokenizer(tmp_path)
+    bad = "{{ messages.nothing.nothing }}"
+    named = [{"name": "default", "template": bad}, {"name": "rag", "template": bad}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    for place, options in (
+        (r"tokenizer_config\.json", {}),
+        (r"tokenizer_config\.json", {"chat_template": "rag"}),
+        ("^the chat_template that was passed", {"chat_template": bad}),
+    ):
+        with pytest.raises(ValueError, match=f"{place}: the template failed: UndefinedError") as e:
+            ours.apply_chat_template(MESSAGES, **options)
+        assert "limits" not in str(e.value)
+    ours.chat_template = bad
+    with pytest.raises(ValueError, match=r"^the attribute chat_template: the template failed"):
+        ours.apply_chat_template(MESSAGES)
+    ours = Tokenizer.from_pretrained(tmp_path, chat_template=bad)
+    with pytest.raises(
+        ValueError, match=r"^from_pretrained\(chat_template=…\): the template failed"
+    ):
+        ours.apply_chat_template(MESSAGES)

@@ -6,7 +6,15 @@ import struct
 import time
 
 import pytest
-from tiny_tokenizer import TEXTS, gguf_metadata, random_text, tiny_backend, write_tokenizer
+from tiny_tokenizer import (
+    CONTROL,
+    TEXTS,
+    USER_DEFINED,
+    gguf_metadata,
+    random_text,
+    tiny_backend,
+    write_tokenizer,
+)
 
 from gemma_fast.checkpoint.gguf_reader import GGUFFile
 from gemma_fast.text.tokenizer import Tokenizer
@@ -87,9 +95,17 @@ BAD = {
     "long integer": (b"\xff" * 20, "longer than 10 bytes"),
     "long field": (b"\x0a" + varint(1 << 60) + b"a", "truncated: a field of"),
     "unknown wire type": (b"\x0b", "wire type 3"),
-    "no piece": (field(1, b"\x15" + bytes(4)), "not a readable"),
+    "no piece": (GOOD + field(1, b"\x15" + bytes(4)), "not a readable .*piece 475 has no text"),
     "number as a piece": (field(1, b"\x08\x01"), "not a readable"),
     "not UTF-8": (field(1, field(1, b"\xff")), "not a readable"),
+    "charsmap as a number": (
+        model_file(gguf_metadata(), BPE, PLAIN + b"\x10" + varint(1 << 62)),
+        "not a readable .*field 2 .*wire type 0, not 2",
+    ),
+    "model type as text": (model_file(gguf_metadata(), field(3, b"a")), "wire type 2, not 0"),
+    "prefix as text": (model_file(gguf_metadata(), BPE, field(3, b"a")), "wire type 2, not 0"),
+    "trainer as a number": (GOOD + b"\x10\x01", "field 2 .*wire type 0, not 2"),
+    "piece in 8 bytes": (GOOD + field(1, b"\x09" + bytes(8)), "field 1 .*wire type 1, not 2"),
     "score as a number": (field(1, field(1, b"a") + b"\x10\x01"), "not a readable"),
     "type as text": (field(1, field(1, b"a") + field(3, b"a")) + field(2, BPE) + field(3, PLAIN),
                      "not a readable"),
@@ -119,13 +135,23 @@ def test_huge_file_is_refused_without_reading_it(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"\x0a\x02\x0a\x00" * (2 << 20), field(1, b"\x10\x01" * ((4 << 20) - 8))],
+    [b"\x0a\x02\x0a\x00" * (2 << 20), field(1, b"\x48\x01" * ((4 << 20) - 8))],
     ids=["empty pieces", "many fields"],
 )
 def test_many_fields_are_refused_soon(tmp_path, content):
     start = time.monotonic()
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(ValueError, match=r"not a readable .*more than 1048576 fields"):
+        Tokenizer.from_pretrained(tmp_path)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("kind", [CONTROL, USER_DEFINED])
+def test_many_control_tokens_are_refused_soon(tmp_path, kind):
+    start = time.monotonic()
+    pieces = [field(1, field(1, f"u{i}".encode()) + b"\x18" + varint(kind)) for i in range(340_000)]
+    (tmp_path / "tokenizer.model").write_bytes(GOOD + b"".join(pieces))
+    with pytest.raises(ValueError, match=r"tokenizer\.model: the token types make 340111 .*32768"):
         Tokenizer.from_pretrained(tmp_path)
     assert time.monotonic() - start < 10
 

@@ -198,6 +198,7 @@ def test_keywords_of_from_pretrained_override_the_file(tmp_path):
         ({"model_max_length": True}, "model_max_length is True"),
         ({"padding_side": "top"}, "padding_side is 'top': it must be one of"),
         ({"add_bos_token": "no"}, None),
+        ({"use_fast": False, "post_processor": "x"}, "post_processor='x' is not supported: use"),
         ({"model_input_names": "input_ids"}, "must be a list of strings"),
         ({"tokenizer_class": "LlamaTokenizer"}, "'LlamaTokenizer'.*GemmaTokenizer.*AutoTokenizer"),
         ({"split_special_tokens": True}, "split_special_tokens=True is not .*AutoTokenizer"),
@@ -214,23 +215,26 @@ def test_refused_setting_names_file_key_and_value(tmp_path, config, message):
     if message is None:  # transformers ignores it beside tokenizer.json
         Tokenizer.from_pretrained(tmp_path)
         return
-    with pytest.raises((ValueError, TypeError), match=rf"tokenizer_config\.json.*{message}"):
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json.*{message}"):
         Tokenizer.from_pretrained(tmp_path)
 
 
 def test_many_tokens_are_added_or_refused_soon(tmp_path):
     write_tokenizer(tmp_path)
-    for count in (100_000, 200_000):
+    for count in (30_000, 200_000):
         tokens = [f"<{i}>" for i in range(count)]
         for value in (tokens, dict(zip(tokens, tokens, strict=True))):
             write_config(tmp_path, extra_special_tokens=value)
             start = time.monotonic()
-            if count == 100_000:
+            if count == 30_000:
                 assert len(Tokenizer.from_pretrained(tmp_path)) == 475 + count
             else:
-                with pytest.raises(ValueError, match="at most 131072 tokens, not 200000"):
+                with pytest.raises(ValueError, match="at most 32768 tokens, not 200000"):
                     Tokenizer.from_pretrained(tmp_path)
             assert time.monotonic() - start < 10
+    write_config(tmp_path, **{f"a{i}_token": f"<{i}>" for i in range(200_000)})
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .* add 200111 tokens; .* 32768"):
+        Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     for content in ('{"": 5}', '{"a": "b"}'):
         (tmp_path / "added_tokens.json").write_text(content)

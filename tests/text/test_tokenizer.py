@@ -103,7 +103,7 @@ def test_bad_arguments_are_refused(tiny):
     with pytest.raises(ValueError, match="no texts"):
         tiny([], return_tensors="pt", padding=True)
     for text in ("\ud800", None, b"a"):
-        with pytest.raises(ValueError, match="valid Unicode"):
+        with pytest.raises(ValueError, match=r"valid Unicode|must be a str or a list of str"):
             tiny.encode(text)
     for ids in ([-1], [[-1]], ["a"], [2**40], [None]):
         with pytest.raises(ValueError, match="token ids"):
