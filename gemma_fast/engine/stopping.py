@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_fast.engine.processors import check_methods
 from gemma_fast.engine.request import Request
 
 # Function from ids :: [b, t], prompts included, and None, to ended :: [b], bool, or one bool.
@@ -35,6 +36,8 @@ class Stopping:
                     " generation_config, needs tokenizer=…, which decodes the generated tokens"
                     " (stop_strings=[]: no stop strings)"
                 )
+        if any(request.stop_strings for request in requests):
+            check_methods("tokenizer", tokenizer, "decode")
         self.requests, self.tokenizer, self.criteria = requests, tokenizer, criteria
         self._start = time.monotonic()
 
@@ -60,7 +63,7 @@ class Stopping:
         if self.criteria:
             text = torch.cat((ids, generated.to(ids.device)), dim=1)
             for criterion in self.criteria:
-                ended = ended | torch.as_tensor(criterion(text, None)).bool().cpu()
+                ended = ended | _as_ended(criterion, criterion(text, None), len(text))
         return ended
 
     def _has_stop_string(self, row: Tensor, request: Request) -> bool:
@@ -69,3 +72,18 @@ class Stopping:
         tail = row[-4 * max(map(len, request.stop_strings)) :].tolist()
         text = self.tokenizer.decode(tail)
         return any(stop in text for stop in request.stop_strings)
+
+
+def _as_ended(criterion: Criterion, given: Any, rows: int) -> Tensor:
+    """Returns what a criterion returned :: [rows] or [], bool."""
+    try:
+        ended = torch.as_tensor(given, device="cpu").bool()
+    except (TypeError, ValueError, RuntimeError):
+        ended = None
+    if ended is None or ended.shape not in ((), (1,), (rows,)):
+        found = tuple(ended.shape) if ended is not None else f"{given!r:.60}"
+        raise ValueError(
+            f"the stopping_criteria {criterion!r:.60} must return True, False or a tensor of bool"
+            f" ({rows},), not {found}"
+        )
+    return ended
