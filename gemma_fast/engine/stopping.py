@@ -3,6 +3,7 @@ after a maximum time, or when a function of the caller returns True."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,7 +54,10 @@ class Stopping:
                 token in request.eos_token_ids
                 or count >= request.max_new_tokens
                 or seconds > request.max_time
-                or bool(request.stop_strings and self._has_stop_string(generated[row], request))
+                or bool(
+                    request.stop_strings
+                    and self._has_stop_string(ids[row], generated[row], request)
+                )
                 for row, (token, request) in enumerate(
                     zip(generated[:, -1].tolist(), self.requests, strict=True)
                 )
@@ -66,12 +70,21 @@ class Stopping:
                 ended = ended | _as_ended(criterion, criterion(text, None), len(text))
         return ended
 
-    def _has_stop_string(self, row: Tensor, request: Request) -> bool:
-        # A character has at most 4 bytes, and a token at least 1 byte, so a stop string that ends
-        # in the newest token is within these last tokens.
-        tail = row[-4 * max(map(len, request.stop_strings)) :].tolist()
+    def _has_stop_string(self, prompt: Tensor, new: Tensor, request: Request) -> bool:
+        """Returns True if a stop string ends in the newest token; it may begin in the prompt."""
+        # A character has at most 4 bytes, and a token at least 1 byte, so the stop string is within
+        # these last tokens.
+        size = 4 * max(map(len, request.stop_strings))
+        tail = new[-size:].tolist()
+        if len(tail) < size:
+            tail = [*prompt[request.padding :][len(tail) - size :].tolist(), *tail]
         text = self.tokenizer.decode(tail)
-        return any(stop in text for stop in request.stop_strings)
+        if not any(stop in text for stop in request.stop_strings):
+            return False
+        old = len(os.path.commonprefix([text, self.tokenizer.decode(tail[:-1])]))
+        return any(
+            text.find(stop, max(old - len(stop) + 1, 0)) >= 0 for stop in request.stop_strings
+        )
 
 
 def _as_ended(criterion: Criterion, given: Any, rows: int) -> Tensor:

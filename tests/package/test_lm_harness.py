@@ -223,7 +223,7 @@ def test_each_argument_of_hf_is_known():
         ("parallelize", True, "parallelize=True is not supported: .*one device"),
         ("backend", "seq2seq", "backend='seq2seq' is not supported"),
         ("softmax_dtype", "bfloat16", "softmax_dtype='bfloat16' is not supported: .*float32"),
-        ("revision", "beta", "revision='beta' is not supported: .*snapshot_download"),
+        ("subfolder", "x", "subfolder='x' is not supported: .*snapshot_download"),
         ("load_in_4bit", True, "load_in_4bit=True is not supported: .*gguf"),
         ("gguf_file", "a.gguf", "gguf_file='a.gguf' is not supported: pass the path"),
         ("nonsense", 1, "unexpected keyword argument 'nonsense'"),
