@@ -191,8 +191,8 @@ class GemmaForCausalLM(Gemma):
         top_k, top_p, min_p, repetition_penalty  see `engine.sampling.Sampling`; the default of
                         top_k is 50, as in transformers
         seed            the same seed samples the same text; None: torch's global generator sets it
-        eos_token_id    one or more ids that end a row; pad_token_id fills the rest of the row. None:
-                        no id ends a row, and no row is filled
+        eos_token_id    one or more ids that end a row; pad_token_id fills the rest of the row;
+                        None: no id ends a row, and no row is filled
         pad_token_id    None: the first id of eos_token_id
         stop_strings    strings that end a row when they appear in its generated text; they need
                         `tokenizer`, any object with `decode(ids) -> str`
@@ -202,16 +202,17 @@ class GemmaForCausalLM(Gemma):
                         transformers' LogitsProcessor; they prevent a CUDA graph
         stopping_criteria  the same for (ids, None) → True where a row ends
         prefix_allowed_tokens_fn  function (row, ids) → the only tokens that may follow
-        generation_config  these options as a mapping, or as transformers' object; it may also be the
-                        second positional argument, as in transformers
+        generation_config  these options as a mapping, or as transformers' object; as in
+                        transformers, it may be the second positional argument
         inputs          another name of input_ids
         others          the other options of `compat.APPLIED`, as in transformers' GenerationConfig,
                         and its keywords that have no effect here. A keyword or value that is not
                         supported raises TypeError, which names an alternative
 
         An option that is not passed is taken from generation_config, or else from the model's
-        generation_config; there, None is the same as not set. As in transformers, a keyword that is
-        None switches the option off: max_new_tokens=None gives the default. Ctrl-C ends generation and returns the tokens generated until then.
+        generation_config; in both, None means that it is not set. As in transformers, a keyword
+        that is None switches the option off, and max_new_tokens=None gives the default. Ctrl-C ends
+        generation and returns the tokens generated until then.
 
         Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the
         model's context, a sampling value out of range, or logits that are not finite; raises

@@ -110,6 +110,7 @@ GENERATE: Table = {
     "custom_generate": ((), _HF),
     "synced_gpus": ((False,), "omit it: the model is on one device"),
     "trust_remote_code": (ANY, ""),
+    "token_type_ids": ((), "omit it: the text models of Gemma have no token types"),
     "logits_to_keep": (ANY, ""),  # generate() needs the logits of the last token only
 }
 # Keywords of generate() and forward() that have a parameter there; a suggestion may name them.
@@ -212,7 +213,7 @@ def check_keywords(call: str, given: Mapping[str, Any], table: Table) -> None:
     None, [] and {} are accepted for every keyword of the table."""
     for name, value in given.items():
         if name not in table:
-            near = get_close_matches(name, [*table, *PARAMETERS], n=1)
+            near = get_close_matches(name, [*table, *PARAMETERS], n=1, cutoff=0.75)
             hint = f": did you mean {near[0]}?" if near else ""
             raise TypeError(f"{call} got an unexpected keyword argument {name!r:.60}{hint}")
         same, way_out = table[name]

@@ -124,8 +124,8 @@ def refuse_padding(pad: Tensor, vocab_size: int) -> None:
     for token in pad.tolist():
         if not 0 <= token < vocab_size:
             raise ValueError(
-                f"pad_token_id={token} is outside the vocabulary of {vocab_size}, but a row that has"
-                " ended must be padded: pass pad_token_id=0, or generate one row at a time"
+                f"pad_token_id={token} is outside the vocabulary of {vocab_size}, but a row that"
+                " has ended must be padded: pass pad_token_id=0, or generate one row at a time"
             )
 
 
@@ -139,12 +139,11 @@ def refuse_not_finite(token: Tensor, tokens: int, changed: bool) -> None:
     rows = (token < 0).nonzero().flatten().tolist()
     if rows:
         cause = (
-            "options such as suppress_tokens exclude every token, or a logits_processor returned nan"
-            " or inf; if the error remains without them, "
-            if changed
-            else ""
+            "options such as suppress_tokens exclude every token, or a logits_processor returned"
+            " nan or inf; if the error remains without them, "
         )
         raise ValueError(
-            f"the logits after {tokens} tokens are not finite, in rows {rows}: {cause}the weights "
+            f"the logits after {tokens} tokens are not finite, in rows {rows}: "
+            f"{cause if changed else ''}the weights "
             "are damaged, or values overflow this dtype; try dtype='float32'"
         )

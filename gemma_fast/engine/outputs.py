@@ -33,7 +33,7 @@ class CausalLMOutput(NamedTuple):
         """The cache under its name in transformers 5.24."""
         return self.past_key_values
 
-    __getitem__, keys = _item, _keys
+    __getitem__, keys = _item, _keys  # type: ignore[misc]
 
 
 class GenerateOutput(NamedTuple):
@@ -41,8 +41,8 @@ class GenerateOutput(NamedTuple):
     scores: tuple[Tensor, ...] | None  # of each new token [b, vocab], fp32: processed logits
     logits: tuple[Tensor, ...] | None  # of each new token [b, vocab], fp32: logits of the model
 
-    past_key_values = cache = attentions = hidden_states = None
-    __getitem__, keys = _item, _keys
+    past_key_values = cache = attentions = hidden_states = None  # type: ignore[misc]
+    __getitem__, keys = _item, _keys  # type: ignore[misc]
 
 
 class Outputs:

@@ -81,7 +81,7 @@ class Stopping:
         text = self.tokenizer.decode(tail)
         if not any(stop in text for stop in request.stop_strings):
             return False
-        old = len(os.path.commonprefix([text, self.tokenizer.decode(tail[:-1])]))
+        old = len(os.path.commonprefix([text, self.tokenizer.decode(tail[:-1])]))  # noqa: RUF071
         return any(
             text.find(stop, max(old - len(stop) + 1, 0)) >= 0 for stop in request.stop_strings
         )

@@ -319,6 +319,18 @@ def test_stop_strings_of_the_checkpoint_and_of_the_task_end_a_text(checkpoint):
     assert len(free) == 12 * 5  # a token of five letters
 
 
+def test_a_stop_string_that_begins_in_the_prompt_does_not_end_an_answer(both):
+    hf, ours = both
+    [free] = hf.generate_until(requests("generate_until", ("hello", {"max_gen_toks": 9})))
+    asked = requests(
+        "generate_until", ("hello", {"until": ["<bos>hello" + free[:1]], "max_gen_toks": 9}),
+        ("hello", {"until": [free[2:4]], "max_gen_toks": 9}),
+    )  # fmt: skip
+    answers = ours.generate_until(asked)
+    same(answers, hf.generate_until(asked))
+    assert answers[0] == free and answers[1] == free[:2]
+
+
 def test_a_text_ends_at_the_end_tokens_of_the_checkpoint(checkpoint, tmp_path):
     """lm_eval, Python and the command line end a text at the same tokens, also in a batch."""
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
