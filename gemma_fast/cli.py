@@ -277,8 +277,9 @@ def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCa
     # Warm up before calls are timed: on a GPU the first call compiles kernels and captures a graph.
     bos = torch.tensor([[tokenizer.bos_token_id]])
     gemma.generate(
-        bos, max_new_tokens=3, do_sample=False, eos_token_id=[], stop_strings=[], **ONE_TEXT
-    )
+        bos, max_new_tokens=3, min_new_tokens=0, do_sample=False, eos_token_id=[], stop_strings=[],
+        **ONE_TEXT,
+    )  # fmt: skip
     return gemma, tokenizer
 
 
