@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import CONFIGS, Twins
+from verified_files import write_gguf_file
 
 from gemma_fast import GemmaForCausalLM
 from gemma_fast.compat import APPLIED, REFUSED
@@ -127,6 +128,12 @@ def test_an_option_that_is_set_later_keeps_the_ids_of_the_config(load, first):
         model.generation_config.max_new_tokens = 8
     theirs, ours = both(models, IDS)
     assert ours == theirs and len(ours[0]) < 12
+
+
+def test_a_gguf_file_pads_with_the_token_of_its_metadata(tmp_path):
+    model = GemmaForCausalLM.from_pretrained(write_gguf_file(tmp_path / "a.gguf", "gemma3"))
+    assert model.generation_config.pad_token_id == model.config.pad_token_id
+    assert model.end_token_ids and model.config.pad_token_id not in model.end_token_ids
 
 
 @pytest.mark.parametrize("pad", [-1, 5000])
