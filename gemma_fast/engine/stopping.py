@@ -40,6 +40,7 @@ class Stopping:
         if any(request.stop_strings for request in requests):
             check_methods("tokenizer", tokenizer, "decode")
         self.requests, self.tokenizer, self.criteria = requests, tokenizer, criteria
+        self._prompts: list[list[int]] | None = None  # on the host, if there are stop strings
         self._start = time.monotonic()
 
     def __call__(self, ids: Tensor, generated: Tensor) -> Tensor:
@@ -48,6 +49,9 @@ class Stopping:
         ids        [b, t]: the prompts
         generated  [b, new]: all new tokens until now, the newest one last
         """
+        if self._prompts is None and any(request.stop_strings for request in self.requests):
+            self._prompts = ids.tolist()
+        prompts = self._prompts or []
         count, seconds = generated.shape[1], time.monotonic() - self._start
         ended = torch.tensor(
             [
@@ -56,7 +60,7 @@ class Stopping:
                 or seconds > request.max_time
                 or bool(
                     request.stop_strings
-                    and self._has_stop_string(ids[row], generated[row], request)
+                    and self._has_stop_string(prompts[row], generated[row], request)
                 )
                 for row, (token, request) in enumerate(
                     zip(generated[:, -1].tolist(), self.requests, strict=True)
@@ -70,14 +74,14 @@ class Stopping:
                 ended = ended | _as_ended(criterion, criterion(text, None), len(text))
         return ended
 
-    def _has_stop_string(self, prompt: Tensor, new: Tensor, request: Request) -> bool:
+    def _has_stop_string(self, prompt: list[int], new: Tensor, request: Request) -> bool:
         """Returns True if a stop string ends in the newest token; it may begin in the prompt."""
         # A character has at most 4 bytes, and a token at least 1 byte, so the stop string is within
         # these last tokens.
         size = 4 * max(map(len, request.stop_strings))
         tail = new[-size:].tolist()
         if len(tail) < size:
-            tail = [*prompt[request.padding :][len(tail) - size :].tolist(), *tail]
+            tail = [*prompt[request.padding :][len(tail) - size :], *tail]
         text = self.tokenizer.decode(tail)
         if not any(stop in text for stop in request.stop_strings):
             return False
