@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,32 +16,24 @@ from torch import Tensor, nn
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.checkpoint.transformers import TransformersCheckpoint
-from gemma_fast.compat import FORWARD, FROM_PRETRAINED, GENERATE, check_keywords, download_options
+from gemma_fast.compat import (
+    ATTRIBUTES,
+    FORWARD,
+    FROM_PRETRAINED,
+    GENERATE,
+    check_keywords,
+    download_options,
+)
 from gemma_fast.config import GemmaConfig
 from gemma_fast.engine.generate import generate_tokens
-from gemma_fast.engine.options import GenerationConfig, merge_options
-from gemma_fast.engine.outputs import Outputs
+from gemma_fast.engine.options import UNSET, GenerationConfig, as_mapping, merge_options
+from gemma_fast.engine.outputs import CausalLMOutput, Outputs
 from gemma_fast.engine.pool import DecoderPool
 from gemma_fast.engine.processors import functions_of, processors_of
 from gemma_fast.engine.request import end_token_ids, requests_of
 from gemma_fast.load import load_model, pick_device, refuse_overflow
 from gemma_fast.model.cache import KVCache
 from gemma_fast.model.gemma import Gemma
-
-
-class CausalLMOutput(NamedTuple):
-    """Result of a forward pass. Items are also found by name, as in transformers: out["logits"]."""
-
-    logits: Tensor  # [b, t, vocab], or [b, logits_to_keep, vocab]
-    past_key_values: KVCache | None
-
-    @property
-    def cache(self) -> KVCache | None:
-        """The cache under its name in transformers 5.24."""
-        return self.past_key_values
-
-    def __getitem__(self, key: Any) -> Any:
-        return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
 
 
 class GemmaForCausalLM(Gemma):
@@ -52,7 +44,7 @@ class GemmaForCausalLM(Gemma):
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__(config)
-        self.generation_config = GenerationConfig()
+        self.generation_config = GenerationConfig.of_model(config)
         self.decoders = DecoderPool()
 
     @classmethod
@@ -97,8 +89,9 @@ class GemmaForCausalLM(Gemma):
     ) -> GemmaForCausalLM:
         """Builds the model from an open checkpoint, for example a `RandomCheckpoint`."""
         model = load_model(cls, checkpoint, dtype, device)
-        options, source = checkpoint.generation_config, str(checkpoint.path)
-        model.generation_config = GenerationConfig.of(options, source)
+        if checkpoint.generation_config:
+            options, source = checkpoint.generation_config, str(checkpoint.path)
+            model.generation_config = GenerationConfig.of(options, source)
         return model
 
     @classmethod
@@ -163,18 +156,18 @@ class GemmaForCausalLM(Gemma):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
-        max_new_tokens: int | None = None,
-        max_length: int | None = None,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
+        max_new_tokens: int | None = UNSET,
+        max_length: int | None = UNSET,
+        do_sample: bool | None = UNSET,
+        temperature: float | None = UNSET,
+        top_k: int | None = UNSET,
+        top_p: float | None = UNSET,
+        min_p: float | None = UNSET,
+        repetition_penalty: float | None = UNSET,
         seed: int | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-        stop_strings: str | Sequence[str] | None = None,
+        eos_token_id: int | Sequence[int] | None = UNSET,
+        pad_token_id: int | None = UNSET,
+        stop_strings: str | Sequence[str] | None = UNSET,
         tokenizer: Any = None,
         streamer: Any = None,
         logits_processor: Any = None,
@@ -198,7 +191,9 @@ class GemmaForCausalLM(Gemma):
         top_k, top_p, min_p, repetition_penalty  see `engine.sampling.Sampling`; the default of
                         top_k is 50, as in transformers
         seed            the same seed samples the same text; None: torch's global generator sets it
-        eos_token_id    one or more ids that end a row; pad_token_id fills the rest of the row
+        eos_token_id    one or more ids that end a row; pad_token_id fills the rest of the row;
+                        None: no id ends a row, and no row is filled
+        pad_token_id    None: the first id of eos_token_id
         stop_strings    strings that end a row when they appear in its generated text; they need
                         `tokenizer`, any object with `decode(ids) -> str`
         streamer        an object: put(ids) is called with the prompt, then with each new token;
@@ -207,14 +202,17 @@ class GemmaForCausalLM(Gemma):
                         transformers' LogitsProcessor; they prevent a CUDA graph
         stopping_criteria  the same for (ids, None) → True where a row ends
         prefix_allowed_tokens_fn  function (row, ids) → the only tokens that may follow
-        generation_config  these options as a mapping, or as transformers' object
+        generation_config  these options as a mapping, or as transformers' object; as in
+                        transformers, it may be the second positional argument
         inputs          another name of input_ids
         others          the other options of `compat.APPLIED`, as in transformers' GenerationConfig,
                         and its keywords that have no effect here. A keyword or value that is not
                         supported raises TypeError, which names an alternative
 
-        An option that is None is taken from generation_config, or else from the checkpoint's
-        generation_config.json. Ctrl-C ends generation and returns the tokens generated until then.
+        An option that is not passed is taken from generation_config, or else from the model's
+        generation_config; in both, None means that it is not set. As in transformers, a keyword
+        that is None switches the option off, and max_new_tokens=None gives the default. Ctrl-C ends
+        generation and returns the tokens generated until then.
 
         Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the
         model's context, a sampling value out of range, or logits that are not finite; raises
@@ -224,13 +222,17 @@ class GemmaForCausalLM(Gemma):
         if inputs is not None and input_ids is not None:
             raise TypeError("generate() got both input_ids and inputs: pass only input_ids")
         ids = self.check_ids(inputs if input_ids is None else input_ids)
+        if isinstance(attention_mask, Mapping) or hasattr(attention_mask, "to_dict"):
+            if generation_config is not None:
+                raise TypeError("generate() got generation_config twice: pass it by name only")
+            generation_config, attention_mask = attention_mask, None
         keywords = others | {
             "max_new_tokens": max_new_tokens, "max_length": max_length, "do_sample": do_sample,
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
             "repetition_penalty": repetition_penalty, "eos_token_id": eos_token_id,
             "pad_token_id": pad_token_id, "stop_strings": stop_strings,
         }  # fmt: skip
-        options = merge_options(keywords, generation_config, self.generation_config)
+        options = merge_options(keywords, generation_config, self._defaults())
         requests = requests_of(ids, attention_mask, options, seed, self.config)
         processors = processors_of(
             logits_processor, prefix_allowed_tokens_fn, copies=len(requests) // len(ids)
@@ -244,9 +246,26 @@ class GemmaForCausalLM(Gemma):
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """The tokens at which `generate` ends a text, unless eos_token_id is passed: those of
-        generation_config, or else of the config."""
-        return end_token_ids(merge_options({}, None, self.generation_config), self.config)
+        """The tokens at which `generate` ends a text, unless eos_token_id is passed."""
+        return end_token_ids(as_mapping(self._defaults()), self.config.vocab_size)
+
+    def _defaults(self) -> Any:
+        """Returns generation_config, or the ids of the config if it is empty."""
+        return self.generation_config or GenerationConfig.of_model(self.config)
+
+    def can_generate(self) -> bool:
+        return True
+
+    def num_parameters(self) -> int:
+        return sum(weight.numel() for weight in self.parameters())
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in ATTRIBUTES:
+                raise
+        raise AttributeError(f"GemmaForCausalLM has no {name}: {ATTRIBUTES[name]}")
 
     def memory(self) -> dict[str, int]:
         """Returns the bytes of each item on the device. `free_memory` frees "cache" and "graph".
@@ -277,7 +296,11 @@ class GemmaForCausalLM(Gemma):
         a non-empty tensor of integers within the vocabulary."""
         refuse_overflow(self.config, self.dtype)
         if not isinstance(input_ids, Tensor):
-            raise ValueError(f"input_ids must be a tensor, not a {type(input_ids).__name__}")
+            raise ValueError(
+                f"input_ids must be a tensor, not a {type(input_ids).__name__}: call"
+                ' tokenizer(text, return_tensors="pt"), and unpack its result, as in'
+                " generate(**inputs)"
+            )
         kind = input_ids.dtype
         not_whole = kind.is_floating_point or kind.is_complex or kind == torch.bool
         if input_ids.ndim != 2 or not_whole:

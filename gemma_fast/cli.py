@@ -289,8 +289,9 @@ def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCa
     # Warm up before calls are timed: on a GPU the first call compiles kernels and captures a graph.
     bos = torch.tensor([[tokenizer.bos_token_id]])
     gemma.generate(
-        bos, max_new_tokens=3, do_sample=False, eos_token_id=[], stop_strings=[], **ONE_TEXT
-    )
+        bos, max_new_tokens=3, min_new_tokens=0, do_sample=False, eos_token_id=[], stop_strings=[],
+        **ONE_TEXT,
+    )  # fmt: skip
     return gemma, tokenizer
 
 
@@ -331,10 +332,9 @@ def _stream(
         tokenizer, skip_prompt, skip_special_tokens=True, write=partial(click.echo, nl=False)
     )
     clock = _Clock(None if silent else streamer)
-    sampling["stop_strings"] = sampling["stop_strings"] or None  # None: the model's stop strings
-    out = model.generate(
-        ids, do_sample=do_sample, streamer=clock, tokenizer=tokenizer, **ONE_TEXT, **sampling
-    )
+    sampling |= {"do_sample": do_sample, "stop_strings": sampling["stop_strings"] or None}
+    passed = {name: value for name, value in sampling.items() if value is not None}
+    out = model.generate(ids, streamer=clock, tokenizer=tokenizer, **ONE_TEXT, **passed)
     stats = _speed(ids.shape[1], clock.times, model)
     if not silent:
         click.echo()

@@ -8,6 +8,7 @@ for any other value.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -32,7 +33,10 @@ FORWARD: Table = _OUTPUTS | {
     "return_dict": ((True,), "index the result: [0] is the logits, [1] the cache"),
     "labels": ((), _FROM_LOGITS),
     "inputs_embeds": ((), "pass input_ids"),
-    "token_type_ids": (ANY, ""),  # transformers' text models ignore them
+    # no effect on Gemma 1 to 3 (text) in transformers 5
+    "token_type_ids": (ANY, ""),
+    "cache_position": (ANY, ""),
+    "num_logits_to_keep": (ANY, ""),
 }
 
 # The fields of transformers' GenerationConfig: each one is in APPLIED, NO_EFFECT or REFUSED.
@@ -109,6 +113,30 @@ GENERATE: Table = {
     "custom_generate": ((), _HF),
     "synced_gpus": ((False,), "omit it: the model is on one device"),
     "trust_remote_code": (ANY, ""),
+    "logits_to_keep": (ANY, ""),  # generate() needs the logits of the last token only
+}
+# Keywords of generate() and forward() that have a parameter there; a suggestion may name them.
+PARAMETERS = ("input_ids", "attention_mask", "tokenizer", "streamer", "generation_config", "seed")
+_TRANSFORMERS = "use transformers' own model and gemma_fast.hf.accelerate(model)"
+# Attributes of transformers' models that do not exist here → advice in the error message.
+ATTRIBUTES = {
+    "save_pretrained": "the weights do not change: copy the checkpoint's directory",
+    "push_to_hub": "the weights do not change: upload the checkpoint's directory",
+    "model": "GemmaForCausalLM is the model: embed_tokens, layers and norm are its attributes",
+    "get_input_embeddings": "embed_tokens is the embedding's weight :: [vocab, hidden]",
+    "get_output_embeddings": "output_weight is the weight of the head :: [vocab, hidden]",
+    "set_input_embeddings": f"the weights are frozen: {_TRANSFORMERS}",
+    "resize_token_embeddings": f"resize transformers' model, and pass it to from_transformers, or"
+    f" {_TRANSFORMERS}",
+    "compute_transition_scores": "gather log_softmax(scores) at the new tokens of sequences",
+    "prepare_inputs_for_generation": "call generate(), or model(ids, past_key_values=…) in a loop",
+    "gradient_checkpointing_enable": f"the kernels have no backward: {_TRANSFORMERS}",
+    "enable_input_require_grads": f"the kernels have no backward: {_TRANSFORMERS}",
+    "set_attn_implementation": "omit it: attention runs on this project's kernels",
+    "load_adapter": _ADAPTER,
+    "add_adapter": _ADAPTER,
+    "name_or_path": "it is the path that from_pretrained got",
+    "hf_device_map": "the model is on one device: see device",
 }
 # Keywords of from_pretrained that are passed on to huggingface_hub. They have no effect on a path.
 DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
@@ -141,7 +169,14 @@ FROM_PRETRAINED: Table = {
     "proxies": ((), _DOWNLOAD),
     "tqdm_class": ((), _DOWNLOAD),
     "attn_implementation": (
-        ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
+        (
+            "eager",
+            "sdpa",
+            "flash_attention_2",
+            "flash_attention_3",
+            "flash_attention_4",
+            "flex_attention",
+        ),
         "attention runs on this project's kernels; omit it",
     ),
     "low_cpu_mem_usage": (ANY, ""),
@@ -176,8 +211,6 @@ LM_EVAL: Table = {
     "gptqmodel": ((False,), _QUANTIZED),
 }
 
-_PLAIN = (bool, int, float, str)
-
 
 def download_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keywords of DOWNLOAD in a call of from_pretrained."""
@@ -189,9 +222,16 @@ def check_keywords(call: str, given: Mapping[str, Any], table: Table) -> None:
     None, [] and {} are accepted for every keyword of the table."""
     for name, value in given.items():
         if name not in table:
-            raise TypeError(f"{call} got an unexpected keyword argument {name!r}")
+            near = get_close_matches(name, [*table, *PARAMETERS], n=1, cutoff=0.75)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise TypeError(f"{call} got an unexpected keyword argument {name!r:.60}{hint}")
         same, way_out = table[name]
         if isinstance(value, list | tuple | dict) and not value:
             continue
         if value is not None and not (value in same if isinstance(value, _PLAIN) else same is ANY):
-            raise TypeError(f"{call}: {name}={value!r:.60} is not supported: {way_out}")
+            plain = isinstance(value, (*_PLAIN, list, tuple, dict))
+            shown = f"{value!r:.60}" if plain else f"<{type(value).__name__}>"
+            raise TypeError(f"{call}: {name}={shown} is not supported: {way_out}")
+
+
+_PLAIN = (bool, int, float, str)

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch import Tensor
 
 from gemma_fast.causal_lm import GemmaForCausalLM
-from gemma_fast.compat import FROM_PRETRAINED, LM_EVAL, ONE_TEXT, check_keywords
+from gemma_fast.compat import FROM_PRETRAINED, LM_EVAL, ONE_TEXT, check_keywords, download_options
 from gemma_fast.text.tokenizer import Tokenizer
 
 try:
@@ -98,7 +99,7 @@ class GemmaFastLM(ScoringLM):
         self.model = pretrained
         self._device = self.model.device
         if isinstance(tokenizer, str):
-            tokenizer = Tokenizer.from_pretrained(tokenizer)
+            tokenizer = Tokenizer.from_pretrained(tokenizer, **download_options(others))
         self.tokenizer: Any = tokenizer
         self.automatic = str(batch_size).startswith("auto")
         self.batch_size = int((max_batch_size or 64) if self.automatic else batch_size)
@@ -204,19 +205,26 @@ class GemmaFastLM(ScoringLM):
         ids = {i: self.tok_encode(prompt)[:limit][-room:] for i, prompt in prompts.items()}
         # In `hf`, max_length counts the prompt, and overrides max_gen_toks.
         length = {"max_length": kwargs.pop("max_length")} if "max_length" in kwargs else {}
-        more = kwargs.pop("stop_strings", None) or self.model.generation_config.get("stop_strings")
-        stop = [*filter(None, until), *([more] if isinstance(more, str) else more or ())]
         kwargs |= ONE_TEXT
+        kwargs["pad_token_id"] = self.tokenizer.pad_token_id
 
         def write(batch: Sequence[int]) -> list[str]:
             inputs = self._pad([ids[i] for i in batch])
+            start = inputs.input_ids.shape[1]
             out = self.model.generate(
                 **inputs, **(length or {"max_new_tokens": new}), tokenizer=self.tokenizer,
-                stop_strings=stop, **kwargs,
-            )[:, inputs.input_ids.shape[1] :]  # fmt: skip
+                stopping_criteria=lambda out, _: self._ended(out[:, start:], until), **kwargs,
+            )[:, start:]  # fmt: skip
             return [self._text_of(row, until) for row in out.tolist()]
 
         yield from self._in_batches(sorted(ids, key=lambda i: -len(ids[i])), write)
+
+    def _ended(self, new: Tensor, until: Sequence[str]) -> list[bool]:
+        """Returns for each row of new tokens whether its last tokens have a stop string. In `hf`,
+        too, a stop string that begins in the prompt does not end an answer."""
+        stops = [*filter(None, until)]
+        tail = new[:, -4 * max(map(len, stops), default=0) :].tolist()  # a character has 4 bytes
+        return [any(stop in self.tokenizer.decode(row) for stop in stops) for row in tail]
 
     def _text_of(self, ids: list[int], until: list[str]) -> str:
         """Returns the text of an answer without its thinking, up to the first stop string."""

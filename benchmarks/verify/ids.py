@@ -13,7 +13,7 @@ from gemma_fast.benchmarks.verify import margins as of
 from gemma_fast.benchmarks.verify.margins import MODEL, Finding, finding
 from gemma_fast.benchmarks.verify.truth import Truth
 from gemma_fast.checkpoint.base import Checkpoint
-from gemma_fast.engine.options import merge_options
+from gemma_fast.engine.options import GenerationConfig
 from gemma_fast.engine.request import end_token_ids
 from gemma_fast.text.tokenizer import Tokenizer
 
@@ -43,8 +43,8 @@ def check_ids(checkpoint: Checkpoint, truth: Truth, model: Any) -> Iterator[Find
     differ = sum(x != y for a, b in pairs for x, y in zip_longest(a, b))
     given = model.generation_config.eos_token_id
     ends = truth.ends or ({given} if isinstance(given, int) else set(given or ()))
-    options = merge_options({}, None, checkpoint.generation_config)
-    ours_end = end_token_ids(options, checkpoint.config)
+    options = checkpoint.generation_config or GenerationConfig.of_model(checkpoint.config)
+    ours_end = end_token_ids(options, checkpoint.config.vocab_size)
     figures: dict[str, tuple[float, float | None]] = {
         of.IDS_DIFFER: (differ, None), of.ENDS_DIFFER: (len(set(ours_end) ^ ends), None),
     }  # fmt: skip

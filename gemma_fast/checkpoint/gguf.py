@@ -56,6 +56,9 @@ class GGUFCheckpoint(FileCheckpoint):
         first = GGUFFile(path)
         self.config = parse_content(path, config_from_gguf, first.metadata)
         self.generation_config = parse_content(path, generation_from_gguf, first.metadata)
+        if self.generation_config:  # `generate` takes no option of the config if this has one
+            for name in ("eos_token_id", "pad_token_id"):
+                self.generation_config.setdefault(name, getattr(self.config, name))
         for file in _parts(first):
             for tensor in file.tensors:
                 if tensor.name == ROPE_FACTORS:

@@ -120,7 +120,7 @@ def biases_of(
     sequence_bias and bad_words_ids. Other options ignore such an id, as in transformers.
     """
     found = [Bias(*pair) for pair in _sequence_bias(options.get("sequence_bias"), vocab_size)]
-    given = options.get("bad_words_ids") or ()
+    given = options.get("bad_words_ids", ())
     words = [
         _ids("bad_words_ids", ids, vocab_size)
         for ids in (given if isinstance(given, list | tuple) else [given])
@@ -132,21 +132,22 @@ def biases_of(
     if new > 0:
         found += [Bias((token,), until=new) for token in eos]
     for name, until in (("suppress_tokens", math.inf), ("begin_suppress_tokens", 1)):
-        tokens = _ids(name, options.get(name) or ())
+        given = options.get(name)
+        tokens = () if given is None else _ids(name, given)
         found += [Bias((token,), until=until) for token in tokens if 0 <= token < vocab_size]
     return tuple(dict.fromkeys(found))
 
 
 def _sequence_bias(given: Any, vocab_size: int) -> Iterable[tuple[tuple[int, ...], float]]:
     """Yields (sequence, value) of a dict {(id, …): value} or a list [[[id, …], value], …]."""
-    items = given.items() if isinstance(given, Mapping) else given or ()
+    items = given.items() if isinstance(given, Mapping) else () if given is None else given
     try:
         pairs = {tuple(ids): value for ids, value in items}
     except (TypeError, ValueError):
         pairs = {(): given}
     for ids, value in pairs.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and value < math.inf):
+        if not (number and (value == -math.inf or abs(value) < 1e38)):
             raise ValueError(
                 f"sequence_bias={given!r:.60} must be a dict {{(id, …): number}} or a list "
                 "[[[id, …], number], …]"
@@ -169,7 +170,18 @@ def _ids(name: str, given: Any, vocab_size: int | None = None) -> tuple[int, ...
 
 
 def _count(name: str, options: Mapping[str, Any]) -> int | None:
-    count = options.get(name)
-    if count is not None and (type(count) is not int or count < 0):
-        raise ValueError(f"{name}={count!r} must be an integer of at least 0")
+    given = options.get(name)
+    count = as_int(given)
+    if given is not None and (count is None or count < 0):
+        raise ValueError(f"{name}={given!r:.60} must be an integer of at least 0")
     return count
+
+
+def as_int(value: Any) -> int | None:
+    """Returns the value of an int, a NumPy integer or a tensor with one integer. Returns None for
+    any other value, for bool, and for an integer that does not fit int64."""
+    try:
+        number = index(value)
+    except TypeError:
+        return None
+    return None if isinstance(value, bool) or not -(1 << 63) <= number < 1 << 63 else number

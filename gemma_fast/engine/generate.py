@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gemma_fast.engine.decoder import Decoder
 from gemma_fast.engine.pool import DecoderPool
+from gemma_fast.engine.processors import check_methods
 from gemma_fast.engine.request import Request
 from gemma_fast.engine.sampling import Processor, Record
 from gemma_fast.engine.stopping import Criterion, Stopping
@@ -28,7 +29,7 @@ def generate_tokens(
     record: Record | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns ids :: [b, t + new]: the prompts and the new tokens. A row that ends early is filled
-    with its request's pad_token_id.
+    with its request's pad_token_id, if there is one.
 
     tokenizer   decodes generated tokens to find stop strings; needed only if a request has them
     streamer    None, or an object: put(ids) is called with the prompts, then with each new token;
@@ -40,22 +41,24 @@ def generate_tokens(
     Ctrl-C ends generation and returns the tokens generated until then. Raises ValueError if logits
     are not finite, and torch.OutOfMemoryError if the cache does not fit.
     """
+    check_methods("streamer", streamer, "put", "end")
     stopping = Stopping(requests, tokenizer, criteria)
     ids, mask = stack_prompts(requests)
     b, t = ids.shape
     new = max(request.max_new_tokens for request in requests)
-    pad = torch.tensor([request.pad_token_id for request in requests], device="cpu")
+    pad, fills = pads_of(requests)
     decoder = decoders.take(model, b, t + new)
     generated = pad.unsqueeze(1).repeat(1, new)
     finished = torch.zeros(b, dtype=torch.bool, device="cpu")
+    changed = bool(processors) or any(request.sampling.changes_logits for request in requests)
     end = 0
     try:
         if streamer is not None:
             streamer.put(ids.cpu())
         decoder.prefill(ids, mask, [request.sampling for request in requests], processors, record)
         for token in tokens(decoder, new):
-            token = torch.where(finished, pad, token)
-            refuse_not_finite(token, t + end)
+            refuse_not_finite(token.where(~(finished & fills), 0), t + end, changed)
+            token = torch.where(finished & fills, pad, token)
             generated[:, end] = token
             end += 1
             if not decoder.ahead:  # processors see padding after the end of a text
@@ -65,6 +68,7 @@ def generate_tokens(
             finished |= stopping(ids, generated[:, :end])
             if finished.all():
                 break
+            refuse_padding(pad[finished & fills], model.config.vocab_size)
     except KeyboardInterrupt:
         pass
     finally:
@@ -84,6 +88,14 @@ def stack_prompts(requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
     if not padding.any():
         return ids, None
     return ids, (torch.arange(ids.shape[1], device=ids.device) >= padding.unsqueeze(1)).long()
+
+
+def pads_of(requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
+    """Returns pad :: [b], the token that fills each row, and fills :: [b], False where there is
+    none, on the host."""
+    pads = [request.pad_token_id for request in requests]
+    pad = torch.tensor([0 if token is None else token for token in pads], device="cpu")
+    return pad, torch.tensor([token is not None for token in pads], device="cpu")
 
 
 def tokens(decoder: Decoder, count: int) -> Iterator[Tensor]:
@@ -107,14 +119,31 @@ def tokens(decoder: Decoder, count: int) -> Iterator[Tensor]:
         read = read_next
 
 
-def refuse_not_finite(token: Tensor, tokens: int) -> None:
+def refuse_padding(pad: Tensor, vocab_size: int) -> None:
+    """Raises ValueError if the model would have to read padding outside the vocabulary."""
+    for token in pad.tolist():
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"pad_token_id={token} is outside the vocabulary of {vocab_size}, but a row that"
+                " has ended must be padded: pass pad_token_id=0, or generate one row at a time"
+            )
+
+
+def refuse_not_finite(token: Tensor, tokens: int, changed: bool) -> None:
     """Raises ValueError if a token is -1, which means that its logits are not finite.
 
-    token :: [b], the newest token of each row; tokens: number of tokens before it, for the message.
+    token    [b], the newest token of each row
+    tokens   number of tokens before it, for the message
+    changed  True if options or functions of the call change logits
     """
     rows = (token < 0).nonzero().flatten().tolist()
     if rows:
+        cause = (
+            "options such as suppress_tokens exclude every token, or a logits_processor returned"
+            " nan or inf; if the error remains without them, "
+        )
         raise ValueError(
-            f"the logits after {tokens} tokens are not finite, in rows {rows}: the weights are "
-            "damaged, or values overflow this dtype; try dtype='float32'"
+            f"the logits after {tokens} tokens are not finite, in rows {rows}: "
+            f"{cause if changed else ''}the weights "
+            "are damaged, or values overflow this dtype; try dtype='float32'"
         )

@@ -1,4 +1,6 @@
-"""`GenerateOutput` is the result of generate(return_dict_in_generate=True)."""
+"""The results of a model: `CausalLMOutput` of forward, and `GenerateOutput` of generate() with
+return_dict_in_generate=True. As in transformers, an item is found by name, too: out["logits"].
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,39 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gemma_fast.engine.sampling import Record
+from gemma_fast.model.cache import KVCache
+
+
+def _item(self: Any, key: Any) -> Any:
+    return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
+
+
+def _keys(self: Any) -> tuple[str, ...]:
+    """Returns the names of the items that are not None."""
+    return tuple(name for name, value in self._asdict().items() if value is not None)
+
+
+class CausalLMOutput(NamedTuple):
+    """Result of a forward pass."""
+
+    logits: Tensor  # [b, t, vocab], or [b, logits_to_keep, vocab]
+    past_key_values: KVCache | None
+
+    @property
+    def cache(self) -> KVCache | None:
+        """The cache under its name in transformers 5.24."""
+        return self.past_key_values
+
+    __getitem__, keys = _item, _keys  # type: ignore[misc]
 
 
 class GenerateOutput(NamedTuple):
     sequences: Tensor  # [b, t + new], the prompts and the new tokens
     scores: tuple[Tensor, ...] | None  # of each new token [b, vocab], fp32: processed logits
     logits: tuple[Tensor, ...] | None  # of each new token [b, vocab], fp32: logits of the model
+
+    past_key_values = cache = attentions = hidden_states = None  # type: ignore[misc]
+    __getitem__, keys = _item, _keys  # type: ignore[misc]
 
 
 class Outputs:

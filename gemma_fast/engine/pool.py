@@ -30,6 +30,7 @@ class DecoderPool(dict[int, Decoder]):
 
     def give_back(self, decoder: Decoder) -> None:
         decoder.wait()
+        decoder.sampler.clear()
         del decoder.model  # otherwise, a reference cycle keeps the model alive after its last use
         self[decoder.cache.batch] = decoder
 

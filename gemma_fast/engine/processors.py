@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_fast.engine.bias import as_int
 from gemma_fast.engine.sampling import Processor
+
+EXAMPLES = {
+    "tokenizer": "Tokenizer.from_pretrained(path)",
+    "streamer": "TextStreamer(tokenizer)",
+}
 
 
 def processors_of(
@@ -36,14 +42,38 @@ def functions_of(name: str, given: Any) -> list[Callable[..., Any]]:
     return functions
 
 
+def check_methods(name: str, given: Any, *methods: str) -> None:
+    """Raises ValueError if an object that a caller passes as option `name` lacks a method."""
+    for method in methods:
+        if given is not None and not callable(getattr(given, method, None)):
+            raise ValueError(
+                f"{name}={given!r:.60} must be an object with {' and '.join(methods)}: for example,"
+                f" {EXAMPLES[name]}"
+            )
+
+
+def _allowed_ids(given: Any, vocab_size: int) -> list[int]:
+    """Returns the ids of a list, tuple, set, NumPy array or tensor."""
+    listed = given.tolist() if hasattr(given, "tolist") else given
+    ids = [as_int(token) for token in listed] if isinstance(listed, list | tuple | set) else [None]
+    known = [token for token in ids if token is not None and 0 <= token < vocab_size]
+    if len(known) != len(ids):
+        raise ValueError(
+            f"prefix_allowed_tokens_fn returned {given!r:.60}: it must return a list of token ids"
+            f" below {vocab_size}"
+        )
+    return known
+
+
 def _only_allowed(allowed: Callable[[int, Tensor], Sequence[int]], copies: int) -> Processor:
     """Returns a processor that excludes all tokens but allowed(prompt number, ids :: [t])."""
 
     def process(ids: Tensor, logits: Tensor) -> Tensor:
         excluded = torch.ones_like(logits, dtype=torch.bool)
         for row, text in enumerate(ids):
-            tokens = allowed(row // copies, text)
-            if not len(tokens):
+            given = allowed(row // copies, text)
+            tokens = _allowed_ids(given, logits.shape[1])
+            if not tokens:
                 raise ValueError(
                     f"prefix_allowed_tokens_fn allows no token after the {len(text)} tokens of row"
                     f" {row}: return at least one id, for example an end token"

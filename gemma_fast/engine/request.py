@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.config import GemmaConfig
-from gemma_fast.engine.bias import biases_of
+from gemma_fast.engine.bias import as_int, biases_of
 from gemma_fast.engine.sampling import Sampling
 from gemma_fast.model.padding import check_shape, left_padding
 
@@ -27,6 +27,7 @@ LENGTHS = ("max_new_tokens", "max_length")
 # transformers' defaults
 DEFAULT_NEW_TOKENS = 20
 DEFAULT_TOP_K = 50
+MAX_TEXTS = 4096  # texts of a call with num_return_sequences
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,7 +41,7 @@ class Request:
     max_time        seconds after which the texts of the call end
     eos_token_ids   tokens that end the text
     stop_strings    strings that end the text when they appear in its generated part
-    pad_token_id    fills the row after the text has ended
+    pad_token_id    fills the row after the text has ended; None: the row gets further tokens
     """
 
     ids: Tensor
@@ -50,7 +51,7 @@ class Request:
     max_time: float
     eos_token_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
-    pad_token_id: int
+    pad_token_id: int | None
 
 
 def requests_of(
@@ -67,26 +68,31 @@ def requests_of(
     seed     seed of the sampling noise; None: torch's global generator sets it
     """
     new = _new_tokens(ids.shape[1], options, config.max_position_embeddings)
-    (pad,) = _token_ids("pad_token_id", options, config)
-    eos = end_token_ids(options, config)
+    given, pads = (_token_ids(f"{name}_token_id", options) for name in ("eos", "pad"))
+    if pads and len(pads) > 1:
+        raise ValueError(f"pad_token_id={options['pad_token_id']!r:.60} must be one token id")
+    first = (pads or given or (None,))[0]
+    eos = end_token_ids(options, config.vocab_size)
     stop = _stop_strings(options.get("stop_strings"))
     sampling = _sampling(options, seed, eos, ids.shape[1], config.vocab_size)
-    copies = _copies(options.get("num_return_sequences", 1), sampling)
+    _warn_of_minimum(ids.shape[1], new, options)
+    copies = _copies(options.get("num_return_sequences", 1), len(ids), sampling)
     return [
         Request(
             ids=row, padding=padding, sampling=sampling, max_new_tokens=new,
             max_time=_seconds(options), eos_token_ids=eos, stop_strings=stop,
-            pad_token_id=pad,
+            pad_token_id=None if given is None else first,
         )
-        for row, padding in zip(ids, _padding(mask, ids, pad, eos), strict=True)
+        for row, padding in zip(ids, _padding(mask, ids, first, given or ()), strict=True)
         for _ in range(copies)
     ]  # fmt: skip
 
 
-def end_token_ids(options: Mapping[str, Any], config: GemmaConfig) -> tuple[int, ...]:
-    """Returns the tokens that end a text: `eos_token_id` of the options, which `merge_options`
-    returns, or else of the model's config."""
-    return _token_ids("eos_token_id", options, config)
+def end_token_ids(options: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """Returns the tokens that end a text: those of eos_token_id, without ids outside the
+    vocabulary, which the model cannot generate."""
+    given = _token_ids("eos_token_id", options) or ()
+    return tuple(token for token in given if 0 <= token < vocab_size)
 
 
 def _sampling(
@@ -99,21 +105,39 @@ def _sampling(
     return replace(sampling, seed=0 if seed is None else seed)
 
 
-def _copies(given: Any, sampling: Sampling) -> int:
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise ValueError(f"num_return_sequences={given!r} must be an integer of at least 1")
-    if given > 1 and not sampling.do_sample:
+def _copies(given: Any, rows: int, sampling: Sampling) -> int:
+    copies = as_int(given)
+    if copies is None or copies < 1:
+        raise ValueError(f"num_return_sequences={given!r:.60} must be an integer of at least 1")
+    if copies > 1 and rows * copies > MAX_TEXTS:
+        raise ValueError(
+            f"num_return_sequences={given!r:.60} makes {rows * copies} texts from {rows} prompts:"
+            f" one call makes at most {MAX_TEXTS}, so call generate() several times"
+        )
+    if copies > 1 and not sampling.do_sample:
         raise ValueError(
             f"num_return_sequences={given} would give equal texts: pass do_sample=True, because "
             "decoding is greedy"
         )
-    return given
+    return copies
+
+
+def _warn_of_minimum(prompt: int, new: int, options: Mapping[str, Any]) -> None:
+    for name, most in (("min_new_tokens", new), ("min_length", prompt + new)):
+        if (least := as_int(options.get(name))) is not None and least > most:
+            warnings.warn(
+                f"{name}={least} is more than the {most} tokens to which the maximum limits the"
+                " text: raise max_new_tokens",
+                stacklevel=4,
+            )
+        if least is not None:
+            return  # min_new_tokens overrides min_length
 
 
 def _seconds(options: Mapping[str, Any]) -> float:
     seconds = options.get("max_time", math.inf)
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise ValueError(f"max_time={seconds!r} must be a number of seconds")
+        raise ValueError(f"max_time={seconds!r:.60} must be a number of seconds")
     return seconds
 
 
@@ -123,11 +147,11 @@ def _new_tokens(prompt: int, options: Mapping[str, Any], context: int) -> int:
     name = next((name for name in LENGTHS if name in options), None)
     if name is None:
         warnings.warn(f"pass max_new_tokens: the default is {DEFAULT_NEW_TOKENS}", stacklevel=4)
-        given, name = max(min(DEFAULT_NEW_TOKENS, context - prompt), 1), "max_new_tokens"
-    else:
-        given = options[name]
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise ValueError(f"{name}={given!r} must be an integer of at least 1")
+        options = {"max_new_tokens": max(min(DEFAULT_NEW_TOKENS, context - prompt), 1)}
+        name = "max_new_tokens"
+    given = as_int(options[name])
+    if given is None or given < 1:
+        raise ValueError(f"{name}={options[name]!r:.60} must be an integer of at least 1")
     new = given if name == "max_new_tokens" else given - prompt
     if new < 1:
         raise ValueError(f"{name}={given} includes the prompt, which already has {prompt} tokens")
@@ -139,33 +163,35 @@ def _new_tokens(prompt: int, options: Mapping[str, Any], context: int) -> int:
     return new
 
 
-def _token_ids(name: str, options: Mapping[str, Any], config: GemmaConfig) -> tuple[int, ...]:
-    """Returns the token ids of the option `name`, or those of the model's config if the option is
-    not set."""
-    given = options.get(name, getattr(config, name))
-    ids = given.tolist() if isinstance(given, Tensor) else given
-    ids = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
-    for token in ids:
-        whole = isinstance(token, int) and not isinstance(token, bool)
-        if not (whole and 0 <= token < config.vocab_size):
-            raise ValueError(f"{name}={given!r} must be token ids below {config.vocab_size}")
-    return ids
+def _token_ids(name: str, options: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Returns the token ids of the option `name`, or None if it is not set."""
+    given = options.get(name)
+    if given is None:
+        return None
+    listed = given.tolist() if hasattr(given, "tolist") else given
+    ids = [as_int(token) for token in (listed if isinstance(listed, list | tuple) else [listed])]
+    if None in ids:
+        raise ValueError(
+            f"{name}={given!r:.60} must be integers, for example tokenizer.{name}; {name}=None: no"
+            " such token"
+        )
+    return tuple(token for token in ids if token is not None)
 
 
-def _stop_strings(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    stop = (given,) if isinstance(given, str) else tuple(given or ())
-    if not all(isinstance(text, str) and text for text in stop):
-        raise ValueError(f"stop_strings={given!r} must be non-empty strings")
-    return stop
+def _stop_strings(given: Any) -> tuple[str, ...]:
+    stop = (given,) if isinstance(given, str) else given or ()
+    if not isinstance(stop, list | tuple | set) or not all(isinstance(x, str) and x for x in stop):
+        raise ValueError(f"stop_strings={given!r:.60} must be non-empty strings")
+    return tuple(stop)
 
 
-def _padding(mask: Any, ids: Tensor, pad: int, eos: Sequence[int]) -> list[int]:
+def _padding(mask: Any, ids: Tensor, pad: int | None, eos: Sequence[int]) -> list[int]:
     """Returns the number of padding ids on the left of each row. Without a mask, pad_token_id is
     padding unless it is an end token, as in transformers."""
     if mask is not None:
         real = check_shape("attention_mask", mask, ids).bool()
     else:
-        real = torch.ones_like(ids).bool() if pad in eos else ids != pad
+        real = torch.ones_like(ids).bool() if pad is None or pad in eos else ids != pad
         if (real[:, :-1] & ~real[:, 1:]).any():
             raise ValueError(
                 f"input_ids has pad_token_id={pad} after other tokens: pad prompts on the left, or"

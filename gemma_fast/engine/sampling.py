@@ -69,6 +69,11 @@ class Sampling:
         if not (whole and 0 <= self.seed < 1 << 63):
             raise ValueError(f"seed={self.seed!r} must be an integer from 0 to 2**63 - 1")
 
+    @property
+    def changes_logits(self) -> bool:
+        """True if biases, a limit on n-grams or a repetition penalty change the logits."""
+        return bool(self.biases or self.no_repeat_ngram_size or self.repetition_penalty != 1)
+
 
 class Sampler:
     """Stores each row's sampling settings and newest token, for `Gemma.step`.
@@ -122,6 +127,12 @@ class Sampler:
         self._processors, self._record = processors, record
         self._ids = torch.zeros(len(texts), 0, dtype=torch.int64, device=device)
         self._prompt = 0  # tokens of the prompt
+
+    def clear(self) -> None:
+        """Frees what belongs to the last texts: functions, records of logits, ids and biases."""
+        self._processors, self._record = (), None
+        self._ids = self._ids.new_zeros(0, 0)
+        self._biases = Biases([], [], self.token.device)
 
     def _of_all_tokens(self, setting: Tensor) -> Tensor:
         if setting.numel():
@@ -258,7 +269,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "top_k": (lambda x: isinstance(x, int) and x >= 0, "an integer from 0 (0 keeps all)"),
     "top_p": (lambda x: 0 <= x <= 1, "from 0 to 1"),
     "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1"),
-    "repetition_penalty": (lambda x: 0 < x < float("inf"), "above 0 (1: no penalty)"),
+    "repetition_penalty": (lambda x: 0 < x < 1e38, "above 0 (1: no penalty)"),
     "no_repeat_ngram_size": (
         lambda x: isinstance(x, int) and x >= 0,
         "an integer from 0 (0: no limit)",

@@ -256,6 +256,23 @@ def test_num_return_sequences_repeats_each_prompt(twins):
         twins.model.generate(ids, max_new_tokens=2, num_return_sequences=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_new_tokens": 9}, "min_new_tokens=9 is more than the 4 tokens"),
+        ({"min_length": 12}, "min_length=12 is more than the 9 tokens"),
+    ],
+    ids=str,
+)
+def test_a_minimum_above_the_maximum_warns_as_in_transformers(twins, options, message):
+    ids = twins.prompt(1, 5)
+    shared = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": 7}
+    with pytest.warns(UserWarning, match="Unfeasible length constraints"):
+        expected = twins.hf.generate(ids, **shared, **options)
+    with pytest.warns(UserWarning, match=message):
+        assert torch.equal(twins.model.generate(ids, **shared, **options), expected)
+
+
 def test_top_k_is_50_by_default_as_in_transformers():
     """Almost uniform logits: without a filter, 1600 draws would give nearly all of 199 tokens."""
     model, ids = random_model(CONFIGS["gemma3-gqa"]), torch.tensor([[2, 5, 9]])
@@ -310,7 +327,18 @@ def test_every_spelling_of_greedy_is_greedy(twins, monkeypatch, options, where):
         ({"num_return_sequences": 0}, "num_return_sequences=0 must be an integer of at least 1"),
         ({"max_time": "x"}, "max_time='x' must be a number"),
         ({"stopping_criteria": [5]}, r"stopping_criteria=\[5\] must be a function"),
-        ({"suppress_tokens": list(range(199))}, "logits after 5 tokens are not finite"),
+        ({"suppress_tokens": list(range(199))}, "not finite, .*such as suppress_tokens exclude ev"),
+        ({"logits_processor": lambda ids, logits: logits * float("nan")}, "processor returned nan"),
+        ({"stopping_criteria": lambda ids, _: None}, "must return True, False or a tensor .*None"),
+        ({"stopping_criteria": lambda ids, _: [True] * 3}, r"tensor of bool \(1,\), not \(3,\)"),
+        (
+            {"prefix_allowed_tokens_fn": lambda *_: ["a"]},
+            r"returned \['a'\]: it must return a list",
+        ),
+        ({"prefix_allowed_tokens_fn": lambda *_: [199]}, r"returned \[199\]: .* ids below 199"),
+        ({"prefix_allowed_tokens_fn": lambda *_: None}, "returned None: it must return a list"),
+        ({"streamer": print}, "streamer=.* must be an object with put and end: for example, Text"),
+        ({"stop_strings": "a", "tokenizer": print}, "tokenizer=.* must be an object with decode"),
     ],
     ids=str,
 )

@@ -53,6 +53,24 @@ def test_a_longer_text_and_another_dtype_need_another_decoder():
     assert model.decoders[1].cache.dtype == torch.bfloat16
 
 
+def test_a_kept_decoder_keeps_nothing_of_the_last_call(twins):
+    model, ids = random_model(twins.config), twins.prompt(2, 5)
+
+    class Processor:
+        def __call__(self, ids, logits):
+            return logits
+
+    options = {"return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [5]}
+    given = Processor()
+    out = model.generate(ids, max_new_tokens=3, logits_processor=given, **options)
+    kept = weakref.ref(given), weakref.ref(out.logits[0])
+    del given, out
+    gc.collect()
+    assert model.decoders and [reference() for reference in kept] == [None, None]
+    expected = random_model(twins.config).generate(ids, max_new_tokens=3)
+    assert torch.equal(model.generate(ids, max_new_tokens=3), expected)
+
+
 def test_copies_of_a_model_have_no_decoders(twins):
     model = random_model(twins.config)
     ids = twins.prompt(1, 5)

@@ -8,6 +8,7 @@ from tiny_models import CONFIGS, Twins
 from tiny_tokenizer import tiny_backend, write_tokenizer
 
 from gemma_fast import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from gemma_fast.compat import ATTRIBUTES
 from gemma_fast.text.tokenizer import Tokenizer
 
 IDS = torch.tensor([[2, 5, 9]])
@@ -26,7 +27,15 @@ def one(tmp_path_factory) -> Twins:
         ({"output_attentions": True}, r"gemma_fast.hf.accelerate\(model\)"),
         ({"past_key_values": torch.ones(2)}, "past_key_values=.* is not supported: call model"),
         ({"cache": torch.ones(2)}, "cache=.* is not supported: call model"),
-        ({"assistant_model": torch.nn.Linear(2, 2)}, "it changes only the speed: omit it, or"),
+        (
+            {"assistant_model": torch.nn.Linear(2, 2)},
+            "_model=<Linear> is not supported: it changes",
+        ),
+        ({"past_key_values": torch.ones(9, 9)}, "past_key_values=<Tensor> is not supported: call"),
+        ({"max_tokens": 3}, "'max_tokens': did you mean max_new_tokens?"),
+        ({"attention_masks": 3}, "'attention_masks': did you mean attention_mask?"),
+        ({"token_type_ids": IDS}, "token_type_ids=<Tensor> is not supported: omit it"),
+        ({"attention_mask": {}, "generation_config": {}}, "generation_config twice"),
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized' is not"),
         ({"token_type_ids": torch.zeros(1, 3)}, "pass only input_ids and attention_mask"),
         ({"num_beans": 1}, r"generate\(\) got an unexpected keyword argument 'num_beans'"),
@@ -47,7 +56,7 @@ def test_generate_accepts_keywords_that_change_nothing(one):
         "use_cache": False, "num_beams": 1, "num_return_sequences": 1, "length_penalty": 1.0,
         "return_dict_in_generate": False, "output_scores": False, "early_stopping": False,
         "cache_implementation": "static", "logits_processor": None, "stopping_criteria": None,
-        "bos_token_id": 2, "disable_compile": True, "no_repeat_ngram_size": 0,
+        "bos_token_id": 2, "disable_compile": True, "no_repeat_ngram_size": 0, "logits_to_keep": 1,
     }  # fmt: skip
     assert torch.equal(one.model.generate(inputs=IDS, **GREEDY, **keywords), expected)
 
@@ -63,6 +72,7 @@ def test_generation_config_is_accepted(one, kind):
     first = one.model.generate(IDS, generation_config=config, eos_token_id=[])
     assert torch.equal(first, one.model.generate(IDS, max_new_tokens=6, eos_token_id=[]))
     assert one.model.generate(IDS, generation_config=config, **GREEDY).shape == (1, 7)
+    assert torch.equal(one.model.generate(IDS, config, eos_token_id=[]), first)
     with pytest.raises(ValueError, match="must be a GenerationConfig or a dict, not 7"):
         one.model.generate(IDS, generation_config=7)
 
@@ -99,6 +109,10 @@ def test_forward_accepts_keywords_that_change_nothing_and_refuses_others(one):
     keywords = {"return_dict": True, "output_attentions": False, "labels": None}
     keywords["token_type_ids"] = torch.ones_like(IDS)
     assert torch.equal(one.model(IDS, **keywords).logits, expected)
+    for ignored in ("token_type_ids", "cache_position", "num_logits_to_keep"):
+        value = 1 if ignored == "num_logits_to_keep" else torch.ones_like(IDS)
+        assert torch.equal(one.model(IDS, **{ignored: value}).logits, expected)
+        assert torch.equal(one.hf(IDS, **{ignored: value}).logits, one.hf(IDS).logits)
     for given, message in (
         ({"labels": IDS}, "labels=.* is not supported: compute the loss from"),
         ({"output_hidden_states": True}, "output_hidden_states=True is not supported"),
@@ -107,6 +121,18 @@ def test_forward_accepts_keywords_that_change_nothing_and_refuses_others(one):
     ):
         with pytest.raises(TypeError, match=message):
             one.model(IDS, **given)
+
+
+def test_attributes_of_transformers_name_a_way_out(one):
+    for name, way_out in ATTRIBUTES.items():
+        assert not hasattr(one.model, name)
+        with pytest.raises(AttributeError) as error:
+            getattr(one.model, name)
+        assert str(error.value) == f"GemmaForCausalLM has no {name}: {way_out}"
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        print(one.model.nonsense)
+    assert one.model.can_generate() is one.hf.can_generate() is True
+    assert one.model.num_parameters() == one.hf.num_parameters()
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def test_each_argument_of_hf_is_known():
         ("parallelize", True, "parallelize=True is not supported: .*one device"),
         ("backend", "seq2seq", "backend='seq2seq' is not supported"),
         ("softmax_dtype", "bfloat16", "softmax_dtype='bfloat16' is not supported: .*float32"),
-        ("revision", "beta", "revision='beta' is not supported: .*snapshot_download"),
+        ("subfolder", "x", "subfolder='x' is not supported: .*snapshot_download"),
         ("load_in_4bit", True, "load_in_4bit=True is not supported: .*gguf"),
         ("gguf_file", "a.gguf", "gguf_file='a.gguf' is not supported: pass the path"),
         ("nonsense", 1, "unexpected keyword argument 'nonsense'"),
@@ -320,6 +320,18 @@ def test_stop_strings_of_the_checkpoint_and_of_the_task_end_a_text(checkpoint):
     [stopped] = model.generate_until(asked)
     assert free.startswith(stopped) and free[:5] in stopped and len(stopped) < len(free)
     assert len(free) == 12 * 5  # a token of five letters
+
+
+def test_a_stop_string_that_begins_in_the_prompt_does_not_end_an_answer(both):
+    hf, ours = both
+    [free] = hf.generate_until(requests("generate_until", ("hello", {"max_gen_toks": 9})))
+    asked = requests(
+        "generate_until", ("hello", {"until": ["<bos>hello" + free[:1]], "max_gen_toks": 9}),
+        ("hello", {"until": [free[2:4]], "max_gen_toks": 9}),
+    )  # fmt: skip
+    answers = ours.generate_until(asked)
+    same(answers, hf.generate_until(asked))
+    assert answers[0] == free and answers[1] == free[:2]
 
 
 def test_a_text_ends_at_the_end_tokens_of_the_checkpoint(checkpoint, tmp_path):

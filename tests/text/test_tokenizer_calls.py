@@ -239,7 +239,9 @@ def test_names_can_be_set_as_in_transformers(ours, judge):
     with pytest.raises(ValueError, match="pad_token='nothing' is not in the vocabulary: use one"):
         ours.pad_token = "nothing"
     for wrong in (1 << 20, -1, "x"):
-        with pytest.raises(ValueError, match=f"pad_token_id={wrong!r} is not an id of the vocabulary"):
+        with pytest.raises(
+            ValueError, match=f"pad_token_id={wrong!r} is not an id of the vocabulary"
+        ):
             ours.pad_token_id = wrong
     ours.pad_token_id = None
     assert ours.pad_token is None and ours.pad_token_id is None
