@@ -146,10 +146,11 @@ def test_each_known_option_is_an_attribute_of_our_generation_config():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (GenerationConfig({"eos_token_id": None}), (1,)),
+        (GenerationConfig(), (1,)),  # nothing is set: the ids of the model's config
+        (GenerationConfig({"eos_token_id": None}), ()),
         (GenerationConfig({"eos_token_id": [3, 4]}), (3, 4)),
         (transformers.GenerationConfig(eos_token_id=7), (7,)),
-        (transformers.GenerationConfig(), (1,)),
+        (transformers.GenerationConfig(), ()),
     ],
     ids=str,
 )
