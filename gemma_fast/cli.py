@@ -12,11 +12,8 @@ Text goes to stdout; progress, speed and errors go to stderr.
 from __future__ import annotations
 
 import json
-import sys
-import time
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,16 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gemma_fast.cli_stream import stream
 from gemma_fast.compat import ONE_TEXT
 
 if TYPE_CHECKING:
-    import torch
-
     from gemma_fast.causal_lm import GemmaForCausalLM
     from gemma_fast.text.tokenizer import Tokenizer
 
 Command = Callable[..., None]
-IMPLY_SAMPLE = ("temperature", "top_k", "top_p", "min_p")
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -168,7 +163,7 @@ def generate(
     """Continue PROMPT, and print each token as it is generated."""
     gemma, tokenizer = _load(model, device, dtype)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    new, stats = _stream(gemma, tokenizer, ids, sampling, silent=as_json)
+    new, stats = stream(gemma, tokenizer, ids, sampling, silent=as_json)
     if as_json:
         text = tokenizer.decode(new, skip_special_tokens=True)
         click.echo(
@@ -200,7 +195,7 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
             )
         options = {**sampling, "eos_token_id": ends}
         try:
-            new, _ = _stream(gemma, tokenizer, encoding.input_ids, options, skip_prompt=True)
+            new, _ = stream(gemma, tokenizer, encoding.input_ids, options, skip_prompt=True)
         except ValueError as error:
             click.echo(f"Error: {error}", err=True)
             messages.pop()
@@ -293,86 +288,3 @@ def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCa
         **ONE_TEXT,
     )  # fmt: skip
     return gemma, tokenizer
-
-
-class _Clock:
-    """Records the time of each call of `put`, and passes the ids to `streamer` if there is one."""
-
-    def __init__(self, streamer: Any = None) -> None:
-        self.streamer = streamer
-        self.times: list[float] = []
-
-    def put(self, ids: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-        if self.streamer:
-            self.streamer.put(ids)
-
-    def end(self) -> None:
-        if self.streamer:
-            self.streamer.end()
-
-
-def _stream(
-    model: GemmaForCausalLM,
-    tokenizer: Tokenizer,
-    ids: torch.Tensor,
-    sampling: dict[str, Any],
-    *,
-    silent: bool = False,
-    skip_prompt: bool = False,
-) -> tuple[list[int], dict[str, Any]]:
-    """Generates text, and unless `silent` prints it and its speed. Returns the new ids and the
-    statistics of `_speed`."""
-    from gemma_fast.text.streaming import TextStreamer
-
-    do_sample = sampling.pop("sample")
-    if do_sample is None and any(sampling[name] is not None for name in IMPLY_SAMPLE):
-        do_sample = True
-    streamer = TextStreamer(
-        tokenizer, skip_prompt, skip_special_tokens=True, write=partial(click.echo, nl=False)
-    )
-    clock = _Clock(None if silent else streamer)
-    sampling |= {"do_sample": do_sample, "stop_strings": sampling["stop_strings"] or None}
-    passed = {name: value for name, value in sampling.items() if value is not None}
-    out = model.generate(ids, streamer=clock, tokenizer=tokenizer, **ONE_TEXT, **passed)
-    stats = _speed(ids.shape[1], clock.times, model)
-    if not silent:
-        click.echo()
-        click.echo(_summary(stats), err=True)
-    return out[0, ids.shape[1] :].tolist(), stats
-
-
-def _speed(prompt: int, times: list[float], model: GemmaForCausalLM) -> dict[str, Any]:
-    """Returns the speed and memory of one generate() call. times: when the streamer received the
-    prompt and each new token, in seconds."""
-    import resource
-
-    import torch
-
-    start, *tokens = times
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
-    stats: dict[str, Any] = {"prompt_tokens": prompt, "new_tokens": len(tokens)}
-    if tokens:
-        stats["time_to_first_token_s"] = tokens[0] - start
-        stats["prompt_tokens_per_s"] = prompt / (tokens[0] - start)
-    if len(tokens) > 1:
-        stats["decode_tokens_per_s"] = (len(tokens) - 1) / (tokens[-1] - tokens[0])
-    stats["memory_bytes"] = model.memory()
-    stats["peak_memory_bytes"] = (
-        torch.cuda.max_memory_allocated(model.device)
-        if model.device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    )
-    return stats
-
-
-def _summary(stats: dict[str, Any]) -> str:
-    parts = [f"{stats['prompt_tokens']} prompt tokens"]
-    if "time_to_first_token_s" in stats:
-        parts[0] += f" at {stats['prompt_tokens_per_s']:.1f} tokens/s"
-        parts.append(f"first token after {stats['time_to_first_token_s']:.3f} s")
-    parts.append(f"{stats['new_tokens']} new tokens")
-    if "decode_tokens_per_s" in stats:
-        parts[-1] += f" at {stats['decode_tokens_per_s']:.1f} tokens/s"
-    kept = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in stats["memory_bytes"].items())
-    return " · ".join([*parts, f"peak memory {stats['peak_memory_bytes'] / 1e9:.2f} GB ({kept})"])
