@@ -282,7 +282,7 @@ def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCa
     tokenizer = Tokenizer.from_pretrained(path)
     gemma = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device=device)
     # Warm up before calls are timed: on a GPU the first call compiles kernels and captures a graph.
-    bos = torch.tensor([[tokenizer.bos_token_id]])
+    bos = torch.tensor([[gemma.config.bos_token_id]])  # the tokenizer may have no bos token
     gemma.generate(
         bos, max_new_tokens=3, min_new_tokens=0, do_sample=False, eos_token_id=[], stop_strings=[],
         **ONE_TEXT,

@@ -122,8 +122,8 @@ class GemmaFastLM(ScoringLM):
 
     @property
     def prefix_token_id(self) -> int:
-        given = self._prefix_token_id
-        return self.tokenizer.bos_token_id if given is None else given
+        ids = self._prefix_token_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return next(token_id for token_id in ids if token_id is not None)
 
     @property
     def tokenizer_name(self) -> str:
@@ -192,7 +192,7 @@ class GemmaFastLM(ScoringLM):
         """Yields the index and the new text of each prompt, longest prompt first. If a prompt is
         too long, its beginning is cut off."""
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(options, MAX_GEN_TOKS))
-        eos = self.tokenizer.decode(self.eot_token_id)
+        eos = self.tokenizer.eos_token
         until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
         new = kwargs.pop("max_gen_toks")
         room = self.max_length - new

@@ -234,7 +234,8 @@ def _token_id(metadata: Mapping[str, Any], name: str) -> int | None:
     key, tokens = f"tokenizer.ggml.{name}_token_id", metadata.get("tokenizer.ggml.tokens")
     if (token := metadata.get(key)) is None:
         return None
-    check_number(key, token, -math.inf, math.inf, whole=True)
+    if not isinstance(token, int) or isinstance(token, bool):
+        raise ValueError(f"{key}={token!r:.60} must be a token id")
     if not 0 <= token < (len(tokens) if isinstance(tokens, list) else TOKEN_ID[1]):
         warnings.warn(f"{key}={token} is not in the vocabulary: it is ignored", stacklevel=2)
         return None

@@ -363,3 +363,21 @@ def test_error_without_lm_eval_names_the_package(monkeypatch):
     monkeypatch.delitem(sys.modules, "gemma_fast.lm_harness")
     with pytest.raises(ModuleNotFoundError, match="pip install lm_eval"):
         import gemma_fast.lm_harness  # noqa: F401
+
+
+@pytest.mark.parametrize("missing", ["bos_token", "eos_token"])
+def test_a_tokenizer_without_a_special_token_scores_and_generates(tmp_path, missing):
+    """Without <bos>, the eos token precedes a text without a context, as in `hf`."""
+    path = write_chat_checkpoint(tmp_path)
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {missing: None}))
+    found = []
+    for name in ("hf", "gemma-fast"):
+        if (name, missing) == ("hf", "eos_token"):
+            continue  # lm_eval's own model raises TypeError
+        model = lm_eval.api.registry.get_model(name)(str(path), dtype="float32", device="cpu")
+        score = Instance("loglikelihood", {}, ("", "hello"), 0)
+        text = Instance("generate_until", {}, ("hello", {"until": ["x"], "max_gen_toks": 3}), 0)
+        found.append((model.loglikelihood([score])[0][0], model.generate_until([text])[0]))
+    assert found[0][0] == pytest.approx(found[-1][0], rel=1e-4)
+    assert found[0][1] == found[-1][1]

@@ -96,3 +96,11 @@ def test_model_without_template_and_turns_is_refused(path):
     assert result.exit_code == 1
     assert "no chat template, and no <start_of_turn>" in result.stderr
     assert "chat_template=" not in result.stderr
+
+
+def test_a_tokenizer_without_a_bos_token_runs(path):
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token": None}))
+    options = ("--model", str(path), "--device", "cpu", "-n", "4")
+    result = CliRunner().invoke(main, ["generate", "hello", *options])
+    assert result.exit_code == 0, result.output
