@@ -1,5 +1,5 @@
 """The results of a model: `CausalLMOutput` of forward, and `GenerateOutput` of generate() with
-return_dict_in_generate=True. As in transformers, an item is found by name, too: out["logits"].
+return_dict_in_generate=True. Items can also be read by name, as in transformers: out["logits"].
 """
 
 from __future__ import annotations
