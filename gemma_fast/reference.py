@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from torch import Tensor
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.config import GemmaConfig, RopeParameters
+
+T = TypeVar("T")
 
 
 def embed(input_ids: Tensor, embeddings: Tensor) -> Tensor:
@@ -80,20 +82,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
-def attend(
-    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, softcap: float | None
-) -> Tensor:
-    """Returns softmax(cap(scale * q @ keysᵀ)) @ values :: [b, n * m, t, d], with an fp32 softmax.
+def attention_scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Returns scale * q @ keysᵀ :: [b, n * m, t, s].
 
-    q :: [b, n * m, t, d]; keys, values :: [b, n, s, d]
-    visible :: [b or 1, t, s], bool: whether a new token sees a key
+    q :: [b, n * m, t, d]; keys :: [b, n, s, d]
     """
     m = q.shape[1] // keys.shape[1]
-    keys, values = (x.repeat_interleave(m, dim=1) for x in (keys, values))  # [b, n * m, s, d]
-    scores = cap(q @ keys.transpose(2, 3) * scale, softcap)  # [b, n * m, t, s]
+    return q @ keys.repeat_interleave(m, dim=1).transpose(2, 3) * scale
+
+
+def attention_weights(scores: Tensor, visible: Tensor, softcap: float | None) -> Tensor:
+    """Returns softmax(cap(scores)) over the visible keys :: [b, n * m, t, s], computed in fp32.
+
+    scores :: [b, n * m, t, s]
+    visible :: [b or 1, t, s], bool: whether a new token sees a key
+    """
+    scores = cap(scores, softcap)
     # A padding token sees no key. If its scores were all -inf, its softmax would be NaN.
     scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
-    return wide(scores).softmax(-1).to(q.dtype) @ values
+    return wide(scores).softmax(-1).to(scores.dtype)
+
+
+def attend(weights: Tensor, values: Tensor) -> Tensor:
+    """Returns weights @ values :: [b, n * m, t, d]: for each query, the weighted sum of the values.
+
+    weights :: [b, n * m, t, s]; values :: [b, n, s, d]
+    """
+    m = weights.shape[1] // values.shape[1]
+    return weights @ values.repeat_interleave(m, dim=1)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -180,12 +196,14 @@ class Reference:
 
         config = self.config
         hiddens = embed(input_ids, self.weights["model.embed_tokens.weight"])
+        hiddens = self.observe("embed", hiddens)
         cache = []
         for i, kind in enumerate(config.layer_types):
             visible = seen
             if (window := config.window(i)) is not None:
                 visible = seen & (source > target - window)
             cos_sin = angles(config.rope(kind), config.head_dim, position_ids)
+            cos_sin = self.observe(f"model.layers.{i}.angles", cos_sin)
             past_of_layer = past_key_values[i] if past_key_values else None
             hiddens, key_values = self.layer(i, hiddens, visible, cos_sin, past_of_layer)
             cache.append(key_values)
@@ -217,13 +235,15 @@ class Reference:
         if self.config.post_norms:
             x = self.norm(x, f"{name}.post_attention_layernorm")
             before_mlp = "pre_feedforward_layernorm"
-        hiddens = hiddens + x
+        x = self.observe(f"{name}.attention", x)
+        hiddens = self.observe(f"{name}.after_attention", hiddens + x)
 
         x = self.norm(hiddens, f"{name}.{before_mlp}")
         x = self.mlp(f"{name}.mlp", x)
         if self.config.post_norms:
             x = self.norm(x, f"{name}.post_feedforward_layernorm")
-        return hiddens + x, key_values
+        x = self.observe(f"{name}.mlp", x)
+        return self.observe(f"{name}.after_mlp", hiddens + x), key_values
 
     def attention(
         self,
@@ -242,27 +262,39 @@ class Reference:
         q, k, v = (y.view(b, t, -1, d).transpose(1, 2) for y in (q, k, v))  # [b, heads, t, d]
         if config.qk_norm:
             q, k = self.norm(q, f"{name}.q_norm"), self.norm(k, f"{name}.k_norm")
-        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        q = self.observe(f"{name}.queries", rotate(q, *cos_sin))
+        k = self.observe(f"{name}.keys", rotate(k, *cos_sin))
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)  # [b, n, s, d]
         scale = config.query_pre_attn_scalar**-0.5
-        out = attend(q, k, v, visible, scale, config.attn_logit_softcapping)
+        scores = self.observe(f"{name}.scores", attention_scores(q, k, scale))
+        weights = attention_weights(scores, visible, config.attn_logit_softcapping)
+        out = self.observe(f"{name}.attend", attend(self.observe(f"{name}.weights", weights), v))
         out = out.transpose(1, 2).reshape(b, t, -1)  # [b, t, n * m * d]
         return self.project(out, f"{name}.o_proj"), (k, v)
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
         gate, up = (self.project(x, f"{name}.{p}_proj") for p in ("gate", "up"))
-        return self.project(geglu(gate, up), f"{name}.down_proj")
+        x = self.observe(f"{name}.geglu", geglu(gate, up))
+        return self.project(x, f"{name}.down_proj")
 
     def predict(self, hiddens: Tensor) -> Tensor:
         """Returns logits :: [b, t, vocab]. The weight of the output projection is the embedding's,
         unless the checkpoint has another one."""
         tied = self.config.tie_word_embeddings
         logits = self.project(hiddens, "model.embed_tokens" if tied else "lm_head")
-        return cap(logits, self.config.final_logit_softcapping)
+        return self.observe("logits", cap(logits, self.config.final_logit_softcapping))
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        return rms_norm(x, self.weights[f"{name}.weight"], self.config.rms_norm_eps)
+        weight = self.weights[f"{name}.weight"]
+        return self.observe(name, rms_norm(x, weight, self.config.rms_norm_eps))
 
     def project(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x, self.weights[f"{name}.weight"])
+        return self.observe(name, F.linear(x, self.weights[f"{name}.weight"]))
+
+    def observe(self, name: str, x: T) -> T:
+        """Returns x, the result of the step `name`: the name of its weight, or of what it computes.
+
+        A subclass may record x, measure the time between two calls, or return another tensor.
+        """
+        return x
