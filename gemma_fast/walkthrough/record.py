@@ -1,0 +1,110 @@
+"""Runs the reference on one prompt and keeps what the pictures show, through `Reference.observe`.
+
+Each class changes one thing: `Recorder` measures the results of the steps, `WithoutNorms` leaves
+out the norms, `WithoutScale` leaves out the factor of the embedding, `Clock` measures time.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gemma_fast.reference import Reference
+
+SHOWN = 64  # the most tokens of a prompt that a picture shows
+
+
+def std(x: Tensor) -> float:
+    """Returns the standard deviation of all elements of x, in float64."""
+    return float(x.double().std())
+
+
+def rms(x: Tensor) -> list[float]:
+    """Returns the root mean square of each of the last SHOWN tokens of x :: [1, t, hidden]."""
+    return x[0, -SHOWN:].double().square().mean(-1).sqrt().tolist()
+
+
+def rms_of_all(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def pair_lengths(q: Tensor) -> list[list[float]]:
+    """Returns the length of each rotated channel pair, mean over tokens :: [heads, d / 2].
+
+    q :: [1, heads, t, d]
+    """
+    x1, x2 = q[0].float().chunk(2, dim=-1)
+    return torch.hypot(x1, x2).mean(1).tolist()
+
+
+class Recorder(Reference):
+    """Keeps a measure of each step of a forward pass in `seen`: step name → numbers."""
+
+    measures: ClassVar[dict[str, Any]] = {
+        **dict.fromkeys(("embed", "attention", "mlp"), std),
+        **dict.fromkeys(("after_attention", "after_mlp"), lambda x: (std(x), rms(x))),
+        **dict.fromkeys(("q_proj", "k_proj", "q_norm", "k_norm"), rms_of_all),
+        **dict.fromkeys(("o_proj", "down_proj"), std),
+        "norm": rms,
+        "queries": pair_lengths,
+        "weights": lambda x: x[0, :, -SHOWN:, -SHOWN:].float().cpu(),
+        "embed_tokens": lambda x: float(x.abs().max()),
+        "lm_head": lambda x: float(x.abs().max()),
+    }
+
+    def __init__(self, reference: Reference, **changes: Any) -> None:
+        """reference: its weights are used, not copied; changes: fields of its config to replace."""
+        super().__init__(replace(reference.config, **changes), reference.weights)
+        self.seen: dict[str, Any] = {}
+        self.scores: Any = None
+
+    def observe(self, name: str, x: Any) -> Any:
+        step = name.rpartition(".")[2]
+        if measure := self.measures.get(step):
+            self.seen[name] = measure(x)
+        if step == "scores":
+            self.scores = x
+        elif step == "weights":  # a weight is 0 where the key is not visible
+            visible = self.scores.masked_fill(x == 0, 0)
+            self.seen[name.replace(step, "scores")] = float(visible.abs().max())
+        return x
+
+
+class WithoutNorms(Recorder):
+    measures: ClassVar[dict[str, Any]] = {"embed": std, "after_attention": std, "after_mlp": std}
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return x
+
+
+class WithoutScale(Recorder):
+    measures: ClassVar[dict[str, Any]] = {"embed": std, "attention": std}
+
+    def observe(self, name: str, x: Any) -> Any:
+        if name == "embed":
+            x = x / self.config.hidden_size**0.5
+        return super().observe(name, x)
+
+
+class Clock(Reference):
+    """Adds the time since the previous step to `seconds`: name of a step → seconds."""
+
+    def __init__(self, reference: Reference) -> None:
+        super().__init__(reference.config, reference.weights)
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def start(self) -> None:
+        self.seconds, self.last = {}, time.perf_counter()
+
+    def observe(self, name: str, x: Any) -> Any:
+        if self.weights["model.norm.weight"].is_cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0) + now - self.last
+        self.last = now
+        return x

@@ -1,0 +1,107 @@
+"""Colors and sizes of the pictures, and how a figure is written: once for a light page, once for a
+dark one."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cycler import cycler
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+WIDTH = 4.6  # inches; about the width of a phone's screen at the page's font size
+DPI = 220  # of raster images inside a picture
+
+
+class Theme(NamedTuple):
+    background: str
+    text: str
+    muted: str  # axes and text of less weight
+    grid: str
+    colors: tuple[str, str, str]
+    ramp: tuple[str, str, str]  # colors of 0, of the middle and of the largest value
+
+    @property
+    def cmap(self) -> LinearSegmentedColormap:
+        return LinearSegmentedColormap.from_list("ramp", self.ramp)
+
+
+THEMES = {
+    "light": Theme(
+        background="#ffffff", text="#1f2328", muted="#59636e", grid="#d1d9e0",
+        colors=("#0969da", "#bc4c00", "#1a7f37"), ramp=("#eaf1f8", "#4493f8", "#0a3069"),
+    ),
+    "dark": Theme(
+        background="#0d1117", text="#e6edf3", muted="#9198a1", grid="#3d444d",
+        colors=("#4493f8", "#f0883e", "#3fb950"), ramp=("#19222d", "#316dca", "#cae8ff"),
+    ),
+}  # fmt: skip
+
+
+class Picture(NamedTuple):
+    figure: Figure
+    alt: str  # what the picture shows, in words
+
+
+def canvas(
+    height: float, rows: int = 1, columns: int = 1, width: float = WIDTH, **options: Any
+) -> tuple[Figure, Any]:
+    """Returns a figure and its axes: one, or an array of rows * columns."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def label_tokens(axis: Any, names: list[str], size: float | None = None) -> None:
+    """Labels an axis with tokens. Long names are cut; `$` starts no formula."""
+    short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
+    axis.set_ticks(range(len(names)), short, parse_math=False)
+    if size:
+        axis.set_tick_params(labelsize=size)
+
+
+def legend_above(figure: Figure, columns: int = 2) -> None:
+    """Places the legend above the plot, where it covers no data."""
+    figure.legend(loc="outside upper center", ncols=columns)
+
+
+def layer_axis(axes: Axes) -> None:
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def style(theme: Theme) -> Any:
+    """Returns matplotlib's settings for a theme."""
+    return {
+        "font.size": 9, "font.family": "sans-serif", "axes.titlesize": 9, "axes.grid": True,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+        "figure.facecolor": theme.background, "axes.facecolor": theme.background,
+        "savefig.facecolor": theme.background, "text.color": theme.text,
+        "axes.labelcolor": theme.text, "axes.titlecolor": theme.text, "axes.edgecolor": theme.muted,
+        "xtick.color": theme.muted, "ytick.color": theme.muted, "xtick.labelcolor": theme.text,
+        "ytick.labelcolor": theme.text, "grid.color": theme.grid, "grid.linewidth": 0.5,
+        "legend.frameon": False, "legend.labelcolor": theme.text,
+        "axes.prop_cycle": cycler(color=theme.colors),
+        "svg.fonttype": "none",  # text stays text: any script is drawn, and can be searched
+        "svg.hashsalt": "gemma_fast",  # equal data give equal files
+    }  # fmt: skip
+
+
+def write_picture(name: str, draw: Any, data: dict[str, Any], folder: Path) -> tuple[str, int, int]:
+    """Writes NAME.svg and NAME-dark.svg. Returns alternative text, width and height in CSS pixels.
+
+    draw: called with the data and a theme, returns a Picture
+    """
+    for kind, theme in THEMES.items():
+        # The browser has fonts for scripts that matplotlib's own font lacks.
+        with rc_context(style(theme)), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            picture = draw(data, theme)
+            file = folder / f"{name}{'' if kind == 'light' else '-dark'}.svg"
+            picture.figure.savefig(file, dpi=DPI, metadata={"Date": None, "Title": picture.alt})
+    width, height = (round(96 * x) for x in picture.figure.get_size_inches())
+    return picture.alt, width, height

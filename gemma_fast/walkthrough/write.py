@@ -1,0 +1,140 @@
+"""Writes a walk-through: loads the model, collects data, draws, and moves the folder in place."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma_fast import __version__
+from gemma_fast.checkpoint.open import open_checkpoint
+from gemma_fast.load import pick_device, pick_dtype, refuse_overflow
+from gemma_fast.memory import out_of_memory
+from gemma_fast.reference import Reference
+from gemma_fast.text.tokenizer import Tokenizer
+from gemma_fast.walkthrough.data import WORDS, collect, encode
+
+Progress = Callable[[str], None]
+
+
+def write_walkthrough(
+    prompt: str,
+    model: str | os.PathLike[str],
+    out: Path,
+    *,
+    words: Sequence[str] = WORDS,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: Progress = lambda _: None,
+) -> Path:
+    """Writes the page, its pictures and data.json to the folder `out`. Returns the page's path.
+
+    model     directory, .gguf file or hub id
+    out       a folder that does not exist, is empty, or holds an earlier walk-through
+    words     words whose embeddings are compared
+    progress  is called with the name of each part of the work before it begins
+
+    The files are written to a temporary folder, which is moved when it is complete. Raises
+    ValueError for an empty prompt, one that is longer than the context, and a folder with other
+    files; OSError for a folder that cannot be written; ImportError without the extra.
+    """
+    _require_extra()
+    if not prompt:
+        raise ValueError("the prompt is empty: pass a text, for example 'I want to move'")
+    with _new_folder(out) as folder:
+        data: dict[str, Any] = {
+            "prompt": prompt,
+            "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+            "versions": {"gemma_fast": __version__, "torch": torch.__version__},
+        }
+        reference, tokenizer, name = _load(model, dtype, device, progress)
+        ids = encode(tokenizer, prompt, reference.config)
+        data |= collect(reference, tokenizer, ids, words, progress)
+        data["model"]["name"] = name
+        _write(data, folder, progress)
+    return out / "index.html"
+
+
+def _require_extra() -> None:
+    try:
+        import matplotlib
+        import pygments  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'a walk-through needs {error.name}: pip install "gemma_fast[walkthrough]"',
+            name=error.name,
+        ) from error
+    matplotlib.use("svg")  # needs no display
+
+
+def _load(
+    model: str | os.PathLike[str], dtype: str, device: str | None, progress: Progress
+) -> tuple[Reference, Tokenizer, str]:
+    path = Path(model)
+    name = path.name if path.exists() else str(model)
+    progress(f"Reading {name}")
+    tokenizer = Tokenizer.from_pretrained(model)
+    checkpoint = open_checkpoint(model)
+    where = pick_device(device, None)
+    kind = pick_dtype(dtype, checkpoint, where)
+    refuse_overflow(checkpoint.config, kind)
+    size = checkpoint.config.num_parameters * kind.itemsize
+    with out_of_memory(name, size, where, "--dtype bfloat16 or a smaller model"):
+        return Reference.from_checkpoint(checkpoint, dtype=kind, device=where), tokenizer, name
+
+
+def _write(data: dict[str, Any], folder: Path, progress: Progress) -> None:
+    from gemma_fast.walkthrough.page import draw, write_pages  # imports matplotlib
+
+    pictures = {}
+    progress("Drawing")
+    for name, drawn in draw(data, folder):
+        progress(f"Drew {name}")
+        pictures[name] = drawn
+    write_pages(data, pictures, folder)
+    data["files"] = sorted([*(x.name for x in folder.iterdir()), "data.json"])
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    (folder / "data.json").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yields an empty folder that replaces `out` at the end. After an error nothing is left."""
+    out = Path(out).absolute()
+    _check_replaceable(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        holder = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent)
+    except OSError as error:
+        raise OSError(f"cannot write to {out.parent}: {error.strerror}; choose --out") from error
+    with holder as temporary:
+        folder = Path(temporary, "new")
+        folder.mkdir()
+        yield folder
+        if out.exists():
+            out.rename(Path(temporary, "old"))
+        folder.rename(out)
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raises ValueError if `out` holds anything that is not part of an earlier walk-through."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file: choose a folder with --out")
+    try:
+        ours = set(json.loads((out / "data.json").read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    if others := sorted({x.name for x in out.iterdir()} - ours):
+        raise ValueError(
+            f"{out} has files that are not of a walk-through, for example {others[0]}: choose"
+            " another folder with --out"
+        )
