@@ -155,7 +155,7 @@ def test_each_marked_block_gives_a_reason(page):
 
 
 def markdown(page: Path) -> str:
-    """Returns the Markdown of a page, or of the Markdown cells of a notebook, without code blocks."""
+    """Returns the Markdown of a page or of a notebook's Markdown cells, without code blocks."""
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".ipynb":
         cells = json.loads(text)["cells"]
