@@ -87,6 +87,8 @@ setup(
             "hypothesis",  # property tests: bad checkpoints, odd shapes
             *BENCH,
             "pytest-xdist",  # one process per core
+            "nbclient",  # executes docs/walkthrough.ipynb
+            "ipykernel",  # the notebook's kernel
             "build",  # builds the wheel and sdist that tests inspect
             "setuptools>=77.0.3",  # for `build` without isolation, which needs no network
             "mypy",

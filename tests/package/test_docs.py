@@ -1,5 +1,5 @@
 """Tests README.md, CONTRIBUTING.md and docs/: their code must run, the targets of their links must
-exist, and their numbers must equal the benchmark results.
+exist, and their numbers must equal the benchmark results. test_notebook.py runs the notebook.
 
 The Python blocks of a page run in order, in one process. Each command of a shell block runs in its
 own process. A comment directly before a block changes this, and must give the reason:
@@ -26,6 +26,7 @@ from gates import GATES
 ROOT = Path(__file__).resolve().parents[2]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 PAGES = [x for x in (README, CONTRIBUTING) if x.exists()] + sorted((ROOT / "docs").rglob("*.md"))
+NOTEBOOK = ROOT / "docs/walkthrough.ipynb"
 RESULTS = ROOT / "benchmarks/results/cpu-amd-epyc/results.json"
 MARKER = re.compile(r"<!-- *(not run|slow)(?:: *(.*?))? *-->")
 FENCE = re.compile(r"^( *)```(\w*)$")
@@ -153,22 +154,27 @@ def test_each_marked_block_gives_a_reason(page):
     assert placed == sum(bool(x.marker) for x in blocks), "a marker is not directly before a block"
 
 
-def prose(page: Path) -> str:
-    """Returns the text of the page without its code."""
-    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
-    return re.sub(r"`[^`\n]*`", "", text)
+def markdown(page: Path) -> str:
+    """Returns the Markdown of a page or of a notebook's Markdown cells, without code blocks."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n".join("".join(x["source"]) for x in cells if x["cell_type"] == "markdown")
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.S | re.M)
 
 
 def anchors(page: Path) -> set[str]:
-    """Returns the anchors that GitHub gives to the page's headings."""
-    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
-    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
-    return {re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in headings}
+    """Returns the anchors that GitHub gives to the page's headings. In a notebook they are those of
+    nbconvert, which keeps case and punctuation."""
+    headings = re.findall(r"^#+ (.*)$", markdown(page), flags=re.M)
+    if page.suffix != ".ipynb":
+        headings = [re.sub(r"[^\w\- ]", "", x.lower()) for x in headings]
+    return {x.replace(" ", "-") for x in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, NOTEBOOK], ids=lambda page: page.name)
 def test_targets_of_links_exist(page):
-    text = prose(page)
+    text = re.sub(r"`[^`\n]*`", "", markdown(page))
     defined = dict(re.findall(r"^\[([^\]]+)\]: *(\S+)$", text, flags=re.M))
     shortcuts = re.findall(r"\[([\w./-]+\.\w+)\](?![\[(:])", text)
     assert {*shortcuts} <= {*defined}, "a link has no definition"
