@@ -75,7 +75,7 @@ def page(request, browser, folder):
 
 
 @needs_browser
-@pytest.mark.parametrize("page", product(FILES, WIDTHS, SCHEMES), indirect=True, ids=str)
+@pytest.mark.parametrize("page", [*product(FILES, WIDTHS, SCHEMES)], indirect=True, ids=str)
 def test_page_fits_the_screen_and_draws_every_picture(page):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     pictures = page.evaluate(
