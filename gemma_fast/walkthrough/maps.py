@@ -1,98 +1,138 @@
-"""Attention maps, rotations and wavelengths, and the surfaces of the small MLP."""
+"""Matrices of tokens, attention maps, rotations and wavelengths, and the surfaces of small MLPs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.patches import Circle, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from gemma_fast.walkthrough.theme import WIDTH, Picture, Theme, canvas, label_tokens
+from gemma_fast.walkthrough.theme import (
+    WIDTH,
+    Data,
+    Picture,
+    Theme,
+    canvas,
+    label_tokens,
+    legend_above,
+    log_axis,
+)
 
-Data = dict[str, Any]
-TYPES = {"sliding_attention": "layers with a window", "full_attention": "full layers"}
+KINDS = {"sliding_attention": "layers with a window", "full_attention": "full layers"}
+WEIGHTS = PowerNorm(0.5, 0, 1)  # color of an attention weight: its square root
+
+
+def token_matrix(
+    values: Any, names: list[str], theme: Theme, norm: Normalize, label: str
+) -> tuple[Any, Any]:
+    """Returns a figure and its axes: a square matrix with the tokens on both sides."""
+    size = max(WIDTH, 0.13 * len(names))  # inches
+    figure, axes = canvas(0.9 * size, width=size)
+    image = axes.imshow(values, cmap=theme.cmap, norm=norm, interpolation="none")
+    for axis in (axes.xaxis, axes.yaxis):
+        label_tokens(axis, names, min(9, max(6, 200 / len(names))))
+    axes.tick_params("x", rotation=90)
+    axes.grid(visible=False)
+    figure.colorbar(image, ax=axes, shrink=0.6, label=label)
+    return figure, axes
+
+
+def similarity(data: Data, theme: Theme) -> Picture:
+    names, cosines = data["similarity"]["names"], np.array(data["similarity"]["cosines"])
+    norm = Normalize(min(0, cosines.min()), 1)
+    figure, _ = token_matrix(cosines, names, theme, norm, "cosine")
+    alt = f"Matrix of cosines between {len(names)} embeddings."
+    if len(names) > 1:
+        i, j = divmod(int((cosines - 3 * np.eye(len(names))).argmax()), len(names))
+        alt += f" The closest pair is {names[i]} and {names[j]}, {cosines[i, j]:.2f}."
+    return Picture(figure, alt)
+
+
+def visible_maps(data: Data) -> np.ndarray:
+    """Returns the attention maps with NaN where a query does not see the key ::
+    [layers, heads, shown, shown]."""
+    maps = np.array(data["attention"]["maps"])
+    config, position = data["model"]["config"], np.arange(maps.shape[-1])
+    distance = position[:, None] - position
+    for layer, kind in enumerate(config["layer_types"]):
+        window = config["sliding_window"] if kind == "sliding_attention" else len(position)
+        maps[layer, :, (distance < 0) | (distance >= window)] = np.nan
+    return maps
 
 
 def attention_maps(data: Data, theme: Theme) -> Picture:
     """Draws the maps of all heads in one image: a column per layer, flat heads at the top."""
-    found = data["attention"]
-    maps = np.array(found["maps"])  # [layers, heads, t, s]
+    found, maps = data["attention"], visible_maps(data)
     layers, heads, t, _ = maps.shape
     maps = np.stack([x[order] for x, order in zip(maps, found["order"], strict=True)])
-    maps = np.where(np.tri(t, dtype=bool), maps, np.nan)
     gap = max(1, t // 6)
+    step = t + gap
     padded = np.pad(maps, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)
-    image = padded.transpose(1, 2, 0, 3).reshape(heads * (t + gap), layers * (t + gap))
-    width = 2 * WIDTH
-    figure, axes = canvas(0.7 + (width - 0.7) * heads / layers, width=width)
-    axes.imshow(image, cmap=theme.cmap, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-    middle = (t - 1) / 2
-    axes.set_xticks(middle + (t + gap) * np.arange(layers), range(layers))
-    axes.set_yticks([middle, middle + (t + gap) * (heads - 1)], ["flat", "spiky"])
+    image = padded.transpose(1, 2, 0, 3).reshape(heads * step, layers * step)
+    cell = 0.47 + 0.3 * t / 64  # inches
+    figure, axes = canvas(0.7 + cell * heads, width=max(WIDTH, 0.7 + cell * layers))
+    axes.imshow(image, cmap=theme.cmap, norm=WEIGHTS, interpolation="none")
+    layer, head = found["enlarged"]["layer"], found["enlarged"]["head"]
+    corner = (
+        layer * step - 0.5 - gap / 2,
+        found["order"][layer].index(head) * step - 0.5 - gap / 2,
+    )
+    axes.add_patch(Rectangle(corner, step, step, fill=False, edgecolor=theme.colors[1]))
+    axes.set_xticks((t - 1) / 2 + step * np.arange(layers), range(layers))
+    ends = ["flat", "spiky"] if heads > 1 else ["one head"]
+    axes.set_yticks([(t - 1) / 2 + step * (heads - 1) * i for i in range(len(ends))], ends)
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("layer")
     return Picture(
         figure,
-        f"Attention maps of {heads} heads in each of {layers} layers, {t} tokens each. Rows are"
-        " queries, columns are keys; a dark cell is a large weight on a light page, a bright one on"
-        " a dark page. Heads go from flat (top) to spiky (bottom).",
+        f"Attention maps of {heads} heads in each of {layers} layers, for {t} tokens. Rows are"
+        " queries, columns are keys. In each layer the heads go from flat (top) to spiky (bottom)."
+        f" A frame marks layer {layer}, head {head}.",
     )
 
 
 def attention_map(data: Data, theme: Theme) -> Picture:
     """Draws the map of one head with the tokens on its axes."""
-    found, shown = data["attention"], data["tokens"]["shown"]
+    shown, enlarged = data["tokens"]["shown"], data["attention"]["enlarged"]
     names = data["tokens"]["names"][-shown:]
-    layer, head = found["enlarged"]["layer"], found["enlarged"]["head"]
-    weights = np.array(found["maps"][layer][head])
-    figure, axes = canvas(4.2)
-    masked = np.where(np.tri(shown, dtype=bool), weights, np.nan)
-    image = axes.imshow(masked, cmap=theme.cmap, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-    small = min(9, 220 / shown)
-    label_tokens(axes.xaxis, names, small)
-    label_tokens(axes.yaxis, names, small)
-    axes.tick_params("x", rotation=90)
+    layer, head = enlarged["layer"], enlarged["head"]
+    weights = visible_maps(data)[layer][head]
+    figure, axes = token_matrix(weights, names, theme, WEIGHTS, "weight")
     axes.set_xlabel("key")
     axes.set_ylabel("query")
-    axes.grid(visible=False)
     axes.set_title(f"layer {layer}, head {head}")
-    figure.colorbar(image, ax=axes, shrink=0.6, label="weight")
     best = ", ".join(
-        f"{names[i]} → {names[int(row.argmax())]} {row.max():.2f}"
+        f"{names[i]} → {names[int(np.nanargmax(row))]} {np.nanmax(row):.2f}"
         for i, row in list(enumerate(weights))[-5:]
     )
-    return Picture(
-        figure, f"Attention map of layer {layer}, head {head}. Largest weights of the last queries:"
-        f" {best}.",
-    )  # fmt: skip
+    alt = (
+        f"Attention map of layer {layer}, head {head}. Largest weights of the last queries: {best}."
+    )
+    return Picture(figure, alt)
 
 
 def rotations(data: Data, theme: Theme) -> Picture:
     found = data["rotary"]["rotations"]
-    figure, both = canvas(2.5, 1, 2)
+    figure, both = canvas(2.4, 1, 2)
+    turns = []
     for axes, pair, vectors in zip(both, found["pairs"], found["vectors"], strict=True):
+        axes.add_patch(Circle((0, 0), 1, fill=False, color=theme.grid))
         for position, (x, y) in enumerate(vectors):
             arrow = {"arrowstyle": "-|>", "color": theme.colors[0], "shrinkA": 0, "shrinkB": 0}
             axes.annotate("", (x, y), (0, 0), arrowprops=arrow)
             axes.text(1.2 * x, 1.2 * y, str(position), ha="center", va="center")
-        axes.set_xlim(-1.4, 1.4)
-        axes.set_ylim(-1.4, 1.4)
-        axes.set_aspect("equal")
-        axes.set_title(f"channel pair {pair}")
-        axes.set_xticks([])
-        axes.set_yticks([])
-    angles = [np.degrees(np.arctan2(y, x)) for (x, y) in (v[1] for v in found["vectors"])]
+        axes.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal", title=f"channel pair {pair}")
+        axes.set_axis_off()
+        turn = np.degrees(np.arctan2(*vectors[1][::-1]))
+        turns.append(f"Channel pair {pair} turns by {turn:.1f} degrees a position.")
+    last = len(vectors) - 1
     return Picture(
-        figure,
-        f"The vector (1, 0) at positions 0 to {len(found['vectors'][0]) - 1}, as arrows. "
-        + ". ".join(
-            f"Channel pair {pair} turns by {angle:.1f} degrees a position"
-            for pair, angle in zip(found["pairs"], angles, strict=True)
-        )
-        + ".",
+        figure, f"The vector (1, 0) at positions 0 to {last}, as arrows. {' '.join(turns)}"
     )
 
 
@@ -100,39 +140,39 @@ def wavelengths(data: Data, theme: Theme) -> Picture:
     context = data["model"]["config"]["max_position_embeddings"]
     figure, axes = canvas(2.8)
     alt = "Wavelength of each channel pair, on a log axis."
-    for kind, values in data["rotary"]["wavelengths"].items():
-        axes.plot(values, label=TYPES[kind])
-        alt += f" {TYPES[kind].capitalize()}: {min(values):.3g} to {max(values):.3g} positions."
-    axes.axhline(context, color=theme.muted, linestyle="--", label=f"context, {context}")
-    axes.set_yscale("log")
+    for (kind, values), line in zip(
+        data["rotary"]["wavelengths"].items(), ("-", "--"), strict=False
+    ):
+        axes.plot(values, line, label=KINDS[kind])
+        alt += f" {KINDS[kind].capitalize()}: {min(values):.3g} to {max(values):.3g} positions."
+    axes.axhline(context, color=theme.muted, linestyle=":", label=f"context, {context}")
+    log_axis(axes, "y", values)
     axes.set_xlabel("channel pair")
     axes.set_ylabel("wavelength, positions")
-    axes.legend()
+    legend_above(figure)
     return Picture(figure, f"{alt} A line marks the context of {context}.")
 
 
 def query_lengths(data: Data, theme: Theme) -> Picture:
     found = data["rotary"]["query_lengths"]
-    figure, every = canvas(0.5 + 1.3 * len(found), len(found), squeeze=False)
+    heads = len(found[0]["lengths"])
+    figure, every = canvas(0.5 + (0.7 + 0.15 * heads) * len(found), len(found), squeeze=False)
     for axes, x in zip(every[:, 0], found, strict=True):
-        lengths = np.array(x["lengths"])  # [heads, pairs]
-        axes.imshow(
-            lengths, cmap=theme.cmap, aspect="auto", vmin=0, interpolation="nearest",
-            vmax=np.quantile(lengths, 0.995),
-        )  # fmt: skip
+        image = axes.imshow(
+            x["lengths"], cmap=theme.cmap, aspect="auto", vmin=0, interpolation="none"
+        )
         waves = data["rotary"]["wavelengths"][x["type"]]
         ticks = np.linspace(0, len(waves) - 1, 5).astype(int)
         axes.set_xticks(ticks, [f"{waves[i]:.0f}" for i in ticks])
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
         axes.set_ylabel("head")
         axes.grid(visible=False)
-        axes.set_title(f"layer {x['layer']}, one of the {TYPES[x['type']]}")
+        axes.set_title(f"layer {x['layer']}, one of the {KINDS[x['type']]}")
+        figure.colorbar(image, ax=axes, label="length")
     every[-1, 0].set_xlabel("wavelength, positions")
     layers = ", ".join(str(x["layer"]) for x in found)
-    return Picture(
-        figure, f"Length of the query in each channel pair, by head, in layers {layers}. Short"
-        " wavelengths are at the left.",
-    )  # fmt: skip
+    alt = f"Length of the query in each channel pair, by head, in layers {layers}. Short"
+    return Picture(figure, f"{alt} wavelengths are at the left.")
 
 
 def gelu(data: Data, theme: Theme) -> Picture:
@@ -141,36 +181,33 @@ def gelu(data: Data, theme: Theme) -> Picture:
     axes.plot(found["x"], found["gelu"], label="GELU")
     axes.plot(found["x"], found["relu"], "--", label="ReLU")
     axes.set_xlabel("x")
-    axes.legend()
-    lowest = min(found["gelu"])
-    alt = f"GELU and ReLU from -4 to 4. GELU is smooth; its minimum is {lowest:.2f}."
+    legend_above(figure)
+    alt = f"GELU and ReLU from -4 to 4. GELU is smooth; its minimum is {min(found['gelu']):.2f}."
     return Picture(figure, alt)
 
 
-def surface(name: str) -> Any:
+def surface(name: str) -> Callable[[Data, Theme], Picture]:
     """Returns the function that draws the surface of one of the four functions."""
 
     def draw(data: Data, theme: Theme) -> Picture:
         found = data["mlp"]
         line, values = np.array(found["inputs"]), np.array(found["surfaces"][name])
         figure, axes = canvas(2.9, width=0.7 * WIDTH, subplot_kw={"projection": "3d"})
-        x, y = np.meshgrid(line, line)
         axes.plot_surface(
-            x, y, values, cmap=theme.cmap, rcount=len(line), ccount=len(line), linewidth=0.1,
-            edgecolor=theme.muted, rasterized=True,
+            *np.meshgrid(line, line), values, cmap=theme.cmap, rcount=len(line), ccount=len(line),
+            linewidth=0.1, edgecolor=theme.muted, rasterized=True,
         )  # fmt: skip
         axes.view_init(elev=32, azim=-122)
         axes.set_xlabel("x₀", labelpad=-8)
         axes.set_ylabel("x₁", labelpad=-8)
-        axes.tick_params(pad=-3, labelsize=7)
+        axes.tick_params(pad=-3)
         for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
             axis.set_pane_color(theme.background)
             axis.set_major_locator(MaxNLocator(4))
         axes.set_title(name)
-        return Picture(
-            figure, f"Surface of the {name} function over two inputs from -2 to 2; its values go"
-            f" from {values.min():.2f} to {values.max():.2f}.",
-        )  # fmt: skip
+        low, high = values.min(), values.max()
+        alt = f"Surface of the {name} function over two inputs from -2 to 2; its values go from"
+        return Picture(figure, f"{alt} {low:.2f} to {high:.2f}.")
 
     return draw
 

@@ -1,16 +1,16 @@
-"""Draws the pictures of the data and renders the page with its texts, templates/*.html."""
+"""Lists the pictures, and renders the page with its texts, templates/*.html."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from gemma_fast.walkthrough import charts, maps
 from gemma_fast.walkthrough.source import Sources, all_lines
-from gemma_fast.walkthrough.theme import write_picture
+from gemma_fast.walkthrough.theme import Data, Picture, Theme, Written
 
 TEMPLATES = Path(__file__).with_name("templates")
 TITLES = {
@@ -24,12 +24,12 @@ TITLES = {
     "mlp": "The MLP",
     "final-norm": "Final norm",
     "predictions": "The likeliest next tokens",
-    "own": "What this model has of its own",
+    "own": "Where Gemma models differ",
     "cost": "Where the time goes",
 }
-# Name of the picture's file → function that draws it. Some pictures need a part of data["own"].
-PICTURES: dict[str, Any] = {
-    "similarity": charts.similarity,
+# Name of the picture's file → function that draws it.
+PICTURES: dict[str, Callable[[Data, Theme], Picture]] = {
+    "similarity": maps.similarity,
     "embedding-scale": charts.embedding_scale,
     "update-scale": charts.update_scale,
     "hidden-scale": charts.hidden_scale,
@@ -48,39 +48,43 @@ PICTURES: dict[str, Any] = {
     "post-norms": charts.post_norms,
     "cost": charts.cost,
 }
-NEEDS = {"qk-norm": "qk_norm", "soft-caps": "largest_scores", "post-norms": "post_norms"}
+KEYS = {  # pictures of some models only → keys of data["own"], of which they need one
+    "windows": {"keys_seen"},
+    "qk-norm": {"qk_norm"},
+    "soft-caps": {"largest_scores", "largest_logit"},
+    "post-norms": {"post_norms"},
+}
 
 
-class Drawn(NamedTuple):
-    alt: str
-    width: int  # CSS pixels
-    height: int
-
-
-def applicable(data: dict[str, Any]) -> list[str]:
+def applicable(data: Data) -> list[str]:
     """Returns the names of the pictures of this model."""
-    return [name for name in PICTURES if name not in NEEDS or NEEDS[name] in data["own"]]
+    return [name for name in PICTURES if name not in KEYS or KEYS[name] & data["own"].keys()]
 
 
-def draw(name: str, data: dict[str, Any], folder: Path) -> Drawn:
-    """Writes the picture to the folder. Returns its description."""
-    return Drawn(*write_picture(name, PICTURES[name], data, folder))
-
-
-def write_pages(data: dict[str, Any], pictures: dict[str, Drawn], folder: Path) -> None:
+def write_pages(data: Data, pictures: dict[str, Written], folder: Path) -> None:
     """Writes index.html, and reference.html with the source code that it shows."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    shared = {
+    environment.globals |= {
         "style": Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        "kinds": maps.KINDS,
         "largest": lambda values: values.index(max(values)),
+        "ratio": lambda x: f"{x['attention'] / x['embedding']:.3g}",
+        "size": lambda groups: _size(sum(groups.values())),
     }
-    page = environment.get_template("page.html").render(
-        data=data, pictures=pictures, prompt=data["prompt"], titles=TITLES, source=Sources(),
-        **shared,
-    )  # fmt: skip
-    (folder / "index.html").write_text(page, encoding="utf-8")
-    source = environment.get_template("reference.html").render(lines=all_lines(), **shared)
-    (folder / "reference.html").write_text(source, encoding="utf-8")
+    texts = {
+        "index.html": environment.get_template("page.html").render(
+            data=data, pictures=pictures, titles=TITLES, source=Sources()
+        ),
+        "reference.html": environment.get_template("reference.html").render(lines=all_lines()),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _size(count: int) -> str:
+    """Returns the number of bytes as text, for example "0.54 GB"."""
+    unit, scale = ("GB", 1e9) if count >= 1e8 else ("MB", 1e6)
+    return f"{count / scale:.2f} {unit}"

@@ -1,9 +1,10 @@
-"""Colors and sizes of the pictures, and how a figure is written: once for a light page, once for a
-dark one."""
+"""Colors and sizes of the pictures, parts that they share, and how a picture is written: once for a
+light page, once for a dark one."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +13,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 WIDTH = 4.6  # inches; about the width of a phone's screen at the page's font size
 DPI = 220  # of raster images inside a picture
+Data = dict[str, Any]  # what data.py collects
 
 
 class Theme(NamedTuple):
@@ -48,20 +50,25 @@ class Picture(NamedTuple):
     alt: str  # what the picture shows, in words
 
 
+class Written(NamedTuple):
+    alt: str
+    width: int  # CSS pixels
+    height: int
+
+
 def canvas(
     height: float, rows: int = 1, columns: int = 1, width: float = WIDTH, **options: Any
 ) -> tuple[Figure, Any]:
-    """Returns a figure and its axes: one, or an array of rows * columns."""
+    """Returns a figure and its axes: one, or an array of rows * columns. Sizes are in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
 
 
-def label_tokens(axis: Any, names: list[str], size: float | None = None) -> None:
+def label_tokens(axis: Any, names: list[str], size: float = 9) -> None:
     """Labels an axis with tokens. Long names are cut; `$` starts no formula."""
     short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
     axis.set_ticks(range(len(names)), short, parse_math=False)
-    if size:
-        axis.set_tick_params(labelsize=size)
+    axis.set_tick_params(labelsize=size)
 
 
 def legend_above(figure: Figure, columns: int = 2) -> None:
@@ -69,9 +76,22 @@ def legend_above(figure: Figure, columns: int = 2) -> None:
     figure.legend(loc="outside upper center", ncols=columns)
 
 
-def layer_axis(axes: Axes) -> None:
+def layer_axis(axes: Axes, layers: int) -> None:
     axes.set_xlabel("layer")
+    axes.set_xlim(-0.5, layers - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def log_axis(axes: Axes, name: str, values: list[float]) -> None:
+    """Makes the axis "x" or "y" logarithmic, with readable labels for any range of the values."""
+    getattr(axes, f"set_{name}scale")("log")
+    positive = [value for value in values if value > 0]
+    axis = getattr(axes, f"{name}axis")
+    axis.set_minor_formatter(NullFormatter())
+    if positive and max(positive) < 100 * min(positive):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    getattr(axes, f"set_{name}margin")(0.1)
 
 
 def style(theme: Theme) -> Any:
@@ -91,17 +111,15 @@ def style(theme: Theme) -> Any:
     }  # fmt: skip
 
 
-def write_picture(name: str, draw: Any, data: dict[str, Any], folder: Path) -> tuple[str, int, int]:
-    """Writes NAME.svg and NAME-dark.svg. Returns alternative text, width and height in CSS pixels.
-
-    draw: called with the data and a theme, returns a Picture
-    """
+def write_picture(
+    name: str, draw: Callable[[Data, Theme], Picture], data: Data, folder: Path
+) -> Written:
+    """Writes NAME.svg and NAME-dark.svg to the folder."""
     for kind, theme in THEMES.items():
         # The browser has fonts for scripts that matplotlib's own font lacks.
         with rc_context(style(theme)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")
-            picture = draw(data, theme)
+            figure, alt = draw(data, theme)
             file = folder / f"{name}{'' if kind == 'light' else '-dark'}.svg"
-            picture.figure.savefig(file, dpi=DPI, metadata={"Date": None, "Title": picture.alt})
-    width, height = (round(96 * x) for x in picture.figure.get_size_inches())
-    return picture.alt, width, height
+            figure.savefig(file, dpi=DPI, metadata={"Date": None, "Title": alt})
+    return Written(alt, *(round(96 * x) for x in figure.get_size_inches()))

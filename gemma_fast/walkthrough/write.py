@@ -96,13 +96,14 @@ def _load(
 
 
 def _write(data: dict[str, Any], folder: Path, progress: Progress) -> None:
-    from gemma_fast.walkthrough.page import applicable, draw, write_pages  # imports matplotlib
+    from gemma_fast.walkthrough.page import PICTURES, applicable, write_pages
+    from gemma_fast.walkthrough.theme import write_picture
 
     pictures = {}
     names = applicable(data)
     for i, name in enumerate(names):
         progress(f"Drawing {i + 1} of {len(names)}")
-        pictures[name] = draw(name, data, folder)
+        pictures[name] = write_picture(name, PICTURES[name], data, folder)
     write_pages(data, pictures, folder)
     data["files"] = sorted([*(x.name for x in folder.iterdir()), "data.json"])
     text = json.dumps(data, ensure_ascii=False, allow_nan=False)
