@@ -68,6 +68,18 @@ def test_attention_maps(run):
         close(maps[i], expected, rtol=0, atol=6e-5)  # 4 decimals
 
 
+def test_flatness(run):
+    """Entropy of all weights of a query, over log(number of keys that it sees)."""
+    for i in run.layers:
+        weights, keys = run.truth.attentions[i].double(), run.truth.visible[i].sum(-1)
+        rows = torch.special.entr(weights).sum(-1) / keys.log()  # NaN for a single key
+        expected = rows[:, -SHOWN:].nanmean(-1)
+        found = run.data["attention"]["flatness"][i]
+        close(found, expected)
+        order = run.data["attention"]["order"][i]
+        assert [found[head] for head in order] == sorted(found, reverse=True)
+
+
 def test_scale_of_the_stream(run):
     expected = [std(x) for x in run.truth.stream(len(run.layers))]
     close(run.data["hiddens"]["with_norms"], expected)
