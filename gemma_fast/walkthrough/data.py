@@ -89,7 +89,7 @@ def collect(
         "embedding_scale": _embedding_scale(reference, run, ids),
         "updates": _updates(run),
         "hiddens": _hiddens(run, bare),
-        "attention": _attention(run),
+        "attention": _attention(run, t),
         "rotary": {
             "rotations": rotations(config),
             "wavelengths": wavelengths(config),
@@ -221,11 +221,12 @@ def _hiddens(run: Recorder, bare: Recorder) -> dict[str, Any]:
     }
 
 
-def _attention(run: Recorder) -> dict[str, Any]:
-    """Returns the attention weights of the last tokens, their flatness, and the head to enlarge."""
+def _attention(run: Recorder, t: int) -> dict[str, Any]:
+    """Returns the attention weights of the last of t tokens, the flatness of the heads, and the
+    head to enlarge."""
     maps = torch.stack([_of_layer(run, i, "self_attn.weights") for i in _layers(run)])
     flat = [_of_layer(run, i, "self_attn.flatness") for i in _layers(run)]
-    position = torch.arange(maps.shape[-1])
+    position = torch.arange(t)[-SHOWN:]
     elsewhere = (position > 0) & (position < position[:, None])  # neither the first key nor its own
     layer, head = divmod(int((maps * elsewhere).sum((2, 3)).argmax()), maps.shape[1])
     return {

@@ -80,6 +80,15 @@ def test_flatness(run):
         assert [found[head] for head in order] == sorted(found, reverse=True)
 
 
+def test_enlarged_head(run):
+    """It gives the most weight to tokens that are neither the first nor the query's own."""
+    maps = torch.stack(run.truth.attentions)[..., -SHOWN:, -SHOWN:]
+    first = 1 if run.ids.shape[1] <= SHOWN else 0
+    elsewhere = maps.tril(-1)[..., first:].sum((2, 3))
+    enlarged = run.data["attention"]["enlarged"]
+    assert elsewhere[enlarged["layer"], enlarged["head"]] >= (1 - 1e-5) * elsewhere.max()
+
+
 def test_scale_of_the_stream(run):
     expected = [std(x) for x in run.truth.stream(len(run.layers))]
     close(run.data["hiddens"]["with_norms"], expected)
