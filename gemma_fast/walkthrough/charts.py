@@ -105,11 +105,12 @@ def hidden_scale(data: Data, theme: Theme) -> Picture:
 def final_norm(data: Data, theme: Theme) -> Picture:
     names = data["tokens"]["names"][-data["tokens"]["shown"] :]
     found = data["final_norm"]
-    figure, axes = canvas(max(1.6, 0.8 + 0.22 * len(names)))
+    row = min(0.22, 8 / len(names))  # inches
+    figure, axes = canvas(0.9 + row * len(names))
     rows = np.arange(len(names))
     for name, marker in (("before", "o"), ("after", "s")):
         axes.plot(found[name], rows, marker, label=f"{name} the norm")
-    label_tokens(axes.yaxis, names)
+    label_tokens(axes.yaxis, names, min(9, 45 * row))
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("RMS")

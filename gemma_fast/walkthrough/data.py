@@ -24,6 +24,7 @@ from gemma_fast.walkthrough.record import SHOWN, Recorder, WithoutNorms, Without
 
 WORDS = ("red", "green", "blue", "London", "Paris", "Tokyo", "pleasant", "vibrant", "with")
 SPLIT = ("superlative", "antidisestablishmentarianism", "nvdkjsv")  # examples of long words
+PROMPT_WORDS = 15  # the most tokens of the prompt whose embeddings are compared
 TOP = 10  # likeliest tokens to show after each token
 FORMAT = 1  # of data.json
 
@@ -151,8 +152,8 @@ def _tokens(tokenizer: Tokenizer, ids: list[int], config: GemmaConfig) -> dict[s
 def _similarity(
     reference: Reference, tokenizer: Tokenizer, words: Sequence[str], prompt: list[int]
 ) -> dict[str, Any]:
-    """Returns the cosines between the embeddings of the words and of the prompt's tokens. A word
-    that is not one token, with a space before it, is listed in `left_out`."""
+    """Returns the cosines between the embeddings of the words and of the prompt's first tokens. A
+    word that is not one token, with a space before it, is listed in `left_out`."""
     chosen: list[int] = []
     left_out = {}
     for word in words:
@@ -162,8 +163,8 @@ def _similarity(
         else:
             left_out[word] = _names(tokenizer, found)
     special = {*tokenizer.all_special_ids}
-    chosen += [i for i in prompt[-SHOWN:] if i not in special]
-    chosen = [*dict.fromkeys(chosen)][:SHOWN]
+    chosen += [i for i in dict.fromkeys(prompt) if i not in special][:PROMPT_WORDS]
+    chosen = [*dict.fromkeys(chosen)]
     rows = reference.weights["model.embed_tokens.weight"][chosen].double()
     rows = rows / rows.norm(dim=-1, keepdim=True)
     return {

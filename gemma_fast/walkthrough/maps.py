@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.ticker import MaxNLocator
 
 from gemma_fast.walkthrough.theme import WIDTH, Picture, Theme, canvas, label_tokens
@@ -25,7 +26,7 @@ def attention_maps(data: Data, theme: Theme) -> Picture:
     image = padded.transpose(1, 2, 0, 3).reshape(heads * (t + gap), layers * (t + gap))
     width = 2 * WIDTH
     figure, axes = canvas(0.7 + (width - 0.7) * heads / layers, width=width)
-    axes.imshow(image, cmap=theme.cmap, vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(image, cmap=theme.cmap, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     middle = (t - 1) / 2
     axes.set_xticks(middle + (t + gap) * np.arange(layers), range(layers))
     axes.set_yticks([middle, middle + (t + gap) * (heads - 1)], ["flat", "spiky"])
@@ -49,7 +50,7 @@ def attention_map(data: Data, theme: Theme) -> Picture:
     weights = np.array(found["maps"][layer][head])
     figure, axes = canvas(4.2)
     masked = np.where(np.tri(shown, dtype=bool), weights, np.nan)
-    image = axes.imshow(masked, cmap=theme.cmap, vmin=0, vmax=1, interpolation="nearest")
+    image = axes.imshow(masked, cmap=theme.cmap, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     small = min(9, 220 / shown)
     label_tokens(axes.xaxis, names, small)
     label_tokens(axes.yaxis, names, small)
