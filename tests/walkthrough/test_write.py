@@ -1,0 +1,187 @@
+"""Tests how a walk-through is written: bad input, folders that exist, errors in the middle."""
+
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+from chat_checkpoint import write_chat_checkpoint
+from click.testing import CliRunner
+
+from gemma_fast.cli import main
+from gemma_fast.walkthrough import page
+from gemma_fast.walkthrough.write import write_walkthrough
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_chat_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def draw_one_picture(monkeypatch):
+    """Draws only the picture that the page cannot do without. Drawing all of them takes seconds."""
+    monkeypatch.setattr(page, "PICTURES", {"attention-maps": page.PICTURES["attention-maps"]})
+
+
+def write(checkpoint: Path, out: Path, prompt: str = "hello", **options) -> Path:
+    return write_walkthrough(prompt, checkpoint, out, device="cpu", **options)
+
+
+def run(checkpoint: Path | str, out: Path, *args: str):
+    where = ("--model", str(checkpoint), "--device", "cpu", "--out", str(out))
+    return CliRunner().invoke(main, ["walkthrough", *(args or ("hello",)), *where])
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Returns the contents of all files under a folder, hidden ones too, and None for folders."""
+    found = sorted(folder.rglob("*"))
+    return {str(x.relative_to(folder)): x.read_bytes() if x.is_file() else None for x in found}
+
+
+def earlier(folder: Path) -> Path:
+    """Writes what is left of an earlier walk-through, with a file that new ones do not have."""
+    folder.mkdir()
+    (folder / "old.svg").write_text("an old picture")
+    (folder / "data.json").write_text(json.dumps({"files": ["data.json", "old.svg"]}))
+    return folder
+
+
+def test_command_prints_the_path_of_the_page(checkpoint, tmp_path):
+    result = run(checkpoint, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'out' / 'index.html'}\n"
+    assert set(tree(tmp_path)) == {
+        "out", "out/index.html", "out/reference.html", "out/data.json", "out/attention-maps.svg",
+        "out/attention-maps-dark.svg",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("",), "the prompt is empty: pass a text"),
+        (("hello " * 128,), "the prompt has 257 tokens; the model's context has 256"),
+        (("a\ud800b",), r"must be a str of valid Unicode, not 'a\ud800b'"),
+        (("a", "--dtype", "float16"), "overflows float16: use bfloat16 or float32"),
+        (("a", "--dtype", "int8"), "'int8' is not one of"),
+        (("a", "--words", "a,\ud800"), "must be a str of valid Unicode"),
+    ],
+    ids=["empty", "too long", "surrogate", "float16", "int8", "surrogate in words"],
+)
+def test_bad_input_prints_a_message_and_writes_nothing(checkpoint, tmp_path, args, message):
+    result = run(checkpoint, tmp_path / "out", *args)
+    assert result.exit_code != 0
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert tree(tmp_path) == {}
+
+
+def test_longest_prompt_fits(checkpoint, tmp_path):
+    """255 tokens and <bos>."""
+    assert run(checkpoint, tmp_path / "out", "hello" + " hello" * 127).exit_code == 0
+
+
+def test_missing_model(tmp_path):
+    result = run("/nowhere/model", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "/nowhere/model does not exist" in result.output
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "pygments"])
+def test_missing_extra_is_named(checkpoint, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    result = run(checkpoint, tmp_path / "out")
+    assert result.exit_code == 1
+    command = 'pip install "gemma_fast[walkthrough]"'
+    assert f"a walk-through needs {package}: {command}" in result.output
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["file", "file/out", "file/a/out"])
+def test_a_file_in_the_way(checkpoint, tmp_path, name):
+    (tmp_path / "file").write_text("mine")
+    result = run(checkpoint, tmp_path / name)
+    assert result.exit_code == 1
+    assert str(tmp_path / "file") in result.output and "choose" in result.output
+    assert tree(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [None, b"{}", b"[1]", b"\xff", b"not JSON", b'{"files": 3}', b'{"files": [[]]}',
+     b'{"files": ["data.json", "other.svg"]}'],
+    ids=str,
+)  # fmt: skip
+def test_foreign_files_stay_untouched(checkpoint, tmp_path, data):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    if data is not None:
+        (folder / "data.json").write_bytes(data)
+    before = tree(tmp_path)
+    result = run(checkpoint, folder)
+    assert result.exit_code == 1
+    assert "has files that are not of a walk-through, for example" in result.output
+    assert tree(tmp_path) == before
+
+
+def test_earlier_walkthrough_is_replaced(checkpoint, tmp_path):
+    write(checkpoint, earlier(tmp_path / "out"))
+    write(checkpoint, tmp_path / "out", "hello the")
+    data = json.loads((tmp_path / "out" / "data.json").read_text(encoding="utf-8"))
+    assert data["prompt"] == "hello the"
+    assert [x.name for x in tmp_path.iterdir()] == ["out"]
+    assert sorted(x.name for x in (tmp_path / "out").iterdir()) == data["files"]
+    assert "old.svg" not in data["files"]
+
+
+def test_folder_that_is_empty_or_new(checkpoint, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "a/b/c"):
+        assert write(checkpoint, tmp_path / name) == tmp_path / name / "index.html"
+        assert (tmp_path / name / "data.json").is_file()
+    assert {x.name for x in tmp_path.iterdir()} == {"empty", "a"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("before", ["nothing", "earlier", "empty"])
+def test_error_in_the_middle_changes_nothing(checkpoint, tmp_path, monkeypatch, error, before):
+    if before == "earlier":
+        earlier(tmp_path / "out")
+    if before == "empty":
+        (tmp_path / "out").mkdir()
+
+    def draw(data, folder):
+        (folder / "half.svg").write_text("half")
+        yield "half", page.Drawn("half", 1, 1)
+        raise error
+
+    monkeypatch.setattr(page, "draw", draw)
+    files = tree(tmp_path)
+    with pytest.raises(error):
+        write(checkpoint, tmp_path / "out")
+    assert tree(tmp_path) == files
+
+
+def test_permissions_follow_the_umask(checkpoint, tmp_path):
+    umask = os.umask(0o027)
+    try:
+        write(checkpoint, tmp_path / "out")
+    finally:
+        os.umask(umask)
+    modes = {stat.S_IMODE(x.stat().st_mode) for x in (tmp_path / "out").iterdir()}
+    assert modes == {0o640}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+
+
+def test_progress_names_each_part(checkpoint, tmp_path):
+    seen = []
+    write(checkpoint, tmp_path / "out", progress=seen.append)
+    assert seen == [
+        f"Reading {checkpoint.name}", "Running the model", "Running it without norms",
+        "Measuring time", "Drawing", "Drew attention-maps",
+    ]  # fmt: skip
