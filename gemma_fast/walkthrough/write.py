@@ -109,15 +109,16 @@ def _new_folder(out: Path) -> Iterator[Path]:
     """Yields an empty folder that replaces `out` at the end. After an error nothing is left."""
     out = Path(out).absolute()
     _check_replaceable(out)
+    parent = next(folder for folder in out.parents if folder.exists())
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        holder = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent)
+        holder = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=parent)
     except OSError as error:
-        raise OSError(f"cannot write to {out.parent}: {error.strerror}; choose --out") from error
+        raise OSError(f"cannot write to {parent}: {error.strerror}; choose --out") from error
     with holder as temporary:
         folder = Path(temporary, "new")
         folder.mkdir()
         yield folder
+        out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists():
             out.rename(Path(temporary, "old"))
         folder.rename(out)

@@ -72,7 +72,7 @@ def test_command_prints_the_path_of_the_page(checkpoint, tmp_path):
     ids=["empty", "too long", "surrogate", "float16", "int8", "surrogate in words"],
 )
 def test_bad_input_prints_a_message_and_writes_nothing(checkpoint, tmp_path, args, message):
-    result = run(checkpoint, tmp_path / "out", *args)
+    result = run(checkpoint, tmp_path / "a" / "b", *args)
     assert result.exit_code != 0
     assert message in result.output
     assert "Traceback" not in result.output
