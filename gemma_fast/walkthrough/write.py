@@ -1,4 +1,4 @@
-"""Writes a walk-through: loads the model, collects data, draws, and moves the folder in place."""
+"""Writes a walk-through: loads the model, collects data, draws, and moves the files in place."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_walkthrough(
     words     words whose embeddings are compared
     progress  is called with the name of each part of the work before it begins
 
-    The files are written to a temporary folder, which is moved when it is complete. Raises
+    The files are written to a temporary folder, and moved to `out` when all are complete. Raises
     ValueError for an empty prompt, one that is longer than the context, and a folder with other
     files; OSError for a folder that cannot be written; ImportError without the extra.
     """
@@ -106,8 +106,9 @@ def _write(data: dict[str, Any], folder: Path, progress: Progress) -> None:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """Yields an empty folder that replaces `out` at the end. After an error nothing is left."""
-    out = Path(out).absolute()
+    """Yields an empty folder whose files replace those of `out` at the end. After an error nothing
+    is left, and `out` is as it was."""
+    out = Path(out).resolve()
     _check_replaceable(out)
     parent = next(folder for folder in out.parents if folder.exists())
     try:
@@ -115,13 +116,29 @@ def _new_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"cannot write to {parent}: {error.strerror}; choose --out") from error
     with holder as temporary:
-        folder = Path(temporary, "new")
-        folder.mkdir()
-        yield folder
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists():
-            out.rename(Path(temporary, "old"))
-        folder.rename(out)
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        new.mkdir()
+        yield new
+        if out.exists():  # the folder itself stays, because it may be the current folder
+            old.mkdir()
+            with _moved(out, old), _moved(new, out):
+                pass
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            new.rename(out)
+
+
+@contextmanager
+def _moved(source: Path, target: Path) -> Iterator[None]:
+    """Moves the files of a folder to an empty one. After an error they are moved back."""
+    try:
+        for path in [*source.iterdir()]:
+            path.rename(target / path.name)
+        yield
+    except BaseException:
+        for path in [*target.iterdir()]:
+            path.rename(source / path.name)
+        raise
 
 
 def _check_replaceable(out: Path) -> None:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from gemma_fast.cli import main
 from gemma_fast.walkthrough import page
-from gemma_fast.walkthrough.write import write_walkthrough
+from gemma_fast.walkthrough.write import _new_folder, write_walkthrough
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +165,43 @@ def test_error_in_the_middle_changes_nothing(checkpoint, tmp_path, monkeypatch, 
     with pytest.raises(error):
         write(checkpoint, tmp_path / "out")
     assert tree(tmp_path) == files
+
+
+@pytest.mark.parametrize("move", range(1, 5))
+def test_interrupt_while_files_are_moved_restores_the_earlier_ones(tmp_path, monkeypatch, move):
+    """Interrupts one of the four moves: of two earlier files, and of two new ones."""
+    files, rename, moves = tree(earlier(tmp_path / "out")), Path.rename, []
+
+    def interrupted(self, target):
+        moves.append(target)
+        if len(moves) == move:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), _new_folder(tmp_path / "out") as folder:
+        (folder / "data.json").write_text("{}")
+        (folder / "index.html").write_text("new")
+    assert tree(tmp_path / "out") == files
+    assert [x.name for x in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_current_folder_stays_the_current_folder(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(earlier(tmp_path / "out"))
+    assert write(checkpoint, Path()) == Path("index.html")
+    assert Path.cwd() == tmp_path / "out"
+    assert Path("index.html").is_file() and not Path("old.svg").exists()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_and_its_folder_is_filled(checkpoint, tmp_path, exists):
+    if exists:
+        (tmp_path / "target").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "target")
+    write(checkpoint, tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "target" / "index.html").is_file()
+    assert {x.name for x in tmp_path.iterdir()} == {"out", "target"}
 
 
 def test_permissions_follow_the_umask(checkpoint, tmp_path):
