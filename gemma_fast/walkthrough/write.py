@@ -78,7 +78,7 @@ def _load(
     model: str | os.PathLike[str], dtype: str, device: str | None, progress: Progress
 ) -> tuple[Reference, Tokenizer, str]:
     path = Path(model)
-    name = path.name if path.exists() else str(model)
+    name = path.absolute().name if path.exists() else str(model)
     progress(f"Reading {name}")
     tokenizer = Tokenizer.from_pretrained(model)
     checkpoint = open_checkpoint(model)

@@ -178,10 +178,14 @@ def test_interrupt_while_files_are_moved_restores_the_earlier_ones(tmp_path, mon
             raise KeyboardInterrupt
         return rename(self, target)
 
+    def write_two_files():
+        with _new_folder(tmp_path / "out") as folder:
+            (folder / "data.json").write_text("{}")
+            (folder / "index.html").write_text("new")
+
     monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), _new_folder(tmp_path / "out") as folder:
-        (folder / "data.json").write_text("{}")
-        (folder / "index.html").write_text("new")
+    with pytest.raises(KeyboardInterrupt):
+        write_two_files()
     assert tree(tmp_path / "out") == files
     assert [x.name for x in tmp_path.iterdir()] == ["out"]
 
@@ -213,6 +217,13 @@ def test_permissions_follow_the_umask(checkpoint, tmp_path):
     modes = {stat.S_IMODE(x.stat().st_mode) for x in (tmp_path / "out").iterdir()}
     assert modes == {0o640}
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+
+
+def test_a_model_in_the_current_folder_has_a_name(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    write(Path(), tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "data.json").read_text(encoding="utf-8"))
+    assert data["model"]["name"] == checkpoint.name
 
 
 def test_progress_names_each_part(checkpoint, tmp_path):
