@@ -64,14 +64,13 @@ def write_walkthrough(
 
 def _require_extra() -> None:
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
         import pygments  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f'a walk-through needs {error.name}: pip install "gemma_fast[walkthrough]"',
             name=error.name,
         ) from error
-    matplotlib.use("svg")  # needs no display
 
 
 def _load(

@@ -6,6 +6,7 @@ import stat
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 from chat_checkpoint import write_chat_checkpoint
 from click.testing import CliRunner
@@ -217,6 +218,13 @@ def test_permissions_follow_the_umask(checkpoint, tmp_path):
     modes = {stat.S_IMODE(x.stat().st_mode) for x in (tmp_path / "out").iterdir()}
     assert modes == {0o640}
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+
+
+def test_the_backend_of_matplotlib_stays(checkpoint, tmp_path, monkeypatch):
+    """A notebook shows its own pictures after it has written a walk-through."""
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "agg")
+    write(checkpoint, tmp_path / "out")
+    assert matplotlib.rcParams["backend"] == "agg"
 
 
 def test_a_model_in_the_current_folder_has_a_name(checkpoint, tmp_path, monkeypatch):
