@@ -232,16 +232,14 @@ def walkthrough(
     from gemma_fast.demo import demo_checkpoint
     from gemma_fast.walkthrough.write import write_walkthrough
 
-    options = where
-    if words is not None:
-        options |= {"words": [word.strip() for word in words.split(",") if word.strip()]}
+    chosen = [word for word in map(str.strip, (words or "").split(",")) if word]
     with Console(stderr=True).status("") as status:
         page = write_walkthrough(
-            prompt, model or demo_checkpoint(), out, progress=status.update, **options
+            prompt, model or demo_checkpoint(), out, words=chosen, progress=status.update, **where
         )
     click.echo(page)
-    if show:
-        click.launch(page.absolute().as_uri())
+    if show and click.launch(page.absolute().as_uri()) != 0:
+        _warn(f"no browser was found: open {page} in one")
 
 
 @main.command(

@@ -32,11 +32,8 @@ FORMAT = 1  # of data.json
 def encode(tokenizer: Tokenizer, prompt: str, config: GemmaConfig) -> Tensor:
     """Returns the ids of the prompt :: [1, t].
 
-    Raises ValueError for an empty prompt, one that does not fit the context, and a tokenizer whose
-    ids the model does not have.
+    Raises ValueError if they do not fit the context, or the model's vocabulary lacks one of them.
     """
-    if not prompt:
-        raise ValueError("the prompt is empty: pass a text, for example 'I want to move'")
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.shape[1] > config.max_position_embeddings:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,10 +62,9 @@ def applicable(data: dict[str, Any]) -> list[str]:
     return [name for name in PICTURES if name not in NEEDS or NEEDS[name] in data["own"]]
 
 
-def draw(data: dict[str, Any], folder: Path) -> Iterator[tuple[str, Drawn]]:
-    """Writes each picture to the folder, and yields its name and description."""
-    for name in applicable(data):
-        yield name, Drawn(*write_picture(name, PICTURES[name], data, folder))
+def draw(name: str, data: dict[str, Any], folder: Path) -> Drawn:
+    """Writes the picture to the folder. Returns its description."""
+    return Drawn(*write_picture(name, PICTURES[name], data, folder))
 
 
 def write_pages(data: dict[str, Any], pictures: dict[str, Drawn], folder: Path) -> None:

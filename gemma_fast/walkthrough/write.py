@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -29,7 +30,7 @@ def write_walkthrough(
     model: str | os.PathLike[str],
     out: Path,
     *,
-    words: Sequence[str] = WORDS,
+    words: Sequence[str] | None = None,
     dtype: str = "auto",
     device: str | None = None,
     progress: Progress = lambda _: None,
@@ -38,7 +39,8 @@ def write_walkthrough(
 
     model     directory, .gguf file or hub id
     out       a folder that does not exist, is empty, or holds an earlier walk-through
-    words     words whose embeddings are compared
+    words     words whose embeddings are compared; None: data.WORDS. Warns of those that are
+              several tokens
     progress  is called with the name of each part of the work before it begins
 
     The files are written to a temporary folder, and moved to `out` when all are complete. Raises
@@ -56,8 +58,11 @@ def write_walkthrough(
         }
         reference, tokenizer, name = _load(model, dtype, device, progress)
         ids = encode(tokenizer, prompt, reference.config)
-        data |= collect(reference, tokenizer, ids, words, progress)
+        with out_of_memory(f"a pass of {ids.shape[1]} tokens", 0, ids.device, "a shorter prompt"):
+            data |= collect(reference, tokenizer, ids, words or WORDS, progress)
         data["model"]["name"] = name
+        if words and (left_out := data["similarity"]["left_out"]):
+            warnings.warn(f"words of several tokens are left out: {left_out}", stacklevel=2)
         _write(data, folder, progress)
     return out / "index.html"
 
@@ -90,13 +95,13 @@ def _load(
 
 
 def _write(data: dict[str, Any], folder: Path, progress: Progress) -> None:
-    from gemma_fast.walkthrough.page import draw, write_pages  # imports matplotlib
+    from gemma_fast.walkthrough.page import applicable, draw, write_pages  # imports matplotlib
 
     pictures = {}
-    progress("Drawing")
-    for name, drawn in draw(data, folder):
-        progress(f"Drew {name}")
-        pictures[name] = drawn
+    names = applicable(data)
+    for i, name in enumerate(names):
+        progress(f"Drawing {i + 1} of {len(names)}")
+        pictures[name] = draw(name, data, folder)
     write_pages(data, pictures, folder)
     data["files"] = sorted([*(x.name for x in folder.iterdir()), "data.json"])
     text = json.dumps(data, ensure_ascii=False, allow_nan=False)
