@@ -13,7 +13,7 @@ from transformers_trace import Trace, trace, without_factor, without_norms
 
 from gemma_fast.reference import Reference
 from gemma_fast.text.tokenizer import Tokenizer
-from gemma_fast.walkthrough.data import collect
+from gemma_fast.walkthrough.data import PROMPT_WORDS, collect
 from gemma_fast.walkthrough.record import SHOWN
 
 RTOL = 1e-4  # figures have 5 significant digits, so they differ from the truth by 5e-5 at most
@@ -220,9 +220,10 @@ def test_tokens(run):
 
 
 def test_similarity(run):
-    """Cosines of the rows of transformers' embedding, for the tokens of the prompt."""
+    """Cosines of the rows of transformers' embedding, for the first tokens of the prompt."""
     special = {*Tokenizer(tiny_backend(), "tiny").all_special_ids}
-    ids = [*dict.fromkeys(i for i in run.ids[0, -SHOWN:].tolist() if i not in special)]
+    ids = [*dict.fromkeys(i for i in run.ids[0].tolist() if i not in special)][:PROMPT_WORDS]
     rows = run.twins.hf.get_input_embeddings().weight[ids].detach().double()
     expected = torch.cosine_similarity(rows[:, None], rows[None], dim=-1)
     close(run.data["similarity"]["cosines"], expected, atol=1e-7)
+    assert run.data["similarity"]["names"] == [tiny_backend().id_to_token(i) for i in ids]

@@ -7,10 +7,11 @@ from xml.etree import ElementTree
 
 import pytest
 from chat_checkpoint import FAMILIES, write_chat_checkpoint
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from gemma_fast.walkthrough import page
-from gemma_fast.walkthrough.theme import label_tokens
+from gemma_fast.walkthrough.theme import THEMES, label_tokens, style
 from gemma_fast.walkthrough.write import write_walkthrough
 
 PROMPT = (
@@ -27,7 +28,12 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "PICTURES", {name: page.PICTURES[name] for name in WITH_TOKENS})
-        model = write_chat_checkpoint(path / "model")
+        return write(path)
+
+
+def write(path: Path, family: str = "gemma3") -> Path:
+    model = write_chat_checkpoint(path / "model", family)
+    with pytest.warns(UserWarning, match="words of several tokens are left out"):
         return write_walkthrough(PROMPT, model, path / "out", words=WORDS, device="cpu").parent
 
 
@@ -118,7 +124,8 @@ def test_pictures_label_each_token(folder):
 def test_a_token_with_dollars_is_no_formula(tmp_path):
     figure = Figure()
     label_tokens(figure.subplots().yaxis, ["$x^2$", r"$\frac{", "a" * 20])
-    figure.savefig(tmp_path / "x.svg", metadata={"Date": None})
+    with rc_context(style(THEMES["light"])):
+        figure.savefig(tmp_path / "x.svg")
     root = ElementTree.parse(tmp_path / "x.svg").getroot()
     texts = [x.text for x in root.iter() if x.tag.endswith("}text")]
     assert texts[-3:] == ["$x^2$", r"$\frac{", "a" * 13 + "…"]
@@ -128,8 +135,7 @@ def test_a_token_with_dollars_is_no_formula(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_pictures_of_each_family(tmp_path, family):
     """Own pictures: norms of updates (Gemma 2 and 3), of queries and keys (3), soft caps (2)."""
-    model = write_chat_checkpoint(tmp_path / "model", family)
-    folder = write_walkthrough(PROMPT, model, tmp_path / "out", words=WORDS, device="cpu").parent
+    folder = write(tmp_path, family)
     own = {"post-norms": family != "gemma", "qk-norm": family == "gemma3"}
     own["soft-caps"] = family == "gemma2"
     for name in page.PICTURES:

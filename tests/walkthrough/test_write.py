@@ -156,9 +156,8 @@ def test_error_in_the_middle_changes_nothing(checkpoint, tmp_path, monkeypatch, 
     if before == "empty":
         (tmp_path / "out").mkdir()
 
-    def draw(data, folder):
+    def draw(name, data, folder):
         (folder / "half.svg").write_text("half")
-        yield "half", page.Drawn("half", 1, 1)
         raise error
 
     monkeypatch.setattr(page, "draw", draw)
@@ -239,5 +238,5 @@ def test_progress_names_each_part(checkpoint, tmp_path):
     write(checkpoint, tmp_path / "out", progress=seen.append)
     assert seen == [
         f"Reading {checkpoint.name}", "Running the model", "Running it without norms",
-        "Measuring time", "Drawing", "Drew attention-maps",
+        "Measuring time", "Drawing 1 of 1",
     ]  # fmt: skip
