@@ -58,7 +58,8 @@ def write_walkthrough(
         }
         reference, tokenizer, name = _load(model, dtype, device, progress)
         ids = encode(tokenizer, prompt, reference.config)
-        with out_of_memory(f"a pass of {ids.shape[1]} tokens", 0, ids.device, "a shorter prompt"):
+        where = reference.weights["model.norm.weight"].device
+        with out_of_memory(f"a pass of {ids.shape[1]} tokens", 0, where, "a shorter prompt"):
             data |= collect(reference, tokenizer, ids, words or WORDS, progress)
         data["model"]["name"] = name
         if words and (left_out := data["similarity"]["left_out"]):

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 from chat_checkpoint import write_chat_checkpoint
 from click.testing import CliRunner
 
 from gemma_fast.cli import main
+from gemma_fast.config import PRESETS
+from gemma_fast.reference import Reference
 from gemma_fast.walkthrough import page
+from gemma_fast.walkthrough import write as walkthrough
 from gemma_fast.walkthrough.write import _new_folder, write_walkthrough
 
 
@@ -240,3 +244,18 @@ def test_progress_names_each_part(checkpoint, tmp_path):
         f"Reading {checkpoint.name}", "Running the model", "Running it without norms",
         "Measuring time", "Drawing 1 of 1",
     ]  # fmt: skip
+
+
+def test_memory_error_names_the_device_of_the_model(tmp_path, monkeypatch):
+    """The ids are made on the CPU, also for a model on a GPU."""
+
+    def collect(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    reference = Reference(PRESETS["gemma-2b"], {"model.norm.weight": torch.empty(1, device="meta")})
+    monkeypatch.setattr(walkthrough, "collect", collect)
+    monkeypatch.setattr(walkthrough, "encode", lambda *_: torch.ones(1, 7, dtype=torch.long))
+    monkeypatch.setattr(walkthrough, "_load", lambda *_: (reference, None, "model"))
+    with pytest.raises(torch.OutOfMemoryError, match="a pass of 7 tokens on meta; try a shorter"):
+        write_walkthrough("hello", "model", tmp_path / "out")
+    assert tree(tmp_path) == {}
