@@ -13,7 +13,7 @@ from transformers_trace import Trace, trace, without_factor, without_norms
 
 from gemma_fast.reference import Reference
 from gemma_fast.text.tokenizer import Tokenizer
-from gemma_fast.walkthrough.data import PROMPT_WORDS, collect
+from gemma_fast.walkthrough.data import PROMPT_WORDS, collect, encode
 from gemma_fast.walkthrough.record import SHOWN
 
 RTOL = 1e-4  # figures have 5 significant digits, so they differ from the truth by 5e-5 at most
@@ -227,3 +227,13 @@ def test_similarity(run):
     expected = torch.cosine_similarity(rows[:, None], rows[None], dim=-1)
     close(run.data["similarity"]["cosines"], expected, atol=1e-7)
     assert run.data["similarity"]["names"] == [tiny_backend().id_to_token(i) for i in ids]
+
+
+def test_encode_refuses_ids_that_the_model_does_not_have(twins):
+    """The tokenizer has more tokens than the tiny models, which have 199."""
+    tokenizer = Tokenizer(tiny_backend(), "tiny")
+    hello = tokenizer("hello").input_ids[-1]
+    with pytest.raises(ValueError, match=f"token id {hello} of tiny is outside .* of 199"):
+        encode(tokenizer, "hello", twins.config)
+    ids = encode(tokenizer, "<start_of_turn>", twins.config)
+    assert ids.tolist() == [tokenizer("<start_of_turn>").input_ids]
