@@ -87,7 +87,7 @@ def collect(
         "embedding_scale": _embedding_scale(reference, run, ids),
         "updates": _updates(run),
         "hiddens": _hiddens(run, bare),
-        "attention": _attention(run),
+        "attention": _attention(run, t),
         "rotary": {
             "rotations": rotations(config),
             "wavelengths": wavelengths(config),
@@ -219,29 +219,20 @@ def _hiddens(run: Recorder, bare: Recorder) -> dict[str, Any]:
     }
 
 
-def _attention(run: Recorder) -> dict[str, Any]:
-    """Returns the attention weights of the last tokens, their flatness, and the head to enlarge."""
+def _attention(run: Recorder, t: int) -> dict[str, Any]:
+    """Returns the attention weights of the last of t tokens, the flatness of the heads, and the
+    head to enlarge."""
     maps = torch.stack([_of_layer(run, i, "self_attn.weights") for i in _layers(run)])
-    flat = flatness(maps)
-    position = torch.arange(maps.shape[-1])
+    flat = [_of_layer(run, i, "self_attn.flatness") for i in _layers(run)]
+    position = torch.arange(t)[-SHOWN:]
     elsewhere = (position > 0) & (position < position[:, None])  # neither the first key nor its own
     layer, head = divmod(int((maps * elsewhere).sum((2, 3)).argmax()), maps.shape[1])
     return {
         "maps": [[[[round(w, 4) for w in t] for t in head] for head in x] for x in maps.tolist()],
-        "flatness": flat.tolist(),
-        "order": flat.argsort(dim=1, descending=True).tolist(),
+        "flatness": flat,
+        "order": torch.tensor(flat).argsort(dim=1, descending=True).tolist(),
         "enlarged": {"layer": layer, "head": head},
     }
-
-
-def flatness(weights: Tensor) -> Tensor:
-    """Returns the entropy of the weights of a query over that of equal weights, mean over queries
-    that see more than one key :: [layers, heads]; 1 is flat, 0 is one key. weights ::
-    [layers, heads, t, s]."""
-    seen = (weights > 0).sum(-1)
-    entropy = torch.special.entr(weights).sum(-1) / seen.log().clamp(min=1e-9)
-    several = seen > 1
-    return (entropy * several).sum(-1) / several.sum(-1).clamp(min=1)
 
 
 def _query_lengths(run: Recorder) -> list[dict[str, Any]]:

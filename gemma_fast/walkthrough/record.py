@@ -41,6 +41,18 @@ def pair_lengths(q: Tensor) -> list[list[float]]:
     return torch.hypot(x1, x2).mean(1).tolist()
 
 
+def flatness(weights: Tensor, visible: Tensor) -> list[float]:
+    """Returns the entropy of the weights of a query over that of equal weights, mean over queries
+    that see more than one key :: [heads]; 1 is flat, 0 is one key.
+
+    weights :: [heads, t, s]; visible :: [t, s]
+    """
+    keys = visible.sum(-1)
+    share = torch.special.entr(weights.float()).sum(-1) / keys.log().clamp(min=1e-9)
+    several = keys > 1
+    return ((share * several).sum(-1) / several.sum().clamp(min=1)).tolist()
+
+
 class Recorder(Reference):
     """Keeps a measure of each step of a forward pass in `seen`: step name → numbers."""
 
@@ -60,17 +72,22 @@ class Recorder(Reference):
         """reference: its weights are used, not copied; changes: fields of its config to replace."""
         super().__init__(replace(reference.config, **changes), reference.weights)
         self.seen: dict[str, Any] = {}
-        self.scores: Any = None
+        self.visible: Any = None  # [1, t, s], of the layer that runs
+
+    def layer(self, i: int, hiddens: Tensor, visible: Tensor, *args: Any) -> Any:
+        self.visible = visible
+        return super().layer(i, hiddens, visible, *args)
 
     def observe(self, name: str, x: Any) -> Any:
         step = name.rpartition(".")[2]
         if measure := self.measures.get(step):
             self.seen[name] = measure(x)
         if step == "scores":
-            self.scores = x
-        elif step == "weights":  # a weight is 0 where the key is not visible
-            visible = self.scores.masked_fill(x == 0, 0)
-            self.seen[name.replace(step, "scores")] = float(visible.abs().max())
+            self.seen[name] = float(x.masked_fill(~self.visible[:, None], 0).abs().max())
+        if step == "weights":  # of all keys, also those that no picture shows
+            last = slice(-SHOWN, None)
+            found = flatness(x[0, :, last], self.visible[0, last])
+            self.seen[name.replace(step, "flatness")] = found
         return x
 
 

@@ -1,4 +1,4 @@
-"""Writes a walk-through: loads the model, collects data, draws, and moves the folder in place."""
+"""Writes a walk-through: loads the model, collects data, draws, and moves the files in place."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_walkthrough(
               several tokens
     progress  is called with the name of each part of the work before it begins
 
-    The files are written to a temporary folder, which is moved when it is complete. Raises
+    The files are written to a temporary folder, and moved to `out` when all are complete. Raises
     ValueError for an empty prompt, one that is longer than the context, and a folder with other
     files; OSError for a folder that cannot be written; ImportError without the extra.
     """
@@ -58,7 +58,8 @@ def write_walkthrough(
         }
         reference, tokenizer, name = _load(model, dtype, device, progress)
         ids = encode(tokenizer, prompt, reference.config)
-        with out_of_memory(f"a pass of {ids.shape[1]} tokens", 0, ids.device, "a shorter prompt"):
+        where = reference.weights["model.norm.weight"].device
+        with out_of_memory(f"a pass of {ids.shape[1]} tokens", 0, where, "a shorter prompt"):
             data |= collect(reference, tokenizer, ids, words or WORDS, progress)
         data["model"]["name"] = name
         if words and (left_out := data["similarity"]["left_out"]):
@@ -69,21 +70,20 @@ def write_walkthrough(
 
 def _require_extra() -> None:
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
         import pygments  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f'a walk-through needs {error.name}: pip install "gemma_fast[walkthrough]"',
             name=error.name,
         ) from error
-    matplotlib.use("svg")  # needs no display
 
 
 def _load(
     model: str | os.PathLike[str], dtype: str, device: str | None, progress: Progress
 ) -> tuple[Reference, Tokenizer, str]:
     path = Path(model)
-    name = path.name if path.exists() else str(model)
+    name = path.absolute().name if path.exists() else str(model)
     progress(f"Reading {name}")
     tokenizer = Tokenizer.from_pretrained(model)
     checkpoint = open_checkpoint(model)
@@ -112,21 +112,39 @@ def _write(data: dict[str, Any], folder: Path, progress: Progress) -> None:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """Yields an empty folder that replaces `out` at the end. After an error nothing is left."""
-    out = Path(out).absolute()
+    """Yields an empty folder whose files replace those of `out` at the end. After an error nothing
+    is left, and `out` is as it was."""
+    out = Path(out).resolve()
     _check_replaceable(out)
+    parent = next(folder for folder in out.parents if folder.exists())
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        holder = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent)
+        holder = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=parent)
     except OSError as error:
-        raise OSError(f"cannot write to {out.parent}: {error.strerror}; choose --out") from error
+        raise OSError(f"cannot write to {parent}: {error.strerror}; choose --out") from error
     with holder as temporary:
-        folder = Path(temporary, "new")
-        folder.mkdir()
-        yield folder
-        if out.exists():
-            out.rename(Path(temporary, "old"))
-        folder.rename(out)
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        new.mkdir()
+        yield new
+        if out.exists():  # the folder itself stays, because it may be the current folder
+            old.mkdir()
+            with _moved(out, old), _moved(new, out):
+                pass
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            new.rename(out)
+
+
+@contextmanager
+def _moved(source: Path, target: Path) -> Iterator[None]:
+    """Moves the files of a folder to an empty one. After an error they are moved back."""
+    try:
+        for path in [*source.iterdir()]:
+            path.rename(target / path.name)
+        yield
+    except BaseException:
+        for path in [*target.iterdir()]:
+            path.rename(source / path.name)
+        raise
 
 
 def _check_replaceable(out: Path) -> None:

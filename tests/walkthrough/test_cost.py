@@ -1,0 +1,115 @@
+"""Compares the costs of a token with hand counts, and checks that every step has a group."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gemma_fast.config import PRESETS
+from gemma_fast.walkthrough import cost
+from gemma_fast.walkthrough.cost import GROUPS, bytes_of_a_token, long_context, time_of_a_token
+from gemma_fast.walkthrough.record import Clock
+
+
+def test_bytes_of_gemma_2b():
+    """Gemma 1 2B: 18 layers, hidden 2048, 8 heads and 1 kv head of 256, MLP 16384, tied table."""
+    found = bytes_of_a_token(PRESETS["gemma-2b"], prompt=10)
+    layers, hidden, heads, mlp = 18, 2048, 8 * 256, 16384
+    cache = {"prompt": 2 * 10 * 256, "long": 2 * 8192 * 256}  # K and V of a layer, in elements
+    for context, groups in found.items():
+        elements = {
+            "embedding": hidden,
+            "RMSNorm": layers * 2 * hidden + hidden,
+            "projections of attention": layers * (2 * heads * hidden + 2 * 256 * hidden),
+            "mask and rotary embedding": 0,
+            "attention": layers * cache[context],
+            "projections of the MLP": layers * 3 * mlp * hidden,
+            "GeGLU": 0,
+            "residual addition": 0,
+            "output projection": 256_000 * hidden,
+        }
+        assert groups == {name: 2 * n for name, n in elements.items()}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_all_weights_are_read_once(name, tied):
+    """Of the embedding one row is read; a tied table is read as the output projection."""
+    config = replace(PRESETS[name], tie_word_embeddings=tied)
+    table = config.vocab_size * config.hidden_size
+    read = config.num_parameters - (0 if tied else table) + config.hidden_size
+    for context, tokens in (("prompt", 5000), ("long", min(8192, config.max_position_embeddings))):
+        windows = [config.sliding_window if "sliding" in x else tokens for x in config.layer_types]
+        keys = sum(min(window, tokens) for window in windows)
+        cache = keys * 2 * config.num_key_value_heads * config.head_dim
+        found = bytes_of_a_token(config, prompt=5000)[context]
+        assert sum(found.values()) == 2 * (read + cache)
+    assert long_context(config) == tokens
+
+
+def test_long_context_is_not_longer_than_the_model_allows():
+    assert long_context(replace(PRESETS["gemma-2b"], max_position_embeddings=100)) == 100
+
+
+def test_every_step_has_a_group(twins):
+    """A step without a group raises KeyError. Each group of the family has a time."""
+    past = twins.reference(twins.prompt(1, 20)).past_key_values
+    lengths = [k.shape[2] for k, _ in past]
+    found = time_of_a_token(twins.reference, torch.tensor([[5]]), past)
+    assert [*found] == [*GROUPS]
+    assert all(ms > 0 for ms in found.values())
+    assert [k.shape[2] for k, _ in past] == lengths
+
+
+def test_every_parameter_has_the_group_of_its_step(twins):
+    """Groups have bytes if and only if they have weights, a row of the embedding, or the cache."""
+    found = bytes_of_a_token(twins.config, prompt=20)["prompt"]
+    without = {"mask and rotary embedding", "GeGLU", "residual addition"}
+    assert {name for name, n in found.items() if n == 0} == without
+
+
+class Ticks:
+    """Replaces the clock: a second passes between two calls."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1
+        return self.now
+
+
+def test_steps_sum_to_the_whole_time(twins, monkeypatch):
+    """Each step gets the time since the previous step, and together they get all of it."""
+    ticks = Ticks()
+    monkeypatch.setattr("gemma_fast.walkthrough.record.time", ticks)
+    clock = Clock(twins.reference)
+    for _ in range(2):  # start() forgets the first pass
+        clock.start()
+        begin = ticks.now
+        clock(torch.tensor([[5]]))
+    assert set(clock.seconds.values()) == {1.0}
+    assert sum(clock.seconds.values()) == ticks.now - begin
+    layers = twins.config.num_hidden_layers
+    per_layer = 20 + 2 * twins.config.post_norms + 2 * twins.config.qk_norm
+    assert len(clock.seconds) == layers * per_layer + 4  # embed, norm, output, logits
+
+
+def test_each_step_counts_with_its_fastest_time(twins, monkeypatch):
+    """Two passes, in which every other step takes 5 seconds and the others take 1."""
+    ticks = Ticks()
+    monkeypatch.setattr("gemma_fast.walkthrough.record.time", ticks)
+    monkeypatch.setattr(cost, "REPEATS", 2)
+    seen = []
+
+    class Uneven(Clock):
+        def observe(self, name, x):
+            seen.append(name)
+            again = len(seen) > len({*seen})
+            ticks.now += 4 * (([*dict.fromkeys(seen)].index(name) + again) % 2)
+            return super().observe(name, x)
+
+    monkeypatch.setattr(cost, "Clock", Uneven)
+    found = time_of_a_token(twins.reference, torch.tensor([[5]]), None)
+    assert len(seen) == 2 * len({*seen})
+    assert sum(found.values()) == pytest.approx(1e3 * len({*seen}))

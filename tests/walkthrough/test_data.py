@@ -1,0 +1,251 @@
+"""Compares the figures of a walk-through with transformers' modules, on tiny random models."""
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import Twins
+from tiny_tokenizer import tiny_backend
+from torch import Tensor
+from transformers_trace import Trace, trace, without_factor, without_norms
+
+from gemma_fast.reference import Reference
+from gemma_fast.text.tokenizer import Tokenizer
+from gemma_fast.walkthrough.data import PROMPT_WORDS, collect, encode
+from gemma_fast.walkthrough.record import SHOWN
+
+RTOL = 1e-4  # figures have 5 significant digits, so they differ from the truth by 5e-5 at most
+
+
+@dataclass
+class Run:
+    twins: Twins
+    ids: Tensor  # [1, t]
+    data: dict[str, Any]
+    truth: Trace
+
+    @property
+    def layers(self) -> range:
+        return range(self.twins.config.num_hidden_layers)
+
+
+@pytest.fixture(scope="module", params=[20, 80], ids="{} tokens".format)
+def run(request, twins) -> Run:
+    """20 tokens are more than the windows of 8 and 13; 80 are more than a picture shows."""
+    ids = twins.prompt(1, request.param, seed=request.param)
+    tokenizer = Tokenizer(tiny_backend(), "tiny")
+    data = collect(twins.reference, tokenizer, ids, words=())
+    return Run(twins, ids, data, trace(twins.hf, ids))
+
+
+def close(found: Any, expected: Any, rtol: float = RTOL, atol: float = 0) -> None:
+    found, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+
+
+def std(x: Tensor) -> float:
+    return float(x.double().std())
+
+
+def rms(x: Tensor) -> Tensor:
+    return x.double().square().mean(-1).sqrt()
+
+
+def largest(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def share(update: Tensor, skip: Tensor) -> float:
+    return std(update) / (std(update) ** 2 + std(skip) ** 2) ** 0.5
+
+
+def test_attention_maps(run):
+    maps = torch.tensor(run.data["attention"]["maps"])
+    for i in run.layers:
+        expected = run.truth.attentions[i][:, -SHOWN:, -SHOWN:]
+        close(maps[i], expected, rtol=0, atol=6e-5)  # 4 decimals
+
+
+def test_flatness(run):
+    """Entropy of all weights of a query, over log(number of keys that it sees)."""
+    for i in run.layers:
+        weights, keys = run.truth.attentions[i].double(), run.truth.visible[i].sum(-1)
+        rows = torch.special.entr(weights).sum(-1) / keys.log()  # NaN for a single key
+        expected = rows[:, -SHOWN:].nanmean(-1)
+        found = run.data["attention"]["flatness"][i]
+        close(found, expected)
+        order = run.data["attention"]["order"][i]
+        assert [found[head] for head in order] == sorted(found, reverse=True)
+
+
+def test_enlarged_head(run):
+    """It gives the most weight to tokens that are neither the first nor the query's own."""
+    maps = torch.stack(run.truth.attentions)[..., -SHOWN:, -SHOWN:]
+    first = 1 if run.ids.shape[1] <= SHOWN else 0
+    elsewhere = maps.tril(-1)[..., first:].sum((2, 3))
+    enlarged = run.data["attention"]["enlarged"]
+    assert elsewhere[enlarged["layer"], enlarged["head"]] >= (1 - 1e-5) * elsewhere.max()
+
+
+def test_scale_of_the_stream(run):
+    expected = [std(x) for x in run.truth.stream(len(run.layers))]
+    close(run.data["hiddens"]["with_norms"], expected)
+
+
+def test_scale_of_the_stream_without_norms(run):
+    """In float64, because the numbers grow fast. transformers' softmax is in float32, where scores
+    become infinite first."""
+    weights = {name: x.double() for name, x in run.twins.reference.weights.items()}
+    wide = Reference(run.twins.config, weights)
+    found = collect(wide, Tokenizer(tiny_backend(), "tiny"), run.ids, words=())
+    bare = trace(without_norms(run.twins.hf).double(), run.ids)
+    expected = [x for x in map(std, bare.stream(len(run.layers))) if isfinite(x)]
+    close(found["hiddens"]["without_norms"][: len(expected)], expected)
+    assert len(expected) >= 7 and max(expected) > 1e4
+
+
+def test_update_scales(run):
+    stream, expected = run.truth.stream(len(run.layers)), {"attention": [], "mlp": []}
+    for i in run.layers:
+        for offset, (name, update) in enumerate(run.truth.updates(i).items()):
+            skip = stream[2 * i + offset]
+            expected[name].append(share(update, skip))
+            torch.testing.assert_close(stream[2 * i + offset + 1], skip + update)
+    close(run.data["updates"]["attention"], expected["attention"])
+    close(run.data["updates"]["mlp"], expected["mlp"])
+
+
+def test_embedding_scale(run):
+    small = trace(without_factor(run.twins.hf), run.ids)
+    for case, truth in (("with_factor", run.truth), ("without_factor", small)):
+        update, skip = truth.updates(0)["attention"], truth.stream(1)[0]
+        found = run.data["embedding_scale"][case]
+        close(
+            [found["embedding"], found["attention"], found["update_scale"]],
+            [std(skip), std(update), share(update, skip)],
+        )
+    close(run.data["embedding_scale"]["factor"], run.twins.config.hidden_size**0.5)
+
+
+def test_final_norm(run):
+    before, after = (x["model.norm"] for x in (run.truth.inputs, run.truth.outputs))
+    close(run.data["final_norm"]["before"], rms(before)[0, -SHOWN:])
+    close(run.data["final_norm"]["after"], rms(after)[0, -SHOWN:])
+
+
+def test_predictions(run):
+    best = run.truth.logits[-SHOWN:].double().softmax(-1).topk(10)
+    rows = [row["next"] for row in run.data["predictions"]]
+    close([[x["probability"] for x in row] for row in rows], best.values)
+    assert [[x["id"] for x in row] for row in rows] == best.indices.tolist()
+    names = tiny_backend().id_to_token
+    assert [x["token"] for x in rows[-1]] == [names(i) for i in best.indices[-1].tolist()]
+    assert [x["token"] for x in run.data["predictions"]] == run.data["tokens"]["names"][-SHOWN:]
+
+
+def test_soft_caps(run):
+    """Largest scores of visible keys, and the largest logit of the shown tokens, before the cap."""
+    own, config = run.data["own"], run.twins.config
+    if config.attn_logit_softcapping is None:
+        assert not own.keys() & {"largest_scores", "largest_logit"}
+        return
+    seen = [
+        largest(scores.masked_fill(~visible, 0))
+        for scores, visible in zip(run.truth.scores, run.truth.visible, strict=True)
+    ]
+    close(own["largest_scores"], seen)
+    assert any(x > 1.01 * y for x, y in zip(map(largest, run.truth.scores), seen, strict=True))
+    before = run.truth.outputs["lm_head"][0, -SHOWN:]  # transformers caps the output of lm_head
+    expected = {"before": largest(before), "after": largest(run.truth.logits[-SHOWN:])}
+    assert own["largest_logit"] == pytest.approx(expected, rel=RTOL)
+    assert expected["after"] < config.final_logit_softcapping < expected["before"]
+
+
+def test_qk_norm(run):
+    if not run.twins.config.qk_norm:
+        assert "qk_norm" not in run.data["own"]
+        return
+    for x in "qk":
+        for when, step in (("before", "proj"), ("after", "norm")):
+            name = f"self_attn.{x}_{step}"
+            expected = [
+                float(run.truth.outputs[f"model.layers.{i}.{name}"].double().square().mean()) ** 0.5
+                for i in run.layers
+            ]
+            close(run.data["own"]["qk_norm"][f"{x}_{when}"], expected)
+
+
+def test_post_norms(run):
+    if not run.twins.config.post_norms:
+        assert "post_norms" not in run.data["own"]
+        return
+    for part, last in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
+        before = [std(run.truth.outputs[f"model.layers.{i}.{last}"]) for i in run.layers]
+        after = [std(run.truth.updates(i)[part]) for i in run.layers]
+        close(run.data["own"]["post_norms"][f"{part}_before"], before)
+        close(run.data["own"]["post_norms"][f"{part}_after"], after)
+
+
+def test_query_lengths(run):
+    """Length of each pair (i, i + d / 2) of the rotated queries, mean over tokens."""
+    kinds = run.twins.config.layer_types
+    found = run.data["rotary"]["query_lengths"]
+    layers = [x["layer"] for x in found]
+    assert layers == sorted({0, len(kinds) - 1, *map(kinds.index, kinds)})
+    for x in found:
+        q = run.truth.queries[x["layer"]].double()
+        half = q.shape[-1] // 2
+        close(x["lengths"], (q[..., :half] ** 2 + q[..., half:] ** 2).sqrt().mean(1))
+        assert x["type"] == kinds[x["layer"]]
+
+
+def test_keys_seen(run):
+    """Counted in transformers' masks; the prompt is longer than the windows."""
+    t, context = run.ids.shape[1], run.twins.config.max_position_embeddings
+    for seen, visible in zip(run.data["own"]["keys_seen"], run.truth.visible, strict=True):
+        assert min(seen, t) == int(visible[-1].sum())
+        assert seen in (context, run.twins.config.sliding_window)
+
+
+def test_tokens(run):
+    tokens, names = run.data["tokens"], tiny_backend().id_to_token
+    assert tokens["ids"] == run.ids[0].tolist()
+    assert tokens["shown"] == min(SHOWN, run.ids.shape[1])
+    assert len(tokens["names"]) == run.ids.shape[1]
+    assert tokens["names"][-1] == names(tokens["ids"][-1])
+    lengths = {len(run.data["final_norm"]["after"]), len(run.data["predictions"])}
+    assert lengths == {tokens["shown"]}
+
+
+def test_similarity(run):
+    """Cosines of the rows of transformers' embedding, for the first tokens of the prompt."""
+    special = {*Tokenizer(tiny_backend(), "tiny").all_special_ids}
+    ids = [*dict.fromkeys(i for i in run.ids[0].tolist() if i not in special)][:PROMPT_WORDS]
+    rows = run.twins.hf.get_input_embeddings().weight[ids].detach().double()
+    expected = torch.cosine_similarity(rows[:, None], rows[None], dim=-1)
+    close(run.data["similarity"]["cosines"], expected, atol=1e-7)
+    assert run.data["similarity"]["names"] == [tiny_backend().id_to_token(i) for i in ids]
+
+
+def test_encode_refuses_ids_that_the_model_does_not_have(twins):
+    """The tokenizer has more tokens than the tiny models, which have 199."""
+    tokenizer = Tokenizer(tiny_backend(), "tiny")
+    hello = tokenizer("hello").input_ids[-1]
+    with pytest.raises(ValueError, match=f"token id {hello} of tiny is outside .* of 199"):
+        encode(tokenizer, "hello", twins.config)
+    ids = encode(tokenizer, "<start_of_turn>", twins.config)
+    assert ids.tolist() == [tokenizer("<start_of_turn>").input_ids]
+
+
+def test_bf16_figures_are_close(run):
+    """One rounding to bf16 changes a number by 0.4 % at most; errors of many numbers cancel."""
+    weights = {name: x.bfloat16() for name, x in run.twins.reference.weights.items()}
+    half = Reference(run.twins.config, weights)
+    found = collect(half, Tokenizer(tiny_backend(), "tiny"), run.ids, words=())
+    assert found["model"]["dtype"] == "bfloat16"
+    for part, key in (("updates", "mlp"), ("hiddens", "with_norms"), ("final_norm", "after")):
+        close(found[part][key], run.data[part][key], rtol=0.01)
+    close(found["attention"]["flatness"], run.data["attention"]["flatness"], rtol=0.03)
+    assert found["hiddens"] != run.data["hiddens"]
