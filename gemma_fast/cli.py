@@ -232,11 +232,14 @@ def walkthrough(
     from gemma_fast.demo import demo_checkpoint
     from gemma_fast.walkthrough.write import write_walkthrough
 
-    chosen = [word for word in map(str.strip, (words or "").split(",")) if word]
+    chosen = None if words is None else [x.strip() for x in words.split(",") if x.strip()]
+    if chosen == []:
+        raise click.BadParameter("there is no word in it", param_hint="--words")
     with Console(stderr=True).status("") as status:
         page = write_walkthrough(
-            prompt, model or demo_checkpoint(), out, words=chosen, progress=status.update, **where
-        )
+            prompt, model or demo_checkpoint(), out, words=chosen,
+            progress=lambda name: status.update(Text(name)), **where,
+        )  # fmt: skip
     click.echo(page)
     if show and click.launch(page.absolute().as_uri()) != 0:
         _warn(f"no browser was found: open {page} in one")

@@ -54,23 +54,14 @@ def time_of_a_token(
     return groups
 
 
-def bytes_of_a_token(config: GemmaConfig, prompt: int) -> dict[str, dict[str, int]]:
-    """Returns the bytes that one decode step must read in bf16, by group: the weights once, one row
-    of the embedding, and the keys and values that the new token sees. Activations are left out.
-
-    The keys of the result: "prompt", after `prompt` tokens; "long", after long_context(config).
-    """
-    return {
-        "prompt": _bytes_after(config, prompt),
-        "long": _bytes_after(config, long_context(config)),
-    }
-
-
 def long_context(config: GemmaConfig) -> int:
-    return min(LONG, config.max_position_embeddings)
+    return min(LONG, config.max_position_embeddings - 1)
 
 
-def _bytes_after(config: GemmaConfig, tokens: int) -> dict[str, int]:
+def bytes_of_a_token(config: GemmaConfig, past: int) -> dict[str, int]:
+    """Returns the bytes that a decode step must read in bf16 after `past` tokens, by group: the
+    weights once, one row of the embedding, and the keys and values of the past tokens that the new
+    one sees. Activations are left out."""
     groups = dict.fromkeys(GROUPS, 0)
     for name, shape in config.tensor_shapes().items():
         step = name.removesuffix(".weight").rpartition(".")[2]
@@ -79,6 +70,6 @@ def _bytes_after(config: GemmaConfig, tokens: int) -> dict[str, int]:
         groups["output projection"] -= BF16 * config.vocab_size * config.hidden_size
     groups["embedding"] = BF16 * config.hidden_size
     for i in range(config.num_hidden_layers):
-        seen = min(config.window(i) or tokens, tokens)
+        seen = min((config.window(i) or past + 1) - 1, past)
         groups["attention"] += BF16 * 2 * seen * config.num_key_value_heads * config.head_dim
     return groups

@@ -18,12 +18,15 @@ from torch import Tensor
 from gemma_fast.config import GemmaConfig
 from gemma_fast.reference import Reference
 from gemma_fast.text.tokenizer import Tokenizer
+from gemma_fast.walkthrough import steps
 from gemma_fast.walkthrough.cost import bytes_of_a_token, long_context, time_of_a_token
 from gemma_fast.walkthrough.example import mlp_example, rotations, wavelengths
-from gemma_fast.walkthrough.record import SHOWN, Recorder, WithoutNorms, WithoutScale
+from gemma_fast.walkthrough.record import SHOWN, Recorder, WithoutNorms
 
-WORDS = ("red", "green", "blue", "London", "Paris", "Tokyo", "pleasant", "vibrant", "with")
-SPLIT = ("superlative", "antidisestablishmentarianism", "nvdkjsv")  # examples of long words
+WORDS = (
+    "yellow", "orange", "purple", "Berlin", "Rome", "Cairo", "gentle", "bitter", "proud", "during",
+)  # fmt: skip
+SPLIT = ("photosynthesis", "electroencephalography", "qwertzuiop")  # examples of words
 PROMPT_WORDS = 15  # the most tokens of the prompt whose embeddings are compared
 TOP = 10  # likeliest tokens to show after each token
 FORMAT = 1  # of data.json
@@ -62,51 +65,52 @@ def collect(
     words     words whose embeddings are compared, besides the tokens of the prompt
     progress  is called with the name of each part before it is computed
     """
-    config, device = reference.config, reference.weights["model.norm.weight"].device
-    ids = ids.to(device)
+    config, weight = reference.config, reference.weights["model.norm.weight"]
+    ids = ids.to(weight.device)
     t = ids.shape[1]
     progress("Running the model")
     run = Recorder(reference)
     out = run(ids, logits_to_keep=min(t, SHOWN))
+    dtype = str(weight.dtype).removeprefix("torch.")
+    if not out.logits.isfinite().all():
+        raise ValueError(f"the logits are not finite in {dtype}: try --dtype float32")
     progress("Running it without norms")
     bare = WithoutNorms(reference)
     bare(ids, use_cache=False, logits_to_keep=1)
-    progress("Measuring time")
-    time = time_of_a_token(reference, out.logits[:, -1:].argmax(-1), out.past_key_values)
     data = {
-        "format": FORMAT,
-        "model": {
-            "config": asdict(config)
-            | {name: getattr(config, name)._asdict() for name in ("full_rope", "sliding_rope")},
-            "parameters": config.num_parameters,
-            "dtype": str(reference.weights["model.norm.weight"].dtype).removeprefix("torch."),
-            "device": str(device),
-        },
         "tokens": _tokens(tokenizer, ids[0].tolist(), config),
         "similarity": _similarity(reference, tokenizer, words, ids[0].tolist()),
-        "embedding_scale": _embedding_scale(reference, run, ids),
-        "updates": _updates(run),
-        "hiddens": _hiddens(run, bare),
-        "attention": _attention(run, t),
+        "embedding_scale": steps.embedding_scale(reference, run, ids),
+        "updates": steps.updates(run),
+        "hiddens": steps.hiddens(run, bare),
         "rotary": {
             "rotations": rotations(config),
             "wavelengths": wavelengths(config),
-            "query_lengths": _query_lengths(run),
+            "query_lengths": steps.query_lengths(run),
         },
         "mlp": mlp_example(),
-        "final_norm": {
-            "before": _of_layer(run, config.num_hidden_layers - 1, "after_mlp")[1],
-            "after": run.seen["model.norm"],
-        },
+        "final_norm": steps.final_norm(run),
         "predictions": _predictions(tokenizer, ids[0, -SHOWN:].tolist(), out.logits[0]),
-        "own": _own(run, out.logits),
-        "cost": {
-            "time": time,
-            "bytes": bytes_of_a_token(config, t),
-            "long_context": long_context(config),
-        },
+        "own": steps.parts_of_some_models(run, out.logits),
     }
-    return rounded(data)
+    progress("Measuring time")
+    token = out.logits[:, -1:].argmax(-1)
+    data["cost"] = {
+        "time": time_of_a_token(reference, token, out.past_key_values),
+        "bytes": {
+            "prompt": bytes_of_a_token(config, t),
+            "long": bytes_of_a_token(config, long_context(config)),
+        },
+        "long_context": long_context(config),
+    }
+    model = {
+        "config": asdict(config)
+        | {name: getattr(config, name)._asdict() for name in ("full_rope", "sliding_rope")},
+        "parameters": config.num_parameters,
+        "dtype": dtype,
+        "device": str(weight.device),
+    }
+    return {"format": FORMAT, "model": model, "attention": steps.attention(run, t), **rounded(data)}
 
 
 def rounded(x: Any) -> Any:
@@ -161,87 +165,11 @@ def _similarity(
             left_out[word] = _names(tokenizer, found)
     special = {*tokenizer.all_special_ids}
     chosen += [i for i in dict.fromkeys(prompt) if i not in special][:PROMPT_WORDS]
-    chosen = [*dict.fromkeys(chosen)]
+    chosen = [*dict.fromkeys(chosen)] or prompt[:1]
     rows = reference.weights["model.embed_tokens.weight"][chosen].double()
-    rows = rows / rows.norm(dim=-1, keepdim=True)
-    return {
-        "names": _names(tokenizer, chosen), "cosines": (rows @ rows.T).tolist(),
-        "left_out": left_out,
-    }  # fmt: skip
-
-
-def _embedding_scale(reference: Reference, run: Recorder, ids: Tensor) -> dict[str, Any]:
-    """Returns scales of the embedding and of layer 0's attention, with and without the factor."""
-    kinds = reference.config.layer_types
-    without = WithoutScale(reference, num_hidden_layers=1, layer_types=kinds[:1])
-    without(ids, use_cache=False, logits_to_keep=1)
-    scales = {
-        name: (x.seen["embed"], _of_layer(x, 0, "attention"))
-        for name, x in (("with_factor", run), ("without_factor", without))
-    }
-    return {
-        name: {"embedding": skip, "attention": update, "update_scale": _update_scale(update, skip)}
-        for name, (skip, update) in scales.items()
-    } | {"factor": reference.config.hidden_size**0.5}
-
-
-def _update_scale(update: float, skip: float) -> float:
-    """Returns √(σr² / (σr² + σs²)): 0 if the update changes nothing, 1 if it replaces the skip."""
-    return update / math.hypot(update, skip)
-
-
-def _of_layer(run: Recorder, layer: int, step: str) -> Any:
-    return run.seen[f"model.layers.{layer}.{step}"]
-
-
-def _layers(run: Recorder) -> range:
-    return range(run.config.num_hidden_layers)
-
-
-def _updates(run: Recorder) -> dict[str, list[float]]:
-    """Returns the update scales of attention and MLP by layer."""
-    skip = run.seen["embed"]
-    found: dict[str, list[float]] = {"attention": [], "mlp": []}
-    for i in _layers(run):
-        for name in found:
-            found[name].append(_update_scale(_of_layer(run, i, name), skip))
-            skip, _ = _of_layer(run, i, f"after_{name}")
-    return found
-
-
-def _hiddens(run: Recorder, bare: Recorder) -> dict[str, Any]:
-    """Returns the scale of the residual stream after the embedding, after the attention of layer 0,
-    after its MLP, and so on."""
-    steps = [f"model.layers.{i}.after_{x}" for i in _layers(run) for x in ("attention", "mlp")]
-    return {
-        "with_norms": [run.seen["embed"], *(run.seen[step][0] for step in steps)],
-        "without_norms": [bare.seen["embed"], *(bare.seen[step] for step in steps)],
-    }
-
-
-def _attention(run: Recorder, t: int) -> dict[str, Any]:
-    """Returns the attention weights of the last of t tokens, the flatness of the heads, and the
-    head to enlarge."""
-    maps = torch.stack([_of_layer(run, i, "self_attn.weights") for i in _layers(run)])
-    flat = [_of_layer(run, i, "self_attn.flatness") for i in _layers(run)]
-    position = torch.arange(t)[-SHOWN:]
-    elsewhere = (position > 0) & (position < position[:, None])  # neither the first key nor its own
-    layer, head = divmod(int((maps * elsewhere).sum((2, 3)).argmax()), maps.shape[1])
-    return {
-        "maps": [[[[round(w, 4) for w in t] for t in head] for head in x] for x in maps.tolist()],
-        "flatness": flat,
-        "order": torch.tensor(flat).argsort(dim=1, descending=True).tolist(),
-        "enlarged": {"layer": layer, "head": head},
-    }
-
-
-def _query_lengths(run: Recorder) -> list[dict[str, Any]]:
-    """Returns the lengths of the queries' channel pairs in the first layer and the last one, and in
-    the first one of the other type if the model has two."""
-    kinds = run.config.layer_types
-    layers = {0, len(kinds) - 1, *(kinds.index(kind) for kind in kinds)}
-    lengths = {i: _of_layer(run, i, "self_attn.queries") for i in sorted(layers)}
-    return [{"layer": i, "type": kinds[i], "lengths": x} for i, x in lengths.items()]
+    directions = torch.nn.functional.normalize(rows, dim=-1)
+    cosines = (directions @ directions.T).tolist()
+    return {"names": _names(tokenizer, chosen), "cosines": cosines, "left_out": left_out}
 
 
 def _predictions(tokenizer: Tokenizer, ids: list[int], logits: Tensor) -> list[dict[str, Any]]:
@@ -259,32 +187,3 @@ def _predictions(tokenizer: Tokenizer, ids: list[int], logits: Tensor) -> list[d
             _names(tokenizer, ids), best.indices.tolist(), best.values.tolist(), strict=True
         )
     ]
-
-
-def _own(run: Recorder, logits: Tensor) -> dict[str, Any]:
-    """Returns what only some models have: windows, soft caps, norms of q and k, norms after
-    attention and MLP."""
-    config, layers = run.config, _layers(run)
-    context = config.max_position_embeddings
-    own: dict[str, Any] = {"keys_seen": [min(config.window(i) or context, context) for i in layers]}
-    if config.attn_logit_softcapping:
-        own["largest_scores"] = [_of_layer(run, i, "self_attn.scores") for i in layers]
-    if config.final_logit_softcapping:
-        head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-        own["largest_logit"] = {
-            "before": run.seen[head], "after": float(logits.abs().max())
-        }  # fmt: skip
-    if config.qk_norm:
-        own["qk_norm"] = {
-            f"{x}_{when}": [_of_layer(run, i, f"self_attn.{x}_{step}") for i in layers]
-            for x in "qk"
-            for when, step in (("before", "proj"), ("after", "norm"))
-        }
-    if config.post_norms:
-        parts = (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj"))
-        own["post_norms"] = {
-            f"{name}_{when}": [_of_layer(run, i, step) for i in layers]
-            for name, last in parts
-            for when, step in (("before", last), ("after", name))
-        }
-    return own

@@ -56,6 +56,12 @@ KEYS = {  # pictures of some models only → keys of data["own"], of which they 
 }
 
 
+def file_names() -> set[str]:
+    """Returns the names of all files that a walk-through can have."""
+    pictures = {f"{name}{kind}.svg" for name in PICTURES for kind in ("", "-dark")}
+    return {"index.html", "reference.html", "data.json", *pictures}
+
+
 def applicable(data: Data) -> list[str]:
     """Returns the names of the pictures of this model."""
     return [name for name in PICTURES if name not in KEYS or KEYS[name] & data["own"].keys()]

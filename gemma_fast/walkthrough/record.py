@@ -29,7 +29,13 @@ def rms(x: Tensor) -> list[float]:
 
 
 def rms_of_all(x: Tensor) -> float:
+    """Returns the root mean square of all elements of x."""
     return float(x.double().square().mean().sqrt())
+
+
+def largest(x: Tensor) -> float:
+    """Returns the largest absolute value of x."""
+    return float(x.abs().max())
 
 
 def pair_lengths(q: Tensor) -> list[list[float]]:
@@ -64,8 +70,7 @@ class Recorder(Reference):
         "norm": rms,
         "queries": pair_lengths,
         "weights": lambda x: x[0, :, -SHOWN:, -SHOWN:].float().cpu(),
-        "embed_tokens": lambda x: float(x.abs().max()),
-        "lm_head": lambda x: float(x.abs().max()),
+        **dict.fromkeys(("embed_tokens", "lm_head"), largest),
     }
 
     def __init__(self, reference: Reference, **changes: Any) -> None:
@@ -83,7 +88,7 @@ class Recorder(Reference):
         if measure := self.measures.get(step):
             self.seen[name] = measure(x)
         if step == "scores":
-            self.seen[name] = float(x.masked_fill(~self.visible[:, None], 0).abs().max())
+            self.seen[name] = largest(x.masked_fill(~self.visible[:, None], 0))
         if step == "weights":  # of all keys, also those that no picture shows
             last = slice(-SHOWN, None)
             found = flatness(x[0, :, last], self.visible[0, last])
@@ -119,8 +124,9 @@ class Clock(Reference):
         self.seconds, self.last = {}, time.perf_counter()
 
     def observe(self, name: str, x: Any) -> Any:
-        if self.weights["model.norm.weight"].is_cuda:
-            torch.cuda.synchronize()
+        weight = self.weights["model.norm.weight"]
+        if weight.is_cuda:
+            torch.cuda.synchronize(weight.device)
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0) + now - self.last
         self.last = now

@@ -63,7 +63,8 @@ def write_walkthrough(
             data |= collect(reference, tokenizer, ids, words or WORDS, progress)
         data["model"]["name"] = name
         if words and (left_out := data["similarity"]["left_out"]):
-            warnings.warn(f"words of several tokens are left out: {left_out}", stacklevel=2)
+            split = ", ".join(f"{word} ({' '.join(found)})" for word, found in left_out.items())
+            warnings.warn(f"words of several tokens are left out: {split}", stacklevel=2)
         _write(data, folder, progress)
     return out / "index.html"
 
@@ -105,7 +106,6 @@ def _write(data: dict[str, Any], folder: Path, progress: Progress) -> None:
         progress(f"Drawing {i + 1} of {len(names)}")
         pictures[name] = write_picture(name, PICTURES[name], data, folder)
     write_pages(data, pictures, folder)
-    data["files"] = sorted([*(x.name for x in folder.iterdir()), "data.json"])
     text = json.dumps(data, ensure_ascii=False, allow_nan=False)
     (folder / "data.json").write_text(text, encoding="utf-8")
 
@@ -125,6 +125,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         new, old = Path(temporary, "new"), Path(temporary, "old")
         new.mkdir()
         yield new
+        _check_replaceable(out)
         if out.exists():  # the folder itself stays, because it may be the current folder
             old.mkdir()
             with _moved(out, old), _moved(new, out):
@@ -153,12 +154,12 @@ def _check_replaceable(out: Path) -> None:
         return
     if not out.is_dir():
         raise ValueError(f"{out} is a file: choose a folder with --out")
-    try:
-        ours = set(json.loads((out / "data.json").read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = set()
-    if others := sorted({x.name for x in out.iterdir()} - ours):
+    from gemma_fast.walkthrough.page import file_names
+
+    ours = file_names()
+    others = [x.name for x in out.iterdir() if x.name not in ours or not x.is_file()]
+    if others:
         raise ValueError(
-            f"{out} has files that are not of a walk-through, for example {others[0]}: choose"
+            f"{out} has files that are not of a walk-through, for example {min(others)}: choose"
             " another folder with --out"
         )
