@@ -13,22 +13,20 @@ from gemma_fast.walkthrough.record import Clock
 
 def test_bytes_of_gemma_2b():
     """Gemma 1 2B: 18 layers, hidden 2048, 8 heads and 1 kv head of 256, MLP 16384, tied table."""
-    found = bytes_of_a_token(PRESETS["gemma-2b"], prompt=10)
     layers, hidden, heads, mlp = 18, 2048, 8 * 256, 16384
-    cache = {"prompt": 2 * 10 * 256, "long": 2 * 8192 * 256}  # K and V of a layer, in elements
-    for context, groups in found.items():
-        elements = {
-            "embedding": hidden,
-            "RMSNorm": layers * 2 * hidden + hidden,
-            "projections of attention": layers * (2 * heads * hidden + 2 * 256 * hidden),
-            "mask and rotary embedding": 0,
-            "attention": layers * cache[context],
-            "projections of the MLP": layers * 3 * mlp * hidden,
-            "GeGLU": 0,
-            "residual addition": 0,
-            "output projection": 256_000 * hidden,
-        }
-        assert groups == {name: 2 * n for name, n in elements.items()}
+    elements = {
+        "embedding": hidden,
+        "RMSNorm": layers * 2 * hidden + hidden,
+        "projections of attention": layers * (2 * heads * hidden + 2 * 256 * hidden),
+        "mask and rotary embedding": 0,
+        "attention": layers * 2 * 10 * 256,  # K and V of ten tokens
+        "projections of the MLP": layers * 3 * mlp * hidden,
+        "GeGLU": 0,
+        "residual addition": 0,
+        "output projection": 256_000 * hidden,
+    }
+    found = bytes_of_a_token(PRESETS["gemma-2b"], past=10)
+    assert found == {name: 2 * n for name, n in elements.items()}
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -38,17 +36,19 @@ def test_all_weights_are_read_once(name, tied):
     config = replace(PRESETS[name], tie_word_embeddings=tied)
     table = config.vocab_size * config.hidden_size
     read = config.num_parameters - (0 if tied else table) + config.hidden_size
-    for context, tokens in (("prompt", 5000), ("long", min(8192, config.max_position_embeddings))):
-        windows = [config.sliding_window if "sliding" in x else tokens for x in config.layer_types]
-        keys = sum(min(window, tokens) for window in windows)
+    for past in (5, 5000):
+        keys = sum(
+            min(config.sliding_window - 1, past) if "sliding" in kind else past
+            for kind in config.layer_types
+        )  # a window includes the new token's own key, which is not read
         cache = keys * 2 * config.num_key_value_heads * config.head_dim
-        found = bytes_of_a_token(config, prompt=5000)[context]
-        assert sum(found.values()) == 2 * (read + cache)
-    assert long_context(config) == tokens
+        assert sum(bytes_of_a_token(config, past).values()) == 2 * (read + cache)
 
 
 def test_long_context_is_not_longer_than_the_model_allows():
-    assert long_context(replace(PRESETS["gemma-2b"], max_position_embeddings=100)) == 100
+    """The new token needs a position, too."""
+    assert long_context(PRESETS["gemma-3-1b"]) == 8192
+    assert long_context(replace(PRESETS["gemma-2b"], max_position_embeddings=100)) == 99
 
 
 def test_every_step_has_a_group(twins):
@@ -63,7 +63,7 @@ def test_every_step_has_a_group(twins):
 
 def test_every_parameter_has_the_group_of_its_step(twins):
     """Groups have bytes if and only if they have weights, a row of the embedding, or the cache."""
-    found = bytes_of_a_token(twins.config, prompt=20)["prompt"]
+    found = bytes_of_a_token(twins.config, past=20)
     without = {"mask and rotary embedding", "GeGLU", "residual addition"}
     assert {name for name, n in found.items() if n == 0} == without
 

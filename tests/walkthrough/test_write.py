@@ -15,8 +15,10 @@ from click.testing import CliRunner
 from gemma_fast.cli import main
 from gemma_fast.config import PRESETS
 from gemma_fast.reference import Reference
-from gemma_fast.walkthrough import page
+from gemma_fast.walkthrough import theme
 from gemma_fast.walkthrough import write as walkthrough
+from gemma_fast.walkthrough.page import file_names
+from gemma_fast.walkthrough.theme import Written
 from gemma_fast.walkthrough.write import _new_folder, write_walkthrough
 
 
@@ -26,9 +28,15 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def draw_one_picture(monkeypatch):
-    """Draws only the picture that the page cannot do without. Drawing all of them takes seconds."""
-    monkeypatch.setattr(page, "PICTURES", {"attention-maps": page.PICTURES["attention-maps"]})
+def empty_pictures(monkeypatch):
+    """Drawing takes seconds, so these tests write empty pictures."""
+
+    def write_picture(name, draw, data, folder):
+        for end in (".svg", "-dark.svg"):
+            (folder / f"{name}{end}").write_text("<svg/>")
+        return Written("nothing", 10, 10)
+
+    monkeypatch.setattr(theme, "write_picture", write_picture)
 
 
 def write(checkpoint: Path, out: Path, prompt: str = "hello", **options) -> Path:
@@ -47,10 +55,10 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def earlier(folder: Path) -> Path:
-    """Writes what is left of an earlier walk-through, with a file that new ones do not have."""
+    """Writes what is left of an earlier walk-through, with a picture that new ones do not have."""
     folder.mkdir()
-    (folder / "old.svg").write_text("an old picture")
-    (folder / "data.json").write_text(json.dumps({"files": ["data.json", "old.svg"]}))
+    (folder / "soft-caps.svg").write_text("an old picture")
+    (folder / "data.json").write_text("{}")
     return folder
 
 
@@ -58,10 +66,9 @@ def test_command_prints_the_path_of_the_page(checkpoint, tmp_path):
     result = run(checkpoint, tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{tmp_path / 'out' / 'index.html'}\n"
-    assert set(tree(tmp_path)) == {
-        "out", "out/index.html", "out/reference.html", "out/data.json", "out/attention-maps.svg",
-        "out/attention-maps-dark.svg",
-    }  # fmt: skip
+    caps = {"soft-caps.svg", "soft-caps-dark.svg"}  # Gemma 3 has none
+    assert {x.name for x in (tmp_path / "out").iterdir()} == file_names() - caps
+    assert [x.name for x in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
@@ -73,8 +80,9 @@ def test_command_prints_the_path_of_the_page(checkpoint, tmp_path):
         (("a", "--dtype", "float16"), "overflows float16: use bfloat16 or float32"),
         (("a", "--dtype", "int8"), "'int8' is not one of"),
         (("a", "--words", "a,\ud800"), "must be a str of valid Unicode"),
+        (("a", "--words", " , "), "Invalid value for --words: there is no word in it"),
     ],
-    ids=["empty", "too long", "surrogate", "float16", "int8", "surrogate in words"],
+    ids=["empty", "too long", "surrogate", "float16", "int8", "surrogate in words", "no word"],
 )
 def test_bad_input_prints_a_message_and_writes_nothing(checkpoint, tmp_path, args, message):
     result = run(checkpoint, tmp_path / "a" / "b", *args)
@@ -115,23 +123,28 @@ def test_a_file_in_the_way(checkpoint, tmp_path, name):
     assert tree(tmp_path) == {"file": b"mine"}
 
 
-@pytest.mark.parametrize(
-    "data",
-    [None, b"{}", b"[1]", b"\xff", b"not JSON", b'{"files": 3}', b'{"files": [[]]}',
-     b'{"files": ["data.json", "other.svg"]}'],
-    ids=str,
-)  # fmt: skip
-def test_foreign_files_stay_untouched(checkpoint, tmp_path, data):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "mine.txt").write_text("mine")
-    if data is not None:
-        (folder / "data.json").write_bytes(data)
+@pytest.mark.parametrize("name", ["mine.txt", ".hidden", "cost.svg/mine", "Cost.svg"])
+def test_foreign_files_stay_untouched(checkpoint, tmp_path, name):
+    folder = earlier(tmp_path / "out")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
     before = tree(tmp_path)
     result = run(checkpoint, folder)
     assert result.exit_code == 1
-    assert "has files that are not of a walk-through, for example" in result.output
+    found = f"that are not of a walk-through, for example {name.split('/')[0]}"
+    assert found in " ".join(result.output.split())
     assert tree(tmp_path) == before
+
+
+def test_a_file_that_comes_during_the_work_stays(checkpoint, tmp_path):
+    folder = earlier(tmp_path / "out")
+
+    def save(name):
+        (folder / "mine.txt").write_text("mine")
+
+    with pytest.raises(ValueError, match=r"for example mine\.txt"):
+        write(checkpoint, folder, progress=save)
+    assert set(tree(folder)) == {"mine.txt", "data.json", "soft-caps.svg"}
 
 
 def test_earlier_walkthrough_is_replaced(checkpoint, tmp_path):
@@ -140,8 +153,8 @@ def test_earlier_walkthrough_is_replaced(checkpoint, tmp_path):
     data = json.loads((tmp_path / "out" / "data.json").read_text(encoding="utf-8"))
     assert data["prompt"] == "hello the"
     assert [x.name for x in tmp_path.iterdir()] == ["out"]
-    assert sorted(x.name for x in (tmp_path / "out").iterdir()) == data["files"]
-    assert "old.svg" not in data["files"]
+    assert (tmp_path / "out" / "cost.svg").is_file()
+    assert not (tmp_path / "out" / "soft-caps.svg").exists()
 
 
 def test_folder_that_is_empty_or_new(checkpoint, tmp_path):
@@ -160,11 +173,11 @@ def test_error_in_the_middle_changes_nothing(checkpoint, tmp_path, monkeypatch, 
     if before == "empty":
         (tmp_path / "out").mkdir()
 
-    def draw(name, data, folder):
+    def write_picture(name, draw, data, folder):
         (folder / "half.svg").write_text("half")
         raise error
 
-    monkeypatch.setattr(page, "draw", draw)
+    monkeypatch.setattr(theme, "write_picture", write_picture)
     files = tree(tmp_path)
     with pytest.raises(error):
         write(checkpoint, tmp_path / "out")
@@ -198,7 +211,7 @@ def test_the_current_folder_stays_the_current_folder(checkpoint, tmp_path, monke
     monkeypatch.chdir(earlier(tmp_path / "out"))
     assert write(checkpoint, Path()) == Path("index.html")
     assert Path.cwd() == tmp_path / "out"
-    assert Path("index.html").is_file() and not Path("old.svg").exists()
+    assert Path("index.html").is_file() and not Path("soft-caps.svg").exists()
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -240,10 +253,30 @@ def test_a_model_in_the_current_folder_has_a_name(checkpoint, tmp_path, monkeypa
 def test_progress_names_each_part(checkpoint, tmp_path):
     seen = []
     write(checkpoint, tmp_path / "out", progress=seen.append)
+    drawn = (len(file_names()) - 3) // 2 - 1  # Gemma 3 has no soft caps
     assert seen == [
         f"Reading {checkpoint.name}", "Running the model", "Running it without norms",
-        "Measuring time", "Drawing 1 of 1",
+        "Measuring time", *(f"Drawing {i + 1} of {drawn}" for i in range(drawn)),
     ]  # fmt: skip
+
+
+def test_name_of_a_missing_model_is_no_markup(tmp_path):
+    result = run(tmp_path / "[red]x[/x]", tmp_path / "out")
+    assert result.exit_code == 1 and "[red]x[/x] does not exist" in result.output
+
+
+def test_logits_that_are_not_finite_are_refused(checkpoint, tmp_path, monkeypatch):
+    load = walkthrough._load
+
+    def broken(*args):
+        reference, *rest = load(*args)
+        reference.weights["model.norm.weight"][0] = float("nan")
+        return reference, *rest
+
+    monkeypatch.setattr(walkthrough, "_load", broken)
+    with pytest.raises(ValueError, match="the logits are not finite in float32"):
+        write(checkpoint, tmp_path / "out")
+    assert tree(tmp_path) == {}
 
 
 def test_memory_error_names_the_device_of_the_model(tmp_path, monkeypatch):
