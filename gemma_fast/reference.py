@@ -193,6 +193,7 @@ class Reference:
         source = torch.arange(s, device=input_ids.device)[None, :]
         target = source[:, past:].mT  # [t, 1]
         seen = (source <= target) & attention_mask.bool()[:, None, :]  # [b, t, s]
+        seen = self.observe("mask", seen)
 
         config = self.config
         hiddens = embed(input_ids, self.weights["model.embed_tokens.weight"])
@@ -274,6 +275,7 @@ class Reference:
         return self.project(out, f"{name}.o_proj"), (k, v)
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
+        """Returns the MLP's output :: [b, t, hidden]. x: normalized hiddens :: [b, t, hidden]."""
         gate, up = (self.project(x, f"{name}.{p}_proj") for p in ("gate", "up"))
         x = self.observe(f"{name}.geglu", geglu(gate, up))
         return self.project(x, f"{name}.down_proj")

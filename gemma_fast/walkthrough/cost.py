@@ -21,7 +21,7 @@ GROUPS = {
         "post_feedforward_layernorm", "q_norm", "k_norm",
     ),
     "projections of attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mask and rotary embedding": ("angles", "queries", "keys"),
+    "mask and rotary embedding": ("mask", "angles", "queries", "keys"),
     "attention": ("scores", "weights", "attend"),
     "projections of the MLP": ("gate_proj", "up_proj", "down_proj"),
     "GeGLU": ("geglu",),

@@ -12,7 +12,7 @@ from gemma_fast.config import GemmaConfig
 from gemma_fast.reference import angles, geglu, rotate
 
 POSITIONS = 5
-SECOND = 5 / 32  # place of the second example pair, as a share of all channel pairs
+SECOND = 1 / 8  # place of the second example pair, as a share of all channel pairs
 POINTS = 41  # of a surface, a side
 SEED = 1228  # its four functions look different
 SLICE = 0.5  # second input of the slice

@@ -92,7 +92,7 @@ def test_steps_sum_to_the_whole_time(twins, monkeypatch):
     assert sum(clock.seconds.values()) == ticks.now - begin
     layers = twins.config.num_hidden_layers
     per_layer = 20 + 2 * twins.config.post_norms + 2 * twins.config.qk_norm
-    assert len(clock.seconds) == layers * per_layer + 4  # embed, norm, output, logits
+    assert len(clock.seconds) == layers * per_layer + 5  # mask, embed, norm, output, logits
 
 
 def test_each_step_counts_with_its_fastest_time(twins, monkeypatch):

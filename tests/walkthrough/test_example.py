@@ -53,7 +53,7 @@ def test_rotations_are_plain_trigonometry(name):
     config = PRESETS[name]
     found = rotations(config)
     half = config.head_dim // 2
-    assert found["pairs"] == [0, half * 5 // 32]
+    assert found["pairs"] == [0, half // 8]
     assert found["type"] == config.layer_types[0]
     assert (len(found["vectors"]), len(found["vectors"][0])) == (2, 5)
     for pair, vectors in zip(found["pairs"], found["vectors"], strict=True):
