@@ -88,6 +88,7 @@ setup(
             *BENCH,
             "pytest-xdist",  # one process per core
             "nbclient",  # executes docs/walkthrough.ipynb
+            "nbformat",  # reads and writes it
             "ipykernel",  # the notebook's kernel
             "build",  # builds the wheel and sdist that tests inspect
             "setuptools>=77.0.3",  # for `build` without isolation, which needs no network

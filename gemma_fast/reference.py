@@ -192,12 +192,12 @@ class Reference:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # [b, t]
         source = torch.arange(s, device=input_ids.device)[None, :]
         target = source[:, past:].mT  # [t, 1]
-        seen = (source <= target) & attention_mask.bool()[:, None, :]  # [b, t, s]
-        seen = self.observe("mask", seen)
+        seen = (source <= target) & attention_mask.bool()[:, None, :]
+        seen = self.observe("mask", seen)  # [b, t, s]
 
         config = self.config
-        hiddens = embed(input_ids, self.weights["model.embed_tokens.weight"])
-        hiddens = self.observe("embed", hiddens)
+        embeddings = self.weights["model.embed_tokens.weight"]
+        hiddens = self.observe("embed", embed(input_ids, embeddings))
         cache = []
         for i, kind in enumerate(config.layer_types):
             visible = seen
@@ -270,7 +270,8 @@ class Reference:
         scale = config.query_pre_attn_scalar**-0.5
         scores = self.observe(f"{name}.scores", attention_scores(q, k, scale))
         weights = attention_weights(scores, visible, config.attn_logit_softcapping)
-        out = self.observe(f"{name}.attend", attend(self.observe(f"{name}.weights", weights), v))
+        weights = self.observe(f"{name}.weights", weights)
+        out = self.observe(f"{name}.attend", attend(weights, v))
         out = out.transpose(1, 2).reshape(b, t, -1)  # [b, t, n * m * d]
         return self.project(out, f"{name}.o_proj"), (k, v)
 
@@ -295,8 +296,9 @@ class Reference:
         return self.observe(name, F.linear(x, self.weights[f"{name}.weight"]))
 
     def observe(self, name: str, x: T) -> T:
-        """Returns x, the result of the step `name`: the name of its weight, or of what it computes.
+        """Returns x, the result of a step. A subclass may record x or return another tensor.
 
-        A subclass may record x, measure the time between two calls, or return another tensor.
+        name: the name of the step's weight without ".weight", or for example
+        "model.layers.0.self_attn.scores"
         """
         return x

@@ -20,24 +20,25 @@ NAMES = {"attention": "attention", "mlp": "MLP"}
 
 def embedding_scale(data: Data, theme: Theme) -> Picture:
     found = data["embedding_scale"]
-    figure, axes = canvas(1.7)
+    figure, axes = canvas(2.1)
     cases = {case: found[case] for case in ("with_factor", "without_factor")}
     labels = [case.replace("_", " ") for case in cases]
-    for part, marker in (("embedding", "o"), ("attention", "s")):
+    parts = {"embedding": "o", "attention": "s", "mlp": "^"}  # part → marker
+    for part, marker in parts.items():
         values = [x[part] for x in cases.values()]
-        label = "embedding" if part == "embedding" else "update of the first attention"
+        label = "embedding" if part == "embedding" else f"update of the first {NAMES[part]}"
         axes.plot(values, labels, marker, label=label)
         for value, name in zip(values, labels, strict=True):
             axes.annotate(f"{value:.3g}", (value, name), (0, 6), textcoords="offset points")
-    log_axis(axes, "x", [x[part] for x in cases.values() for part in ("embedding", "attention")])
+    log_axis(axes, "x", [x[part] for x in cases.values() for part in parts])
     axes.margins(x=0.15, y=0.5)
     axes.invert_yaxis()
     axes.set_xlabel("standard deviation")
-    legend_above(figure)
-    alt = "Standard deviations of the embedding and of the first attention's update."
+    legend_above(figure, 1)
+    alt = "Standard deviations of the embedding and of the updates of layer 0."
     for name, x in zip(labels, cases.values(), strict=True):
-        alt += f" {name.capitalize()}: embedding {x['embedding']:.3g}, update"
-        alt += f" {x['attention']:.3g}, update scale {x['update_scale']:.3f}."
+        alt += f" {name.capitalize()}: embedding {x['embedding']:.3g}, attention"
+        alt += f" {x['attention']:.3g}, MLP {x['mlp']:.3g}."
     return Picture(figure, alt)
 
 
@@ -109,7 +110,7 @@ def cost(data: Data, theme: Theme) -> Picture:
     }
     figure, axes = canvas(4.2)
     rows = np.arange(len(groups))
-    alt = "Bars of each step's share of a new token."
+    alt = "Each step's share of the time and of the bytes of one new token."
     for i, (name, values) in enumerate(series.items()):
         shares = [100 * values[group] / sum(values.values()) for group in groups]
         bars = axes.barh(rows + 0.27 * (i - 1), shares, 0.25, label=name)
@@ -129,7 +130,7 @@ def windows(data: Data, theme: Theme) -> Picture:
     keys, kinds = data["own"]["keys_seen"], data["model"]["config"]["layer_types"]
     figure, axes = canvas(2.2)
     full = [kind == "full_attention" for kind in kinds]
-    for name, marker, chosen in (("with a window", "o", False), ("full attention", "s", True)):
+    for name, marker, chosen in (("with a window", "o", False), ("full layers", "s", True)):
         layers = [i for i, x in enumerate(full) if x == chosen]
         axes.plot(layers, [keys[i] for i in layers], marker, label=name)
     log_axis(axes, "y", keys)
@@ -139,7 +140,7 @@ def windows(data: Data, theme: Theme) -> Picture:
     return Picture(
         figure,
         f"Keys that the last token of a full context sees, by layer: {min(keys)} on"
-        f" {full.count(False)} layers with a window, {max(keys)} on {full.count(True)} others.",
+        f" {full.count(False)} layers with a window, {max(keys)} on {full.count(True)} full ones.",
     )
 
 
@@ -185,3 +186,29 @@ def _before_after(found: dict[str, list[float]], names: dict[str, str], unit: st
     layer_axis(axes, len(values))
     legend_above(figure)
     return Picture(figure, alt)
+
+
+def gelu(data: Data, theme: Theme) -> Picture:
+    found = data["mlp"]["gelu"]
+    figure, axes = canvas(2.4)
+    axes.plot(found["x"], found["gelu"], label="GELU")
+    axes.plot(found["x"], found["relu"], "--", label="ReLU")
+    axes.set_xlabel("x")
+    legend_above(figure)
+    alt = f"GELU and ReLU from -4 to 4. GELU is smooth; its minimum is {min(found['gelu']):.2f}."
+    return Picture(figure, alt)
+
+
+def mlp_slice(data: Data, theme: Theme) -> Picture:
+    found = data["mlp"]
+    figure, every = canvas(3.6, 2, 2, sharex=True)
+    for axes, (name, values) in zip(every.flat, found["slices"].items(), strict=True):
+        axes.plot(found["inputs"], values)
+        axes.set_title(name)
+    for axes in every[1]:
+        axes.set_xlabel("x₀")
+    return Picture(
+        figure,
+        f"The four functions at x₁ = {found['slice_at']:g}: linear is a straight line, ReLU has"
+        " corners, ReGLU has corners between curves, GeGLU is smooth.",
+    )

@@ -1,8 +1,8 @@
 """Collects all numbers that the pictures show, as one JSON object (docs/walkthrough.md).
 
-Every number of the model is computed by gemma_fast/reference.py, in one forward pass of the prompt.
-Three variants run beside it: without norms, layer 0 without the embedding's factor, and repeated
-passes of one token that measure time.
+gemma_fast/reference.py computes the results of the steps, in one forward pass of the prompt.
+Further runs: without norms, layer 0 without the embedding's factor, and passes of one new token
+that measure time. Cosines come from the embedding table, bytes from the config.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.config import GemmaConfig
-from gemma_fast.reference import Reference
+from gemma_fast.reference import Output, Reference
 from gemma_fast.text.tokenizer import Tokenizer
 from gemma_fast.walkthrough import steps
 from gemma_fast.walkthrough.cost import bytes_of_a_token, long_context, time_of_a_token
@@ -65,15 +65,13 @@ def collect(
     words     words whose embeddings are compared, besides the tokens of the prompt
     progress  is called with the name of each part before it is computed
     """
-    config, weight = reference.config, reference.weights["model.norm.weight"]
-    ids = ids.to(weight.device)
-    t = ids.shape[1]
+    config, t = reference.config, ids.shape[1]
+    ids = ids.to(reference.weights["model.norm.weight"].device)
     progress("Running the model")
     run = Recorder(reference)
     out = run(ids, logits_to_keep=min(t, SHOWN))
-    dtype = str(weight.dtype).removeprefix("torch.")
     if not out.logits.isfinite().all():
-        raise ValueError(f"the logits are not finite in {dtype}: try --dtype float32")
+        raise ValueError(f"the logits are not finite in {out.logits.dtype}: try --dtype float32")
     progress("Running it without norms")
     bare = WithoutNorms(reference)
     bare(ids, use_cache=False, logits_to_keep=1)
@@ -89,28 +87,40 @@ def collect(
             "query_lengths": steps.query_lengths(run),
         },
         "mlp": mlp_example(),
-        "final_norm": steps.final_norm(run),
+        "final_norm": run.seen["final_norm"],
         "predictions": _predictions(tokenizer, ids[0, -SHOWN:].tolist(), out.logits[0]),
         "own": steps.parts_of_some_models(run, out.logits),
     }
     progress("Measuring time")
-    token = out.logits[:, -1:].argmax(-1)
-    data["cost"] = {
-        "time": time_of_a_token(reference, token, out.past_key_values),
+    data["cost"] = _cost(reference, out)
+    attention = steps.attention(run, t)
+    attention["flatness"] = rounded(attention["flatness"])
+    return {"format": FORMAT, "model": _model(reference), "attention": attention, **rounded(data)}
+
+
+def _cost(reference: Reference, out: Output) -> dict[str, Any]:
+    """Returns the costs of a token. out: the reference's output for the prompt."""
+    config, token = reference.config, out.logits[:, -1:].argmax(-1)
+    past = out.past_key_values or []
+    prompt, long = past[0][0].shape[2], long_context(config)
+    return {
+        "time": time_of_a_token(reference, token, past),
         "bytes": {
-            "prompt": bytes_of_a_token(config, t),
-            "long": bytes_of_a_token(config, long_context(config)),
+            "prompt": bytes_of_a_token(config, prompt), "long": bytes_of_a_token(config, long)
         },
-        "long_context": long_context(config),
-    }
-    model = {
-        "config": asdict(config)
-        | {name: getattr(config, name)._asdict() for name in ("full_rope", "sliding_rope")},
+        "long_context": long,
+    }  # fmt: skip
+
+
+def _model(reference: Reference) -> dict[str, Any]:
+    config, weight = reference.config, reference.weights["model.norm.weight"]
+    ropes = {name: getattr(config, name)._asdict() for name in ("full_rope", "sliding_rope")}
+    return {
+        "config": asdict(config) | ropes,
         "parameters": config.num_parameters,
-        "dtype": dtype,
+        "dtype": str(weight.dtype).removeprefix("torch."),
         "device": str(weight.device),
     }
-    return {"format": FORMAT, "model": model, "attention": steps.attention(run, t), **rounded(data)}
 
 
 def rounded(x: Any) -> Any:

@@ -44,28 +44,17 @@ def similarity(data: Data, theme: Theme) -> Picture:
     names, cosines = data["similarity"]["names"], np.array(data["similarity"]["cosines"])
     norm = Normalize(min(0, cosines.min()), 1)
     figure, _ = token_matrix(cosines, names, theme, norm, "cosine")
-    alt = f"Matrix of cosines between {len(names)} embeddings."
+    alt = f"Cosines between the embeddings of {', '.join(names)}."
     if len(names) > 1:
         i, j = divmod(int((cosines - 3 * np.eye(len(names))).argmax()), len(names))
         alt += f" The closest pair is {names[i]} and {names[j]}, {cosines[i, j]:.2f}."
     return Picture(figure, alt)
 
 
-def visible_maps(data: Data) -> np.ndarray:
-    """Returns the attention maps with NaN where a query does not see the key ::
-    [layers, heads, shown, shown]."""
-    maps = np.array(data["attention"]["maps"])
-    config, position = data["model"]["config"], np.arange(maps.shape[-1])
-    distance = position[:, None] - position
-    for layer, kind in enumerate(config["layer_types"]):
-        window = config["sliding_window"] if kind == "sliding_attention" else len(position)
-        maps[layer, :, (distance < 0) | (distance >= window)] = np.nan
-    return maps
-
-
 def attention_maps(data: Data, theme: Theme) -> Picture:
     """Draws the maps of all heads in one image: a column per layer, flat heads at the top."""
-    found, maps = data["attention"], visible_maps(data)
+    found = data["attention"]
+    maps = np.array(found["maps"], dtype=float)  # NaN where the query does not see the key
     layers, heads, t, _ = maps.shape
     maps = np.stack([x[order] for x, order in zip(maps, found["order"], strict=True)])
     gap = max(1, t // 6)
@@ -80,11 +69,12 @@ def attention_maps(data: Data, theme: Theme) -> Picture:
         layer * step - 0.5 - gap / 2,
         found["order"][layer].index(head) * step - 0.5 - gap / 2,
     )
-    axes.add_patch(Rectangle(corner, step, step, fill=False, edgecolor=theme.colors[1]))
+    edge = theme.colors[1]
+    axes.add_patch(Rectangle(corner, step, step, fill=False, edgecolor=edge, clip_on=False))
     axes.set_xticks((t - 1) / 2 + step * np.arange(layers), range(layers))
     ends = ["flat", "spiky"] if heads > 1 else ["one head"]
     axes.set_yticks([(t - 1) / 2 + step * (heads - 1) * i for i in range(len(ends))], ends)
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, pad=6)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("layer")
@@ -101,7 +91,7 @@ def attention_map(data: Data, theme: Theme) -> Picture:
     shown, enlarged = data["tokens"]["shown"], data["attention"]["enlarged"]
     names = data["tokens"]["names"][-shown:]
     layer, head = enlarged["layer"], enlarged["head"]
-    weights = visible_maps(data)[layer][head]
+    weights = np.array(data["attention"]["maps"][layer][head], dtype=float)
     figure, axes = token_matrix(weights, names, theme, WEIGHTS, "weight")
     axes.set_xlabel("key")
     axes.set_ylabel("query")
@@ -110,9 +100,8 @@ def attention_map(data: Data, theme: Theme) -> Picture:
         f"{names[i]} → {names[int(np.nanargmax(row))]} {np.nanmax(row):.2f}"
         for i, row in list(enumerate(weights))[-5:]
     )
-    alt = (
-        f"Attention map of layer {layer}, head {head}. Largest weights of the last queries: {best}."
-    )
+    alt = f"Attention map of layer {layer}, head {head}. Key with the largest weight for each of"
+    alt += f" the last queries: {best}."
     return Picture(figure, alt)
 
 
@@ -175,17 +164,6 @@ def query_lengths(data: Data, theme: Theme) -> Picture:
     return Picture(figure, f"{alt} wavelengths are at the left.")
 
 
-def gelu(data: Data, theme: Theme) -> Picture:
-    found = data["mlp"]["gelu"]
-    figure, axes = canvas(2.4)
-    axes.plot(found["x"], found["gelu"], label="GELU")
-    axes.plot(found["x"], found["relu"], "--", label="ReLU")
-    axes.set_xlabel("x")
-    legend_above(figure)
-    alt = f"GELU and ReLU from -4 to 4. GELU is smooth; its minimum is {min(found['gelu']):.2f}."
-    return Picture(figure, alt)
-
-
 def surface(name: str) -> Callable[[Data, Theme], Picture]:
     """Returns the function that draws the surface of one of the four functions."""
 
@@ -210,18 +188,3 @@ def surface(name: str) -> Callable[[Data, Theme], Picture]:
         return Picture(figure, f"{alt} {low:.2f} to {high:.2f}.")
 
     return draw
-
-
-def mlp_slice(data: Data, theme: Theme) -> Picture:
-    found = data["mlp"]
-    figure, every = canvas(3.6, 2, 2, sharex=True)
-    for axes, (name, values) in zip(every.flat, found["slices"].items(), strict=True):
-        axes.plot(found["inputs"], values)
-        axes.set_title(name)
-    for axes in every[1]:
-        axes.set_xlabel("x₀")
-    return Picture(
-        figure,
-        f"The four functions at x₁ = {found['slice_at']:g}: linear is a straight line, ReLU has"
-        " corners, ReGLU has corners between curves, GeGLU is smooth.",
-    )

@@ -23,7 +23,7 @@ TITLES = {
     "rotary": "Rotary embedding",
     "mlp": "The MLP",
     "final-norm": "Final norm",
-    "predictions": "The likeliest next tokens",
+    "predictions": "The most likely next tokens",
     "own": "Where Gemma models differ",
     "cost": "Where the time goes",
 }
@@ -38,8 +38,8 @@ PICTURES: dict[str, Callable[[Data, Theme], Picture]] = {
     "rotations": maps.rotations,
     "wavelengths": maps.wavelengths,
     "query-lengths": maps.query_lengths,
-    "gelu": maps.gelu,
-    "mlp-slice": maps.mlp_slice,
+    "gelu": charts.gelu,
+    "mlp-slice": charts.mlp_slice,
     **{f"mlp-{name.lower()}": maps.surface(name) for name in ("linear", "ReLU", "ReGLU", "GeGLU")},
     "final-norm": charts.final_norm,
     "windows": charts.windows,
@@ -48,7 +48,7 @@ PICTURES: dict[str, Callable[[Data, Theme], Picture]] = {
     "post-norms": charts.post_norms,
     "cost": charts.cost,
 }
-KEYS = {  # pictures of some models only → keys of data["own"], of which they need one
+OWN_PICTURES = {  # pictures of some models only → keys of data["own"], of which they need one
     "windows": {"keys_seen"},
     "qk-norm": {"qk_norm"},
     "soft-caps": {"largest_scores", "largest_logit"},
@@ -64,7 +64,11 @@ def file_names() -> set[str]:
 
 def applicable(data: Data) -> list[str]:
     """Returns the names of the pictures of this model."""
-    return [name for name in PICTURES if name not in KEYS or KEYS[name] & data["own"].keys()]
+    return [
+        name
+        for name in PICTURES
+        if name not in OWN_PICTURES or OWN_PICTURES[name] & data["own"].keys()
+    ]
 
 
 def write_pages(data: Data, pictures: dict[str, Written], folder: Path) -> None:
@@ -82,7 +86,11 @@ def write_pages(data: Data, pictures: dict[str, Written], folder: Path) -> None:
     }
     texts = {
         "index.html": environment.get_template("page.html").render(
-            data=data, pictures=pictures, titles=TITLES, source=Sources()
+            data=data,
+            pictures=pictures,
+            titles=TITLES,
+            source=Sources(),
+            own_pictures=[name for name in OWN_PICTURES if name in pictures],
         ),
         "reference.html": environment.get_template("reference.html").render(lines=all_lines()),
     }

@@ -1,12 +1,13 @@
 """Runs the reference on one prompt and keeps what the pictures show, through `Reference.observe`.
 
 Each class changes one thing: `Recorder` measures the results of the steps, `WithoutNorms` leaves
-out the norms, `WithoutScale` leaves out the factor of the embedding, `Clock` measures time.
+out the norms, `WithoutFactor` leaves out the factor of the embedding, `Clock` measures time.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from gemma_fast.reference import Reference
 
+Measure = Callable[[Tensor], Any]
 SHOWN = 64  # the most tokens of a prompt that a picture shows
 
 
@@ -54,7 +56,7 @@ def flatness(weights: Tensor, visible: Tensor) -> list[float]:
     weights :: [heads, t, s]; visible :: [t, s]
     """
     keys = visible.sum(-1)
-    share = torch.special.entr(weights.float()).sum(-1) / keys.log().clamp(min=1e-9)
+    share = torch.special.entr(weights).sum(-1) / keys.log().clamp(min=1e-9)
     several = keys > 1
     return ((share * several).sum(-1) / several.sum().clamp(min=1)).tolist()
 
@@ -62,14 +64,11 @@ def flatness(weights: Tensor, visible: Tensor) -> list[float]:
 class Recorder(Reference):
     """Keeps a measure of each step of a forward pass in `seen`: step name → numbers."""
 
-    measures: ClassVar[dict[str, Any]] = {
-        **dict.fromkeys(("embed", "attention", "mlp"), std),
-        **dict.fromkeys(("after_attention", "after_mlp"), lambda x: (std(x), rms(x))),
+    measures: ClassVar[dict[str, Measure]] = {
+        **dict.fromkeys(("embed", "attention", "mlp", "after_attention", "after_mlp"), std),
         **dict.fromkeys(("q_proj", "k_proj", "q_norm", "k_norm"), rms_of_all),
         **dict.fromkeys(("o_proj", "down_proj"), std),
-        "norm": rms,
         "queries": pair_lengths,
-        "weights": lambda x: x[0, :, -SHOWN:, -SHOWN:].float().cpu(),
         **dict.fromkeys(("embed_tokens", "lm_head"), largest),
     }
 
@@ -77,11 +76,17 @@ class Recorder(Reference):
         """reference: its weights are used, not copied; changes: fields of its config to replace."""
         super().__init__(replace(reference.config, **changes), reference.weights)
         self.seen: dict[str, Any] = {}
-        self.visible: Any = None  # [1, t, s], of the layer that runs
+        self.visible = torch.empty(0)  # [1, t, s], bool: of the layer that runs
 
     def layer(self, i: int, hiddens: Tensor, visible: Tensor, *args: Any) -> Any:
         self.visible = visible
         return super().layer(i, hiddens, visible, *args)
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        out = super().norm(x, name)
+        if name == "model.norm":
+            self.seen["final_norm"] = {"before": rms(x), "after": rms(out)}
+        return out
 
     def observe(self, name: str, x: Any) -> Any:
         step = name.rpartition(".")[2]
@@ -89,22 +94,27 @@ class Recorder(Reference):
             self.seen[name] = measure(x)
         if step == "scores":
             self.seen[name] = largest(x.masked_fill(~self.visible[:, None], 0))
-        if step == "weights":  # of all keys, also those that no picture shows
-            last = slice(-SHOWN, None)
-            found = flatness(x[0, :, last], self.visible[0, last])
-            self.seen[name.replace(step, "flatness")] = found
+        if step == "weights":
+            weights, visible = x[0, :, -SHOWN:].float(), self.visible[0, -SHOWN:]
+            self.seen[name.replace(step, "flatness")] = flatness(weights, visible)
+            hidden = weights.masked_fill(~visible, torch.nan)
+            self.seen[name] = hidden[..., -SHOWN:].cpu()
         return x
 
 
 class WithoutNorms(Recorder):
-    measures: ClassVar[dict[str, Any]] = {"embed": std, "after_attention": std, "after_mlp": std}
+    measures: ClassVar[dict[str, Measure]] = {
+        "embed": std,
+        "after_attention": std,
+        "after_mlp": std,
+    }
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return x
 
 
-class WithoutScale(Recorder):
-    measures: ClassVar[dict[str, Any]] = {"embed": std, "attention": std}
+class WithoutFactor(Recorder):
+    measures: ClassVar[dict[str, Measure]] = {"embed": std, "attention": std, "mlp": std}
 
     def observe(self, name: str, x: Any) -> Any:
         if name == "embed":

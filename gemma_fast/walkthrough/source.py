@@ -41,6 +41,6 @@ def _highlighted(code: str) -> str:
 def all_lines() -> Markup:
     """Returns the whole file, highlighted; line n has the anchor "line-n"."""
     formatter = HtmlFormatter(
-        nowrap=False, linenos="inline", lineanchors="line", anchorlinenos=True, wrapcode=True
+        linenos="inline", lineanchors="line", anchorlinenos=True, wrapcode=True
     )
     return Markup(highlight(inspect.getsource(reference), PythonLexer(), formatter))

@@ -5,27 +5,28 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gemma_fast.config import SLIDING
 from gemma_fast.reference import Reference
-from gemma_fast.walkthrough.record import SHOWN, Recorder, WithoutScale, largest
+from gemma_fast.walkthrough.record import SHOWN, Recorder, WithoutFactor, largest
 
 
 def embedding_scale(reference: Reference, run: Recorder, ids: Tensor) -> dict[str, Any]:
-    """Returns the standard deviations of the embedding and of layer 0's attention update, with and
-    without the factor, and the update scales."""
+    """Returns the standard deviations of the embedding and of layer 0's updates, with and without
+    the factor. ids :: [1, t]"""
     kinds = reference.config.layer_types
-    without = WithoutScale(reference, num_hidden_layers=1, layer_types=kinds[:1])
+    without = WithoutFactor(reference, num_hidden_layers=1, layer_types=kinds[:1])
     without(ids, use_cache=False, logits_to_keep=1)
-    scales = {
-        name: (x.seen["embed"], _of_layer(x, 0, "attention"))
-        for name, x in (("with_factor", run), ("without_factor", without))
-    }
     return {
-        name: {"embedding": skip, "attention": update, "update_scale": _update_scale(update, skip)}
-        for name, (skip, update) in scales.items()
+        name: {
+            "embedding": x.seen["embed"],
+            "attention": _of_layer(x, 0, "attention"),
+            "mlp": _of_layer(x, 0, "mlp"),
+        }
+        for name, x in (("with_factor", run), ("without_factor", without))
     } | {"factor": reference.config.hidden_size**0.5}
 
 
@@ -49,7 +50,7 @@ def updates(run: Recorder) -> dict[str, list[float]]:
     for i in _layers(run):
         for name in found:
             found[name].append(_update_scale(_of_layer(run, i, name), skip))
-            skip, _ = _of_layer(run, i, f"after_{name}")
+            skip = _of_layer(run, i, f"after_{name}")
     return found
 
 
@@ -60,23 +61,26 @@ def hiddens(run: Recorder, bare: Recorder) -> dict[str, Any]:
     """
     steps = [f"model.layers.{i}.after_{x}" for i in _layers(run) for x in ("attention", "mlp")]
     return {
-        "with_norms": [run.seen["embed"], *(run.seen[step][0] for step in steps)],
+        "with_norms": [run.seen["embed"], *(run.seen[step] for step in steps)],
         "without_norms": [bare.seen["embed"], *(bare.seen[step] for step in steps)],
     }
 
 
 def attention(run: Recorder, t: int) -> dict[str, Any]:
-    """Returns the attention weights of the last of t tokens :: [layers, heads, shown, shown], the
-    flatness of the heads and their order :: [layers, heads], and the head to enlarge."""
-    maps = torch.stack([_of_layer(run, i, "self_attn.weights") for i in _layers(run)])
-    flat = [_of_layer(run, i, "self_attn.flatness") for i in _layers(run)]
+    """Returns the attention weights of the last of t tokens :: [layers, heads, shown, shown], None
+    where a query does not see the key; flatness and order of the heads :: [layers, heads]; and the
+    head to enlarge."""
+    maps = torch.stack([_of_layer(run, i, "self_attn.weights") for i in _layers(run)]).double()
+    flat = torch.tensor([_of_layer(run, i, "self_attn.flatness") for i in _layers(run)])
     position = torch.arange(t)[-SHOWN:]
     elsewhere = (position > 0) & (position < position[:, None])  # neither the first key nor its own
-    layer, head = divmod(int((maps * elsewhere).sum((2, 3)).argmax()), maps.shape[1])
+    sums = maps.nan_to_num().mul(elsewhere).sum((2, 3))
+    layer, head = divmod(int(sums.argmax()), maps.shape[1])
+    shown = (maps * 1e4).round().div(1e4).numpy()  # 4 decimals keep the file small
     return {
-        "maps": (maps.double() * 1e4).round().div(1e4).tolist(),  # 4 decimals keep the file small
-        "flatness": flat,
-        "order": torch.tensor(flat).argsort(dim=1, descending=True).tolist(),
+        "maps": np.where(np.isnan(shown), np.array(None), shown).tolist(),
+        "flatness": flat.tolist(),
+        "order": flat.argsort(dim=1, descending=True).tolist(),
         "enlarged": {"layer": layer, "head": head},
     }
 
@@ -88,12 +92,6 @@ def query_lengths(run: Recorder) -> list[dict[str, Any]]:
     layers = {0, len(kinds) - 1, *(kinds.index(kind) for kind in kinds)}
     lengths = {i: _of_layer(run, i, "self_attn.queries") for i in sorted(layers)}
     return [{"layer": i, "type": kinds[i], "lengths": x} for i, x in lengths.items()]
-
-
-def final_norm(run: Recorder) -> dict[str, list[float]]:
-    """Returns the RMS of each of the last tokens before and after the final norm :: [shown]."""
-    _, before = _of_layer(run, run.config.num_hidden_layers - 1, "after_mlp")
-    return {"before": before, "after": run.seen["model.norm"]}
 
 
 def parts_of_some_models(run: Recorder, logits: Tensor) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""Colors and sizes of the pictures, parts that they share, and how a picture is written: once for a
-light page, once for a dark one."""
+"""Colors, sizes and axes that pictures share; writes each picture for light and for dark pages."""
 
 from __future__ import annotations
 

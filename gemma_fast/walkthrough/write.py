@@ -23,6 +23,7 @@ from gemma_fast.text.tokenizer import Tokenizer
 from gemma_fast.walkthrough.data import WORDS, collect, encode
 
 Progress = Callable[[str], None]
+TEMPORARY = ".walkthrough-"  # prefix of temporary folders
 
 
 def write_walkthrough(
@@ -116,11 +117,11 @@ def _new_folder(out: Path) -> Iterator[Path]:
     is left, and `out` is as it was."""
     out = Path(out).resolve()
     _check_replaceable(out)
-    parent = next(folder for folder in out.parents if folder.exists())
-    try:
-        holder = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=parent)
+    place = next(folder for folder in (out, *out.parents) if folder.exists())
+    try:  # in the folder itself if it exists, because that may be a file system of its own
+        holder = tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=place)
     except OSError as error:
-        raise OSError(f"cannot write to {parent}: {error.strerror}; choose --out") from error
+        raise OSError(f"cannot write to {place}: {error.strerror}; choose --out") from error
     with holder as temporary:
         new, old = Path(temporary, "new"), Path(temporary, "old")
         new.mkdir()
@@ -139,13 +140,18 @@ def _new_folder(out: Path) -> Iterator[Path]:
 def _moved(source: Path, target: Path) -> Iterator[None]:
     """Moves the files of a folder to an empty one. After an error they are moved back."""
     try:
-        for path in [*source.iterdir()]:
+        for path in files_of(source):
             path.rename(target / path.name)
         yield
     except BaseException:
-        for path in [*target.iterdir()]:
+        for path in files_of(target):
             path.rename(source / path.name)
         raise
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Returns the contents of the folder, except for the temporary folders of running commands."""
+    return [path for path in folder.iterdir() if not path.name.startswith(TEMPORARY)]
 
 
 def _check_replaceable(out: Path) -> None:
@@ -157,7 +163,7 @@ def _check_replaceable(out: Path) -> None:
     from gemma_fast.walkthrough.page import file_names
 
     ours = file_names()
-    others = [x.name for x in out.iterdir() if x.name not in ours or not x.is_file()]
+    others = [x.name for x in files_of(out) if x.name not in ours or not x.is_file()]
     if others:
         raise ValueError(
             f"{out} has files that are not of a walk-through, for example {min(others)}: choose"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import Twins
@@ -62,10 +63,13 @@ def share(update: Tensor, skip: Tensor) -> float:
 
 
 def test_attention_maps(run):
-    maps = torch.tensor(run.data["attention"]["maps"])
+    """A weight is None, and becomes NaN here, where transformers' mask hides the key."""
+    maps = np.array(run.data["attention"]["maps"], dtype=float)
     for i in run.layers:
-        expected = run.truth.attentions[i][:, -SHOWN:, -SHOWN:]
-        close(maps[i], expected, rtol=0, atol=6e-5)  # 4 decimals
+        expected = run.truth.attentions[i].masked_fill(~run.truth.visible[i], torch.nan)
+        expected = expected[:, -SHOWN:, -SHOWN:].double()
+        found = torch.from_numpy(maps[i])
+        torch.testing.assert_close(found, expected, rtol=0, atol=6e-5, equal_nan=True)  # 4 decimals
 
 
 def test_flatness(run):
@@ -120,12 +124,10 @@ def test_update_scales(run):
 def test_embedding_scale(run):
     small = trace(without_factor(run.twins.hf), run.ids)
     for case, truth in (("with_factor", run.truth), ("without_factor", small)):
-        update, skip = truth.updates(0)["attention"], truth.stream(1)[0]
         found = run.data["embedding_scale"][case]
-        close(
-            [found["embedding"], found["attention"], found["update_scale"]],
-            [std(skip), std(update), share(update, skip)],
-        )
+        close(found["embedding"], std(truth.stream(1)[0]))
+        for name, update in truth.updates(0).items():
+            close(found[name], std(update))
     close(run.data["embedding_scale"]["factor"], run.twins.config.hidden_size**0.5)
 
 

@@ -16,7 +16,7 @@ from gemma_fast.benchmarks.verify.truth import truth_of
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.reference import Reference
 from gemma_fast.text.tokenizer import Tokenizer
-from gemma_fast.walkthrough.data import collect, encode
+from gemma_fast.walkthrough.data import WORDS, collect, encode
 
 LAYERS = 18
 UPDATES = {
@@ -80,6 +80,16 @@ def test_update_scales(data):
         assert data["updates"][name] == pytest.approx(expected, rel=1e-3)
     attention = data["updates"]["attention"]
     assert attention.index(max(attention)) == 0
+
+
+def test_similarity_of_the_default_words(data):
+    """Colors are more alike than a color and a city."""
+    found = data["similarity"]
+    assert found["names"] == [*(f"▁{word}" for word in WORDS), "I", "▁want", "▁to", "▁move"]
+    assert found["left_out"] == {}
+    yellow = dict(zip(found["names"], found["cosines"][0], strict=True))
+    assert yellow["▁yellow"] == pytest.approx(1)
+    assert yellow["▁orange"] > yellow["▁Berlin"] + 0.1
 
 
 def test_rms_before_the_final_norm(data):

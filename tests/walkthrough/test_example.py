@@ -76,7 +76,7 @@ def test_flatness_of_known_maps():
 
 
 def test_flatness_counts_a_visible_key_whose_weight_is_rounded_to_0():
-    weights = torch.tensor([[[0.5, 0.5, 0]]], dtype=torch.float16)
+    weights = torch.tensor([[[0.5, 0.5, 0]]])
     seen = torch.ones(1, 3).bool()
     assert flatness(weights, seen) == pytest.approx([math.log(2) / math.log(3)])
 

@@ -69,9 +69,9 @@ def page(request, browser, folder):
     page.on("request", lambda request: loaded.append(request.url))
     page.goto((folder / name).as_uri(), wait_until="load")
     yield page
+    context.close()
     assert not said
     assert all(url.startswith(folder.as_uri()) for url in loaded)
-    context.close()
 
 
 @needs_browser

@@ -5,12 +5,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 from chat_checkpoint import FAMILIES, write_chat_checkpoint
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from gemma_fast.walkthrough import page, theme
+from gemma_fast.walkthrough.example import mlp_example
 from gemma_fast.walkthrough.theme import THEMES, label_tokens, style
 from gemma_fast.walkthrough.write import write_walkthrough
 
@@ -110,6 +112,14 @@ def test_pictures_are_well_formed(folder):
         titles = [x.text for x in root.iter() if x.tag.endswith("}title")]
         assert titles[0].strip() == alt
         assert not [x.tag for x in root.iter() if x.tag.endswith("}script")]
+
+
+def test_the_backend_of_matplotlib_stays(tmp_path, monkeypatch):
+    """A notebook shows its own pictures after it has written a walk-through."""
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "agg")
+    data = {"mlp": mlp_example()}
+    theme.write_picture("gelu", page.PICTURES["gelu"], data, tmp_path)
+    assert matplotlib.rcParams["backend"] == "agg"
 
 
 def test_pictures_label_each_token(folder):

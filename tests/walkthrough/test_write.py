@@ -6,7 +6,7 @@ import stat
 import sys
 from pathlib import Path
 
-import matplotlib
+import click
 import pytest
 import torch
 from chat_checkpoint import write_chat_checkpoint
@@ -19,7 +19,7 @@ from gemma_fast.walkthrough import theme
 from gemma_fast.walkthrough import write as walkthrough
 from gemma_fast.walkthrough.page import file_names
 from gemma_fast.walkthrough.theme import Written
-from gemma_fast.walkthrough.write import _new_folder, write_walkthrough
+from gemma_fast.walkthrough.write import TEMPORARY, _new_folder, write_walkthrough
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,27 @@ def test_command_prints_the_path_of_the_page(checkpoint, tmp_path):
     caps = {"soft-caps.svg", "soft-caps-dark.svg"}  # Gemma 3 has none
     assert {x.name for x in (tmp_path / "out").iterdir()} == file_names() - caps
     assert [x.name for x in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_words_of_the_command(checkpoint, tmp_path):
+    result = run(checkpoint, tmp_path, "the", "--words", " hello,the, w x ,")
+    assert (
+        "Warning: words of several tokens are left out: hello (▁ hello), w x (▁w ▁ x)\n"
+        in result.stderr
+    )
+    data = json.loads((tmp_path / "data.json").read_text(encoding="utf-8"))
+    assert [*data["similarity"]["left_out"]] == ["hello", "w x"]
+    assert data["similarity"]["names"] == ["▁the", "the"]
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_open(checkpoint, tmp_path, monkeypatch, status):
+    opened = []
+    monkeypatch.setattr(click, "launch", lambda url: opened.append(url) or status)
+    result = run(checkpoint, tmp_path, "the", "--open")
+    assert opened == [(tmp_path / "index.html").as_uri()]
+    assert ("no browser was found" in result.stderr) == bool(status)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +205,26 @@ def test_error_in_the_middle_changes_nothing(checkpoint, tmp_path, monkeypatch, 
     assert tree(tmp_path) == files
 
 
+def test_a_folder_that_is_a_file_system_of_its_own(checkpoint, tmp_path, monkeypatch):
+    """Nothing is renamed across the border of the folder."""
+    out, rename = earlier(tmp_path / "out"), Path.rename
+
+    def checked(self, target):
+        assert self.is_relative_to(out) and Path(target).is_relative_to(out)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", checked)
+    write(checkpoint, out)
+    assert {x.name for x in out.iterdir()} == file_names() - {"soft-caps.svg", "soft-caps-dark.svg"}
+
+
+def test_a_temporary_folder_of_another_run_stays(checkpoint, tmp_path):
+    out = earlier(tmp_path / "out")
+    (out / f"{TEMPORARY}abc").mkdir()
+    write(checkpoint, out)
+    assert (out / f"{TEMPORARY}abc").is_dir() and (out / "index.html").is_file()
+
+
 @pytest.mark.parametrize("move", range(1, 5))
 def test_interrupt_while_files_are_moved_restores_the_earlier_ones(tmp_path, monkeypatch, move):
     """Interrupts one of the four moves: of two earlier files, and of two new ones."""
@@ -236,13 +277,6 @@ def test_permissions_follow_the_umask(checkpoint, tmp_path):
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
 
 
-def test_the_backend_of_matplotlib_stays(checkpoint, tmp_path, monkeypatch):
-    """A notebook shows its own pictures after it has written a walk-through."""
-    monkeypatch.setitem(matplotlib.rcParams, "backend", "agg")
-    write(checkpoint, tmp_path / "out")
-    assert matplotlib.rcParams["backend"] == "agg"
-
-
 def test_a_model_in_the_current_folder_has_a_name(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(checkpoint)
     write(Path(), tmp_path / "out")
@@ -274,7 +308,7 @@ def test_logits_that_are_not_finite_are_refused(checkpoint, tmp_path, monkeypatc
         return reference, *rest
 
     monkeypatch.setattr(walkthrough, "_load", broken)
-    with pytest.raises(ValueError, match="the logits are not finite in float32"):
+    with pytest.raises(ValueError, match=r"the logits are not finite in torch\.float32"):
         write(checkpoint, tmp_path / "out")
     assert tree(tmp_path) == {}
 

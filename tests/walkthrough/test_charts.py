@@ -1,0 +1,64 @@
+"""Compares what the charts draw with the data."""
+
+import numpy as np
+import pytest
+
+from gemma_fast.walkthrough import charts, maps
+from gemma_fast.walkthrough.cost import GROUPS
+from gemma_fast.walkthrough.theme import THEMES
+
+LIGHT = THEMES["light"]
+
+
+def lines(picture) -> list[tuple[list, list]]:
+    """Returns x and y of each line of the first axes."""
+    return [(list(x.get_xdata()), list(x.get_ydata())) for x in picture.figure.axes[0].lines]
+
+
+def test_bars_of_the_costs_sum_to_100_percent():
+    time, prompt, long = (
+        {group: scale * (i + 1) for i, group in enumerate(GROUPS)} for scale in (0.5, 7, 1e9)
+    )
+    data = {"cost": {"time": time, "bytes": {"prompt": prompt, "long": long}}}
+    found = charts.cost(data, LIGHT).figure.axes[0].containers
+    assert len(found) == 3
+    for bars in found:
+        widths = [bar.get_width() for bar in bars]
+        assert widths == pytest.approx([100 * (i + 1) / 45 for i in range(len(GROUPS))])
+
+
+def test_update_scales_by_layer():
+    data = {"updates": {"attention": [0.9, 0.1, 0.2], "mlp": [0.3, 0.5, 0.4]}}
+    picture = charts.update_scale(data, LIGHT)
+    assert lines(picture) == [([0, 1, 2], [0.9, 0.1, 0.2]), ([0, 1, 2], [0.3, 0.5, 0.4])]
+    assert "attention: largest 0.90 in layer 0" in picture.alt
+    assert "MLP: largest 0.50 in layer 1" in picture.alt
+
+
+def test_scale_of_the_stream_has_two_points_a_layer():
+    data = {"hiddens": {"with_norms": [1, 2, 3, 4, 5], "without_norms": [1, 10, 1e9, None, None]}}
+    picture = charts.hidden_scale(data, LIGHT)
+    (x, y), (x_bare, y_bare) = lines(picture)
+    assert x == x_bare == [0, 0.5, 1, 1.5, 2]
+    assert y == [1, 2, 3, 4, 5]
+    np.testing.assert_equal(y_bare, [1, 10, 1e9, np.nan, np.nan])
+    assert "overflows in layer 1" in picture.alt
+
+
+def test_heads_are_drawn_in_their_order():
+    """Two layers of three heads with two tokens; the weight of the second query names the head."""
+    maps_of = [[[[1, None], [h / 10, 1 - h / 10]] for h in range(3)] for _ in range(2)]
+    data = {
+        "attention": {
+            "maps": maps_of, "order": [[2, 0, 1], [0, 1, 2]], "enlarged": {"layer": 1, "head": 2},
+        },
+    }  # fmt: skip
+    axes = maps.attention_maps(data, LIGHT).figure.axes[0]
+    image = np.asarray(axes.images[0].get_array().filled(np.nan))
+    step = 3  # two tokens and a gap
+    for row, heads in enumerate([(2, 0), (0, 1), (1, 2)]):
+        for layer, head in enumerate(heads):
+            cell = image[row * step : row * step + 2, layer * step : layer * step + 2]
+            np.testing.assert_equal(cell, [[1, np.nan], [head / 10, 1 - head / 10]])
+    frame = axes.patches[0]
+    assert (frame.get_x() // step + 1, frame.get_y() // step + 1) == (1, 2)  # layer 1, third row
