@@ -29,7 +29,8 @@ def embedding_scale(data: Data, theme: Theme) -> Picture:
         label = "embedding" if part == "embedding" else f"update of the first {NAMES[part]}"
         axes.plot(values, labels, marker, label=label)
         for value, name in zip(values, labels, strict=True):
-            axes.annotate(f"{value:.3g}", (value, name), (0, 6), textcoords="offset points")
+            above = 6 if part != "mlp" else -13  # points; the two updates can be close together
+            axes.annotate(f"{value:.3g}", (value, name), (0, above), textcoords="offset points")
     log_axis(axes, "x", [x[part] for x in cases.values() for part in parts])
     axes.margins(x=0.15, y=0.5)
     axes.invert_yaxis()

@@ -21,10 +21,10 @@ SLICE = 0.5  # second input of the slice
 def rotations(config: GemmaConfig) -> dict[str, Any]:
     """Returns the vector (1, 0), rotated at the first positions, for two channel pairs.
 
-    vectors :: [2, positions, 2]
+    vectors :: [pairs, positions, 2]; a head of two channels has one pair only
     """
     half = config.head_dim // 2
-    pairs = [0, int(SECOND * half)]
+    pairs = [0, max(1, int(SECOND * half))][:half]
     x = torch.zeros(1, 1, POSITIONS, config.head_dim)
     x[..., :half] = 1  # the first component of each pair
     rope = config.rope(config.layer_types[0])

@@ -107,9 +107,9 @@ def attention_map(data: Data, theme: Theme) -> Picture:
 
 def rotations(data: Data, theme: Theme) -> Picture:
     found = data["rotary"]["rotations"]
-    figure, both = canvas(2.4, 1, 2)
+    figure, every = canvas(2.4, 1, len(found["pairs"]), squeeze=False)
     turns = []
-    for axes, pair, vectors in zip(both, found["pairs"], found["vectors"], strict=True):
+    for axes, pair, vectors in zip(every[0], found["pairs"], found["vectors"], strict=True):
         axes.add_patch(Circle((0, 0), 1, fill=False, color=theme.grid))
         for position, (x, y) in enumerate(vectors):
             arrow = {"arrowstyle": "-|>", "color": theme.colors[0], "shrinkA": 0, "shrinkB": 0}

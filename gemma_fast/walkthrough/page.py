@@ -81,7 +81,7 @@ def write_pages(data: Data, pictures: dict[str, Written], folder: Path) -> None:
         "style": Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
         "kinds": maps.KINDS,
         "largest": lambda values: values.index(max(values)),
-        "ratio": lambda x: f"{x['attention'] / x['embedding']:.3g}",
+        "ratio": lambda x: f"{x['attention'] / x['embedding']:.3g}" if x["embedding"] else "∞",
         "size": lambda groups: _size(sum(groups.values())),
     }
     texts = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cycler import cycler
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -82,18 +82,22 @@ def layer_axis(axes: Axes, layers: int) -> None:
 
 
 def log_axis(axes: Axes, name: str, values: list[float]) -> None:
-    """Makes the axis "x" or "y" logarithmic, with readable labels for any range of the values."""
-    getattr(axes, f"set_{name}scale")("log")
+    """Makes the axis "x" or "y" logarithmic, with several labels for any range of the values. Does
+    nothing if no value is positive."""
     positive = [value for value in values if value > 0]
-    axis = getattr(axes, f"{name}axis")
+    if not positive:
+        return
+    getattr(axes, f"set_{name}scale")("log")
+    axis, ratio = getattr(axes, f"{name}axis"), max(positive) / min(positive)
     axis.set_minor_formatter(NullFormatter())
-    if positive and max(positive) < 100 * min(positive):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    if ratio < 100:
+        subs = (1, 2, 5) if ratio > 5 else (1, 1.2, 1.5, 2, 3, 5, 7)
+        axis.set_major_locator(LogLocator(subs=subs))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     getattr(axes, f"set_{name}margin")(0.1)
 
 
-def style(theme: Theme) -> Any:
+def settings(theme: Theme) -> dict[Any, Any]:
     """Returns matplotlib's settings for a theme."""
     return {
         "font.size": 9, "font.family": "sans-serif", "axes.titlesize": 9, "axes.grid": True,
@@ -115,8 +119,9 @@ def write_picture(
 ) -> Written:
     """Writes NAME.svg and NAME-dark.svg to the folder."""
     for kind, theme in THEMES.items():
-        # The browser has fonts for scripts that matplotlib's own font lacks.
-        with rc_context(style(theme)), warnings.catch_warnings():
+        # The user's settings of matplotlib have no effect here. Scripts that its own font lacks are
+        # drawn by the browser.
+        with style.context(settings(theme), after_reset=True), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")
             figure, alt = draw(data, theme)
             file = folder / f"{name}{'' if kind == 'light' else '-dark'}.svg"

@@ -29,7 +29,7 @@ TEMPORARY = ".walkthrough-"  # prefix of temporary folders
 def write_walkthrough(
     prompt: str,
     model: str | os.PathLike[str],
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     words: Sequence[str] | None = None,
     dtype: str = "auto",
@@ -49,6 +49,7 @@ def write_walkthrough(
     files; OSError for a folder that cannot be written; ImportError without the extra.
     """
     _require_extra()
+    out = Path(out)
     if not prompt:
         raise ValueError("the prompt is empty: pass a text, for example 'I want to move'")
     with _new_folder(out) as folder:
@@ -115,7 +116,10 @@ def _write(data: dict[str, Any], folder: Path, progress: Progress) -> None:
 def _new_folder(out: Path) -> Iterator[Path]:
     """Yields an empty folder whose files replace those of `out` at the end. After an error nothing
     is left, and `out` is as it was."""
-    out = Path(out).resolve()
+    try:
+        out = out.resolve()
+    except RuntimeError as error:  # Python before 3.13
+        raise ValueError(f"{out} is a link that leads to itself: choose another --out") from error
     _check_replaceable(out)
     place = next(folder for folder in (out, *out.parents) if folder.exists())
     try:  # in the folder itself if it exists, because that may be a file system of its own

@@ -5,7 +5,7 @@ import pytest
 
 from gemma_fast.walkthrough import charts, maps
 from gemma_fast.walkthrough.cost import GROUPS
-from gemma_fast.walkthrough.theme import THEMES
+from gemma_fast.walkthrough.theme import THEMES, canvas, log_axis
 
 LIGHT = THEMES["light"]
 
@@ -43,6 +43,16 @@ def test_scale_of_the_stream_has_two_points_a_layer():
     assert y == [1, 2, 3, 4, 5]
     np.testing.assert_equal(y_bare, [1, 10, 1e9, np.nan, np.nan])
     assert "overflows in layer 1" in picture.alt
+
+
+@pytest.mark.parametrize("values", [[1.02, 1.85], [0.04, 4.7], [2, 3e20], [0, 0.0]])
+def test_log_axis_has_labels(values):
+    figure, axes = canvas(2)
+    axes.plot(values)
+    log_axis(axes, "y", values)
+    figure.canvas.draw()
+    low, high = axes.get_ylim()
+    assert len([tick for tick in axes.get_yticks() if low <= tick <= high]) >= 2
 
 
 def test_heads_are_drawn_in_their_order():

@@ -62,6 +62,11 @@ def test_rotations_are_plain_trigonometry(name):
             assert vector == pytest.approx([math.cos(angle), math.sin(angle)], abs=1e-6)
 
 
+@pytest.mark.parametrize(("d", "pairs"), [(2, [0]), (4, [0, 1]), (16, [0, 1]), (256, [0, 16])])
+def test_pairs_that_are_rotated(d, pairs):
+    assert rotations(replace(CONFIGS["gemma-mqa"], head_dim=d))["pairs"] == pairs
+
+
 def test_flatness_of_known_maps():
     """Equal weights: 1. One key: 0. Queries with a single visible key do not count."""
     causal = torch.ones(3, 3).tril().bool()

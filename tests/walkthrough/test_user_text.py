@@ -5,15 +5,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
-import matplotlib
 import pytest
 from chat_checkpoint import FAMILIES, write_chat_checkpoint
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
 
 from gemma_fast.walkthrough import page, theme
 from gemma_fast.walkthrough.example import mlp_example
-from gemma_fast.walkthrough.theme import THEMES, label_tokens, style
+from gemma_fast.walkthrough.theme import THEMES, label_tokens, settings
 from gemma_fast.walkthrough.write import write_walkthrough
 
 PROMPT = (
@@ -114,12 +113,20 @@ def test_pictures_are_well_formed(folder):
         assert not [x.tag for x in root.iter() if x.tag.endswith("}script")]
 
 
-def test_the_backend_of_matplotlib_stays(tmp_path, monkeypatch):
-    """A notebook shows its own pictures after it has written a walk-through."""
-    monkeypatch.setitem(matplotlib.rcParams, "backend", "agg")
-    data = {"mlp": mlp_example()}
-    theme.write_picture("gelu", page.PICTURES["gelu"], data, tmp_path)
-    assert matplotlib.rcParams["backend"] == "agg"
+def test_settings_of_matplotlib_have_no_effect_and_stay(tmp_path):
+    """A user may have a matplotlibrc, or draw other pictures in the same notebook."""
+    draw, data = page.PICTURES["mlp-relu"], {"mlp": mlp_example()}
+    odd = {
+        "backend": "agg", "image.origin": "lower", "text.usetex": True, "svg.image_inline": False,
+        "xtick.labelsize": 30, "savefig.bbox": "tight", "lines.linewidth": 9,
+    }  # fmt: skip
+    theme.write_picture("plain", draw, data, tmp_path)
+    with rc_context(odd):
+        before = dict(rcParams)
+        theme.write_picture("odd", draw, data, tmp_path)
+        assert dict(rcParams) == before
+    assert (tmp_path / "odd.svg").read_bytes() == (tmp_path / "plain.svg").read_bytes()
+    assert len([*tmp_path.iterdir()]) == 4
 
 
 def test_pictures_label_each_token(folder):
@@ -133,7 +140,7 @@ def test_pictures_label_each_token(folder):
 def test_a_token_with_dollars_is_no_formula(tmp_path):
     figure = Figure()
     label_tokens(figure.subplots().yaxis, ["$x^2$", r"$\frac{", "a" * 20])
-    with rc_context(style(THEMES["light"])):
+    with rc_context(settings(THEMES["light"])):
         figure.savefig(tmp_path / "x.svg")
     root = ElementTree.parse(tmp_path / "x.svg").getroot()
     texts = [x.text for x in root.iter() if x.tag.endswith("}text")]

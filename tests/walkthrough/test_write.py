@@ -40,7 +40,7 @@ def empty_pictures(monkeypatch):
 
 
 def write(checkpoint: Path, out: Path, prompt: str = "hello", **options) -> Path:
-    return write_walkthrough(prompt, checkpoint, out, device="cpu", **options)
+    return write_walkthrough(prompt, checkpoint, str(out), device="cpu", **options)
 
 
 def run(checkpoint: Path | str, out: Path, *args: str):
@@ -133,6 +133,11 @@ def test_missing_extra_is_named(checkpoint, tmp_path, monkeypatch, package):
     command = 'pip install "gemma_fast[walkthrough]"'
     assert f"a walk-through needs {package}: {command}" in result.output
     assert tree(tmp_path) == {}
+
+
+def test_a_link_to_itself(checkpoint, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "out")
+    assert run(checkpoint, tmp_path / "out").exit_code == 1
 
 
 @pytest.mark.parametrize("name", ["file", "file/out", "file/a/out"])
