@@ -7,11 +7,15 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 from textwrap import dedent
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from gemma_fast.benchmarks.measure.outcome import OURS
 
@@ -107,6 +111,28 @@ def test_transformers_finds_pypis_kernels_package_from_the_clone():
     imports = f"import kernels; from transformers import {classes}"
     file = python("-c", f"{imports}; print(kernels.__file__)")
     assert file.endswith("__init__.py"), f"kernels is {file}, not the installed package"
+
+
+def test_pins_of_the_demo_support_python_3_10():
+    """Looks at all packages that the extra `demo` installs, and that are pinned for Python 3.10."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(x.partition("#")[0]) for x in lines if x.partition("#")[0].strip()]
+    target = {"python_version": "3.10", "python_full_version": "3.10.0", "extra": ""}
+    pinned = {canonicalize_name(x.name) for x in pins if not x.marker or x.marker.evaluate(target)}
+    installed = {canonicalize_name(x.name): x for x in distributions()}
+    if "gemma-fast" not in installed:
+        pytest.skip("the clone is not installed")
+    todo, seen = {"gemma-fast"}, set()
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        extra = {"extra": "demo"} if name == "gemma-fast" else {}
+        for needs in map(Requirement, installed[name].requires or ()):
+            if not needs.marker or needs.marker.evaluate(target | extra):
+                todo |= {canonicalize_name(needs.name)} & installed.keys() - seen
+    assert {"matplotlib", "torch", "gguf"} < seen
+    for name in seen & pinned:
+        assert "3.10" in SpecifierSet(installed[name].metadata["Requires-Python"] or ""), name
 
 
 def test_import_does_not_load_slow_packages():
