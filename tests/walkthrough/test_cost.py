@@ -32,7 +32,7 @@ def test_bytes_of_gemma_2b():
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_all_weights_are_read_once(name, tied):
-    """Of the embedding one row is read; a tied table is read as the output projection."""
+    """A step reads one row of the embedding. A tied table is read as the output projection."""
     config = replace(PRESETS[name], tie_word_embeddings=tied)
     table = config.vocab_size * config.hidden_size
     read = config.num_parameters - (0 if tied else table) + config.hidden_size
