@@ -92,7 +92,7 @@ class Recorder(Reference):
         step = name.rpartition(".")[2]
         if measure := self.measures.get(step):
             self.seen[name] = measure(x)
-        if step == "scores":
+        if step == "scores" and self.config.attn_logit_softcapping:
             self.seen[name] = largest(x.masked_fill(~self.visible[:, None], 0))
         if step == "weights":
             weights, visible = x[0, :, -SHOWN:].float(), self.visible[0, -SHOWN:]
