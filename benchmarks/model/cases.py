@@ -15,8 +15,9 @@ from gemma_fast.benchmarks.measure.machine import Work, visible_pairs
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.checkpoint.random import RandomCheckpoint
-from gemma_fast.config import PRESETS, GemmaConfig
+from gemma_fast.config import GemmaConfig
 from gemma_fast.demo import demo_checkpoint
+from gemma_fast.presets import PRESETS
 
 PROMPT, NEW = "pp", "tg"
 TINY = GemmaConfig(

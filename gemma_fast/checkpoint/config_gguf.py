@@ -19,12 +19,11 @@ from typing import Any
 from gemma_fast.config import (
     FAMILIES,
     FULL,
-    INT_RANGES,
     SLIDING,
     GemmaConfig,
     RopeParameters,
-    check_number,
 )
+from gemma_fast.ranges import INT_RANGES, check_number
 
 # Field of GemmaConfig → key after the architecture's name.
 APPLIED = {

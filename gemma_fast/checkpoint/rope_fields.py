@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_fast.config import FULL, ROPE_RANGES, SLIDING, RopeParameters, check_number
+from gemma_fast.config import FULL, SLIDING, RopeParameters
+from gemma_fast.ranges import ROPE_RANGES, check_number
 
 USE_HF = "load the model with transformers and call gemma_fast.hf.accelerate(model)"
 THETAS = {"gemma": 1e4, "gemma2": 1e4, "gemma3": 1e6}  # default theta of full layers

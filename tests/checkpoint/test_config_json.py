@@ -7,7 +7,8 @@ import pytest
 import transformers
 
 from gemma_fast.checkpoint.config_json import config_from_json
-from gemma_fast.config import FULL, PRESETS, SLIDING, RopeParameters
+from gemma_fast.config import FULL, SLIDING, RopeParameters
+from gemma_fast.presets import PRESETS
 
 # These configs equal those on the Hub. A missing field has transformers' default.
 GEMMA_3_4B = {

@@ -12,7 +12,8 @@ from torch import nn
 
 from gemma_fast.benchmarks.model.transformers_model import transformers_config
 from gemma_fast.causal_lm import GemmaForCausalLM
-from gemma_fast.config import PRESETS, GemmaConfig
+from gemma_fast.config import GemmaConfig
+from gemma_fast.presets import PRESETS
 
 FUSED = {"qkv_proj", "gate_up_proj"}
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from gemma_fast.config import FULL, PRESETS, SLIDING, GemmaConfig
+from gemma_fast.config import FULL, SLIDING, GemmaConfig
+from gemma_fast.presets import PRESETS
 
 PARAMETERS = {
     "gemma-2b": 2_506_172_416,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from gemma_fast.config import PRESETS, GemmaConfig
+from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels import (
     attention,
     decode_attention,
@@ -30,6 +30,7 @@ from gemma_fast.kernels import (
     sample,
 )
 from gemma_fast.kernels.launch import Gpu
+from gemma_fast.presets import PRESETS
 
 # Limits of an A100, A10, L4, H100, B200 and RTX 5090. The key 90 is compute capability 9.0.
 GPUS = {

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gemma_fast.config import PRESETS
+from gemma_fast.presets import PRESETS
 from gemma_fast.walkthrough import cost
 from gemma_fast.walkthrough.cost import GROUPS, bytes_of_a_token, long_context, time_of_a_token
 from gemma_fast.walkthrough.record import Clock
