@@ -9,7 +9,6 @@ checkpoint/config_json.py and config_gguf.py read config files.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, fields
 from functools import lru_cache
 from typing import Any, NamedTuple
