@@ -67,7 +67,7 @@ def _rope(rope: RopeParameters) -> dict[str, Any]:
     kind, keys = rope.rope_type, ["rope_type", "rope_theta"]
     keys += {
         "default": [], "linear": ["factor"], "yarn": [*rope._fields[2:8]],
-        "proportional": ["factor", "partial_rotary_factor"],
+        "proportional": ["partial_rotary_factor"] + ["factor"] * (rope.factor != 1),
     }[kind]  # fmt: skip
     return {key: getattr(rope, key) for key in keys}
 

@@ -43,7 +43,10 @@ _GEMMA4 = GemmaConfig(
     global_head_dim=64, final_logit_softcapping=2.0, rms_norm_eps=0.01,
     **_SHARED | {"num_hidden_layers": 6, "num_key_value_heads": 2},
 )  # fmt: skip
-_SHARING = {"num_kv_shared_layers": 3, "use_double_wide_mlp": True}
+# transformers 5.24 fails if layers share keys and values without per-layer embeddings.
+_SHARING = {
+    "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 16,
+}  # fmt: skip
 CONFIGS = {
     "gemma-mqa": _GEMMA1,
     "gemma-mha": replace(_GEMMA1, num_key_value_heads=4, tie_word_embeddings=False),
@@ -55,7 +58,7 @@ CONFIGS = {
     "gemma4-per-layer": replace(_GEMMA4, hidden_size_per_layer_input=16),
     "gemma4-all": replace(
         _GEMMA4, attention_k_eq_v=True, num_global_key_value_heads=1, sliding_window=13,
-        hidden_size_per_layer_input=16, vocab_size_per_layer_input=211, **_SHARING,
+        vocab_size_per_layer_input=211, **_SHARING,
     ),
 }
 
