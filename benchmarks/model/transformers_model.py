@@ -50,9 +50,7 @@ def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
     return transformers.Gemma3TextConfig(rope_parameters={FULL: full, SLIDING: sliding}, **same)
 
 
-def _gemma4_config(
-    config: GemmaConfig, same: dict[str, Any]
-) -> transformers.PreTrainedConfig:
+def _gemma4_config(config: GemmaConfig, same: dict[str, Any]) -> transformers.PreTrainedConfig:
     same |= {name: getattr(config, name) for name in ONLY_IN_GEMMA_4}
     same |= {
         "global_head_dim": config.rotary_dim(FULL),

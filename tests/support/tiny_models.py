@@ -20,7 +20,7 @@ from torch import Tensor
 from gemma_fast.benchmarks.model.transformers_model import transformers_config
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint
-from gemma_fast.config import GemmaConfig, RopeParameters
+from gemma_fast.config import FULL, SLIDING, GemmaConfig, RopeParameters
 from gemma_fast.reference import Reference
 
 _SHARED = {
@@ -38,14 +38,15 @@ _GEMMA3 = GemmaConfig(
 )  # fmt: skip
 _GEMMA1 = GemmaConfig(model_type="gemma", query_pre_attn_scalar=32, **_SHARED)
 _GEMMA4 = GemmaConfig(
-    model_type="gemma4", query_pre_attn_scalar=1, sliding_window=8, sliding_window_pattern=3,
+    model_type="gemma4", query_pre_attn_scalar=1, sliding_window=8,
+    layer_types=(SLIDING, SLIDING, FULL, SLIDING, FULL),
     full_rope=RopeParameters(1e6, "proportional", partial_rotary_factor=0.25),
     global_head_dim=64, final_logit_softcapping=2.0, rms_norm_eps=0.01,
-    **_SHARED | {"num_hidden_layers": 6, "num_key_value_heads": 2},
+    **_SHARED | {"num_hidden_layers": 5, "num_key_value_heads": 2},
 )  # fmt: skip
 # transformers 5.24 fails if layers share keys and values without per-layer embeddings.
 _SHARING = {
-    "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 16,
 }  # fmt: skip
 CONFIGS = {
     "gemma-mqa": _GEMMA1,
@@ -57,8 +58,12 @@ CONFIGS = {
     "gemma4-shared": replace(_GEMMA4, **_SHARING),
     "gemma4-per-layer": replace(_GEMMA4, hidden_size_per_layer_input=16),
     "gemma4-all": replace(
-        _GEMMA4, attention_k_eq_v=True, num_global_key_value_heads=1, sliding_window=13,
-        vocab_size_per_layer_input=211, **_SHARING,
+        _GEMMA4,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        sliding_window=13,
+        vocab_size_per_layer_input=211,
+        **_SHARING,
     ),
 }
 
