@@ -140,6 +140,8 @@ def random_transformers_model(config: GemmaConfig) -> transformers.PreTrainedMod
         weight.data.normal_(std=std, generator=generator)
         if "norm" in name and config.norm_offset == 0:
             weight.data += 1
+        if name.endswith(("q_norm.weight", "k_norm.weight")) and config.query_pre_attn_scalar == 1:
+            weight.data *= 0.5  # scores of about 10, as tolerances.py assumes
     for name, scalar in hf.named_buffers():
         if name.endswith("layer_scalar"):
             scalar.data.uniform_(0.4, 1.2, generator=generator)
