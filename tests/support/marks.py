@@ -14,7 +14,7 @@ def slow(*values) -> list:
 # Runs a test with all families of the fixture `twins`. Without such a mark, the nearest conftest.py
 # selects the families.
 ALL_FAMILIES = pytest.mark.parametrize("twins", list(CONFIGS), indirect=True)
-# Runs a test with three families, because the interpreter is slow. `make test-all` runs it with all.
+# Runs a test with three families, because the interpreter is slow. make test-all runs it with all.
 # Gemma 2 has soft caps, Gemma 3 has q and k norms, Gemma 4 has layers of several shapes.
 RICHEST_FAMILIES = pytest.mark.parametrize(
     "twins",
