@@ -37,7 +37,7 @@ from gemma_fast.model.gemma import Gemma
 
 
 class GemmaForCausalLM(Gemma):
-    """Gemma 1, 2 or 3 (text). Its call and `generate` work like those of transformers' class.
+    """Gemma 1 to 4 (text). Its call and `generate` work like those of transformers' class.
 
     `from_pretrained` and `from_checkpoint` load weights. The constructor does not initialize them.
     """
@@ -147,7 +147,7 @@ class GemmaForCausalLM(Gemma):
         cache = self.new_cache(b, t, grows=True) if cache is None else self._check_cache(cache, b)
         cache.reserve(t)  # may raise, so it must come before `align` changes the cache's positions
         cache.align(t, attention_mask, position_ids)
-        hiddens = self.hidden_states(input_ids, cache)
+        hiddens = self.hidden_states(input_ids, cache, keep=logits_to_keep or None)
         logits = self.logits(hiddens.last(logits_to_keep))
         return CausalLMOutput(logits, None if use_cache is False else cache)
 
@@ -336,4 +336,5 @@ class GemmaForCausalLM(Gemma):
         return cache
 
 
-AutoModelForCausalLM = Gemma2ForCausalLM = Gemma3ForCausalLM = GemmaForCausalLM
+AutoModelForCausalLM = GemmaForCausalLM
+Gemma2ForCausalLM = Gemma3ForCausalLM = Gemma4ForCausalLM = GemmaForCausalLM

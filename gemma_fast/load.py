@@ -112,14 +112,15 @@ def _track(names: Iterable[str], label: str) -> Iterable[str]:
 
 def refuse_head_dim(config: GemmaConfig, device: torch.device, head_dims: Sequence[int]) -> None:
     """Raises ValueError if the model is on a GPU and the kernels do not support its head dim."""
-    d = config.head_dim
-    if device.type == "cuda" and d not in head_dims:
-        raise ValueError(f"head_dim={d}: the kernels need one of {head_dims}; use device='cpu'")
+    for d in {layer.head_dim for layer in config.layers}:
+        if device.type == "cuda" and d not in head_dims:
+            raise ValueError(f"head_dim={d}: the kernels need one of {head_dims}; use device='cpu'")
 
 
 def refuse_overflow(config: GemmaConfig, dtype: torch.dtype) -> None:
-    if config.model_type == "gemma3" and dtype == torch.float16:
-        raise ValueError("Gemma 3's residual stream overflows float16: use bfloat16 or float32")
+    if config.model_type in ("gemma3", "gemma4") and dtype == torch.float16:
+        family = config.model_type.replace("gemma", "Gemma ")
+        raise ValueError(f"{family}'s residual stream overflows float16: use bfloat16 or float32")
 
 
 def pick_device(

@@ -23,7 +23,7 @@ RULES = {
     "checkpoint": "config, ranges",
     "text": "compat, checkpoint.hub, checkpoint.gguf_reader",
     "model": "config, kernels",
-    "reference": "config, checkpoint",
+    "reference_steps": "config", "reference": "config, checkpoint, reference_steps",
     "engine": "config, memory, compat, model",
     "load": "config, memory, checkpoint, model",
     "causal_lm": "config, compat, checkpoint, model, engine, load",
