@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import (
-    FAMILIES,
+    ALL_FAMILIES,
     assert_holds,
     config_json,
     random_tensors,
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_single_safetensors_file_is_read(tmp_path, family):
     tensors = write_safetensors(tmp_path, family)
     checkpoint = open_checkpoint(tmp_path)
