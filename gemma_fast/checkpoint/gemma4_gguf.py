@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -91,7 +91,7 @@ def _heads(given: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
     kv_heads = _by_group(given, "attention.head_count_kv", kinds, given.get("attention.head_count"))
     dims = []
     for key, others in HEAD_DIMS.items():
-        dims.append(given.pop(key, None) or _missing(key))
+        dims.append(_take(given, key))
         for other in others:
             if given.get(other, dims[-1]) != dims[-1]:
                 raise ValueError(
@@ -109,8 +109,11 @@ def _heads(given: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _missing(key: str) -> NoReturn:
-    raise ValueError(f"the GGUF metadata has no gemma4.{key}: convert the model again")
+def _take(given: dict[str, Any], key: str, default: Any = None) -> Any:
+    value = given.pop(key, default)
+    if value is None:
+        raise ValueError(f"the GGUF metadata has no gemma4.{key}: convert the model again")
+    return value
 
 
 def _mlp(given: dict[str, Any], shared: Sequence[bool]) -> dict[str, Any]:
@@ -131,7 +134,7 @@ def _by_group(
 
     groups: the group of each layer
     """
-    value = given.pop(key, default) or _missing(key)
+    value = _take(given, key, default)
     values = value if isinstance(value, list) else [value] * len(groups)
     if len(values) != len(groups):
         raise ValueError(f"gemma4.{key}={value!r:.60} must have a value for each layer")
