@@ -25,7 +25,7 @@ COLUMNS = {
 MAX_PIECE = 256  # characters; Gemma's longest piece has 31. Finding merges takes quadratic time.
 MAX_ADDED = 1 << 15  # tokens that are split off before the BPE merges; Gemma 3 has 6415
 MAX_CHARACTERS = 4 << 20  # of all pieces; Gemma 3's have 1.5 million
-MAX_MERGES = 1 << 21  # Gemma 4 has 514,906
+MAX_MERGES = 1 << 20  # Gemma 4 has 514,906
 # Gemma 4 merges within a line and within a run of newlines, never across their border.
 NEWLINES = pre_tokenizers.Split(Regex(r"\n+|[^\n]+"), behavior="isolated")
 Merges = list[tuple[str, str]]
@@ -128,7 +128,7 @@ def _stored_merges(vocab: Mapping[str, int], merges: Sequence[str], source: str)
         raise ValueError(
             f"{source}: tokenizer.ggml.merges has {len(merges)} merges; the limit is {MAX_MERGES}"
         )
-    pairs = {}
+    pairs: dict[tuple[str, str], None] = {}
     for merge in merges:
         head, _, right = merge[1:].partition(" ")
         left = merge[:1] + head
