@@ -89,15 +89,16 @@ def test_table_of_per_layer_embeddings_stays_on_the_host_if_the_rest_fits_the_gp
 
 @pytest.mark.gpu
 def test_model_reads_per_layer_embeddings_from_host_memory():
-    checkpoint = RandomCheckpoint(CONFIGS["gemma4-all"])
-    ids = torch.arange(3, 17).unsqueeze(0)
-    tokens = []
-    for on_host in (False, True):
-        model = GemmaForCausalLM.from_checkpoint(
+    checkpoint, ids = RandomCheckpoint(CONFIGS["gemma4-all"]), torch.arange(3, 17).unsqueeze(0)
+    on_gpu, on_host = (
+        GemmaForCausalLM.from_checkpoint(
             checkpoint, dtype="float32", device="cuda", on_host=on_host
         )
-        table = model.embed_tokens_per_layer
-        assert table.is_pinned() == ("host" in model.memory()) == on_host
-        tokens.append(model.generate(ids, max_new_tokens=12, eos_token_id=[]).cpu())
+        for on_host in (False, True)
+    )
+    table = on_host.embed_tokens_per_layer
+    assert table.is_pinned() and on_host.memory()["host"] == table.nbytes
+    table.copy_(on_gpu.embed_tokens_per_layer)  # random values differ between devices
+    tokens = [x.generate(ids, max_new_tokens=12, eos_token_id=[]).cpu() for x in (on_gpu, on_host)]
     assert torch.equal(*tokens)
-    assert model.to(torch.bfloat16).embed_tokens_per_layer.is_pinned()
+    assert on_host.to(torch.bfloat16).embed_tokens_per_layer.is_pinned()
