@@ -12,7 +12,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from gemma_fast.config import PRESETS
+from gemma_fast.presets import PRESETS
 
 Command = Callable[..., Any]
 MODEL_HELP = f"""demo (the demo weights), a size with random weights (tiny, {", ".join(PRESETS)}),

@@ -1,4 +1,4 @@
-"""Gemma 1 to 3 (text) on Triton kernels. Each kernel has a formula, a PyTorch fallback and tests.
+"""Gemma 1 to 4 (text) on Triton kernels. Each kernel has a formula, a PyTorch fallback and tests.
 
 from gemma_fast import GemmaForCausalLM, Tokenizer
 """
@@ -12,11 +12,12 @@ if TYPE_CHECKING:  # type checkers treat a name as exported if it is imported wi
     from gemma_fast.causal_lm import AutoModelForCausalLM as AutoModelForCausalLM
     from gemma_fast.causal_lm import Gemma2ForCausalLM as Gemma2ForCausalLM
     from gemma_fast.causal_lm import Gemma3ForCausalLM as Gemma3ForCausalLM
+    from gemma_fast.causal_lm import Gemma4ForCausalLM as Gemma4ForCausalLM
     from gemma_fast.causal_lm import GemmaForCausalLM as GemmaForCausalLM
-    from gemma_fast.config import PRESETS as PRESETS
     from gemma_fast.config import GemmaConfig as GemmaConfig
     from gemma_fast.engine.options import GenerationConfig as GenerationConfig
     from gemma_fast.model.cache import KVCache as KVCache
+    from gemma_fast.presets import PRESETS as PRESETS
     from gemma_fast.reference import Reference as Reference
     from gemma_fast.text.streaming import ChatStreamer as ChatStreamer
     from gemma_fast.text.streaming import TextIteratorStreamer as TextIteratorStreamer
@@ -38,10 +39,11 @@ _MODULES = {
     "GemmaForCausalLM": "causal_lm",
     "Gemma2ForCausalLM": "causal_lm",
     "Gemma3ForCausalLM": "causal_lm",
+    "Gemma4ForCausalLM": "causal_lm",
     "GemmaTokenizer": "text.tokenizer",
     "GenerationConfig": "engine.options",
     "KVCache": "model.cache",
-    "PRESETS": "config",
+    "PRESETS": "presets",
     "Reference": "reference",
     "TextIteratorStreamer": "text.streaming",
     "TextStreamer": "text.streaming",

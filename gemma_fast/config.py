@@ -1,51 +1,21 @@
-"""`GemmaConfig` is one frozen dataclass for Gemma 1, 2 and 3 (the text model).
-
-    PRESETS["gemma-2b"]  # one of ten published sizes
+"""`GemmaConfig` is one frozen dataclass for Gemma 1 to 4 (the text model).
 
 The field names are those of transformers. Creating a config checks the range of every field, so
 that a damaged config cannot cause a huge allocation. A value out of range raises ValueError, which
-names the field, the value and the allowed range. checkpoint/config_json.py and config_gguf.py read
-config files.
+names the field, the value and the allowed range (ranges.py). presets.py has the published sizes;
+checkpoint/config_json.py and config_gguf.py read config files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, fields
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-SLIDING, FULL = "sliding_attention", "full_attention"
+from gemma_fast.ranges import ROPE_RANGES, ROPE_TYPES, check_number, check_ranges
 
-INT_RANGES = {
-    "vocab_size": (1, 1 << 20),
-    "hidden_size": (1, 1 << 16),
-    "num_hidden_layers": (1, 512),
-    "num_attention_heads": (1, 512),
-    "num_key_value_heads": (1, 512),
-    "head_dim": (2, 1024),
-    "intermediate_size": (1, 1 << 18),
-    "max_position_embeddings": (1, 1 << 24),
-    "sliding_window": (1, 1 << 24),
-    "sliding_window_pattern": (1, 512),
-    "bos_token_id": (0, 1 << 20),
-    "pad_token_id": (0, 1 << 20),
-    "eos_token_id": (0, 1 << 20),
-}
-FLOAT_RANGES = {
-    "query_pre_attn_scalar": (1e-3, 1e6),
-    "rms_norm_eps": (1e-12, 1e-1),
-    "attn_logit_softcapping": (1e-3, 1e6),
-    "final_logit_softcapping": (1e-3, 1e6),
-}
-ROPE_RANGES = {
-    "rope_theta": (1.0, 1e12),
-    "factor": (1e-3, 1e4),
-    "original_max_position_embeddings": (1, 1 << 24),
-    "attention_factor": (1e-3, 1e3),
-    "beta_fast": (1e-3, 1e6),
-    "beta_slow": (1e-3, 1e6),
-}
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 class RopeParameters(NamedTuple):
@@ -53,6 +23,7 @@ class RopeParameters(NamedTuple):
 
     default  position p rotates channel pair i by the angle p * rope_theta^(-2i / head_dim)
     linear   divides every angle by `factor`
+    proportional  rotates the first `partial_rotary_factor` of the pairs, by the angles of linear
     yarn     divides the angles of slow pairs by `factor`, keeps those of fast pairs, and
              interpolates between them (Peng et al. 2023). The bounds are the pairs that rotate
              `beta_slow` and `beta_fast` times within `original_max_position_embeddings` positions;
@@ -61,13 +32,14 @@ class RopeParameters(NamedTuple):
     """
 
     rope_theta: float = 1e4
-    rope_type: str = "default"  # "default" | "linear" | "yarn"
+    rope_type: str = "default"  # "default" | "linear" | "proportional" | "yarn"
     factor: float = 1.0
     original_max_position_embeddings: int = 1
     attention_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    partial_rotary_factor: float = 1.0
 
 
 DEFAULT_ROPE = RopeParameters()
@@ -81,6 +53,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131_072, "sliding_window": 4096, "sliding_window_pattern": 6,
         "full_rope": RopeParameters(1e6),
     },
+    "gemma4": {
+        "max_position_embeddings": 131_072, "sliding_window": 512, "sliding_window_pattern": 6,
+        "full_rope": RopeParameters(1e6, "proportional", partial_rotary_factor=0.25),
+        "query_pre_attn_scalar": 1, "global_head_dim": 512,
+    },
 }  # fmt: skip
 SHAPES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -88,17 +65,33 @@ SHAPES = (
 )  # fmt: skip
 
 
+class LayerShape(NamedTuple):
+    """What one layer computes with: its attention, its MLP, and whose keys and values it reads."""
+
+    kind: str  # SLIDING | FULL
+    window: int | None  # keys that a token sees, its own included; None: all earlier ones
+    head_dim: int
+    num_key_value_heads: int
+    intermediate_size: int  # width of the MLP
+    kv_layer: int  # the layer whose keys and values this layer reads: itself, or an earlier one
+    k_eq_v: bool  # there is no v_proj: values are the output of k_proj
+
+
 @dataclass(frozen=True, kw_only=True)
 class GemmaConfig:
-    """Config of one Gemma model; `model_type` is its family: Gemma 1, 2 or 3.
+    """Config of one Gemma model; `model_type` is its family: Gemma 1, 2, 3 or 4.
 
     The families differ in structure as follows. Gemma 2 has soft caps (`…_softcapping`). Gemma 2
     and 3 have layers with a sliding window and layers with full attention (`layer_types`), and
     normalize the outputs of attention and MLP (`post_norms`). Gemma 3 also normalizes queries and
     keys (`qk_norm`). Its layers with a window have rotary parameters of their own (`sliding_rope`).
+    In Gemma 4 the layers have different shapes (`layers`), norms multiply by their weight instead
+    of 1 + weight (`norm_offset`), values are normalized (`v_norm`), and each layer multiplies the
+    residual stream by a number. Its small models have layers that read an earlier layer's keys and
+    values (`num_kv_shared_layers`), and embeddings for each layer (`hidden_size_per_layer_input`).
     """
 
-    model_type: str  # "gemma" | "gemma2" | "gemma3"
+    model_type: str  # "gemma" | "gemma2" | "gemma3" | "gemma4"
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -116,6 +109,13 @@ class GemmaConfig:
     sliding_window_pattern: InitVar[int | None] = None  # n: every nth layer is full
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    global_head_dim: int | None = None  # head dim of full layers; None: head_dim
+    num_global_key_value_heads: int | None = None  # of full layers; None: num_key_value_heads
+    attention_k_eq_v: bool = False  # full layers have no v_proj: values are the output of k_proj
+    num_kv_shared_layers: int = 0  # the last layers, which read an earlier layer's K and V
+    use_double_wide_mlp: bool = False  # the MLP of these layers has twice intermediate_size
+    hidden_size_per_layer_input: int = 0  # width of the per-layer embeddings; 0: none
+    vocab_size_per_layer_input: int | None = None  # their number; None: vocab_size
     tie_word_embeddings: bool = True  # False: the output projection has a weight of its own
     bos_token_id: int = 2
     eos_token_id: int | tuple[int, ...] = 1  # (): no token ends a text
@@ -127,11 +127,12 @@ class GemmaConfig:
                 f"model_type {self.model_type!r:.80} is not one of {', '.join(FAMILIES)}"
             )
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        _check_ranges(values | {"sliding_window_pattern": sliding_window_pattern})
+        check_ranges(values | {"sliding_window_pattern": sliding_window_pattern})
         for name in ("full_rope", "sliding_rope"):
             _check_rope(name, values[name])
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(f"tie_word_embeddings={self.tie_word_embeddings!r} must be a bool")
+        for name in ("tie_word_embeddings", "attention_k_eq_v", "use_double_wide_mlp"):
+            if not isinstance(values[name], bool):
+                raise ValueError(f"{name}={values[name]!r:.80} must be a bool")
         if not isinstance(self.layer_types, tuple):
             raise ValueError(f"layer_types={self.layer_types!r:.80} must be a tuple (JSON: a list)")
         if not self.layer_types:
@@ -149,13 +150,29 @@ class GemmaConfig:
             )
         if SLIDING in self.layer_types and self.sliding_window is None:
             raise ValueError(f"layer_types has {SLIDING}, but sliding_window is not set")
-        if self.num_attention_heads % self.num_key_value_heads:
+        self._check_sharing()
+        for name in ("num_key_value_heads", "num_global_key_value_heads"):
+            if self.num_attention_heads % (values[name] or 1):
+                raise ValueError(
+                    f"num_attention_heads={self.num_attention_heads!r} is not divisible by "
+                    f"{name}={values[name]!r}"
+                )
+        for name in ("head_dim", "global_head_dim"):
+            if (values[name] or 0) % 2:
+                raise ValueError(f"{name}={values[name]!r} is odd: rotary embedding needs pairs")
+
+    def _check_sharing(self) -> None:
+        own = self.num_hidden_layers - self.num_kv_shared_layers
+        if missing := set(self.layer_types) - set(self.layer_types[: max(own, 0)]):
             raise ValueError(
-                f"num_attention_heads={self.num_attention_heads!r} is not divisible by "
-                f"num_key_value_heads={self.num_key_value_heads!r}"
+                f"num_kv_shared_layers={self.num_kv_shared_layers!r} leaves no layer of type "
+                f"{missing.pop()} whose keys and values are shared"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim!r} is odd: rotary embedding needs pairs")
+        per_layer = self.vocab_size_per_layer_input
+        if per_layer is not None and per_layer < self.vocab_size:
+            raise ValueError(
+                f"vocab_size_per_layer_input={per_layer!r} is below vocab_size={self.vocab_size!r}"
+            )
 
     @property
     def post_norms(self) -> bool:
@@ -165,22 +182,62 @@ class GemmaConfig:
     @property
     def qk_norm(self) -> bool:
         """Whether queries and keys are normalized over head_dim before the rotary embedding."""
-        return self.model_type == "gemma3"
+        return self.model_type in ("gemma3", "gemma4")
+
+    @property
+    def v_norm(self) -> bool:
+        """Whether values are normalized over head_dim, without weights."""
+        return self.model_type == "gemma4"
+
+    @property
+    def norm_offset(self) -> float:
+        """What a norm adds to its weight before it multiplies by it."""
+        return 0.0 if self.model_type == "gemma4" else 1.0
 
     def rope(self, kind: str) -> RopeParameters:
         """Returns the rotary parameters of layers of this type."""
         return self.full_rope if kind == FULL else self.sliding_rope
 
+    def rotary_dim(self, kind: str) -> int:
+        """Returns the head dim of layers of this type."""
+        return (self.global_head_dim if kind == FULL else None) or self.head_dim
+
     def window(self, layer: int) -> int | None:
         """Returns how many keys a token sees on this layer, its own included; None on a full layer,
         where it sees its own key and all earlier ones."""
-        return self.sliding_window if self.layer_types[layer] == SLIDING else None
+        return self.layers[layer].window
+
+    @property
+    def layers(self) -> tuple[LayerShape, ...]:
+        """The shape of each layer."""
+        return _layers(self)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns name → shape of the checkpoint's tensors, in the order in which they are used."""
-        hidden, ffn, d = self.hidden_size, self.intermediate_size, self.head_dim
-        q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
-        layer: dict[str, tuple[int, ...]] = {
+        hidden, width = self.hidden_size, self.hidden_size_per_layer_input
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, hidden)
+        }
+        if width:
+            rows, columns = self.vocab_size_per_layer_input, self.num_hidden_layers * width
+            shapes |= {
+                "model.embed_tokens_per_layer.weight": (rows or self.vocab_size, columns),
+                "model.per_layer_model_projection.weight": (columns, hidden),
+                "model.per_layer_projection_norm.weight": (width,),
+            }
+        for i in range(self.num_hidden_layers):
+            layer = self._layer_tensor_shapes(i)
+            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+        shapes["model.norm.weight"] = (hidden,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        return shapes
+
+    def _layer_tensor_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+        layer, hidden, width = self.layers[i], self.hidden_size, self.hidden_size_per_layer_input
+        ffn, d = layer.intermediate_size, layer.head_dim
+        q, kv = self.num_attention_heads * d, layer.num_key_value_heads * d
+        shapes: dict[str, tuple[int, ...]] = {
             "input_layernorm": (hidden,),
             "self_attn.q_proj": (q, hidden),
             "self_attn.k_proj": (kv, hidden),
@@ -192,72 +249,58 @@ class GemmaConfig:
             "mlp.down_proj": (hidden, ffn),
         }
         if self.post_norms:
-            layer |= {f"{side}_feedforward_layernorm": (hidden,) for side in ("pre", "post")}
+            shapes |= {f"{side}_feedforward_layernorm": (hidden,) for side in ("pre", "post")}
         if self.qk_norm:
-            layer |= {f"self_attn.{x}_norm": (d,) for x in "qk"}
-        shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab_size, hidden)
-        }
-        for i in range(self.num_hidden_layers):
-            shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-        shapes["model.norm.weight"] = (hidden,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
-        return shapes
+            shapes |= {f"self_attn.{x}_norm": (d,) for x in "qk"}
+        if width:
+            shapes |= {
+                "per_layer_input_gate": (width, hidden),
+                "per_layer_projection": (hidden, width),
+                "post_per_layer_input_norm": (hidden,),
+            }
+        if layer.k_eq_v:
+            del shapes["self_attn.v_proj"]
+        if layer.kv_layer != i:
+            for name in ("k_proj", "v_proj", "k_norm"):
+                shapes.pop(f"self_attn.{name}", None)
+        shapes = {f"{name}.weight": shape for name, shape in shapes.items()}
+        return shapes | ({"layer_scalar": (1,)} if self.model_type == "gemma4" else {})
 
     @property
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
 
-def _check_ranges(values: Mapping[str, Any]) -> None:
-    for name, (low, high) in (INT_RANGES | FLOAT_RANGES).items():
-        given = values[name]
-        if given is None and name.endswith(("softcapping", "window", "pattern")):
-            continue
-        several = name == "eos_token_id" and isinstance(given, tuple)
-        for value in given if several else [given]:
-            check_number(name, value, low, high, whole=name in INT_RANGES)
-
-
 def _check_rope(name: str, rope: RopeParameters) -> None:
     if not isinstance(rope, RopeParameters) or not isinstance(rope.truncate, bool):
         raise ValueError(f"{name}={rope!r} must be RopeParameters, with a bool for truncate")
-    if rope.rope_type not in ("default", "linear", "yarn"):
-        raise ValueError(f"{name}: rope_type={rope.rope_type!r} is not default, linear or yarn")
+    if rope.rope_type not in ROPE_TYPES:
+        raise ValueError(
+            f"{name}: rope_type={rope.rope_type!r:.80} is not one of {', '.join(ROPE_TYPES)}"
+        )
     for field, (low, high) in ROPE_RANGES.items():
         whole = field == "original_max_position_embeddings"
         check_number(f"{name}: {field}", getattr(rope, field), low, high, whole)
 
 
-def check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
-    """Raises ValueError unless value is a number from low to high, and an integer if `whole`."""
-    kinds, kind = ((int,), "an integer") if whole else ((int, float), "a number")
-    number = isinstance(value, kinds) and not isinstance(value, bool)
-    if not (number and low <= value <= high):
-        raise ValueError(f"{name}={value!r:.80} must be {kind} from {low:g} to {high:g}")
-
-
-def _preset(family: str, *shapes: int, **values: Any) -> GemmaConfig:
-    values = FAMILIES[family] | {"query_pre_attn_scalar": 256} | values
-    return GemmaConfig(model_type=family, **values | dict(zip(SHAPES, shapes, strict=True)))
-
-
-_LONG = {"sliding_window": 1024, "full_rope": RopeParameters(1e6, "linear", 8.0)}
-_SHORT = {"sliding_window": 512, "max_position_embeddings": 32768}
-PRESETS = {
-    "gemma-2b": _preset("gemma", 256_000, 2048, 18, 8, 1, 256, 16384),
-    "gemma-7b": _preset("gemma", 256_000, 3072, 28, 16, 16, 256, 24576),
-    "gemma-2-2b": _preset("gemma2", 256_000, 2304, 26, 8, 4, 256, 9216),
-    "gemma-2-9b": _preset("gemma2", 256_000, 3584, 42, 16, 8, 256, 14336),
-    "gemma-2-27b": _preset(
-        "gemma2", 256_000, 4608, 46, 32, 16, 128, 36864, query_pre_attn_scalar=144
-    ),
-    "gemma-3-270m": _preset("gemma3", 262_144, 640, 18, 4, 1, 256, 2048, **_SHORT),
-    "gemma-3-1b": _preset("gemma3", 262_144, 1152, 26, 4, 1, 256, 6912, **_SHORT),
-    "gemma-3-4b": _preset("gemma3", 262_208, 2560, 34, 8, 4, 256, 10240, **_LONG),
-    "gemma-3-12b": _preset("gemma3", 262_208, 3840, 48, 16, 8, 256, 15360, **_LONG),
-    "gemma-3-27b": _preset(
-        "gemma3", 262_208, 5376, 62, 32, 16, 128, 21504, query_pre_attn_scalar=168, **_LONG
-    ),
-}
+@lru_cache(maxsize=64)
+def _layers(config: GemmaConfig) -> tuple[LayerShape, ...]:
+    own = config.num_hidden_layers - config.num_kv_shared_layers
+    newest = {kind: i for i, kind in enumerate(config.layer_types[:own])}
+    layers = []
+    for i, kind in enumerate(config.layer_types):
+        full, shared = kind == FULL, i >= own
+        kv_heads = config.num_global_key_value_heads if full else None
+        double = config.use_double_wide_mlp and shared
+        layers.append(
+            LayerShape(
+                kind=kind,
+                window=None if full else config.sliding_window,
+                head_dim=config.rotary_dim(kind),
+                num_key_value_heads=kv_heads or config.num_key_value_heads,
+                intermediate_size=config.intermediate_size * (2 if double else 1),
+                kv_layer=newest[kind] if shared else i,
+                k_eq_v=config.attention_k_eq_v and full,
+            )
+        )
+    return tuple(layers)

@@ -1,143 +1,50 @@
-"""Gemma in plain PyTorch, from token ids to next-token logits, with one function for each step.
+"""Gemma 1 to 4 in plain PyTorch, from token ids to the logits of the next token.
 
-Tests compare the model with this file, and the model benchmarks run it as "eager". This file shares
-no code with the model or the kernels.
+This file has the order of the steps, reference_steps.py their formulas. Neither shares code with
+the model or the kernels. Tests compare the model with them, and benchmarks run them as "eager".
 
     b batch · t new tokens · s past and new tokens · n kv heads · m query heads per kv head
     d head dim · heads: n * m for queries, n for keys and values
-
-The steps follow Graphcore Research's "A transformer walk-through, with Gemma". The numerics follow
-Google's gemma_pytorch and transformers: RMSNorm, rotary embedding and softmax are computed in fp32,
-all other steps in the weights' dtype.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from typing import NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.open import open_checkpoint
-from gemma_fast.config import GemmaConfig, RopeParameters
+from gemma_fast.config import GemmaConfig
+from gemma_fast.reference_steps import (
+    angles,
+    attend,
+    attention_scores,
+    attention_weights,
+    cap,
+    embed,
+    geglu,
+    per_layer_inputs,
+    rms_norm,
+    rotate,
+    visible_keys,
+)
 
+Angles = tuple[Tensor, Tensor]  # cos and sin :: [b, 1, t, d / 2]
+KeyValues = tuple[Tensor, Tensor]  # K and V of one layer :: [b, n, s, d]
 T = TypeVar("T")
-
-
-def embed(input_ids: Tensor, embeddings: Tensor) -> Tensor:
-    """Returns embeddings[input_ids] * sqrt(hidden) :: [b, t, hidden].
-
-    input_ids :: [b, t]; embeddings :: [vocab, hidden]. sqrt(hidden) is rounded to the dtype of
-    embeddings before the multiplication.
-    """
-    scale = torch.tensor(embeddings.shape[1] ** 0.5).to(embeddings.dtype)
-    return embeddings[input_ids] * scale.to(embeddings.device)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Returns x / rms(x) * (1 + weight), computed in fp32 and rounded to x's dtype at the end."""
-    z = wide(x)
-    z = z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + eps)
-    return (z * (1 + wide(weight))).to(x.dtype)
-
-
-def angles(rope: RopeParameters, d: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin :: [b, 1, t, d / 2] of the rotary angles position * theta^(-2i / d).
-
-    positions :: [b, t]; rope: the layer's rotary parameters. The angles are computed in fp32.
-    Linear scaling divides all angles by rope.factor. YaRN divides those of slow channel pairs only,
-    and multiplies cos and sin by rope.attention_factor.
-    """
-    i = torch.arange(d // 2, dtype=torch.float32, device=positions.device)
-    inv_freq = 1 / rope.rope_theta ** (2 * i / d)
-    if rope.rope_type == "linear":
-        inv_freq = inv_freq / rope.factor
-    if rope.rope_type == "yarn":
-        inv_freq = inv_freq * (1 - yarn_ramp(rope, i, d) * (1 - 1 / rope.factor))
-    angles = positions[:, None, :, None].float() * inv_freq
-    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
-
-
-def yarn_ramp(rope: RopeParameters, i: Tensor, d: int) -> Tensor:
-    """Returns 0 for channel pairs that YaRN leaves unchanged, 1 for those whose angles it divides,
-    and values between 0 and 1 for the pairs between them :: [d / 2]. i :: [d / 2]: 0, 1, 2, …"""
-    context = rope.original_max_position_embeddings
-    rotations = torch.tensor([rope.beta_fast, rope.beta_slow], dtype=torch.float64)
-    low, high = (
-        d * torch.log(context / (2 * math.pi * rotations)) / (2 * math.log(rope.rope_theta))
-    ).tolist()
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, d - 1)
-    return ((i - low) / max(high - low, 0.001)).clamp(0, 1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each channel pair (i, i + d / 2) of x :: [b, heads, t, d] by its angle, in fp32."""
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
-
-
-def attention_scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Returns scale * q @ keysᵀ :: [b, n * m, t, s].
-
-    q :: [b, n * m, t, d]; keys :: [b, n, s, d]
-    """
-    m = q.shape[1] // keys.shape[1]
-    return q @ keys.repeat_interleave(m, dim=1).transpose(2, 3) * scale
-
-
-def attention_weights(scores: Tensor, visible: Tensor, softcap: float | None) -> Tensor:
-    """Returns softmax(cap(scores)) over the visible keys :: [b, n * m, t, s], computed in fp32.
-
-    scores :: [b, n * m, t, s]
-    visible :: [b or 1, t, s], bool: whether a new token sees a key
-    """
-    scores = cap(scores, softcap)
-    # A padding token sees no key. If its scores were all -inf, its softmax would be NaN.
-    scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
-    return wide(scores).softmax(-1).to(scores.dtype)
-
-
-def attend(weights: Tensor, values: Tensor) -> Tensor:
-    """Returns weights @ values :: [b, n * m, t, d]: for each query, the weighted sum of the values.
-
-    weights :: [b, n * m, t, s]; values :: [b, n, s, d]
-    """
-    m = weights.shape[1] // values.shape[1]
-    return weights @ values.repeat_interleave(m, dim=1)
-
-
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Returns gelu(gate) * up, with the tanh approximation of GELU."""
-    return F.gelu(gate, approximate="tanh") * up
-
-
-def cap(x: Tensor, softcap: float | None) -> Tensor:
-    """Limits x smoothly to the range from -softcap to softcap. Returns x if softcap is None."""
-    return x if softcap is None else softcap * torch.tanh(x / softcap)
-
-
-def wide(x: Tensor) -> Tensor:
-    """Returns x in fp32, or unchanged if it is fp64."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class Output(NamedTuple):
     logits: Tensor  # [b, t, vocab], or [b, logits_to_keep, vocab]
-    past_key_values: list[tuple[Tensor, Tensor]] | None  # K and V of each layer: [b, n, s, d]
+    past_key_values: list[KeyValues] | None  # of each layer
 
 
 class Reference:
-    """Gemma 1, 2 or 3 (text), computed with a dict of weights under the checkpoint's tensor names.
-
-    config   any GemmaConfig
-    weights  all tensors of config.tensor_shapes(), in one dtype and on one device
-    """
+    """Gemma 1 to 4 (text). weights: the tensors of config.tensor_shapes() by name, in one dtype and
+    on one device."""
 
     def __init__(self, config: GemmaConfig, weights: dict[str, Tensor]) -> None:
         self.config = config
@@ -171,7 +78,7 @@ class Reference:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: list[tuple[Tensor, Tensor]] | None = None,
+        past_key_values: list[KeyValues] | None = None,
         use_cache: bool = True,
         logits_to_keep: int = 0,
     ) -> Output:
@@ -183,31 +90,25 @@ class Reference:
         past_key_values  the KV cache that an earlier call returned; it is not changed
         logits_to_keep   number of last tokens whose logits are returned; 0: all tokens
         """
+        config, t = self.config, input_ids.shape[1]
         past = past_key_values[0][0].shape[2] if past_key_values else 0
-        t = input_ids.shape[1]
-        s = past + t
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids[:, :1]).expand(-1, s)
+            attention_mask = torch.ones_like(input_ids[:, :1]).expand(-1, past + t)
         if position_ids is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # [b, t]
-        source = torch.arange(s, device=input_ids.device)[None, :]
-        target = source[:, past:].mT  # [t, 1]
-        seen = (source <= target) & attention_mask.bool()[:, None, :]
-        seen = self.observe("mask", seen)  # [b, t, s]
 
-        config = self.config
         embeddings = self.weights["model.embed_tokens.weight"]
         hiddens = self.observe("embed", embed(input_ids, embeddings))
-        cache = []
-        for i, kind in enumerate(config.layer_types):
-            visible = seen
-            if (window := config.window(i)) is not None:
-                visible = seen & (source > target - window)
-            cos_sin = angles(config.rope(kind), config.head_dim, position_ids)
+        per_layer = self.per_layer_inputs(input_ids, hiddens)
+        cache: list[KeyValues] = []
+        for i, layer in enumerate(config.layers):
+            visible = self.observe("mask", visible_keys(attention_mask, t, layer.window))
+            cos_sin = angles(config.rope(layer.kind), layer.head_dim, position_ids)
             cos_sin = self.observe(f"model.layers.{i}.angles", cos_sin)
-            past_of_layer = past_key_values[i] if past_key_values else None
-            hiddens, key_values = self.layer(i, hiddens, visible, cos_sin, past_of_layer)
-            cache.append(key_values)
+            past_kv = past_key_values[i] if past_key_values else None
+            shared = cache[layer.kv_layer] if layer.kv_layer < i else None
+            hiddens, kv = self.layer(i, hiddens, visible, cos_sin, past_kv, shared, per_layer)
+            cache.append(kv)
 
         hiddens = self.norm(hiddens[:, -logits_to_keep:], "model.norm")
         return Output(self.predict(hiddens), cache if use_cache else None)
@@ -219,18 +120,22 @@ class Reference:
         i: int,
         hiddens: Tensor,
         visible: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
-        past: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Returns hiddens :: [b, t, hidden] after layer i, and this layer's K and V of all tokens.
+        cos_sin: Angles,
+        past: KeyValues | None = None,
+        shared: KeyValues | None = None,
+        per_layer: Tensor | None = None,
+    ) -> tuple[Tensor, KeyValues]:
+        """Returns hiddens :: [b, t, hidden] after layer i, and K and V of all tokens.
 
-        visible  [b, t, s], bool: whether a new token sees a key
-        cos_sin  cos and sin of the new tokens' rotary angles, from `angles`
-        past     this layer's K and V of the past tokens, or None
+        visible    [b, t, s], bool: whether a new token sees a key
+        cos_sin    cos and sin of the new tokens' rotary angles, from `angles`
+        past       this layer's K and V of the past tokens, or None
+        shared     the earlier layer's K and V that this layer reads (Gemma 4), or None: its own
+        per_layer  [b, t, layers, p], from `per_layer_inputs` (Gemma 4), or None
         """
         name = f"model.layers.{i}"
         x = self.norm(hiddens, f"{name}.input_layernorm")
-        x, key_values = self.attention(f"{name}.self_attn", x, visible, cos_sin, past)
+        x, key_values = self.attention(i, x, visible, cos_sin, past, shared)
         # In Gemma 1, post_attention_layernorm is the name of the norm before the MLP.
         before_mlp = "post_attention_layernorm"
         if self.config.post_norms:
@@ -244,36 +149,57 @@ class Reference:
         if self.config.post_norms:
             x = self.norm(x, f"{name}.post_feedforward_layernorm")
         x = self.observe(f"{name}.mlp", x)
-        return self.observe(f"{name}.after_mlp", hiddens + x), key_values
+        hiddens = self.observe(f"{name}.after_mlp", hiddens + x)
+
+        if per_layer is not None:
+            hiddens = self.add_per_layer(name, hiddens, per_layer[:, :, i])
+        if (scalar := self.weights.get(f"{name}.layer_scalar")) is not None:
+            hiddens = self.observe(f"{name}.layer_scalar", hiddens * scalar)
+        return hiddens, key_values
 
     def attention(
         self,
-        name: str,
+        i: int,
         x: Tensor,
         visible: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
-        past: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        cos_sin: Angles,
+        past: KeyValues | None = None,
+        shared: KeyValues | None = None,
+    ) -> tuple[Tensor, KeyValues]:
         """Returns attention's output :: [b, t, hidden], and K and V of the past and new tokens.
-
-        name: prefix of the weights' names; x: normalized hiddens :: [b, t, hidden].
-        """
-        config, (b, t, _), d = self.config, x.shape, self.config.head_dim
-        q, k, v = (self.project(x, f"{name}.{p}_proj") for p in "qkv")
-        q, k, v = (y.view(b, t, -1, d).transpose(1, 2) for y in (q, k, v))  # [b, heads, t, d]
+        x: normalized hiddens :: [b, t, hidden]; the others as in `layer`."""
+        config, name = self.config, f"model.layers.{i}.self_attn"
+        q = self.heads(i, x, f"{name}.q_proj")
         if config.qk_norm:
-            q, k = self.norm(q, f"{name}.q_norm"), self.norm(k, f"{name}.k_norm")
+            q = self.norm(q, f"{name}.q_norm")
         q = self.observe(f"{name}.queries", rotate(q, *cos_sin))
-        k = self.observe(f"{name}.keys", rotate(k, *cos_sin))
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)  # [b, n, s, d]
+        k, v = self.key_values(i, x, cos_sin, past) if shared is None else shared
         scale = config.query_pre_attn_scalar**-0.5
         scores = self.observe(f"{name}.scores", attention_scores(q, k, scale))
         weights = attention_weights(scores, visible, config.attn_logit_softcapping)
         weights = self.observe(f"{name}.weights", weights)
         out = self.observe(f"{name}.attend", attend(weights, v))
-        out = out.transpose(1, 2).reshape(b, t, -1)  # [b, t, n * m * d]
+        out = out.transpose(1, 2).flatten(2)  # [b, t, n * m * d]
         return self.project(out, f"{name}.o_proj"), (k, v)
+
+    def key_values(self, i: int, x: Tensor, cos_sin: Angles, past: KeyValues | None) -> KeyValues:
+        """Returns K and V of the past and new tokens. x: normalized hiddens :: [b, t, hidden]."""
+        config, name = self.config, f"model.layers.{i}.self_attn"
+        k = self.heads(i, x, f"{name}.k_proj")
+        v = k if config.layers[i].k_eq_v else self.heads(i, x, f"{name}.v_proj")
+        if config.qk_norm:
+            k = self.norm(k, f"{name}.k_norm")
+        if config.v_norm:
+            v = self.observe(f"{name}.v_norm", rms_norm(v, None, config.rms_norm_eps))
+        k = self.observe(f"{name}.keys", rotate(k, *cos_sin))
+        if past is None:
+            return k, v
+        return torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)  # [b, n, s, d]
+
+    def heads(self, i: int, x: Tensor, name: str) -> Tensor:
+        """Returns the projection of x :: [b, t, hidden], split into heads :: [b, heads, t, d]."""
+        d = self.config.layers[i].head_dim
+        return self.project(x, name).unflatten(-1, (-1, d)).transpose(1, 2)
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
         """Returns the MLP's output :: [b, t, hidden]. x: normalized hiddens :: [b, t, hidden]."""
@@ -281,24 +207,42 @@ class Reference:
         x = self.observe(f"{name}.geglu", geglu(gate, up))
         return self.project(x, f"{name}.down_proj")
 
+    def per_layer_inputs(self, input_ids: Tensor, hiddens: Tensor) -> Tensor | None:
+        """Returns each layer's input of `add_per_layer` :: [b, t, layers, p], or None if the model
+        has no per-layer embeddings. hiddens: the tokens' embeddings :: [b, t, hidden]."""
+        p = self.config.hidden_size_per_layer_input
+        if not p:
+            return None
+        embedded = embed(input_ids, self.weights["model.embed_tokens_per_layer.weight"], p)
+        projected = self.project(hiddens, "model.per_layer_model_projection")
+        projected = (projected * hiddens.shape[-1] ** -0.5).unflatten(-1, (-1, p))
+        projected = self.norm(projected, "model.per_layer_projection_norm")
+        inputs = per_layer_inputs(embedded.view_as(projected), projected)
+        return self.observe("per_layer_inputs", inputs)
+
+    def add_per_layer(self, name: str, hiddens: Tensor, per_layer: Tensor) -> Tensor:
+        """Returns hiddens :: [b, t, hidden] plus the update from the layer's per-layer embeddings.
+        per_layer: this layer's part of `per_layer_inputs` :: [b, t, p]."""
+        gate = self.project(hiddens, f"{name}.per_layer_input_gate")
+        x = self.observe(f"{name}.per_layer_geglu", geglu(gate, per_layer))
+        x = self.project(x, f"{name}.per_layer_projection")
+        x = self.norm(x, f"{name}.post_per_layer_input_norm")
+        return self.observe(f"{name}.after_per_layer", hiddens + x)
+
     def predict(self, hiddens: Tensor) -> Tensor:
-        """Returns logits :: [b, t, vocab]. The weight of the output projection is the embedding's,
-        unless the checkpoint has another one."""
+        """Returns logits :: [b, t, vocab]. A tied output projection has the embedding's weight."""
         tied = self.config.tie_word_embeddings
         logits = self.project(hiddens, "model.embed_tokens" if tied else "lm_head")
         return self.observe("logits", cap(logits, self.config.final_logit_softcapping))
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        weight = self.weights[f"{name}.weight"]
-        return self.observe(name, rms_norm(x, weight, self.config.rms_norm_eps))
+        weight, config = self.weights[f"{name}.weight"], self.config
+        return self.observe(name, rms_norm(x, weight, config.rms_norm_eps, config.norm_offset))
 
     def project(self, x: Tensor, name: str) -> Tensor:
-        return self.observe(name, F.linear(x, self.weights[f"{name}.weight"]))
+        return self.observe(name, torch.nn.functional.linear(x, self.weights[f"{name}.weight"]))
 
     def observe(self, name: str, x: T) -> T:
         """Returns x, the result of a step. A subclass may record x or return another tensor.
-
-        name: the name of the step's weight without ".weight", or for example
-        "model.layers.0.self_attn.scores"
-        """
+        name: that of the step's weight, or for example "model.layers.0.self_attn.scores"."""
         return x

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemma_fast.kernels._triton import tl, triton
 
-HEAD_DIMS = (32, 64, 128, 256)  # for these, tiles fit in registers and shared memory
+HEAD_DIMS = (32, 64, 128, 256, 512)  # for these, tiles fit in registers and shared memory
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -25,6 +25,7 @@ class AttentionSpec(NamedTuple):
     softcap: float  # 0: no soft cap
     window: int  # 0: no window
     eps: float  # epsilon of the RMSNorm of q and k
+    offset: float  # the norm multiplies by offset + weight
 
 
 class Heads(NamedTuple):

@@ -6,17 +6,20 @@ is the number of tokens that are already in the cache.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from gemma_fast.benchmarks.measure.machine import Work, visible_pairs
-from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.checkpoint.base import EMBEDDING, HEAD, Checkpoint
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.checkpoint.random import RandomCheckpoint
-from gemma_fast.config import PRESETS, GemmaConfig
+from gemma_fast.config import GemmaConfig
 from gemma_fast.demo import demo_checkpoint
+from gemma_fast.presets import PRESETS
 
 PROMPT, NEW = "pp", "tg"
 TINY = GemmaConfig(
@@ -99,16 +102,34 @@ def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens
     which takes FLOPs only for the last token's logits. The lookup of embeddings is not counted.
     Attention takes 4 FLOPs per layer, query head, channel and visible (query, key) pair. Old keys
     and values that a new token sees are read once; new keys and values that a later token may see
-    are written once.
+    are written once. Layers that read an earlier layer's keys and values write none, and compute
+    the last token only.
     """
-    head = config.vocab_size * config.hidden_size  # weights of the output projection
-    weights = config.num_parameters - (0 if config.tie_word_embeddings else head)
-    heads, n, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    pairs = positions = 0
-    for layer in range(config.num_hidden_layers):
-        window = config.window(layer)
-        limit = window or depth + tokens
-        positions += min(depth, limit - 1) + min(tokens, limit)
-        pairs += visible_pairs(depth + tokens, window) - visible_pairs(depth, window)
-    products = 2 * (tokens * (weights - head) + head) + 4 * heads * d * pairs
-    return Work((weights + batch * 2 * n * d * positions) * itemsize, batch * products)
+    gathered = config.hidden_size_per_layer_input * config.num_hidden_layers  # per token
+    bytes_read, flops = batch * tokens * gathered, 0
+    for name, shape in config.tensor_shapes().items():
+        size = math.prod(shape)
+        tied = name == EMBEDDING and config.tie_word_embeddings
+        if tied or name == HEAD:
+            bytes_read, flops = bytes_read + size, flops + 2 * size
+        elif name not in (EMBEDDING, "model.embed_tokens_per_layer.weight"):
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            computed = _computed(config, int(layer[1]), tokens) if layer else tokens
+            bytes_read, flops = bytes_read + size, flops + 2 * size * computed
+    for i, layer in enumerate(config.layers):
+        n, d, limit = layer.num_key_value_heads, layer.head_dim, layer.window or depth + tokens
+        positions = min(depth, limit - 1)
+        if layer.kv_layer == i:
+            positions += min(tokens, limit)
+        elif tokens > 1:
+            positions = min(depth + tokens, limit)
+        bytes_read += batch * 2 * n * d * positions
+        before = depth + tokens - _computed(config, i, tokens)
+        pairs = visible_pairs(depth + tokens, layer.window) - visible_pairs(before, layer.window)
+        flops += 4 * config.num_attention_heads * d * pairs
+    return Work(bytes_read * itemsize, batch * flops)
+
+
+def _computed(config: GemmaConfig, layer: int, tokens: int) -> int:
+    """Returns how many of the new tokens a layer computes, if one token's logits are needed."""
+    return tokens if config.layers[layer].kv_layer == layer else 1

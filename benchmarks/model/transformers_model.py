@@ -22,6 +22,11 @@ SAME_IN_GEMMA_2_AND_3 = (
     "query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
 
+ONLY_IN_GEMMA_4 = (
+    "final_logit_softcapping", "num_global_key_value_heads", "attention_k_eq_v",
+    "num_kv_shared_layers", "use_double_wide_mlp", "hidden_size_per_layer_input",
+)  # fmt: skip
+
 
 def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
     """Returns transformers' config with the same values."""
@@ -29,12 +34,14 @@ def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
     if isinstance(config.eos_token_id, tuple):
         same["eos_token_id"] = list(config.eos_token_id)
     full, sliding = (_rope(config.rope(kind)) for kind in (FULL, SLIDING))
-    if full != sliding and config.model_type != "gemma3":
+    if full != sliding and config.model_type not in ("gemma3", "gemma4"):
         raise ValueError(f"transformers' {config.model_type} has one rope for all layers")
     if config.model_type == "gemma":
         # Set explicitly, because some releases use another gelu for Gemma 1 by default.
         same["hidden_act"] = "gelu_pytorch_tanh"
         return transformers.GemmaConfig(rope_parameters=full, **same)
+    if config.model_type == "gemma4":
+        return _gemma4_config(config, same | {"rope_parameters": {FULL: full, SLIDING: sliding}})
     same |= {name: getattr(config, name) for name in SAME_IN_GEMMA_2_AND_3}
     same["layer_types"] = list(config.layer_types)
     same["hidden_activation"] = "gelu_pytorch_tanh"
@@ -43,10 +50,23 @@ def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
     return transformers.Gemma3TextConfig(rope_parameters={FULL: full, SLIDING: sliding}, **same)
 
 
+def _gemma4_config(config: GemmaConfig, same: dict[str, Any]) -> transformers.PreTrainedConfig:
+    same |= {name: getattr(config, name) for name in ONLY_IN_GEMMA_4}
+    same |= {
+        "global_head_dim": config.rotary_dim(FULL),
+        "vocab_size_per_layer_input": config.vocab_size_per_layer_input or config.vocab_size,
+        "sliding_window": config.sliding_window or 1,
+    }
+    return transformers.Gemma4TextConfig(**same | {"layer_types": list(config.layer_types)})
+
+
 def _rope(rope: RopeParameters) -> dict[str, Any]:
     """Returns transformers' rope parameters: only the keys that the type has."""
     kind, keys = rope.rope_type, ["rope_type", "rope_theta"]
-    keys += {"default": [], "linear": ["factor"], "yarn": [*rope._fields[2:]]}[kind]
+    keys += {
+        "default": [], "linear": ["factor"], "yarn": [*rope._fields[2:8]],
+        "proportional": ["partial_rotary_factor"] + ["factor"] * (rope.factor != 1),
+    }[kind]  # fmt: skip
     return {key: getattr(rope, key) for key in keys}
 
 
@@ -60,7 +80,7 @@ def transformers_model(
         model = transformers.AutoModelForCausalLM.from_config(
             config, attn_implementation=attention, dtype=dtype
         )
-    parameters = dict(model.named_parameters())
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())  # layer_scalar: a buffer
     for name in checkpoint.shapes:
-        checkpoint.copy(name, parameters[name])
+        checkpoint.copy(name, tensors[name])
     return model.eval().requires_grad_(False)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gemma_fast.checkpoint.names import is_unused
 from gemma_fast.config import GemmaConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -82,8 +83,11 @@ class FileCheckpoint(Checkpoint):
 
     def check(self) -> None:
         """Raises ValueError, with file and tensor name, if a tensor is missing, unknown, or has
-        another shape than the config requires. Sets config.tie_word_embeddings."""
+        another shape than the config requires. Sets config.tie_word_embeddings, and drops the
+        tensors that the model does not use."""
         self._find_head()
+        for name in [name for name in self.shapes if is_unused(name, self.config)]:
+            self._drop(name)
         expected = self.config.tensor_shapes()
         for name, shape in expected.items():
             if name not in self.shapes:
@@ -113,12 +117,11 @@ class FileCheckpoint(Checkpoint):
         equals the embedding is dropped. If the config says that they are tied, a head without an
         embedding is the weight of both.
         """
-        tables: list[dict[str, Any]] = [self.shapes, self.files, self.stored]
         if HEAD not in self.shapes:
             return
         if EMBEDDING not in self.shapes and self.config.tie_word_embeddings:
-            for table in tables:
-                table[EMBEDDING] = table.pop(HEAD)
+            self.add(EMBEDDING, self.shapes[HEAD], self.files[HEAD], self.stored[HEAD])
+            self._drop(HEAD)
             return
         shape = self.config.vocab_size, self.config.hidden_size
         tied = self.shapes[HEAD] == self.shapes.get(EMBEDDING) == shape and all(
@@ -127,8 +130,11 @@ class FileCheckpoint(Checkpoint):
         )
         self.config = replace(self.config, tie_word_embeddings=tied)
         if tied:
-            for table in tables:
-                del table[HEAD]
+            self._drop(HEAD)
+
+    def _drop(self, name: str) -> None:
+        for table in (self.shapes, self.files, self.stored):
+            del table[name]
 
 
 def parse_content(path: Path, parse: Callable[[dict[str, Any]], T], content: dict[str, Any]) -> T:

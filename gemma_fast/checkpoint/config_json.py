@@ -14,22 +14,31 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from gemma_fast.checkpoint.gemma4_layers import layer_fields
 from gemma_fast.checkpoint.rope_fields import USE_HF, rope_of
 from gemma_fast.config import FAMILIES, SHAPES, GemmaConfig
 
-# model_type in config.json → family
-MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3"}
-ALL, WINDOWED = ("gemma", "gemma2", "gemma3"), ("gemma2", "gemma3")
+# model_type in config.json → family. transformers has two classes for Gemma 4's text model, which
+# differ in their fields and defaults only: here they are the families gemma4 and gemma4_unified.
+MULTIMODAL = ("gemma3", "gemma4", "gemma4_unified")
+MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2"}
+MODEL_TYPES |= {kind: family for family in MULTIMODAL for kind in (family, f"{family}_text")}
+GEMMA_4 = ("gemma4", "gemma4_unified")
+BEFORE_4 = ("gemma", "gemma2", "gemma3")
+ALL, WINDOWED = (*BEFORE_4, *GEMMA_4), ("gemma2", "gemma3", *GEMMA_4)
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Field → the families for which transformers reads it. For other families it has no effect.
 APPLIED = {
     **dict.fromkeys((*SHAPES, *TOKENS, "model_type", "rms_norm_eps"), ALL),
     **dict.fromkeys(("max_position_embeddings", "tie_word_embeddings", "dtype"), ALL),
     **dict.fromkeys(("rope_parameters", "rope_scaling", "rope_theta"), ALL),
-    **dict.fromkeys(("query_pre_attn_scalar", "sliding_window", "layer_types"), WINDOWED),
+    **dict.fromkeys(("sliding_window", "layer_types", "final_logit_softcapping"), WINDOWED),
+    **dict.fromkeys(("global_head_dim", "num_global_key_value_heads", "per_layer_config"), GEMMA_4),
+    **dict.fromkeys(("attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp"), GEMMA_4),
+    **dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input"), ("gemma4",)),
+    "query_pre_attn_scalar": ("gemma2", "gemma3"),
     "torch_dtype": ALL,  # older name of dtype
-    "text_config": ("gemma3",),
-    "final_logit_softcapping": WINDOWED,
+    "text_config": MULTIMODAL,
     "attn_logit_softcapping": ("gemma2",),
     "sliding_window_pattern": ("gemma3",),
     "rope_local_base_freq": ("gemma3",),
@@ -42,12 +51,20 @@ REFUSED: dict[str, tuple[tuple[str, ...], tuple[Any, ...], str]] = {
     "hidden_act": (("gemma",), ("gelu", "gelu_pytorch_tanh"), USE_HF),
     "hidden_activation": (WINDOWED, ("gelu_pytorch_tanh",), USE_HF),
     "attention_bias": (ALL, (False,), USE_HF),
-    "use_bidirectional_attention": (ALL, (False, None), USE_HF),
+    "use_bidirectional_attention": (BEFORE_4, (False, None), USE_HF),
     "partial_rotary_factor": (ALL, (1,), USE_HF),
     "is_encoder_decoder": (ALL, (False,), "use transformers"),
-    "per_layer_config": (ALL, (None,), "use transformers"),
+    "per_layer_config": (BEFORE_4, (None,), "use transformers"),
     "quantization_config": (
         ALL, (None,), "use a .gguf file, an unquantized checkpoint, or transformers"
+    ),
+}  # fmt: skip
+REFUSED_IN_GEMMA_4: dict[str, tuple[tuple[str, ...], tuple[Any, ...], str]] = {
+    # "vision": tokens of one image see each other. Attention between tokens of text is causal.
+    "use_bidirectional_attention": (GEMMA_4, (False, None, "vision"), "use transformers"),
+    "enable_moe_block": (
+        ("gemma4",), (False,),
+        "Gemma 4's mixture of experts (26B-A4B) does not run here: use transformers or llama.cpp",
     ),
 }  # fmt: skip
 # Fields without an effect on logits: transformers ignores them when it runs a Gemma model.
@@ -57,8 +74,12 @@ IGNORED = {
     "output_attentions", "output_hidden_states", "problem_type", "return_dict",
     "transformers_version", "use_cache",
     # Parts of a multimodal model that are not read.
-    "boi_token_id", "boi_token_index", "eoi_token_id", "eoi_token_index", "image_token_id",
-    "image_token_index", "mm_tokens_per_image", "vision_config",
+    "audio_config", "audio_token_id", "boa_token_id", "boi_token_id", "boi_token_index",
+    "eoa_token_id", "eoa_token_index", "eoi_token_id", "eoi_token_index", "image_token_id",
+    "image_token_index", "mm_tokens_per_image", "video_token_id", "vision_config",
+    "vision_soft_tokens_per_image",
+    # Read by transformers if enable_moe_block is true only.
+    "moe_intermediate_size", "num_experts", "top_k_experts",
     # Written by old releases of transformers, and by libraries for training.
     "_attn_implementation_autoset", "_name_or_path", "_sliding_window_pattern",
     "attn_implementation", "model_max_length", "unsloth_fixed", "unsloth_version",
@@ -82,6 +103,14 @@ DEFAULT_SHAPES = {
     "gemma": (256_000, 3072, 28, 16, 16, 256, 24576),
     "gemma2": (256_000, 2304, 26, 8, 4, 256, 9216),
     "gemma3": (262_208, 2304, 26, 8, 4, 256, 9216),
+    **dict.fromkeys(GEMMA_4, (262_144, 2304, 30, 8, 4, 256, 9216)),
+}
+# transformers' defaults for other fields.
+DEFAULTS = FAMILIES | {
+    "gemma4": FAMILIES["gemma4"]
+    | {"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262_144},
+    "gemma4_unified": FAMILIES["gemma4"]
+    | {"max_position_embeddings": 262_144, "sliding_window": 1024},
 }
 NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 
@@ -89,8 +118,8 @@ NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping
 def config_from_json(config: Mapping[str, Any], source: str = "config.json") -> GemmaConfig:
     """Converts the content of a config.json. Warnings name `source`.
 
-    In a multimodal Gemma 3, the text model's fields are under `text_config`, and fields with
-    default values are missing. Raises ValueError for models other than Gemma, and for variants that
+    In a multimodal model, the text model's fields are under `text_config`, and fields with default
+    values are missing. Raises ValueError for models other than Gemma, and for variants that
     are not supported.
     """
     if not isinstance(config, Mapping):
@@ -105,7 +134,7 @@ def config_from_json(config: Mapping[str, Any], source: str = "config.json") -> 
     for name, value in given.items():
         _check_field(name, value, family, source)
     read = {name: value for name, value in given.items() if family in APPLIED.get(name, ())}
-    values = dict(zip(SHAPES, DEFAULT_SHAPES[family], strict=True)) | FAMILIES[family]
+    values = dict(zip(SHAPES, DEFAULT_SHAPES[family], strict=True)) | DEFAULTS[family]
     for name in {f.name for f in fields(GemmaConfig)} | {"sliding_window_pattern"}:
         if (value := read.get(name)) is not None or (name in read and name in NULLABLE):
             values[name] = tuple(value) if isinstance(value, list) else value
@@ -113,8 +142,11 @@ def config_from_json(config: Mapping[str, Any], source: str = "config.json") -> 
     if family == "gemma":
         values["query_pre_attn_scalar"] = values["head_dim"]
     values.setdefault("query_pre_attn_scalar", 256)
-    context = values["max_position_embeddings"]
-    return GemmaConfig(**values | {"model_type": family} | rope_of(read, family, context))
+    values["model_type"] = family.removesuffix("_unified")
+    if family in GEMMA_4:
+        values |= layer_fields(read, values, source)
+    kinds, context = values.get("layer_types", ()), values["max_position_embeddings"]
+    return GemmaConfig(**values | rope_of(read, values["model_type"], context, kinds))
 
 
 def dtype_name(config: Mapping[str, Any]) -> str | None:
@@ -127,17 +159,18 @@ def dtype_name(config: Mapping[str, Any]) -> str | None:
 def _text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of the text model. In a multimodal config they are under `text_config`,
     but token ids and `tie_word_embeddings` outside of it come first, as in transformers."""
-    if config["model_type"] != "gemma3":
+    kind = config["model_type"]
+    if kind not in MULTIMODAL:
         return dict(config)
     given = config.get("text_config")
     if not isinstance(given, Mapping):
         raise ValueError(
-            f"text_config={given!r:.60} must be a JSON object: model_type gemma3 is multimodal; a"
-            " text model has model_type gemma3_text"
+            f"text_config={given!r:.60} must be a JSON object: model_type {kind} is multimodal; a"
+            f" text model has model_type {kind}_text"
         )
-    if given.get("model_type", "gemma3_text") != "gemma3_text":
-        raise ValueError(f"text_config: model_type {given['model_type']!r:.80} is not gemma3_text")
-    if given.get("final_logit_softcapping") is not None:
+    if given.get("model_type", f"{kind}_text") != f"{kind}_text":
+        raise ValueError(f"text_config: model_type {given['model_type']!r:.80} is not {kind}_text")
+    if kind == "gemma3" and given.get("final_logit_softcapping") is not None:
         raise ValueError(
             "text_config.final_logit_softcapping is not supported: transformers ignores it in the"
             " multimodal model, and applies it in the text model; remove it, or save the text model"
@@ -151,14 +184,15 @@ _OUTSIDE = (*TOKENS, "tie_word_embeddings", "model_type")
 
 def _check_field(name: str, value: Any, family: str, source: str) -> None:
     """Raises ValueError for a value that is not supported. Warns if the field is unknown."""
-    if name in REFUSED:
-        families, supported, way_out = REFUSED[name]
+    refused = REFUSED_IN_GEMMA_4 if family in GEMMA_4 else {}
+    if rule := refused.get(name) or REFUSED.get(name):
+        families, supported, way_out = rule
         if family in families and value is not None and value not in supported:
             raise ValueError(
                 f"{name}={value!r:.80} is not supported, only"
                 f" {' or '.join(str(x) for x in supported)}: {way_out}"
             )
-    elif name not in APPLIED and name not in IGNORED:
+    elif name not in {*APPLIED, *IGNORED, *REFUSED_IN_GEMMA_4}:
         warnings.warn(
             f"{source}: the field {name}={value!r:.60} is unknown and has no effect",
             stacklevel=2,

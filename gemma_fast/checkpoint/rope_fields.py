@@ -1,17 +1,18 @@
 """Converts the rotary fields of a config.json to RopeParameters, as transformers reads them.
 
-transformers 5 writes `rope_parameters`, for Gemma 3 with one object per layer type. transformers 4
-wrote `rope_theta`, `rope_local_base_freq` and `rope_scaling`.
+transformers 5 writes `rope_parameters`, for Gemma 3 and 4 with one object per layer type.
+transformers 4 wrote `rope_theta`, `rope_local_base_freq` and `rope_scaling`.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gemma_fast.config import FULL, ROPE_RANGES, SLIDING, RopeParameters, check_number
+from gemma_fast.config import FULL, SLIDING, RopeParameters
+from gemma_fast.ranges import ROPE_RANGES, check_number
 
 USE_HF = "load the model with transformers and call gemma_fast.hf.accelerate(model)"
 THETAS = {"gemma": 1e4, "gemma2": 1e4, "gemma3": 1e6}  # default theta of full layers
@@ -27,16 +28,22 @@ KEYS = {
         "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
     },
 }  # fmt: skip
+KEYS_OF_GEMMA_4 = KEYS | {"proportional": {"rope_theta", "factor", "partial_rotary_factor"}}
 ROUNDED = {"truncate": True}  # transformers ignores `truncate` in the object of a layer type
 OTHER_KEYS = {"rope_type", "type", "partial_rotary_factor"}
 
 
-def rope_of(read: Mapping[str, Any], family: str, context: int) -> dict[str, RopeParameters]:
-    """Returns the fields `full_rope` and `sliding_rope` of GemmaConfig.
+def rope_of(
+    read: Mapping[str, Any], family: str, context: int, kinds: Sequence[str] = (FULL, SLIDING)
+) -> dict[str, RopeParameters]:
+    """Returns the fields `full_rope` and `sliding_rope` of GemmaConfig; {}: the family's defaults.
 
     read     the applied fields of config.json
     context  max_position_embeddings, the default of YaRN's original context
+    kinds    the types of the model's layers
     """
+    if family == "gemma4":
+        return _rope_of_gemma4(read, context, kinds)
     new, scaling = (_mapping(name, read.get(name)) for name in ("rope_parameters", "rope_scaling"))
     theta, per_type = read.get("rope_theta"), FULL in new or SLIDING in new
     theta = {"rope_theta": THETAS[family] if theta is None else theta}
@@ -59,16 +66,40 @@ def rope_of(read: Mapping[str, Any], family: str, context: int) -> dict[str, Rop
     }
 
 
-def _parameters(given: Mapping[str, Any], context: int) -> RopeParameters:
+def _rope_of_gemma4(
+    read: Mapping[str, Any], context: int, kinds: Sequence[str]
+) -> dict[str, RopeParameters]:
+    """transformers requires an object for each layer type of the model, and `rope_theta` in it."""
+    new = _mapping("rope_parameters", read.get("rope_parameters"))
+    if read.get("rope_scaling") is not None:
+        raise ValueError("rope_scaling is not supported for Gemma 4: write rope_parameters")
+    if read.get("rope_parameters") is None:
+        return {}
+    found: dict[str, RopeParameters] = {}
+    for kind, field in ((FULL, "full_rope"), (SLIDING, "sliding_rope")):
+        given = dict(_mapping(f"rope_parameters.{kind}", new.get(kind)))
+        if new.get(kind) is None and kind in kinds:
+            raise ValueError(f"rope_parameters={new!r:.80} needs an object for {kind}")
+        theta = read.get("rope_theta") if given.get("rope_theta") is None else given["rope_theta"]
+        if theta is None and given:
+            raise ValueError(f"rope_parameters.{kind}={given!r:.80} needs a rope_theta")
+        given |= ({} if theta is None else {"rope_theta": theta}) | ROUNDED
+        found[field] = _parameters(given, context, KEYS_OF_GEMMA_4)
+    return found
+
+
+def _parameters(
+    given: Mapping[str, Any], context: int, keys: Mapping[str, set[str]] = KEYS
+) -> RopeParameters:
     kind = given.get("rope_type", given.get("type")) or "default"
-    if not isinstance(kind, str) or kind not in KEYS:
-        raise ValueError(f"rope_type {kind!r} is not supported, only {', '.join(KEYS)}: {USE_HF}")
-    if unknown := sorted(given.keys() - set().union(*KEYS.values()) - OTHER_KEYS):
+    if not isinstance(kind, str) or kind not in keys:
+        raise ValueError(f"rope_type {kind!r} is not supported, only {', '.join(keys)}: {USE_HF}")
+    if unknown := sorted(given.keys() - set().union(*keys.values()) - OTHER_KEYS):
         warnings.warn(f"config.json: rope parameter {unknown[0]!r} has no effect", stacklevel=2)
     if given.get("partial_rotary_factor") not in (None, 1) and kind in ("linear", "yarn"):
         partial = given["partial_rotary_factor"]
         raise ValueError(f"partial_rotary_factor={partial!r} is not supported, only 1: {USE_HF}")
-    values = {name: given[name] for name in KEYS[kind] if given.get(name) is not None}
+    values = {name: given[name] for name in keys[kind] if given.get(name) is not None}
     if kind in ("default", "dynamic"):
         return RopeParameters(**values)
     if kind == "linear" and "factor" not in values:

@@ -17,8 +17,11 @@ from gemma_fast.checkpoint.names import text_name
 from gemma_fast.config import GemmaConfig
 
 CLASSES = (
-    "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"
+    "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration",
+    "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Gemma4UnifiedForCausalLM",
+    "Gemma4UnifiedForConditionalGeneration",
 )  # fmt: skip
+SCALAR = ".layer_scalar"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,7 +36,7 @@ class TransformersCheckpoint(Checkpoint):
 
     def __init__(self, source: nn.Module) -> None:
         self.path = Path(type(source).__name__)
-        found = _text_parameters(source)
+        found = _text_weights(source)
         self.config = replace(_read_config(source), tie_word_embeddings=_is_tied(found))
         self.tensors = _check_weights(found, self.config)
         self.shapes = {name: tuple(weight.shape) for name, weight in self.tensors.items()}
@@ -59,10 +62,12 @@ def _read_config(source: nn.Module) -> GemmaConfig:
         raise ValueError(f"{kind}: {error}") from error
 
 
-def _text_parameters(source: nn.Module) -> dict[str, Tensor]:
-    """Returns a dict: name in a checkpoint → parameter of the text model."""
+def _text_weights(source: nn.Module) -> dict[str, Tensor]:
+    """Returns a dict: name in a checkpoint → parameter or buffer with a weight of the text model.
+    Gemma 4 has one number per layer in a buffer."""
+    buffers = (item for item in source.named_buffers() if item[0].endswith(SCALAR))
     found: dict[str, Tensor] = {}
-    for stored_name, weight in source.named_parameters(remove_duplicate=False):
+    for stored_name, weight in (*source.named_parameters(remove_duplicate=False), *buffers):
         if (name := text_name(stored_name)) is not None:
             found[name] = weight
     return found
@@ -108,7 +113,8 @@ def _check_weights(found: dict[str, Tensor], config: GemmaConfig) -> dict[str, T
 
 
 def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
-    if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
+    kind = Tensor if name.endswith(SCALAR) else nn.Parameter
+    if type(weight) is not kind or weight.dtype not in DTYPES:
         raise ValueError(
             f"parameter {name} is a {type(weight).__name__} of {weight.dtype}: quantized and"
             " distributed weights are not supported, only float32, bfloat16 and float16"

@@ -117,7 +117,7 @@ class Decoder:
         ):
             sampler.read(ids, attention_mask)
             for chunk in chunks:
-                self.model.hidden_states(chunk, cache)
+                self.model.hidden_states(chunk, cache, keep=0)
             self.model.step(last, cache, sampler)
 
     def step(self) -> None:

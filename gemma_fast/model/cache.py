@@ -3,7 +3,8 @@
 Each layer has a ring of slots: slot `p % slots` stores position p. The ring of a full layer has a
 slot for every position, so it never wraps. The ring of a layer with a window of W tokens has at
 most W slots, so its memory does not grow with the context. Unless it is W, the number of slots is a
-multiple of BLOCK, because the attention kernel copies blocks of keys.
+multiple of BLOCK, because the attention kernel copies blocks of keys. Layers that read an earlier
+layer's keys and values (Gemma 4) have no ring.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_fast.config import GemmaConfig
+from gemma_fast.config import GemmaConfig, LayerShape
 from gemma_fast.model.padding import check_position_ids, check_shape, left_padding
 from gemma_fast.model.rope import Rope
 
@@ -35,11 +36,12 @@ class _Row:
 class KVCache:
     """Stores keys and values of `batch` sequences (rows) of up to `max_length` tokens each.
 
-    keys, values  :: list with one [b, n, slots, d] per layer
+    keys, values  :: list with one [b, n, slots, d] per layer with keys and values of its own; n, d
+                     and slots are the layer's
     next_position :: [b], int32: position of each row's next token; negative while a row is still in
                      its left padding
     angles        :: layer type → cos, sin :: [≥ max_length, d / 2], fp32, see rope.py
-    counter       :: [≥ b * n], int32, zeros: kernels count their finished programs here
+    counter       :: [≥ b * n] for all n, int32, zeros: kernels count their finished programs here
 
     All these tensors are on the device. If the cache is full, `reserve` doubles its length, up to
     the model's context; with grows=False it raises ValueError instead. All caches of a model share
@@ -60,12 +62,14 @@ class KVCache:
         if batch < 1 or max_length < 1:
             raise ValueError(f"{batch=} and {max_length=} must both be at least 1")
         self.config, self.grows, self._rope = config, grows, rope or Rope(config)
-        self._windows = [config.window(i) for i in range(config.num_hidden_layers)]
-        shape = (batch, config.num_key_value_heads, 0, config.head_dim)
-        empty = torch.zeros(shape, dtype=dtype, device=device)
-        self.keys, self.values = ([empty] * len(self._windows) for _ in "kv")
+        self._layers = _own_layers(config)
+        shapes = [(batch, x.num_key_value_heads, 0, x.head_dim) for x in self._layers]
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes] for _ in "kv"
+        )
         self.next_position = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.counter = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
+        counters = max(batch * n for _, n, _, _ in shapes)
+        self.counter = torch.zeros(counters, dtype=torch.int32, device=device)
         self._rows = [_Row() for _ in range(batch)]
         self._allocate(max_length)
 
@@ -106,9 +110,11 @@ class KVCache:
     @staticmethod
     def bytes_needed(config: GemmaConfig, batch: int, max_length: int, dtype: torch.dtype) -> int:
         """Returns `nbytes` of a cache with these settings."""
-        windows = (config.window(i) for i in range(config.num_hidden_layers))
-        slots = sum(_slots(window, max_length) for window in windows)
-        return 2 * batch * config.num_key_value_heads * slots * config.head_dim * dtype.itemsize
+        values = sum(
+            x.num_key_value_heads * _slots(x.window, max_length) * x.head_dim
+            for x in _own_layers(config)
+        )
+        return 2 * batch * values * dtype.itemsize
 
     def rows(self, rows: int | slice) -> KVCache:
         """Returns a cache of these rows that shares this cache's memory and token counts.
@@ -258,8 +264,8 @@ class KVCache:
     def _allocate(self, max_length: int) -> None:
         self.max_length = max_length
         self.angles = self._rope.tables(max_length, self.next_position.device)
-        for layer, window in enumerate(self._windows):
-            slots = _slots(window, max_length)
+        for layer, shape in enumerate(self._layers):
+            slots = _slots(shape.window, max_length)
             for rings in (self.keys, self.values):
                 b, n, used, d = rings[layer].shape
                 if slots > used:
@@ -267,6 +273,11 @@ class KVCache:
                     longer = rings[layer].new_zeros(b, n, slots, d)
                     longer[:, :, :used] = rings[layer]
                     rings[layer] = longer
+
+
+def _own_layers(config: GemmaConfig) -> list[LayerShape]:
+    """Returns the layers with keys and values of their own. They come before all others."""
+    return [layer for i, layer in enumerate(config.layers) if layer.kv_layer == i]
 
 
 def _slots(window: int | None, max_length: int) -> int:

@@ -19,10 +19,11 @@ from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.attention import HEAD_DIMS
 from gemma_fast.kernels.embed import embed
 from gemma_fast.kernels.lm_head import next_token, soft_cap_logits
-from gemma_fast.kernels.matvec import norm_linear
+from gemma_fast.kernels.matvec import linear, norm_linear
+from gemma_fast.kernels.per_layer import per_layer_inputs
 from gemma_fast.kernels.sample import sample_token
 from gemma_fast.model.cache import KVCache
-from gemma_fast.model.layer import Layer, Residual, frozen
+from gemma_fast.model.layer import Context, Layer, Residual, frozen
 from gemma_fast.model.rope import Rope
 
 
@@ -48,8 +49,14 @@ class Sampler(Protocol):
     def process(self) -> Callable[[Tensor], Tensor] | None: ...
 
 
+# Weights of the per-layer embeddings. Only some models have them.
+PER_LAYER_WEIGHTS = (
+    "embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm",
+)  # fmt: skip
+
+
 class Gemma(nn.Module):
-    """The weights of Gemma 1, 2 or 3 (text), and its forward pass.
+    """The weights of Gemma 1 to 4 (text), and its forward pass.
 
     The weights are frozen, because the kernels have no backward. A new instance has uninitialized
     weights. state_dict() contains fused weights, so another instance can load it, but it does not
@@ -57,6 +64,9 @@ class Gemma(nn.Module):
     """
 
     head_dims = HEAD_DIMS  # head dims that the kernels support on a GPU
+    embed_tokens_per_layer: Tensor | None
+    per_layer_model_projection: Tensor | None
+    per_layer_projection_norm: Tensor | None
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -68,7 +78,12 @@ class Gemma(nn.Module):
         self.norm = frozen(config.hidden_size)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else frozen(config.vocab_size, config.hidden_size)
+        shapes = config.tensor_shapes()
+        for name in PER_LAYER_WEIGHTS:
+            shape = shapes.get(f"model.{name}.weight")
+            self.register_parameter(name, None if shape is None else frozen(*shape))
         self.rope = Rope(config)
+        self.norms: dict[str, Any] = {"eps": config.rms_norm_eps, "offset": config.norm_offset}
 
     @property
     def parts(self) -> dict[str, list[str]]:
@@ -76,6 +91,8 @@ class Gemma(nn.Module):
         parts = {"embed_tokens": ["model.embed_tokens.weight"], "norm": ["model.norm.weight"]}
         if self.lm_head is not None:
             parts["lm_head"] = ["lm_head.weight"]
+        if self.embed_tokens_per_layer is not None:
+            parts |= {name: [f"model.{name}.weight"] for name in PER_LAYER_WEIGHTS}
         for i, layer in enumerate(self.layers):
             parts |= {f"layers.{i}.{name}": given for name, given in layer.parts.items() if given}
         return parts
@@ -106,7 +123,7 @@ class Gemma(nn.Module):
 
         The caller must have reserved room for t tokens in the cache.
         """
-        hiddens = self.hidden_states(ids, cache).last(1)
+        hiddens = self.hidden_states(ids, cache, keep=1).last(1)
         position, counter, token = cache.next_position, cache.counter, sampler.token
         settings = sampler.temperature, sampler.seed
         if sampler.process is not None:
@@ -117,33 +134,60 @@ class Gemma(nn.Module):
         next_token(
             hiddens.x[:, -1], hiddens.residual[:, -1], self.norm, hiddens.post_norm,
             self.output_weight, position, token, counter, *settings,
-            softcap=self.config.final_logit_softcapping, eps=self.config.rms_norm_eps,
-            pdl=True,
+            softcap=self.config.final_logit_softcapping, layer_scalar=hiddens.layer_scalar,
+            pdl=True, **self.norms,
         )  # fmt: skip
 
-    def hidden_states(self, ids: Tensor, cache: KVCache) -> Residual:
+    def hidden_states(self, ids: Tensor, cache: KVCache, keep: int | None = None) -> Residual:
         """Returns the residual stream of ids :: [b, t] after the last layer, before the final norm.
 
         Adds the t tokens to the cache, in which the caller must have reserved room for them.
+
+        keep  number of last tokens that the caller needs; None: all. Layers that read an earlier
+              layer's K and V compute only these, and the returned stream has at least these; with
+              0 such layers are skipped, and the returned stream has no meaning
         """
         t = ids.shape[1]
+        keep = t if keep is None else min(keep, t)
         assert cache.length + t <= cache.max_length, f"no room for {t} tokens: {cache.length=}"
         with cache.unfinished("a forward pass did not finish"):
-            angles = cache.angles_of(t)
             stream = Residual(embed(ids, self.embed_tokens, self.config.hidden_size**0.5, pdl=True))
-            for layer in self.layers:
-                stream = layer(stream, angles, cache)
+            context = Context(
+                cache, cache.next_position, cache.angles_of(t), self.per_layer(ids, stream.x), {}
+            )
+            own = self.config.num_hidden_layers - self.config.num_kv_shared_layers
+            for i, layer in enumerate(self.layers[: None if keep else own]):
+                if i == own and keep < t:
+                    stream, context = stream.last(keep), context.last(keep, t)
+                stream = layer(stream, context)
             cache.advance(t)
         return stream
+
+    def per_layer(self, ids: Tensor, embeddings: Tensor) -> Tensor | None:
+        """Returns the inputs of the layers' gates :: [b, t, layers, p], or None if the model has no
+        per-layer embeddings. embeddings: those of ids :: [b, t, hidden]."""
+        if self.embed_tokens_per_layer is None:
+            return None
+        assert self.per_layer_model_projection is not None
+        assert self.per_layer_projection_norm is not None
+        projected = linear(embeddings, self.per_layer_model_projection, pdl=True)
+        return per_layer_inputs(
+            projected, ids, self.embed_tokens_per_layer, self.per_layer_projection_norm,
+            scale=self.config.hidden_size**-0.5, pdl=True, **self.norms,
+        )  # fmt: skip
 
     def logits(self, hiddens: Residual) -> Tensor:
         """Returns logits :: [b, t, vocab]."""
         logits, _ = norm_linear(
             hiddens.x, hiddens.residual, self.norm, hiddens.post_norm, self.output_weight,
-            eps=self.config.rms_norm_eps,
+            layer_scalar=hiddens.layer_scalar, **self.norms,
         )  # fmt: skip
         return soft_cap_logits(logits, self.config.final_logit_softcapping)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Gemma:
         self.rope.clear()  # the weights may move to another device
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        table = self.embed_tokens_per_layer
+        if table is not None and table.is_cpu and self.device.type == "cuda":
+            table.data = table.data.pin_memory()  # a converted table is not pinned
+        return self

@@ -1,18 +1,21 @@
 """One layer of Gemma on the kernels: its weights, attention and MLP.
 
-A layer has five steps. In a decode step of a few sequences, each of these steps is one kernel:
+A layer has five steps, and two more in models with per-layer embeddings. In a decode step of a few
+sequences, each of these steps is one kernel:
 
     norm, QKV projection → attention → output projection → norm, gate and up projection, GeGLU
-    → down projection
+    → down projection (→ per-layer gate, GeGLU → per-layer projection)
 
     b batch · t new tokens · n kv heads · m query heads per kv head · d head dim
 
-Projections that read the same input are fused into one matmul: `qkv_proj`, `gate_up_proj`.
+Projections that read the same input are fused into one matmul: `qkv_proj`, `gate_up_proj`. In
+layers that read an earlier layer's keys and values, `qkv_proj` has queries only; where values are
+keys (K = V), it has queries and keys.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +40,10 @@ LAYER_WEIGHTS = {
     "gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
     "down_proj": ["mlp.down_proj"],
     "post_feedforward_layernorm": ["post_feedforward_layernorm"],
+    "per_layer_input_gate": ["per_layer_input_gate"],
+    "per_layer_projection": ["per_layer_projection"],
+    "post_per_layer_input_norm": ["post_per_layer_input_norm"],
+    "layer_scalar": ["layer_scalar"],
 }
 # Gemma 1 has only two norms per layer. In its checkpoints, post_attention_layernorm is the name of
 # the norm before the MLP.
@@ -49,19 +56,54 @@ GEMMA1_WEIGHTS = {
 class Residual(NamedTuple):
     """The residual stream, stored as two terms, which the op of the next norm adds.
 
-    x          [b, t, hidden], the previous layer's output, not yet added to `residual`
-    residual   [b, t, hidden]; None: x is the embedding, and there is nothing to add
-    post_norm  [hidden], weight of the norm that is applied to x before x is added; None: no norm
+    x             [b, t, hidden], the previous layer's output, not yet added to `residual`
+    residual      [b, t, hidden]; None: x is the embedding, and there is nothing to add
+    post_norm     [hidden], weight of the norm that is applied to x before x is added; None: no norm
+    layer_scalar  [1], multiplies the sum; None: the sum is the stream
     """
 
     x: Tensor
     residual: Tensor | None = None
     post_norm: Tensor | None = None
+    layer_scalar: Tensor | None = None
 
     def last(self, tokens: int) -> Residual:
         """Returns the stream of only the last `tokens` tokens, or of all tokens if it is 0."""
         assert self.residual is not None
-        return Residual(self.x[:, -tokens:], self.residual[:, -tokens:], self.post_norm)
+        x, residual = self.x[:, -tokens:], self.residual[:, -tokens:]
+        return self._replace(x=x, residual=residual)
+
+
+class Context(NamedTuple):
+    """What the layers of one forward pass share.
+
+    cache         receives the tokens' K and V
+    query_offset  [b], int32: position of each row's first token in the stream
+    angles        layer type → cos and sin of the tokens' rotary angles, from `cache.angles_of`
+    per_layer     [b, t, layers, p]: inputs of the layers' gates; None: no per-layer embeddings
+    rings         layer → its rings of K and V with all tokens, for later layers that read them;
+                  empty in a decode step, where they read the cache
+    """
+
+    cache: KVCache
+    query_offset: Tensor
+    angles: Tables
+    per_layer: Tensor | None
+    rings: dict[int, tuple[Tensor, Tensor]]
+
+    def last(self, tokens: int, of: int) -> Context:
+        """Returns the context of only the last `tokens` of `of` tokens."""
+        if tokens == 1:
+            angles = self.cache.angles_of(1)
+        else:
+            angles = {
+                kind: (cos[:, -tokens:].contiguous(), sin[:, -tokens:].contiguous())
+                for kind, (cos, sin) in self.angles.items()
+            }
+        per_layer = None if self.per_layer is None else self.per_layer[:, -tokens:]
+        return self._replace(
+            query_offset=self.query_offset + (of - tokens), angles=angles, per_layer=per_layer
+        )
 
 
 class Layer(nn.Module):
@@ -77,14 +119,21 @@ class Layer(nn.Module):
     gate_up_proj: Tensor
     down_proj: Tensor
     post_feedforward_layernorm: Tensor | None
+    per_layer_input_gate: Tensor | None
+    per_layer_projection: Tensor | None
+    post_per_layer_input_norm: Tensor | None
+    layer_scalar: Tensor | None
 
     def __init__(self, config: GemmaConfig, index: int) -> None:
         super().__init__()
-        self.config, self.index = config, index
+        self.config, self.index, self.shape = config, index, config.layers[index]
+        self.norms: dict[str, Any] = {"eps": config.rms_norm_eps, "offset": config.norm_offset}
+        self.kv_is_read = any(x.kv_layer == index for x in config.layers[index + 1 :])
         shapes = config.tensor_shapes()
         self.parts: dict[str, list[str]] = {}
         for name, parts in (LAYER_WEIGHTS | ({} if config.post_norms else GEMMA1_WEIGHTS)).items():
-            tensors = [f"model.layers.{index}.{part}.weight" for part in parts]
+            suffix = "" if name == "layer_scalar" else ".weight"
+            tensors = [f"model.layers.{index}.{part}{suffix}" for part in parts]
             self.parts[name] = [tensor for tensor in tensors if tensor in shapes]
             weight = None
             if self.parts[name]:
@@ -92,47 +141,62 @@ class Layer(nn.Module):
                 weight = frozen(rows, *shapes[self.parts[name][0]][1:])
             self.register_parameter(name, weight)
 
-    def forward(self, stream: Residual, angles: Tables, cache: KVCache) -> Residual:
-        """Returns the residual stream after this layer. Writes the tokens' K and V to the cache.
-
-        angles: layer type → cos and sin of the tokens' rotary angles, from `cache.angles_of`.
-        """
-        eps = self.config.rms_norm_eps
+    def forward(self, stream: Residual, context: Context) -> Residual:
+        """Returns the residual stream after this layer. Writes the tokens' K and V to the cache."""
         qkv, residual = norm_linear(
             stream.x, stream.residual, self.input_layernorm, stream.post_norm, self.qkv_proj,
-            eps=eps, pdl=True,
+            layer_scalar=stream.layer_scalar, pdl=True, **self.norms,
         )  # fmt: skip
-        x = linear(self.attend(qkv, angles, cache), self.o_proj, pdl=True)
+        x = linear(self.attend(qkv, context), self.o_proj, pdl=True)
         x, residual = norm_linear(
             x, residual, self.pre_feedforward_layernorm, self.post_attention_layernorm,
-            self.gate_up_proj, geglu=True, eps=eps, pdl=True,
+            self.gate_up_proj, geglu=True, pdl=True, **self.norms,
         )  # fmt: skip
-        x = linear(x, self.down_proj, pdl=True)
-        return Residual(x, residual, self.post_feedforward_layernorm)
+        x, post_norm = linear(x, self.down_proj, pdl=True), self.post_feedforward_layernorm
+        if self.per_layer_input_gate is not None:
+            assert context.per_layer is not None and self.per_layer_projection is not None
+            x, residual = norm_linear(
+                x, residual, None, post_norm, self.per_layer_input_gate,
+                up=context.per_layer[:, :, self.index], pdl=True, **self.norms,
+            )  # fmt: skip
+            x = linear(x, self.per_layer_projection, pdl=True)
+            post_norm = self.post_per_layer_input_norm
+        return Residual(x, residual, post_norm, self.layer_scalar)
 
-    def attend(self, qkv: Tensor, angles: Tables, cache: KVCache) -> Tensor:
-        """Writes the K and V in qkv :: [b, t, (n * m + 2 * n) * d] to the cache, and returns
-        attention's output :: [b, t, n * m * d]."""
-        config, (b, t, _), d = self.config, qkv.shape, self.config.head_dim
-        n, heads = config.num_key_value_heads, config.num_attention_heads
-        options = {
-            "scale": config.query_pre_attn_scalar**-0.5, "window": config.window(self.index),
-            "softcap": config.attn_logit_softcapping, "eps": config.rms_norm_eps,
+    def attend(self, qkv: Tensor, context: Context) -> Tensor:
+        """Writes the K and V in qkv :: [b, t, heads * d] to the cache, and returns attention's
+        output :: [b, t, n * m * d]."""
+        config, shape, cache = self.config, self.shape, context.cache
+        (b, t, _), d, heads = qkv.shape, shape.head_dim, config.num_attention_heads
+        n, shares = shape.num_key_value_heads, shape.kv_layer != self.index
+        options: dict[str, Any] = {
+            "scale": config.query_pre_attn_scalar**-0.5, "window": shape.window,
+            "softcap": config.attn_logit_softcapping, **self.norms,
         }  # fmt: skip
-        query_offset = cache.next_position
-        cos, sin = angles[config.layer_types[self.index]]
+        cos, sin = context.angles[shape.kind]
+        qkv = qkv.view(b, t, -1, d)  # [b, t, heads, d]
         if t == 1:
             out = decode_attention(
-                qkv.view(b, heads + 2 * n, d), cache.keys[self.index], cache.values[self.index],
-                cos, sin, query_offset, cache.counter, self.q_norm, self.k_norm, pdl=True,
+                qkv.squeeze(1), cache.keys[shape.kv_layer], cache.values[shape.kv_layer], cos, sin,
+                context.query_offset, cache.counter, self.q_norm, self.k_norm, pdl=True,
+                heads="q" if shares else "qk" if shape.k_eq_v else "qkv", v_norm=config.v_norm,
                 **options,
             )  # fmt: skip
             return out.view(b, 1, heads * d)
-        q, k, v = qkv.view(b, t, heads + 2 * n, d).split((heads, n, n), dim=2)
-        keys, values = cache.rings(self.index, t)
-        rotary_write(k, v, keys, values, cos, sin, query_offset, self.k_norm, config.rms_norm_eps)
-        out = attention(q, keys, values, cos, sin, query_offset, self.q_norm, **options)
-        cache.keep(self.index, keys, values, t)
+        if shares:
+            q, (keys, values) = qkv, context.rings[shape.kv_layer]
+        else:
+            q, k, v = qkv[:, :, :heads], qkv[:, :, heads : heads + n], qkv[:, :, -n:]
+            keys, values = cache.rings(self.index, t)
+            rotary_write(
+                k, v, keys, values, cos, sin, context.query_offset, self.k_norm,
+                v_norm=config.v_norm, **self.norms,
+            )  # fmt: skip
+        out = attention(q, keys, values, cos, sin, context.query_offset, self.q_norm, **options)
+        if not shares:
+            cache.keep(self.index, keys, values, t)
+        if self.kv_is_read:
+            context.rings[self.index] = keys, values
         return out.view(b, t, heads * d)
 
 

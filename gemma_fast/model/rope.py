@@ -54,7 +54,7 @@ def _tables(config: GemmaConfig, positions: int, device: torch.device) -> Tables
     tables = {}
     for kind in set(config.layer_types):
         rope = config.rope(kind)
-        angle = position * inverse_frequencies(rope, config.head_dim, device)
+        angle = position * inverse_frequencies(rope, config.rotary_dim(kind), device)
         tables[kind] = angle.cos() * rope.attention_factor, angle.sin() * rope.attention_factor
     return tables
 
@@ -68,6 +68,8 @@ def inverse_frequencies(rope: RopeParameters, d: int, device: torch.device) -> T
     slow = fast / rope.factor
     if rope.rope_type == "linear":
         return slow
+    if rope.rope_type == "proportional":
+        return slow.where(pair < 2 * int(rope.partial_rotary_factor * d // 2), 0)
     share = _slow_share(rope, d).to(device)
     return slow * share + fast * (1 - share)
 

@@ -12,20 +12,28 @@ from gemma_fast.walkthrough.record import Clock
 
 REPEATS = 10
 BF16 = 2  # bytes
+PER_LAYER_TABLE = "model.embed_tokens_per_layer.weight"
 LONG = 8192  # tokens of the longer context
 # Group → names of its steps, or the last part of these names.
 GROUPS = {
     "embedding": ("embed",),
     "RMSNorm": (
         "norm", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-        "post_feedforward_layernorm", "q_norm", "k_norm",
+        "post_feedforward_layernorm", "q_norm", "k_norm", "v_norm",
     ),
     "projections of attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mask and rotary embedding": ("mask", "angles", "queries", "keys"),
     "attention": ("scores", "weights", "attend"),
     "projections of the MLP": ("gate_proj", "up_proj", "down_proj"),
     "GeGLU": ("geglu",),
-    "residual addition": ("attention", "mlp", "after_attention", "after_mlp"),
+    "per-layer embeddings": (
+        "embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm",
+        "per_layer_inputs", "per_layer_input_gate", "per_layer_geglu", "per_layer_projection",
+        "post_per_layer_input_norm",
+    ),
+    "residual addition": (
+        "attention", "mlp", "after_attention", "after_mlp", "after_per_layer", "layer_scalar",
+    ),
     "output projection": ("embed_tokens", "lm_head", "logits"),
 }  # fmt: skip
 GROUP_OF = {step: group for group, steps in GROUPS.items() for step in steps}
@@ -69,7 +77,10 @@ def bytes_of_a_token(config: GemmaConfig, past: int) -> dict[str, int]:
     if not config.tie_word_embeddings:  # the table of the embedding is not read
         groups["output projection"] -= BF16 * config.vocab_size * config.hidden_size
     groups["embedding"] = BF16 * config.hidden_size
-    for i in range(config.num_hidden_layers):
-        seen = min((config.window(i) or past + 1) - 1, past)
-        groups["attention"] += BF16 * 2 * seen * config.num_key_value_heads * config.head_dim
+    for name, shape in config.tensor_shapes().items():
+        if name == PER_LAYER_TABLE:  # one row is read
+            groups["per-layer embeddings"] -= BF16 * (shape[0] - 1) * shape[1]
+    for layer in config.layers:
+        seen = min((layer.window or past + 1) - 1, past)
+        groups["attention"] += BF16 * 2 * seen * layer.num_key_value_heads * layer.head_dim
     return groups

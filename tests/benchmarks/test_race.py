@@ -23,7 +23,7 @@ from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import PROVIDERS, RINGS, STATIC
 from gemma_fast.benchmarks.model.race import ModelResult, percentile
 from gemma_fast.benchmarks.options import bench
-from gemma_fast.config import PRESETS
+from gemma_fast.presets import PRESETS
 
 ROOF = Roof(copy=2e12, product=1e15)
 GEMMA = PRESETS["gemma-2b"]

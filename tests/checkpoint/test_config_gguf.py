@@ -8,7 +8,8 @@ import pytest
 
 from gemma_fast.checkpoint import config_gguf
 from gemma_fast.checkpoint.config_gguf import config_from_gguf, generation_from_gguf
-from gemma_fast.config import FULL, PRESETS, SLIDING, RopeParameters
+from gemma_fast.config import FULL, SLIDING, RopeParameters
+from gemma_fast.presets import PRESETS
 
 GGUF_270M = {
     "general.architecture": "gemma3",

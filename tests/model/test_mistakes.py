@@ -12,9 +12,11 @@ from gemma_fast.config import SLIDING
 from gemma_fast.reference import Reference
 
 OF_STEPS = {
-    "embeddings not scaled": {"embed": lambda ids, embeddings: embeddings[ids]},
-    "norm without 1 +": {
-        "rms_norm": lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
+    "embeddings not scaled": {"embed": lambda ids, embeddings, *_: embeddings[ids]},
+    "norm with or without 1 +": {
+        "rms_norm": lambda x, weight, eps, offset=1.0, right=reference.rms_norm: right(
+            x, weight, eps, 1 - offset
+        )
     },
     "GELU by erf": {"geglu": lambda gate, up: F.gelu(gate) * up},
     "gate and up swapped": {"geglu": lambda gate, up: F.gelu(up, approximate="tanh") * gate},

@@ -18,11 +18,12 @@ PACKAGE = ROOT / "gemma_fast"
 EVERYTHING = "everything in gemma_fast but cli"
 # For each room or module of gemma_fast: the other rooms and modules that it may import.
 RULES = {
-    "config": "", "memory": "", "compat": "", "demo": "", "kernels": "", "hf": "kernels",
-    "checkpoint": "config",
+    "ranges": "", "config": "ranges", "presets": "config",
+    "memory": "", "compat": "", "demo": "", "kernels": "", "hf": "kernels",
+    "checkpoint": "config, ranges",
     "text": "compat, checkpoint.hub, checkpoint.gguf_reader",
     "model": "config, kernels",
-    "reference": "config, checkpoint",
+    "reference_steps": "config", "reference": "config, checkpoint, reference_steps",
     "engine": "config, memory, compat, model",
     "load": "config, memory, checkpoint, model",
     "causal_lm": "config, compat, checkpoint, model, engine, load",
@@ -37,7 +38,7 @@ RULES = {
     "walkthrough": "__init__, checkpoint, config, load, memory, reference, text",
     "cli": "compat, causal_lm, text, demo, cli_stream, benchmarks, walkthrough",
     "__main__": "cli",
-    "__init__": "config, causal_lm, engine, model, reference, text",
+    "__init__": "config, presets, causal_lm, engine, model, reference, text",
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from gemma_fast.benchmarks.model.transformers_model import transformers_config
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint
-from gemma_fast.config import GemmaConfig, RopeParameters
+from gemma_fast.config import FULL, SLIDING, GemmaConfig, RopeParameters
 from gemma_fast.reference import Reference
 
 _SHARED = {
@@ -37,12 +37,34 @@ _GEMMA3 = GemmaConfig(
     full_rope=RopeParameters(1e6, "linear", 8.0), rms_norm_eps=0.01, **_SHARED,
 )  # fmt: skip
 _GEMMA1 = GemmaConfig(model_type="gemma", query_pre_attn_scalar=32, **_SHARED)
+_GEMMA4 = GemmaConfig(
+    model_type="gemma4", query_pre_attn_scalar=1, sliding_window=8,
+    layer_types=(SLIDING, SLIDING, FULL, SLIDING, FULL),
+    full_rope=RopeParameters(1e6, "proportional", partial_rotary_factor=0.25),
+    global_head_dim=64, final_logit_softcapping=2.0, rms_norm_eps=0.01,
+    **_SHARED | {"num_hidden_layers": 5, "num_key_value_heads": 2},
+)  # fmt: skip
+# transformers 5.24 fails if layers share keys and values without per-layer embeddings.
+_SHARING = {
+    "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 16,
+}  # fmt: skip
 CONFIGS = {
     "gemma-mqa": _GEMMA1,
     "gemma-mha": replace(_GEMMA1, num_key_value_heads=4, tie_word_embeddings=False),
     "gemma2-gqa": replace(_GEMMA2, num_key_value_heads=2),
     "gemma3-mqa": replace(_GEMMA3, num_hidden_layers=7, layer_types=(), sliding_window_pattern=6),
     "gemma3-gqa": replace(_GEMMA3, num_key_value_heads=2, sliding_window=13),
+    "gemma4-k-eq-v": replace(_GEMMA4, attention_k_eq_v=True, num_global_key_value_heads=1),
+    "gemma4-shared": replace(_GEMMA4, **_SHARING),
+    "gemma4-per-layer": replace(_GEMMA4, hidden_size_per_layer_input=16),
+    "gemma4-all": replace(
+        _GEMMA4,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        sliding_window=13,
+        vocab_size_per_layer_input=211,
+        **_SHARING,
+    ),
 }
 
 
@@ -116,4 +138,11 @@ def random_transformers_model(config: GemmaConfig) -> transformers.PreTrainedMod
     for name, weight in hf.named_parameters():
         std = 0.5 if "norm" in name else 1.5 / weight.shape[-1] ** 0.5
         weight.data.normal_(std=std, generator=generator)
+        if "norm" in name and config.norm_offset == 0:
+            weight.data += 1
+        if name.endswith(("q_norm.weight", "k_norm.weight")) and config.query_pre_attn_scalar == 1:
+            weight.data *= 0.5  # scores of about 10, as tolerances.py assumes
+    for name, scalar in hf.named_buffers():
+        if name.endswith("layer_scalar"):
+            scalar.data.uniform_(0.4, 1.2, generator=generator)
     return hf

@@ -83,8 +83,11 @@ def logits_error(config: GemmaConfig, tokens: int) -> float:
     All sums on the path from a token to its logits add up. A relative error of queries and keys
     changes softmax weights by this error times the score, and scores are about 10.
     """
-    heads = config.num_attention_heads * config.head_dim
-    attention = config.hidden_size + config.head_dim + 2 * tokens + heads
-    mlp = config.hidden_size + config.intermediate_size
-    roundings = config.num_hidden_layers * (attention + mlp) + config.hidden_size
+    roundings, hidden = config.hidden_size, config.hidden_size
+    for layer in config.layers:
+        heads = config.num_attention_heads * layer.head_dim
+        roundings += hidden + layer.head_dim + 2 * tokens + heads
+        roundings += hidden + layer.intermediate_size
+        if config.hidden_size_per_layer_input:
+            roundings += hidden + config.hidden_size_per_layer_input
     return 10 * rounding_error(roundings)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gemma_fast.config import PRESETS
+from gemma_fast.presets import PRESETS
 from gemma_fast.walkthrough import cost
 from gemma_fast.walkthrough.cost import GROUPS, bytes_of_a_token, long_context, time_of_a_token
 from gemma_fast.walkthrough.record import Clock
@@ -22,6 +22,7 @@ def test_bytes_of_gemma_2b():
         "attention": layers * 2 * 10 * 256,  # K and V of ten tokens
         "projections of the MLP": layers * 3 * mlp * hidden,
         "GeGLU": 0,
+        "per-layer embeddings": 0,
         "residual addition": 0,
         "output projection": 256_000 * hidden,
     }
@@ -36,12 +37,15 @@ def test_all_weights_are_read_once(name, tied):
     config = replace(PRESETS[name], tie_word_embeddings=tied)
     table = config.vocab_size * config.hidden_size
     read = config.num_parameters - (0 if tied else table) + config.hidden_size
+    per_layer = config.num_hidden_layers * config.hidden_size_per_layer_input
+    read -= (config.vocab_size - 1) * per_layer  # one row of the per-layer embeddings is read
     for past in (5, 5000):
-        keys = sum(
-            min(config.sliding_window - 1, past) if "sliding" in kind else past
-            for kind in config.layer_types
-        )  # a window includes the new token's own key, which is not read
-        cache = keys * 2 * config.num_key_value_heads * config.head_dim
+        cache = sum(
+            # A window includes the new token's own key, which is not read.
+            (min(config.sliding_window - 1, past) if "sliding" in layer.kind else past)
+            * 2 * layer.num_key_value_heads * layer.head_dim
+            for layer in config.layers
+        )  # fmt: skip
         assert sum(bytes_of_a_token(config, past).values()) == 2 * (read + cache)
 
 

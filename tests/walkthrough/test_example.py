@@ -9,7 +9,8 @@ from tiny_models import CONFIGS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gemma_fast.benchmarks.model.transformers_model import transformers_config
-from gemma_fast.config import FULL, PRESETS, RopeParameters
+from gemma_fast.config import FULL, RopeParameters
+from gemma_fast.presets import PRESETS
 from gemma_fast.walkthrough.data import rounded, visible
 from gemma_fast.walkthrough.example import mlp_example, rotations, wavelengths
 from gemma_fast.walkthrough.record import flatness

@@ -13,7 +13,7 @@ from chat_checkpoint import write_chat_checkpoint
 from click.testing import CliRunner
 
 from gemma_fast.cli import main
-from gemma_fast.config import PRESETS
+from gemma_fast.presets import PRESETS
 from gemma_fast.reference import Reference
 from gemma_fast.walkthrough import theme
 from gemma_fast.walkthrough import write as walkthrough
