@@ -25,6 +25,7 @@ class AttentionSpec(NamedTuple):
     softcap: float  # 0: no soft cap
     window: int  # 0: no window
     eps: float  # epsilon of the RMSNorm of q and k
+    offset: float  # the norm multiplies by offset + weight
 
 
 class Heads(NamedTuple):

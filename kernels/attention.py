@@ -10,7 +10,8 @@ keys, values :: [b, n, slots, d], q.dtype, K rotated: a ring buffer, slot `p % s
 cos, sin     :: [b, t, d / 2], fp32, of the queries' positions; None: q is rotated already
 query_offset :: [b], int32: position of each row's query 0; query i has position query_offset + i
 left_padding :: [b], int32: positions below it are padding, and their output is 0; None: below zero
-norm_weight  :: [d] or None: no norm (Gemma 3 normalizes queries before it rotates them)
+norm_weight  :: [d] or None: no norm (Gemma 3 and 4 normalize queries before they rotate them); the
+                norm multiplies by offset + norm_weight
 window       :: a query at p sees the keys p - window + 1 … p; None: 0 … p
 returns      :: [b, t, heads, d], q.dtype
 
@@ -100,12 +101,13 @@ def attention_reference(
     q: Tensor, keys: Tensor, values: Tensor, cos: Tensor | None, sin: Tensor | None,
     query_offset: Tensor, norm_weight: Tensor | None = None, *, scale: float,
     left_padding: Tensor | None = None, window: int | None = None, softcap: float | None = None,
-    eps: float = 1e-6,
+    eps: float = 1e-6, offset: float = 1.0,
 ) -> Tensor:  # fmt: skip
     b, t, heads, d = q.shape
     n, slots = keys.shape[1:3]
     visible = visible_keys(query_offset, left_padding, t, slots, window)
-    q = q.float() if norm_weight is None else rms_norm_reference(q.float(), norm_weight, eps)
+    q = q.float()
+    q = q if norm_weight is None else rms_norm_reference(q, norm_weight, eps, offset)
     q = q if cos is None or sin is None else rotate(q, cos, sin)
     q = q.view(b, t, n, heads // n, d).permute(0, 2, 3, 1, 4)  # [b, n, m, t, d]
     scores = q.reshape(b, n, -1, d) @ keys.float().transpose(2, 3) * scale  # [b, n, m * t, slots]
@@ -225,7 +227,7 @@ def _attention_kernel(
         angle = (batch_token * (D // 2))[:, None]  # [BLOCK_M, 1]
         rotate_rows(
             q_ptr + q_row, out_ptr + out_row, rotary.cos + angle, rotary.sin + angle,
-            rotary.norm_weight, mask, mask, SPEC.eps, D // 2, 16,
+            rotary.norm_weight, mask, mask, SPEC.eps, SPEC.offset, D // 2, 16,
         )  # fmt: skip
     tl.debug_barrier()
     q_tile = tl.load(out_ptr + out_row + channel, mask=mask, other=0.0)  # [BLOCK_M, d]
@@ -295,7 +297,7 @@ def attention(
     q: Tensor, keys: Tensor, values: Tensor, cos: Tensor | None, sin: Tensor | None,
     query_offset: Tensor, norm_weight: Tensor | None = None, *, scale: float,
     left_padding: Tensor | None = None, window: int | None = None, softcap: float | None = None,
-    eps: float = 1e-6,
+    eps: float = 1e-6, offset: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Causal attention of t queries over a cache. Runs the reference where Triton does not run."""
     b, t, heads, d = q.shape
@@ -322,6 +324,7 @@ def attention(
         return attention_reference(
             q, keys, values, cos, sin, query_offset, norm_weight,
             scale=scale, left_padding=left_padding, window=window, softcap=softcap, eps=eps,
+            offset=offset,
         )  # fmt: skip
 
     assert d in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}: {d=}"
@@ -337,7 +340,7 @@ def attention(
     rings: list[Any] = [keys, values]
     if config["DESCRIPTORS"]:
         rings = [TensorDescriptor.from_tensor(x, [1, 1, config["BLOCK_N"], d]) for x in rings]
-    spec = AttentionSpec(heads // n, d, scale, softcap or 0.0, window or 0, eps)
+    spec = AttentionSpec(heads // n, d, scale, softcap or 0.0, window or 0, eps, offset)
     _attention_kernel[(triton.cdiv(rows, config["BLOCK_M"]), n, b)](
         heads_of(q), *rings, RingStrides(*keys.stride()[:3]), Rotary(cos, sin, norm_weight),
         Positions(query_offset, left_padding), out, t, slots, SPEC=spec, **config,

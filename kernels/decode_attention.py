@@ -2,11 +2,14 @@
 
     decode_attention  normalizes and rotates the token's q and k, and writes its k and v:
     q, k = rotate(rms_norm(q)), rotate(rms_norm(k));  slot = position % slots
-    keys[:, :, slot] = k;  values[:, :, slot] = v
+    keys[:, :, slot] = k;  values[:, :, slot] = v, or with v_norm v / rms(v)
     split_attention   takes a q that is rotated and a cache that holds the token's k and v already
     both: out = softmax(cap(scale * q @ keysᵀ)) @ values, over the visible keys
 
 qkv          :: [b, n * m + 2 * n, d], bf16 | fp16 | fp32: query heads, then keys, then values
+heads        :: "qkv"; "qk": qkv has no values: v is k before its norm and rotation (Gemma 4);
+                "q": qkv has only queries: another layer has written the token's k and v to the
+                cache, and nothing is written (Gemma 4's shared layers)
 q            :: [b, n * m, d], like qkv
 keys, values :: [b, n, slots, d], qkv.dtype, K rotated: a ring buffer, slot `p % slots` holds
                 position p; written in place. Unused slots hold finite numbers.
@@ -15,7 +18,10 @@ position     :: [b], int32, of the new token. Below zero: padding; its output is
                 written
 left_padding :: [b], int32: positions below it are padding, which no token sees; None: below zero
 counter      :: [at least b * n], int32, zeros, and zeros again afterwards: counts programs
-q_norm, k_norm :: [d] or None: no norm (Gemma 3 normalizes q and k before it rotates them)
+q_norm, k_norm :: [d] or None: no norm (Gemma 3 and 4 normalize q and k before they rotate them).
+                heads = "q": k_norm is None
+v_norm       :: normalize v over d, without weights, in fp32; rounded once, at the store (Gemma 4)
+offset       :: the norms of q and k multiply by offset + weight
 window       :: the token sees the keys position - window + 1 … position; None: all in the ring
 pdl          :: start while the previous kernel still runs, if the GPU can (programmatic dependent
                 launch, PDL). position, cos, sin and norms must be older than the previous kernel,
@@ -77,6 +83,7 @@ from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.attention import attention_reference
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.rotary import (
+    NewToken,
     QKRotary,
     load_new_token,
     load_new_token_rotary,
@@ -84,23 +91,31 @@ from gemma_fast.kernels.rotary import (
 )
 
 
+def head_counts(qkv: Tensor, keys: Tensor, heads: str) -> list[int]:
+    """Returns how many query heads qkv :: [b, heads, d] has, and, unless heads = "q", how many key
+    heads and value heads."""
+    n = keys.shape[1]
+    return [qkv.shape[1] - (len(heads) - 1) * n, *(n for _ in heads[1:])]
+
+
 def decode_attention_reference(
     qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor,
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, *, scale: float,
+    heads: str = "qkv", v_norm: bool = False, offset: float = 1.0,
     window: int | None = None, softcap: float | None = None, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
-    heads, n = qkv.shape[1], keys.shape[1]
-    # q :: [b, 1, n * m, d]; k, v :: [b, 1, n, d]
-    q, k, v = qkv.unsqueeze(1).split((heads - 2 * n, n, n), dim=2)
+    q, *kv = qkv.unsqueeze(1).split(head_counts(qkv, keys, heads), dim=2)  # [b, 1, heads, d]
     cos, sin = (x[position.clamp(min=0).long()].unsqueeze(1) for x in (cos, sin))  # [b, 1, d / 2]
-    padding = position < 0
-    before = (keys[padding], values[padding]) if padding.any() else None  # copies
-    rotary_write_reference(k, v, keys, values, cos, sin, position, k_norm, eps)
-    if before:
-        keys[padding], values[padding] = before
+    if kv:
+        padding = position < 0
+        before = (keys[padding], values[padding]) if padding.any() else None  # copies
+        k, v = kv[0], kv[-1]  # [b, 1, n, d]
+        rotary_write_reference(k, v, keys, values, cos, sin, position, k_norm, eps, offset, v_norm)
+        if before:
+            keys[padding], values[padding] = before
     return attention_reference(
         q, keys, values, cos, sin, position, q_norm,
-        scale=scale, window=window, softcap=softcap, eps=eps,
+        scale=scale, window=window, softcap=softcap, eps=eps, offset=offset,
     ).squeeze(1)  # fmt: skip
 
 
@@ -116,6 +131,7 @@ def _decode_attention_kernel(
     out_ptr,  # [b, n * group, d], contiguous
     slots,
     SPEC: tl.constexpr,  # AttentionSpec
+    TOKEN: tl.constexpr,  # NewToken | None: the input has only queries, rotated already
     BLOCK_M: tl.constexpr,  # rows: group query heads and the new key
     BLOCK_N: tl.constexpr,  # keys
     CHUNK: tl.constexpr,  # splits merged at a time
@@ -146,7 +162,7 @@ def _decode_attention_kernel(
     qkv_ptr = qkv.ptr + batch * qkv.batch_stride
     keys_ptr += batch * strides.batch + kv_head * strides.head
     values_ptr += batch * strides.batch + kv_head * strides.head
-    if rotary.cos is None:
+    if TOKEN is None:
         wait_for_previous_kernel(PDL)
         q_ptr = qkv_ptr + (kv_head * GROUP + row) * qkv.head_stride + channel
         q = tl.load(q_ptr, mask=is_query, other=0.0)  # [BLOCK_M, d]
@@ -155,12 +171,15 @@ def _decode_attention_kernel(
         loaded = load_new_token_rotary(rotary, position, row, SPEC)
         wait_for_previous_kernel(PDL)
         HAS_NORM: tl.constexpr = rotary.q_norm is not None
-        q, new_v = load_new_token(qkv_ptr, qkv.head_stride, loaded, row, kv_head, n, SPEC, HAS_NORM)
-        slot = (position % slots).to(tl.int64) * strides.slot
-        newest = (split == active - 1) & (position >= 0)
-        tl.store(keys_ptr + slot + 0 * row + channel, q, mask=(row == GROUP) & newest)
-        tl.store(values_ptr + slot + channel, new_v, mask=newest)
-        tl.debug_barrier()  # only this program reads the new K and V in this launch
+        q, new_v = load_new_token(
+            qkv_ptr, qkv.head_stride, loaded, row, kv_head, n, SPEC, TOKEN, HAS_NORM
+        )
+        if TOKEN.heads != "q":
+            slot = (position % slots).to(tl.int64) * strides.slot
+            newest = (split == active - 1) & (position >= 0)
+            tl.store(keys_ptr + slot + 0 * row + channel, q, mask=(row == GROUP) & newest)
+            tl.store(values_ptr + slot + channel, new_v, mask=newest)
+            tl.debug_barrier()  # only this program reads the new K and V in this launch
 
     out = tl.zeros([BLOCK_M, D], tl.float32)
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)
@@ -200,7 +219,7 @@ def _decode_attention_kernel(
 
 def _launch(
     qkv: Tensor, keys: Tensor, values: Tensor, rotary: QKRotary, positions: Positions,
-    counter: Tensor, spec: AttentionSpec, pdl: bool,
+    counter: Tensor, spec: AttentionSpec, token: NewToken | None, pdl: bool,
 ) -> Tensor:  # fmt: skip
     b, n, slots, d = keys.shape
     out = torch.empty(b, n * spec.group, d, dtype=qkv.dtype, device=qkv.device)
@@ -220,49 +239,58 @@ def _launch(
     _decode_attention_kernel[(count, n, b)](
         Heads(qkv, batch_stride, None, head_stride), keys, values, RingStrides(*keys.stride()[:3]),
         rotary, positions, Splits(partial, stats, counter), out, slots,
-        SPEC=spec, CHUNK=merge_chunk(spec.group, d, config["num_warps"]),
+        SPEC=spec, TOKEN=token, CHUNK=merge_chunk(spec.group, d, config["num_warps"]),
         **config, **limits.pdl_options(pdl),
     )  # fmt: skip
     return out
 
 
 @op(
-    fake=lambda qkv, keys, *_, **__: qkv.new_empty(
-        qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1], qkv.shape[2]
+    fake=lambda qkv, keys, *_, heads="qkv", **__: qkv.new_empty(
+        qkv.shape[0], head_counts(qkv, keys, heads)[0], qkv.shape[2]
     ),
     mutates_args=("keys", "values", "counter"),
 )
 def decode_attention(
     qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor,
     counter: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None, *, scale: float,
+    heads: str = "qkv", v_norm: bool = False, offset: float = 1.0,
     window: int | None = None, softcap: float | None = None, eps: float = 1e-6,
     pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention of one new token per sequence, whose K and V are written to the cache. Runs the
     reference where Triton does not run."""
+    assert heads in ("qkv", "qk", "q"), f"{heads=}"
     n, slots = keys.shape[1:3]
-    b, heads, d = qkv.shape[0], qkv.shape[1] - 2 * n, qkv.shape[2]
+    b, queries, d = qkv.shape[0], head_counts(qkv, keys, heads)[0], qkv.shape[2]
     assert keys.shape == values.shape == (b, n, slots, d), f"{tuple(keys.shape)=}, {qkv.shape=}"
-    assert heads > 0 and heads % n == 0, f"{heads} query heads are not a multiple of {n} kv heads"
+    assert queries > 0 and queries % n == 0, (
+        f"{queries} query heads are not a multiple of {n} kv heads"
+    )
     assert cos.shape == sin.shape == (cos.shape[0], d // 2) and position.shape == (b,)
     assert qkv.dtype == keys.dtype == values.dtype, f"{qkv.dtype=}, {keys.dtype=}, {values.dtype=}"
     assert cos.dtype == sin.dtype == torch.float32
     assert position.dtype == counter.dtype == torch.int32 and counter.numel() >= b * n
-    assert (q_norm is None) == (k_norm is None), "norm q and k, or neither"
+    if heads == "q":
+        assert k_norm is None, "k_norm needs a key"
+    else:
+        assert (q_norm is None) == (k_norm is None), "norm q and k, or neither"
     assert all(x is None or (x.shape == (d,) and x.stride(0) == 1) for x in (q_norm, k_norm))
     if not qkv.numel():
-        return qkv.new_empty(b, heads, d)
+        return qkv.new_empty(b, queries, d)
     if not runs_triton(qkv):
         used = min(max(int(position.max()) + 1, 1), slots)  # slots from here on are unused
         return decode_attention_reference(
             qkv, keys[:, :, :used], values[:, :, :used], cos, sin, position, q_norm, k_norm,
-            scale=scale, window=window, softcap=softcap, eps=eps,
+            scale=scale, heads=heads, v_norm=v_norm, offset=offset,
+            window=window, softcap=softcap, eps=eps,
         )  # fmt: skip
 
     assert window != 0 and softcap != 0
-    spec = AttentionSpec(heads // n, d, scale, softcap or 0.0, window or 0, eps)
-    rotary = QKRotary(cos, sin, q_norm, k_norm)
-    return _launch(qkv, keys, values, rotary, Positions(position, None), counter, spec, pdl)
+    spec = AttentionSpec(queries // n, d, scale, softcap or 0.0, window or 0, eps, offset)
+    rotary, token = QKRotary(cos, sin, q_norm, k_norm), NewToken(heads, v_norm and heads != "q")
+    positions = Positions(position, None)
+    return _launch(qkv, keys, values, rotary, positions, counter, spec, token, pdl)
 
 
 @op(fake=lambda q, *_, **__: q.new_empty(q.shape), mutates_args=("counter",))
@@ -287,6 +315,6 @@ def split_attention(
             scale=scale, left_padding=left_padding, window=window, softcap=softcap,
         ).squeeze(1)  # fmt: skip
     assert window != 0 and softcap != 0
-    spec = AttentionSpec(heads // n, d, scale, softcap or 0.0, window or 0, eps=0.0)
+    spec = AttentionSpec(heads // n, d, scale, softcap or 0.0, window or 0, 0.0, 0.0)
     rotary, positions = QKRotary(None, None, None, None), Positions(position, left_padding)
-    return _launch(q, keys, values, rotary, positions, counter, spec, pdl=False)
+    return _launch(q, keys, values, rotary, positions, counter, spec, None, pdl=False)

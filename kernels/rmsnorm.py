@@ -21,10 +21,12 @@ from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import launch_config, runs_triton
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+def rms_norm_reference(
+    x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float = 1.0
+) -> Tensor:
     z = x.float()
     z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps)
-    return (z * (1 + weight.float())).to(x.dtype)
+    return (z if weight is None else z * (offset + weight.float())).to(x.dtype)
 
 
 def add_rms_norm_reference(

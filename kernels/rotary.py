@@ -1,16 +1,20 @@
-"""Rotary embedding and KV cache write: K is normalized (Gemma 3) and rotated; V is copied.
+"""Rotary embedding and KV cache write: K is normalized (Gemma 3 and 4) and rotated; V is copied, or
+normalized (Gemma 4).
 
-    keys[:, :, slot] = rotate(rms_norm(k));  values[:, :, slot] = v;  slot = position % slots
+    keys[:, :, slot] = rotate(rms_norm(k));  slot = position % slots
+    values[:, :, slot] = v, or with v_norm v / rms(v)
 
 k, v         :: [b, t, n, d], bf16 | fp16 | fp32; views of the qkv projection are fine
 keys, values :: [b, n, slots, d], a ring buffer, written in place
 cos, sin     :: [b, t, d / 2], fp32, of the angles position * theta^(-2i / d)
 query_offset :: [b], int32: position of each row's token 0; token i has position query_offset + i.
                 Positions below zero are left padding.
-norm_weight  :: [d] or None: no norm
+norm_weight  :: [d] or None: no norm; the norm multiplies by offset + norm_weight
+v_norm       :: normalize V over d, without weights
 
-Channel i is rotated with channel i + d / 2, in fp32; K is rounded once, at the store. If there are
-more tokens than slots, the ring holds the last ones.
+Channel i is rotated with channel i + d / 2, in fp32; K and V are rounded once, at the store. If
+there are more tokens than slots, the ring holds the last ones. k and v may be the same heads, as in
+Gemma 4's layers whose values are their keys.
 Bound by memory: bytes = 4 * k.numel() * itemsize + 4 * b * t * d. Walk-through step: rotary
 embedding, KV cache.
 """
@@ -44,14 +48,23 @@ class QKRotary(NamedTuple):
     k_norm: Any  # [d] | None
 
 
+class NewToken(NamedTuple):
+    """Compile-time constants of a decode step's input: one `tl.constexpr`."""
+
+    heads: str  # "qkv": queries, keys, values; "qk": the keys are the values, too; "q": queries
+    v_norm: bool  # whether values are normalized
+
+
 class NewTokenRotary(NamedTuple):
     """Values loaded from QKRotary for one token: its angles, and norm weights for each row of the
     tile. A query row has the norm weights of q, and the row of the key has those of k."""
 
     cos: Any  # [1, d / 2]
     sin: Any  # [1, d / 2]
-    weight1: Any  # [BLOCK_M, d / 2]: norm weights of the first half of the channels; 0.0: no norm
-    weight2: Any  # [BLOCK_M, d / 2]: norm weights of the second half
+    # Norm weights of the first half of the channels: [BLOCK_M, d / 2], or [1, d / 2] if all rows
+    # are queries; 0.0: no norm.
+    weight1: Any
+    weight2: Any  # norm weights of the second half
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -64,11 +77,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotary_write_reference(
     k: Tensor, v: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor,
     query_offset: Tensor, norm_weight: Tensor | None = None, eps: float = 1e-6,
+    offset: float = 1.0, v_norm: bool = False,
 ) -> None:  # fmt: skip
     b, t, _, _ = k.shape
     slots = keys.shape[2]
     if norm_weight is not None:
-        k = rms_norm_reference(k.float(), norm_weight, eps)
+        k = rms_norm_reference(k.float(), norm_weight, eps, offset)
+    if v_norm:
+        v = rms_norm_reference(v, None, eps)
     k = rotate(k, cos, sin).to(keys.dtype)
     kept = torch.arange(max(t - slots, 0), t, device=k.device)
     # A row with positions below zero has no earlier tokens, so these slots are still unused.
@@ -76,6 +92,23 @@ def rotary_write_reference(
     row = torch.arange(b, device=k.device).unsqueeze(1)  # [b, 1]
     keys[row, :, slot] = k[:, -slots:]
     values[row, :, slot] = v[:, -slots:]
+
+
+@triton.jit
+def add_offset(weight, OFFSET: tl.constexpr):
+    """Returns OFFSET + weight, by which a norm multiplies, in fp32."""
+    weight = weight.to(tl.float32)
+    if OFFSET != 0:
+        weight = OFFSET + weight
+    return weight
+
+
+@triton.jit
+def normalize_rows(x, EPS: tl.constexpr):
+    """Returns the RMSNorm, without weights, of rows x :: [rows, dim], in fp32."""
+    x = x.to(tl.float32)
+    square_sum = tl.sum(x * x, axis=1, keep_dims=True)  # [rows, 1]
+    return x * tl.rsqrt(square_sum / x.shape[1] + EPS)
 
 
 @triton.jit
@@ -88,6 +121,7 @@ def rotate_rows(
     mask,  # [rows, 1]: rows that exist
     kept,  # [rows, 1]: rows that are stored
     EPS: tl.constexpr,
+    OFFSET: tl.constexpr,  # the norm multiplies by OFFSET + norm weight
     HALF: tl.constexpr,  # d / 2
     CHUNK: tl.constexpr,  # channels of each half per iteration; bounds the registers
 ):
@@ -103,8 +137,8 @@ def rotate_rows(
         x1 = tl.load(x_ptr + i + chunk, mask=mask, other=0.0).to(tl.float32)  # [rows, CHUNK]
         x2 = tl.load(x_ptr + HALF + i + chunk, mask=mask, other=0.0).to(tl.float32)
         if norm_weight_ptr is not None:
-            x1 *= inv_rms * (1 + tl.load(norm_weight_ptr + i + chunk).to(tl.float32))
-            x2 *= inv_rms * (1 + tl.load(norm_weight_ptr + HALF + i + chunk).to(tl.float32))
+            x1 *= inv_rms * add_offset(tl.load(norm_weight_ptr + i + chunk), OFFSET)
+            x2 *= inv_rms * add_offset(tl.load(norm_weight_ptr + HALF + i + chunk), OFFSET)
         cos = tl.load(cos_ptr + i + chunk, mask=mask, other=0.0)  # [rows, CHUNK]
         sin = tl.load(sin_ptr + i + chunk, mask=mask, other=0.0)
         tl.store(out_ptr + i + chunk, x1 * cos - x2 * sin, mask=kept)
@@ -120,11 +154,14 @@ def load_new_token_rotary(rotary, position, row, SPEC: tl.constexpr):
     angle = tl.maximum(position, 0).to(tl.int64) * HALF + half
     cos, sin = tl.load(rotary.cos + angle), tl.load(rotary.sin + angle)  # [1, d / 2]
     weight1, weight2 = 0.0, 0.0
-    if rotary.q_norm is not None:
+    if rotary.k_norm is not None:
         is_query = row < SPEC.group
         q_norm, k_norm = rotary.q_norm + half, rotary.k_norm + half
         weight1 = tl.where(is_query, tl.load(q_norm), tl.load(k_norm))  # [BLOCK_M, d / 2]
         weight2 = tl.where(is_query, tl.load(q_norm + HALF), tl.load(k_norm + HALF))
+    elif rotary.q_norm is not None:
+        weight1 = tl.load(rotary.q_norm + half)  # [1, d / 2]
+        weight2 = tl.load(rotary.q_norm + HALF + half)
     return NewTokenRotary(cos, sin, weight1, weight2)
 
 
@@ -135,25 +172,31 @@ def load_new_token(
     rotary,  # NewTokenRotary: loaded values
     row,  # [BLOCK_M, 1]
     kv_head, n,
-    SPEC: tl.constexpr, HAS_NORM: tl.constexpr,
+    SPEC: tl.constexpr, TOKEN: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     """Loads the new token of a decode step for one kv head. Returns its queries (rows 0 to
     group - 1) and its key (row `group`), normalized and rotated, [BLOCK_M, d]; and its value,
-    [1, d]."""
+    [1, d]. If TOKEN.heads = "q", there is no key, and the value is 0.0."""
     GROUP: tl.constexpr = SPEC.group
     D: tl.constexpr = SPEC.dim
     HALF: tl.constexpr = SPEC.dim // 2
     head = tl.where(row < GROUP, kv_head * GROUP + row, n * GROUP + kv_head)  # [BLOCK_M, 1]
     x_ptr = qkv_ptr + head * head_stride + tl.arange(0, HALF)[None, :]  # [BLOCK_M, d / 2]
-    x1 = tl.load(x_ptr, mask=row <= GROUP, other=0.0).to(tl.float32)  # [BLOCK_M, d / 2]
-    x2 = tl.load(x_ptr + HALF, mask=row <= GROUP, other=0.0).to(tl.float32)
-    v_ptr = qkv_ptr + (n * GROUP + n + kv_head) * head_stride
-    v = tl.load(v_ptr + tl.arange(0, D)[None, :])  # [1, d]
+    mask = row < GROUP if TOKEN.heads == "q" else row <= GROUP
+    x1 = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, d / 2]
+    x2 = tl.load(x_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
+    v = 0.0
+    if TOKEN.heads != "q":
+        first: tl.constexpr = 1 if TOKEN.heads == "qkv" else 0
+        v_ptr = qkv_ptr + (n * GROUP + n * first + kv_head) * head_stride
+        v = tl.load(v_ptr + tl.arange(0, D)[None, :])  # [1, d]
+        if TOKEN.v_norm:
+            v = normalize_rows(v, SPEC.eps)
     if HAS_NORM:
         square_sum = tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True)  # [BLOCK_M, 1]
         inv_rms = tl.rsqrt(square_sum / D + SPEC.eps)
-        x1 *= inv_rms * (1 + rotary.weight1.to(tl.float32))
-        x2 *= inv_rms * (1 + rotary.weight2.to(tl.float32))
+        x1 *= inv_rms * add_offset(rotary.weight1, SPEC.offset)
+        x2 *= inv_rms * add_offset(rotary.weight2, SPEC.offset)
     x1, x2 = x1 * rotary.cos - x2 * rotary.sin, x2 * rotary.cos + x1 * rotary.sin
     rotated = tl.join(x1, x2).permute(0, 2, 1)  # [BLOCK_M, 2, d / 2]
     rotated = rotated.reshape(row.shape[0], D)  # [BLOCK_M, d]
@@ -172,6 +215,8 @@ def _rotary_write_kernel(
     t,
     slots,
     EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    V_NORM: tl.constexpr,
     HALF: tl.constexpr,  # d / 2
     BLOCK: tl.constexpr,  # tokens
 ):
@@ -192,8 +237,10 @@ def _rotary_write_kernel(
     angle = (batch * t + token) * HALF  # [BLOCK, 1]
     rotate_rows(
         k_ptr, keys_ptr + ring, rotary.cos + angle, rotary.sin + angle, rotary.norm_weight, mask,
-        kept, EPS, HALF, HALF,
+        kept, EPS, OFFSET, HALF, HALF,
     )  # fmt: skip
+    if V_NORM:
+        v_rows = normalize_rows(v_rows, EPS)
     tl.store(values_ptr + ring + channel, v_rows, mask=kept)
 
 
@@ -207,6 +254,7 @@ def default_config(d: int) -> dict[str, int]:
 def rotary_write(
     k: Tensor, v: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor,
     query_offset: Tensor, norm_weight: Tensor | None = None, eps: float = 1e-6,
+    offset: float = 1.0, v_norm: bool = False,
 ) -> None:  # fmt: skip
     """Writes rotated K, and V, of t tokens to the ring. Runs the reference where Triton does not
     run."""
@@ -220,7 +268,9 @@ def rotary_write(
     if not k.numel():
         return None
     if not runs_triton(k):
-        return rotary_write_reference(k, v, keys, values, cos, sin, query_offset, norm_weight, eps)
+        return rotary_write_reference(
+            k, v, keys, values, cos, sin, query_offset, norm_weight, eps, offset, v_norm
+        )
 
     assert d & (d - 1) == 0, f"head_dim must be a power of two: {d=}"
     assert k.stride(3) == v.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()
@@ -228,6 +278,7 @@ def rotary_write(
     config = launch_config("rotary_write", default_config(d))
     _rotary_write_kernel[(triton.cdiv(t, config["BLOCK"]), n, b)](
         heads_of(k), heads_of(v), keys, values, RingStrides(*keys.stride()[:3]),
-        Rotary(cos, sin, norm_weight), query_offset, t, slots, EPS=eps, HALF=d // 2, **config,
+        Rotary(cos, sin, norm_weight), query_offset, t, slots,
+        EPS=eps, OFFSET=offset, V_NORM=v_norm, HALF=d // 2, **config,
     )  # fmt: skip
     return None
