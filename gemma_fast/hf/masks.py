@@ -2,9 +2,11 @@
 registered under the attention name in the config, such as `gemma_fast+sdpa`.
 
 If a mask combines only causality, a sliding window and left padding, it is not built. The layers
-get `bounds` :: [2, b, 1, 1], int32, instead: the kernels' `query_offset` and `left_padding`,
-relative to the first key. Any other mask, such as a bidirectional one, is built by transformers'
-own code, and transformers' own attention applies it.
+get `bounds` :: [2, b, t, 1], int32, instead: for each new token its position, and the first visible
+position of its row, both relative to the first key. So `bounds` have the queries in the same
+dimension as a mask: Gemma 4 slices it where it computes its last layers for the last tokens only
+(`logits_to_keep`). Any other mask, such as a bidirectional one, is built by transformers' own code,
+and transformers' own attention applies it.
 """
 
 from __future__ import annotations
@@ -77,8 +79,9 @@ def make_mask(
             allow_is_causal_skip=allow_is_causal_skip, device=device, **rest,
         )  # fmt: skip
     offset = kv_offset.position if isinstance(kv_offset, RingOffset) else kv_offset
-    bounds = torch.stack((torch.zeros_like(first) + (q_offset - offset), first - offset))
-    return bounds.int().view(2, batch_size, 1, 1)
+    positions = torch.arange(q_length, device=device) + (q_offset - offset)
+    bounds = torch.stack(torch.broadcast_tensors(positions, (first - offset).unsqueeze(1)))
+    return bounds.int().unsqueeze(3)
 
 
 def _is_causal(mask_function: Callable[..., Any]) -> bool:
@@ -102,7 +105,17 @@ def left_padding(mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_bounds(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.shape[2:] == (1, 1)
+    return (
+        isinstance(mask, Tensor)
+        and mask.dtype == torch.int32
+        and (mask.shape[0], mask.shape[3]) == (2, 1)
+    )
+
+
+def unpack(bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns query_offset, the position of the first query, and left_padding, both [b], int32."""
+    query_offset, left_padding = bounds[:, :, 0, 0].contiguous()
+    return query_offset, left_padding
 
 
 def fallback(original: str) -> str:
@@ -116,10 +129,7 @@ def mask_of_bounds(
 ) -> Tensor:
     """Returns the mask that `bounds` describe, [b, 1, t, s]: bool for sdpa; for eager, the values
     that are added to the scores."""
-    query_offset, left_padding = bounds.view(2, -1)
-    visible = visible_keys(
-        query_offset, left_padding, query.shape[2], key.shape[2], window
-    ).unsqueeze(1)
+    visible = visible_keys(*unpack(bounds), query.shape[2], key.shape[2], window).unsqueeze(1)
     if fallback(original) == "sdpa":
         return visible
     lowest = torch.finfo(query.dtype).min
