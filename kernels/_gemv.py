@@ -26,7 +26,9 @@ def gemv(
     weight_row,  # [BLOCK_N]
     inputs,  # MatmulInput, one row
     scales,  # Scales
+    h_ptr,  # [1, DIM] | None
     rows,  # 1
+    OFFSET: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -36,9 +38,11 @@ def gemv(
     VECTOR: tl.constexpr = 128 // inputs.x.dtype.element_ty.primitive_bitwidth
     BLOCK_N: tl.constexpr = weight_row.shape[0]
     sums = tl.zeros([BLOCK_N, BLOCK_K // VECTOR], tl.float32)
-    first_x = load_input(inputs, scales, rows, 0, DIM, 1, BLOCK_K)  # [1, BLOCK_K]
+    # [1, BLOCK_K]
+    first_x = load_input(inputs, scales, h_ptr, rows, 0, OFFSET, DIM, 1, BLOCK_K)
     for k in tl.range(BLOCK_K, DIM, BLOCK_K, num_stages=STAGES):
-        x = load_input(inputs, scales, rows, k, DIM, 1, BLOCK_K)  # [1, BLOCK_K]
+        # [1, BLOCK_K]
+        x = load_input(inputs, scales, h_ptr, rows, k, OFFSET, DIM, 1, BLOCK_K)
         sums = _add_products(sums, load_weight(weight_ptr, weight_row, k, DIM, BLOCK_K), x)
     # The block in registers comes last: the loop's loads are then issued before it is used.
     # [BLOCK_N, 1]
@@ -51,7 +55,7 @@ def default_config(out: int, dim: int, itemsize: int) -> dict[str, int]:
     if 2048 < line <= 4096:  # a block has whole rows: PDL loads all weights before its wait
         block = 4096
     else:  # the size that leaves fewer columns of the last block unused
-        block = min(2048, 1024, key=lambda block: (-line % block, -block))
+        block = min(2048, 1024, 512, key=lambda block: (-line % block, -block))
     return {
         "BLOCK_B": 1, "BLOCK_N": 4 if out <= 4096 else 8, "BLOCK_K": block // itemsize,
         "STAGES": 4, "num_warps": min(block // 512, 4),

@@ -41,7 +41,7 @@ def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable
                 return launcher(*args, **kwargs)
 
         def without_autograd(*args: Any, **kwargs: Any) -> Any:
-            for parameter, value in zip(names, args, strict=False):
+            for parameter, value in (*zip(names, args, strict=False), *kwargs.items()):
                 if isinstance(value, Tensor) and _differentiated(value):
                     raise ValueError(
                         f"{name} has no derivative, and {parameter} requires grad: "

@@ -32,7 +32,9 @@ def skinny_matmul(
     weight_row,  # [BLOCK_N]
     inputs,  # MatmulInput
     scales,  # Scales
+    h_ptr,  # [rows, DIM] | None
     rows,
+    OFFSET: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_B: tl.constexpr,  # rows, rounded up to MAX_ROWS
     BLOCK_K: tl.constexpr,
@@ -42,7 +44,8 @@ def skinny_matmul(
     BLOCK_N: tl.constexpr = weight_row.shape[0]
     out = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     for k in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
-        x = load_input(inputs, scales, rows, k, DIM, BLOCK_B, BLOCK_K)  # [BLOCK_B, BLOCK_K]
+        # [BLOCK_B, BLOCK_K]
+        x = load_input(inputs, scales, h_ptr, rows, k, OFFSET, DIM, BLOCK_B, BLOCK_K)
         weight = load_weight(weight_ptr, weight_row, k, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
         out = tl.dot(weight, x.T, out, input_precision="ieee")  # [BLOCK_N, BLOCK_B]
     return out

@@ -110,7 +110,8 @@ def _gate_up_geglu_kernel(
 
 def default_config(dim: int) -> dict[str, int]:
     """Returns the launch config of geglu."""
-    return {"BLOCK": min(triton.next_power_of_2(dim), 1024), "num_warps": 4}
+    block = min(triton.next_power_of_2(dim), 1024)
+    return {"BLOCK": block, "num_warps": max(block // 256, 1)}
 
 
 @op(fake=lambda gate, up: torch.empty_like(gate, memory_format=torch.contiguous_format))

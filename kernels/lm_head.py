@@ -1,9 +1,10 @@
 """LM head: final norm, projection to the vocabulary, soft cap and the next token, in one launch.
 
-    logits = cap(norm_linear(x, residual, norm_weight, post_norm_weight, weight)), see matvec.py
+    logits = cap(norm_linear(x, residual, norm_weight, post_norm_weight, weight, …)), see matvec.py
     cap(l) = softcap * tanh(l / softcap);   token = sample_token(logits, …), see sample.py
 
-x, residual      :: [b, dim], bf16 | fp16 | fp32; residual and norm weights as in norm_linear
+x, residual      :: [b, dim], bf16 | fp16 | fp32; residual, norm weights, layer_scalar and offset
+                    as in norm_linear
 weight           :: [vocab, dim], x.dtype: the tied embedding
 position, token, counter, temperature, seed: as in sample_token
 
@@ -46,6 +47,7 @@ class LMHeadSpec(NamedTuple):
     vocab: int
     softcap: float  # 0: no soft cap
     eps: float  # epsilon of the norms
+    offset: float  # the norms multiply by offset + weight
 
 
 def soft_cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
@@ -81,7 +83,7 @@ def _next_token_kernel(
     elif PDL:
         prefetch_weight(weight_ptr, weight_row, DIM, BLOCK_K)
     wait_for_previous_kernel(PDL)
-    scales = norm_scales(inputs, None, rows, False, SPEC.eps, DIM, BLOCK_B, BLOCK_K)
+    scales = norm_scales(inputs, None, rows, False, SPEC.eps, SPEC.offset, DIM, BLOCK_B, BLOCK_K)
     best = tl.full([BLOCK_N, BLOCK_B], float("-inf"), tl.float32)
     best_token = tl.full([BLOCK_N, BLOCK_B], -1, tl.int32)
     for block in range(BLOCKS):
@@ -91,12 +93,32 @@ def _next_token_kernel(
             if block + 1 < BLOCKS:  # the next block is loaded while this one is multiplied
                 next_weight = load_weight(weight_ptr, next_row, 0, DIM, BLOCK_K)
             logits = gemv(
-                weight, weight_ptr, weight_row, inputs, scales, rows, DIM, BLOCK_K, STAGES
+                weight,
+                weight_ptr,
+                weight_row,
+                inputs,
+                scales,
+                None,
+                rows,
+                SPEC.offset,
+                DIM,
+                BLOCK_K,
+                STAGES,
             )  # [BLOCK_N, 1]
             weight = next_weight
         else:
             logits = skinny_matmul(
-                weight_ptr, weight_row, inputs, scales, rows, DIM, BLOCK_B, BLOCK_K, STAGES
+                weight_ptr,
+                weight_row,
+                inputs,
+                scales,
+                None,
+                rows,
+                SPEC.offset,
+                DIM,
+                BLOCK_B,
+                BLOCK_K,
+                STAGES,
             )  # [BLOCK_N, BLOCK_B]
         if SPEC.softcap > 0:
             capped = SPEC.softcap * (2 * tl.sigmoid(2 / SPEC.softcap * logits) - 1)
@@ -125,7 +147,8 @@ def next_token(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, post_norm_weight: Tensor | None,
     weight: Tensor, position: Tensor, token: Tensor, counter: Tensor,
     temperature: Tensor | None = None, seed: Tensor | None = None, *,
-    softcap: float | None = None, eps: float = 1e-6, pdl: bool = False,
+    layer_scalar: Tensor | None = None, softcap: float | None = None, eps: float = 1e-6,
+    offset: float = 1.0, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Writes the next token of each row to `token`. Where Triton does not run, and for more than
     MAX_ROWS rows, it computes the logits and then samples.
@@ -135,9 +158,13 @@ def next_token(
     (rows, dim), vocab = x.shape, weight.shape[0]
     check_sampling(rows, position, token, counter, temperature, seed)
     assert softcap is None or softcap > 0
-    check_matmul(x, residual, norm_weight, post_norm_weight, weight)
+    inputs = MatmulInput(x, residual, norm_weight, post_norm_weight, layer_scalar)
+    check_matmul(inputs, weight)
     if not is_matvec(x, weight):
-        y, _ = norm_linear(x, residual, norm_weight, post_norm_weight, weight, eps=eps)
+        y, _ = norm_linear(
+            x, residual, norm_weight, post_norm_weight, weight, layer_scalar=layer_scalar,
+            eps=eps, offset=offset,
+        )  # fmt: skip
         logits = soft_cap_logits(y.float(), softcap)
         sample_token(logits, position, token, counter, temperature, seed)
         return
@@ -146,9 +173,9 @@ def next_token(
     programs = triton.cdiv(vocab, config["BLOCKS"] * config["BLOCK_N"])
     residual = None if residual is None else residual.contiguous()
     _next_token_kernel[(programs,)](
-        MatmulInput(x.contiguous(), residual, norm_weight, post_norm_weight), weight,
+        inputs._replace(x=x.contiguous(), residual=residual), weight,
         SamplingInputs(position, temperature, seed), new_partials(token, counter, programs), rows,
-        SPEC=LMHeadSpec(dim, vocab, softcap or 0.0, eps),
+        SPEC=LMHeadSpec(dim, vocab, softcap or 0.0, eps, offset),
         CHUNK=PARTIALS * config["num_warps"] // config["BLOCK_B"],
         **config, **gpu(x.device).pdl_options(pdl),
     )  # fmt: skip

@@ -1,12 +1,17 @@
 """Matmuls of a decode step: few rows of activations, each weight read once.
 
     linear       y = x @ weightᵀ
-    norm_linear  h = residual + x, or in Gemma 2 and 3 residual + rms_norm(x, post_norm_weight)
-                 y = rms_norm(h, norm_weight) @ weightᵀ; with geglu: gelu(gate) * up of its halves
+    norm_linear  h = residual + x, or from Gemma 2 on residual + rms_norm(x, post_norm_weight);
+                 in Gemma 4 h = layer_scalar * h
+                 y = rms_norm(h, norm_weight) @ weightᵀ, without norm_weight h @ weightᵀ;
+                 with geglu: gelu(gate) * up of its halves; with up: gelu(y) * up
 
 x, residual      :: [..., dim], bf16 | fp16 | fp32; without residual h = x
 weight           :: [out, dim], x.dtype
-norm_weight      :: [dim], any float; post_norm_weight :: the same, or None
+norm_weight      :: [dim], any float, or None if there is a post-norm; offset as in rmsnorm.py
+post_norm_weight :: [dim], any float, or None
+layer_scalar     :: [1], x.dtype, or None
+up               :: [..., out], x.dtype, or None; rows may be strided
 y                :: [..., out], with geglu [..., out / 2]; h :: [..., dim]; both x.dtype
 
 The norm, h and the normalized row are rounded as in rmsnorm.py; sums are in fp32. Up to MAX_ROWS
@@ -31,7 +36,7 @@ from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.geglu import geglu as geglu_of
 from gemma_fast.kernels.geglu import geglu_in_fp32
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
-from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
+from gemma_fast.kernels.rmsnorm import add_norm, add_rms_norm, rms_norm
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -40,8 +45,11 @@ def _matvec_kernel(
     weight_ptr,  # [OUT, DIM]; with GEGLU [2 * OUT, DIM], gate then up
     out_ptr,  # [rows, OUT]
     h_ptr,  # [rows, DIM] | None
+    up_ptr,  # [rows, OUT] | None
+    up_row_stride,  # None without up
     rows,
     EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
     DIM: tl.constexpr,
     OUT: tl.constexpr,
     GEGLU: tl.constexpr,
@@ -59,23 +67,48 @@ def _matvec_kernel(
     elif PDL:
         prefetch_weight(weight_ptr, weight_row, DIM, BLOCK_K)
     wait_for_previous_kernel(PDL)
-    scales = Scales(0.0, 0.0)
-    if inputs.norm_weight is not None:
-        scales = norm_scales(inputs, h_ptr, rows, program == 0, EPS, DIM, BLOCK_B, BLOCK_K)
+    col = program * COLS + tl.arange(0, COLS)[:, None]  # [COLS, 1]
+    row = tl.arange(0, BLOCK_B)[None, :]  # [1, BLOCK_B]
+    mask = (col < OUT) & (row < rows)  # [COLS, BLOCK_B]
+    if up_ptr is not None:  # before the matmul, which hides the latency
+        up = tl.load(up_ptr + row * up_row_stride + col, mask=mask, other=0.0)  # [COLS, BLOCK_B]
+    scales = Scales(0.0, 0.0, 0.0)
+    if inputs.norm_weight is not None or inputs.post_norm_weight is not None:
+        scales = norm_scales(inputs, h_ptr, rows, program == 0, EPS, OFFSET, DIM, BLOCK_B, BLOCK_K)
     if BLOCK_B == 1:
         out = gemv(
-            first_weight, weight_ptr, weight_row, inputs, scales, rows, DIM, BLOCK_K, STAGES
+            first_weight,
+            weight_ptr,
+            weight_row,
+            inputs,
+            scales,
+            h_ptr,
+            rows,
+            OFFSET,
+            DIM,
+            BLOCK_K,
+            STAGES,
         )  # [BLOCK_N, 1]
     else:
         out = skinny_matmul(
-            weight_ptr, weight_row, inputs, scales, rows, DIM, BLOCK_B, BLOCK_K, STAGES
+            weight_ptr,
+            weight_row,
+            inputs,
+            scales,
+            h_ptr,
+            rows,
+            OFFSET,
+            DIM,
+            BLOCK_B,
+            BLOCK_K,
+            STAGES,
         )  # [BLOCK_N, BLOCK_B]
     if GEGLU:
         gate, up = out.reshape([2, COLS, BLOCK_B]).permute(1, 2, 0).split()  # [COLS, BLOCK_B]
         out = geglu_in_fp32(gate, up)  # [COLS, BLOCK_B]
-    col = program * COLS + tl.arange(0, COLS)[:, None]  # [COLS, 1]
-    row = tl.arange(0, BLOCK_B)[None, :]  # [1, BLOCK_B]
-    tl.store(out_ptr + row * OUT + col, out, mask=(col < OUT) & (row < rows))
+    elif up_ptr is not None:
+        out = geglu_in_fp32(out, up.to(tl.float32))
+    tl.store(out_ptr + row * OUT + col, out, mask=mask)
 
 
 def default_config(rows: int, out: int, dim: int, itemsize: int) -> dict[str, int]:
@@ -83,11 +116,9 @@ def default_config(rows: int, out: int, dim: int, itemsize: int) -> dict[str, in
     return gemv_config(out, dim, itemsize) if rows == 1 else skinny_config(out, itemsize)
 
 
-def check_matmul(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor | None,
-    post_norm_weight: Tensor | None, weight: Tensor,
-) -> None:  # fmt: skip
+def check_matmul(inputs: MatmulInput, weight: Tensor) -> None:
     """Asserts that shapes, dtypes and strides fit together."""
+    x, residual, norm_weight, post_norm_weight, layer_scalar = inputs
     dim = weight.shape[1]
     assert x.shape[-1] == dim, f"{tuple(weight.shape)=} does not fit {tuple(x.shape)=}"
     for norm in (norm_weight, post_norm_weight):
@@ -95,6 +126,11 @@ def check_matmul(
         assert norm is None or norm.stride(0) == 1, "a norm's weight must be contiguous"
     assert residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
     assert residual is not None or post_norm_weight is None, "a post-norm needs a residual"
+    if layer_scalar is not None:
+        assert layer_scalar.shape == (1,) and layer_scalar.dtype == x.dtype
+        assert residual is not None and norm_weight is not None, (
+            "layer_scalar needs a residual and a norm"
+        )
 
 
 def is_matvec(x: Tensor, weight: Tensor) -> bool:
@@ -111,21 +147,27 @@ def is_matvec(x: Tensor, weight: Tensor) -> bool:
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor | None,
-    post_norm_weight: Tensor | None, weight: Tensor, geglu: bool, eps: float, pdl: bool,
+    x: Tensor, inputs: MatmulInput, weight: Tensor, up: Tensor | None, geglu: bool, eps: float,
+    offset: float, pdl: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     out_dim, dim = weight.shape[0] // (1 + geglu), weight.shape[1]
     flat = x.reshape(-1, dim).contiguous()  # [rows, dim]
     rows = flat.shape[0]
     out = torch.empty((rows, out_dim), dtype=x.dtype, device=x.device)
-    h = None if norm_weight is None else torch.empty_like(flat)
+    normed = inputs.norm_weight is not None or inputs.post_norm_weight is not None
+    h = torch.empty_like(flat) if normed else None
+    residual, up_row_stride = inputs.residual, None
     if residual is not None:
         residual = residual.reshape(-1, dim).contiguous()  # [rows, dim]
+    if up is not None:
+        up = up.reshape(-1, out_dim)  # [rows, out]
+        up_row_stride = up.stride(0)
     config = default_config(rows, weight.shape[0], dim, x.element_size())
     config = launch_config("matvec", config)
     _matvec_kernel[(triton.cdiv(out_dim, config["BLOCK_N"] // (1 + geglu)),)](
-        MatmulInput(flat, residual, norm_weight, post_norm_weight), weight, out, h, rows,
-        EPS=eps, DIM=dim, OUT=out_dim, GEGLU=geglu, **config, **gpu(x.device).pdl_options(pdl),
+        inputs._replace(x=flat, residual=residual), weight, out, h, up, up_row_stride, rows,
+        EPS=eps, OFFSET=offset, DIM=dim, OUT=out_dim, GEGLU=geglu,
+        **config, **gpu(x.device).pdl_options(pdl),
     )  # fmt: skip
     return out.view(*x.shape[:-1], out_dim), None if h is None else h.view(x.shape)
 
@@ -138,9 +180,10 @@ def linear(x: Tensor, weight: Tensor, *, pdl: bool = False) -> Tensor:
     pdl: start reading the weight while the previous kernel still runs. No running kernel may write
     the weight.
     """
-    check_matmul(x, None, None, None, weight)
+    inputs = MatmulInput(x, None, None, None, None)
+    check_matmul(inputs, weight)
     if is_matvec(x, weight):
-        return _launch(x, None, None, None, weight, False, 0.0, pdl)[0]
+        return _launch(x, inputs, weight, None, False, 0.0, 1.0, pdl)[0]
     if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         # F.linear calls MKL, which reads weights 2.6 times slower on an AMD processor, for one row
         # (benchmarks/LOG.md). This calls oneDNN, as Inductor does.
@@ -159,24 +202,39 @@ def _fake_norm_linear(
 
 @op(fake=_fake_norm_linear)
 def norm_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, post_norm_weight: Tensor | None,
-    weight: Tensor, *, geglu: bool = False, eps: float = 1e-6, pdl: bool = False,
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor | None,
+    post_norm_weight: Tensor | None, weight: Tensor, *, geglu: bool = False,
+    up: Tensor | None = None, layer_scalar: Tensor | None = None, eps: float = 1e-6,
+    offset: float = 1.0, pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns (y, h), as defined above. Where Triton does not run, and for more than MAX_ROWS rows,
     norm, matmul and GeGLU are separate ops.
 
     pdl: as in linear.
     """
-    check_matmul(x, residual, norm_weight, post_norm_weight, weight)
+    inputs = MatmulInput(x, residual, norm_weight, post_norm_weight, layer_scalar)
+    check_matmul(inputs, weight)
+    assert norm_weight is not None or post_norm_weight is not None, "without norms, call linear"
+    if up is not None:
+        assert not geglu and up.shape == (*x.shape[:-1], weight.shape[0]) and up.dtype == x.dtype, (
+            f"{tuple(up.shape)=} {up.dtype=} does not fit {tuple(weight.shape)=} {geglu=}"
+        )
+        assert up.stride(-1) == 1, "rows must be contiguous"
     if is_matvec(x, weight):
-        y, h = _launch(
-            x, residual, norm_weight, post_norm_weight, weight, geglu, eps, pdl
-        )  # fmt: skip
+        y, h = _launch(x, inputs, weight, up, geglu, eps, offset, pdl)
         assert h is not None
         return y, h
-    if residual is None:
-        normed, h = rms_norm(x, norm_weight, eps), x.clone(memory_format=torch.contiguous_format)
+    if norm_weight is None:
+        assert residual is not None and post_norm_weight is not None
+        normed = h = add_norm(x, residual, post_norm_weight, eps, offset)
+    elif residual is None:
+        normed = rms_norm(x, norm_weight, eps, offset)
+        h = x.clone(memory_format=torch.contiguous_format)
     else:
-        normed, h = add_rms_norm(x, residual, norm_weight, post_norm_weight, eps)
+        normed, h = add_rms_norm(
+            x, residual, norm_weight, post_norm_weight, eps, offset, layer_scalar
+        )
     y = linear(normed, weight)
-    return geglu_of(*y.chunk(2, dim=-1)) if geglu else y, h
+    if geglu:
+        return geglu_of(*y.chunk(2, dim=-1)), h
+    return (y if up is None else geglu_of(y, up)), h

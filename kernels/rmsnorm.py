@@ -1,17 +1,23 @@
 """RMSNorm in one pass: each row is read once, normalized in fp32 and written once.
 
-    rms_norm      y = x / sqrt(mean(x², axis=-1) + eps) * (1 + weight)
-    add_rms_norm  h = residual + x, or in Gemma 2 and 3 residual + rms_norm(x, post_weight)
+    rms_norm      y = x / sqrt(mean(x², axis=-1) + eps) * (offset + weight)
+    add_norm      h = residual + rms_norm(x, post_weight)
+    add_rms_norm  h = residual + x, or from Gemma 2 on add_norm; in Gemma 4 h = layer_scalar * h
                   y = rms_norm(h, weight)
 
 x, residual         :: [..., dim], bf16 | fp16 | fp32
-weight, post_weight :: [dim], any float; the checkpoint stores w, the norm multiplies by 1 + w
+weight, post_weight :: [dim], any float; rms_norm without weight multiplies by nothing
+offset              1 for Gemma 1 to 3, whose checkpoints store w - 1; 0 for Gemma 4
+layer_scalar        :: [1], x.dtype
 y, h                :: [..., dim], x.dtype
 
 Gemma scales in fp32 and rounds once, at the store. (Llama rounds before it scales.) The post-norm's
-result and h are rounded to x.dtype, as in separate steps.
-Bound by memory: bytes = 2 (4 with the residual) * x.numel() * itemsize. Walk-through step: RMSNorm.
+result, the sum h and its product with layer_scalar are rounded to x.dtype, as in separate steps.
+Bound by memory: bytes = 2 (3 in add_norm, 4 in add_rms_norm) * x.numel() * itemsize. Walk-through
+step: RMSNorm.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,49 +35,75 @@ def rms_norm_reference(
     return (z if weight is None else z * (offset + weight.float())).to(x.dtype)
 
 
+def add_norm_reference(
+    x: Tensor, residual: Tensor, post_weight: Tensor, eps: float = 1e-6, offset: float = 1.0
+) -> Tensor:
+    return residual + rms_norm_reference(x, post_weight, eps, offset)
+
+
 def add_rms_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, post_weight: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float = 1e-6, offset: float = 1.0, layer_scalar: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    h = residual + (x if post_weight is None else rms_norm_reference(x, post_weight, eps))
-    return rms_norm_reference(h, weight, eps), h
+    h = residual + (x if post_weight is None else rms_norm_reference(x, post_weight, eps, offset))
+    h = h if layer_scalar is None else h * layer_scalar
+    return rms_norm_reference(h, weight, eps, offset), h
 
 
 @triton.jit
-def _normalize(x, weight_ptr, cols, mask, EPS: tl.constexpr, DIM: tl.constexpr):
-    """Returns the RMSNorm of one row x :: [BLOCK], fp32."""
+def load_norm_weight(weight_ptr, cols, mask, OFFSET: tl.constexpr):
+    """Returns the factors OFFSET + weight of a norm, fp32, in the shape of cols."""
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    return x * tl.rsqrt(tl.sum(x * x) / DIM + EPS) * (1 + weight)
+    return weight if OFFSET == 0 else OFFSET + weight
+
+
+@triton.jit
+def _normalize(
+    x, weight_ptr, cols, mask, EPS: tl.constexpr, OFFSET: tl.constexpr, DIM: tl.constexpr
+):
+    """Returns the RMSNorm of one row x :: [BLOCK], fp32."""
+    if weight_ptr is not None:
+        weight = load_norm_weight(weight_ptr, cols, mask, OFFSET)  # [BLOCK]
+        return x * tl.rsqrt(tl.sum(x * x) / DIM + EPS) * weight
+    else:
+        return x * tl.rsqrt(tl.sum(x * x) / DIM + EPS)
 
 
 @triton.jit
 def _rms_norm_kernel(
     x_ptr,  # [rows, DIM]
     residual_ptr,  # [rows, DIM] | None
-    weight_ptr,  # [DIM]
+    weight_ptr,  # [DIM] | None
     post_weight_ptr,  # [DIM] | None
-    out_ptr,  # [rows, DIM], contiguous
+    layer_scalar_ptr,  # [1] | None
+    out_ptr,  # [rows, DIM], contiguous | None: only h is computed
     h_ptr,  # [rows, DIM], contiguous | None
     x_row_stride,
     residual_row_stride,
     EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,  # DIM rounded up to a power of two
 ):
     row = tl.program_id(0).to(tl.int64)  # int64: row * DIM passes 2**31 on long batches
     cols = tl.arange(0, BLOCK)  # [BLOCK]
     mask = cols < DIM
-    dtype = out_ptr.dtype.element_ty
+    dtype = x_ptr.dtype.element_ty
 
     x = tl.load(x_ptr + row * x_row_stride + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row * residual_row_stride + cols, mask=mask, other=0.0)
         if post_weight_ptr is not None:
-            x = _normalize(x, post_weight_ptr, cols, mask, EPS, DIM).to(dtype).to(tl.float32)
+            x = _normalize(x, post_weight_ptr, cols, mask, EPS, OFFSET, DIM)  # [BLOCK]
+            x = x.to(dtype).to(tl.float32)
         h = (x + residual.to(tl.float32)).to(dtype)
+        if layer_scalar_ptr is not None:
+            h = (h.to(tl.float32) * tl.load(layer_scalar_ptr).to(tl.float32)).to(dtype)
         tl.store(h_ptr + row * DIM + cols, h, mask=mask)
         x = h.to(tl.float32)
-    tl.store(out_ptr + row * DIM + cols, _normalize(x, weight_ptr, cols, mask, EPS, DIM), mask=mask)
+    if out_ptr is not None:
+        y = _normalize(x, weight_ptr, cols, mask, EPS, OFFSET, DIM)  # [BLOCK]
+        tl.store(out_ptr + row * DIM + cols, y, mask=mask)
 
 
 def default_config(dim: int) -> dict[str, int]:
@@ -80,51 +112,82 @@ def default_config(dim: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
 
 
+class _Weights(NamedTuple):
+    norm: Tensor | None
+    post_norm: Tensor | None = None
+    layer_scalar: Tensor | None = None
+
+
 def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, post_weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, residual: Tensor | None, weights: _Weights, eps: float, offset: float,
+    normalizes: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Returns (y, h): y if `normalizes`, h if there is a residual."""
     dim = x.shape[-1]
-    for w in (weight, weight if post_weight is None else post_weight):
-        assert w.shape == (dim,), f"weight {tuple(w.shape)} does not fit x {tuple(x.shape)}"
-        assert x.stride(-1) == w.stride(0) == 1, "rows and weights must be contiguous"
+    for w in weights[:2]:
+        if w is not None:
+            assert w.shape == (dim,), f"weight {tuple(w.shape)} does not fit x {tuple(x.shape)}"
+            assert w.stride(0) == 1, "weights must be contiguous"
+    assert x.stride(-1) == 1, "rows must be contiguous"
     rows = x.reshape(-1, dim)  # [rows, dim]
-    out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-    h, residual_row_stride = None, 0
+    out = h = None
+    residual_row_stride = 0
+    if normalizes:
+        out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     if residual is not None:
         assert residual.shape == x.shape and residual.dtype == x.dtype and residual.stride(-1) == 1
         residual = residual.reshape(-1, dim)  # [rows, dim]
-        h, residual_row_stride = torch.empty_like(out), residual.stride(0)
+        h = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+        residual_row_stride = residual.stride(0)
 
     if rows.shape[0]:
         _rms_norm_kernel[(rows.shape[0],)](
-            rows, residual, weight, post_weight, out, h, rows.stride(0), residual_row_stride,
-            EPS=eps, DIM=dim, **launch_config("rms_norm", default_config(dim)),
+            rows, residual, *weights, out, h, rows.stride(0), residual_row_stride,
+            EPS=eps, OFFSET=offset, DIM=dim, **launch_config("rms_norm", default_config(dim)),
         )  # fmt: skip
-    return out.view(x.shape), None if h is None else h.view(x.shape)
+    return None if out is None else out.view(x.shape), None if h is None else h.view(x.shape)
 
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@op(fake=lambda x, *_: _like(x))
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+@op(fake=lambda x, *_, **__: _like(x))
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float = 1.0) -> Tensor:
     """Gemma's RMSNorm of the last axis. Runs the reference where Triton does not run."""
     if not runs_triton(x):
-        return rms_norm_reference(x, weight, eps).contiguous()
-    return _launch(x, None, weight, None, eps)[0]
+        return rms_norm_reference(x, weight, eps, offset).contiguous()
+    y, _ = _launch(x, None, _Weights(weight), eps, offset)
+    assert y is not None
+    return y
 
 
-@op(fake=lambda x, *_: (_like(x), _like(x)))
+@op(fake=lambda x, *_, **__: _like(x))
+def add_norm(
+    x: Tensor, residual: Tensor, post_weight: Tensor, eps: float = 1e-6, offset: float = 1.0
+) -> Tensor:
+    """Adds x, normalized, to the residual. Returns h. Runs the reference where Triton does not
+    run."""
+    if not runs_triton(x):
+        return add_norm_reference(x, residual, post_weight, eps, offset).contiguous()
+    _, h = _launch(x, residual, _Weights(None, post_weight), eps, offset, normalizes=False)
+    assert h is not None
+    return h
+
+
+@op(fake=lambda x, *_, **__: (_like(x), _like(x)))
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, post_weight: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float = 1e-6, offset: float = 1.0, layer_scalar: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Adds x, normalized if post_weight is given, to the residual, and normalizes the sum. Returns
-    (y, h). Runs the reference where Triton does not run."""
+    """Adds x, normalized if post_weight is given, to the residual, multiplies the sum by
+    layer_scalar if given, and normalizes the result. Returns (y, h). Runs the reference where
+    Triton does not run."""
+    assert layer_scalar is None or layer_scalar.dtype == x.dtype, f"{layer_scalar.dtype=}"
     if not runs_triton(x):
-        y, h = add_rms_norm_reference(x, residual, weight, post_weight, eps)
+        y, h = add_rms_norm_reference(x, residual, weight, post_weight, eps, offset, layer_scalar)
         return y.contiguous(), h.contiguous()
-    y, total = _launch(x, residual, weight, post_weight, eps)
-    assert total is not None
-    return y, total
+    weights = _Weights(weight, post_weight, layer_scalar)
+    out, total = _launch(x, residual, weights, eps, offset)
+    assert out is not None and total is not None
+    return out, total

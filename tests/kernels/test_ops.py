@@ -14,7 +14,8 @@ from gemma_fast.kernels.embed import embed
 from gemma_fast.kernels.geglu import gate_up_geglu, geglu
 from gemma_fast.kernels.lm_head import next_token
 from gemma_fast.kernels.matvec import linear, norm_linear
-from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
+from gemma_fast.kernels.per_layer import per_layer_inputs
+from gemma_fast.kernels.rmsnorm import add_norm, add_rms_norm, rms_norm
 from gemma_fast.kernels.rotary import rotary_write
 from gemma_fast.kernels.sample import sample_token
 
@@ -38,6 +39,11 @@ def tensors() -> dict[str, torch.Tensor | None]:
         "x": torch.randn(B, T, D),
         "residual": torch.randn(B, T, D),
         "post_norm_weight": torch.randn(D),
+        "layer_scalar": torch.randn(1),
+        "up": torch.randn(B, T, 6),
+        "projected": torch.randn(B, T, 3 * D),
+        "token_ids": torch.randint(7, (B, T)),
+        "table": torch.randn(7, 3 * D),
         "no_tensor": None,
         "rows": torch.randn(B, D),
         "residual_rows": torch.randn(B, D),
@@ -63,6 +69,7 @@ def tensors_on(device: str) -> dict[str, torch.Tensor | None]:
 ROTARY = ("k", "v", "keys", "values", "cos", "sin", "query_offset", "norm_weight")
 NORM_LINEAR = ("x", "residual", "norm_weight", "post_norm_weight", "gate_up_proj")
 DECODE = ("qkv", "keys", "values", "cos_table", "sin_table", "query_offset", "counter")
+PER_LAYER = ("projected", "token_ids", "table", "norm_weight")
 CHOICE = ("query_offset", "token", "counter", "temperature", "seed")
 NEXT = ("rows", "residual_rows", "norm_weight", "post_norm_weight", "embedding", *CHOICE)
 ROTATED = ("q", "keys", "values", "no_tensor", "no_tensor", "query_offset")
@@ -70,11 +77,14 @@ SPLIT = ("query", "keys", "values", "query_offset", "left_padding", "counter")
 ATTENTION = ("q", "keys", "values", "cos", "sin", "query_offset", "norm_weight")
 
 
-# (op, names of its arguments in tensors(), options). In each op's first entry, no argument is None.
+# (op, names of its arguments in tensors(), options). An option of type str is a name, too. In each
+# op's first entry, no argument is None.
 OPS = [
     (rms_norm, ("q", "norm_weight"), {}),
     (add_rms_norm, ("k", "v", "norm_weight"), {}),
-    (add_rms_norm, ("k", "v", "norm_weight", "norm_weight"), {}),
+    (add_rms_norm, ("k", "v", "norm_weight", "norm_weight"), {"layer_scalar": "layer_scalar"}),
+    (rms_norm, ("q", "no_tensor"), {"offset": 0.0}),
+    (add_norm, ("k", "v", "norm_weight"), {"offset": 0.0}),
     (geglu, ("q", "q"), {}),
     (gate_up_geglu, ("q", "gate_up_proj"), {}),
     (rotary_write, ROTARY, {}),
@@ -92,6 +102,13 @@ OPS = [
         ("x", "no_tensor", "norm_weight", "no_tensor", "gate_up_proj"),
         {"geglu": True},
     ),
+    (norm_linear, NORM_LINEAR, {"layer_scalar": "layer_scalar", "offset": 0.0}),
+    (
+        norm_linear,
+        ("x", "residual", "no_tensor", "post_norm_weight", "gate_up_proj"),
+        {"up": "up"},
+    ),
+    (per_layer_inputs, PER_LAYER, {"scale": 0.2}),
     (embed, ("ids", "embedding"), {"scale": 2.0}),
     (decode_attention, (*DECODE, "norm_weight", "k_norm"), {"scale": 0.2}),
     (decode_attention, DECODE, {"scale": 0.2, "window": 4, "softcap": 3.0}),
@@ -104,6 +121,7 @@ OPS = [
     (sample_token, ("logits", *CHOICE), {}),
     (sample_token, ("logits", *CHOICE[:-2]), {}),
     (next_token, NEXT, {"softcap": 30.0}),
+    (next_token, NEXT, {"layer_scalar": "layer_scalar", "offset": 0.0}),
 ]
 FIRST = {op.__name__: (op, names, options) for op, names, options in reversed(OPS)}
 
@@ -122,9 +140,10 @@ def test_every_registered_op_is_tested():
 def test_op_passes_opcheck(op, names, options, permuted, device):
     """Outputs must be contiguous for all strides of the inputs, because the fake outputs are."""
     given = tensors_on(device)
-    for name in ("q", "k", "v", "x") if permuted else ():
+    for name in ("q", "k", "v", "x", "up", "projected") if permuted else ():
         given[name] = given[name].transpose(0, 1).contiguous().transpose(0, 1)
     overload = getattr(torch.ops.gemma_fast, op.__name__).default
+    options = {key: given[x] if isinstance(x, str) else x for key, x in options.items()}
     opcheck(overload, tuple(given[name] for name in names), options)
 
 
@@ -141,6 +160,13 @@ def test_input_that_requires_grad_raises(op, names, options):
             op(*given, **options)
         with torch.no_grad():
             op(*given, **options)
+
+
+def test_option_that_requires_grad_raises():
+    given = tensors()
+    up = given["up"].requires_grad_()
+    with pytest.raises(ValueError, match="norm_linear has no derivative, and up requires grad"):
+        norm_linear(*(given[name] for name in NORM_LINEAR), up=up)
 
 
 def test_forward_mode_differentiation_raises():
