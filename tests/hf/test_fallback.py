@@ -72,7 +72,7 @@ def test_mask_with_an_or_function_falls_back(model):
     both = {"config": config, "inputs_embeds": embeds, "attention_mask": None}
     both |= {"past_key_values": None}
     plain = create_causal_mask(**both)
-    assert plain.flatten().tolist() == [0, 0] and plain.dtype == torch.int32
+    assert plain.flatten().tolist() == [*range(6), *[0] * 6] and plain.dtype == torch.int32
     for t in (6, 1):
         both["inputs_embeds"] = embeds[:, :t]
         other = create_causal_mask(**both, or_mask_function=lambda b, h, q, k: q >= 0)

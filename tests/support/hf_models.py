@@ -13,7 +13,7 @@ _GEMMA4 = {
     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
     "global_head_dim": 64, "intermediate_size": 88, "sliding_window": 13, "rms_norm_eps": 0.01,
     "layer_types": ["sliding_attention", "full_attention"] * 2, "max_position_embeddings": 256,
-    "final_logit_softcapping": 3.0, "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0, "hidden_size_per_layer_input": 0, "eos_token_id": None,
 }  # fmt: skip
 _K_IS_V = _GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 _PER_LAYER = {"hidden_size_per_layer_input": 16}
