@@ -156,19 +156,17 @@ def _check(original: str, module: nn.Module, query: Tensor, rest: dict[str, Any]
         )
 
 
-def _check_sliced(
-    original: str, query: Tensor, mask: Tensor | None, rest: dict[str, Any]
-) -> None:
+def _check_sliced(original: str, query: Tensor, mask: Tensor | None, rest: dict[str, Any]) -> None:
     """Raises ValueError if Gemma 4's last layers get only the queries of `logits_to_keep`, but no
     mask: sdpa without a mask counts positions from the first query. transformers does not slice
     then, but it compares the attention's name with 'sdpa'."""
     positions = rest.get("position_ids")
-    if original == "sdpa" and mask is None and positions is not None:
-        if query.shape[2] != positions.shape[-1]:
-            raise ValueError(
-                "logits_to_keep with an attention_mask of None: pass the mask as a tensor, or call "
-                "accelerate(model, attention=False)"
-            )
+    tokens = query.shape[2] if positions is None else positions.shape[-1]
+    if original == "sdpa" and mask is None and query.shape[2] != tokens:
+        raise ValueError(
+            "logits_to_keep with an attention_mask of None: pass the mask as a tensor, or call "
+            "accelerate(model, attention=False)"
+        )
 
 
 def _unknown(rest: dict[str, Any]) -> list[str]:

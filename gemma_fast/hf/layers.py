@@ -17,7 +17,6 @@ from gemma_fast.hf.masks import RING_ERROR, is_bounds
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.rmsnorm import rms_norm
 
-
 # The modules of transformers with layers that the kernels can replace, and the number that their
 # norms add to the weight.
 NORM_OFFSETS = {

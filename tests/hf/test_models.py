@@ -25,8 +25,10 @@ MODELS = [
     *(("Gemma2" + head, "gemma2-gqa") for head in ("Model", *CLASSIFIERS)),
     *(("Gemma3Text" + head, "gemma3-gqa") for head in ("Model", CLASSIFIERS[0])),
     *(("Gemma3" + head, "multimodal") for head in ("Model", CLASSIFIERS[0])),
-    *((f"Gemma4{kind}TextModel", f"gemma4{family}")
-      for kind, family in (("", ""), ("", "-experts"), ("Unified", "-unified"))),
+    *(
+        (f"Gemma4{kind}TextModel", f"gemma4{family}")
+        for kind, family in (("", ""), ("", "-experts"), ("Unified", "-unified"))
+    ),
 ]
 
 

@@ -32,6 +32,9 @@ GEMMA4 = {
 }
 FAMILIES = ["gemma-mqa", "gemma2-gqa", "gemma3-gqa", "gemma4"]
 B, T = 2, 30  # rows of a prompt, and tokens per row: more than the windows
+NEW = 24  # tokens that `generate` adds; more than the size of the windows
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+RENAMED = VERSION >= (5, 24)  # `past_key_values` is called `cache`
 
 
 def make(family, attention="eager", layers=3):
@@ -76,6 +79,13 @@ def padded(ids, *padding):
 @torch.no_grad()
 def logits(model, ids, mask=None, **options):
     return model(input_ids=ids, attention_mask=mask, **options).logits
+
+
+def generate(model, ids, mask=None, **options):
+    mask = torch.ones_like(ids) if mask is None else mask
+    torch.manual_seed(7)
+    options = {"max_new_tokens": NEW, "do_sample": False} | options
+    return model.generate(ids, attention_mask=mask, **options)
 
 
 def why(model, **inputs):
