@@ -110,6 +110,17 @@ def test_mask_with_holes_and_logits_to_keep_falls_back():
     assert path == "transformers" and "hides more than causality" in reason
 
 
+def test_short_cache_without_rings_falls_back_on_a_mask_with_holes():
+    """In transformers 5.17, layers that share keys and values have no layer in the cache."""
+    model, ids = make("gemma4"), prompt(t=9)
+    mask = torch.ones_like(ids)
+    mask[0, 4] = 0
+    expected = logits(model, ids, mask)
+    accelerate(model)
+    cache = GemmaFastCache(model.config, 10)
+    close(logits(model, ids, mask, **keywords(cache)), expected)
+
+
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", GEMMA4)
 def test_generate_past_the_window_gives_the_same_tokens(family, cache):
