@@ -11,7 +11,8 @@ and transformers' own attention applies it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -56,10 +57,12 @@ def make_mask(
     `bounds`, or transformers' own mask if `bounds` cannot express the mask."""
     # transformers passes use_vmap=True or allow_is_causal_skip=False for masks that are not plain,
     # and allow_is_bidirectional_skip for bidirectional masks. But it also passes
-    # allow_is_causal_skip=False for a single token with a compileable cache.
-    plain = not use_vmap and "allow_is_bidirectional_skip" not in rest
-    if not allow_is_causal_skip:
-        plain &= q_length == 1 and _is_causal(mask_function)
+    # allow_is_causal_skip=False for a single token with a compileable cache, and multimodal Gemma 4
+    # passes blocks of image tokens for a text without images, too.
+    plain = not use_vmap and (allow_is_causal_skip or (q_length == 1 and _is_causal(mask_function)))
+    if not plain and not torch.compiler.is_compiling():
+        plain = _has_only_empty_blocks(mask_function)
+    plain &= "allow_is_bidirectional_skip" not in rest
     ring = isinstance(kv_offset, RingOffset)
     first = torch.zeros(batch_size, dtype=torch.long, device=device)
     if plain and attention_mask is not None:
@@ -91,6 +94,33 @@ def _is_causal(mask_function: Callable[..., Any]) -> bool:
         mask_function is causal_mask_function
         or getattr(mask_function, "__name__", "") == "and_mask"
     )
+
+
+def _has_only_empty_blocks(mask_function: Callable[..., Any]) -> bool:
+    """Returns True for transformers' causal mask, with or without a window, that is combined with
+    blocks of image tokens, if no token belongs to a block."""
+    kind, parts = _maker(mask_function)
+    if kind not in ("and_masks", "or_masks") or len(parts["mask_functions"]) != 2:
+        return False
+    first, last = parts["mask_functions"]
+    last_kind, last_parts = _maker(last)
+    if kind == "and_masks":  # adds a window after the blocks
+        return last_kind == "sliding_window_overlay" and _has_only_empty_blocks(first)
+    causal = _maker(first)[1].get("mask_functions", (first,))
+    return (
+        {_maker(x)[0] for x in causal} <= {"sliding_window_overlay", "causal_mask_function"}
+        and last_kind == "blockwise_overlay"
+        and bool((last_parts["block_sequence_ids"] < 0).all())
+    )
+
+
+def _maker(mask_function: Callable[..., Any]) -> tuple[str, Mapping[str, Any]]:
+    """Returns the name of the function of transformers that returned this mask function, and its
+    arguments. The name is "" for other mask functions."""
+    if getattr(mask_function, "__module__", None) != causal_mask_function.__module__:
+        return "", {}
+    name = mask_function.__qualname__.partition(".")[0]
+    return name, inspect.getclosurevars(mask_function).nonlocals
 
 
 def left_padding(mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
