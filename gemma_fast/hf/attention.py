@@ -28,7 +28,8 @@ PREFIX = "gemma_fast+"
 # Keywords that layers pass to attention and that do not change its result.
 IDLE = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
-    "return_dict", "num_items_in_batch", "is_causal",
+    "return_dict", "num_items_in_batch", "is_causal", "labels", "output_router_logits",
+    "return_shared_kv_states",
 }  # fmt: skip
 logger = logging.get_logger(__name__)
 

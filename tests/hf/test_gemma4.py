@@ -7,7 +7,17 @@ import copy
 import pytest
 import torch
 import transformers
-from hf_models import GEMMA4, RENAMED, generate, logits, make, padded, prompt, why
+from hf_models import (
+    GEMMA4,
+    RENAMED,
+    generate,
+    logits,
+    make,
+    padded,
+    prompt,
+    randomize,
+    why,
+)
 from marks import slow
 from tiny_models import close
 from transformers import DynamicCache, StaticCache
@@ -184,3 +194,38 @@ def test_bidirectional_model_keeps_its_attention(attention):
         close(logits(accelerate(other), ids, mask)[real], expected[real])
         assert (logits(model, ids, mask) - expected)[real].abs().max() > 0.1
     assert "bidirectional" in why(other)["attention"][1]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_assistant_gives_the_same_tokens(attention):
+    """Its layers read keys and values of the model, and its mask is not causal."""
+    model, ids = make("gemma4-k-is-v", attention), prompt(b=1)
+    config = copy.deepcopy(GEMMA4["gemma4-k-is-v"]) | {
+        "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 4,
+    }  # fmt: skip
+    config = transformers.Gemma4AssistantConfig(
+        text_config=transformers.Gemma4TextConfig(**config), backbone_hidden_size=48
+    )
+    assistant = randomize(
+        transformers.Gemma4AssistantForCausalLM._from_config(config, attn_implementation=attention)
+    )
+    assistant.generation_config.num_assistant_tokens = 3
+    expected = generate(model, ids, assistant_model=assistant)
+    accelerate(model, strict=True)
+    accelerate(assistant)
+    assert torch.equal(generate(model, ids, assistant_model=assistant), expected)
+    runs = {(x.part, x.run.path) for x in assistant.modules() if getattr(x, "run", None)}
+    assert runs == {("norm", "reference"), ("mlp", "reference"), ("attention", "transformers")}
+
+
+@torch.no_grad()
+def test_keywords_for_other_code_do_not_stop_the_kernels():
+    """transformers passes these keywords on to each layer's attention."""
+    model, ids = make("gemma4-experts"), prompt()
+    given = {"labels": ids, "output_router_logits": True, "return_shared_kv_states": True}
+    expected = model(ids, **given)
+    found = accelerate(model, strict=True)(ids, **given)
+    close(found.loss, expected.loss)
+    assert found.shared_kv_states.keys() == expected.shared_kv_states.keys()
+    if SLICES:
+        assert len(found.router_logits) == len(expected.router_logits) == 4

@@ -78,6 +78,7 @@ def test_image_gives_the_same_output(kind, attention):
     assert (plain - expected).abs().max() > 1e-3, "image tokens must attend to each other"
     accelerate(model)
     close(model(**inputs).logits, expected)
+    close(model(**inputs, labels=inputs["input_ids"]).logits, expected)
     close(model(**inputs, logits_to_keep=3).logits, expected[:, -3:])
     assert torch.equal(model.generate(**inputs, **options), text)
     lines = explain(model, **inputs)
