@@ -67,11 +67,11 @@ def _matvec_kernel(
     elif PDL:
         prefetch_weight(weight_ptr, weight_row, DIM, BLOCK_K)
     wait_for_previous_kernel(PDL)
-    col = program * COLS + tl.arange(0, COLS)[:, None]  # [COLS, 1]
-    row = tl.arange(0, BLOCK_B)[None, :]  # [1, BLOCK_B]
-    mask = (col < OUT) & (row < rows)  # [COLS, BLOCK_B]
     if up_ptr is not None:  # before the matmul, which hides the latency
-        up = tl.load(up_ptr + row * up_row_stride + col, mask=mask, other=0.0)  # [COLS, BLOCK_B]
+        col = program * COLS + tl.arange(0, COLS)[:, None]  # [COLS, 1]
+        row = tl.arange(0, BLOCK_B)[None, :]  # [1, BLOCK_B]
+        up = up_ptr + row * up_row_stride + col  # [COLS, BLOCK_B]
+        up = tl.load(up, mask=(col < OUT) & (row < rows), other=0.0)
     scales = Scales(0.0, 0.0, 0.0)
     if inputs.norm_weight is not None or inputs.post_norm_weight is not None:
         scales = norm_scales(inputs, h_ptr, rows, program == 0, EPS, OFFSET, DIM, BLOCK_B, BLOCK_K)
@@ -108,7 +108,9 @@ def _matvec_kernel(
         out = geglu_in_fp32(gate, up)  # [COLS, BLOCK_B]
     elif up_ptr is not None:
         out = geglu_in_fp32(out, up.to(tl.float32))
-    tl.store(out_ptr + row * OUT + col, out, mask=mask)
+    col = program * COLS + tl.arange(0, COLS)[:, None]  # [COLS, 1]
+    row = tl.arange(0, BLOCK_B)[None, :]  # [1, BLOCK_B]
+    tl.store(out_ptr + row * OUT + col, out, mask=(col < OUT) & (row < rows))
 
 
 def default_config(rows: int, out: int, dim: int, itemsize: int) -> dict[str, int]:
