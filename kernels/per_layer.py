@@ -53,16 +53,17 @@ def _per_layer_inputs_kernel(
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]  # [BLOCK_R, 1]
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    mask = (row < rows) & (cols < DIM)  # [BLOCK_R, BLOCK]
-    token = tl.maximum(tl.load(ids_ptr + row // LAYERS, mask=row < rows, other=0), 0)
-    layer = token * LAYERS + row % LAYERS  # [BLOCK_R, 1]: row of the table as [vocab * LAYERS, DIM]
+    mask = (row < rows)[:, None] & (cols < DIM)  # [BLOCK_R, BLOCK]
+    token = tl.maximum(tl.load(ids_ptr + row // LAYERS, mask=row < rows, other=0), 0)  # [BLOCK_R]
+    # [BLOCK_R, 1]: row of the table as [vocab * LAYERS, DIM]
+    layer = (token * LAYERS + row % LAYERS)[:, None]
     embedding = tl.load(table_ptr + layer * DIM + cols, mask=mask, other=0.0)  # [BLOCK_R, BLOCK]
     norm_weight = tl.load(norm_weight_ptr + cols, mask=cols < DIM, other=0.0)  # [1, BLOCK]
     wait_for_previous_kernel(PDL)
 
-    place = row.to(tl.int64) * DIM + cols  # [BLOCK_R, BLOCK]
+    place = row.to(tl.int64)[:, None] * DIM + cols  # [BLOCK_R, BLOCK]
     x = tl.load(projected_ptr + place, mask=mask, other=0.0).to(tl.float32) * SCALE
     square = tl.sum(x * x, axis=1, keep_dims=True) / DIM  # [BLOCK_R, 1]
     y = scale_by_weight(x * tl.rsqrt(square + EPS), norm_weight.to(tl.float32), OFFSET)
@@ -71,9 +72,9 @@ def _per_layer_inputs_kernel(
 
 
 def default_config(p: int) -> dict[str, int]:
-    """Returns the launch config: a program handles four rows."""
+    """Returns the launch config: a thread loads 16 bytes of each of four rows."""
     block = triton.next_power_of_2(p)
-    return {"BLOCK": block, "BLOCK_R": 4, "num_warps": min(max(block // 64, 1), 8)}
+    return {"BLOCK": block, "BLOCK_R": 4, "num_warps": min(max(block // 256, 1), 8)}
 
 
 def _fake(
