@@ -46,9 +46,11 @@ PER_LAYER_INPUTS = Suite(
     name="per_layer_inputs",
     about="Per-layer inputs of Gemma 4 E2B: RMSNorm of [tokens, 35, 256] plus rows of a table",
     yardstick=True,
-    sizes={f"{tokens} x 35 x 256": {"tokens": tokens, "layers": 35, "p": 256}
-           for tokens in (1, 512, 8192)},
-    tiny={"3 x 2 x 48": {"tokens": 3, "layers": 2, "p": 48}},
+    sizes={
+        f"t {tokens}, 35 x 256": {"tokens": tokens, "layers": 35, "p": 256}
+        for tokens in (1, 2048, 8192)
+    },
+    tiny={"t 3, 2 x 48": {"tokens": 3, "layers": 2, "p": 48}},
     inputs=inputs,
     oracle=formula,
     work=work,
@@ -59,6 +61,6 @@ PER_LAYER_INPUTS = Suite(
         OURS_ALONE: plain(partial(per_layer_inputs, **OPTIONS, pdl=False)),
         OURS: plain(partial(per_layer_inputs, **OPTIONS, pdl=True)),
     },
-)  # fmt: skip
+)
 SIZES = {"tokens": 2, "layers": 3, "p": 48}, {"tokens": 64, "layers": 35, "p": 256}
 CHECKS = (Check("per_layer_inputs", inputs, formula, PER_LAYER_INPUTS.providers[OURS], SIZES),)
