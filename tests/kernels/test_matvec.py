@@ -224,12 +224,33 @@ def test_no_rows_give_an_empty_result(dtype, device):
 
 def test_the_kernel_is_launched_for_1_to_max_rows_only(device, monkeypatch):
     launches = []
-    monkeypatch.setattr(matvec, "_launch", lambda x, *_: launches.append(x.shape) or (x, x))
+    monkeypatch.setattr(matvec, "_launch", lambda given, *_: launches.append(given) or given[:2])
     weight = torch.randn(4, 16, device=device)
     for shape in ((1, 1), (1, MAX_ROWS), (2, MAX_ROWS // 2), (1, MAX_ROWS + 1), (1, 0)):
         linear(torch.randn(*shape, 16, device=device), weight)
     on_kernels = device == "cuda" or bool(knobs.runtime.interpret)
     assert len(launches) == (3 if on_kernels else 0)
+
+
+@pytest.mark.parametrize("dim", [256, 1536, 2048, 2560, 3840, 4096, 5376, 6144, 21504], ids=str)
+def test_blocks_of_a_row_fit_rows_of_gemma_4(dim):
+    """The part of the last block that lies beyond the row is at most a third of the row."""
+    block = matvec.default_config(1, 4096, dim, 2)["BLOCK_K"]
+    assert 3 * (-dim % block) <= dim
+
+
+def test_norm_linear_refuses_what_its_steps_do_not_compute(device):
+    x, norm_weight, weight = (torch.randn(n, 8, device=device) for n in (1, 1, 6))
+    norm_weight, up = norm_weight[0], torch.randn(1, 6, device=device)
+    for given, options in (
+        ((x, None, None, None), {}),  # that is `linear`
+        ((x, None, norm_weight, norm_weight), {}),
+        ((x, x, None, norm_weight), {"layer_scalar": up[0, :1]}),
+        ((x, x, norm_weight, None), {"up": up, "geglu": True}),
+        ((x, x, norm_weight, None), {"up": up[:, :5]}),
+    ):
+        with pytest.raises(AssertionError):
+            norm_linear(*given, weight, **options)
 
 
 def test_weight_of_wrong_shape_raises(device):
