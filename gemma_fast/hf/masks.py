@@ -138,6 +138,7 @@ def is_bounds(mask: Any) -> bool:
     return (
         isinstance(mask, Tensor)
         and mask.dtype == torch.int32
+        and mask.ndim == 4
         and (mask.shape[0], mask.shape[3]) == (2, 1)
     )
 

@@ -63,6 +63,13 @@ def test_custom_4d_mask_falls_back(model):
     check_attention_falls_back(model, "more than causal", input_ids=prompt(), attention_mask=mask)
 
 
+def test_bounds_are_distinguished_from_masks():
+    bounds = torch.zeros(2, 3, 5, 1, dtype=torch.int32)
+    assert hf_masks.is_bounds(bounds) and hf_masks.is_bounds(bounds[:, :, -2:])
+    for mask in (None, bounds.float(), bounds[:1], bounds.expand(2, 3, 5, 5), bounds[:, :, 0, 0]):
+        assert not hf_masks.is_bounds(mask)
+
+
 def test_packed_sequences_fall_back(model):
     positions = torch.cat((torch.arange(12), torch.arange(18))).expand(2, 30)
     check_attention_falls_back(
