@@ -73,7 +73,8 @@ MORE_GEMMA_4 = (
     (16, 2, 256, 1024, ("qkv",)),  # 31B
     (4, 8, 512, None, ("qk",)),
 )
-GEMMA_4_WEIGHTS = (  # hidden, rows of qkv_proj, columns of o_proj, MLP width, layers with per-layer inputs
+# hidden, rows of qkv_proj, columns of o_proj, MLP width, layers with per-layer inputs
+GEMMA_4_WEIGHTS = (
     (1536, 8 * 512, 8 * 512, 12288, 35),  # E2B, full layers that share K and V
     (3840, (16 + 2 * 8) * 256, 16 * 256, 15360, 0),  # 12B, layers with a window
 )
