@@ -129,16 +129,20 @@ def test_every_link_leads_somewhere(browser, folder):
 def test_lines_shown_are_those_of_the_source(browser, folder):
     page = browser.new_page()
     page.goto((folder / "index.html").as_uri())
-    source = Path(__file__).parents[2].joinpath("gemma_fast/reference.py").read_text("utf-8")
-    lines = [line.strip() for line in source.splitlines()]
+    package, files = Path(__file__).parents[2] / "gemma_fast", set()
     shown = page.locator("pre[aria-label^='Source of']")
     assert shown.count() >= 12
     for block in shown.all():
         text = [line.strip() for line in block.inner_text().splitlines()]
         name = block.get_attribute("aria-label").split()[-1]
-        line = block.locator("xpath=preceding-sibling::p[1]/a").get_attribute("href")
-        first = int(re.search(r"\d+$", line)[0]) - 1
-        assert lines[first : first + len(text)] == text, name
+        title = block.locator("xpath=preceding-sibling::p[1]")
+        file, first = re.search(r"(\w+\.py), line (\d+)", title.inner_text()).groups()
+        link = title.locator("a").get_attribute("href")
+        assert link == f"reference.html#{file}-{first}"
+        lines = [line.strip() for line in (package / file).read_text("utf-8").splitlines()]
+        assert lines[int(first) - 1 :][: len(text)] == text, name
+        files.add(file)
+    assert files == {"reference.py", "reference_steps.py"}
 
 
 @pytest.mark.parametrize("name", FILES)
