@@ -121,8 +121,9 @@ def test_groups_of_steps(twins, monkeypatch):
     seconds = {
         "embed": 1, "model.layers.0.input_layernorm": 2, "model.layers.0.self_attn.q_norm": 3,
         "model.layers.1.self_attn.o_proj": 4, "model.layers.0.mask": 5,
-        "model.layers.0.self_attn.queries": 6, "model.layers.0.self_attn.scores": 7, "model.layers.0.mlp.down_proj": 8,
-        "model.layers.0.mlp.geglu": 9, "model.layers.0.after_mlp": 10, "model.embed_tokens": 11,
+        "model.layers.0.self_attn.queries": 6, "model.layers.0.self_attn.scores": 7,
+        "model.layers.0.mlp.down_proj": 8, "model.layers.0.mlp.geglu": 9,
+        "model.layers.0.after_mlp": 10, "model.embed_tokens": 11,
     }  # fmt: skip
     per_layer = []
     if twins.config.hidden_size_per_layer_input:

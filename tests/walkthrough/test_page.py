@@ -1,8 +1,8 @@
 """Looks at the page of pictures as a reader does: in a browser, on a phone and on a desktop, light,
 dark and printed. Without Chromium, only the HTML is validated.
 
-One page is of a tiny Gemma 2 and a prompt of more than 64 tokens with HTML in it. The other one, in
-a slow test, is of the real weights.
+One page is of a tiny Gemma 2 and a prompt of more than 64 tokens with HTML in it. The others, in
+slow tests, are of a tiny Gemma 4 and of the real weights.
 """
 
 import os
@@ -16,6 +16,7 @@ from axe_playwright_python.sync_playwright import Axe
 from chat_checkpoint import write_chat_checkpoint
 from justhtml import JustHTML
 from playwright.sync_api import sync_playwright
+from tiny_checkpoint import write_tiny_checkpoint
 
 from gemma_fast.walkthrough.page import TITLES
 from gemma_fast.walkthrough.theme import THEMES
@@ -37,11 +38,16 @@ AUDITED = [
 AA, AA_GRAPHICS = 4.5, 3.0  # contrast ratios of WCAG 2.2
 
 
-@pytest.fixture(scope="module", params=["tiny", pytest.param("demo", marks=pytest.mark.slow)])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma4", "demo")]
+
+
+@pytest.fixture(scope="module", params=["tiny", *SLOW])
 def folder(request, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
     if request.param == "demo":
         model, prompt = request.getfixturevalue("demo_gguf"), "I want to move"
+    elif request.param == "gemma4":
+        model, prompt = write_tiny_checkpoint(path / "model", "gemma4-all"), "hello the world"
     else:
         model, prompt = write_chat_checkpoint(path / "model", "gemma2"), PROMPT
     return write_walkthrough(prompt, model, path / "out").parent
