@@ -13,8 +13,7 @@ from gemma_fast.config import GemmaConfig
 
 
 class RandomCheckpoint(Checkpoint):
-    """Draws weights from normal(0, 0.02), for tests, and for benchmarks without a download. Factors
-    (Gemma 4's norms and layer_scalar, which are not stored as factor - 1) are from normal(1, 0.02).
+    """Draws weights from normal(mean, 0.02), for tests, and for benchmarks without a download.
 
     Tensor name, seed, shape and device determine the values, which are then rounded to the dtype.
     """
@@ -24,10 +23,22 @@ class RandomCheckpoint(Checkpoint):
         self.generation_config = {}
         self.shapes = config.tensor_shapes()
 
+    def mean(self, name: str) -> float:
+        """Returns the mean of a tensor's values: 0, except for Gemma 4's norms and layer_scalar.
+
+        Gemma 4 stores these factors themselves, and other families store factor - 1. With zeros the
+        logits would be constant, so their mean is 1. Gemma 4 does not scale scores by
+        head_dim^-0.5, so the norms of queries and keys do, as trained ones would. With a mean of 1,
+        each query would see one key, and rounding to bfloat16 would change most of the logits.
+        """
+        if not name.endswith(("norm.weight", "layer_scalar")):
+            return 0.0
+        scores = name.endswith(("q_norm.weight", "k_norm.weight"))
+        factor = self.shapes[name][0] ** -0.25 if scores else 1.0
+        return factor * (1 - self.config.norm_offset)
+
     def _read(self, name: str, out: Tensor) -> None:
-        seed = self.seed + zlib.crc32(name.encode())
-        factor = name.endswith(("norm.weight", "layer_scalar"))
-        mean = 1 - self.config.norm_offset if factor else 0.0
+        seed, mean = self.seed + zlib.crc32(name.encode()), self.mean(name)
         generator = torch.Generator(out.device).manual_seed(seed)
         for part in out.view(-1).split(1 << 24):
             # PyTorch's generator gives different numbers in each dtype, so always use float32.

@@ -27,11 +27,12 @@ def failed(lines) -> set[str]:
 
 
 class Loud(RandomCheckpoint):
-    """Multiplies random weights by 10, so that attention and MLP have more effect on the logits."""
+    """Draws weights with ten times the spread, so that attention and MLP have more effect on the
+    logits."""
 
     def _read(self, name, out):
         super()._read(name, out)
-        out.mul_(10)
+        out.sub_(self.mean(name)).mul_(10).add_(self.mean(name))
 
 
 def model_lines(name="gemma3-gqa", dtypes=(FP32,)) -> dict[str, Finding]:
