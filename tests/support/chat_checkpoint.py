@@ -1,5 +1,5 @@
-"""Writes the checkpoint of a tiny random chat model: weights, tokenizer, official template. That of
-Gemma 4 has weights of Gemma 3, and the template of tiny_gemma4.py."""
+"""Writes the checkpoint of a tiny random chat model: weights, tokenizer, official template. Gemma 4
+has the template of tiny_gemma4.py."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from gemma_fast.text.tokenizer import Tokenizer
 
 FAMILIES = {
-    "gemma": "gemma-mqa", "gemma2": "gemma2-gqa", "gemma3": "gemma3-gqa", "gemma4": "gemma3-gqa",
+    "gemma": "gemma-mqa", "gemma2": "gemma2-gqa", "gemma3": "gemma3-gqa", "gemma4": "gemma4-shared",
 }  # fmt: skip
 
 

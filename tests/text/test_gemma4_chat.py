@@ -123,6 +123,16 @@ def test_chat_has_bos_exactly_once(request, kind):
         tokenizer.require_bos()
 
 
+def test_answer_is_continued_as_in_transformers(ours, judge):
+    chat, options = (
+        [USER, {"role": "assistant", "content": "the "}],
+        {"continue_final_message": True},
+    )
+    text = ours.apply_chat_template(chat, tokenize=False, **options)
+    assert text == judge.apply_chat_template(chat, tokenize=False, **options)
+    assert text.endswith("<|turn>model\nthe")
+
+
 def test_thinking_starts_in_the_system_turn(ours):
     text = ours.apply_chat_template([USER], tokenize=False, **OPTIONS["thinking"])
     assert text.startswith("<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nhello")
