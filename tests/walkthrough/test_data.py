@@ -323,7 +323,7 @@ def test_bf16_figures_are_close(run):
     assert found["model"]["dtype"] == "bfloat16"
     for part, key in (("updates", "mlp"), ("hiddens", "with_norms")):
         close(found[part][key], run.data[part][key], rtol=0.01)
-    each_token = 0.04 if run.twins.config.model_type == "gemma4" else 0.01
+    each_token = 0.08 if run.twins.config.model_type == "gemma4" else 0.01
     close(found["final_norm"]["after"], run.data["final_norm"]["after"], rtol=each_token)
     close(found["attention"]["flatness"], run.data["attention"]["flatness"], rtol=0.03)
     assert found["hiddens"] != run.data["hiddens"]
