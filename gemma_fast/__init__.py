@@ -19,8 +19,10 @@ if TYPE_CHECKING:  # type checkers treat a name as exported if it is imported wi
     from gemma_fast.model.cache import KVCache as KVCache
     from gemma_fast.presets import PRESETS as PRESETS
     from gemma_fast.reference import Reference as Reference
+    from gemma_fast.text.streaming import ChatStreamer as ChatStreamer
     from gemma_fast.text.streaming import TextIteratorStreamer as TextIteratorStreamer
     from gemma_fast.text.streaming import TextStreamer as TextStreamer
+    from gemma_fast.text.streaming import split_thoughts as split_thoughts
     from gemma_fast.text.tokenizer import AutoTokenizer as AutoTokenizer
     from gemma_fast.text.tokenizer import GemmaTokenizer as GemmaTokenizer
     from gemma_fast.text.tokenizer import Tokenizer as Tokenizer
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "AutoModelForCausalLM": "causal_lm",
     "AutoTokenizer": "text.tokenizer",
+    "ChatStreamer": "text.streaming",
     "GemmaConfig": "config",
     "GemmaForCausalLM": "causal_lm",
     "Gemma2ForCausalLM": "causal_lm",
@@ -45,6 +48,7 @@ _MODULES = {
     "TextIteratorStreamer": "text.streaming",
     "TextStreamer": "text.streaming",
     "Tokenizer": "text.tokenizer",
+    "split_thoughts": "text.streaming",
 }
 __all__ = list(_MODULES)
 

@@ -31,7 +31,7 @@ from gemma_fast.engine.outputs import CausalLMOutput, Outputs
 from gemma_fast.engine.pool import DecoderPool
 from gemma_fast.engine.processors import functions_of, processors_of
 from gemma_fast.engine.request import end_token_ids, requests_of
-from gemma_fast.load import load_model, pick_device, refuse_overflow
+from gemma_fast.load import PER_LAYER, load_model, pick_device, refuse_overflow
 from gemma_fast.model.cache import KVCache
 from gemma_fast.model.gemma import Gemma
 
@@ -62,7 +62,9 @@ class GemmaForCausalLM(Gemma):
 
         dtype        None or "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
         device       None: the GPU if there is one, else the CPU
-        device_map   transformers' way to pass the device: "auto", a device, or {"": device}
+        device_map   transformers' way to pass the device: "auto", a device, or {"": device}; with
+                     "model.embed_tokens_per_layer": "cpu" in the dict, the table of Gemma 4's
+                     per-layer embeddings stays in host memory, see load.py
         torch_dtype  older name of dtype in transformers
         others       revision, token, cache_dir, force_download, local_files_only: as in
                      huggingface_hub, without effect on a path; and transformers' keywords that
@@ -77,7 +79,10 @@ class GemmaForCausalLM(Gemma):
             raise TypeError("from_pretrained() got both dtype and torch_dtype: pass only dtype")
         dtype = dtype or torch_dtype or "auto"
         checkpoint = open_checkpoint(name_or_path, download_options(others))
-        return cls.from_checkpoint(checkpoint, dtype=dtype, device=pick_device(device, device_map))
+        return cls.from_checkpoint(
+            checkpoint, dtype=dtype, device=pick_device(device, device_map),
+            on_host=isinstance(device_map, Mapping) and f"model.{PER_LAYER}" in device_map,
+        )  # fmt: skip
 
     @classmethod
     def from_checkpoint(
@@ -86,9 +91,11 @@ class GemmaForCausalLM(Gemma):
         *,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
+        on_host: bool = False,
     ) -> GemmaForCausalLM:
-        """Builds the model from an open checkpoint, for example a `RandomCheckpoint`."""
-        model = load_model(cls, checkpoint, dtype, device)
+        """Builds the model from an open checkpoint, for example a `RandomCheckpoint`. The arguments
+        are those of `load.load_model`."""
+        model = load_model(cls, checkpoint, dtype, device, on_host)
         if checkpoint.generation_config:
             options, source = checkpoint.generation_config, str(checkpoint.path)
             model.generation_config = GenerationConfig.of(options, source)
@@ -272,14 +279,18 @@ class GemmaForCausalLM(Gemma):
 
         weights  all parameters, except an output head of its own
         lm_head  the output head, if it has a weight of its own
+        host     the table of per-layer embeddings, if it is in host memory and the model on a GPU
         cache    the rotary tables, and the KV caches that `generate` keeps for its next call
         graph    the CUDA graphs that `generate` keeps for its next call
         """
         kept = self.decoders.memory()
         kept["cache"] += self.rope.nbytes
-        head = {} if self.lm_head is None else {"lm_head": self.lm_head.nbytes}
-        weights = sum(weight.nbytes for weight in self.parameters()) - sum(head.values())
-        return {"weights": weights, **head, **kept}
+        items = {} if self.lm_head is None else {"lm_head": self.lm_head.nbytes}
+        table = self.embed_tokens_per_layer
+        if table is not None and table.device != self.device:
+            items["host"] = table.nbytes
+        weights = sum(weight.nbytes for weight in self.parameters()) - sum(items.values())
+        return {"weights": weights, **items, **kept}
 
     def free_memory(self) -> None:
         """Frees the KV caches and CUDA graphs that `generate` keeps, and the rotary tables."""

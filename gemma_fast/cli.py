@@ -174,13 +174,25 @@ def generate(
 
 
 @main.command()
-@click.option("--system", help="System message for the model (Gemma 3 only).")
+@click.option("--system", help="System message for the model (Gemma 3 and 4).")
+@click.option(
+    "--think/--no-think",
+    default=None,
+    help="Let the model think before it answers, or not (Gemma 4). [default: as in its template]",
+)
 @model_options
 @sampling_options
-def chat(system: str | None, model: str, device: str, dtype: str, **sampling: Any) -> None:
-    """Chat with an instruction-tuned model. Ctrl-C stops an answer, Ctrl-D ends the chat."""
+def chat(
+    system: str | None, think: bool | None, model: str, device: str, dtype: str, **sampling: Any
+) -> None:
+    """Chat with an instruction-tuned model. Ctrl-C stops an answer, Ctrl-D ends the chat.
+
+    Thoughts are printed to stderr, and are not part of later prompts."""
+    from gemma_fast.text.streaming import split_thoughts
+
     gemma, tokenizer = _load(model, device, dtype)
     _warn_of_missing_template(tokenizer)
+    variables = _thinking(tokenizer, think)
     ends = _ends(gemma, tokenizer)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
@@ -193,16 +205,16 @@ def chat(system: str | None, model: str, device: str, dtype: str, **sampling: An
         with warnings.catch_warnings():  # _warn_of_missing_template has printed this warning
             warnings.filterwarnings("ignore", message=".*there is no chat template")
             encoding: Any = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt"
+                messages, add_generation_prompt=True, return_tensors="pt", **variables
             )
         options = {**sampling, "eos_token_id": ends}
         try:
-            new, _ = stream(gemma, tokenizer, encoding.input_ids, options, skip_prompt=True)
+            new, _ = stream(gemma, tokenizer, encoding.input_ids, options, chat=True)
         except ValueError as error:
             click.echo(f"Error: {error}", err=True)
             messages.pop()
             continue
-        answer = tokenizer.decode(new, skip_special_tokens=True)
+        _, answer = split_thoughts(tokenizer, new, encoding.input_ids[0].tolist())
         messages.append({"role": "assistant", "content": answer})
 
 
@@ -294,6 +306,19 @@ def _warn_of_missing_template(tokenizer: Tokenizer) -> None:
         _warn(f"{tokenizer.source}: {NO_TEMPLATE}")
 
 
+def _thinking(tokenizer: Tokenizer, think: bool | None) -> dict[str, Any]:
+    """Returns the template's variable that lets the model think, or does not."""
+    if think is None:
+        return {}
+    name = "enable_thinking"
+    if tokenizer.chat_template is None or name not in tokenizer.get_chat_template():
+        raise click.BadParameter(
+            f"the chat template of {tokenizer.source} has no variable {name}",
+            param_hint="--think/--no-think",
+        )
+    return {name: think}
+
+
 def _warn(message: object) -> None:
     click.echo(f"Warning: {message}", err=True)
 
@@ -321,6 +346,7 @@ def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCa
 
     path = model or demo_checkpoint()
     tokenizer = Tokenizer.from_pretrained(path)
+    tokenizer.require_bos()
     gemma = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device=device)
     # Warm up before calls are timed: on a GPU the first call compiles kernels and captures a graph.
     bos = torch.tensor([[gemma.config.bos_token_id]])  # the tokenizer may have no bos token

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,17 +27,23 @@ def stream(
     sampling: dict[str, Any],
     *,
     silent: bool = False,
-    skip_prompt: bool = False,
+    chat: bool = False,
 ) -> tuple[list[int], dict[str, Any]]:
     """Generates text, and unless `silent` prints it and its speed. Returns the new ids and the
-    statistics of `_speed`."""
-    from gemma_fast.text.streaming import TextStreamer
+    statistics of `_speed`.
+
+    chat  print only the answer to stdout, and its thoughts to stderr
+    """
+    from gemma_fast.text.streaming import ChatStreamer, TextStreamer
 
     do_sample = sampling.pop("sample")
     if do_sample is None and any(sampling[name] is not None for name in IMPLY_SAMPLE):
         do_sample = True
-    streamer = TextStreamer(
-        tokenizer, skip_prompt, skip_special_tokens=True, write=partial(click.echo, nl=False)
+    screen = _Screen()
+    streamer: TextStreamer = (
+        ChatStreamer(tokenizer, screen.thought, write=screen.text)
+        if chat
+        else TextStreamer(tokenizer, skip_special_tokens=True, write=screen.text)
     )
     clock = _Clock(None if silent else streamer)
     sampling |= {"do_sample": do_sample, "stop_strings": sampling["stop_strings"] or None}
@@ -49,6 +54,23 @@ def stream(
         click.echo()
         click.echo(_summary(stats), err=True)
     return out[0, ids.shape[1] :].tolist(), stats
+
+
+class _Screen:
+    """Prints text to stdout, and thoughts dim to stderr, on lines of their own."""
+
+    def __init__(self) -> None:
+        self._in_line = False  # a thought does not end with a newline
+
+    def thought(self, text: str) -> None:
+        click.secho(text, nl=False, err=True, dim=True)
+        self._in_line = not text.endswith("\n")
+
+    def text(self, text: str) -> None:
+        if self._in_line:
+            click.echo(err=True)
+            self._in_line = False
+        click.echo(text, nl=False)
 
 
 class _Clock:

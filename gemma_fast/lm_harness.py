@@ -100,6 +100,7 @@ class GemmaFastLM(ScoringLM):
         self._device = self.model.device
         if isinstance(tokenizer, str):
             tokenizer = Tokenizer.from_pretrained(tokenizer, **download_options(others))
+            tokenizer.require_bos()
         self.tokenizer: Any = tokenizer
         self.automatic = str(batch_size).startswith("auto")
         self.batch_size = int((max_batch_size or 64) if self.automatic else batch_size)

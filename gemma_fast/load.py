@@ -12,10 +12,11 @@ from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.config import GemmaConfig
-from gemma_fast.memory import out_of_memory
+from gemma_fast.memory import free_bytes, out_of_memory
 from gemma_fast.model.gemma import Gemma
 
 Model = TypeVar("Model", bound=Gemma)
+PER_LAYER = "embed_tokens_per_layer"  # the weight that can stay in host memory
 
 
 def load_model(
@@ -23,13 +24,17 @@ def load_model(
     checkpoint: Checkpoint,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
+    on_host: bool = False,
 ) -> Model:
     """Returns a model of class `cls` with the checkpoint's config and weights.
 
-    cls     a subclass of Gemma without parameters of its own
-    dtype   "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
-    device  None: the device of the checkpoint's tensors if they are in memory; otherwise the GPU if
-            there is one, else the CPU
+    cls      a subclass of Gemma without parameters of its own
+    dtype    "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
+    device   None: the device of the checkpoint's tensors if they are in memory; otherwise the GPU
+             if there is one, else the CPU
+    on_host  keep the table of per-layer embeddings (Gemma 4) in pinned host memory, from which a
+             GPU reads one row per token. It is also kept there if the weights do not fit the GPU's
+             free memory with it, but fit without it
 
     `model.parts` lists, for each parameter, the checkpoint's tensors that are stacked in it. The
     parameter shares the memory of these tensors if `_share` finds that possible. Otherwise it is
@@ -46,8 +51,14 @@ def load_model(
     found = {name: _share(checkpoint, parts[name], dtype, device) for name in parts}
     shared = {name: weight for name, weight in found.items() if weight is not None}
     empty = {name: model.get_parameter(name) for name in parts if name not in shared}
+    on_host = device.type == "cuda" and (on_host or fits_without_table(empty, free_bytes(device)))
     with _allocation(checkpoint, empty, dtype, device):
-        new = {name: torch.empty_like(weight, device=device) for name, weight in empty.items()}
+        new = {
+            name: torch.empty_like(weight, device="cpu", pin_memory=True)
+            if on_host and name == PER_LAYER
+            else torch.empty_like(weight, device=device)
+            for name, weight in empty.items()
+        }
     model.load_state_dict(shared | new, assign=True)
     _copy(checkpoint, new, parts)
     return model
@@ -73,6 +84,14 @@ def _share(
     rows, rest = sum(len(part) for part in parts), first.shape[1:]
     strides = (math.prod(rest), *first.stride()[1:])
     return first.as_strided((rows, *rest), strides, first.storage_offset())
+
+
+def fits_without_table(weights: Mapping[str, Tensor], free: float) -> bool:
+    """Returns True if the weights need more than `free` bytes, but not without the table of
+    per-layer embeddings."""
+    size = sum(weight.nbytes for weight in weights.values())
+    table = weights[PER_LAYER].nbytes if PER_LAYER in weights else 0
+    return size - table <= free < size
 
 
 def _allocation(
@@ -127,11 +146,13 @@ def pick_device(
     device: torch.device | str | None, device_map: str | Mapping[str, Any] | None
 ) -> torch.device:
     if isinstance(device_map, Mapping):
-        if list(device_map) != [""]:
+        others = {k: v for k, v in device_map.items() if (k, v) != (f"model.{PER_LAYER}", "cpu")}
+        if list(others) != [""]:
             raise ValueError(
-                f"device_map {dict(device_map)}: the model runs on one device, pass {{'': device}}"
+                f"device_map {dict(device_map)}: the model runs on one device, pass {{'': device}};"
+                f" only 'model.{PER_LAYER}' may be on 'cpu'"
             )
-        device_map = device_map[""]
+        device_map = others[""]
     asked: Any = device if device is not None else device_map
     if asked is None or asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"

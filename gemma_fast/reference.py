@@ -1,8 +1,7 @@
-"""Gemma in plain PyTorch, from token ids to next-token logits: the order of the steps, whose
-formulas are in reference_steps.py.
+"""Gemma 1 to 4 in plain PyTorch, from token ids to the logits of the next token.
 
-Tests compare the model with this file, and the model benchmarks run it as "eager". This file shares
-no code with the model or the kernels.
+This file has the order of the steps, reference_steps.py their formulas. Neither shares code with
+the model or the kernels. Tests compare the model with them, and benchmarks run them as "eager".
 
     b batch · t new tokens · s past and new tokens · n kv heads · m query heads per kv head
     d head dim · heads: n * m for queries, n for keys and values
@@ -14,7 +13,6 @@ import os
 from typing import NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
@@ -31,23 +29,22 @@ from gemma_fast.reference_steps import (
     per_layer_inputs,
     rms_norm,
     rotate,
+    visible_keys,
 )
 
+Angles = tuple[Tensor, Tensor]  # cos and sin :: [b, 1, t, d / 2]
 KeyValues = tuple[Tensor, Tensor]  # K and V of one layer :: [b, n, s, d]
 T = TypeVar("T")
 
 
 class Output(NamedTuple):
     logits: Tensor  # [b, t, vocab], or [b, logits_to_keep, vocab]
-    past_key_values: list[KeyValues] | None  # K and V of each layer: [b, n, s, d]
+    past_key_values: list[KeyValues] | None  # of each layer
 
 
 class Reference:
-    """Gemma 1 to 4 (text), computed with a dict of weights under the checkpoint's tensor names.
-
-    config   any GemmaConfig
-    weights  all tensors of config.tensor_shapes(), in one dtype and on one device
-    """
+    """Gemma 1 to 4 (text). weights: the tensors of config.tensor_shapes() by name, in one dtype and
+    on one device."""
 
     def __init__(self, config: GemmaConfig, weights: dict[str, Tensor]) -> None:
         self.config = config
@@ -93,33 +90,25 @@ class Reference:
         past_key_values  the KV cache that an earlier call returned; it is not changed
         logits_to_keep   number of last tokens whose logits are returned; 0: all tokens
         """
+        config, t = self.config, input_ids.shape[1]
         past = past_key_values[0][0].shape[2] if past_key_values else 0
-        t = input_ids.shape[1]
-        s = past + t
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids[:, :1]).expand(-1, s)
+            attention_mask = torch.ones_like(input_ids[:, :1]).expand(-1, past + t)
         if position_ids is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # [b, t]
-        source = torch.arange(s, device=input_ids.device)[None, :]
-        target = source[:, past:].mT  # [t, 1]
-        seen = (source <= target) & attention_mask.bool()[:, None, :]
-        seen = self.observe("mask", seen)  # [b, t, s]
 
-        config = self.config
         embeddings = self.weights["model.embed_tokens.weight"]
         hiddens = self.observe("embed", embed(input_ids, embeddings))
-        inputs = self.per_layer_inputs(input_ids, hiddens)
+        per_layer = self.per_layer_inputs(input_ids, hiddens)
         cache: list[KeyValues] = []
         for i, layer in enumerate(config.layers):
-            visible = seen if layer.window is None else seen & (source > target - layer.window)
+            visible = self.observe("mask", visible_keys(attention_mask, t, layer.window))
             cos_sin = angles(config.rope(layer.kind), layer.head_dim, position_ids)
             cos_sin = self.observe(f"model.layers.{i}.angles", cos_sin)
-            past_of_layer = past_key_values[i] if past_key_values else None
-            shared = None if layer.kv_layer == i else cache[layer.kv_layer]
-            hiddens, key_values = self.layer(
-                i, hiddens, visible, cos_sin, past_of_layer, shared, inputs
-            )
-            cache.append(key_values)
+            past_kv = past_key_values[i] if past_key_values else None
+            shared = cache[layer.kv_layer] if layer.kv_layer < i else None
+            hiddens, kv = self.layer(i, hiddens, visible, cos_sin, past_kv, shared, per_layer)
+            cache.append(kv)
 
         hiddens = self.norm(hiddens[:, -logits_to_keep:], "model.norm")
         return Output(self.predict(hiddens), cache if use_cache else None)
@@ -131,7 +120,7 @@ class Reference:
         i: int,
         hiddens: Tensor,
         visible: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
+        cos_sin: Angles,
         past: KeyValues | None = None,
         shared: KeyValues | None = None,
         per_layer: Tensor | None = None,
@@ -141,7 +130,7 @@ class Reference:
         visible    [b, t, s], bool: whether a new token sees a key
         cos_sin    cos and sin of the new tokens' rotary angles, from `angles`
         past       this layer's K and V of the past tokens, or None
-        shared     the earlier layer's K and V that this layer reads (Gemma 4); None: its own
+        shared     the earlier layer's K and V that this layer reads (Gemma 4), or None: its own
         per_layer  [b, t, layers, p], from `per_layer_inputs` (Gemma 4), or None
         """
         name = f"model.layers.{i}"
@@ -173,14 +162,12 @@ class Reference:
         i: int,
         x: Tensor,
         visible: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
+        cos_sin: Angles,
         past: KeyValues | None = None,
         shared: KeyValues | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """Returns attention's output :: [b, t, hidden], and K and V of the past and new tokens.
-
-        x: normalized hiddens :: [b, t, hidden]; the others as in `layer`.
-        """
+        x: normalized hiddens :: [b, t, hidden]; the others as in `layer`."""
         config, name = self.config, f"model.layers.{i}.self_attn"
         q = self.heads(i, x, f"{name}.q_proj")
         if config.qk_norm:
@@ -195,9 +182,7 @@ class Reference:
         out = out.transpose(1, 2).flatten(2)  # [b, t, n * m * d]
         return self.project(out, f"{name}.o_proj"), (k, v)
 
-    def key_values(
-        self, i: int, x: Tensor, cos_sin: tuple[Tensor, Tensor], past: KeyValues | None
-    ) -> KeyValues:
+    def key_values(self, i: int, x: Tensor, cos_sin: Angles, past: KeyValues | None) -> KeyValues:
         """Returns K and V of the past and new tokens. x: normalized hiddens :: [b, t, hidden]."""
         config, name = self.config, f"model.layers.{i}.self_attn"
         k = self.heads(i, x, f"{name}.k_proj")
@@ -237,9 +222,7 @@ class Reference:
 
     def add_per_layer(self, name: str, hiddens: Tensor, per_layer: Tensor) -> Tensor:
         """Returns hiddens :: [b, t, hidden] plus the update from the layer's per-layer embeddings.
-
-        per_layer: this layer's part of `per_layer_inputs` :: [b, t, p].
-        """
+        per_layer: this layer's part of `per_layer_inputs` :: [b, t, p]."""
         gate = self.project(hiddens, f"{name}.per_layer_input_gate")
         x = self.observe(f"{name}.per_layer_geglu", geglu(gate, per_layer))
         x = self.project(x, f"{name}.per_layer_projection")
@@ -247,8 +230,7 @@ class Reference:
         return self.observe(f"{name}.after_per_layer", hiddens + x)
 
     def predict(self, hiddens: Tensor) -> Tensor:
-        """Returns logits :: [b, t, vocab]. The weight of the output projection is the embedding's,
-        unless the checkpoint has another one."""
+        """Returns logits :: [b, t, vocab]. A tied output projection has the embedding's weight."""
         tied = self.config.tie_word_embeddings
         logits = self.project(hiddens, "model.embed_tokens" if tied else "lm_head")
         return self.observe("logits", cap(logits, self.config.final_logit_softcapping))
@@ -258,12 +240,9 @@ class Reference:
         return self.observe(name, rms_norm(x, weight, config.rms_norm_eps, config.norm_offset))
 
     def project(self, x: Tensor, name: str) -> Tensor:
-        return self.observe(name, F.linear(x, self.weights[f"{name}.weight"]))
+        return self.observe(name, torch.nn.functional.linear(x, self.weights[f"{name}.weight"]))
 
     def observe(self, name: str, x: T) -> T:
         """Returns x, the result of a step. A subclass may record x or return another tensor.
-
-        name: the name of the step's weight without ".weight", or for example
-        "model.layers.0.self_attn.scores"
-        """
+        name: that of the step's weight, or for example "model.layers.0.self_attn.scores"."""
         return x

@@ -31,6 +31,18 @@ def embed(input_ids: Tensor, embeddings: Tensor, width: int | None = None) -> Te
     return embeddings[input_ids] * scale.to(embeddings.device)
 
 
+def visible_keys(mask: Tensor, t: int, window: int | None) -> Tensor:
+    """Returns whether a new token sees a key :: [b, t, s], bool: its own key and all earlier ones,
+    or the last `window` of them, except for padding.
+
+    mask :: [b, s], 0 for padding; the last t of the s tokens are new
+    """
+    place = torch.arange(mask.shape[1], device=mask.device)
+    distance = place[-t:, None] - place  # [t, s], from a key forward to the new token
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return seen & mask.bool()[:, None]
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 1.0) -> Tensor:
     """Returns x / rms(x) * (offset + weight), computed in fp32 and rounded to x's dtype at the end.
 

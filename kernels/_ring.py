@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemma_fast.kernels._triton import tl, triton
 
-HEAD_DIMS = (32, 64, 128, 256)  # for these, tiles fit in registers and shared memory
+HEAD_DIMS = (32, 64, 128, 256, 512)  # for these, tiles fit in registers and shared memory
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

@@ -243,8 +243,15 @@ def _attention_kernel(
     if WGMMA:
         # A matmul initializes the accumulator to zeros. Otherwise ptxas places waits for matmuls at
         # the top of the loop, and softmax does not overlap them.
-        zeros = tl.zeros([16, D], q_tile.dtype)
-        out = tl.dot(tl.zeros([BLOCK_M, 16], q_tile.dtype), zeros)  # [BLOCK_M, d]
+        no_rows, zeros = tl.zeros([BLOCK_M, 16], q_tile.dtype), tl.zeros([16, D], q_tile.dtype)
+        if D < 512:
+            out = tl.dot(no_rows, zeros)  # [BLOCK_M, d]
+        else:
+            # Triton divides the rows among all warps if it sees that a later matmul uses the
+            # result. At d = 512, the warps divide columns, too, or the accumulator would not fit
+            # in registers. A loop hides the later matmul. LLVM knows that it runs once.
+            for _ in range(tl.minimum(tl.num_programs(0), 1)):
+                out = tl.dot(no_rows, zeros)  # [BLOCK_M, d]
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see no key
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -280,9 +287,12 @@ def default_config(rows: int, heads: int, d: int, itemsize: int, gpu: Gpu) -> di
     shared memory, and no register may be spilled in the loop. Short prompts get small tiles, so
     that more multiprocessors have work."""
     if itemsize == 4:  # no tensor cores
-        block_m, block_n, num_warps = 16 if rows <= 16 else 32, 16, 8
+        narrow = rows <= 16 or (d == 512 and gpu.shared_memory < 160_000)
+        block_m, block_n, num_warps = 16 if narrow else 32, 16, 8
     elif rows <= 16:
         block_m, block_n, num_warps = 16, 32, 8
+    elif d == 512:
+        block_m, block_n, num_warps = 64, 32 if gpu.shared_memory > 160_000 else 16, 8
     elif gpu.shared_memory < 200_000:
         block_m, block_n, num_warps = 64, 32 if d == 256 else 64, 8
     elif triton.cdiv(rows, 128) * heads < 2 * gpu.multiprocessors:

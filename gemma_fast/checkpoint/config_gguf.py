@@ -2,7 +2,7 @@
 
 GGUF does not store query_pre_attn_scalar, and most files do not store the layer pattern and the
 theta of windowed layers. The architecture and the number of layers determine these fields. Keys of
-the tokenizer are in text/gguf_settings.py.
+Gemma 4's layers are in gemma4_gguf.py, keys of the tokenizer in text/gguf_settings.py.
 
 The metadata are untrusted. Raises ValueError, with the key, for a value that is missing, out of
 range, or requires a computation that this project does not support. Warns of a key of the
@@ -16,13 +16,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_fast.config import (
-    FAMILIES,
-    FULL,
-    SLIDING,
-    GemmaConfig,
-    RopeParameters,
-)
+from gemma_fast.checkpoint import gemma4_gguf
+from gemma_fast.config import FAMILIES, FULL, SLIDING, GemmaConfig, RopeParameters
 from gemma_fast.ranges import INT_RANGES, check_number
 
 # Field of GemmaConfig → key after the architecture's name.
@@ -81,7 +76,8 @@ TOKEN_ID = 0, 1 << 20
 
 
 def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
-    """Converts a GGUF file's metadata to a config, with tied embeddings."""
+    """Converts a GGUF file's metadata to a config, with tied embeddings. That of a Gemma 4 still
+    needs `gemma4_gguf.with_tensors`."""
     family = metadata.get("general.architecture")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"general.architecture {family!r} is not one of {', '.join(FAMILIES)}")
@@ -93,8 +89,9 @@ def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
         for key, value in metadata.items()
         if key.startswith(dot) and value is not None
     }
+    by_layer = gemma4_gguf.layer_fields(given) if family == "gemma4" else {}
     _check_keys(given, family)
-    values = {name: given[key] for name, key in APPLIED.items() if key in given}
+    values = {name: given[key] for name, key in APPLIED.items() if key in given} | by_layer
     for name, key in APPLIED.items():
         if name not in values and name not in OPTIONAL:
             raise ValueError(f"the GGUF metadata has no {dot}{key}: convert the model again")
@@ -110,6 +107,7 @@ def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
                 f"={values['head_dim']!r}: use llama.cpp"
             )
     scaled = (family, layers) in SCALED_BY_HIDDEN
+    values.setdefault("query_pre_attn_scalar", hidden // heads if scaled else values["head_dim"])
     if not isinstance(tokens := metadata.get("tokenizer.ggml.tokens"), list):
         raise ValueError(
             "the GGUF metadata has no list tokenizer.ggml.tokens: convert the model again"
@@ -119,8 +117,7 @@ def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
     return GemmaConfig(
         model_type=family,
         vocab_size=len(tokens),
-        query_pre_attn_scalar=hidden // heads if scaled else values["head_dim"],
-        **values | _windows(given, family, layers) | _rope(given, family),
+        **_windows(given, family, layers) | _rope(given, family) | values,
         **{name: token for name, token in ids.items() if token is not None},
     )
 
@@ -193,6 +190,9 @@ def _windows(given: Mapping[str, Any], family: str, layers: int) -> dict[str, An
     if family == "gemma2":
         names = "attn_logit_softcapping", "final_logit_softcapping"
         caps = {name: given.get(name, FAMILIES["gemma2"][name]) for name in names}
+    if family == "gemma4":
+        caps = {"final_logit_softcapping": given.get("final_logit_softcapping", 30.0) or None}
+        return caps | {"sliding_window": given.get("attention.sliding_window")}
     window = given.get("attention.sliding_window", 4096 if family == "gemma2" else 0)
     if window == 0 and family == "gemma3":
         return caps | {"sliding_window": None, "layer_types": (FULL,) * layers}
@@ -216,7 +216,7 @@ def _rope(given: Mapping[str, Any], family: str) -> dict[str, RopeParameters]:
     full = _linear(theta, 1 if kind == "none" else factor)
     if family == "gemma":
         return {"full_rope": full, "sliding_rope": full}
-    local = {"gemma2": (theta, factor), "gemma3": (1e4, 1)}[family]
+    local = (theta, factor) if family == "gemma2" else (1e4, 1)
     sliding = _linear(given.get("rope.freq_base_swa", local[0]), local[1])
     return {"full_rope": full, "sliding_rope": sliding}
 

@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gemma_fast.checkpoint.base import FileCheckpoint, parse_content
 from gemma_fast.checkpoint.config_gguf import config_from_gguf, generation_from_gguf
+from gemma_fast.checkpoint.gemma4_gguf import ROPE_FACTORS, with_tensors
 from gemma_fast.checkpoint.gguf_reader import GGUFFile, ReaderTensor, read_rows
 from gemma_fast.checkpoint.hub import GGUF_PART
 
@@ -22,6 +24,11 @@ MODEL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
+}
+GEMMA_4_MODEL_NAMES = {
+    "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
+    "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
+    "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
 }
 COMMON_NAMES = {
     "attn_norm": "input_layernorm",
@@ -43,13 +50,22 @@ GEMMA_3_NAMES = GEMMA_2_NAMES | {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
 }
-LAYER_NAMES = {"gemma": GEMMA_1_NAMES, "gemma2": GEMMA_2_NAMES, "gemma3": GEMMA_3_NAMES}
+GEMMA_4_NAMES = GEMMA_3_NAMES | {
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+    "layer_output_scale": "layer_scalar",
+}
+LAYER_NAMES = {
+    "gemma": GEMMA_1_NAMES, "gemma2": GEMMA_2_NAMES, "gemma3": GEMMA_3_NAMES,
+    "gemma4": GEMMA_4_NAMES,
+}  # fmt: skip
 LAYER_TENSOR = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.weight")
-ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies, 1 in Gemma
 
 
 class GGUFCheckpoint(FileCheckpoint):
-    """A Gemma checkpoint in a GGUF file. GGUF stores the weight of a norm as 1 + weight."""
+    """A Gemma checkpoint in a GGUF file. GGUF stores the weight of a norm of Gemma 1 to 3 as
+    1 + weight."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -59,23 +75,31 @@ class GGUFCheckpoint(FileCheckpoint):
         if self.generation_config:  # `generate` takes no option of the config if this has one
             for name in ("eos_token_id", "pad_token_id"):
                 self.generation_config.setdefault(name, getattr(self.config, name))
+        factors = None  # divisors of the rotary frequencies, 1 in Gemma 1 to 3
         for file in _parts(first):
             for tensor in file.tensors:
                 if tensor.name == ROPE_FACTORS:
-                    self._refuse_rope_factors(file.path, tensor)
+                    factors = self._rope_factors(file.path, tensor)
                     continue
                 shape = tuple(tensor.shape[::-1].tolist())
                 self.add(self._name(tensor.name), shape, file.path, tensor)
+        if self.config.model_type == "gemma4":
+            try:
+                self.config = with_tensors(self.config, self.shapes, factors)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
 
     def _name(self, stored_name: str) -> str:
         """Returns transformers' name for a tensor of the file."""
         family = self.config.model_type
-        if stored_name in MODEL_NAMES:
-            return MODEL_NAMES[stored_name]
+        names = MODEL_NAMES | (GEMMA_4_MODEL_NAMES if family == "gemma4" else {})
+        if stored_name in names:
+            return names[stored_name]
         if match := LAYER_TENSOR.fullmatch(stored_name):
             layer, part = match.groups()
             if part in LAYER_NAMES[family]:
-                return f"model.layers.{layer}.{LAYER_NAMES[family][part]}.weight"
+                name = f"model.layers.{layer}.{LAYER_NAMES[family][part]}"
+                return name if part == "layer_output_scale" else f"{name}.weight"
         raise ValueError(
             f"{self.path}: tensor {stored_name} is unknown: {family} has no such tensor; use"
             " llama.cpp"
@@ -98,18 +122,24 @@ class GGUFCheckpoint(FileCheckpoint):
         for i in range(0, len(rows), step):
             values = self._rows(name, i, i + step)
             if name.endswith("norm.weight"):
-                values -= 1  # GGUF stores 1 + weight
+                values -= self.config.norm_offset  # GGUF stores the factor
             rows[i : i + step] = values
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         return torch.from_numpy(read_rows(self.files[name], self.stored[name], start, stop))
 
-    def _refuse_rope_factors(self, path: Path, tensor: ReaderTensor) -> None:
-        if tensor.shape.size != 1 or (read_rows(path, tensor, 0, 1) != 1).any():
+    def _rope_factors(self, path: Path, tensor: ReaderTensor) -> np.ndarray:
+        try:
+            factors = read_rows(path, tensor, 0, 1)[0]
+        except NotImplementedError:
+            factors = np.zeros(1, np.float32)  # refused below, or by with_tensors
+        others = self.config.model_type != "gemma4" and (factors != 1).any()
+        if tensor.shape.size != 1 or others:
             raise ValueError(
                 f"{path}: tensor {ROPE_FACTORS} scales rotary frequencies, which is not supported:"
                 " use llama.cpp"
             )
+        return factors
 
 
 def _parts(first: GGUFFile) -> Iterator[GGUFFile]:

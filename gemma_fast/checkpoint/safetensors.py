@@ -27,7 +27,7 @@ DTYPES = {
 
 
 class SafetensorsCheckpoint(FileCheckpoint):
-    """A checkpoint in a directory that transformers saved. For a multimodal Gemma 3, it contains
+    """A checkpoint in a directory that transformers saved. For a multimodal model, it contains
     only the text model. Its dtype is the one that config.json names, as in transformers."""
 
     def __init__(self, path: Path):

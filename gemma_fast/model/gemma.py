@@ -186,4 +186,8 @@ class Gemma(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Gemma:
         self.rope.clear()  # the weights may move to another device
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        table = self.embed_tokens_per_layer
+        if table is not None and table.is_cpu and self.device.type == "cuda":
+            table.data = table.data.pin_memory()  # a converted table is not pinned
+        return self

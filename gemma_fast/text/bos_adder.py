@@ -12,6 +12,7 @@ from tokenizers import processors
 from gemma_fast.text.batch import check_side
 from gemma_fast.text.special_tokens import Vocabulary
 
+GEMMA_4_TURN = "<|turn>"  # only Gemma 4's vocabulary has it
 MAX_POST_PROCESSOR = 1 << 14  # bytes of its JSON; Gemma's takes less than 1000
 
 
@@ -62,6 +63,12 @@ class BosAdder(Vocabulary):
     @add_bos_token.setter
     def add_bos_token(self, add: bool) -> None:
         self._set_post_processor(add, self.add_eos_token)
+
+    def require_bos(self) -> None:
+        """Adds <bos> to texts of a Gemma 4 whose tokenizer adds none, as those of its -it models,
+        which leave it to the chat template. A prompt without <bos> ruins the model's answer."""
+        if self.token_to_id(GEMMA_4_TURN) is not None and not self.add_bos_token:
+            self.add_bos_token = True
 
     @property
     def add_eos_token(self) -> bool:

@@ -23,6 +23,8 @@ Message = dict[str, Any]
 ROLE = re.compile(r"[\w.-]+")
 MEDIA = ("image", "image_url", "audio", "input_audio", "video", "video_url")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field of a message
+OPEN, CLOSE = "<|channel>", "<channel|>"  # around the thoughts of Gemma 4
+DROPS_THOUGHTS = re.compile(r"""split\(\s*(['"])<channel\|>\1\s*\)""")
 PASS_TEMPLATE = "pass chat_template=…"
 
 
@@ -180,6 +182,10 @@ def render_prompt(
     continue_final_message  the prompt ends with the last message's content, or with the field of
                             this name
     """
+    control_tokens = {*control_tokens}
+    if CLOSE in control_tokens and DROPS_THOUGHTS.search(template.text):
+        messages = [_without_thoughts(message) for message in variables["messages"]]
+        variables = {**variables, "messages": messages}
     taken = template.text + json.dumps([variables, dict(trusted)], ensure_ascii=False)
     marks = Marks(taken, control_tokens)
     marked = {**trusted, **{name: marks.mark(value) for name, value in variables.items()}}
@@ -198,6 +204,26 @@ def render_prompt(
     text, _, rest = text.rpartition(end)
     text = text if rest.startswith(" ") else text.rstrip()
     return Prompt(marks.split(text.replace(end, "")), [])  # a template may repeat the field
+
+
+def _without_thoughts(message: Message) -> Message:
+    """Returns an earlier answer without its thoughts, as the template would, which cannot find
+    their control tokens once these are marked."""
+    if message["role"] not in ("assistant", "model"):
+        return message
+    if isinstance(content := message.get("content"), str):
+        return {**message, "content": _drop_thoughts(content)}
+    parts = [
+        {**part, "text": _drop_thoughts(part["text"])}
+        if isinstance(part, dict) and isinstance(part.get("text"), str)
+        else part
+        for part in (content if isinstance(content, list) else [])
+    ]
+    return {**message, "content": parts} if parts else message
+
+
+def _drop_thoughts(text: str) -> str:
+    return "".join(part.partition(OPEN)[0] for part in text.split(CLOSE))
 
 
 def _append(message: Message, field: str, end: str, template: str) -> str:

@@ -1,26 +1,34 @@
 """Builds a BPE tokenizer from the pieces of a SentencePiece model, as stored in a GGUF file or in
 tokenizer.model. It is equal to the tokenizer that was converted to GGUF.
 
-Neither file stores BPE's merges. The scores define them: SentencePiece merges the two neighbors
-whose joint piece has the highest score, so each split of a piece into two pieces is a merge, and
-merges are sorted by the piece's score.
+GGUF files of Gemma 4 store BPE's merges. The other files do not, and the scores define them:
+SentencePiece merges the two neighbors whose joint piece has the highest score, so each split of a
+piece into two pieces is a merge, and merges are sorted by the piece's score.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 ADDED = (UNKNOWN, CONTROL, USER_DEFINED)
 TYPES = range(1, 7)  # 5 and 6 mark unused tokens and bytes
-COLUMNS = {"tokens": str, "scores": float, "token_type": int}
+# tokenizer.ggml.model → the lists that define its vocabulary
+COLUMNS = {
+    "llama": {"tokens": str, "token_type": int, "scores": float},
+    "gemma4": {"tokens": str, "token_type": int, "merges": str},
+}
 MAX_PIECE = 256  # characters; Gemma's longest piece has 31. Finding merges takes quadratic time.
 MAX_ADDED = 1 << 15  # tokens that are split off before the BPE merges; Gemma 3 has 6415
 MAX_CHARACTERS = 4 << 20  # of all pieces; Gemma 3's have 1.5 million
+MAX_MERGES = 1 << 20  # Gemma 4 has 514,906
+# Gemma 4 merges within a line and within a run of newlines, never across their border.
+NEWLINES = pre_tokenizers.Split(Regex(r"\n+|[^\n]+"), behavior="isolated")
+Merges = list[tuple[str, str]]
 
 
 def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
@@ -28,27 +36,59 @@ def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
 
     Raises ValueError, with `source` in the message, for malformed metadata.
     """
-    if metadata.get("tokenizer.ggml.model") != "llama":
-        model = metadata.get("tokenizer.ggml.model")
-        raise ValueError(f"{source}: tokenizer.ggml.model is {model!r}, but Gemma's is 'llama'")
+    model = metadata.get("tokenizer.ggml.model")
+    if not isinstance(model, str) or model not in COLUMNS:
+        raise ValueError(
+            f"{source}: tokenizer.ggml.model is {model!r:.60}, but Gemma's is one of"
+            f" {', '.join(COLUMNS)}"
+        )
     columns = []
-    for name, kind in COLUMNS.items():
+    for name, kind in COLUMNS[model].items():
         column = metadata.get(f"tokenizer.ggml.{name}")
         if not isinstance(column, list) or set(map(type, column)) != {kind}:
             raise ValueError(
                 f"{source}: tokenizer.ggml.{name} must be a non-empty list of {kind.__name__}"
             )
         columns.append(column)
-    tokens, scores, types = columns
-    return bpe_backend(tokens, scores, types, source)
+    tokens, types, values = columns
+    if model == "llama":
+        return scored_backend(tokens, values, types, source)
+    vocab = _vocabulary(tokens, types, source)
+    backend = _bpe_backend(vocab, _stored_merges(vocab, values, source), types)
+    backend.pre_tokenizer = NEWLINES
+    return backend
 
 
-def bpe_backend(
+def scored_backend(
     tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], source: str
 ) -> Backend:
     """Returns the tokenizer with these pieces, without normalizer and decoder. The id of a piece is
     its position. Raises ValueError, with `source` in the message, for malformed columns."""
-    _check_columns(tokens, scores, types, source)
+    if len(tokens) != len(scores):
+        raise ValueError(
+            f"{source}: {len(tokens)} tokens, {len(scores)} scores: the numbers must be equal"
+        )
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(f"{source}: the scores of tokens contain a number that is not finite")
+    vocab = _vocabulary(tokens, types, source)
+    return _bpe_backend(vocab, _scored_merges(vocab, scores, types), types)
+
+
+def _bpe_backend(vocab: dict[str, int], merges: Merges, types: Sequence[int]) -> Backend:
+    backend = Backend(BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.add_tokens(
+        [
+            AddedToken(piece, normalized=False, special=type_ != USER_DEFINED)
+            for piece, type_ in zip(vocab, types, strict=True)
+            if type_ in ADDED
+        ]
+    )
+    return backend
+
+
+def _vocabulary(tokens: Sequence[str], types: Sequence[int], source: str) -> dict[str, int]:
+    """Returns the pieces and their ids, in the order of the ids."""
+    _check_columns(tokens, types, source)
     pieces = [
         token.replace(" ", "▁") if type_ == USER_DEFINED else token
         for token, type_ in zip(tokens, types, strict=True)
@@ -56,33 +96,13 @@ def bpe_backend(
     vocab = {piece: i for i, piece in enumerate(pieces)}
     if len(vocab) != len(pieces):
         raise ValueError(f"{source}: the vocabulary contains a token twice")
-
-    backend = Backend(
-        BPE(
-            vocab,
-            _merges(vocab, scores, types),
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    backend.add_tokens(
-        [
-            AddedToken(piece, normalized=False, special=type_ != USER_DEFINED)
-            for piece, type_ in zip(pieces, types, strict=True)
-            if type_ in ADDED
-        ]
-    )
-    return backend
+    return vocab
 
 
-def _check_columns(
-    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], source: str
-) -> None:
-    if not len(tokens) == len(scores) == len(types):
+def _check_columns(tokens: Sequence[str], types: Sequence[int], source: str) -> None:
+    if len(tokens) != len(types):
         raise ValueError(
-            f"{source}: {len(tokens)} tokens, {len(scores)} scores and {len(types)} token types:"
-            " the numbers must be equal"
+            f"{source}: {len(tokens)} tokens, {len(types)} token types: the numbers must be equal"
         )
     if longest := next((token for token in tokens if len(token) > MAX_PIECE), ""):
         raise ValueError(
@@ -92,8 +112,6 @@ def _check_columns(
         raise ValueError(
             f"{source}: the tokens have {total} characters; the limit is {MAX_CHARACTERS}"
         )
-    if not all(map(math.isfinite, scores)):
-        raise ValueError(f"{source}: the scores of tokens contain a number that is not finite")
     if unknown := set(types).difference(TYPES):
         raise ValueError(f"{source}: the token_type {min(unknown)} is not one of 1 to 6")
     if (added := sum(map(ADDED.__contains__, types))) > MAX_ADDED:
@@ -103,9 +121,31 @@ def _check_columns(
         )
 
 
-def _merges(
+def _stored_merges(vocab: Mapping[str, int], merges: Sequence[str], source: str) -> Merges:
+    """Returns merges, which are stored as "left right", as pairs. As in llama.cpp, the first space
+    that is not the first character separates the halves."""
+    if len(merges) > MAX_MERGES:
+        raise ValueError(
+            f"{source}: tokenizer.ggml.merges has {len(merges)} merges; the limit is {MAX_MERGES}"
+        )
+    pairs: dict[tuple[str, str], None] = {}
+    for merge in merges:
+        head, _, right = merge[1:].partition(" ")
+        left = merge[:1] + head
+        if not (left and right and left in vocab and right in vocab and left + right in vocab):
+            raise ValueError(
+                f"{source}: tokenizer.ggml.merges has {merge!r:.60}: it must be two tokens with a"
+                " space between them, which together are a token"
+            )
+        pairs[left, right] = None
+    if len(pairs) != len(merges):
+        raise ValueError(f"{source}: tokenizer.ggml.merges contains a merge twice")
+    return [*pairs]
+
+
+def _scored_merges(
     vocab: Mapping[str, int], scores: Sequence[float], types: Sequence[int]
-) -> list[tuple[str, str]]:
+) -> Merges:
     """Returns the pairs of pieces that merge to another piece. The order is by score of that piece,
     then by length of the left half, then by length of the right half, all descending."""
     ranked = []

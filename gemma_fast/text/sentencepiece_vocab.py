@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from gemma_fast.text.gguf_vocab import NORMAL, bpe_backend
+from gemma_fast.text.gguf_vocab import NORMAL, scored_backend
 
 MAX_BYTES = 8 << 20  # Gemma 3's file takes 5 MB
 MAX_FIELDS = 1 << 20  # of all messages; Gemma 3's file has 0.8 million
@@ -62,7 +62,7 @@ def sentencepiece_backend(path: Path) -> Backend:
             " tokenizer.json with transformers.AutoTokenizer"
         ) from error
     _check_options(options[TRAINER], options[NORMALIZER], path)
-    return bpe_backend(tokens, scores, types, str(path))
+    return scored_backend(tokens, scores, types, str(path))
 
 
 def _check_options(trainer: dict[int, Any], normalizer: dict[int, Any], path: Path) -> None:

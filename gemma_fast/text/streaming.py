@@ -1,13 +1,20 @@
-"""Streams text: receives token ids, and writes each character as soon as it is complete."""
+"""Streams text: receives token ids, and writes each character as soon as it is complete.
+
+A Gemma 4 writes its thoughts in front of an answer, and ChatStreamer separates the two:
+
+    <|channel>thought\n{thoughts}<channel|>{answer}<turn|>
+"""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from queue import Queue
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gemma_fast.compat import check_keywords
+from gemma_fast.text.chat import CLOSE, OPEN
 from gemma_fast.text.keywords import DECODE
 from gemma_fast.text.tokenizer import Tokenizer
 
@@ -61,10 +68,7 @@ class TextStreamer:
         if skip:
             return
         for token_id in ids.flatten().tolist():
-            self._held.append(token_id)
-            # tokenizers' DecodeStream is not used, because it can raise on invalid UTF-8.
-            if len(self._held) >= MAX_HELD or not self._text().endswith("�"):
-                self._flush()
+            self._take(token_id)
 
     def end(self) -> None:
         """Writes the text of the remaining ids, even if the last character is incomplete. The next
@@ -74,6 +78,12 @@ class TextStreamer:
         self._at_prompt = True
         self.on_finalized_text(text, stream_end=True)
 
+    def _take(self, token_id: int) -> None:
+        self._held.append(token_id)
+        # tokenizers' DecodeStream is not used, because it can raise on invalid UTF-8.
+        if len(self._held) >= MAX_HELD or not self._text().endswith("�"):
+            self._flush()
+
     def _text(self) -> str:
         return self.tokenizer.decode(self._held, self.skip_special_tokens)
 
@@ -82,6 +92,64 @@ class TextStreamer:
         self._held.clear()
         if text:
             self.on_finalized_text(text)
+
+
+class ChatStreamer(TextStreamer):
+    """Writes an answer without prompt, special tokens and thoughts. `write_thought` receives the
+    pieces of thoughts, without the name of their channel, which is their first line."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        write_thought: Callable[[str], object],
+        *,
+        write: Callable[[str], object] | None = None,
+    ):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, write=write)
+        self.write_thought = write_thought
+        # A vocabulary before Gemma 4 has neither token.
+        self._open, self._close = tokenizer.token_to_id(OPEN), tokenizer.token_to_id(CLOSE)
+        self._thinking = self._in_name = False
+
+    def put(self, ids: Tensor) -> None:
+        if self._at_prompt:
+            prompt = ids.flatten().tolist()
+            marks = [i for i, token in enumerate(prompt) if token in (self._open, self._close)]
+            tail = prompt[marks[-1] :] if marks else []
+            self._thinking = tail[:1] == [self._open]
+            self._in_name = self._thinking and "\n" not in self.tokenizer.decode(tail)
+        super().put(ids)
+
+    def _take(self, token_id: int) -> None:
+        if token_id in (self._open, self._close):
+            self._flush()
+            self._thinking = self._in_name = token_id == self._open
+        else:
+            super()._take(token_id)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self._thinking:
+            if self._in_name:
+                _, newline, text = text.partition("\n")
+                self._in_name = not newline
+            if text:
+                self.write_thought(text)
+            text = ""
+        super().on_finalized_text(text, stream_end)
+
+
+def split_thoughts(
+    tokenizer: Tokenizer, ids: Iterable[int], prompt: Iterable[int] = ()
+) -> tuple[str, str]:
+    """Returns the thoughts in `ids`, the tokens of one answer, and the answer without them. Both
+    are without special tokens. A prompt may start the thoughts."""
+    thoughts: list[str] = []
+    answer: list[str] = []
+    streamer = ChatStreamer(tokenizer, thoughts.append, write=answer.append)
+    streamer.put(torch.tensor([*prompt], dtype=torch.int64))
+    streamer.put(torch.tensor([*ids], dtype=torch.int64))
+    streamer.end()
+    return "".join(thoughts), "".join(answer)
 
 
 class TextIteratorStreamer(TextStreamer):

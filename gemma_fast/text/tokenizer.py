@@ -39,11 +39,13 @@ from gemma_fast.text.vocab_files import (
     NORMALIZER,
     check_pipeline,
     load_vocabulary,
+    newline_split,
     warn_of_missing_bos,
 )
 
 CORE = ("<pad>", "<eos>", "<bos>", "<unk>")
 TURNS = ("<start_of_turn>", "<end_of_turn>")
+ENDS = ("<eos>", "<end_of_turn>", "<turn|>", "<|tool_response>")  # the last two in Gemma 4
 GEMMA_3_END_OF_TURN = 106  # 107 in Gemma 1 and 2
 CALL_TEMPLATE = "from_pretrained(chat_template=…)"  # source of a template in error messages
 FILES = ["*.json", "*.jinja", "tokenizer.model"]
@@ -52,7 +54,7 @@ FILES = ["*.json", "*.jinja", "tokenizer.model"]
 class Tokenizer(ChatEncoder):
     """Gemma's tokenizer. Its base classes have the calls and attributes.
 
-    stop_token_ids :: list[int], the ids of <eos>, of <end_of_turn> if the vocabulary has it, and of
+    stop_token_ids :: list[int], the ids of <eos>, of the vocabulary's other tokens in ENDS, and of
                       the checkpoint's other tokens that end a text
     vocab_size     :: int, without tokens that were added later
     """
@@ -89,7 +91,8 @@ class Tokenizer(ChatEncoder):
         self.init_kwargs = dict(settings or {})
         settings = dict(settings or {})
         add_settings_of(backend, settings)
-        backend.normalizer, backend.pre_tokenizer, backend.decoder = NORMALIZER, None, DECODER
+        backend.normalizer, backend.decoder = NORMALIZER, DECODER
+        backend.pre_tokenizer = newline_split(backend)
         backend.no_padding()
         backend.no_truncation()
         backend.add_special_tokens([AddedToken(name, normalized=False) for name in ids])
@@ -143,6 +146,8 @@ class Tokenizer(ChatEncoder):
         settings = read_settings(path, others)
         if settings.get("tokenizer_class") in GENERIC:
             check_pipeline(backend, file)
+        else:  # transformers' GemmaTokenizer does not read it from the file
+            backend.pre_tokenizer = None
         if file.suffix == ".json" and backend.post_processor is None:
             warn_of_missing_bos(settings, file)
         templates, template_source = read_templates(path)
@@ -204,7 +209,7 @@ class Tokenizer(ChatEncoder):
 
     @property
     def stop_token_ids(self) -> list[int]:
-        names = ["<eos>", self.eos_token, "<end_of_turn>", *self._ends]
+        names = [*ENDS, self.eos_token, *self._ends]
         found = [self.token_to_id(name) for name in names if name]
         return sorted({token_id for token_id in found if token_id is not None})
 

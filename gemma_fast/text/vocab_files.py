@@ -9,13 +9,15 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, normalizers
+from tokenizers.pre_tokenizers import PreTokenizer
 
-from gemma_fast.text.gguf_vocab import MAX_ADDED
+from gemma_fast.text.gguf_vocab import MAX_ADDED, NEWLINES
 from gemma_fast.text.sentencepiece_vocab import sentencepiece_backend
 
 MAX_BYTES = 128 << 20  # of tokenizer.json; Gemma 3's takes 33 MB
 # Normalizer and decoder are the same for every Gemma.
 NORMALIZER = normalizers.Replace(" ", "▁")
+NEWLINE_PATTERNS = (r"\n+|[^\n]+", r"[^\n]+|\n+", r"[^\n]+|[\n]+", r"\n+")
 DECODER = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
 
 
@@ -51,6 +53,17 @@ def check_pipeline(backend: Backend, file: Path) -> None:
                 f"{file}: {name} is {state!r:.200}, but Gemma's is {wanted!r:.200}: use"
                 " transformers.AutoTokenizer, whose tensors this model takes"
             )
+
+
+def newline_split(backend: Backend) -> PreTokenizer | None:
+    """Returns Gemma 4's split at newlines if `backend` has an equal pre-tokenizer, else None:
+    Gemma's other pre-tokenizer splits at spaces, which the normalizer has replaced."""
+    state = backend.pre_tokenizer and json.loads(backend.pre_tokenizer.__getstate__())
+    wanted = json.loads(NEWLINES.__getstate__())
+    for pattern in NEWLINE_PATTERNS:
+        if state == wanted | {"pattern": {"Regex": pattern}}:
+            return NEWLINES
+    return None
 
 
 def warn_of_missing_bos(settings: dict[str, Any], file: Path) -> None:

@@ -89,6 +89,7 @@ def _load(
     name = path.absolute().name if path.exists() else str(model)
     progress(f"Reading {name}")
     tokenizer = Tokenizer.from_pretrained(model)
+    tokenizer.require_bos()
     checkpoint = open_checkpoint(model)
     where = pick_device(device, None)
     kind = pick_dtype(dtype, checkpoint, where)

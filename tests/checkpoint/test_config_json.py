@@ -37,7 +37,7 @@ def test_published_configs_equal_the_presets():
     assert config_from_json(GEMMA_3_4B) == replace(PRESETS["gemma-3-4b"], eos_token_id=(1, 106))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [x for x in PRESETS if PRESETS[x].model_type != "gemma4"])
 def test_fields_of_transformers_4_and_5_give_the_same_config(name):
     """Converts a config that transformers 5 saved. Then converts the same values with the field
     names of transformers 4."""

@@ -1,4 +1,4 @@
-"""Checks that valid GGUF files are read: files of three families, every type that can be
+"""Checks that valid GGUF files are read: files of each family, every type that can be
 dequantized, and metadata of every type."""
 
 import sys
@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import FAMILIES, assert_holds, random_tensors, read, write_gguf
+from checkpoints import ALL_FAMILIES, assert_holds, random_tensors, read, write_gguf
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
@@ -28,7 +28,7 @@ def small_blocks(monkeypatch) -> None:
     monkeypatch.setattr(gguf_checkpoint, "BLOCK", 5 * 256)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize(
     "kind", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0], ids=lambda k: k.name
 )

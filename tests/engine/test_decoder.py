@@ -20,10 +20,16 @@ from gemma_fast.kernels.launch import Gpu, as_on
 
 
 @pytest.mark.parametrize(
-    ("config", "batch"), [("gemma3-mqa", 1), *slow(("gemma-mqa", 1), ("gemma2-gqa", 8))], ids=str
-)
-def test_a_step_takes_at_most_five_launches_per_layer_plus_three(config, batch):
-    """Also checks that prompts of other lengths compile no further kernels."""
+    ("config", "batch"),
+    [
+        ("gemma3-mqa", 1), ("gemma4-all", 1),
+        *slow(("gemma-mqa", 1), ("gemma2-gqa", 8), ("gemma4-k-eq-v", 1), ("gemma4-shared", 8)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_step_takes_five_launches_per_layer_plus_three(config, batch):
+    """With per-layer embeddings, it takes seven per layer plus five. Also checks that prompts of
+    other lengths compile no further kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [
@@ -36,7 +42,8 @@ def test_a_step_takes_at_most_five_launches_per_layer_plus_three(config, batch):
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
     layers = CONFIGS[config].num_hidden_layers
-    assert layers * 5 < len(found["step"]) <= layers * 5 + 3, found["step"]
+    more = 2 if CONFIGS[config].hidden_size_per_layer_input else 0
+    assert len(found["step"]) == layers * (5 + more) + 3 + more, found["step"]
     assert not any(found["compiled"].values()), found["compiled"]
 
 

@@ -267,7 +267,7 @@ def test_kept_decoders_are_freed_when_memory_runs_out(twins, monkeypatch):
                 "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory"],
 )  # fmt: skip
 def test_out_of_memory_for_a_prompt_raises(twins, monkeypatch, message):
-    def full(*args):
+    def full(*args, **kwargs):
         raise RuntimeError(message)
 
     model = random_model(twins.config)

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_mistakes import OF_ROTATION, OF_SOFTMAX
+from attention_mistakes import OF_GEMMA_4, OF_ROTATION, OF_SOFTMAX
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import DTYPES
 from marks import slow
-from oracles import angles, normed_and_rotated, softmax_attention
-from tolerances import assert_rounded, attention_roundings
+from oracles import angles, normed, normed_and_rotated, softmax_attention
+from tolerances import assert_rounded, attention_roundings, norm_roundings, pair_size
 from triton_interpreter import interpreter
 
 from gemma_fast.kernels import attention as attention_file
@@ -33,6 +33,10 @@ def check(
     window=None,
     softcap=None,
     norm=False,
+    offset=1.0,
+    v_norm=False,
+    k_eq_v=False,
+    last=None,
     spare=0,
     multiple=1,
     d=D,
@@ -41,18 +45,21 @@ def check(
     """Compares both ops with fp64, for t new tokens after past[row] tokens.
 
     If past[row] is negative, the row's new tokens begin with -past[row] tokens of left padding.
+    With `last`, only the last new tokens are queries, as in Gemma 4's layers that share K and V.
     """
     torch.manual_seed(seed)
     b, start = len(past), torch.tensor(past, dtype=torch.int32, device=device)
     length = max(past) + t
     slots = max(length, 1) + spare
+    last = last or t
     if window:  # the shortest ring that holds all visible keys, so that it wraps
-        slots = min(slots, window + t - 1)
+        slots = min(slots, window + last - 1)
     slots = -(-slots // multiple) * multiple
     q_weight, k_weight = (torch.randn(d, device=device) / 2 if norm else None for _ in "qk")
     # k, v :: [b, length, n, d]: past and new tokens, indexed by position. v has strided heads.
     k, v = (torch.randn(b, length, n, x * d, device=device).to(dtype)[..., :d] for x in (1, 2))
-    heads = n * m
+    v = k if k_eq_v else v
+    heads, of_norm = n * m, (1e-6, offset, v_norm)
     q = torch.randn(b, t, 3 * heads, d, device=device).to(dtype)[:, :, heads : 2 * heads]
 
     # Attention multiplies unwritten slots by 0, so they may hold any finite number.
@@ -65,20 +72,23 @@ def check(
             rows = slice(row, row + 1)
             rotary_write(
                 k[rows, part], v[rows, part], keys[rows], values[rows],
-                *angles(at, part.stop - begin, d), at, k_weight,
+                *angles(at, part.stop - begin, d), at, k_weight, *of_norm,
             )  # fmt: skip
     cos, sin = angles(start, t, d)
     # Padding tokens repeat the row's first token.
     columns = start.long().unsqueeze(1) + torch.arange(t, device=device)
     index = columns.clamp(min=0)[..., None, None].expand(b, t, n, d)
     new_k, new_v = k.gather(1, index), v.gather(1, index)
-    rotary_write(new_k, new_v, keys, values, cos, sin, start, k_weight)
+    rotary_write(new_k, new_v, keys, values, cos, sin, start, k_weight, *of_norm)
     scale = 0.3 * (32 / d) ** 0.5  # so scores and errors do not depend on d
+    q, cos, sin = q[:, t - last :], *(x[:, t - last :].contiguous() for x in (cos, sin))
     out = attention(
-        q, keys, values, cos, sin, start, q_weight, scale=scale, window=window, softcap=softcap
-    )
+        q, keys, values, cos, sin, start + (t - last), q_weight,
+        scale=scale, window=window, softcap=softcap, offset=offset,
+    )  # fmt: skip
     assert out.dtype == dtype
     assert not out.isnan().any()
+    t, past = last, [before + t - last for before in past]
     for row, before in enumerate(past):
         real = slice(max(-before, 0), t)
         assert (out[row, : real.start] == 0).all(), "outputs of padding must be zero"
@@ -88,13 +98,16 @@ def check(
         q_positions = torch.arange(before + real.start, total, device=device)
         k_positions = torch.arange(total, device=device)
         exact, size = softmax_attention(
-            normed_and_rotated(q[row, real], q_positions, q_weight),
-            normed_and_rotated(k[row, :total], k_positions, k_weight).to(dtype), v[row, :total],
+            normed_and_rotated(q[row, real], q_positions, q_weight, offset),
+            normed_and_rotated(k[row, :total], k_positions, k_weight, offset).to(dtype),
+            normed(v[row, :total]).to(dtype) if v_norm else v[row, :total],
             q_positions, k_positions, window, softcap, scale,
         )  # fmt: skip
         assert_rounded(out[row, real], exact, size=size, **attention_roundings(d, total, scale))
 
 
+GEMMA_4 = {"window": 6, "norm": True, "offset": 0.0, "v_norm": True}
+WIDE = {"d": 512, "norm": True, "offset": 0.0, "v_norm": True}
 CASES = {
     "one token": {"t": 1},
     "prompt": {"t": 37},
@@ -121,6 +134,14 @@ CASES = {
     "all options together": {
         "t": 21, "past": (0, -3), "n": 2, "m": 3, "window": 6, "softcap": 2.0, "norm": True,
     },
+    "d 512": {"t": 20, "d": 512, "m": 2},
+    "all options of Gemma 4 together": {"t": 21, "past": (0, -3), "n": 2, "m": 3, **GEMMA_4},
+    "values are keys, d 512": {"t": 9, "past": (30, -2), "m": 16, "k_eq_v": True, **WIDE},
+    "last query": {"t": 40, "last": 1, "m": 4},
+    "last queries": {"t": 50, "past": (0, -3, 9), "last": 7, "n": 2, "m": 2},
+    "last queries, windowed": {"t": 60, "past": (0, -11, 20), "last": 6, "window": 16, "m": 4},
+    "last queries, one in the padding": {"t": 12, "past": (0, -9, -12), "last": 4, "window": 5},
+    "last queries, d 512": {"t": 40, "past": (0, -3), "last": 18, "m": 2, **WIDE},
     # The texts below are longer than several blocks of every launch config.
     "long": {"t": 300, "past": (90, 0), "m": 2},
     "long, windowed": {"t": 300, "past": (0, 200), "m": 3, "window": 130},
@@ -128,6 +149,10 @@ CASES = {
     "chunk in a ring that wraps": {"t": 20, "past": (300, 7), "window": 40, "m": 2},
     "long chunk in a ring that wraps": {"t": 90, "past": (700, 655), "window": 150, "m": 2},
     "past and prompt at block edges": {"t": 129, "past": (127, 128), "m": 1},
+    "long, last queries": {"t": 300, "past": (0, -40, 200), "last": 90, "m": 2},
+    "long, last queries in a ring that wraps": {
+        "t": 400, "past": (0, -40), "last": 33, "window": 130, "m": 3,
+    },
 }  # fmt: skip
 
 
@@ -186,13 +211,26 @@ SHAPES = {
     "window": st.none() | st.integers(1, 48) | st.integers(125, 131),
     "softcap": st.none() | st.just(2.0),
     "norm": st.booleans(),
+    "offset": st.sampled_from([0.0, 1.0]),
+    "v_norm": st.booleans(),
+    "last": st.none() | st.integers(1, 20),
     "spare": st.integers(0, 5),
     "seed": st.integers(0, 99),
 }
 
 
+@pytest.mark.parametrize("mistake", OF_GEMMA_4)
+def test_check_detects_a_mistake_in_an_option_of_gemma_4(mistake, monkeypatch):
+    check("cpu", torch.float32, **CASES["all options of Gemma 4 together"])
+    for name, wrong in OF_GEMMA_4[mistake].items():
+        monkeypatch.setitem(globals(), name, wrong)
+    with pytest.raises(AssertionError, match="times its bound"):
+        check("cpu", torch.float32, **CASES["all options of Gemma 4 together"])
+
+
 def check_any(device, dtype, shape, **options):
     shape["past"] = [max(p, -shape["t"]) for p in shape["past"]]
+    shape["last"] = min(shape["last"] or shape["t"], shape["t"])
     if max(shape["past"]) + shape["t"] < 1:
         shape["past"][0] = 0
     check(device, dtype, **shape, **options)
@@ -214,6 +252,26 @@ def test_any_shape_equals_fp64_softmax(shape):
 @given(shape=st.fixed_dictionaries(SHAPES))
 def test_any_shape_with_descriptors_equals_fp64_softmax(hopper, shape):
     check_any(hopper, torch.float16, shape, multiple=128)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [32, 512])
+def test_rotary_write_normalizes_values(d, dtype, device):
+    """K = V: both are read from the same heads. Values are rounded once."""
+    t, slots = 11, 16
+    k = torch.randn(2, t, 3, 2 * d, device=device).to(dtype)[..., d:]
+    weight = torch.randn(d, device=device)
+    start = torch.tensor([-4, 20], dtype=torch.int32, device=device)
+    keys, values = torch.full((2, 2, 3, slots, d), 7.0, dtype=dtype, device=device)
+    rotary_write(k, k, keys, values, *angles(start, t, d), start, weight, 1e-6, 0.0, True)
+    for row, first in enumerate(start.tolist()):
+        new = torch.arange(max(first, 0), first + t, device=device)
+        heads = k[row, -len(new) :]
+        exact = normed_and_rotated(heads, new, weight, 0.0)
+        found = keys[row, :, new % slots].transpose(0, 1)
+        assert_rounded(found, exact, norm_roundings(d) + 8, pair_size(exact))
+        found = values[row, :, new % slots].transpose(0, 1)
+        assert_rounded(found, normed(heads), norm_roundings(d))
 
 
 def test_ring_keeps_the_last_tokens_of_a_longer_chunk(device):
@@ -267,9 +325,9 @@ def test_rotation_distinguishes_large_positions(device):
 
 @pytest.mark.parametrize("device", ["kernel"], indirect=True)
 def test_unsupported_head_dim_raises(device):
-    q, start = torch.randn(1, 1, 1, 512, device=device), torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(AssertionError, match=r"one of \(32, 64, 128, 256\): d=512"):
-        attention(q, q, q, *angles(start.to(device), 1, 512), start.to(device), scale=1.0)
+    q, start = torch.randn(1, 1, 1, 1024, device=device), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(AssertionError, match=r"one of \(32, 64, 128, 256, 512\): d=1024"):
+        attention(q, q, q, *angles(start.to(device), 1, 1024), start.to(device), scale=1.0)
 
 
 def test_query_heads_must_be_a_multiple_of_kv_heads(device):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from attention_mistakes import OF_ROTATION, OF_SOFTMAX
+from attention_mistakes import OF_GEMMA_4, OF_ROTATION, OF_SOFTMAX
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DTYPES, multiprocessors
-from oracles import angles, normed_and_rotated, softmax_attention
+from oracles import angles, normed, normed_and_rotated, softmax_attention
 from tolerances import assert_rounded, attention_roundings, norm_roundings, pair_size
 from triton_interpreter import interpreter
 
@@ -35,45 +35,53 @@ def table(positions, d, device):
 
 
 class Case:
-    """Builds rings that contain each row's tokens before position past[row]. Also builds q, k and v
-    of the token at past[row]. If past[row] is negative, that token is left padding."""
+    """Builds rings that contain each row's tokens before position past[row], or, if heads = "q", up
+    to this position. Also builds q, k and v of the token at past[row]. If past[row] is negative,
+    that token is left padding."""
 
     def __init__(
         self, device, dtype, past, *, n=1, m=1, d=D, slots=None, spare=0, window=None,
-        softcap=None, norm=False, stale=None, seed=0,
+        softcap=None, norm=False, heads="qkv", v_norm=False, offset=1.0, stale=None, seed=0,
     ):  # fmt: skip
         torch.manual_seed(seed)
-        self.b, self.n, self.m, self.past = len(past), n, m, past
+        self.b, self.n, self.m, self.past, self.heads = len(past), n, m, past, heads
         length = max(*past, 0) + 1
         self.slots = slots or length + spare
         make = {"device": device, "dtype": dtype}
         self.norms = [torch.randn(d, **make) / 2 if norm else None for _ in "qk"]
         # k, v :: [b, length, n, d]: past and new tokens, indexed by position.
         self.k, self.v = torch.randn(2, self.b, length, n, d, **make)
+        self.v = self.k if heads == "qk" else self.v
         self.q = torch.randn(self.b, 1, n * m, d, **make)
         new = torch.tensor([max(p, 0) for p in past])
         rows = torch.arange(self.b)
-        heads = self.q[:, 0], self.k[rows, new], self.v[rows, new]
-        apart = torch.randn(self.b, n * m + 2 * n + 3, d, **make)
-        self.qkv = apart[:, 1:-2].copy_(torch.cat(heads, dim=1))
+        given = [self.q[:, 0], self.k[rows, new], self.v[rows, new]][: len(heads)]
+        apart = torch.randn(self.b, n * m + (len(heads) - 1) * n + 3, d, **make)
+        self.qkv = apart[:, 1:-2].copy_(torch.cat(given, dim=1))
+        self.offset = offset
+        self.exact_v = normed(self.v) if v_norm else self.v  # values in the ring
         # Attention multiplies unwritten slots by 0, so they may hold any finite number.
         stale = torch.finfo(dtype).max if stale is None else stale
         self.keys, self.values = torch.full((2, self.b, self.slots, n, d), stale, **make)
         for row, p in enumerate(past):
-            old = torch.arange(max(p - self.slots, 0), max(p, 0), device=device)
-            k = normed_and_rotated(self.k[row, old], old, self.norms[1]).to(dtype)
+            end = p + (heads == "q")
+            old = torch.arange(max(end - self.slots, 0), max(end, 0), device=device)
+            k = normed_and_rotated(self.k[row, old], old, self.norms[1], offset).to(dtype)
             self.keys[row, old % self.slots] = k
-            self.values[row, old % self.slots] = self.v[row, old]
+            self.values[row, old % self.slots] = self.exact_v[row, old].to(dtype)
         self.keys, self.values = self.keys.transpose(1, 2), self.values.transpose(1, 2)
         self.position = torch.tensor(past, dtype=torch.int32, device=device)
         self.counter = torch.zeros(self.b * n + 1, dtype=torch.int32, device=device)
         self.cos, self.sin = table(length, d, device)
-        self.options = {"scale": SCALE, "window": window, "softcap": softcap}
+        self.options = {
+            "scale": SCALE, "window": window, "softcap": softcap, "heads": heads, "v_norm": v_norm,
+            "offset": offset,
+        }  # fmt: skip
 
     def run(self, **options):
         out = decode_attention(
             self.qkv, self.keys, self.values, self.cos, self.sin, self.position, self.counter,
-            *self.norms, **self.options, **options,
+            *self.norms[: 1 if self.heads == "q" else 2], **self.options, **options,
         )  # fmt: skip
         assert not self.counter.any(), "the kernel did not reset its counters"
         return out
@@ -81,32 +89,40 @@ class Case:
     def check(self):
         before = self.keys.clone(), self.values.clone()
         out = self.run()
-        dtype = self.qkv.dtype
+        dtype, d = self.qkv.dtype, self.qkv.shape[2]
         assert out.dtype == dtype and out.is_contiguous() and not out.isnan().any()
         for row, p in enumerate(self.past):
             if p < 0:
                 assert (out[row] == 0).all(), "outputs of padding must be zero"
                 continue
             slot, new = p % self.slots, torch.tensor([p], device=out.device)
-            k = normed_and_rotated(self.k[row, new], new, self.norms[1])[0]
-            found = self.keys[row, :, slot]
-            assert_rounded(found, k, norm_roundings(k.shape[-1]) + 8, pair_size(k))
-            assert torch.equal(self.values[row, :, slot], self.v[row, p])
-            before[0][row, :, slot], before[1][row, :, slot] = found, self.v[row, p]
+            if self.heads != "q":
+                k = normed_and_rotated(self.k[row, new], new, self.norms[1], self.offset)[0]
+                found, v = self.keys[row, :, slot], self.values[row, :, slot]
+                assert_rounded(found, k, norm_roundings(d) + 8, pair_size(k))
+                if self.options["v_norm"]:
+                    assert_rounded(v, self.exact_v[row, p], norm_roundings(d))
+                else:
+                    assert torch.equal(v, self.v[row, p])
+                before[0][row, :, slot], before[1][row, :, slot] = found, v
 
             seen = min(self.slots, self.options["window"] or self.slots)
             positions = torch.arange(p + 1, device=out.device)
             exact, size = softmax_attention(
-                normed_and_rotated(self.q[row], new, self.norms[0]),
-                normed_and_rotated(self.k[row, positions], positions, self.norms[1]).to(dtype),
-                self.v[row, positions], new, positions, seen, self.options["softcap"], SCALE,
+                normed_and_rotated(self.q[row], new, self.norms[0], self.offset),
+                normed_and_rotated(
+                    self.k[row, positions], positions, self.norms[1], self.offset
+                ).to(dtype),
+                self.exact_v[row, positions].to(dtype),
+                new, positions, seen, self.options["softcap"], SCALE,
             )  # fmt: skip
-            roundings = attention_roundings(k.shape[-1], min(seen, p + 1), SCALE)
+            roundings = attention_roundings(d, min(seen, p + 1), SCALE)
             assert_rounded(out[row], exact[0], size=size[0], **roundings)
         rings = self.keys, self.values
         assert all(map(torch.equal, rings, before)), "a slot other than the new token's was written"
 
 
+GEMMA_4 = {"norm": True, "v_norm": True, "offset": 0.0}
 CASES = {
     "first token": {"past": [0]},
     "second token": {"past": [1], "m": 8},
@@ -136,6 +152,19 @@ CASES = {
     "rows of padding only": {"past": [-3, -1]},
     "many splits": {"past": [999, 400], "m": 2, "spare": 25},
     "more splits than one iteration merges": {"past": [340], "m": 16, "d": 256},
+    "values are keys": {"past": [70, -2, 3], "n": 2, "m": 2, "heads": "qk"},
+    "values are keys, normalized": {"past": [70, 8], "m": 3, "heads": "qk", **GEMMA_4},
+    "values normalized": {"past": [70, -1], "n": 2, "m": 2, "slots": 23, **GEMMA_4},
+    "only queries": {"past": [70, -2, 0], "n": 2, "m": 2, "heads": "q"},
+    "only queries, ring that wraps": {
+        "past": [70, 5, -1], "m": 4, "slots": 13, "window": 9, "heads": "q", **GEMMA_4,
+    },
+    "only queries, many splits": {"past": [700, 64], "m": 2, "heads": "q", **GEMMA_4},
+    "d 512": {"past": [70, -1], "m": 8, "d": 512, **GEMMA_4},
+    "d 512, 16 query heads per kv head": {
+        "past": [340], "m": 16, "d": 512, "heads": "qk", **GEMMA_4,
+    },
+    "d 512, only queries": {"past": [90], "m": 4, "n": 2, "d": 512, "heads": "q", **GEMMA_4},
     "all options together": {
         "past": [300, -2, 7, 129], "n": 2, "m": 3, "window": 90, "slots": 101, "softcap": 2.0,
         "norm": True,
@@ -158,6 +187,15 @@ def test_check_detects_a_mistake(mistake, monkeypatch):
         Case("cpu", torch.float32, **CASES["all options together"]).check()
 
 
+@pytest.mark.parametrize("mistake", OF_GEMMA_4)
+def test_check_detects_a_mistake_in_an_option_of_gemma_4(mistake, monkeypatch):
+    Case("cpu", torch.float32, **CASES["values normalized"]).check()
+    for name, wrong in OF_GEMMA_4[mistake].items():
+        monkeypatch.setitem(globals(), name, wrong)
+    with pytest.raises(AssertionError, match="times its bound"):
+        Case("cpu", torch.float32, **CASES["values normalized"]).check()
+
+
 SHAPES = {
     "past": st.lists(
         st.integers(-3, 40) | st.integers(120, 135) | st.integers(0, 700), min_size=1, max_size=3
@@ -168,6 +206,9 @@ SHAPES = {
     "window": st.none() | st.integers(1, 150),
     "softcap": st.none() | st.just(2.0),
     "norm": st.booleans(),
+    "heads": st.sampled_from(["qkv", "qk", "q"]),
+    "v_norm": st.booleans(),
+    "offset": st.sampled_from([0.0, 1.0]),
     "spare": st.integers(0, 5),
     "seed": st.integers(0, 99),
 }
@@ -255,19 +296,25 @@ def test_wrong_head_counts_or_a_single_norm_raise(device):
     cos, sin = table(4, D, device)
     position, counter = torch.zeros(2, 1, dtype=torch.int32, device=device)
 
-    def call(heads, norms=()):
-        qkv = torch.randn(1, heads + 4, D, device=device)
-        more = counter.repeat(2)
-        return decode_attention(qkv, keys, values, cos, sin, position, more, *norms, scale=1.0)
+    def call(count, norms=(), **options):
+        qkv, more = torch.randn(1, count + 4, D, device=device), counter.repeat(2)
+        return decode_attention(
+            qkv, keys, values, cos, sin, position, more, *norms, scale=1.0, **options
+        )
 
     assert call(4).shape == (1, 4, D)
     with pytest.raises(AssertionError, match="3 query heads are not a multiple of 2 kv heads"):
         call(3)
     with pytest.raises(AssertionError, match="norm q and k, or neither"):
         call(4, [torch.ones(D, device=device)])
+    assert call(0, [torch.ones(D, device=device)], heads="q").shape == (1, 4, D)
+    with pytest.raises(AssertionError, match="k_norm needs a key"):
+        call(0, [torch.ones(D, device=device)] * 2, heads="q")
+    with pytest.raises(AssertionError, match="heads='kv'"):
+        call(4, heads="kv")
 
 
 @pytest.mark.parametrize("device", ["kernel"], indirect=True)
 def test_unsupported_head_dim_raises(device):
-    with pytest.raises(AssertionError, match=r"one of \(32, 64, 128, 256\): d=512"):
-        Case(device, torch.float32, [0], d=512).run()
+    with pytest.raises(AssertionError, match=r"one of \(32, 64, 128, 256, 512\): d=1024"):
+        Case(device, torch.float32, [0], d=1024).run()

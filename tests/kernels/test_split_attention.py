@@ -78,6 +78,8 @@ CASES = {
         "left_padding": [0, 60], "t": 50, "past": 40, "window": 16, "softcap": 2.0,
     },
     "chunk, spare slots": {"left_padding": [0, 33], "t": 5, "past": 60, "spare": 100, "window": 16},
+    "d 512": {"left_padding": [0, 20], "past": 90, "d": 512, "m": 8},
+    "chunk, d 512": {"left_padding": [0, 70], "t": 20, "past": 64, "d": 512, "m": 8},
     "chunk, d 256": {"left_padding": [0, 70], "t": 20, "past": 64, "d": 256, "m": 8},
 }  # fmt: skip
 

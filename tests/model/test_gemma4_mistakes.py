@@ -1,4 +1,4 @@
-"""Tests that known mistakes in Gemma 4's steps are detected: each fact of the family is broken once.
+"""Tests that known mistakes in Gemma 4 are detected: each fact of the family is broken once.
 
 Logits cannot show the factor 2^-0.5 of the per-layer inputs, because a norm cancels it. Its test
 compares intermediate values.
@@ -166,7 +166,7 @@ def test_mistake_is_detected(twins, mistake):
     refuse(twins, mistake(twins.config, twins.reference.weights))
 
 
-@pytest.mark.parametrize("name, wrong", [("v_norm", False), ("norm_offset", 1.0)])
+@pytest.mark.parametrize(("name", "wrong"), [("v_norm", False), ("norm_offset", 1.0)])
 def test_wrong_property_is_detected(twins, name, wrong, monkeypatch):
     expected = twins.model(ids := twins.prompt(2, 40)).logits
     monkeypatch.setattr(GemmaConfig, name, wrong)

@@ -28,6 +28,15 @@ def test_logits_equal_transformers(twins):
         close(twins.reference(ids).logits, expected)
 
 
+def test_bfloat16_is_no_further_from_float32_than_transformers(twins):
+    """Both compute with the same rounded weights. 2% is more than the errors' noise here."""
+    ids, half = twins.prompt(8, 40), deepcopy(twins.hf).bfloat16()
+    found = deepcopy(twins.model).bfloat16()(ids).logits.float()
+    theirs = half(ids).logits.float()
+    exact = half.float()(ids).logits
+    assert (found - exact).norm() <= 1.02 * (theirs - exact).norm()
+
+
 def test_left_padded_batch_equals_single_prompts(twins):
     prompts, ids, mask = left_padded(twins, lengths(twins))
     logits = twins.model(ids, attention_mask=mask).logits

@@ -47,8 +47,8 @@ def test_bad_input_ids_are_refused(model, input_ids, message):
 
 
 @ALL_FAMILIES
-def test_float16_is_refused_for_gemma_3_only(model, twins):
-    if twins.config.model_type == "gemma3":
+def test_float16_is_refused_for_gemma_3_and_4_only(model, twins):
+    if twins.config.model_type in ("gemma3", "gemma4"):
         with pytest.raises(ValueError, match="overflows float16: use bfloat16 or float32"):
             GemmaForCausalLM.from_pretrained(twins.path, dtype="float16")
         half = random_model(twins.config).half()
@@ -202,6 +202,7 @@ def test_unknown_keywords_are_refused_and_named(model, twins):
         ({"device": "meta"}, "device meta is not supported"),
         ({"device": "cuda:99"}, "cuda:99 is not available: PyTorch finds"),
         ({"device_map": {"model.layers.0": 0, "": 1}}, "the model runs on one device"),
+        ({"device_map": {"model.embed_tokens_per_layer": "cuda", "": 1}}, "may be on 'cpu'"),
     ],
     ids=str,
 )
@@ -215,6 +216,7 @@ def test_device_and_dtype_are_picked_from_arguments_and_checkpoint():
     default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     assert pick_device(None, None) == pick_device(None, "auto") == default
     assert pick_device(None, {"": "cpu:0"}) == pick_device("cpu:0", "cpu") == first
+    assert pick_device(None, {"": "cpu:0", "model.embed_tokens_per_layer": "cpu"}) == first
     half, gguf = SimpleNamespace(dtype=torch.bfloat16), SimpleNamespace(dtype=None)
     assert pick_dtype("auto", half, cpu) == torch.bfloat16
     assert pick_dtype("auto", gguf, cpu) == torch.float32

@@ -381,3 +381,12 @@ def test_a_tokenizer_without_a_special_token_scores_and_generates(tmp_path, miss
         found.append((model.loglikelihood([score])[0][0], model.generate_until([text])[0]))
     assert found[0][0] == pytest.approx(found[-1][0], rel=1e-4)
     assert found[0][1] == found[-1][1]
+
+
+def test_prompts_of_gemma_4_have_bos_exactly_once(tmp_path):
+    """The tokenizer of an instruction-tuned Gemma 4 adds none."""
+    write_chat_checkpoint(tmp_path, "gemma4")
+    model = GemmaFastLM(str(tmp_path), device="cpu")
+    hello = model.tokenizer.token_to_id("hello")
+    assert model.tok_encode("hello") == model.tok_encode("<bos>hello") == [2, hello]
+    assert model.tok_encode("hello", add_special_tokens=False) == [hello]

@@ -7,7 +7,7 @@ from tiny_models import CONFIGS, random_transformers_model
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.checkpoint.transformers import TransformersCheckpoint
-from gemma_fast.load import load_model, refuse_head_dim
+from gemma_fast.load import PER_LAYER, fits_without_table, load_model, refuse_head_dim
 
 CPU = torch.device("cpu")
 
@@ -74,3 +74,31 @@ def test_head_dim_without_a_kernel_is_refused_on_cuda():
     refuse_head_dim(config, torch.device("cuda"), (32, 128))
     with pytest.raises(ValueError, match=r"head_dim=32: .* one of \(64, 128\); use device='cpu'"):
         refuse_head_dim(config, torch.device("cuda"), (64, 128))
+
+
+def test_table_of_per_layer_embeddings_stays_on_the_host_if_the_rest_fits_the_gpu():
+    with torch.device("meta"):
+        weights = dict(GemmaForCausalLM(CONFIGS["gemma4-all"]).named_parameters())
+    size, table = sum(weight.nbytes for weight in weights.values()), weights[PER_LAYER].nbytes
+    found = {free: fits_without_table(weights, free) for free in (size, size - 1, size - table)}
+    assert found == {size: False, size - 1: True, size - table: True}
+    assert not fits_without_table(weights, size - table - 1)
+    del weights[PER_LAYER]
+    assert not fits_without_table(weights, size - table - 1)
+
+
+@pytest.mark.gpu
+def test_model_reads_per_layer_embeddings_from_host_memory():
+    checkpoint, ids = RandomCheckpoint(CONFIGS["gemma4-all"]), torch.arange(3, 17).unsqueeze(0)
+    on_gpu, on_host = (
+        GemmaForCausalLM.from_checkpoint(
+            checkpoint, dtype="float32", device="cuda", on_host=on_host
+        )
+        for on_host in (False, True)
+    )
+    table = on_host.embed_tokens_per_layer
+    assert table.is_pinned() and on_host.memory()["host"] == table.nbytes
+    table.copy_(on_gpu.embed_tokens_per_layer)  # random values differ between devices
+    tokens = [x.generate(ids, max_new_tokens=12, eos_token_id=[]).cpu() for x in (on_gpu, on_host)]
+    assert torch.equal(*tokens)
+    assert on_host.to(torch.bfloat16).embed_tokens_per_layer.is_pinned()

@@ -19,8 +19,12 @@ def attend(**changes: Callable) -> dict[str, Callable]:
     return {"softmax_attention": wrong}
 
 
-def norm(x, positions, weight):
-    return oracles.normed_and_rotated(x, positions, weight - 1)
+def norm(x, positions, weight, offset):
+    return oracles.normed_and_rotated(x, positions, weight, offset - 1)
+
+
+def norm_plus_one(x, positions, weight, offset):
+    return oracles.normed_and_rotated(x, positions, weight, offset + 1)
 
 
 def rounded_angles(*args):
@@ -42,4 +46,9 @@ OF_SOFTMAX = {
 OF_ROTATION = {
     "norm without 1 +": {"normed_and_rotated": norm},
     "cos and sin rounded": {"angles": rounded_angles},
+}
+OF_GEMMA_4 = {
+    "norm with 1 +": {"normed_and_rotated": norm_plus_one},
+    "values not normalized": {"normed": lambda v: v.double()},
+    "values 0.01 % smaller": {"normed": lambda v: oracles.normed(v) * (1 - 1e-4)},
 }

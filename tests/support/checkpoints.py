@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.config_json import config_from_json
-from gemma_fast.config import GemmaConfig
+from gemma_fast.config import FULL, SLIDING, GemmaConfig
 
 FAMILIES = ("gemma", "gemma2", "gemma3")
+ALL_FAMILIES = (*FAMILIES, "gemma4")
 SIZES = {
     "vocab_size": 12,
     "hidden_size": 64,
@@ -25,14 +27,22 @@ SIZES = {
     "head_dim": 32,
     "intermediate_size": 96,
 }
+# Layers of both types with keys and values of their own, and two that read those of the first two.
+GEMMA_4 = {
+    "num_hidden_layers": 4, "layer_types": [SLIDING, FULL] * 2, "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True, "num_key_value_heads": 2, "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True, "global_head_dim": 64, "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 12,
+}  # fmt: skip
 
 
-def config_json(family: str, **sizes: int) -> dict:
-    kind = "gemma3_text" if family == "gemma3" else family
-    return {"model_type": kind, "sliding_window": 8} | SIZES | sizes
+def config_json(family: str, **sizes: Any) -> dict:
+    kind = family + ("_text" if family in ("gemma3", "gemma4") else "")
+    shapes = SIZES | (GEMMA_4 if family == "gemma4" else {})
+    return {"model_type": kind, "sliding_window": 8} | shapes | sizes
 
 
-def random_tensors(family: str, dtype: torch.dtype = torch.float32, **sizes: int) -> dict:
+def random_tensors(family: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> dict:
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator).to(dtype)
@@ -41,7 +51,7 @@ def random_tensors(family: str, dtype: torch.dtype = torch.float32, **sizes: int
 
 
 def write_safetensors(
-    path: Path, family: str = "gemma3", tensors: dict[str, Tensor] | None = None, **sizes: int
+    path: Path, family: str = "gemma3", tensors: dict[str, Tensor] | None = None, **sizes: Any
 ) -> dict[str, Tensor]:
     """Writes config.json and model.safetensors into the directory `path`. Returns the tensors."""
     tensors = tensors or random_tensors(family, **sizes)
@@ -74,14 +84,14 @@ def write_gguf(
     tensors: dict[str, Tensor] | None = None,
     *,
     quantize: Callable[[Tensor], tuple[np.ndarray, Type]] = lambda t: (t.numpy(), Type.F32),
-    extra: dict[str, np.ndarray] | None = None,
+    extra: dict[str, np.ndarray | None] | None = None,
     keys: dict[str, int] | None = None,
-    **sizes: int,
+    **sizes: Any,
 ) -> dict[str, Tensor]:
     """Writes a GGUF file as llama.cpp does: the names come from the gguf package, and norm weights
-    are in F32, with 1 added. Tensors in `extra` are written under their own names, and `keys`
-    are further metadata. Returns the
-    unquantized tensors by their names in transformers."""
+    are in F32, with 1 added (except Gemma 4's). Tensors in `extra` are written under their own
+    names; None: the tensor is left out. `keys` are further metadata. Returns the unquantized
+    tensors by their names in transformers."""
     config = config_from_json(config_json(family, **sizes))
     tensors = tensors or random_tensors(family, **sizes)
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
@@ -92,11 +102,16 @@ def write_gguf(
         writer.add_uint16(key, value)
     for name, tensor in tensors.items():
         norm = tensor.dim() == 1
-        data, kind = ((tensor.float() + 1).numpy(), Type.F32) if norm else quantize(tensor)
-        stored_name = names.get_name(name, try_suffixes=(".weight",))
+        factor = (tensor.float() + config.norm_offset).numpy()
+        data, kind = (factor, Type.F32) if norm else quantize(tensor)
+        stored_name = names.get_name(
+            name.removesuffix(".weight") + ".weight", try_suffixes=(".weight",)
+        )
         writer.add_tensor(stored_name, data, raw_dtype=kind)
-    for stored_name, data in (extra or {}).items():
-        writer.add_tensor(stored_name, data)
+    factors = {"rope_freqs.weight": rope_factors(config)} if family == "gemma4" else {}
+    for stored_name, data in (factors | (extra or {})).items():
+        if data is not None:
+            writer.add_tensor(stored_name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -104,20 +119,46 @@ def write_gguf(
     return tensors
 
 
+def rope_factors(config: GemmaConfig) -> np.ndarray:
+    """Returns the divisors of the rotary frequencies of Gemma 4's full layers."""
+    pairs = config.rotary_dim(FULL) // 2
+    turning = int(config.full_rope.partial_rotary_factor * pairs)
+    return np.array([1] * turning + [1e30] * (pairs - turning), np.float32)
+
+
 def write_metadata(writer: gguf.GGUFWriter, config: GemmaConfig) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
+    if config.model_type == "gemma4":
+        write_metadata_of_layers(writer, config)
+    else:
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_sliding_window(8)
     writer.add_rope_freq_base(1e4)
     writer.add_token_list([f"▁tokén {i}" for i in range(config.vocab_size)])
     writer.add_token_scores([-float(i) for i in range(config.vocab_size)])
     writer.add_add_bos_token(True)
+
+
+def write_metadata_of_layers(writer: gguf.GGUFWriter, config: GemmaConfig) -> None:
+    layers, full = config.layers, config.rotary_dim(FULL)
+    writer.add_feed_forward_length([layer.intermediate_size for layer in layers])
+    writer.add_head_count_kv([layer.num_key_value_heads for layer in layers])
+    writer.add_sliding_window_pattern([layer.kind == SLIDING for layer in layers])
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(full)
+    for add in (
+        writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa
+    ):  # fmt: skip
+        add(config.head_dim)
+    writer.add_rope_freq_base_swa(1e4)
 
 
 def read(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.float32) -> Tensor:

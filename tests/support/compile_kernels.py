@@ -27,7 +27,18 @@ from multiprocessing import get_context
 import torch
 import triton
 from assembly import assemble
-from gemma_launches import GPUS, MORE_PROMPTS, PROMPTS, WHOLE, launch_all, launches, record_launches
+from gemma_launches import (
+    GEMMA_4,
+    GPUS,
+    MORE_GEMMA_4,
+    MORE_PROMPTS,
+    PROMPTS,
+    WHOLE,
+    launch_all,
+    launch_gemma_4,
+    launches,
+    record_launches,
+)
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -149,10 +160,11 @@ def report(job: tuple[int, str], capability: int) -> str:
 def main(capability: int, describe: Callable[..., str], only_first: bool) -> None:
     record_launches()
     with as_on(GPUS[capability]):
-        prompts = PROMPTS + MORE_PROMPTS * (capability == WHOLE)
-        launch_all(torch.float16, prompts)
-        if capability == WHOLE:
-            launch_all(torch.float32, prompts)
+        whole = capability == WHOLE
+        prompts, layers = PROMPTS + MORE_PROMPTS * whole, GEMMA_4 + MORE_GEMMA_4 * whole
+        for dtype in (torch.float16, torch.float32)[: 1 + whole]:
+            launch_all(dtype, prompts)
+            launch_gemma_4(dtype, layers)
     different, first = {}, {}
     for i, (kernel, args, kwargs) in enumerate(launches):
         different[repr((kernel.__name__, [type_of(a) for a in args], kwargs))] = i

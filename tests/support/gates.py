@@ -42,12 +42,14 @@ def shared_memory(kernel: Kernel, gpu: Gpu) -> str | None:
 
 
 def two_programs(kernel: Kernel, gpu: Gpu) -> str | None:
-    """On Hopper, two programs of prefill attention with BLOCK_M = 64 must fit in a multiprocessor.
-    If the shared memory of two programs of decode attention fits, their registers must fit too."""
+    """On Hopper, two programs of prefill attention with BLOCK_M = 64 must fit in a multiprocessor,
+    except at head_dim 512, where BLOCK_M = 64 is the largest tile that fits in registers. If the
+    shared memory of two programs of decode attention fits, their registers must fit too."""
     if gpu.capability != 90 or kernel["options"].get("BLOCK_M", 128) > 64:
         return None
     if not fits_twice(kernel, gpu):
-        return f"needs 2 * {kernel['shared']} bytes" if is_prefill_attention(kernel) else None
+        small = is_prefill_attention(kernel) and kernel["options"]["dim"] < 512
+        return f"needs 2 * {kernel['shared']} bytes" if small else None
     if "attention" not in kernel["kernel"] or kernel["shared"] <= 65_536:
         return None
     registers = kernel["registers"] * 32 * kernel["options"]["num_warps"]

@@ -1,8 +1,9 @@
-"""Records launches of every kernel with the shapes of Gemma 1, 2 and 3, but does not run them.
+"""Records launches of every kernel with the shapes of Gemma 1 to 4, but does not run them.
 
     record_launches()
     with as_on(GPUS[90]):
         launch_all(torch.float16, PROMPTS)
+        launch_gemma_4(torch.float16, GEMMA_4)
     kernel, args, kwargs = launches[0]
 
 Use it in a separate process: record_launches() replaces the kernels permanently.
@@ -11,6 +12,7 @@ Use it in a separate process: record_launches() replaces the kernels permanently
 import math
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -57,6 +59,18 @@ MORE_PROMPTS = (  # shapes with nearly the same launch configs as PROMPTS
     (4, 2, 256, None, 50.0, False),  # Gemma 2 2B, layers without a window
     (2, 4, 64, None, None, False),  # one kv head would give too few rows for BLOCK_M = 128
     (2, 4, 32, None, None, False),
+)
+GEMMA_4 = (  # kv heads, query heads per kv head, head dim, window, `heads` of decode_attention
+    (1, 8, 256, 512, ("qkv", "q")),  # E2B, layers with a window; "q": layers that share K and V
+    (1, 8, 512, None, ("qkv", "q")),  # E2B, layers without a window
+    (1, 16, 512, None, ("qk",)),  # 12B, layers without a window
+)
+MORE_GEMMA_4 = (
+    (2, 4, 256, 512, ("qkv", "q")),  # E4B
+    (2, 4, 512, None, ("qkv", "q")),
+    (8, 2, 256, 1024, ("qkv",)),  # 12B
+    (16, 2, 256, 1024, ("qkv",)),  # 31B
+    (4, 8, 512, None, ("qk",)),
 )
 MODULES = [
     import_module(f"gemma_fast.kernels.{file.stem}")
@@ -166,3 +180,45 @@ def launch_prompts(
                 q, keys, values, None, None, query_offset,
                 scale=d**-0.5, left_padding=query_offset, window=window, softcap=softcap,
             )  # fmt: skip
+
+
+def launch_gemma_4(dtype: torch.dtype, layers: Sequence[tuple]) -> None:
+    """Calls the ops of Gemma 4's attention layers, for prompts and for decode steps."""
+    memory = torch.empty(2**28, dtype=dtype)  # never written, so it takes no memory
+
+    def blank(*shape: int) -> Tensor:
+        return memory[: math.prod(shape)].view(shape)
+
+    for n, m, d, window, inputs in layers:
+        for t, spare in ((2, 0), (128, 0), (128, 8), (8192, 0), (8192, 8)):
+            launch_gemma_4_prompt(blank, t, spare, n, m, d, window)
+        norm, counter = blank(d), torch.zeros(128, dtype=torch.int32)
+        for batch, slots, heads in product((1, 8), (512, 8192), inputs):
+            ring, position = blank(batch, n, slots, d), torch.zeros(batch, dtype=torch.int32)
+            decode_attention.decode_attention(
+                blank(batch, n * (m + len(heads) - 1), d), ring, ring,
+                *torch.empty(2, slots, d // 2), position, counter, norm,
+                None if heads == "q" else norm,
+                heads=heads, v_norm=True, offset=0.0, scale=1.0, window=window, pdl=True,
+            )  # fmt: skip
+
+
+def launch_gemma_4_prompt(
+    blank: Callable[..., Tensor], t: int, spare: int, n: int, m: int, d: int, window: int | None
+) -> None:
+    """Calls rotary_write and attention for a prompt of t tokens, and attention as transformers'
+    layers call it: rotated queries, left padding."""
+    q, k, v = blank(1, t, n * (m + 2), d).split((n * m, n, n), dim=2)
+    keys, values = blank(2, 1, n, max(t, 128) + spare, d)
+    cos, sin = torch.empty(2, 1, t, d // 2)
+    query_offset, norm = torch.zeros(1, dtype=torch.int32), blank(d)
+    rotary.rotary_write(
+        k, v, keys, values, cos, sin, query_offset, norm, offset=0.0, v_norm=True
+    )  # fmt: skip
+    attention.attention(
+        q, keys, values, cos, sin, query_offset, norm, offset=0.0, scale=1.0, window=window
+    )
+    attention.attention(
+        q, keys, values, None, None, query_offset, left_padding=query_offset, scale=1.0,
+        window=window,
+    )  # fmt: skip

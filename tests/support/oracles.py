@@ -24,11 +24,16 @@ def angles(start, t, d=32):
     return angle.cos(), angle.sin()
 
 
-def normed_and_rotated(x, positions, weight):
-    """Rotates x :: [t, heads, d] by positions :: [t]. If weight is given, normalizes x first."""
+def normed(x, weight=None, offset=1.0):
+    """Divides x by its RMS over the last axis. With a weight, multiplies by offset + weight."""
     x = x.double()
-    if weight is not None:
-        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight.double())
+    x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return x if weight is None else x * (offset + weight.double())
+
+
+def normed_and_rotated(x, positions, weight, offset=1.0):
+    """Rotates x :: [t, heads, d] by positions :: [t]. If weight is given, normalizes x first."""
+    x = x.double() if weight is None else normed(x, weight, offset)
     i, d = torch.arange(0, x.shape[-1], 2, device=x.device), x.shape[-1]
     angle = (positions.unsqueeze(1).float() * 100.0 ** (-i / d)).double().unsqueeze(1)
     x1, x2 = x.chunk(2, dim=-1)

@@ -331,3 +331,10 @@ def test_memory_error_names_the_device_of_the_model(tmp_path, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError, match="a pass of 7 tokens on meta; try a shorter"):
         write_walkthrough("hello", "model", tmp_path / "out")
     assert tree(tmp_path) == {}
+
+
+def test_prompts_of_gemma_4_have_bos_exactly_once(tmp_path):
+    """The tokenizer of an instruction-tuned Gemma 4 adds none."""
+    model = write_chat_checkpoint(tmp_path, "gemma4")
+    _, tokenizer, _ = walkthrough._load(model, "auto", "cpu", progress=lambda _: None)
+    assert tokenizer.encode("hello") == [2, tokenizer.token_to_id("hello")]
