@@ -43,7 +43,7 @@ BENCHMARKS = "-mgemma_fast.benchmarks"
 # A size is run if its name contains one of these strings. They select about two sizes of most
 # kernel suites. PROVIDERS lists only providers that compile fast.
 SIZES = (
-    "8192 x 2", "t 2048", "t 8192, 8/1", "t 8192, n 16", "m 512", "m 4096", "geglu, b",
+    "8192 x 2", "t 2048", "t 8192, 8/1", "t 8192, n 16", "t 1, 35", "m 512", "m 4096", "geglu, b",
     "b 1, depth 2048", "b 1, depth 8192, 8/1", "16384 x 2048", "256000 x 2048, b 1",
 )  # fmt: skip
 PROVIDERS = ("eager", "SDPA flash", "SDPA cuDNN", "gemma_fast")

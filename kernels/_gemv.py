@@ -54,8 +54,10 @@ def default_config(out: int, dim: int, itemsize: int) -> dict[str, int]:
     line = dim * itemsize  # bytes of a row
     if 2048 < line <= 4096:  # a block has whole rows: PDL loads all weights before its wait
         block = 4096
+    elif line <= 512:
+        block = 512
     else:  # the size that leaves fewer columns of the last block unused
-        block = min(2048, 1024, 512, key=lambda block: (-line % block, -block))
+        block = min(2048, 1024, key=lambda block: (-line % block, -block))
     return {
         "BLOCK_B": 1, "BLOCK_N": 4 if out <= 4096 else 8, "BLOCK_K": block // itemsize,
         "STAGES": 4, "num_warps": min(block // 512, 4),

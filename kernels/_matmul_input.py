@@ -5,7 +5,7 @@ whole rows of x, because the norms need them."""
 from typing import Any, NamedTuple
 
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels.rmsnorm import load_norm_weight
+from gemma_fast.kernels.rmsnorm import scale_by_weight
 
 
 class MatmulInput(NamedTuple):
@@ -34,9 +34,8 @@ def _load_h(inputs, scales, row, col, mask, OFFSET: tl.constexpr, DIM: tl.conste
     dtype = inputs.x.dtype.element_ty
     x = tl.load(inputs.x + row * DIM + col, mask=mask, other=0.0)  # [BLOCK_B, cols]
     if inputs.post_norm_weight is not None:
-        # [1, cols]
-        weight = load_norm_weight(inputs.post_norm_weight, col, col < DIM, OFFSET)
-        x = (x.to(tl.float32) * scales.post_norm * weight).to(dtype)
+        weight = tl.load(inputs.post_norm_weight + col, mask=col < DIM, other=0.0).to(tl.float32)
+        x = scale_by_weight(x.to(tl.float32) * scales.post_norm, weight, OFFSET).to(dtype)
     if inputs.residual is not None:
         residual = tl.load(inputs.residual + row * DIM + col, mask=mask, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
@@ -94,8 +93,8 @@ def load_input(
     mask = (row < rows) & (col < DIM)  # [BLOCK_B, BLOCK_K]
     if inputs.norm_weight is not None:
         h = _load_h(inputs, scales, row, col, mask, OFFSET, DIM)  # [BLOCK_B, BLOCK_K]
-        norm_weight = load_norm_weight(inputs.norm_weight, col, col < DIM, OFFSET)  # [1, BLOCK_K]
-        return (h * scales.norm * norm_weight).to(dtype)
+        norm_weight = tl.load(inputs.norm_weight + col, mask=col < DIM, other=0.0).to(tl.float32)
+        return scale_by_weight(h * scales.norm, norm_weight, OFFSET).to(dtype)
     elif inputs.post_norm_weight is not None:
         # [BLOCK_B, BLOCK_K]
         h = _load_h(inputs, scales, row, col, mask, OFFSET, DIM).to(dtype)

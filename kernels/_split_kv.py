@@ -31,19 +31,19 @@ def default_config(
 ) -> dict[str, int]:  # fmt: skip
     """Returns the launch config. In 16-bit dtypes at head_dim 256 and 512, blocks are narrower if
     shared memory is small, or if there are more programs than multiprocessors, so that two programs
-    fit in the shared memory of a multiprocessor (227 KB on Hopper). In fp32 at head_dim 512, only
-    one block is prefetched, or none if 32 rows leave no memory for it."""
-    crowded = pairs * count_splits(pairs, group, visible, gpu) > gpu.multiprocessors
-    small = gpu.shared_memory < 160_000
-    wide = 64 if d < 512 else 32
+    fit in the shared memory of a multiprocessor (227 KB on Hopper); with more than 16 rows, their
+    registers would not fit. In fp32 at head_dim 512, only one block is prefetched, or none if
+    shared memory is small and there are more than 16 rows."""
     block_m = max(16, triton.next_power_of_2(group + 1))
-    num_stages = 3
-    if itemsize == 4 and d == 512:
-        num_stages = 1 if small and block_m > 16 else 2
+    small = gpu.shared_memory < 160_000
+    programs = pairs * count_splits(pairs, group, visible, gpu)
+    narrow = d >= 256 and (small or (block_m == 16 and programs > gpu.multiprocessors))
+    block_n, num_stages = (32 if narrow else 64) // (2 if d == 512 else 1), 3
+    if itemsize == 4:
+        block_n, num_stages = 16, 3 if d < 512 else 1 if small and block_m > 16 else 2
     return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": 16 if itemsize == 4 else wide // 2 if d >= 256 and (crowded or small) else wide,
-        "MERGE_COST": group, "num_warps": 8 if d * itemsize >= 512 else 4, "num_stages": num_stages,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "MERGE_COST": group,
+        "num_warps": 8 if d * itemsize >= 512 else 4, "num_stages": num_stages,
     }  # fmt: skip
 
 

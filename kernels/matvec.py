@@ -67,11 +67,11 @@ def _matvec_kernel(
     elif PDL:
         prefetch_weight(weight_ptr, weight_row, DIM, BLOCK_K)
     wait_for_previous_kernel(PDL)
-    col = program * COLS + tl.arange(0, COLS)[:, None]  # [COLS, 1]
-    row = tl.arange(0, BLOCK_B)[None, :]  # [1, BLOCK_B]
-    mask = (col < OUT) & (row < rows)  # [COLS, BLOCK_B]
     if up_ptr is not None:  # before the matmul, which hides the latency
-        up = tl.load(up_ptr + row * up_row_stride + col, mask=mask, other=0.0)  # [COLS, BLOCK_B]
+        col = program * COLS + tl.arange(0, COLS)[:, None]  # [COLS, 1]
+        row = tl.arange(0, BLOCK_B)[None, :]  # [1, BLOCK_B]
+        up = up_ptr + row * up_row_stride + col  # [COLS, BLOCK_B]
+        up = tl.load(up, mask=(col < OUT) & (row < rows), other=0.0)
     scales = Scales(0.0, 0.0, 0.0)
     if inputs.norm_weight is not None or inputs.post_norm_weight is not None:
         scales = norm_scales(inputs, h_ptr, rows, program == 0, EPS, OFFSET, DIM, BLOCK_B, BLOCK_K)
@@ -108,7 +108,9 @@ def _matvec_kernel(
         out = geglu_in_fp32(gate, up)  # [COLS, BLOCK_B]
     elif up_ptr is not None:
         out = geglu_in_fp32(out, up.to(tl.float32))
-    tl.store(out_ptr + row * OUT + col, out, mask=mask)
+    col = program * COLS + tl.arange(0, COLS)[:, None]  # [COLS, 1]
+    row = tl.arange(0, BLOCK_B)[None, :]  # [1, BLOCK_B]
+    tl.store(out_ptr + row * OUT + col, out, mask=(col < OUT) & (row < rows))
 
 
 def default_config(rows: int, out: int, dim: int, itemsize: int) -> dict[str, int]:
@@ -147,10 +149,10 @@ def is_matvec(x: Tensor, weight: Tensor) -> bool:
 
 
 def _launch(
-    x: Tensor, inputs: MatmulInput, weight: Tensor, up: Tensor | None, geglu: bool, eps: float,
+    inputs: MatmulInput, weight: Tensor, up: Tensor | None, geglu: bool, eps: float,
     offset: float, pdl: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    out_dim, dim = weight.shape[0] // (1 + geglu), weight.shape[1]
+    x, out_dim, dim = inputs.x, weight.shape[0] // (1 + geglu), weight.shape[1]
     flat = x.reshape(-1, dim).contiguous()  # [rows, dim]
     rows = flat.shape[0]
     out = torch.empty((rows, out_dim), dtype=x.dtype, device=x.device)
@@ -183,7 +185,7 @@ def linear(x: Tensor, weight: Tensor, *, pdl: bool = False) -> Tensor:
     inputs = MatmulInput(x, None, None, None, None)
     check_matmul(inputs, weight)
     if is_matvec(x, weight):
-        return _launch(x, inputs, weight, None, False, 0.0, 1.0, pdl)[0]
+        return _launch(inputs, weight, None, False, 0.0, 1.0, pdl)[0]
     if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         # F.linear calls MKL, which reads weights 2.6 times slower on an AMD processor, for one row
         # (benchmarks/LOG.md). This calls oneDNN, as Inductor does.
@@ -191,6 +193,18 @@ def linear(x: Tensor, weight: Tensor, *, pdl: bool = False) -> Tensor:
     # As one matrix: for a strided batch F.linear runs a batched matmul and copies the weight.
     rows = x.reshape(-1, x.shape[-1])  # [rows, dim]
     return F.linear(rows, weight).view(*x.shape[:-1], weight.shape[0])
+
+
+def _normalized(inputs: MatmulInput, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """Returns the matmul's input and h, computed by separate ops."""
+    x, residual, norm_weight, post_norm_weight, layer_scalar = inputs
+    if norm_weight is None:
+        h = add_norm(x, residual, post_norm_weight, eps, offset)
+        return h, h
+    if residual is None:
+        h = x.clone(memory_format=torch.contiguous_format)
+        return rms_norm(x, norm_weight, eps, offset), h
+    return add_rms_norm(x, residual, norm_weight, post_norm_weight, eps, offset, layer_scalar)
 
 
 def _fake_norm_linear(
@@ -221,19 +235,10 @@ def norm_linear(
         )
         assert up.stride(-1) == 1, "rows must be contiguous"
     if is_matvec(x, weight):
-        y, h = _launch(x, inputs, weight, up, geglu, eps, offset, pdl)
+        y, h = _launch(inputs, weight, up, geglu, eps, offset, pdl)
         assert h is not None
         return y, h
-    if norm_weight is None:
-        assert residual is not None and post_norm_weight is not None
-        normed = h = add_norm(x, residual, post_norm_weight, eps, offset)
-    elif residual is None:
-        normed = rms_norm(x, norm_weight, eps, offset)
-        h = x.clone(memory_format=torch.contiguous_format)
-    else:
-        normed, h = add_rms_norm(
-            x, residual, norm_weight, post_norm_weight, eps, offset, layer_scalar
-        )
+    normed, h = _normalized(inputs, eps, offset)
     y = linear(normed, weight)
     if geglu:
         return geglu_of(*y.chunk(2, dim=-1)), h

@@ -51,10 +51,12 @@ def add_rms_norm_reference(
 
 
 @triton.jit
-def load_norm_weight(weight_ptr, cols, mask, OFFSET: tl.constexpr):
-    """Returns the factors OFFSET + weight of a norm, fp32, in the shape of cols."""
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    return weight if OFFSET == 0 else OFFSET + weight
+def scale_by_weight(x, weight, OFFSET: tl.constexpr):
+    """Returns x * (OFFSET + weight), fp32."""
+    if OFFSET == 0:
+        return x * weight
+    else:
+        return x * (OFFSET + weight)
 
 
 @triton.jit
@@ -63,8 +65,8 @@ def _normalize(
 ):
     """Returns the RMSNorm of one row x :: [BLOCK], fp32."""
     if weight_ptr is not None:
-        weight = load_norm_weight(weight_ptr, cols, mask, OFFSET)  # [BLOCK]
-        return x * tl.rsqrt(tl.sum(x * x) / DIM + EPS) * weight
+        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+        return scale_by_weight(x * tl.rsqrt(tl.sum(x * x) / DIM + EPS), weight, OFFSET)
     else:
         return x * tl.rsqrt(tl.sum(x * x) / DIM + EPS)
 
@@ -94,7 +96,7 @@ def _rms_norm_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row * residual_row_stride + cols, mask=mask, other=0.0)
         if post_weight_ptr is not None:
-            x = _normalize(x, post_weight_ptr, cols, mask, EPS, OFFSET, DIM)  # [BLOCK]
+            x = _normalize(x, post_weight_ptr, cols, mask, EPS, OFFSET, DIM)
             x = x.to(dtype).to(tl.float32)
         h = (x + residual.to(tl.float32)).to(dtype)
         if layer_scalar_ptr is not None:
@@ -102,8 +104,8 @@ def _rms_norm_kernel(
         tl.store(h_ptr + row * DIM + cols, h, mask=mask)
         x = h.to(tl.float32)
     if out_ptr is not None:
-        y = _normalize(x, weight_ptr, cols, mask, EPS, OFFSET, DIM)  # [BLOCK]
-        tl.store(out_ptr + row * DIM + cols, y, mask=mask)
+        out = out_ptr + row * DIM + cols  # [BLOCK]
+        tl.store(out, _normalize(x, weight_ptr, cols, mask, EPS, OFFSET, DIM), mask=mask)
 
 
 def default_config(dim: int) -> dict[str, int]:

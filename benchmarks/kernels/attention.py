@@ -172,7 +172,7 @@ def flashinfer_attention(q: Tensor, keys: Tensor, values: Tensor, options: Optio
 
 
 def choices(size: Size) -> Choices:
-    keys = (32, 64) if size["d"] > 128 else (64, 128)
+    keys = (16, 32) if size["d"] > 256 else (32, 64) if size["d"] > 128 else (64, 128)
     return {"BLOCK_M": (64, 128), "BLOCK_N": keys, "num_warps": (4, 8), "num_stages": (2, 3)}
 
 
@@ -199,6 +199,7 @@ ATTENTION = Suite(
         (8192, 16, 16, 256),
         (8192, 32, 16, 128, 4096, 5),
         (8192, 4, 1, 256, 512),
+        (8192, 8, 1, 512),
     ),
     tiny=named_sizes(NAMES, (24, 4, 1, 32), (24, 4, 2, 32, 8), (24, 4, 2, 32, 8, 5)),
     inputs=inputs,

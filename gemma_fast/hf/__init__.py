@@ -1,7 +1,7 @@
 """Runs a transformers model on this project's kernels, after one call.
 
     from gemma_fast.hf import accelerate
-    accelerate(model)                      # any transformers model with a Gemma 1 to 3 decoder
+    accelerate(model)                      # any transformers model with a Gemma 1 to 4 decoder
 
 After this call, the model's norms, MLPs and attention run on the kernels. The model's class, config
 file, weights, `generate`, caches and adapters do not change. If the kernels do not support a call

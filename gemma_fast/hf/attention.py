@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
-from gemma_fast.hf.masks import fallback, is_bounds, make_mask, mask_of_bounds
+from gemma_fast.hf.masks import fallback, is_bounds, make_mask, mask_of_bounds, unpack
 from gemma_fast.kernels.attention import HEAD_DIMS, attention
 from gemma_fast.kernels.decode_attention import split_attention
 from gemma_fast.kernels.launch import runs_triton
@@ -28,7 +28,8 @@ PREFIX = "gemma_fast+"
 # Keywords that layers pass to attention and that do not change its result.
 IDLE = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
-    "return_dict", "num_items_in_batch", "is_causal",
+    "return_dict", "num_items_in_batch", "is_causal", "labels", "output_router_logits",
+    "return_shared_kv_states",
 }  # fmt: skip
 logger = logging.get_logger(__name__)
 
@@ -99,6 +100,7 @@ def attend(
     bounds = attention_mask if is_bounds(attention_mask) else None
     if bounds is not None:
         _check(original, module, query, rest)
+    _check_sliced(original, query, attention_mask, rest)
     if not original.startswith("flash"):
         sliding_window = _window(module, sliding_window)
     accelerated = hasattr(module, "part")  # False in another model with the same config
@@ -115,7 +117,7 @@ def attend(
         )  # fmt: skip
     assert bounds is not None
     (b, heads, t, d), n = query.shape, key.shape[1]
-    query_offset, left_padding = bounds.view(2, b)
+    query_offset, left_padding = unpack(bounds)
     if key.stride() != value.stride() or key.stride(3) != 1:
         # contiguous() is not enough: if a dimension has size 1, the strides may remain different.
         key, value = torch.stack((key, value))
@@ -152,6 +154,19 @@ def _check(original: str, module: nn.Module, query: Tensor, rest: dict[str, Any]
         raise ValueError(
             f"{original} honors {', '.join(found)}, but the kernels do not: call accelerate(model, "
             "attention=False)"
+        )
+
+
+def _check_sliced(original: str, query: Tensor, mask: Tensor | None, rest: dict[str, Any]) -> None:
+    """Raises ValueError if Gemma 4's last layers get only the queries of `logits_to_keep`, but no
+    mask: sdpa without a mask counts positions from the first query. transformers does not slice
+    then, but it compares the attention's name with 'sdpa'."""
+    positions = rest.get("position_ids")
+    tokens = query.shape[2] if positions is None else positions.shape[-1]
+    if original == "sdpa" and mask is None and query.shape[2] != tokens:
+        raise ValueError(
+            "logits_to_keep with an attention_mask of None: pass the mask as a tensor, or call "
+            "accelerate(model, attention=False)"
         )
 
 

@@ -21,10 +21,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gemma_fast.hf.attention import PREFIX
-from gemma_fast.hf.layers import original_class
+from gemma_fast.hf.layers import NORM_OFFSETS, original_class
 
-DECODERS = ("gemma", "gemma2", "gemma3_text")  # model types of the configs
-OWN = tuple(f"transformers.models.{x}.modeling_{x}" for x in ("gemma", "gemma2", "gemma3"))
+# Model types of the configs.
+DECODERS = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text")
 ATTENTIONS = (
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3",
     "flash_attention_4",
@@ -48,8 +48,9 @@ def text_decoder(model: nn.Module) -> PreTrainedModel:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         raise ValueError(
             f"{kind} cannot be accelerated: model_type {model_type!r}, but only models that contain"
-            " a text decoder of Gemma 1, 2 or 3 can (GemmaModel, Gemma2Model, Gemma3TextModel, with"
-            " any head). Run this model without accelerate"
+            " a text decoder of Gemma 1 to 4 can (GemmaModel, Gemma2Model, Gemma3TextModel, "
+            "Gemma4TextModel, Gemma4UnifiedTextModel, with any head). Run this model without "
+            "accelerate"
         )
     return next(iter(found.values()))
 
@@ -63,23 +64,29 @@ def _is_decoder(module: nn.Module) -> bool:
 
 
 def part_of(module: nn.Module) -> str | None:
-    """Returns "norm", "mlp" or "attention" for such a module of any library; else None. A wrapper
-    (PEFT, torch.compile) is not a part; the module inside it is."""
+    """Returns "norm", "mlp", "attention" or "experts" for such a module of any library; else None.
+    A wrapper (PEFT, torch.compile) is not a part; the module inside it is."""
     children = module._modules.keys()
-    if children >= {"q_proj", "k_proj", "v_proj", "o_proj"}:
+    if children >= {"q_proj", "o_proj"}:  # some layers of Gemma 4 have no k_proj, or no v_proj
         return "attention"
     if children >= {"gate_proj", "up_proj", "down_proj"}:
         return "mlp"
-    if "norm" in type(module).__name__.lower() and "weight" in module._parameters:
+    if "norm" in type(module).__name__.lower() and (
+        "weight" in module._parameters or getattr(module, "with_scale", True) is False
+    ):
         return "norm"
+    if module._parameters.keys() >= {"gate_up_proj", "down_proj"}:
+        return "experts"
     return None
 
 
 def why_not(module: nn.Module) -> str | None:
     """Returns why this part can never run on the kernels, or None if it can."""
-    kind = original_class(type(module))
-    if kind.__module__ not in OWN:
-        return f"{kind.__module__}.{kind.__qualname__} is not a class of transformers' Gemma 1 to 3"
+    kind, part = original_class(type(module)), part_of(module)
+    if part == "experts":
+        return "experts are not replaced: the kernels have no mixture of experts"
+    if kind.__module__ not in NORM_OFFSETS:
+        return f"{kind.__module__}.{kind.__qualname__} is not a class of transformers' Gemma 1 to 4"
     if hasattr(module, "_hf_hook"):
         return (
             "the package accelerate has replaced its forward, as it does for a model on several "
@@ -91,9 +98,9 @@ def why_not(module: nn.Module) -> str | None:
             code = getattr(vars(module)[name], "__module__", None) or "another library"
         if code:
             return f"its {name} was replaced by code of {code}"
-    part = part_of(module)
-    if part == "norm" and type(module.weight) is not nn.Parameter:
-        return f"its weight is a {type(module.weight).__name__}, not a plain tensor"
+    weight = module._parameters.get("weight")
+    if part == "norm" and type(weight) not in (nn.Parameter, type(None)):
+        return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if part == "mlp" and not _is_tanh_gelu(module.act_fn):
         return f"its activation is {module.act_fn}, not the GELU's tanh approximation"
     return None
@@ -120,7 +127,7 @@ def why_not_attention(text: PreTrainedModel) -> str | None:
         if name == "eager" and (code := _foreign_code(eager)):
             return f"eager_attention_forward comes from {code}"
     if not len(layers) == len(attentions) >= len(list(text.layers.children())):  # type: ignore[union-attr]
-        return "a layer's attention is not a module with q_proj, k_proj, v_proj and o_proj"
+        return "a layer's attention is not a module with q_proj and o_proj"
     config: Any = text.config
     if not getattr(config, "is_causal", True) or not all(x.is_causal for x in attentions):
         return "attention is bidirectional (is_causal is False), and the kernels are causal"

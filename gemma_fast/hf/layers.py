@@ -17,6 +17,15 @@ from gemma_fast.hf.masks import RING_ERROR, is_bounds
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.rmsnorm import rms_norm
 
+# The modules of transformers with layers that the kernels can replace, and the number that their
+# norms add to the weight.
+NORM_OFFSETS = {
+    f"transformers.models.{name}.modeling_{name}": offset
+    for name, offset in (
+        ("gemma", 1.0), ("gemma2", 1.0), ("gemma3", 1.0), ("gemma4", 0.0), ("gemma4_unified", 0.0)
+    )
+}  # fmt: skip
+
 
 class Fast(nn.Module):
     part: ClassVar[str]
@@ -31,13 +40,14 @@ class Fast(nn.Module):
 
 class FastNorm(Fast):
     part = "norm"
-    weight: nn.Parameter
     eps: float
+    offset: float
 
     def forward(self, x: Tensor) -> Tensor:
         if falls_back(self, self.part, x, reason(self, x)):
             return super().forward(x)
-        return rms_norm(x, self.weight, self.eps)
+        weight = getattr(self, "weight", None)  # Gemma 4's norm of values has none
+        return rms_norm(x, weight, self.eps, self.offset)
 
 
 class FastMLP(Fast):
@@ -74,9 +84,12 @@ class FastAttention(Fast):
         # transformers 5.24 renamed `past_key_values` to `cache`.
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         mask = kwargs.get("attention_mask")
-        rings = isinstance(cache, GemmaFastCache) and isinstance(cache.layers[self.layer_idx], Ring)
-        if rings and not is_bounds(mask):  # a mask from the caller; rings do not support it
-            raise ValueError(RING_ERROR)
+        if isinstance(cache, GemmaFastCache) and not is_bounds(mask):
+            # Gemma 4's last layers have no layer in the cache. An earlier layer has checked their
+            # mask.
+            own = cache.layers[self.layer_idx : self.layer_idx + 1]
+            if any(isinstance(layer, Ring) for layer in own):  # a mask from the caller
+                raise ValueError(RING_ERROR)
         return super().forward(*args, **kwargs)
 
 
@@ -84,7 +97,10 @@ class FastAttention(Fast):
 def fast_class(original: type[nn.Module], part: str) -> type[Fast]:
     """Returns the subclass of `original`, a norm, MLP or attention class of transformers."""
     base = next(x for x in (FastNorm, FastMLP, FastAttention) if x.part == part)
-    return type(f"Fast{original.__name__}", (base, original), {"__module__": __name__})
+    attributes: dict[str, Any] = {"__module__": __name__}
+    if part == "norm":
+        attributes["offset"] = NORM_OFFSETS[original.__module__]
+    return type(f"Fast{original.__name__}", (base, original), attributes)
 
 
 def original_class(kind: type[nn.Module]) -> type[nn.Module]:

@@ -2,14 +2,17 @@
 registered under the attention name in the config, such as `gemma_fast+sdpa`.
 
 If a mask combines only causality, a sliding window and left padding, it is not built. The layers
-get `bounds` :: [2, b, 1, 1], int32, instead: the kernels' `query_offset` and `left_padding`,
-relative to the first key. Any other mask, such as a bidirectional one, is built by transformers'
-own code, and transformers' own attention applies it.
+get `bounds` :: [2, b, t, 1], int32, instead: for each new token its position, and the first visible
+position of its row, both relative to the first key. So `bounds` have the queries in the same
+dimension as a mask: Gemma 4 slices it where it computes its last layers for the last tokens only
+(`logits_to_keep`). Any other mask, such as a bidirectional one, is built by transformers' own code,
+and transformers' own attention applies it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,10 +57,12 @@ def make_mask(
     `bounds`, or transformers' own mask if `bounds` cannot express the mask."""
     # transformers passes use_vmap=True or allow_is_causal_skip=False for masks that are not plain,
     # and allow_is_bidirectional_skip for bidirectional masks. But it also passes
-    # allow_is_causal_skip=False for a single token with a compileable cache.
-    plain = not use_vmap and "allow_is_bidirectional_skip" not in rest
-    if not allow_is_causal_skip:
-        plain &= q_length == 1 and _is_causal(mask_function)
+    # allow_is_causal_skip=False for a single token with a compileable cache, and multimodal Gemma 4
+    # passes blocks of image tokens for a text without images, too.
+    plain = not use_vmap and (allow_is_causal_skip or (q_length == 1 and _is_causal(mask_function)))
+    if not plain and not torch.compiler.is_compiling():
+        plain = _has_only_empty_blocks(mask_function)
+    plain &= "allow_is_bidirectional_skip" not in rest
     ring = isinstance(kv_offset, RingOffset)
     first = torch.zeros(batch_size, dtype=torch.long, device=device)
     if plain and attention_mask is not None:
@@ -77,8 +82,9 @@ def make_mask(
             allow_is_causal_skip=allow_is_causal_skip, device=device, **rest,
         )  # fmt: skip
     offset = kv_offset.position if isinstance(kv_offset, RingOffset) else kv_offset
-    bounds = torch.stack((torch.zeros_like(first) + (q_offset - offset), first - offset))
-    return bounds.int().view(2, batch_size, 1, 1)
+    positions = torch.arange(q_length, device=device) + (q_offset - offset)
+    bounds = torch.stack(torch.broadcast_tensors(positions, (first - offset).unsqueeze(1)))
+    return bounds.int().unsqueeze(3)
 
 
 def _is_causal(mask_function: Callable[..., Any]) -> bool:
@@ -88,6 +94,33 @@ def _is_causal(mask_function: Callable[..., Any]) -> bool:
         mask_function is causal_mask_function
         or getattr(mask_function, "__name__", "") == "and_mask"
     )
+
+
+def _has_only_empty_blocks(mask_function: Callable[..., Any]) -> bool:
+    """Returns True for transformers' causal mask, with or without a window, that is combined with
+    blocks of image tokens, if no token belongs to a block."""
+    kind, parts = _maker(mask_function)
+    if kind not in ("and_masks", "or_masks") or len(parts["mask_functions"]) != 2:
+        return False
+    first, last = parts["mask_functions"]
+    last_kind, last_parts = _maker(last)
+    if kind == "and_masks":  # adds a window after the blocks
+        return last_kind == "sliding_window_overlay" and _has_only_empty_blocks(first)
+    causal = _maker(first)[1].get("mask_functions", (first,))
+    return (
+        {_maker(x)[0] for x in causal} <= {"sliding_window_overlay", "causal_mask_function"}
+        and last_kind == "blockwise_overlay"
+        and bool((last_parts["block_sequence_ids"] < 0).all())
+    )
+
+
+def _maker(mask_function: Callable[..., Any]) -> tuple[str, Mapping[str, Any]]:
+    """Returns the name of the function of transformers that returned this mask function, and its
+    arguments. The name is "" for other mask functions."""
+    if getattr(mask_function, "__module__", None) != causal_mask_function.__module__:
+        return "", {}
+    name = mask_function.__qualname__.partition(".")[0]
+    return name, inspect.getclosurevars(mask_function).nonlocals
 
 
 def left_padding(mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +135,18 @@ def left_padding(mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_bounds(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.shape[2:] == (1, 1)
+    return (
+        isinstance(mask, Tensor)
+        and mask.dtype == torch.int32
+        and mask.ndim == 4
+        and (mask.shape[0], mask.shape[3]) == (2, 1)
+    )
+
+
+def unpack(bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns query_offset, the position of the first query, and left_padding, both [b], int32."""
+    query_offset, left_padding = bounds[:, :, 0, 0].contiguous()
+    return query_offset, left_padding
 
 
 def fallback(original: str) -> str:
@@ -116,10 +160,7 @@ def mask_of_bounds(
 ) -> Tensor:
     """Returns the mask that `bounds` describe, [b, 1, t, s]: bool for sdpa; for eager, the values
     that are added to the scores."""
-    query_offset, left_padding = bounds.view(2, -1)
-    visible = visible_keys(
-        query_offset, left_padding, query.shape[2], key.shape[2], window
-    ).unsqueeze(1)
+    visible = visible_keys(*unpack(bounds), query.shape[2], key.shape[2], window).unsqueeze(1)
     if fallback(original) == "sdpa":
         return visible
     lowest = torch.finfo(query.dtype).min

@@ -34,13 +34,13 @@ def accelerate(
     used sdpa before, else eager.
 
     Raises ValueError, and leaves the model unchanged, for a model without a text decoder of Gemma 1
-    to 3, a device other than cuda or cpu, a GPU below compute capability 8.0, and a model of which
+    to 4, a device other than cuda or cpu, a GPU below compute capability 8.0, and a model of which
     nothing can run on the kernels. Raises RuntimeError if strict=True and a part cannot.
     """
     text = text_decoder(model)
     _check_devices(text)
     wanted = {"norm": norm, "mlp": mlp, "attention": attention}
-    parts = [(name, x, part) for name, x in text.named_modules() if (part := part_of(x))]
+    parts = [(name, x, part) for name, x in text.named_modules() if (part := part_of(x)) in wanted]
     whys = _whys(text)
     left = {name: whys[x] for name, x, part in parts if wanted[part] and x in whys}
     chosen = [(x, part) for name, x, part in parts if wanted[part] and name not in left]
@@ -124,17 +124,18 @@ class FastGemma:
 
 class Line(NamedTuple):
     module: str  # "model.layers.0.mlp"
-    part: str  # "norm", "mlp" or "attention"
+    part: str  # "norm", "mlp", "attention" or "experts"
     path: str  # "triton", "reference" (PyTorch), or "transformers" (or another library: see why)
     why: str
 
 
 def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Line]:
     """Calls the model once. Returns one Line for each norm, MLP and attention module, with the code
-    path that ran and the reason.
+    path that ran and the reason. Experts (Gemma 4 26B-A4B) have a Line, too: they always run
+    transformers' code.
 
     inputs  keyword arguments of the call; default: two tokens under no_grad, as in `generate`
-    strict  raise RuntimeError if a module runs transformers' code
+    strict  raise RuntimeError if a norm, an MLP or an attention module runs transformers' code
 
     A model that was compiled with torch.compile runs uncompiled in this call.
     """
@@ -155,7 +156,11 @@ def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Li
         for name, module in model.named_modules()
         if (part := part_of(module)) and module in of_text
     ]
-    left = [f"{line.module}: {line.why}" for line in lines if line.path == "transformers"]
+    left = [
+        f"{line.module}: {line.why}"
+        for line in lines
+        if line.path == "transformers" and line.part != "experts"
+    ]
     if strict and left:
         raise RuntimeError(
             "modules are not on the kernels, which strict=True requires: " + "; ".join(left)

@@ -138,7 +138,7 @@ def test_command_refuses_bad_arguments_and_selects_sizes(monkeypatch):
     assert "no suite lineal: choose from attention, " in told("lineal")
     unused = told("linear", "--size", "b 3", "--size", "b 1")
     assert "no size has b 3 in its name" in unused
-    sizes = list(tune.chosen(["linear", "attention"], ["b 1", "t 8192, 8/1"]))
+    sizes = list(tune.chosen(["linear", "attention"], ["b 1", "t 8192, 8/1 heads, d 256"]))
     assert sizes == [
         ("attention", "t 8192, 8/1 heads, d 256"),
         *(("linear", f"{dims}, b 1") for dims in ("16384 x 2048", "2048 x 2048", "2048 x 640")),

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hf_models import make, padded, prompt
 from marks import slow
+from tiny_models import close
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from gemma_fast.hf import GemmaFastCache, accelerate
@@ -43,8 +44,9 @@ def tokens_by_compiled(model, cache, mask_too):
 
 @pytest.mark.parametrize("mask_too", [False, *slow(True)], ids=["no mask", "mask"])
 @pytest.mark.parametrize("kind", [GemmaFastCache, *slow(DynamicCache, StaticCache)])
-def test_accelerated_model_compiles_to_no_more_graphs_than_transformers(kind, mask_too):
-    model = make("gemma3-gqa", layers=2)
+@pytest.mark.parametrize("family", ["gemma3-gqa", *slow("gemma4")])
+def test_accelerated_model_compiles_to_no_more_graphs_than_transformers(family, kind, mask_too):
+    model = make(family, layers=2)
 
     def cache(kind):
         if kind is DynamicCache:
@@ -60,9 +62,23 @@ def test_accelerated_model_compiles_to_no_more_graphs_than_transformers(kind, ma
         assert graphs == 1 < most
 
 
-def test_generate_with_rings_compiles_one_graph(graphs):
+@pytest.mark.parametrize("kept", [3, *slow(0, 1)])
+def test_compiled_prompt_gives_the_same_last_logits(graphs, kept):
+    """Gemma 4 computes its last layers for the last tokens only."""
+    model, ids = make("gemma4"), prompt()
+    with torch.no_grad():
+        expected = model(ids).logits[:, -kept:]
+        accelerate(model, strict=True)
+        forward = torch.compile(model.forward, fullgraph=True, backend=recording_backend(graphs))
+        for cache in (None, GemmaFastCache(model.config, 40)):
+            found = forward(ids, past_key_values=cache, logits_to_keep=kept).logits
+            close(found, expected)
+
+
+@pytest.mark.parametrize("family", ["gemma3-gqa", "gemma4"])
+def test_generate_with_rings_compiles_one_graph(family, graphs):
     """By default, `generate` compiles only on a GPU. It creates the masks outside the graph."""
-    model, ids = make("gemma3-gqa", layers=2), prompt(t=6)
+    model, ids = make(family, layers=2), prompt(t=6)
     mask = padded(ids, 2, 0)
     options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
     expected = model.generate(ids, **options)

@@ -111,7 +111,7 @@ def test_other_architectures_are_refused():
         with pytest.raises(
             ValueError,
             match="modeling_llama.LlamaForCausalLM cannot be accelerated: model_type 'llama', but "
-            r"only .* Gemma 1, 2 or 3 can .*\. Run this model without accelerate",
+            r"only .* Gemma 1 to 4 can .*\. Run this model without accelerate",
         ):
             call(llama)
 

@@ -8,7 +8,12 @@ import torch
 import transformers
 from hf_models import FAMILIES, logits, make, padded, prompt, why
 from tiny_models import close
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    blockwise_overlay,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sliding_window_overlay,
+)
 
 from gemma_fast.hf import GemmaFastCache, accelerate
 from gemma_fast.hf import attention as hf_attention
@@ -58,6 +63,13 @@ def test_custom_4d_mask_falls_back(model):
     check_attention_falls_back(model, "more than causal", input_ids=prompt(), attention_mask=mask)
 
 
+def test_bounds_are_distinguished_from_masks():
+    bounds = torch.zeros(2, 3, 5, 1, dtype=torch.int32)
+    assert hf_masks.is_bounds(bounds) and hf_masks.is_bounds(bounds[:, :, -2:])
+    for mask in (None, bounds.float(), bounds[:1], bounds.expand(2, 3, 5, 5), bounds[:, :, 0, 0]):
+        assert not hf_masks.is_bounds(mask)
+
+
 def test_packed_sequences_fall_back(model):
     positions = torch.cat((torch.arange(12), torch.arange(18))).expand(2, 30)
     check_attention_falls_back(
@@ -72,13 +84,38 @@ def test_mask_with_an_or_function_falls_back(model):
     both = {"config": config, "inputs_embeds": embeds, "attention_mask": None}
     both |= {"past_key_values": None}
     plain = create_causal_mask(**both)
-    assert plain.flatten().tolist() == [0, 0] and plain.dtype == torch.int32
+    assert plain.flatten().tolist() == [*range(6), *[0] * 6] and plain.dtype == torch.int32
     for t in (6, 1):
         both["inputs_embeds"] = embeds[:, :t]
         other = create_causal_mask(**both, or_mask_function=lambda b, h, q, k: q >= 0)
         assert other.shape == (1, 1, t, t) and (other == 0).all()
     config.is_causal = False
     assert create_causal_mask(**both) is None, "one bidirectional token needs no mask"
+
+
+def test_only_empty_blocks_of_image_tokens_are_left_out():
+    config = accelerate(make("gemma4")).config
+    given = {"config": config, "inputs_embeds": torch.zeros(1, 6, 4), "attention_mask": None}
+    given |= {"past_key_values": None}
+    none, some = torch.full((1, 6), -1), torch.tensor([[-1, -1, 0, 0, -1, -1]])
+
+    def is_plain(make_mask, **functions):
+        return hf_masks.is_bounds(make_mask(**given, **functions))
+
+    for blocks in (none, some):
+        overlay, empty = blockwise_overlay(blocks), blocks is none
+        assert is_plain(create_causal_mask, or_mask_function=overlay) == empty
+        assert is_plain(create_sliding_window_causal_mask, or_mask_function=overlay) == empty
+        window = sliding_window_overlay(config.sliding_window)
+        assert (
+            is_plain(create_causal_mask, or_mask_function=overlay, and_mask_function=window)
+            == empty
+        )
+        assert not is_plain(
+            create_causal_mask, or_mask_function=overlay, and_mask_function=lambda b, h, q, k: q < 3
+        )
+    assert not is_plain(create_causal_mask, and_mask_function=sliding_window_overlay(3))
+    assert not is_plain(create_causal_mask, or_mask_function=sliding_window_overlay(3))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from gemma_fast.hf import accelerate, explain, restore
 from gemma_fast.hf.layers import swap_in
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [x for x in FAMILIES if x != "gemma4"])
 @pytest.mark.parametrize("kernel", [False, True], ids=["reference", "kernel"])
 def test_one_plus_weight_is_summed_in_fp32(family, kernel):
     """bfloat16 cannot represent 1 + 15.8125 exactly, and float16 cannot represent 1 + 2**-11."""
@@ -54,7 +54,7 @@ def test_tensors_of_the_caller_are_not_overwritten(family, kernel):
     before = embeds.clone()
     with torch.inference_mode(), interpreter() if kernel else torch.no_grad():
         cache = model(inputs_embeds=embeds).past_key_values
-        layer = cache.layers[-1]
+        layer = cache.layers[0]
         keys, copies = layer.keys, layer.keys.clone()
         model(input_ids=prompt(t=1), past_key_values=cache)
     assert torch.equal(embeds, before) and torch.equal(keys, copies)

@@ -5,8 +5,7 @@ import copy
 
 import pytest
 import torch
-import transformers
-from hf_models import FAMILIES, T, logits, make, padded, prompt
+from hf_models import FAMILIES, NEW, RENAMED, VERSION, T, generate, logits, make, padded, prompt
 from marks import slow
 from tiny_models import close
 from transformers import DynamicCache, StaticCache
@@ -14,21 +13,12 @@ from triton_interpreter import interpreter
 
 from gemma_fast.hf import GemmaFastCache, accelerate, restore
 
-VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
-NEWER, RENAMED = VERSION >= (5, 18), VERSION >= (5, 24)
-NEW = 24  # new tokens; more than the size of the windows
+NEWER = VERSION >= (5, 18)
 
 
 @pytest.fixture(params=FAMILIES)
 def model(request):
     return make(request.param)
-
-
-def generate(model, ids, mask=None, **options):
-    mask = torch.ones_like(ids) if mask is None else mask
-    torch.manual_seed(7)
-    options = {"max_new_tokens": NEW, "do_sample": False} | options
-    return model.generate(ids, attention_mask=mask, **options)
 
 
 WAYS = {

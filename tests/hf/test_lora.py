@@ -23,12 +23,13 @@ def test_lora_adapters_can_be_trained_and_merged(model, first):
     if first == "accelerated":
         accelerate(model)
     projections = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    adapted = [name for name, _ in model.named_modules() if name.split(".")[-1] in projections]
     lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=projections))
     if first == "adapted":
         assert accelerate(lora) is lora
     lora(input_ids=ids, labels=ids).loss.backward()
     trained = [(n, w) for n, w in lora.named_parameters() if w.requires_grad]
-    assert len(trained) == 10 * model.config.num_hidden_layers
+    assert len(trained) == 2 * len(adapted) > 0
     assert all(w.grad is not None and "lora" in n for n, w in trained)
     for _, weight in trained:
         weight.data.normal_(std=0.1)

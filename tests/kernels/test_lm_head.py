@@ -37,14 +37,16 @@ def inputs(b, dim, vocab, dtype=torch.float32, residual=True, post_norm=True):
     return [x, hidden if residual else None, norm, post if post_norm else None, weight]
 
 
-def exact_logits(x, residual, norm_weight, post_norm_weight, weight, softcap=None):
+def exact_logits(
+    x, residual, norm_weight, post_norm_weight, weight, softcap=None, layer_scalar=1.0, offset=1.0
+):
     def norm(x, weight):
         x = x.double()
-        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + weight.double())
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (offset + weight.double())
 
     h = x.double() if post_norm_weight is None else norm(x, post_norm_weight)
     h = h if residual is None else h + residual.double()
-    logits = norm(h, norm_weight) @ weight.double().T
+    logits = norm(h * float(layer_scalar), norm_weight) @ weight.double().T
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -77,6 +79,21 @@ def test_next_token_equals_reference(b, dim, vocab, residual, post_norm, softcap
         found.append(expected)
     assert torch.equal(found[0], exact_logits(*given).argmax(-1))
     assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("b", [1, 3, 9], ids="b {}".format)
+@pytest.mark.parametrize("offset", [0.0, 1.0], ids="offset {}".format)
+def test_norm_offset_and_layer_scalar(offset, b, device):
+    """A negative scalar changes the order of the logits. A positive one would not, because the
+    norm divides by it."""
+    given, scalar = inputs(b, 640, 500), torch.tensor([-0.5])
+    theirs = [x.to(device) for x in given]
+    options = {"offset": offset, "layer_scalar": scalar.to(device)}
+    token = chosen(next_token, *theirs, b=b, device=device, **options).cpu()
+    assert torch.equal(token, exact_logits(*given, layer_scalar=scalar, offset=offset).argmax(-1))
+    for wrong in ({"offset": 1 - offset}, {"layer_scalar": -scalar}):
+        options = {"offset": offset, "layer_scalar": scalar} | wrong
+        assert not torch.equal(token, exact_logits(*given, **options).argmax(-1))
 
 
 @pytest.mark.parametrize("b", [1, 8], ids="b {}".format)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_checks import DTYPES, strided, tf32
+from marks import slow
 from oracles import geglu_oracle, root_sum_square
 from tolerances import GEGLU_ROUNDINGS, assert_rounded, geglu_size, norm_roundings
 from triton import knobs
@@ -23,9 +24,9 @@ def weight_of(out, dim, dtype, device):
     return (torch.randn(out, dim, device=device) / dim**0.5).to(dtype)
 
 
-def norm(x, weight):
+def norm(x, weight, offset=1.0):
     x, weight = x.double(), weight.double()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * (1 + weight)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * (offset + weight)
 
 
 def check_linear(y, x, weight):
@@ -34,16 +35,23 @@ def check_linear(y, x, weight):
     assert_rounded(y, exact, x.shape[-1], root_sum_square(x, weight))
 
 
-def check_norm_linear(found, x, residual, norm_weight, post_weight, weight, geglu):
+def check_norm_linear(
+    found, x, residual, norm_weight, post_weight, weight, geglu=False, up=None, layer_scalar=None,
+    offset=1.0,
+):  # fmt: skip
     (y, h), dim = found, x.shape[-1]
     assert h.dtype == y.dtype == x.dtype
-    post = x.double() if post_weight is None else norm(x, post_weight)
+    post = x.double() if post_weight is None else norm(x, post_weight, offset)
     exact = post if residual is None else post + residual.double()
     steps = int(post_weight is not None)
+    if layer_scalar is not None:
+        post, exact, steps = post * layer_scalar.double(), exact * layer_scalar.double(), steps + 1
     assert_rounded(h, exact, norm_roundings(dim), post.abs(), steps)
-    normed = norm(h, norm_weight)
+    normed = h.double() if norm_weight is None else norm(h, norm_weight, offset)
     exact, size = normed @ weight.double().T, root_sum_square(normed, weight)
-    if geglu:
+    if up is not None:
+        exact, size = torch.cat((exact, up.double()), -1), torch.cat((size, 0 * size), -1)
+    if geglu or up is not None:
         exact, size = geglu_oracle(exact), geglu_size(exact, size)
     # The normalized row is rounded to the dtype before the matmul.
     assert_rounded(y, exact, norm_roundings(dim) + dim + GEGLU_ROUNDINGS, size, steps=1)
@@ -69,6 +77,59 @@ def test_norm_linear_equals_fp64(dim, out, rows, stream, geglu, dtype, device, p
     norm_weight, weight = torch.randn(dim, device=device), weight_of(out, dim, dtype, device)
     given = x, residual, norm_weight, post_weight, weight
     check_norm_linear(norm_linear(*given, geglu=geglu, eps=EPS), *given, geglu)
+
+
+# Arguments of norm_linear for Gemma 4. Those with `up` are the per-layer gate, which has no norm.
+GEMMA_4 = {
+    "layer_scalar": {"layer_scalar": torch.tensor([0.37])},
+    "layer_scalar, geglu": {"layer_scalar": torch.tensor([0.37]), "geglu": True},
+    "no norm": {},
+    "no norm, up": {"up": True},
+    "up": {"up": True, "layer_scalar": torch.tensor([0.37])},
+}
+
+
+def gemma_4_inputs(rows, dim, out, case, dtype=torch.float32, device="cpu"):
+    """Returns positional arguments of norm_linear and options."""
+    x = 3 * torch.randn(rows, dim, device=device).to(dtype)
+    residual = torch.randn(rows, dim, device=device).to(dtype)
+    norm_weight, post_weight = torch.randn(2, dim, device=device).to(dtype)
+    options = dict(GEMMA_4[case])
+    if "layer_scalar" in options:
+        options["layer_scalar"] = options["layer_scalar"].to(dtype).to(device)
+    if "up" in options:
+        options["up"] = strided((rows, out), dtype, device)
+    given = x, residual, None if "no norm" in case else norm_weight, post_weight
+    return (*given, weight_of(out, dim, dtype, device)), options
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, *slow(1.0)], ids="offset {}".format)
+@pytest.mark.parametrize("case", GEMMA_4)
+@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS + 1], ids="rows {}".format)
+@pytest.mark.parametrize(("dim", "out"), [(1160, 30), (256, 40), *slow((36, 6))], ids=str)
+def test_norm_linear_of_gemma_4_equals_fp64(
+    dim, out, rows, case, offset, dtype, device, poison_outputs
+):
+    given, options = gemma_4_inputs(rows, dim, out, case, dtype, device)
+    found = norm_linear(*given, **options, offset=offset, eps=EPS)
+    check_norm_linear(found, *given, **options, offset=offset)
+
+
+@pytest.mark.parametrize("mistake", ["1 + weight", "post-norm left out", "unscaled", "not gated"])
+def test_check_of_norm_linear_detects_a_mistake_of_gemma_4(mistake):
+    given, options = gemma_4_inputs(4, 640, 30, "up")
+    changed, wrong = given, dict(options)
+    if mistake == "post-norm left out":
+        changed = (*given[:3], None, given[4])
+    elif mistake != "1 + weight":
+        del wrong["up" if mistake == "not gated" else "layer_scalar"]
+    found = norm_linear(*changed, **wrong, eps=EPS, offset=float(mistake == "1 + weight"))
+    check_norm_linear(
+        norm_linear(*given, **options, eps=EPS, offset=0.0), *given, **options, offset=0.0
+    )
+    with pytest.raises(AssertionError, match="times its bound"):
+        check_norm_linear(found, *given, **options, offset=0.0)
 
 
 @pytest.mark.parametrize("mistake", ["TF32", "a column left out", "16 bits"])
@@ -119,6 +180,20 @@ def test_residual_is_rounded_as_in_add_rms_norm(device):
 
 
 @pytest.mark.parametrize("rows", [1, 6], ids="rows {}".format)
+def test_the_scaled_residual_is_rounded_as_in_add_rms_norm(rows, device):
+    """Both ops round the sum to fp16 before they multiply it by the scalar."""
+    x, residual = torch.randn(2, rows, 640, device=device).half()
+    post_weight, weight = torch.randn(640, device=device), weight_of(16, 640, torch.half, device)
+    scalar = torch.tensor([0.37], device=device).half()
+    given = x, residual, post_weight, post_weight
+    _, expected = add_rms_norm(*given, layer_scalar=scalar)
+    _, h = norm_linear(*given, weight, layer_scalar=scalar)
+    assert (h != expected).float().mean() < 2e-3
+    _, unscaled = norm_linear(*given, weight)
+    assert torch.equal(h, unscaled * scalar)
+
+
+@pytest.mark.parametrize("rows", [1, 6], ids="rows {}".format)
 def test_the_normalized_row_is_rounded_once_as_in_rms_norm(rows, device):
     """With an identity weight, y is the normalized row. If the row were also rounded before it is
     multiplied by the norm weight, a quarter of y would differ from rms_norm."""
@@ -132,6 +207,12 @@ def test_linear_and_norm_linear_read_batched_strided_rows(device, poison_outputs
     check_linear(linear(x, weight), x, weight)
     y, h = norm_linear(x, x, torch.zeros(64, device=device), None, weight)
     assert y.shape == (2, 3, 6) and torch.equal(h, x + x)
+    post_weight, per_layer = torch.randn(64, device=device), torch.randn(2, 3, 5, 6, device=device)
+    for up in per_layer.unbind(2):
+        y, h = norm_linear(x, x, None, post_weight, weight, up=up, eps=EPS)
+        flat = (z.flatten(0, 1) for z in (y, h, x, x))
+        y, h, *given = flat
+        check_norm_linear((y, h), *given, None, post_weight, weight, up=up.flatten(0, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -143,12 +224,33 @@ def test_no_rows_give_an_empty_result(dtype, device):
 
 def test_the_kernel_is_launched_for_1_to_max_rows_only(device, monkeypatch):
     launches = []
-    monkeypatch.setattr(matvec, "_launch", lambda x, *_: launches.append(x.shape) or (x, x))
+    monkeypatch.setattr(matvec, "_launch", lambda given, *_: launches.append(given) or given[:2])
     weight = torch.randn(4, 16, device=device)
     for shape in ((1, 1), (1, MAX_ROWS), (2, MAX_ROWS // 2), (1, MAX_ROWS + 1), (1, 0)):
         linear(torch.randn(*shape, 16, device=device), weight)
     on_kernels = device == "cuda" or bool(knobs.runtime.interpret)
     assert len(launches) == (3 if on_kernels else 0)
+
+
+@pytest.mark.parametrize("dim", [256, 1536, 2048, 2560, 3840, 4096, 5376, 6144, 21504], ids=str)
+def test_blocks_of_a_row_fit_rows_of_gemma_4(dim):
+    """The part of the last block that lies beyond the row is at most a third of the row."""
+    block = matvec.default_config(1, 4096, dim, 2)["BLOCK_K"]
+    assert 3 * (-dim % block) <= dim
+
+
+def test_norm_linear_refuses_what_its_steps_do_not_compute(device):
+    x, norm_weight, weight = (torch.randn(n, 8, device=device) for n in (1, 1, 6))
+    norm_weight, up = norm_weight[0], torch.randn(1, 6, device=device)
+    for given, options in (
+        ((x, None, None, None), {}),  # that is `linear`
+        ((x, None, norm_weight, norm_weight), {}),
+        ((x, x, None, norm_weight), {"layer_scalar": up[0, :1]}),
+        ((x, x, norm_weight, None), {"up": up, "geglu": True}),
+        ((x, x, norm_weight, None), {"up": up[:, :5]}),
+    ):
+        with pytest.raises(AssertionError):
+            norm_linear(*given, weight, **options)
 
 
 def test_weight_of_wrong_shape_raises(device):

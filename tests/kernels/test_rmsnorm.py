@@ -1,23 +1,33 @@
-"""Compares rms_norm and add_rms_norm with fp64."""
+"""Compares rms_norm, add_norm and add_rms_norm with fp64."""
 
 import pytest
 import torch
 from kernel_checks import DTYPES, strided
 from tolerances import assert_rounded, norm_roundings
 
-from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
+from gemma_fast.kernels.rmsnorm import add_norm, add_rms_norm, rms_norm
 
 SHAPES = [(1, 640), (1, 1), (7, 48), (2, 3, 2048), (5, 1000), (0, 32)]
 
 
-def oracle(x, weight, eps=1e-6):
+def oracle(x, weight, eps=1e-6, offset=1.0):
     x, weight = x.double(), weight.double()
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * (1 + weight)
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * (offset + weight)
 
 
-def check(out, x, weight):
+def check(out, x, weight, offset=1.0):
     assert out.dtype == x.dtype
-    assert_rounded(out, oracle(x, weight), norm_roundings(x.shape[-1]))
+    assert_rounded(out, oracle(x, weight, offset=offset), norm_roundings(x.shape[-1]))
+
+
+def check_stream(h, x, residual, post_weight, offset, layer_scalar=None):
+    """Checks h = layer_scalar * (residual + rms_norm(x, post_weight))."""
+    assert h.dtype == x.dtype
+    post = oracle(x, post_weight, offset=offset)
+    exact, steps = residual.double() + post, 1
+    if layer_scalar is not None:
+        post, exact, steps = post * layer_scalar.double(), exact * layer_scalar.double(), 2
+    assert_rounded(h, exact, norm_roundings(x.shape[-1]), size=post.abs(), steps=steps)
 
 
 # Each function returns the result of an rms_norm with one mistake.
@@ -50,6 +60,16 @@ def test_rms_norm_equals_fp64(shape, dtype, device, poison_outputs):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norms_without_offset_or_weight_equal_fp64(shape, dtype, device, poison_outputs):
+    x = torch.randn(shape, device=device).to(dtype)
+    weight = torch.randn(shape[-1], device=device).to(dtype)
+    check(rms_norm(x, weight, offset=0.0), x, weight, offset=0.0)
+    for offset in (0.0, 1.0):  # has no effect if there is no weight
+        check(rms_norm(x, None, offset=offset), x, torch.ones_like(weight), offset=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_rms_norm_equals_fp64(shape, dtype, device, poison_outputs):
     x, residual = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     weight = torch.randn(shape[-1], device=device).to(dtype)
@@ -62,14 +82,19 @@ def test_add_rms_norm_equals_fp64(shape, dtype, device, poison_outputs):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_add_rms_norm_with_post_norm_equals_fp64(shape, dtype, device, poison_outputs):
+@pytest.mark.parametrize("offset", [1.0, 0.0], ids="offset {}".format)
+def test_post_norm_and_layer_scalar_equal_fp64(offset, shape, dtype, device, poison_outputs):
     x, residual = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     weight, post_weight = (torch.randn(shape[-1], device=device).to(dtype) for _ in range(2))
-    out, total = add_rms_norm(x, residual, weight, post_weight)
-    post = oracle(x, post_weight)
-    expected = residual.double() + post
-    assert_rounded(total, expected, norm_roundings(shape[-1]), size=post.abs(), steps=1)
-    check(out, total, weight)
+    check_stream(
+        add_norm(x, residual, post_weight, offset=offset), x, residual, post_weight, offset
+    )
+    for scalar in (None, torch.tensor([0.37], device=device).to(dtype)):
+        out, h = add_rms_norm(
+            x, residual, weight, post_weight, offset=offset, layer_scalar=scalar
+        )  # fmt: skip
+        check_stream(h, x, residual, post_weight, offset, scalar)
+        check(out, h, weight, offset)
 
 
 def test_post_norm_is_rounded_before_it_is_added(device):
@@ -79,6 +104,10 @@ def test_post_norm_is_rounded_before_it_is_added(device):
     rounded = residual + oracle(x, weight).half()
     once = (residual.double() + oracle(x, weight)).half()
     assert (total != rounded).float().mean() < 1e-3 < 1e-2 < (once != rounded).float().mean()
+    assert torch.equal(add_norm(x, residual, weight), total)
+    scalar = torch.tensor([0.37], device=device).half()
+    _, scaled = add_rms_norm(x, residual, weight, weight, layer_scalar=scalar)
+    assert torch.equal(scaled, total * scalar), "h is rounded before it is scaled, and again after"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,6 +118,7 @@ def test_strided_rows_equal_fp64(dtype, device, poison_outputs):
     for a, b in ((x, x), (x, x.contiguous()), (x.contiguous(), x)):
         out, _ = add_rms_norm(a, b, weight)
         check(out, x + x, weight)
+        check_stream(add_norm(a, b, weight), a, b, weight, 1.0)
 
 
 def test_one_plus_weight_is_not_rounded(device):

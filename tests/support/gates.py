@@ -10,9 +10,11 @@ Kernel = dict[str, Any]
 
 COMPUTE_BOUND = ("_attention_kernel", "_gate_up_geglu_kernel")
 # Maximum number of loads narrower than 16 bytes per thread, by kernel. These loads read ids,
-# positions, norm weights and partial results, but never projection weights, keys or values.
+# positions, scalars, norm weights and partial results, but no weights of projections, keys or
+# values.
 NARROW_LOADS = {
     "_embed_kernel": 1,
+    "_per_layer_inputs_kernel": 4,
     "_matvec_kernel": 8,
     "_sample_token_kernel": 16,
     "_next_token_kernel": 64,
@@ -71,6 +73,8 @@ def wide_loads(kernel: Kernel, gpu: Gpu) -> str | None:
     if kernel["kernel"] == "_rotary_write_kernel":
         norm = kernel["types"]["rotary.norm_weight"] != "constexpr"
         narrow = 3 if norm else 1  # loads of the query offset and of norm weights
+    if kernel["kernel"] == "_rms_norm_kernel":
+        narrow = int(kernel["types"]["layer_scalar_ptr"] != "constexpr")
     held = kernel["wide_loads"] and kernel["narrow_loads"] <= narrow
     if held or kernel["kernel"] in COMPUTE_BOUND:
         return None
@@ -98,6 +102,9 @@ def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
     elif name == "_decode_attention_kernel":  # may load position, cos, sin and norms, not qkv
         norm = kernel["types"]["rotary.q_norm"] != "constexpr"
         held = loads <= (9 if norm else 5)
+    elif name == "_per_layer_inputs_kernel":  # loads ids, rows of the table and the norm's weight
+        wide = kernel["wide_loads_before_wait"]
+        held = loads == kernel["narrow_loads"] + wide and wide in (5, 10)  # 10 in fp32
     elif one_row:
         held = loads == kernel["wide_loads_before_wait"] >= 4
     else:  # weights are prefetched into the L2 cache

@@ -27,6 +27,7 @@ from gemma_fast.kernels import (
     geglu,
     lm_head,
     matvec,
+    per_layer,
     rmsnorm,
     rotary,
     sample,
@@ -72,6 +73,12 @@ MORE_GEMMA_4 = (
     (16, 2, 256, 1024, ("qkv",)),  # 31B
     (4, 8, 512, None, ("qk",)),
 )
+# hidden, rows of qkv_proj, columns of o_proj, MLP width, layers with per-layer inputs
+GEMMA_4_WEIGHTS = (
+    (1536, 8 * 512, 8 * 512, 12288, 35),  # E2B, full layers that share K and V
+    (3840, (16 + 2 * 8) * 256, 16 * 256, 15360, 0),  # 12B, layers with a window
+)
+PER_LAYER = 256  # columns of a layer's per-layer input
 MODULES = [
     import_module(f"gemma_fast.kernels.{file.stem}")
     for file in sorted((Path(__file__).parents[2] / "kernels").glob("*.py"))
@@ -99,13 +106,16 @@ def record_launches() -> None:
 
 
 def launch_all(dtype: torch.dtype, prompts: Sequence[tuple]) -> None:
-    """Calls each op with the shapes of Gemma 1, 2 and 3, for prompts and for decode steps."""
+    """Calls each op with the shapes of Gemma 1 to 4, for prompts and for decode steps."""
     memory = torch.empty(256_000 * 2304, dtype=dtype)  # never written, so it takes no memory
 
     def blank(*shape: int) -> Tensor:
         return memory[: math.prod(shape)].view(shape)
 
     launch_prompts(dtype, blank, prompts)
+    for shapes in GEMMA_4_WEIGHTS * (dtype != torch.float32):
+        for batch in (1, 8):
+            launch_gemma_4_step(*shapes, batch, blank)
     for name in ("gemma-2b", "gemma-2-2b", "gemma-3-270m")[2 * (dtype == torch.float32) :]:
         for batch in (1, 8):
             launch_step(PRESETS[name], batch, blank)
@@ -150,6 +160,35 @@ def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -
             )  # fmt: skip
 
 
+def launch_gemma_4_step(
+    dim: int, qkv: int, o: int, ffn: int, layers: int, batch: int, blank: Callable[..., Tensor]
+) -> None:
+    """Calls the matmuls of a Gemma 4 decode step that differ from those of other Gemmas: norms
+    have no offset, h is scaled, and E2B and E4B have per-layer inputs."""
+    x, norm, options = blank(batch, 1, dim), blank(dim), {"offset": 0.0, "pdl": True}
+    scaled = options | {"layer_scalar": blank(1)}
+    matvec.norm_linear(x, x, norm, norm, blank(qkv, dim), **scaled)
+    matvec.norm_linear(x, x, norm, norm, blank(2 * ffn, dim), geglu=True, **options)
+    for columns in (o, ffn):
+        matvec.linear(blank(batch, 1, columns), blank(dim, columns), pdl=True)
+    if not layers:
+        return
+    ids, vocab = torch.zeros(batch, 1, dtype=torch.long), blank(262_144, dim)
+    matvec.linear(x, blank(layers * PER_LAYER, dim), pdl=True)
+    table = blank(1024, layers * PER_LAYER)
+    inputs = per_layer.per_layer_inputs(
+        blank(batch, 1, layers * PER_LAYER), ids, table, norm[:PER_LAYER], scale=dim**-0.5,
+        **options,
+    )  # fmt: skip
+    gate = blank(PER_LAYER, dim)
+    matvec.norm_linear(x, x, None, norm, gate, up=inputs[:, :, 0], **options)
+    matvec.linear(blank(batch, 1, PER_LAYER), blank(dim, PER_LAYER), pdl=True)
+    lm_head.next_token(
+        x[:, 0], x[:, 0], norm, norm, vocab, torch.zeros(batch, dtype=torch.int32), ids[:, 0],
+        torch.zeros(128, dtype=torch.int32), softcap=30.0, **scaled,
+    )  # fmt: skip
+
+
 def launch_prompts(
     dtype: torch.dtype, blank: Callable[..., Tensor], prompts: Sequence[tuple]
 ) -> None:
@@ -159,6 +198,19 @@ def launch_prompts(
         rmsnorm.rms_norm(x, weight[:dim])
         rmsnorm.add_rms_norm(x, x, weight[:dim])
         rmsnorm.add_rms_norm(x, x, weight[:dim], weight[:dim])
+    for dim in (1536, 3840):  # Gemma 4 E2B and 12B
+        x, norm = blank(2, dim), weight[:dim]
+        rmsnorm.rms_norm(x, norm, offset=0.0)
+        rmsnorm.add_norm(x, x, norm, offset=0.0)
+        for scalar in (None, weight[:1]):
+            rmsnorm.add_rms_norm(x, x, norm, norm, offset=0.0, layer_scalar=scalar)
+    x, ids = blank(1, 2, 35, PER_LAYER), torch.zeros(1, 2, dtype=torch.long)
+    rmsnorm.rms_norm(x, None)
+    per_layer.per_layer_inputs(
+        x.flatten(2), ids, blank(1024, 35 * PER_LAYER), weight[:PER_LAYER], scale=1536**-0.5,
+        pdl=True,
+    )  # fmt: skip
+    geglu.geglu(blank(1, 2, PER_LAYER), x[:, :, 0])
     for rows in (1, 512):
         geglu.geglu(*blank(rows, 32768).chunk(2, dim=-1))
         geglu.geglu(*blank(2, rows, 6912))

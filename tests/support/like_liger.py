@@ -7,28 +7,28 @@ import importlib
 import torch
 from torch import nn
 
-MODULES = {
-    name.capitalize(): f"transformers.models.{name}.modeling_{name}"
-    for name in ("gemma", "gemma2", "gemma3")
-}
+CLASSES = {
+    "gemma": ("GemmaRMSNorm", "GemmaMLP"), "gemma2": ("Gemma2RMSNorm", "Gemma2MLP"),
+    "gemma3": ("Gemma3RMSNorm", "Gemma3MLP"), "gemma4": ("Gemma4RMSNorm", "Gemma4TextMLP"),
+}  # fmt: skip
 
 
 class LigerNorm(nn.Module):
     """Has Liger's attributes: `variance_epsilon`, not `eps`. The factor 1.01 makes it visible."""
 
-    def __init__(self, dim, eps=1e-6):
+    def __init__(self, dim, eps=1e-6, with_scale=True):
         super().__init__()
         self.weight, self.variance_epsilon = nn.Parameter(torch.zeros(dim)), eps
 
     def forward(self, x):
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return 1.01 * y * (1 + self.weight)
+        return 1.01 * y * (1 + getattr(self, "weight", 0.0))
 
 
 class LigerMLP(nn.Module):
     """Has no act_fn, as in Liger."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer_idx=0):
         super().__init__()
         size = config.hidden_size, config.intermediate_size
         self.gate_proj, self.up_proj = (nn.Linear(*size, bias=False) for _ in range(2))
@@ -40,7 +40,7 @@ class LigerMLP(nn.Module):
 
 
 def replace_classes(set_attribute=setattr):
-    for family, name in MODULES.items():
-        module = importlib.import_module(name)
-        set_attribute(module, f"{family}RMSNorm", LigerNorm)
-        set_attribute(module, f"{family}MLP", LigerMLP)
+    for family, (norm, mlp) in CLASSES.items():
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        set_attribute(module, norm, LigerNorm)
+        set_attribute(module, mlp, LigerMLP)

@@ -1,0 +1,108 @@
+"""Compares per_layer_inputs with fp64."""
+
+import pytest
+import torch
+from kernel_checks import DTYPES
+from tolerances import assert_rounded, norm_roundings
+
+from gemma_fast.kernels.per_layer import per_layer_inputs
+
+# (batch, tokens, layers, p); p is a power of two or not, and rows do not fill the last program.
+SHAPES = [(1, 1, 35, 256), (2, 3, 5, 48), (1, 7, 1, 8), (3, 1, 2, 640)]
+SCALE, EPS, VOCAB = 0.03, 1e-3, 11  # EPS is large enough to change results
+
+
+def inputs(shape, dtype=torch.float32, device="cpu"):
+    b, t, layers, p = shape
+    projected = (2 * torch.randn(b, t, layers * p, device=device)).to(dtype)
+    table = (torch.randn(VOCAB, layers * p, device=device) / p**0.5).to(dtype)
+    norm_weight = torch.randn(p, device=device).to(dtype)
+    return projected, torch.randint(VOCAB, (b, t), device=device), table, norm_weight
+
+
+def parts(projected, ids, table, norm_weight, offset, scale=SCALE, eps=EPS):
+    """Returns the normalized projection and the embedding, [b, t, layers, p], before their sum."""
+    p = norm_weight.shape[0]
+    x = scale * projected.double().unflatten(-1, (-1, p))
+    x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * (offset + norm_weight.double())
+    return x, table[ids].double().unflatten(-1, (-1, p)) * p**0.5
+
+
+def check(y, given, offset):
+    normed, embedding = parts(*given, offset)
+    assert y.dtype == given[0].dtype and y.is_contiguous()
+    size = normed.abs() + embedding.abs()
+    assert_rounded(y, (normed + embedding) / 2**0.5, norm_roundings(normed.shape[-1]) + 4, size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0], ids="offset {}".format)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_per_layer_inputs_equal_fp64(shape, offset, dtype, device, poison_outputs):
+    given = inputs(shape, dtype, device)
+    check(per_layer_inputs(*given, scale=SCALE, eps=EPS, offset=offset), given, offset)
+
+
+# Each function returns parts of the sum with one mistake.
+MISTAKES = {
+    "1 + weight": lambda given: parts(*given, 1.0),
+    "unscaled": lambda given: parts(*given, 0.0, scale=1.0),
+    "epsilon": lambda given: parts(*given, 0.0, eps=1.01 * EPS),
+    "another token": lambda given: parts(given[0], given[1] - 1, *given[2:], 0.0),
+    "embedding not rescaled": lambda given: parts(*given[:2], given[2] / 16, given[3], 0.0),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_check_detects_a_mistake(mistake):
+    given = inputs(SHAPES[1])
+    check(sum(parts(*given, 0.0)).float() / 2**0.5, given, 0.0)
+    with pytest.raises(AssertionError, match="times its bound"):
+        check(sum(MISTAKES[mistake](given)).float() / 2**0.5, given, 0.0)
+
+
+def test_the_sum_is_divided_by_the_root_of_2_and_rounded_once(device):
+    """The model's logits do not depend on the factor, because a norm follows."""
+    projected, ids, table, norm_weight = inputs(SHAPES[0], torch.float16, device)
+    y = per_layer_inputs(projected, ids, table, norm_weight, scale=SCALE, eps=EPS, offset=0.0)
+    normed, embedding = parts(projected, ids, table, norm_weight, 0.0)
+    once = ((normed + embedding) / 2**0.5).half()
+    steps = (normed.half() + embedding.half()) * 0.5**0.5
+    assert (y != once).float().mean() < 1e-2 < (y != steps).float().mean()
+
+
+def test_strided_inputs_equal_fp64(device, poison_outputs):
+    projected, _, table, norm_weight = inputs((4, 6, 3, 40), device=device)
+    ids = torch.randint(VOCAB, (6, 8), device=device).T[::2]
+    given = projected.transpose(0, 1).contiguous().transpose(0, 1), ids, table, norm_weight
+    check(per_layer_inputs(*given, scale=SCALE, eps=EPS, offset=0.0), given, 0.0)
+
+
+def test_token_minus_one_reads_row_0(device):
+    projected, _, table, norm_weight = inputs((1, 2, 2, 32), device=device)
+    found, expected = (
+        per_layer_inputs(projected, torch.tensor([ids], device=device), table, norm_weight, scale=1)
+        for ids in ((-1, 2), (0, 2))
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_table_may_be_in_pinned_host_memory():
+    projected, ids, table, norm_weight = inputs(SHAPES[0], device="cuda")
+    given = projected, ids, table.cpu().pin_memory(), norm_weight
+    found = per_layer_inputs(*given, scale=SCALE)
+    assert torch.equal(found, per_layer_inputs(projected, ids, table, norm_weight, scale=SCALE))
+
+
+def test_no_tokens_give_an_empty_result(device):
+    given = inputs((2, 0, 3, 32), device=device)
+    assert per_layer_inputs(*given, scale=SCALE).shape == (2, 0, 3, 32)
+
+
+def test_tables_of_other_shapes_raise(device):
+    projected, ids, table, norm_weight = inputs((1, 2, 3, 32), device=device)
+    with pytest.raises(AssertionError, match="64"):
+        per_layer_inputs(projected, ids, table[:, :64], norm_weight, scale=SCALE)
+    with pytest.raises(AssertionError, match="float16"):
+        per_layer_inputs(projected, ids, table.half(), norm_weight, scale=SCALE)
