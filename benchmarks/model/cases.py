@@ -99,37 +99,43 @@ def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens
     after `depth` tokens.
 
     Each weight is read once and takes 2 FLOPs per new token, except that of the output projection,
-    which takes FLOPs only for the last token's logits. The lookup of embeddings is not counted.
-    Attention takes 4 FLOPs per layer, query head, channel and visible (query, key) pair. Old keys
-    and values that a new token sees are read once; new keys and values that a later token may see
-    are written once. Layers that read an earlier layer's keys and values write none, and compute
-    the last token only.
+    which takes FLOPs only for the last token's logits. The lookup of embeddings is not counted, but
+    that of per-layer embeddings is: it is a row of all layers' width. Attention takes 4 FLOPs per
+    layer, query head, channel and visible (query, key) pair. Old keys and values that a new token
+    sees are read once; new keys and values that a later token may see are written once. A layer
+    that reads an earlier layer's keys and values writes none. It computes the last token only, and
+    reads the keys and values that this token sees.
     """
-    gathered = config.hidden_size_per_layer_input * config.num_hidden_layers  # per token
-    bytes_read, flops = batch * tokens * gathered, 0
-    for name, shape in config.tensor_shapes().items():
-        size = math.prod(shape)
-        tied = name == EMBEDDING and config.tie_word_embeddings
-        if tied or name == HEAD:
-            bytes_read, flops = bytes_read + size, flops + 2 * size
-        elif name not in (EMBEDDING, "model.embed_tokens_per_layer.weight"):
-            layer = re.match(r"model\.layers\.(\d+)\.", name)
-            computed = _computed(config, int(layer[1]), tokens) if layer else tokens
-            bytes_read, flops = bytes_read + size, flops + 2 * size * computed
+    computed = [tokens if x.kv_layer == i else 1 for i, x in enumerate(config.layers)]
+    multiplied = weights_work(config, tokens, computed)
+    elements = multiplied.bytes + batch * config.hidden_size_per_layer_input * sum(computed)
+    flops, end = multiplied.flops, depth + tokens
     for i, layer in enumerate(config.layers):
-        n, d, limit = layer.num_key_value_heads, layer.head_dim, layer.window or depth + tokens
-        positions = min(depth, limit - 1)
-        if layer.kv_layer == i:
-            positions += min(tokens, limit)
-        elif tokens > 1:
-            positions = min(depth + tokens, limit)
-        bytes_read += batch * 2 * n * d * positions
-        before = depth + tokens - _computed(config, i, tokens)
-        pairs = visible_pairs(depth + tokens, layer.window) - visible_pairs(before, layer.window)
-        flops += 4 * config.num_attention_heads * d * pairs
-    return Work(bytes_read * itemsize, batch * flops)
+        limit, own = layer.window or end, layer.kv_layer == i
+        positions = min(depth, limit - 1) + min(tokens, limit) if own else min(end, limit)
+        elements += batch * 2 * layer.num_key_value_heads * layer.head_dim * positions
+        pairs = visible_pairs(end, layer.window) - visible_pairs(end - computed[i], layer.window)
+        flops += 4 * config.num_attention_heads * layer.head_dim * pairs
+    return Work(elements * itemsize, batch * flops)
 
 
-def _computed(config: GemmaConfig, layer: int, tokens: int) -> int:
-    """Returns how many of the new tokens a layer computes, if one token's logits are needed."""
-    return tokens if config.layers[layer].kv_layer == layer else 1
+def weights_work(config: GemmaConfig, tokens: int, computed: Sequence[int]) -> Work:
+    """Returns the number of weights that a pass reads (not bytes), and the FLOPs of one sequence.
+
+    computed: the number of new tokens that each layer computes
+    """
+    elements = flops = 0
+    for name, shape in config.tensor_shapes().items():
+        parts = [tokens]  # for equal parts of the weight, the tokens that are multiplied by it
+        if name == (EMBEDDING if config.tie_word_embeddings else HEAD):
+            parts = [1]
+        elif name in (EMBEDDING, "model.embed_tokens_per_layer.weight"):
+            parts = []
+        elif name == "model.per_layer_model_projection.weight":
+            parts = [*computed]
+        elif layer := re.match(r"model\.layers\.(\d+)\.", name):
+            parts = [computed[int(layer[1])]]
+        part = math.prod(shape) // max(len(parts), 1)
+        elements += part * len(parts)
+        flops += 2 * part * sum(parts)
+    return Work(elements, flops)

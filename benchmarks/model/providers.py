@@ -101,7 +101,8 @@ class Static(Eager):
         self.past = None  # frees the old cache before the new cache is allocated
         self.past = StaticCache(config=self.model.config, max_cache_len=max_length)
         self.next = compiled_step(self._next)
-        self.windowed = [layer for layer in self.past.layers if layer.is_sliding]
+        # Layers that read an earlier layer's K and V have no such attribute.
+        self.windowed = [x for x in self.past.layers if getattr(x, "is_sliding", False)]
 
     def prefill(self, ids: Tensor) -> Tensor:
         self.past.reset()
@@ -215,7 +216,11 @@ def _transformers(
         if kernels:
             from gemma_fast.hf import accelerate
 
-            accelerate(model)
+            try:
+                accelerate(model)
+            except ValueError as problem:
+                kind = checkpoint.config.model_type
+                raise NotImplementedError(f"accelerate does not take {kind}") from problem
         return loop(model)
 
     return load

@@ -5,7 +5,8 @@ transformers has a reader of its own (`gguf_file=`), which is not used: it does 
 does not read the rope scaling, the soft caps, the layer pattern and the 27B models' query scale.
 
 The rules are those of llama.cpp: src/llama-model.cpp (load_hparams) and src/models/gemma.cpp,
-gemma2.cpp and gemma3.cpp (load_arch_hparams, load_arch_tensors, graph).
+gemma2.cpp and gemma3.cpp (load_arch_hparams, load_arch_tensors, graph). gguf_gemma4.py has those of
+gemma4.cpp.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import torch
 import transformers
 from torch import Tensor
 
+from gemma_fast.benchmarks.verify import gguf_gemma4
+
 ARCHITECTURES = {
     "gemma": gguf.MODEL_ARCH.GEMMA,
     "gemma2": gguf.MODEL_ARCH.GEMMA2,
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
+    "gemma4": gguf.MODEL_ARCH.GEMMA4,
 }
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING = gguf_gemma4.FULL, gguf_gemma4.SLIDING
 BLOCK = 1 << 22  # elements that are dequantized at once
 # Keys that llama.cpp reads and that transformers' Gemma cannot represent → the value without effect
 REFUSED: dict[str, Any] = {
@@ -46,21 +50,26 @@ class GGUFTruth:
         self.tensors = {t.name: t for reader in readers for t in reader.tensors}
 
     def model(self, dtype: torch.dtype, device: torch.device | str) -> transformers.PreTrainedModel:
-        tied = "output.weight" not in self.tensors
+        tied, family = "output.weight" not in self.tensors, self.metadata["general.architecture"]
         vocab_size = self.tensors["token_embd.weight"].data.shape[0]
         config = config_of(self.metadata, vocab_size=vocab_size, tie_word_embeddings=tied)
+        unused, optional = set(self.tensors), set[str]()
+        if family == "gemma4":
+            unused -= gguf_gemma4.read_tensors(config, self.tensors)
+            optional = gguf_gemma4.OPTIONAL
         with torch.device(device):
             model = transformers.AutoModelForCausalLM.from_config(
                 config, attn_implementation="eager", dtype=dtype
             )
-        arch = ARCHITECTURES[self.metadata["general.architecture"]]
-        names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-        unused = set(self.tensors)
-        for name, weight in model.named_parameters():
-            stored_name = names.get_name(name, try_suffixes=(".weight",))
-            if stored_name not in self.tensors:
+        names = gguf.get_tensor_name_map(ARCHITECTURES[family], config.num_hidden_layers)
+        scalars = [x for x in model.named_buffers() if x[0].endswith(".layer_scalar")]
+        for name, weight in (*model.named_parameters(), *scalars):
+            stored_name = names.get_name(name.removesuffix(".weight")) + ".weight"
+            if stored_name in self.tensors:
+                less = name.endswith("norm.weight") and family != "gemma4"
+                copy(self.tensors[stored_name], weight.data, less)
+            elif name.split(".")[-1] not in optional:
                 raise ValueError(f"the file has no tensor {stored_name} for {name}")
-            copy(self.tensors[stored_name], weight.data, less=name.endswith("norm.weight"))
             unused.discard(stored_name)
         if unused:
             raise ValueError(f"llama.cpp knows no tensor {min(unused)} in a Gemma model")
@@ -77,8 +86,8 @@ def parts(path: Path) -> list[Path]:
 
 
 def copy(tensor: gguf.ReaderTensor, out: Tensor, less: bool) -> None:
-    """Dequantizes a tensor into `out`. less: subtract 1, because transformers' norms multiply by
-    1 + weight, and llama.cpp's by the stored weight."""
+    """Dequantizes a tensor into `out`. less: subtract 1, because transformers' norms (except Gemma
+    4's) multiply by 1 + weight, and llama.cpp's by the stored weight."""
     stored, rows = torch.atleast_2d(out), tensor.data.reshape(-1, tensor.data.shape[-1])
     if stored.shape[0] != rows.shape[0]:
         raise ValueError(f"tensor {tensor.name} has {rows.shape[0]} rows, not {stored.shape[0]}")
@@ -99,9 +108,11 @@ def config_of(
         )
     keys = {name.removeprefix(f"{family}."): value for name, value in metadata.items()}
     refuse(keys)
-    common = common_of(keys) | {
-        "vocab_size": vocab_size, "tie_word_embeddings": tie_word_embeddings,
-    }  # fmt: skip
+    sizes = {"vocab_size": vocab_size, "tie_word_embeddings": tie_word_embeddings}
+    if family == "gemma4":
+        heads = per_layer(keys, "attention.head_count")
+        return gguf_gemma4.config_of(keys, heads, rope_of(keys), **sizes)
+    common = common_of(keys) | sizes
     rope, layers, hidden = rope_of(keys), common["num_hidden_layers"], common["hidden_size"]
     if family == "gemma":
         return transformers.GemmaConfig(

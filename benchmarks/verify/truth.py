@@ -20,7 +20,10 @@ from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.reference import Reference
 
 OLDEST = 5, 17  # the oldest version of transformers that is used
-NOT_TEXT = ("vision_tower.", "multi_modal_projector.")
+NOT_TEXT = (
+    "vision_tower.", "multi_modal_projector.", "audio_tower.", "embed_vision.", "embed_audio.",
+    "vision_embedder.",
+)  # fmt: skip
 
 
 class Truth(NamedTuple):

@@ -5,10 +5,11 @@ The expected values are those of llama.cpp's source: src/llama-model.cpp and src
 
 import gguf
 import pytest
+import tiny_gemma4
 import torch
 from checkpoints import FAMILIES
 from tiny_tokenizer import TEXTS, gguf_metadata, tiny_backend
-from verified_files import KEYS, write_gguf_file
+from verified_files import GEMMA_4_KEYS, KEYS, write_gguf_file
 
 from gemma_fast.benchmarks.verify.gguf_truth import FULL, SLIDING, GGUFTruth, config_of, parts
 from gemma_fast.benchmarks.verify.llama_cpp_ids import llama_cpp_ids
@@ -18,7 +19,8 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
 
 
 def config(family, **keys):
-    given = KEYS | {name.replace("__", "."): value for name, value in keys.items()}
+    own = GEMMA_4_KEYS if family == "gemma4" else KEYS
+    given = own | {name.replace("__", "."): value for name, value in keys.items()}
     metadata = {f"{family}.{name}": value for name, value in given.items() if value is not None}
     metadata["general.architecture"] = family
     return config_of(metadata, vocab_size=9, tie_word_embeddings=True)
@@ -98,6 +100,75 @@ def test_models_that_transformers_does_not_have_are_refused(keys, said):
         config("gemma3", **keys)
 
 
+def test_layers_of_gemma_4_have_the_shapes_in_the_metadata():
+    found = config("gemma4", rope__freq_base_swa=None)
+    assert found.layer_types == [SLIDING, FULL, SLIDING, FULL]
+    shapes = [
+        (x.head_dim, x.num_key_value_heads)
+        for x in map(found.per_layer_config.__getitem__, range(4))
+    ]
+    assert shapes == [(32, 2), (64, 1)] * 2
+    assert (found.intermediate_size, found.use_double_wide_mlp) == (96, True)
+    assert (found.num_kv_shared_layers, found.hidden_size_per_layer_input) == (2, 32)
+    assert found.final_logit_softcapping == 30 and found.rope_parameters[SLIDING] == {
+        "rope_type": "default", "rope_theta": 1e4
+    }  # fmt: skip
+    assert config("gemma4", final_logit_softcapping=0.0).final_logit_softcapping is None
+    assert not config("gemma4", feed_forward_length=96).use_double_wide_mlp
+    scaled = config("gemma4", rope__scaling__factor=8.0).rope_parameters[FULL]
+    assert scaled == LINEAR | {
+        "rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 1.0
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"attention__sliding_window_pattern": [True, False, False, True]}, "layers of the types"),
+        ({"attention__sliding_window_pattern": [False, True, True, False]}, "layers of the types"),
+        ({"attention__sliding_window_pattern": [True, False]}, "2 values for 4 layers"),
+        ({"feed_forward_length": [96, 96, 192, 96]}, "feed_forward_length"),
+        ({"attention__value_length_swa": 16}, "attention.value_length_swa 16"),
+        ({"rope__dimension_count": 16}, "rope.dimension_count 16"),
+        ({"expert_count": 8}, "expert_count 8"),
+        ({"rope__scaling__type": "yarn"}, "rope.scaling.type 'yarn'"),
+    ],
+)
+def test_gemma_4s_that_transformers_does_not_have_are_refused(keys, said):
+    with pytest.raises(ValueError, match=said):
+        config("gemma4", **keys)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"rope_freqs.weight": None}, "no tensor rope_freqs.weight"),
+        ({"rope_freqs.weight": torch.full((32,), 2.0)}, "no rope_freqs.weight"),
+        ({"rope_freqs.weight": torch.ones(16)}, "no rope_freqs.weight"),
+        ({"blk.0.attn_v.weight": None}, "no tensor blk.0.attn_v.weight"),
+        ({"blk.1.attn_k.bias": torch.ones(64)}, "no tensor blk.1.attn_k.bias"),
+    ],
+)
+def test_tensors_of_gemma_4_that_transformers_does_not_have_are_refused(tensors, said, tmp_path):
+    path = write_gguf_file(tmp_path / "x.gguf", "gemma4", tensors)
+    with pytest.raises(ValueError, match=said):
+        GGUFTruth(path).model(torch.float32, "cpu")
+
+
+def test_tensors_of_gemma_4_are_used_as_stored(tmp_path):
+    """Norms lose no 1, keys are values where there is no attn_v, a layer without a scalar is
+    multiplied by 1, and keys and values of layers that read an earlier layer's are not used."""
+    tensors = {"blk.2.layer_output_scale.weight": None, "blk.3.attn_k.weight": torch.ones(1, 64)}
+    path = write_gguf_file(tmp_path / "x.gguf", "gemma4", tensors)
+    model, file = GGUFTruth(path).model(torch.float32, "cpu"), gguf.GGUFReader(path)
+    stored = {tensor.name: torch.tensor(tensor.data) for tensor in file.tensors}
+    layers, close = model.model.layers, torch.testing.assert_close
+    close(layers[1].input_layernorm.weight, stored["blk.1.attn_norm.weight"])
+    close(layers[1].layer_scalar, stored["blk.1.layer_output_scale.weight"])
+    assert layers[2].layer_scalar == 1 and model.config.attention_k_eq_v
+    assert model.config.rope_parameters[FULL]["partial_rotary_factor"] * 64 // 2 == 8
+
+
 def test_output_head_of_a_file_is_used(tmp_path):
     rows = len(gguf_metadata("gemma3")["tokenizer.ggml.tokens"])
     head = torch.randn(rows, 64)
@@ -142,3 +213,19 @@ def test_ids_by_llama_cpps_rules_are_those_of_the_converted_tokenizer(family):
         assert llama_cpp_ids(metadata, text) == converted(text)["input_ids"], name
     metadata |= {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_space_prefix": True}
     assert llama_cpp_ids(metadata, "hello") == converted(" hello")["input_ids"][1:]
+
+
+def test_ids_of_gemma_4_by_llama_cpps_rules_are_those_of_the_converted_tokenizer():
+    """Merges have a stored order and do not cross the border of a run of newlines. <bos> is always
+    added."""
+    metadata = tiny_gemma4.gguf_metadata() | {"tokenizer.ggml.bos_token_id": 2}
+    converted = Tokenizer(tiny_gemma4.tiny_backend(bos=True), "tokenizer.json")
+    texts = TEXTS | {
+        "turns": "<|turn>user\nhello</s><turn|>\n", "newlines": "\n\n\n\n\n\n  \n\na\n",
+        "spaces before merges": "    the the   the", "accents twice": "ééé\nééé",
+    }  # fmt: skip
+    for name, text in texts.items():
+        expected = converted(text)["input_ids"]
+        for flag in (True, False):
+            metadata["tokenizer.ggml.add_bos_token"] = flag
+            assert llama_cpp_ids(metadata, text) == expected, name

@@ -19,7 +19,7 @@ from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, WITHOUT_GRAPHS, s
 from gemma_fast.benchmarks.model import providers as model_providers
 from gemma_fast.benchmarks.model.cases import TINY, Case, find
 from gemma_fast.benchmarks.model.judge import Judge
-from gemma_fast.benchmarks.model.providers import PROVIDERS, Eager
+from gemma_fast.benchmarks.model.providers import PROVIDERS, RINGS, Eager
 from gemma_fast.benchmarks.model.race import run
 from gemma_fast.benchmarks.options import bench
 from gemma_fast.checkpoint.random import RandomCheckpoint
@@ -55,9 +55,9 @@ def noise(share):
 def without_rotary(reference):
     attention = reference.attention
 
-    def unrotated(name, x, visible, cos_sin, past):
+    def unrotated(name, x, visible, cos_sin, *rest):
         cos, sin = cos_sin
-        return attention(name, x, visible, (torch.ones_like(cos), torch.zeros_like(sin)), past)
+        return attention(name, x, visible, (torch.ones_like(cos), torch.zeros_like(sin)), *rest)
 
     reference.attention = unrotated
 
@@ -100,8 +100,8 @@ def kind(eager):
     return lambda *where: eager(Reference.from_checkpoint(where[0], dtype=where[1], device=CPU))
 
 
-def judged(monkeypatch, dtype, providers, case=TG2):
-    """Runs the providers with the tiny model, and returns their statuses by name.
+def judged(monkeypatch, dtype, providers, case=TG2, config=TINY):
+    """Runs the providers with a tiny model, and returns their statuses by name.
 
     Correct providers are timed, because ROOF, the peak rates, is passed.
     """
@@ -110,7 +110,7 @@ def judged(monkeypatch, dtype, providers, case=TG2):
         monkeypatch.delitem(PROVIDERS, name)
     for name, load in providers.items():
         monkeypatch.setitem(PROVIDERS, name, load)
-    checkpoint = RandomCheckpoint(TINY)
+    checkpoint = RandomCheckpoint(config)
     judge = Judge(checkpoint, dtype, CPU)
     found = list(run(checkpoint, [case], CPU, dtype, ROOF, 1, list(providers), judge))
     assert all(bool(r.seconds) == r.status.startswith("ok") for r in found)
@@ -128,6 +128,44 @@ def test_wrong_providers_are_not_timed(monkeypatch):
     assert found["repeating"].startswith("wrong: ")
     assert found["forgetting"].startswith("wrong: error ")
     assert found["absent"] == "not installed: No module named 'rival'"
+
+
+def without_layer_scalar(reference):
+    for name, weight in reference.weights.items():
+        if name.endswith("layer_scalar"):
+            weight.fill_(1)
+
+
+def with_own_keys_and_values(reference):
+    """Layers that share K and V read those of the first layer with the same shapes."""
+    layer = reference.layer
+    kinds = [x.kind for x in reference.config.layers]
+    seen = {}
+
+    def wrong(i, hiddens, visible, cos_sin, past=None, shared=None, per_layer=None):
+        shared = None if shared is None else seen[kinds[i]]
+        hiddens, pair = layer(i, hiddens, visible, cos_sin, past, shared, per_layer)
+        if i == kinds.index(kinds[i]):
+            seen[kinds[i]] = pair
+        return hiddens, pair
+
+    reference.layer = wrong
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_wrong_providers_of_gemma_4_are_not_timed(dtype, monkeypatch):
+    """With random weights of Gemma 4, too, greedy tokens and logits depend on every step."""
+    config = replace(CONFIGS["gemma4-shared"], max_position_embeddings=1024)
+    found = judged(monkeypatch, dtype, {
+        EAGER: kind(Eager), "rotary": provider(without_rotary), "repeating": kind(Repeating),
+        "forgetting": kind(Forgetting), "other keys": provider(with_own_keys_and_values),
+        "scalar": provider(without_layer_scalar),
+        "transformers (sdpa)": PROVIDERS["transformers (sdpa)"], OURS: PROVIDERS[OURS],
+    }, config=config)  # fmt: skip
+    assert found.pop(EAGER) == found.pop(OURS) == found.pop("transformers (sdpa)") == "ok"
+    if dtype == BF16:  # the scalars' effect is smaller than the limit in 16 bits
+        assert found.pop("scalar") == "ok"
+    assert {status.split(":")[0] for status in found.values()} == {"wrong"}, found
 
 
 @pytest.mark.slow
@@ -220,7 +258,7 @@ def test_exit_status_is_1_if_a_result_is_wrong(monkeypatch):
 
 
 # test_race.py covers Gemma 3: its tiny model is a Gemma 3 model.
-@pytest.mark.parametrize("name", slow("gemma-mqa", "gemma2-gqa"))
+@pytest.mark.parametrize("name", slow("gemma-mqa", "gemma2-gqa", "gemma4-all"))
 def test_every_provider_returns_the_tokens_of_the_reference(name, monkeypatch):
     """The prompt is longer than the window. Steps are compiled with fullgraph=True, but with the
     backend "eager", because Inductor would take minutes."""
@@ -232,4 +270,7 @@ def test_every_provider_returns_the_tokens_of_the_reference(name, monkeypatch):
     assert list(statuses) == list(PROVIDERS)
     if name == "gemma2-gqa":
         assert statuses.pop("transformers (sdpa)") == "cannot: no soft cap"
+    if name.startswith("gemma4"):
+        for hf in ("gemma_fast.hf", RINGS):
+            assert statuses.pop(hf) == "cannot: accelerate does not take gemma4"
     assert set(statuses.values()) == {"ok, not measured"}

@@ -28,6 +28,11 @@ VARIANTS = {
         sliding_rope=RopeParameters(3e4, "linear", 2.0), layer_types=(FULL, SLIDING, SLIDING),
         **_OTHERS,
     ),
+    "gemma4": replace(
+        CONFIGS["gemma4-all"], layer_types=(FULL, SLIDING, SLIDING, SLIDING, FULL),
+        full_rope=RopeParameters(2e6, "proportional", 2.0, partial_rotary_factor=0.5),
+        sliding_rope=RopeParameters(3e4, "linear", 2.0), **_OTHERS,
+    ),
 }  # fmt: skip
 
 
@@ -41,6 +46,16 @@ def test_variants_change_every_field_of_the_config():
     for name, default in defaults.items():
         changed = [getattr(config, name) != default for config in VARIANTS.values()]
         assert default is MISSING or any(changed), f"{name}: add it to a variant"
+
+
+@pytest.mark.parametrize("name", ["gemma3-gqa", "gemma4-all"])
+def test_every_weight_of_the_checkpoint_is_in_the_model(name):
+    """Also those that are no parameters: layer_scalar of Gemma 4 is a buffer."""
+    checkpoint = RandomCheckpoint(CONFIGS[name])
+    state = transformers_model(checkpoint, "sdpa", torch.bfloat16, "cpu").state_dict()
+    assert state.keys() - checkpoint.shapes.keys() == {"lm_head.weight"}
+    for tensor in checkpoint.shapes:
+        assert torch.equal(state[tensor], read(checkpoint, tensor, torch.bfloat16)), tensor
 
 
 def test_output_head_of_its_own_is_carried():

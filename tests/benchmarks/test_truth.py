@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from certificate_lines import BF16, CPU, FP32, failed, model_lines
-from checkpoints import FAMILIES
+from checkpoints import ALL_FAMILIES
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS
 from verified_files import verify, write_directory, write_gguf_file
@@ -18,14 +18,24 @@ from verified_files import verify, write_directory, write_gguf_file
 from gemma_fast.benchmarks.verify import truth as verify_truth
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.checkpoint.random import RandomCheckpoint
-from gemma_fast.config import FULL, SLIDING
+from gemma_fast.config import FULL, SLIDING, RopeParameters
 from gemma_fast.text.tokenizer import Tokenizer
 
+QUARTER = RopeParameters(1e6, "proportional", partial_rotary_factor=0.25)
+# Weights of a Gemma 4 whose layers differ from those of write_gguf_file: layer 1 has values of its
+# own; the layers that share keys and values have no wider MLP.
+GEMMA4_VALUES = {"blk.1.attn_v.weight": torch.randn(64, 64) * 0.3}
+GEMMA4_NARROW = {
+    f"blk.{i}.ffn_{part}.weight": torch.randn(*shape) * 0.3
+    for i in (2, 3)
+    for part, shape in {"gate": (96, 64), "up": (96, 64), "down": (64, 96)}.items()
+}
+GEMMA4 = ("gemma4-all", "gemma4-k-eq-v", "multimodal4")
 DELTA = "|Δ logit|, mean / max"
 IDS_AND_ENDS = "differing ids of the text / end tokens"
 
 
-@pytest.mark.parametrize("name", ["gemma-mqa", "gemma2-gqa", "gemma3-gqa", "multimodal"])
+@pytest.mark.parametrize("name", ["gemma-mqa", "gemma2-gqa", "gemma3-gqa", "multimodal", *GEMMA4])
 def test_correct_directory_passes_against_transformers_own_reading(name, tmp_path):
     reader, lines = verify(open_checkpoint(write_directory(tmp_path, name)), FP32, BF16)
     assert reader == "reading the checkpoint itself"
@@ -42,10 +52,10 @@ def test_options_of_generation_config_do_not_change_the_verdict(tmp_path):
     assert not failed(lines)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_correct_gguf_passes_against_llama_cpps_rules(family, tmp_path):
     keys = {"attention__sliding_window": 8} if family != "gemma" else {}
-    theta = 1e4 if family != "gemma3" else 1e6
+    theta = 1e4 if family in ("gemma", "gemma2") else 1e6
     path = write_gguf_file(tmp_path / "x.gguf", family, rope__freq_base=theta, **keys)
     reader, lines = verify(open_checkpoint(path), FP32, BF16)
     assert reader == "reading the GGUF file by llama.cpp's rules"
@@ -62,16 +72,23 @@ def test_correct_gguf_passes_against_llama_cpps_rules(family, tmp_path):
         ("gemma3", {"rope__scaling__factor": 4.0}),
         ("gemma2", {"rope__scale_linear": 4.0, "attention__sliding_window_pattern": 3}),
         ("gemma", {"rope__scaling__factor": 4.0}),
+        ("gemma4", {"rope__freq_base_swa": 5e4, "final_logit_softcapping": 9.0}),
+        ("gemma4", {"rope__freq_base_swa": None, "rope__scaling__factor": 4.0}),
+        ("gemma4", {"feed_forward_length": 96, "final_logit_softcapping": 0.0}),
     ],
     ids=str,
 )
 def test_metadata_are_read_as_in_llama_cpp(family, keys, tmp_path):
-    reader, lines = verify(open_checkpoint(write_gguf_file(tmp_path / "x.gguf", family, **keys)))
+    narrow = GEMMA4_NARROW if "feed_forward_length" in keys else {}
+    path = write_gguf_file(tmp_path / "x.gguf", family, narrow, **keys)
+    reader, lines = verify(open_checkpoint(path))
     assert reader == "reading the GGUF file by llama.cpp's rules"
     assert not failed(lines)
 
 
-@pytest.mark.parametrize("name", ["gemma-mqa", "gemma2-gqa", "gemma3-gqa", "multimodal"])
+@pytest.mark.parametrize(
+    "name", ["gemma-mqa", "gemma2-gqa", "gemma3-gqa", "multimodal", "gemma4-all"]
+)
 def test_output_head_of_its_own_passes(name, tmp_path):
     checkpoint = open_checkpoint(write_directory(tmp_path, name, head=True))
     assert not checkpoint.config.tie_word_embeddings
@@ -84,6 +101,34 @@ def test_dropped_end_of_a_turn_in_a_gguf_file_fails(tmp_path):
     assert not failed(verify(checkpoint)[1])
     checkpoint.generation_config = {"eos_token_id": 1}  # without <end_of_turn>
     assert failed(verify(checkpoint)[1]) == {IDS_AND_ENDS}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "mistake"),
+    [
+        (GEMMA4_VALUES, {"attention_k_eq_v": True}),
+        ({"blk.2.attn_k.weight": torch.randn(64, 64)}, {"sliding_window": 9}),
+        ({"rope_freqs.weight": torch.tensor([1.0] * 16 + [1e30] * 16)}, {"full_rope": QUARTER}),
+    ],
+    ids=["with attn_v", "with keys of a shared layer", "half of the pairs rotate"],
+)
+def test_facts_in_tensors_of_gemma_4_are_read_as_in_llama_cpp(tensors, mistake, tmp_path):
+    checkpoint = open_checkpoint(write_gguf_file(tmp_path / "x.gguf", "gemma4", tensors))
+    reader, lines = verify(checkpoint)
+    assert reader == "reading the GGUF file by llama.cpp's rules"
+    assert not failed(lines)
+    checkpoint.config = replace(checkpoint.config, **mistake)
+    assert DELTA in failed(verify(checkpoint)[1])
+
+
+@pytest.mark.parametrize("name", ["gemma4-all", "multimodal4"])
+@pytest.mark.parametrize(
+    "mistake", [{"sliding_window": 12}, {"full_rope": RopeParameters(1e6)}], ids=str
+)
+def test_mistake_of_the_reader_of_gemma_4_fails(name, mistake, tmp_path):
+    checkpoint = open_checkpoint(write_directory(tmp_path, name))
+    checkpoint.config = replace(checkpoint.config, **mistake)
+    assert DELTA in failed(verify(checkpoint)[1])
 
 
 def test_dropped_output_head_fails(tmp_path):
