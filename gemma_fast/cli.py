@@ -301,7 +301,7 @@ def _warn_of_missing_template(tokenizer: Tokenizer) -> None:
         if tokenizer.turns is None:
             raise click.ClickException(
                 f"{tokenizer.source} has no chat template, and no <start_of_turn> and"
-                " <end_of_turn>: use an instruction-tuned (-it) model"
+                " <end_of_turn>: use an instruction-tuned (-it) model with its chat template"
             )
         _warn(f"{tokenizer.source}: {NO_TEMPLATE}")
 

@@ -29,7 +29,18 @@ _OUTPUTS = {
     "output_hidden_states": ((False,), "only logits are returned"),
 }
 
-FORWARD: Table = _OUTPUTS | {
+# What transformers' processors of multimodal models return for forward() and generate().
+_MEDIA: Table = {
+    **dict.fromkeys(
+        ("pixel_values", "pixel_values_videos", "image_position_ids", "video_position_ids",
+         "input_features", "input_features_mask"),
+        ((), "images, video and audio are not read: use transformers' own model and"
+             " gemma_fast.hf.accelerate(model)"),
+    ),
+    "mm_token_type_ids": ((), "pass only input_ids and attention_mask"),
+}  # fmt: skip
+
+FORWARD: Table = _OUTPUTS | _MEDIA | {
     "return_dict": ((True,), "index the result: [0] is the logits, [1] the cache"),
     "labels": ((), _FROM_LOGITS),
     "inputs_embeds": ((), "pass input_ids"),
@@ -101,6 +112,7 @@ ONE_TEXT: Mapping[str, Any] = {"num_return_sequences": 1, "return_dict_in_genera
 # The keywords of transformers' generate(): the fields of its GenerationConfig, and others.
 GENERATE: Table = {
     **GENERATION_CONFIG,
+    **_MEDIA,
     "past_key_values": ((), f"{_LOOP}, or {_HF}"),
     "cache": ((), f"{_LOOP}, or {_HF}"),
     "inputs_embeds": ((), f"pass input_ids, or {_HF}"),

@@ -34,7 +34,8 @@ def find(model: str) -> Checkpoint:
 
     model: `tiny` or a preset (both with random weights), `demo`, a directory, .gguf file or hub id
 
-    Raises ValueError for a name that has two meanings, and the errors of open_checkpoint.
+    Raises ValueError for a name that has two meanings, FileNotFoundError for a name that has none,
+    and the errors of open_checkpoint.
     """
     if model in (*(presets := {"tiny": TINY, **PRESETS}), "demo") and Path(model).exists():
         meaning = "the demo weights" if model == "demo" else "a size with random weights"
@@ -44,6 +45,11 @@ def find(model: str) -> Checkpoint:
         )
     if model in presets:
         return RandomCheckpoint(presets[model], name=model)
+    if model != "demo" and "/" not in model and not Path(model).exists():
+        raise FileNotFoundError(
+            f"--model {model} is not a path, a hub id (owner/name), demo or a size with random"
+            f" weights: {', '.join(presets)}"
+        )
     return open_checkpoint(demo_checkpoint() if model == "demo" else model)
 
 

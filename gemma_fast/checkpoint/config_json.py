@@ -64,7 +64,8 @@ REFUSED_IN_GEMMA_4: dict[str, tuple[tuple[str, ...], tuple[Any, ...], str]] = {
     "use_bidirectional_attention": (GEMMA_4, (False, None, "vision"), "use transformers"),
     "enable_moe_block": (
         ("gemma4",), (False,),
-        "Gemma 4's mixture of experts (26B-A4B) does not run here: use transformers or llama.cpp",
+        "Gemma 4's mixture of experts (26B-A4B) does not run here: use transformers' own model,"
+        " with gemma_fast.hf.accelerate(model), or llama.cpp",
     ),
 }  # fmt: skip
 # Fields without an effect on logits: transformers ignores them when it runs a Gemma model.

@@ -138,7 +138,7 @@ class ChatEncoder(TextEncoder):
         if self.turns is None:
             raise ValueError(
                 f"{self.source} has no chat template, and no <start_of_turn> and <end_of_turn>: use"
-                " an instruction-tuned (-it) model, or pass chat_template=…"
+                " an instruction-tuned (-it) model with its chat template, or pass chat_template=…"
             )
         self._warn_once(f"{self.source}: {NO_TEMPLATE}, or pass its chat_template=…", 4)
         return self.turns

@@ -130,6 +130,11 @@ def test_list_option_shows_suites_and_providers():
     assert "attention" not in done.output and OURS in done.output
 
 
+def test_unknown_name_lists_the_sizes():
+    with pytest.raises(FileNotFoundError, match="--model gemma-4 is not a .*: tiny, .*gemma-4-e2b"):
+        find("gemma-4")
+
+
 @pytest.mark.parametrize("name", ["gemma-2-2b", "tiny", "demo"])
 def test_name_that_is_a_folder_too_is_refused(name, tmp_path, monkeypatch):
     """Otherwise random weights would be measured instead of the folder's."""

@@ -40,6 +40,11 @@ def one(tmp_path_factory) -> Twins:
             {"token_type_ids": torch.zeros(1, 3)},
             "token_type_ids=<Tensor> is not supported: pass only",
         ),
+        (
+            {"mm_token_type_ids": torch.zeros(1, 3)},
+            "mm_token_type_ids=<Tensor> is not supported: pass only input_ids",
+        ),
+        ({"pixel_values": torch.ones(1)}, "pixel_values=<Tensor> is not .*: images, video and"),
         ({"num_beans": 1}, r"generate\(\) got an unexpected keyword argument 'num_beans'"),
         ({"inputs": IDS}, "both input_ids and inputs"),
         ({"generation_config": {"num_beams": 2}}, "generation_config: num_beams=2 is not"),
@@ -118,6 +123,8 @@ def test_forward_accepts_keywords_that_change_nothing_and_refuses_others(one):
     for given, message in (
         ({"labels": IDS}, "labels=.* is not supported: compute the loss from"),
         ({"output_hidden_states": True}, "output_hidden_states=True is not supported"),
+        ({"input_features": torch.ones(1)}, "input_features=<Tensor> is not .*: images, video and"),
+        ({"mm_token_type_ids": IDS}, "mm_token_type_ids=<Tensor> is not supported: pass only"),
         ({"return_dict": False}, "return_dict=False is not supported: index the result"),
         ({"token_type_idz": IDS}, r"forward\(\) got an unexpected keyword.*token_type_idz"),
     ):

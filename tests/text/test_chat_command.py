@@ -98,6 +98,7 @@ def test_model_without_template_and_turns_is_refused(path):
     result = chat(path)
     assert result.exit_code == 1
     assert "no chat template, and no <start_of_turn>" in result.stderr
+    assert "use an instruction-tuned (-it) model with its chat template" in result.stderr
     assert "chat_template=" not in result.stderr
 
 
