@@ -92,7 +92,7 @@ DECODE: Table = {
 }
 _FILES = f"copy the checkpoint's files, or {_AUTO_TOKENIZER}"
 _CALL = "call the tokenizer itself: tokenizer(text, …)"
-_PARSE = f"decode the ids and parse the text, or {_AUTO_TOKENIZER}"
+_PARSE = f"gemma_fast.split_thoughts separates thoughts and answer; for calls, {_AUTO_TOKENIZER}"
 # Attributes of transformers' tokenizers that ours does not have.
 ATTRIBUTES: Mapping[str, str] = {
     "SPECIAL_TOKENS_ATTRIBUTES": "see special_tokens_map",

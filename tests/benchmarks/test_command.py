@@ -131,7 +131,7 @@ def test_list_option_shows_suites_and_providers():
 
 
 def test_unknown_name_lists_the_sizes():
-    with pytest.raises(FileNotFoundError, match="--model gemma-4 is not a .*: tiny, .*gemma-4-e2b"):
+    with pytest.raises(FileNotFoundError, match=r"gemma-4 is not a .*: tiny, .*gemma-4-e2b"):
         find("gemma-4")
 
 

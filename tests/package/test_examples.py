@@ -49,11 +49,16 @@ def test_every_example_has_a_test():
     assert examples and examples <= globals().keys()
 
 
-def test_stream_a_chat(run, demo_gguf):
+def test_stream_a_chat(run, demo_gguf, tmp_path):
     """The demo model repeats a question instead of answering it. The second prompt starts with the
-    first turn, so both answers repeat the first question."""
+    first turn, so both answers repeat the first question. Thoughts are not printed to stdout."""
     printed = run("--max-new-tokens", "6", stdin="Hello\nWho wrote Hamlet?\n")
     assert printed == f"> {ANSWER}\n> {ANSWER}\n> \n"
+    write_chat_checkpoint(tmp_path, "gemma4")
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(template.read_text() + "<|channel>thought\n{# it thinks #}")
+    printed = run("--model", str(tmp_path), "--max-new-tokens", "6", stdin="hello\n")
+    assert printed == "> \n> \n"
 
 
 def test_batch_of_prompts(run, demo_gguf):
