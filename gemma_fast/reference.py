@@ -102,7 +102,8 @@ class Reference:
         per_layer = self.per_layer_inputs(input_ids, hiddens)
         cache: list[KeyValues] = []
         for i, layer in enumerate(config.layers):
-            visible = self.observe("mask", visible_keys(attention_mask, t, layer.window))
+            visible = visible_keys(attention_mask, t, layer.window)
+            visible = self.observe(f"model.layers.{i}.mask", visible)
             cos_sin = angles(config.rope(layer.kind), layer.head_dim, position_ids)
             cos_sin = self.observe(f"model.layers.{i}.angles", cos_sin)
             past_kv = past_key_values[i] if past_key_values else None
@@ -190,7 +191,7 @@ class Reference:
         if config.qk_norm:
             k = self.norm(k, f"{name}.k_norm")
         if config.v_norm:
-            v = self.observe(f"{name}.v_norm", rms_norm(v, None, config.rms_norm_eps))
+            v = self.norm(v, f"{name}.v_norm")
         k = self.observe(f"{name}.keys", rotate(k, *cos_sin))
         if past is None:
             return k, v
@@ -236,7 +237,8 @@ class Reference:
         return self.observe("logits", cap(logits, self.config.final_logit_softcapping))
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        weight, config = self.weights[f"{name}.weight"], self.config
+        # Norms of values have no weight.
+        weight, config = self.weights.get(f"{name}.weight"), self.config
         return self.observe(name, rms_norm(x, weight, config.rms_norm_eps, config.norm_offset))
 
     def project(self, x: Tensor, name: str) -> Tensor:

@@ -38,8 +38,8 @@ def visible_keys(mask: Tensor, t: int, window: int | None) -> Tensor:
     mask :: [b, s], 0 for padding; the last t of the s tokens are new
     """
     place = torch.arange(mask.shape[1], device=mask.device)
-    distance = place[-t:, None] - place  # [t, s], from a key forward to the new token
-    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    age = place[-t:, None] - place  # [t, s]: 0 for a token's own key, negative for later keys
+    seen = age >= 0 if window is None else (age >= 0) & (age < window)
     return seen & mask.bool()[:, None]
 
 

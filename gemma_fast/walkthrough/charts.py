@@ -1,4 +1,4 @@
-"""Line and bar charts: scales by layer, norms, costs, and parts that only some models have."""
+"""Line and bar charts: scales by layer, norms, costs, functions of one input."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from gemma_fast.walkthrough.theme import (
     Picture,
     Theme,
     canvas,
+    gaps,
     label_tokens,
     layer_axis,
     legend_above,
     log_axis,
+    present,
 )
 
-NAMES = {"attention": "attention", "mlp": "MLP"}
+NAMES = {"attention": "attention", "mlp": "MLP", "per_layer": "per-layer embeddings"}
 
 
 def embedding_scale(data: Data, theme: Theme) -> Picture:
@@ -46,7 +48,7 @@ def embedding_scale(data: Data, theme: Theme) -> Picture:
 def update_scale(data: Data, theme: Theme) -> Picture:
     figure, axes = canvas(2.8)
     alt = "Update scale by layer."
-    for (name, values), marker in zip(data["updates"].items(), "os", strict=True):
+    for (name, values), marker in zip(data["updates"].items(), "os^", strict=False):
         axes.plot(values, f":{marker}", linewidth=0.8, fillstyle="none", label=NAMES[name])
         alt += f" {NAMES[name]}: largest {max(values):.2f} in layer {int(np.argmax(values))},"
         alt += f" smallest {min(values):.3f}."
@@ -61,10 +63,10 @@ def hidden_scale(data: Data, theme: Theme) -> Picture:
     found = data["hiddens"]
     figure, axes = canvas(2.8)
     for name, marker in (("with_norms", "o"), ("without_norms", "s")):
-        values = [np.nan if x is None else x for x in found[name]]
+        values = gaps(found[name])
         places = np.arange(len(values)) / 2  # layer i begins at i; its MLP begins at i + 0.5
         axes.plot(places, values, marker=marker, markersize=3, label=name.replace("_", " "))
-    finite = [x for x in found["without_norms"] if x is not None]
+    finite = present(found["without_norms"])
     log_axis(axes, "y", finite + found["with_norms"])
     axes.set_ylabel("standard deviation")
     layer_axis(axes, len(values) // 2 + 1)
@@ -124,68 +126,6 @@ def cost(data: Data, theme: Theme) -> Picture:
     axes.margins(x=0.12)
     axes.set_xlabel("share of a token, %")
     legend_above(figure, 3)
-    return Picture(figure, alt)
-
-
-def windows(data: Data, theme: Theme) -> Picture:
-    keys, kinds = data["own"]["keys_seen"], data["model"]["config"]["layer_types"]
-    figure, axes = canvas(2.2)
-    full = [kind == "full_attention" for kind in kinds]
-    for name, marker, chosen in (("with a window", "o", False), ("full layers", "s", True)):
-        layers = [i for i, x in enumerate(full) if x == chosen]
-        axes.plot(layers, [keys[i] for i in layers], marker, label=name)
-    log_axis(axes, "y", keys)
-    axes.set_ylabel("keys")
-    layer_axis(axes, len(keys))
-    legend_above(figure)
-    return Picture(
-        figure,
-        f"Keys that the last token of a full context sees, by layer: {min(keys)} on"
-        f" {full.count(False)} layers with a window, {max(keys)} on {full.count(True)} full ones.",
-    )
-
-
-def soft_caps(data: Data, theme: Theme) -> Picture:
-    """Draws the soft cap of the scores, or that of the logits if the scores have none."""
-    config, own = data["model"]["config"], data["own"]
-    figure, axes = canvas(2.6)
-    limit = config["attn_logit_softcapping"] or config["final_logit_softcapping"]
-    found = own.get("largest_scores") or [own["largest_logit"]["before"]]
-    x = np.linspace(0, 1.1 * max(limit, *found), 100)
-    axes.plot(x, limit * np.tanh(x / limit), label=f"soft cap {limit:g}")
-    what = "score of each layer" if "largest_scores" in own else "logit"
-    axes.plot(found, limit * np.tanh(np.array(found) / limit), "o", label=f"largest {what}")
-    axes.set_xlabel("before the cap")
-    axes.set_ylabel("after the cap")
-    legend_above(figure)
-    alt = f"Curve of the soft cap of {limit:g}. Largest {what}: up to {max(found):.3g}."
-    return Picture(figure, alt)
-
-
-def qk_norm(data: Data, theme: Theme) -> Picture:
-    return _before_after(data["own"]["qk_norm"], {"q": "q", "k": "k"}, "RMS")
-
-
-def post_norms(data: Data, theme: Theme) -> Picture:
-    return _before_after(data["own"]["post_norms"], NAMES, "standard deviation")
-
-
-def _before_after(found: dict[str, list[float]], names: dict[str, str], unit: str) -> Picture:
-    """Draws two tensors before and after their norm, by layer.
-
-    found: before and after of each name, for example "q_before" → [layers]
-    """
-    figure, axes = canvas(3)
-    alt = f"{unit[0].upper()}{unit[1:]} by layer, on a log axis."
-    for i, (key, name) in enumerate(names.items()):
-        for when, line in (("before", ":"), ("after", "-")):
-            values = found[f"{key}_{when}"]
-            axes.plot(values, line, color=f"C{i}", marker=".", label=f"{name} {when} its norm")
-            alt += f" {name} {when} its norm: {min(values):.3g} to {max(values):.3g}."
-    log_axis(axes, "y", [x for values in found.values() for x in values])
-    axes.set_ylabel(unit)
-    layer_axis(axes, len(values))
-    legend_above(figure)
     return Picture(figure, alt)
 
 

@@ -12,6 +12,7 @@ from gemma_fast.walkthrough.record import Clock
 
 REPEATS = 10
 BF16 = 2  # bytes
+PER_LAYER = "per-layer embeddings"
 PER_LAYER_TABLE = "model.embed_tokens_per_layer.weight"
 LONG = 8192  # tokens of the longer context
 # Group → names of its steps, or the last part of these names.
@@ -26,7 +27,7 @@ GROUPS = {
     "attention": ("scores", "weights", "attend"),
     "projections of the MLP": ("gate_proj", "up_proj", "down_proj"),
     "GeGLU": ("geglu",),
-    "per-layer embeddings": (
+    PER_LAYER: (
         "embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm",
         "per_layer_inputs", "per_layer_input_gate", "per_layer_geglu", "per_layer_projection",
         "post_per_layer_input_norm",
@@ -37,6 +38,11 @@ GROUPS = {
     "output projection": ("embed_tokens", "lm_head", "logits"),
 }  # fmt: skip
 GROUP_OF = {step: group for group, steps in GROUPS.items() for step in steps}
+
+
+def groups_of(config: GemmaConfig) -> list[str]:
+    """Returns the groups whose steps the model has."""
+    return [name for name in GROUPS if name != PER_LAYER or config.hidden_size_per_layer_input]
 
 
 def time_of_a_token(
@@ -56,7 +62,7 @@ def time_of_a_token(
         clock.forward(token, past_key_values=past_key_values)
         for name, seconds in clock.seconds.items():
             fastest[name] = min(seconds, fastest.get(name, seconds))
-    groups = dict.fromkeys(GROUPS, 0.0)
+    groups = dict.fromkeys(groups_of(reference.config), 0.0)
     for name, seconds in fastest.items():
         groups[GROUP_OF[name.rpartition(".")[2]]] += 1e3 * seconds
     return groups
@@ -68,18 +74,16 @@ def long_context(config: GemmaConfig) -> int:
 
 def bytes_of_a_token(config: GemmaConfig, past: int) -> dict[str, int]:
     """Returns the bytes that a decode step must read in bf16 after `past` tokens, by group: the
-    weights once, one row of the embedding, and the keys and values of the past tokens that the new
-    one sees. Activations are left out."""
-    groups = dict.fromkeys(GROUPS, 0)
+    weights once, one row of each table of embeddings, and the keys and values of the past tokens
+    that the new one sees. Activations are left out."""
+    groups = dict.fromkeys(groups_of(config), 0)
     for name, shape in config.tensor_shapes().items():
         step = name.removesuffix(".weight").rpartition(".")[2]
-        groups[GROUP_OF[step]] += BF16 * math.prod(shape)
+        read = shape[1:] if name == PER_LAYER_TABLE else shape  # one row of the table
+        groups[GROUP_OF[step]] += BF16 * math.prod(read)
     if not config.tie_word_embeddings:  # the table of the embedding is not read
         groups["output projection"] -= BF16 * config.vocab_size * config.hidden_size
     groups["embedding"] = BF16 * config.hidden_size
-    for name, shape in config.tensor_shapes().items():
-        if name == PER_LAYER_TABLE:  # one row is read
-            groups["per-layer embeddings"] -= BF16 * (shape[0] - 1) * shape[1]
     for layer in config.layers:
         seen = min((layer.window or past + 1) - 1, past)
         groups["attention"] += BF16 * 2 * seen * layer.num_key_value_heads * layer.head_dim

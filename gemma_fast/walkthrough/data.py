@@ -117,6 +117,8 @@ def _model(reference: Reference) -> dict[str, Any]:
     ropes = {name: getattr(config, name)._asdict() for name in ("full_rope", "sliding_rope")}
     return {
         "config": asdict(config) | ropes,
+        "layers": [layer._asdict() for layer in config.layers],
+        "norm_offset": config.norm_offset,
         "parameters": config.num_parameters,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": str(weight.device),

@@ -23,25 +23,25 @@ def rotations(config: GemmaConfig) -> dict[str, Any]:
 
     vectors :: [pairs, positions, 2]; a head of two channels has one pair only
     """
-    half = config.head_dim // 2
-    pairs = [0, max(1, int(SECOND * half))][:half]
-    x = torch.zeros(1, 1, POSITIONS, config.head_dim)
-    x[..., :half] = 1  # the first component of each pair
-    rope = config.rope(config.layer_types[0])
-    x = rotate(x, *angles(rope, config.head_dim, torch.arange(POSITIONS)[None]))
+    kind, d = config.layers[0].kind, config.layers[0].head_dim
+    pairs = [0, max(1, int(SECOND * d / 2))][: d // 2]
+    x = torch.zeros(1, 1, POSITIONS, d)
+    x[..., : d // 2] = 1  # the first component of each pair
+    x = rotate(x, *angles(config.rope(kind), d, torch.arange(POSITIONS)[None]))
     vectors = torch.stack(x[0, 0].chunk(2, dim=-1), dim=-1)[:, pairs].transpose(0, 1)
-    return {"pairs": pairs, "type": config.layer_types[0], "vectors": vectors.tolist()}
+    return {"pairs": pairs, "type": kind, "vectors": vectors.tolist()}
 
 
 def wavelengths(config: GemmaConfig) -> dict[str, list[float]]:
-    """Returns after how many positions each channel pair has turned once, by type of layer.
+    """Returns after how many positions each channel pair has turned once, by type of layer;
+    infinity for a pair that is not rotated.
 
     Read off the cosines and sines of a small fraction of a position, where no pair has turned once.
     """
     position = torch.full((1, 1), 1e-4)
     found = {}
     for kind in dict.fromkeys(config.layer_types):
-        cos, sin = angles(config.rope(kind), config.head_dim, position)
+        cos, sin = angles(config.rope(kind), config.rotary_dim(kind), position)
         turned = torch.atan2(sin, cos)[0, 0, 0].double() / (2 * math.pi)
         found[kind] = (1e-4 / turned).tolist()
     return found

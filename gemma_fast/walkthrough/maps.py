@@ -16,9 +16,11 @@ from gemma_fast.walkthrough.theme import (
     Picture,
     Theme,
     canvas,
+    gaps,
     label_tokens,
     legend_above,
     log_axis,
+    present,
 )
 
 KINDS = {"sliding_attention": "layers with a window", "full_attention": "full layers"}
@@ -132,10 +134,13 @@ def wavelengths(data: Data, theme: Theme) -> Picture:
     for (kind, values), line in zip(
         data["rotary"]["wavelengths"].items(), ("-", "--"), strict=False
     ):
-        axes.plot(values, line, label=KINDS[kind])
-        alt += f" {KINDS[kind].capitalize()}: {min(values):.3g} to {max(values):.3g} positions."
+        axes.plot(gaps(values), line, label=KINDS[kind])
+        turning = present(values)
+        alt += f" {KINDS[kind].capitalize()}: {min(turning):.3g} to {max(turning):.3g} positions"
+        unmoved = len(values) - len(turning)
+        alt += f"; {unmoved} pairs are not rotated." if unmoved else "."
     axes.axhline(context, color=theme.muted, linestyle=":", label=f"context, {context}")
-    log_axis(axes, "y", values)
+    log_axis(axes, "y", turning)
     axes.set_xlabel("channel pair")
     axes.set_ylabel("wavelength, positions")
     legend_above(figure)
@@ -152,7 +157,7 @@ def query_lengths(data: Data, theme: Theme) -> Picture:
         )
         waves = data["rotary"]["wavelengths"][x["type"]]
         ticks = np.linspace(0, len(waves) - 1, 5).astype(int)
-        axes.set_xticks(ticks, [f"{waves[i]:.0f}" for i in ticks])
+        axes.set_xticks(ticks, ["∞" if waves[i] is None else f"{waves[i]:.0f}" for i in ticks])
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
         axes.set_ylabel("head")
         axes.grid(visible=False)

@@ -8,8 +8,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from gemma_fast.walkthrough import charts, maps
-from gemma_fast.walkthrough.source import Sources, all_lines
+from gemma_fast.walkthrough import charts, maps, own
+from gemma_fast.walkthrough.source import Sources, all_files
 from gemma_fast.walkthrough.theme import Data, Picture, Theme, Written
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -42,10 +42,13 @@ PICTURES: dict[str, Callable[[Data, Theme], Picture]] = {
     "mlp-slice": charts.mlp_slice,
     **{f"mlp-{name.lower()}": maps.surface(name) for name in ("linear", "ReLU", "ReGLU", "GeGLU")},
     "final-norm": charts.final_norm,
-    "windows": charts.windows,
-    "qk-norm": charts.qk_norm,
-    "soft-caps": charts.soft_caps,
-    "post-norms": charts.post_norms,
+    "windows": own.windows,
+    "qk-norm": own.qk_norm,
+    "soft-caps": own.soft_caps,
+    "post-norms": own.post_norms,
+    "shared-kv": own.shared_kv,
+    "per-layer": own.per_layer,
+    "layer-scalar": own.layer_scalar,
     "cost": charts.cost,
 }
 OWN_PICTURES = {  # pictures of some models only → keys of data["own"], of which they need one
@@ -53,6 +56,9 @@ OWN_PICTURES = {  # pictures of some models only → keys of data["own"], of whi
     "qk-norm": {"qk_norm"},
     "soft-caps": {"largest_scores", "largest_logit"},
     "post-norms": {"post_norms"},
+    "shared-kv": {"kv_layers"},
+    "per-layer": {"per_layer"},
+    "layer-scalar": {"layer_scalars"},
 }
 
 
@@ -92,7 +98,7 @@ def write_pages(data: Data, pictures: dict[str, Written], folder: Path) -> None:
             source=Sources(),
             own_pictures=[name for name in OWN_PICTURES if name in pictures],
         ),
-        "reference.html": environment.get_template("reference.html").render(lines=all_lines()),
+        "reference.html": environment.get_template("reference.html").render(files=all_files()),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")

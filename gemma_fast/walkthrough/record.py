@@ -35,6 +35,16 @@ def rms_of_all(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
+def rms_of_layers(x: Tensor) -> list[float]:
+    """Returns the root mean square of each layer's part of x :: [1, t, layers, p]."""
+    return x[0].double().square().mean((0, 2)).sqrt().tolist()
+
+
+def share_above_0(x: Tensor) -> float:
+    """Returns which share of the elements of x is greater than 0."""
+    return float((x > 0).double().mean())
+
+
 def largest(x: Tensor) -> float:
     """Returns the largest absolute value of x."""
     return float(x.abs().max())
@@ -61,14 +71,20 @@ def flatness(weights: Tensor, visible: Tensor) -> list[float]:
     return ((share * several).sum(-1) / several.sum().clamp(min=1)).tolist()
 
 
+STREAM = ("embed", "after_attention", "after_mlp", "after_per_layer", "layer_scalar")
+
+
 class Recorder(Reference):
     """Keeps a measure of each step of a forward pass in `seen`: step name → numbers."""
 
     measures: ClassVar[dict[str, Measure]] = {
-        **dict.fromkeys(("embed", "attention", "mlp", "after_attention", "after_mlp"), std),
-        **dict.fromkeys(("q_proj", "k_proj", "q_norm", "k_norm"), rms_of_all),
-        **dict.fromkeys(("o_proj", "down_proj"), std),
+        **dict.fromkeys((*STREAM, "attention", "mlp", "post_per_layer_input_norm"), std),
+        **dict.fromkeys(("o_proj", "down_proj", "per_layer_projection"), std),
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "v_norm"), rms_of_all),
         "queries": pair_lengths,
+        "per_layer_inputs": rms_of_layers,
+        "per_layer_input_gate": share_above_0,
+        "per_layer_geglu": rms_of_all,
         **dict.fromkeys(("embed_tokens", "lm_head"), largest),
     }
 
@@ -103,11 +119,7 @@ class Recorder(Reference):
 
 
 class WithoutNorms(Recorder):
-    measures: ClassVar[dict[str, Measure]] = {
-        "embed": std,
-        "after_attention": std,
-        "after_mlp": std,
-    }
+    measures: ClassVar[dict[str, Measure]] = dict.fromkeys(STREAM, std)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return x

@@ -9,16 +9,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma_fast.config import SLIDING
+from gemma_fast.config import SLIDING, GemmaConfig
 from gemma_fast.reference import Reference
 from gemma_fast.walkthrough.record import SHOWN, Recorder, WithoutFactor, largest
+
+# Update of the stream → steps that compute it: the last projection, the update, the sum.
+UPDATES = {
+    "attention": ("self_attn.o_proj", "attention", "after_attention"),
+    "mlp": ("mlp.down_proj", "mlp", "after_mlp"),
+    "per_layer": ("per_layer_projection", "post_per_layer_input_norm", "after_per_layer"),
+}
 
 
 def embedding_scale(reference: Reference, run: Recorder, ids: Tensor) -> dict[str, Any]:
     """Returns the standard deviations of the embedding and of layer 0's updates, with and without
     the factor. ids :: [1, t]"""
     kinds = reference.config.layer_types
-    without = WithoutFactor(reference, num_hidden_layers=1, layer_types=kinds[:1])
+    without = WithoutFactor(
+        reference, num_hidden_layers=1, layer_types=kinds[:1], num_kv_shared_layers=0
+    )
     without(ids, use_cache=False, logits_to_keep=1)
     return {
         name: {
@@ -43,27 +52,42 @@ def _layers(run: Recorder) -> range:
     return range(run.config.num_hidden_layers)
 
 
+def _updates_of(config: GemmaConfig) -> list[str]:
+    """Returns the names of the updates in each layer of the model."""
+    return [name for name in UPDATES if name != "per_layer" or config.hidden_size_per_layer_input]
+
+
+def _after_layer(run: Recorder, layer: int) -> float:
+    """Returns the standard deviation of the stream at the end of a layer, after its last step."""
+    if (scaled := run.seen.get(f"model.layers.{layer}.layer_scalar")) is not None:
+        return scaled
+    return _of_layer(run, layer, UPDATES[_updates_of(run.config)[-1]][2])
+
+
 def updates(run: Recorder) -> dict[str, list[float]]:
-    """Returns the update scales of attention and MLP :: [layers] each."""
+    """Returns the scales of each update, for example those of attention and MLP :: [layers]."""
     skip = run.seen["embed"]
-    found: dict[str, list[float]] = {"attention": [], "mlp": []}
+    found: dict[str, list[float]] = {name: [] for name in _updates_of(run.config)}
     for i in _layers(run):
-        for name in found:
-            found[name].append(_update_scale(_of_layer(run, i, name), skip))
-            skip = _of_layer(run, i, f"after_{name}")
+        for name, scales in found.items():
+            _, update, after = UPDATES[name]
+            scales.append(_update_scale(_of_layer(run, i, update), skip))
+            skip = _of_layer(run, i, after)
+        skip = _after_layer(run, i)
     return found
 
 
 def hiddens(run: Recorder, bare: Recorder) -> dict[str, Any]:
     """Returns the standard deviation of the residual stream after the embedding, after the
-    attention of layer 0, after its MLP, and so on :: [1 + 2 * layers] each. bare: a run without
-    norms.
+    attention of layer 0, at the end of layer 0, and so on :: [1 + 2 * layers] each. bare: a run
+    without norms.
     """
-    steps = [f"model.layers.{i}.after_{x}" for i in _layers(run) for x in ("attention", "mlp")]
-    return {
-        "with_norms": [run.seen["embed"], *(run.seen[step] for step in steps)],
-        "without_norms": [bare.seen["embed"], *(bare.seen[step] for step in steps)],
-    }
+    found = {}
+    for name, x in (("with_norms", run), ("without_norms", bare)):
+        found[name] = [x.seen["embed"]]
+        for i in _layers(run):
+            found[name] += [_of_layer(x, i, "after_attention"), _after_layer(x, i)]
+    return found
 
 
 def attention(run: Recorder, t: int) -> dict[str, Any]:
@@ -95,8 +119,8 @@ def query_lengths(run: Recorder) -> list[dict[str, Any]]:
 
 
 def parts_of_some_models(run: Recorder, logits: Tensor) -> dict[str, Any]:
-    """Returns what only some models have: windows, soft caps, norms of q and k, norms after
-    attention and MLP."""
+    """Returns what only some models have: windows, soft caps, norms of heads and of updates, shared
+    keys and values, per-layer embeddings, scalars of layers."""
     config, layers = run.config, _layers(run)
     own: dict[str, Any] = {}
     if SLIDING in config.layer_types:
@@ -108,16 +132,36 @@ def parts_of_some_models(run: Recorder, logits: Tensor) -> dict[str, Any]:
         head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
         own["largest_logit"] = {"before": run.seen[head], "after": largest(logits)}
     if config.qk_norm:
-        own["qk_norm"] = {
-            f"{x}_{when}": [_of_layer(run, i, f"self_attn.{x}_{step}") for i in layers]
-            for x in "qk"
-            for when, step in (("before", "proj"), ("after", "norm"))
-        }
+        own["qk_norm"] = _norms_of_heads(run)
     if config.post_norms:
-        parts = (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj"))
         own["post_norms"] = {
             f"{name}_{when}": [_of_layer(run, i, step) for i in layers]
-            for name, last in parts
-            for when, step in (("before", last), ("after", name))
+            for name in _updates_of(config)
+            for when, step in zip(("before", "after"), UPDATES[name], strict=False)
         }
+    if config.num_kv_shared_layers:
+        own["kv_layers"] = [layer.kv_layer for layer in config.layers]
+    if config.hidden_size_per_layer_input:
+        own["per_layer"] = {
+            "inputs": run.seen["per_layer_inputs"],
+            "gated": [_of_layer(run, i, "per_layer_geglu") for i in layers],
+            "open_gates": [_of_layer(run, i, "per_layer_input_gate") for i in layers],
+        }
+    names = [f"model.layers.{i}.layer_scalar" for i in layers]
+    if scalars := [float(run.weights[name]) for name in names if name in run.weights]:
+        own["layer_scalars"] = scalars
     return own
+
+
+def _norms_of_heads(run: Recorder) -> dict[str, list[float | None]]:
+    """Returns the RMS of queries, keys and (if the model normalizes them) values before and after
+    their norm :: [layers] each, None where the layer reads an earlier layer's keys and values."""
+    found: dict[str, list[float | None]] = {}
+    for x in "qkv" if run.config.v_norm else "qk":
+        before, after = found[f"{x}_before"], found[f"{x}_after"] = [], []
+        for i, layer in enumerate(run.config.layers):
+            own = x == "q" or layer.kv_layer == i
+            projection = "k" if x == "v" and layer.k_eq_v else x
+            before.append(_of_layer(run, i, f"self_attn.{projection}_proj") if own else None)
+            after.append(_of_layer(run, i, f"self_attn.{x}_norm") if own else None)
+    return found

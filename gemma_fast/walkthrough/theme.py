@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,16 @@ def canvas(
     """Returns a figure and its axes: one, or an array of rows * columns. Sizes are in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
+
+
+def gaps(values: list[float | None]) -> list[float]:
+    """Returns values to draw, with a gap (NaN) where there is none."""
+    return [math.nan if x is None else x for x in values]
+
+
+def present(values: list[float | None]) -> list[float]:
+    """Returns the values that there are."""
+    return [x for x in values if x is not None]
 
 
 def label_tokens(axis: Any, names: list[str], size: float = 9) -> None:

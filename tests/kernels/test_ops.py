@@ -143,8 +143,8 @@ def test_op_passes_opcheck(op, names, options, permuted, device):
     for name in ("q", "k", "v", "x", "up", "projected") if permuted else ():
         given[name] = given[name].transpose(0, 1).contiguous().transpose(0, 1)
     overload = getattr(torch.ops.gemma_fast, op.__name__).default
-    options = {key: given[x] if isinstance(x, str) else x for key, x in options.items()}
-    opcheck(overload, tuple(given[name] for name in names), options)
+    tensors_of = {key: given[options[key]] for key in ("up", "layer_scalar") if key in options}
+    opcheck(overload, tuple(given[name] for name in names), options | tensors_of)
 
 
 @pytest.mark.parametrize(("op", "names", "options"), FIRST.values(), ids=FIRST)

@@ -35,7 +35,7 @@ RULES = {
     "benchmarks.verify": EVERYTHING,
     "benchmarks": EVERYTHING,
     "cli_stream": "compat, causal_lm, text",
-    "walkthrough": "__init__, checkpoint, config, load, memory, reference, text",
+    "walkthrough": "__init__, checkpoint, config, load, memory, reference, reference_steps, text",
     "cli": "compat, causal_lm, text, demo, cli_stream, benchmarks, walkthrough",
     "__main__": "cli",
     "__init__": "config, presets, causal_lm, engine, model, reference, text",

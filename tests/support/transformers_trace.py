@@ -29,15 +29,18 @@ class Trace:
     logits: Tensor | None = None
 
     def updates(self, i: int) -> dict[str, Tensor]:
-        """Returns what layer i adds to the residual stream after attention and after the MLP."""
+        """Returns what layer i adds to the residual stream: after attention, after the MLP, and
+        from the per-layer embeddings if the model has them."""
         layer = f"model.layers.{i}"
         if f"{layer}.post_feedforward_layernorm" in self.outputs:
             names = ("post_attention_layernorm", "post_feedforward_layernorm")
         else:  # Gemma 1 normalizes no updates
             names = ("self_attn", "mlp")
+        if f"{layer}.post_per_layer_input_norm" in self.outputs:
+            names += ("post_per_layer_input_norm",)
         return {
             key: self.outputs[f"{layer}.{name}"]
-            for key, name in zip(("attention", "mlp"), names, strict=True)
+            for key, name in zip(("attention", "mlp", "per_layer"), names, strict=False)
         }
 
     def stream(self, layers: int) -> list[Tensor]:

@@ -7,7 +7,13 @@ import torch
 
 from gemma_fast.presets import PRESETS
 from gemma_fast.walkthrough import cost
-from gemma_fast.walkthrough.cost import GROUPS, bytes_of_a_token, long_context, time_of_a_token
+from gemma_fast.walkthrough.cost import (
+    PER_LAYER,
+    bytes_of_a_token,
+    groups_of,
+    long_context,
+    time_of_a_token,
+)
 from gemma_fast.walkthrough.record import Clock
 
 
@@ -22,7 +28,6 @@ def test_bytes_of_gemma_2b():
         "attention": layers * 2 * 10 * 256,  # K and V of ten tokens
         "projections of the MLP": layers * 3 * mlp * hidden,
         "GeGLU": 0,
-        "per-layer embeddings": 0,
         "residual addition": 0,
         "output projection": 256_000 * hidden,
     }
@@ -60,7 +65,8 @@ def test_every_step_has_a_group(twins):
     past = twins.reference(twins.prompt(1, 20)).past_key_values
     lengths = [k.shape[2] for k, _ in past]
     found = time_of_a_token(twins.reference, torch.tensor([[5]]), past)
-    assert [*found] == [*GROUPS]
+    assert [*found] == groups_of(twins.config)
+    assert (PER_LAYER in found) == (twins.config.hidden_size_per_layer_input > 0)
     assert all(ms > 0 for ms in found.values())
     assert [k.shape[2] for k, _ in past] == lengths
 
@@ -87,9 +93,16 @@ def test_steps_sum_to_the_whole_time(twins, monkeypatch):
         clock.forward(torch.tensor([[5]]))
     assert set(clock.seconds.values()) == {1.0}
     assert sum(clock.seconds.values()) == ticks.now - begin
-    layers = twins.config.num_hidden_layers
-    per_layer = 20 + 2 * twins.config.post_norms + 2 * twins.config.qk_norm
-    assert len(clock.seconds) == layers * per_layer + 5  # mask, embed, norm, output, logits
+    config = twins.config
+    expected = 4  # embed, norm, output, logits
+    for i, layer in enumerate(config.layers):
+        expected += 21 + 2 * config.post_norms + 2 * config.qk_norm + config.v_norm - layer.k_eq_v
+        if layer.kv_layer != i:  # k_proj, v_proj, k_norm, v_norm, and the rotated keys
+            expected -= 5 - layer.k_eq_v
+        expected += config.model_type == "gemma4"  # layer_scalar
+        expected += 5 * (config.hidden_size_per_layer_input > 0)
+    expected += 3 * (config.hidden_size_per_layer_input > 0)
+    assert len(clock.seconds) == expected
 
 
 def test_each_step_counts_with_its_fastest_time(twins, monkeypatch):
@@ -98,17 +111,24 @@ def test_each_step_counts_with_its_fastest_time(twins, monkeypatch):
     monkeypatch.setattr(cost, "REPEATS", 2)
     monkeypatch.setattr(Clock, "forward", lambda self, *_, **__: self.seconds.update(next(passes)))
     found = time_of_a_token(twins.reference, torch.tensor([[5]]), None)
-    assert found == dict.fromkeys(GROUPS, 0) | {"embedding": 1000, "output projection": 1000}
+    assert found == dict.fromkeys(groups_of(twins.config), 0) | {
+        "embedding": 1000, "output projection": 1000,
+    }  # fmt: skip
 
 
 def test_groups_of_steps(twins, monkeypatch):
     """One step of each group takes another time."""
     seconds = {
         "embed": 1, "model.layers.0.input_layernorm": 2, "model.layers.0.self_attn.q_norm": 3,
-        "model.layers.1.self_attn.o_proj": 4, "mask": 5, "model.layers.0.self_attn.queries": 6,
-        "model.layers.0.self_attn.scores": 7, "model.layers.0.mlp.down_proj": 8,
-        "model.layers.0.mlp.geglu": 9, "model.layers.0.after_mlp": 10, "model.embed_tokens": 11,
+        "model.layers.1.self_attn.o_proj": 4, "model.layers.0.mask": 5,
+        "model.layers.0.self_attn.queries": 6, "model.layers.0.self_attn.scores": 7,
+        "model.layers.0.mlp.down_proj": 8, "model.layers.0.mlp.geglu": 9,
+        "model.layers.0.after_mlp": 10, "model.embed_tokens": 11,
     }  # fmt: skip
+    per_layer = []
+    if twins.config.hidden_size_per_layer_input:
+        seconds |= {"per_layer_inputs": 12, "model.layers.1.post_per_layer_input_norm": 13}
+        per_layer = [12 + 13]
     monkeypatch.setattr(Clock, "forward", lambda self, *_, **__: self.seconds.update(seconds))
     found = time_of_a_token(twins.reference, torch.tensor([[5]]), None)
-    assert [x / 1000 for x in found.values()] == [1, 2 + 3, 4, 5 + 6, 7, 8, 9, 10, 11]
+    assert [x / 1000 for x in found.values()] == [1, 2 + 3, 4, 5 + 6, 7, 8, 9, *per_layer, 10, 11]

@@ -27,9 +27,12 @@ def test_wavelengths_of_the_published_sizes(name):
     found = wavelengths(config)
     assert found.keys() == {*config.layer_types}
     for kind, values in found.items():
-        gemma3_full = config.model_type == "gemma3" and kind == FULL
-        factor = 8.0 if gemma3_full and name not in ("gemma-3-270m", "gemma-3-1b") else 1.0
-        expected = formula(1e6 if gemma3_full else 1e4, config.head_dim, factor)
+        long = config.model_type in ("gemma3", "gemma4") and kind == FULL
+        factor = 8.0 if long and name in ("gemma-3-4b", "gemma-3-12b", "gemma-3-27b") else 1.0
+        gemma4_full = config.model_type == "gemma4" and kind == FULL
+        expected = formula(1e6 if long else 1e4, 512 if gemma4_full else config.head_dim, factor)
+        if gemma4_full:  # a quarter of the pairs is rotated
+            expected[64:] = [math.inf] * 192
         assert values == pytest.approx(expected, rel=1e-5)
 
 
@@ -66,6 +69,15 @@ def test_rotations_are_plain_trigonometry(name):
 @pytest.mark.parametrize(("d", "pairs"), [(2, [0]), (4, [0, 1]), (16, [0, 1]), (256, [0, 16])])
 def test_pairs_that_are_rotated(d, pairs):
     assert rotations(replace(CONFIGS["gemma-mqa"], head_dim=d))["pairs"] == pairs
+
+
+def test_first_layer_is_full():
+    """The heads of full layers are wider; the first pairs are rotated."""
+    config = replace(PRESETS["gemma-4-e2b"], layer_types=(FULL,) * 35)
+    found = rotations(config)
+    assert (found["pairs"], found["type"]) == ([0, 32], FULL)
+    angle = 1e6 ** (-32 / 256)
+    assert found["vectors"][1][1] == pytest.approx([math.cos(angle), math.sin(angle)], abs=1e-6)
 
 
 def test_flatness_of_known_maps():

@@ -1,8 +1,8 @@
 """Looks at the page of pictures as a reader does: in a browser, on a phone and on a desktop, light,
 dark and printed. Without Chromium, only the HTML is validated.
 
-One page is of a tiny Gemma 2 and a prompt of more than 64 tokens with HTML in it. The other one, in
-a slow test, is of the real weights.
+One page is of a tiny Gemma 2 and a prompt of more than 64 tokens with HTML in it. The others, in
+slow tests, are of a tiny Gemma 4 and of the real weights.
 """
 
 import os
@@ -16,6 +16,7 @@ from axe_playwright_python.sync_playwright import Axe
 from chat_checkpoint import write_chat_checkpoint
 from justhtml import JustHTML
 from playwright.sync_api import sync_playwright
+from tiny_checkpoint import write_tiny_checkpoint
 
 from gemma_fast.walkthrough.page import TITLES
 from gemma_fast.walkthrough.theme import THEMES
@@ -37,11 +38,16 @@ AUDITED = [
 AA, AA_GRAPHICS = 4.5, 3.0  # contrast ratios of WCAG 2.2
 
 
-@pytest.fixture(scope="module", params=["tiny", pytest.param("demo", marks=pytest.mark.slow)])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma4", "demo")]
+
+
+@pytest.fixture(scope="module", params=["tiny", *SLOW])
 def folder(request, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
     if request.param == "demo":
         model, prompt = request.getfixturevalue("demo_gguf"), "I want to move"
+    elif request.param == "gemma4":
+        model, prompt = write_tiny_checkpoint(path / "model", "gemma4-all"), "hello the world"
     else:
         model, prompt = write_chat_checkpoint(path / "model", "gemma2"), PROMPT
     return write_walkthrough(prompt, model, path / "out").parent
@@ -129,16 +135,20 @@ def test_every_link_leads_somewhere(browser, folder):
 def test_lines_shown_are_those_of_the_source(browser, folder):
     page = browser.new_page()
     page.goto((folder / "index.html").as_uri())
-    source = Path(__file__).parents[2].joinpath("gemma_fast/reference.py").read_text("utf-8")
-    lines = [line.strip() for line in source.splitlines()]
+    package, files = Path(__file__).parents[2] / "gemma_fast", set()
     shown = page.locator("pre[aria-label^='Source of']")
     assert shown.count() >= 12
     for block in shown.all():
         text = [line.strip() for line in block.inner_text().splitlines()]
         name = block.get_attribute("aria-label").split()[-1]
-        line = block.locator("xpath=preceding-sibling::p[1]/a").get_attribute("href")
-        first = int(re.search(r"\d+$", line)[0]) - 1
-        assert lines[first : first + len(text)] == text, name
+        title = block.locator("xpath=preceding-sibling::p[1]")
+        file, first = re.search(r"(\w+\.py), line (\d+)", title.inner_text()).groups()
+        link = title.locator("a").get_attribute("href")
+        assert link == f"reference.html#{file}-{first}"
+        lines = [line.strip() for line in (package / file).read_text("utf-8").splitlines()]
+        assert lines[int(first) - 1 :][: len(text)] == text, name
+        files.add(file)
+    assert files == {"reference.py", "reference_steps.py"}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -6,7 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from chat_checkpoint import FAMILIES, write_chat_checkpoint
+from chat_checkpoint import write_chat_checkpoint
 from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
 
@@ -145,20 +145,3 @@ def test_a_token_with_dollars_is_no_formula(tmp_path):
     root = ElementTree.parse(tmp_path / "x.svg").getroot()
     texts = [x.text for x in root.iter() if x.tag.endswith("}text")]
     assert texts[-3:] == ["$x^2$", r"$\frac{", "a" * 13 + "…"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_all_pictures_of_each_family(tmp_path, family):
-    """Own pictures: norms of updates (Gemma 2 and 3), of queries and keys (3), soft caps (2)."""
-    folder = write(tmp_path, family)
-    own = {"post-norms": family != "gemma", "qk-norm": family == "gemma3"}
-    own["windows"] = family != "gemma"
-    own["soft-caps"] = family == "gemma2"
-    for name in page.PICTURES:
-        for end in (".svg", "-dark.svg"):
-            file = folder / f"{name}{end}"
-            assert file.exists() == own.get(name, True)
-            if file.exists():
-                ElementTree.parse(file)
-    assert {f"{x.stem}.svg" for x in folder.glob("*.svg")} == {*Reader(folder).alts}
