@@ -1,6 +1,5 @@
 """Tests the cases of the model benchmark, and their minimum bytes and FLOPs."""
 
-import pytest
 from tiny_models import CONFIGS
 
 from gemma_fast.benchmarks.model.cases import TINY, Case, cases, find, pass_work
