@@ -40,19 +40,17 @@ _MEDIA: Table = {
     "mm_token_type_ids": ((), "pass only input_ids and attention_mask"),
 }  # fmt: skip
 
-FORWARD: Table = (
-    _OUTPUTS
-    | _MEDIA
-    | {
-        "return_dict": ((True,), "index the result: [0] is the logits, [1] the cache"),
-        "labels": ((), _FROM_LOGITS),
-        "inputs_embeds": ((), "pass input_ids"),
-        # no effect on Gemma 1 to 3 (text) in transformers 5
-        "token_type_ids": (ANY, ""),
-        "cache_position": (ANY, ""),
-        "num_logits_to_keep": (ANY, ""),
-    }
-)
+FORWARD: Table = {
+    **_OUTPUTS,
+    **_MEDIA,
+    "return_dict": ((True,), "index the result: [0] is the logits, [1] the cache"),
+    "labels": ((), _FROM_LOGITS),
+    "inputs_embeds": ((), "pass input_ids"),
+    # no effect on Gemma 1 to 4 (text) in transformers 5
+    "token_type_ids": (ANY, ""),
+    "cache_position": (ANY, ""),
+    "num_logits_to_keep": (ANY, ""),
+}
 
 # The fields of transformers' GenerationConfig: each one is in APPLIED, NO_EFFECT or REFUSED.
 APPLIED = (

@@ -212,7 +212,7 @@ def test_share_of_rotating_pairs_is_checked(value):
         ({"model_type": "gemma4_assistant"}, "'gemma4_assistant' is not one of"),
         (
             {"model_type": "gemma4", "text_config": TEXT | {"enable_moe_block": True}},
-            "use transformers or llama.cpp",
+            r"accelerate\(model\), or llama.cpp",
         ),
     ],
 )
