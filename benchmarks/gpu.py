@@ -78,6 +78,7 @@ def stages(cuda: bool) -> list[Stage]:
     """Returns the stages for a GPU; or, for a CPU, those that run on it, with tiny shapes."""
     model = [BENCHMARKS, "model", *repeat("--only", MODELS), "-r", "3" if cuda else "1"]
     depths, prompts, new = ("512,4096", "2048,8192", "64") if cuda else ("5", "8", "2")
+    gemma4 = [*model, "--model", "gemma-4-e2b", "-p", "2048", "-n", new, "-d", "0,4096"]
     kernels = [BENCHMARKS, *IMPORTANT, *(x for x in SUITES if x not in IMPORTANT)]
     kernels += repeat("--only", PROVIDERS)
     kernels += repeat("--size", SIZES) if cuda else []
@@ -85,10 +86,11 @@ def stages(cuda: bool) -> list[Stage]:
     of_kernels = runnable("kernels/test_*.py" if cuda else "kernels/test_embed.py")
     return [
         tests("tests marked gpu", 70, marked, "gpu"),
-        tests("tests of kernels", 100, of_kernels, "not gpu"),
-        Stage("decode", 100, [*model, "-p", "0", "-n", new, "-d", depths]),
-        Stage("prefill", 80, [*model, "-p", prompts, "-n", "0"]),
-        Stage("kernels", 100, kernels),
+        tests("tests of kernels", 80, of_kernels, "not gpu"),
+        Stage("decode", 80, [*model, "-p", "0", "-n", new, "-d", depths]),
+        Stage("prefill", 60, [*model, "-p", prompts, "-n", "0"]),
+        Stage("gemma 4", 80, gemma4, "" if cuda else "needs a GPU"),
+        Stage("kernels", 80, kernels),
         Stage("profile", 30, [f"{BENCHMARKS}.profile"], "" if cuda else "needs a GPU"),
     ]
 

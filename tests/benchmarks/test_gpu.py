@@ -13,10 +13,13 @@ import pytest
 from click.testing import CliRunner
 
 from gemma_fast.benchmarks import gpu
+from gemma_fast.benchmarks.__main__ import main
 from gemma_fast.benchmarks.gpu import SIZES, Stage, run_stages, stages
 from gemma_fast.benchmarks.kernels.table import SUITES
 from gemma_fast.benchmarks.measure.report import NOTHING
+from gemma_fast.benchmarks.model.cases import cases
 from gemma_fast.benchmarks.options import pick_sizes
+from gemma_fast.presets import PRESETS
 
 HEAD = {
     "gpu": "GPU", "cpu": None, "driver": "580", "cuda": "13.0", "cudnn": 9, "torch": "2.13",
@@ -46,7 +49,7 @@ def test_stage_limits_add_up_to_the_total_time(monkeypatch, tmp_path):
 
     monkeypatch.setattr(gpu, "run_stage", lambda stage, *given: run(1, *given))
     done = run_stages(stages(cuda=True), 480, tmp_path, HEAD, True)
-    assert sum(x.limit_s for x in done) == pytest.approx(480) and len(done) == 6
+    assert sum(x.limit_s for x in done) == pytest.approx(480) and len(done) == 7
     assert [round(x.limit_s) for x in done] == [round(x.share) for x in stages(cuda=True)]
     monkeypatch.setattr(gpu, "run_stage", lambda stage, *given: run(0, *given))
     done = run_stages(stages(cuda=True), 480, tmp_path, HEAD, True)
@@ -84,7 +87,7 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(tmp_path, capsys):
 
 def test_every_benchmark_stage_gets_an_output_folder():
     told = [x.name for x in stages(cuda=True) if x.arguments[0].startswith(gpu.BENCHMARKS)]
-    assert told == ["decode", "prefill", "kernels", "profile"]
+    assert told == ["decode", "prefill", "gemma 4", "kernels", "profile"]
 
 
 def test_every_file_with_a_test_marked_gpu_is_in_the_first_stage():
@@ -95,15 +98,25 @@ def test_every_file_with_a_test_marked_gpu_is_in_the_first_stage():
 
 
 def test_important_kernel_suites_run_first_and_all_run():
-    words = stages(cuda=True)[4].arguments
+    (words,) = [x.arguments for x in stages(cuda=True) if x.name == "kernels"]
     assert words[1:6] == list(gpu.IMPORTANT)
     assert {*words[1 : 1 + len(SUITES)]} == {*SUITES}
 
 
-def test_every_kernel_suite_runs_with_one_or_two_sizes():
+def test_every_kernel_suite_runs_with_one_to_three_sizes():
     found = {name: pick_sizes(suite.sizes, SIZES) for name, suite in SUITES.items()}
-    assert {name for name, sizes in found.items() if len(sizes) != 2} == {"add_rms_norm_post"}
-    assert found["add_rms_norm_post"] == ["8192 x 2304"]
+    others = {name: sizes for name, sizes in found.items() if len(sizes) != 2}
+    assert others.pop("add_rms_norm_post") == ["8192 x 2304"]
+    assert others.keys() == {"attention", "decode_attention"}
+    assert all(sizes[-1].endswith("d 512") for sizes in others.values()), "Gemma 4's full layers"
+
+
+def test_a_stage_measures_prompts_and_tokens_of_a_gemma_4():
+    (words,) = [x.arguments for x in stages(cuda=True) if x.name == "gemma 4"]
+    chosen = main.make_context("benchmarks", list(words[1:])).params
+    assert PRESETS[chosen["model"]].model_type == "gemma4"
+    tests = cases(*(chosen[x] for x in ("prompts", "new", "depths", "batches")))
+    assert [x.name for x in tests] == ["pp2048", "tg64", "pp2048 @ d4096", "tg64 @ d4096"]
 
 
 def test_test_files_that_import_missing_packages_are_left_out(monkeypatch):
@@ -123,6 +136,7 @@ def test_stopping_the_command_ends_its_running_stage(tmp_path):
 import sys
 from pathlib import Path
 from gemma_fast.benchmarks import gpu
+from gemma_fast.benchmarks.__main__ import main
 hangs = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 gpu.stages = lambda cuda: [gpu.Stage("hangs", 1, ["-c", hangs])]
 gpu.main(["--out", sys.argv[1]])
@@ -148,6 +162,7 @@ def test_without_a_gpu_stages_run_and_nothing_is_measured(tmp_path, monkeypatch)
     assert NOTHING in done.output and "left out: needs a GPU" in done.output
     saved = json.loads((tmp_path / "summary.json").read_text())
     assert not saved["measured"]
-    assert [x["status"] for x in saved["stages"]] == ["ok"] * 5 + ["left out: needs a GPU"]
+    left_out = {"gemma 4", "profile"}
+    assert {x["stage"] for x in saved["stages"] if x["status"] != "ok"} == left_out
     for name in ("decode", "prefill", "kernels"):
         assert json.loads((tmp_path / name / "results.json").read_text())["stamp"]

@@ -19,7 +19,7 @@ from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, WITHOUT_GRAPHS, s
 from gemma_fast.benchmarks.model import providers as model_providers
 from gemma_fast.benchmarks.model.cases import TINY, Case, find
 from gemma_fast.benchmarks.model.judge import Judge
-from gemma_fast.benchmarks.model.providers import PROVIDERS, RINGS, Eager
+from gemma_fast.benchmarks.model.providers import PROVIDERS, Eager
 from gemma_fast.benchmarks.model.race import run
 from gemma_fast.benchmarks.options import bench
 from gemma_fast.checkpoint.random import RandomCheckpoint
@@ -270,7 +270,4 @@ def test_every_provider_returns_the_tokens_of_the_reference(name, monkeypatch):
     assert list(statuses) == list(PROVIDERS)
     if name == "gemma2-gqa":
         assert statuses.pop("transformers (sdpa)") == "cannot: no soft cap"
-    if name.startswith("gemma4"):
-        for hf in ("gemma_fast.hf", RINGS):
-            assert statuses.pop(hf) == "cannot: accelerate does not take gemma4"
     assert set(statuses.values()) == {"ok, not measured"}

@@ -383,6 +383,26 @@ def test_a_tokenizer_without_a_special_token_scores_and_generates(tmp_path, miss
     assert found[0][1] == found[-1][1]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_scores_and_answers_of_gemma_4_are_those_of_hf(tmp_path, batch_size):
+    """`gemma4-shared` computes only the tokens whose logits are needed in its last layers. The
+    scores need the logits of several tokens, in a padded batch."""
+    write_chat_checkpoint(tmp_path, "gemma4")
+    args = {"pretrained": str(tmp_path), "dtype": "float32", "device": "cpu"}
+    expected, actual = (
+        lm_eval.api.registry.get_model(name)(**args, batch_size=batch_size, add_bos_token=True)
+        for name in ("hf", "gemma-fast")
+    )
+    kwargs = {"until": ["t"], "max_gen_toks": 5, "do_sample": False}
+    pairs = [("hello ", "in the world " * 5), ("a " * 30, "thinner a"), ("", "the world")]
+    for kind, arguments in (
+        ("loglikelihood", pairs),
+        ("loglikelihood_rolling", [(TEXTS[0],), ("the " * 100,)]),
+        ("generate_until", [("hello", kwargs), ("the " * 40, kwargs)]),
+    ):
+        same(*(getattr(m, kind)(requests(kind, *arguments)) for m in (actual, expected)))
+
+
 def test_prompts_of_gemma_4_have_bos_exactly_once(tmp_path):
     """The tokenizer of an instruction-tuned Gemma 4 adds none."""
     write_chat_checkpoint(tmp_path, "gemma4")

@@ -1,0 +1,28 @@
+"""Tests the predicted times of docs/benchmarks.md."""
+
+from pathlib import Path
+
+import pytest
+
+from gemma_fast.benchmarks.model import predict
+from gemma_fast.presets import PRESETS
+
+DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+
+
+def test_prediction_equals_numbers_computed_by_hand():
+    """Gemma 2B: 5.01 GB of weights, and 18,432 bytes of K and V per token. E2B: 2,279,759,139
+    weights, a row of 8,960 per-layer embeddings, and K and V of 28 windows and 7 full layers."""
+    gemma = 5_012_344_832 + 1024 * 18_432
+    assert predict.step_seconds(PRESETS["gemma-2b"], 1024) == pytest.approx(
+        gemma / 3e12 + (5 * 18 + 3) * 1.3e-6
+    )
+    e2b = 2 * (2_279_759_139 + 8960 + 28 * 512 * 2 * 256 + 7 * 8192 * 2 * 512)
+    assert predict.step_seconds(PRESETS["gemma-4-e2b"], 8192) == pytest.approx(
+        e2b / 3e12 + (7 * 35 + 5) * 1.3e-6
+    )
+    assert predict.launches(PRESETS["gemma-4-31b"]) == 303
+
+
+def test_table_in_the_docs_is_the_prediction():
+    assert predict.prediction() in DOCS.read_text(encoding="utf-8")
