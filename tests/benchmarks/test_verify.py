@@ -12,6 +12,7 @@ from gemma_fast.benchmarks.verify import model as verify_model
 from gemma_fast.benchmarks.verify.kernels import CHECKS, check_kernels, spacing, value_ulps
 from gemma_fast.benchmarks.verify.margins import INTERPRETER
 from gemma_fast.kernels import attention as attention_file
+from gemma_fast.kernels import decode_attention as decode_file
 from gemma_fast.kernels import geglu as geglu_file
 from gemma_fast.kernels import lm_head as lm_head_file
 from gemma_fast.kernels import rmsnorm as rmsnorm_file
@@ -42,9 +43,17 @@ def test_references_pass_and_their_attention_beats_eager_in_bf16():
             assert rms.ours < 0.5 < rms.eager, "eager attention must round scores and weights"
 
 
-def rounded_weight(x, weight, eps=1e-6):
+def rounded_weight(x, weight, eps=1e-6, offset=1.0):
     z = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
-    return (z * (1 + weight)).to(x.dtype)
+    return (z * (offset + weight)).to(x.dtype)
+
+
+def always_1_plus(reference):
+    return lambda x, weight, eps=1e-6, offset=1.0: reference(x, weight, eps)
+
+
+def without_v_norm(reference):
+    return lambda *args: reference(*args[:10])
 
 
 def one_key_more(reference):
@@ -58,6 +67,10 @@ MISTAKES = {
     "exact GELU": (geglu_file, "geglu_reference", lambda _: exact_gelu, {FP32: "geglu"}),
     "1 + weight rounded": (rmsnorm_file, "rms_norm_reference", lambda _: rounded_weight,
                            {BF16: "rms_norm"}),
+    "1 + weight in Gemma 4": (rmsnorm_file, "rms_norm_reference", always_1_plus,
+                              {FP32: "add_rms_norm, layer scalar"}),
+    "values are not normalized": (decode_file, "rotary_write_reference", without_v_norm,
+                                  {FP32: "decode_attention, K = V"}),
     "window off by one": (attention_file, "attention_reference", one_key_more,
                           {FP32: "attention, window, cap, norm",
                            BF16: "attention, window, cap, norm"}),
@@ -69,7 +82,8 @@ def test_kernel_with_a_mistake_fails(mistake, monkeypatch):
     module, name, wrong, expected = MISTAKES[mistake]
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
     for dtype, check in expected.items():
-        assert check in failed(kernels(dtype).values())
+        wrong = {x.check: x for x in kernels(dtype).values() if not x.ok}
+        assert check in wrong and not wrong[check].note, "the figures must show the mistake"
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -106,7 +120,8 @@ def test_wrong_token_fails(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma2-gqa", "gemma3-gqa", *slow("gemma-mqa", "gemma-mha", "gemma3-mqa")]
+    "name",
+    ["gemma2-gqa", "gemma3-gqa", "gemma4-all", *slow("gemma-mqa", "gemma-mha", "gemma3-mqa")],
 )
 def test_correct_models_pass(name):
     lines = model_lines(name, (FP32, BF16))
