@@ -28,7 +28,7 @@ from gemma_fast.kernels._op import op
 from gemma_fast.kernels._ring import RingStrides, heads_of
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import launch_config, runs_triton
-from gemma_fast.kernels.rmsnorm import rms_norm_reference
+from gemma_fast.kernels.rmsnorm import add_offset, rms_norm_reference
 
 
 class Rotary(NamedTuple):
@@ -92,15 +92,6 @@ def rotary_write_reference(
     row = torch.arange(b, device=k.device).unsqueeze(1)  # [b, 1]
     keys[row, :, slot] = k[:, -slots:]
     values[row, :, slot] = v[:, -slots:]
-
-
-@triton.jit
-def add_offset(weight, OFFSET: tl.constexpr):
-    """Returns OFFSET + weight, by which a norm multiplies, in fp32."""
-    weight = weight.to(tl.float32)
-    if OFFSET != 0:
-        weight = OFFSET + weight
-    return weight
 
 
 @triton.jit
