@@ -53,7 +53,7 @@ def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
 def _gemma4_config(config: GemmaConfig, same: dict[str, Any]) -> transformers.PreTrainedConfig:
     same |= {name: getattr(config, name) for name in ONLY_IN_GEMMA_4}
     same |= {
-        "global_head_dim": config.rotary_dim(FULL),
+        "global_head_dim": config.head_dim_of(FULL),
         "vocab_size_per_layer_input": config.vocab_size_per_layer_input or config.vocab_size,
         "sliding_window": config.sliding_window or 1,
     }
