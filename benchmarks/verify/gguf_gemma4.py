@@ -41,13 +41,15 @@ def config_of(
         raise ValueError(f"transformers' Gemma 4 has no feed_forward_length {widths}")
     head_dims = {FULL: head_dim(keys, ""), SLIDING: head_dim(keys, "_swa")}
     kv_heads = of_layers(keys, "attention.head_count_kv", layers, heads)
+    shapes: dict[str, Any] = {
+        "per_layer_config": {
+            i: {"head_dim": head_dims[kind], "num_key_value_heads": kv_heads[i]}
+            for i, kind in enumerate(kinds)
+        }
+    }
     return transformers.Gemma4TextConfig(
         hidden_size=keys["embedding_length"], num_hidden_layers=layers, layer_types=kinds,
         num_attention_heads=heads, num_key_value_heads=kv_heads[0], head_dim=head_dims[SLIDING],
-        per_layer_config={
-            i: {"head_dim": head_dims[kind], "num_key_value_heads": kv_heads[i]}
-            for i, kind in enumerate(kinds)
-        },
         num_kv_shared_layers=shared, intermediate_size=widths[0],
         use_double_wide_mlp=bool(shared) and widths == double,
         hidden_size_per_layer_input=keys["embedding_length_per_layer_input"],
@@ -61,7 +63,7 @@ def config_of(
             SLIDING: {
                 "rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", 10_000.0)
             },
-        }, **sizes,
+        }, **shapes, **sizes,
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ class GGUFTruth:
         names = gguf.get_tensor_name_map(ARCHITECTURES[family], config.num_hidden_layers)
         scalars = [x for x in model.named_buffers() if x[0].endswith(".layer_scalar")]
         for name, weight in (*model.named_parameters(), *scalars):
-            stored_name = names.get_name(name.removesuffix(".weight")) + ".weight"
+            stored_name = f"{names.get_name(name.removesuffix('.weight'))}.weight"
             if stored_name in self.tensors:
                 less = name.endswith("norm.weight") and family != "gemma4"
                 copy(self.tensors[stored_name], weight.data, less)

@@ -22,7 +22,6 @@ from gemma_fast.benchmarks.verify import model as verify_model
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.cli import main
-from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels import geglu as geglu_file
 from gemma_fast.model.layer import Layer
 
@@ -35,11 +34,12 @@ def test_exact_gelu_fails_the_certificate(monkeypatch):
 
 
 def test_window_off_by_one_fails_the_certificate(monkeypatch):
-    attend, window = Layer.attend, GemmaConfig.window
+    attend = Layer.attend
 
     def wider(self, *args):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(GemmaConfig, "window", lambda *x: (w := window(*x)) and w + 1)
+            window = self.shape.window
+            patch.setattr(self, "shape", self.shape._replace(window=window and window + 1))
             return attend(self, *args)
 
     monkeypatch.setattr(Layer, "attend", wider)
