@@ -46,7 +46,8 @@ FORWARD: Table = {
     "return_dict": ((True,), "index the result: [0] is the logits, [1] the cache"),
     "labels": ((), _FROM_LOGITS),
     "inputs_embeds": ((), "pass input_ids"),
-    # no effect on Gemma 1 to 4 (text) in transformers 5
+    "per_layer_inputs": ((), "pass input_ids"),
+    # no effect on Gemma (text) in transformers 5
     "token_type_ids": (ANY, ""),
     "cache_position": (ANY, ""),
     "num_logits_to_keep": (ANY, ""),
