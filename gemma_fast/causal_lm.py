@@ -348,4 +348,5 @@ class GemmaForCausalLM(Gemma):
 
 
 AutoModelForCausalLM = GemmaForCausalLM
-Gemma2ForCausalLM = Gemma3ForCausalLM = Gemma4ForCausalLM = GemmaForCausalLM
+Gemma2ForCausalLM = Gemma3ForCausalLM = GemmaForCausalLM
+Gemma4ForCausalLM = Gemma4UnifiedForCausalLM = GemmaForCausalLM
