@@ -194,7 +194,7 @@ def _check_field(name: str, value: Any, family: str, source: str) -> None:
             )
     elif name not in {*APPLIED, *IGNORED, *REFUSED_IN_GEMMA_4}:
         warnings.warn(
-            f"{source}: the field {name}={value!r:.60} is unknown and has no effect",
+            f"{source}: the field {name:.60}={value!r:.60} is unknown and has no effect",
             stacklevel=2,
         )
 
