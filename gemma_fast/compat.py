@@ -33,8 +33,9 @@ FORWARD: Table = _OUTPUTS | {
     "return_dict": ((True,), "index the result: [0] is the logits, [1] the cache"),
     "labels": ((), _FROM_LOGITS),
     "inputs_embeds": ((), "pass input_ids"),
-    # no effect on Gemma 1 to 3 (text) in transformers 5
+    # no effect on Gemma's text models in transformers 5
     "token_type_ids": (ANY, ""),
+    "mm_token_type_ids": (ANY, ""),  # from the processors of Gemma 4, for texts as well
     "cache_position": (ANY, ""),
     "num_logits_to_keep": (ANY, ""),
 }
@@ -106,6 +107,7 @@ GENERATE: Table = {
     "inputs_embeds": ((), f"pass input_ids, or {_HF}"),
     "position_ids": ((), "omit it: positions follow from attention_mask"),
     "token_type_ids": ((), "pass only input_ids and attention_mask"),
+    "mm_token_type_ids": ((), "pass only input_ids and attention_mask"),
     "assistant_model": ((), _DRAFT),
     "assistant_tokenizer": ((), _DRAFT),
     "negative_prompt_ids": ((), _HF),

@@ -40,6 +40,10 @@ def one(tmp_path_factory) -> Twins:
             {"token_type_ids": torch.zeros(1, 3)},
             "token_type_ids=<Tensor> is not supported: pass only",
         ),
+        (
+            {"mm_token_type_ids": torch.zeros(1, 3)},
+            "mm_token_type_ids=<Tensor> is not supported: pass only",
+        ),
         ({"num_beans": 1}, r"generate\(\) got an unexpected keyword argument 'num_beans'"),
         ({"inputs": IDS}, "both input_ids and inputs"),
         ({"generation_config": {"num_beams": 2}}, "generation_config: num_beams=2 is not"),
@@ -111,7 +115,9 @@ def test_forward_accepts_keywords_that_change_nothing_and_refuses_others(one):
     keywords = {"return_dict": True, "output_attentions": False, "labels": None}
     keywords["token_type_ids"] = torch.ones_like(IDS)
     assert torch.equal(one.model(IDS, **keywords).logits, expected)
-    for ignored in ("token_type_ids", "cache_position", "num_logits_to_keep"):
+    for ignored in (
+        "token_type_ids", "mm_token_type_ids", "cache_position", "num_logits_to_keep"
+    ):  # fmt: skip
         value = 1 if ignored == "num_logits_to_keep" else torch.ones_like(IDS)
         assert torch.equal(one.model(IDS, **{ignored: value}).logits, expected)
         assert torch.equal(one.hf(IDS, **{ignored: value}).logits, one.hf(IDS).logits)
