@@ -38,7 +38,7 @@ HF = "transformers>=5.17,<6"  # for gemma_fast.hf; tested with the oldest and th
 setup(
     name="gemma_fast",
     version="0.1.0",
-    description="Gemma 1, 2 and 3 (text) on Triton kernels, with PyTorch fallbacks and tests",
+    description="Gemma 1 to 4 (text) on Triton kernels, with PyTorch fallbacks and tests",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

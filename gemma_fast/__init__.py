@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # type checkers treat a name as exported if it is imported wi
     from gemma_fast.causal_lm import Gemma2ForCausalLM as Gemma2ForCausalLM
     from gemma_fast.causal_lm import Gemma3ForCausalLM as Gemma3ForCausalLM
     from gemma_fast.causal_lm import Gemma4ForCausalLM as Gemma4ForCausalLM
+    from gemma_fast.causal_lm import Gemma4UnifiedForCausalLM as Gemma4UnifiedForCausalLM
     from gemma_fast.causal_lm import GemmaForCausalLM as GemmaForCausalLM
     from gemma_fast.config import GemmaConfig as GemmaConfig
     from gemma_fast.engine.options import GenerationConfig as GenerationConfig
@@ -40,6 +41,7 @@ _MODULES = {
     "Gemma2ForCausalLM": "causal_lm",
     "Gemma3ForCausalLM": "causal_lm",
     "Gemma4ForCausalLM": "causal_lm",
+    "Gemma4UnifiedForCausalLM": "causal_lm",
     "GemmaTokenizer": "text.tokenizer",
     "GenerationConfig": "engine.options",
     "KVCache": "model.cache",

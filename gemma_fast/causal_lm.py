@@ -108,10 +108,10 @@ class GemmaForCausalLM(Gemma):
         The new model gets the dtype and device of that model's text weights, and its
         generation_config.
 
-        Both models share the memory of the embedding, norms, o_proj and down_proj, so an in-place
-        change affects both, until one is moved or converted. The weights of q, k and v are stacked
-        in one tensor here, and so are those of gate and up. They are copied unless they are already
-        adjacent in memory. For Gemma 2B in 16 bits, they take 2.60 of 5.01 GB. If
+        Both models share the memory of all other weights than those of q, k, v, gate and up, so an
+        in-place change affects both, until one is moved or converted. The weights of q, k and v are
+        stacked in one tensor here, and so are those of gate and up. They are copied unless they are
+        already adjacent in memory. For Gemma 2B in 16 bits, they take 2.60 of 5.01 GB. If
         transformers' model is trained, the copies do not change: build this model again after that.
 
         Raises ValueError if `checkpoint.transformers` does not support the model.
@@ -348,4 +348,5 @@ class GemmaForCausalLM(Gemma):
 
 
 AutoModelForCausalLM = GemmaForCausalLM
-Gemma2ForCausalLM = Gemma3ForCausalLM = Gemma4ForCausalLM = GemmaForCausalLM
+Gemma2ForCausalLM = Gemma3ForCausalLM = GemmaForCausalLM
+Gemma4ForCausalLM = Gemma4UnifiedForCausalLM = GemmaForCausalLM

@@ -33,6 +33,7 @@ FORWARD: Table = _OUTPUTS | {
     "return_dict": ((True,), "index the result: [0] is the logits, [1] the cache"),
     "labels": ((), _FROM_LOGITS),
     "inputs_embeds": ((), "pass input_ids"),
+    "per_layer_inputs": ((), "pass input_ids"),
     # no effect on Gemma's text models in transformers 5
     "token_type_ids": (ANY, ""),
     "mm_token_type_ids": (ANY, ""),  # from the processors of Gemma 4, for texts as well

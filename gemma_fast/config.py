@@ -130,9 +130,6 @@ class GemmaConfig:
         check_ranges(values | {"sliding_window_pattern": sliding_window_pattern})
         for name in ("full_rope", "sliding_rope"):
             _check_rope(name, values[name])
-        for name in ("tie_word_embeddings", "attention_k_eq_v", "use_double_wide_mlp"):
-            if not isinstance(values[name], bool):
-                raise ValueError(f"{name}={values[name]!r:.80} must be a bool")
         if not isinstance(self.layer_types, tuple):
             raise ValueError(f"layer_types={self.layer_types!r:.80} must be a tuple (JSON: a list)")
         if not self.layer_types:
@@ -150,28 +147,11 @@ class GemmaConfig:
             )
         if SLIDING in self.layer_types and self.sliding_window is None:
             raise ValueError(f"layer_types has {SLIDING}, but sliding_window is not set")
-        self._check_sharing()
-        for name in ("num_key_value_heads", "num_global_key_value_heads"):
-            if self.num_attention_heads % (values[name] or 1):
-                raise ValueError(
-                    f"num_attention_heads={self.num_attention_heads!r} is not divisible by "
-                    f"{name}={values[name]!r}"
-                )
-        for name in ("head_dim", "global_head_dim"):
-            if (values[name] or 0) % 2:
-                raise ValueError(f"{name}={values[name]!r} is odd: rotary embedding needs pairs")
-
-    def _check_sharing(self) -> None:
         own = self.num_hidden_layers - self.num_kv_shared_layers
         if missing := set(self.layer_types) - set(self.layer_types[: max(own, 0)]):
             raise ValueError(
                 f"num_kv_shared_layers={self.num_kv_shared_layers!r} leaves no layer of type "
                 f"{missing.pop()} whose keys and values are shared"
-            )
-        per_layer = self.vocab_size_per_layer_input
-        if per_layer is not None and per_layer < self.vocab_size:
-            raise ValueError(
-                f"vocab_size_per_layer_input={per_layer!r} is below vocab_size={self.vocab_size!r}"
             )
 
     @property
@@ -198,7 +178,7 @@ class GemmaConfig:
         """Returns the rotary parameters of layers of this type."""
         return self.full_rope if kind == FULL else self.sliding_rope
 
-    def rotary_dim(self, kind: str) -> int:
+    def head_dim_of(self, kind: str) -> int:
         """Returns the head dim of layers of this type."""
         return (self.global_head_dim if kind == FULL else None) or self.head_dim
 
@@ -296,7 +276,7 @@ def _layers(config: GemmaConfig) -> tuple[LayerShape, ...]:
             LayerShape(
                 kind=kind,
                 window=None if full else config.sliding_window,
-                head_dim=config.rotary_dim(kind),
+                head_dim=config.head_dim_of(kind),
                 num_key_value_heads=kv_heads or config.num_key_value_heads,
                 intermediate_size=config.intermediate_size * (2 if double else 1),
                 kv_layer=newest[kind] if shared else i,

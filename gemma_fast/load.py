@@ -34,7 +34,8 @@ def load_model(
              if there is one, else the CPU
     on_host  keep the table of per-layer embeddings (Gemma 4) in pinned host memory, from which a
              GPU reads one row per token. It is also kept there if the weights do not fit the GPU's
-             free memory with it, but fit without it
+             free memory with it, but fit without it. A table that is shared with the checkpoint
+             stays where it is
 
     `model.parts` lists, for each parameter, the checkpoint's tensors that are stacked in it. The
     parameter shares the memory of these tensors if `_share` finds that possible. Otherwise it is

@@ -1,4 +1,4 @@
-"""Allowed ranges of the fields of GemmaConfig and RopeParameters. They limit what a damaged config
+"""Allowed values of the fields of GemmaConfig and RopeParameters. They limit what a damaged config
 can allocate."""
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ OPTIONAL = {
     "sliding_window_pattern", "global_head_dim", "num_global_key_value_heads",
     "vocab_size_per_layer_input",
 }  # fmt: skip
+BOOLS = ("tie_word_embeddings", "attention_k_eq_v", "use_double_wide_mlp")
 ROPE_TYPES = ("default", "linear", "proportional", "yarn")
 ROPE_RANGES = {
     "rope_theta": (1.0, 1e12),
@@ -50,7 +51,8 @@ ROPE_RANGES = {
 
 
 def check_ranges(values: Mapping[str, Any]) -> None:
-    """Raises ValueError unless all values of GemmaConfig's fields are in their ranges."""
+    """Raises ValueError unless all values of GemmaConfig's fields are in their ranges, and shapes
+    fit together."""
     for name, (low, high) in (INT_RANGES | FLOAT_RANGES).items():
         given = values[name]
         if given is None and name in OPTIONAL:
@@ -58,6 +60,24 @@ def check_ranges(values: Mapping[str, Any]) -> None:
         several = name == "eos_token_id" and isinstance(given, tuple)
         for value in given if several else [given]:
             check_number(name, value, low, high, whole=name in INT_RANGES)
+    for name in BOOLS:
+        if not isinstance(values[name], bool):
+            raise ValueError(f"{name}={values[name]!r:.80} must be a bool")
+    _check_shapes(values)
+
+
+def _check_shapes(values: Mapping[str, Any]) -> None:
+    heads, vocab = values["num_attention_heads"], values["vocab_size"]
+    for name in ("num_key_value_heads", "num_global_key_value_heads"):
+        if heads % (values[name] or 1):
+            raise ValueError(
+                f"num_attention_heads={heads!r} is not divisible by {name}={values[name]!r}"
+            )
+    for name in ("head_dim", "global_head_dim"):
+        if (values[name] or 0) % 2:
+            raise ValueError(f"{name}={values[name]!r} is odd: rotary embedding needs pairs")
+    if (rows := values["vocab_size_per_layer_input"]) is not None and rows < vocab:
+        raise ValueError(f"vocab_size_per_layer_input={rows!r} is below vocab_size={vocab!r}")
 
 
 def check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:

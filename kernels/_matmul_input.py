@@ -5,7 +5,7 @@ whole rows of x, because the norms need them."""
 from typing import Any, NamedTuple
 
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels.rmsnorm import scale_by_weight
+from gemma_fast.kernels.rmsnorm import add_offset
 
 
 class MatmulInput(NamedTuple):
@@ -35,7 +35,7 @@ def _load_h(inputs, scales, row, col, mask, OFFSET: tl.constexpr, DIM: tl.conste
     x = tl.load(inputs.x + row * DIM + col, mask=mask, other=0.0)  # [BLOCK_B, cols]
     if inputs.post_norm_weight is not None:
         weight = tl.load(inputs.post_norm_weight + col, mask=col < DIM, other=0.0).to(tl.float32)
-        x = scale_by_weight(x.to(tl.float32) * scales.post_norm, weight, OFFSET).to(dtype)
+        x = (x.to(tl.float32) * scales.post_norm * add_offset(weight, OFFSET)).to(dtype)
     if inputs.residual is not None:
         residual = tl.load(inputs.residual + row * DIM + col, mask=mask, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
@@ -94,7 +94,7 @@ def load_input(
     if inputs.norm_weight is not None:
         h = _load_h(inputs, scales, row, col, mask, OFFSET, DIM)  # [BLOCK_B, BLOCK_K]
         norm_weight = tl.load(inputs.norm_weight + col, mask=col < DIM, other=0.0).to(tl.float32)
-        return scale_by_weight(h * scales.norm, norm_weight, OFFSET).to(dtype)
+        return (h * scales.norm * add_offset(norm_weight, OFFSET)).to(dtype)
     elif inputs.post_norm_weight is not None:
         # [BLOCK_B, BLOCK_K]
         h = _load_h(inputs, scales, row, col, mask, OFFSET, DIM).to(dtype)

@@ -60,6 +60,12 @@ on the GPU, from position, so one CUDA graph serves every length.
 import torch
 from torch import Tensor
 
+from gemma_fast.kernels._new_token import (
+    NewToken,
+    QKRotary,
+    load_new_token,
+    load_new_token_rotary,
+)
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._ring import (
     HEAD_DIMS,
@@ -82,13 +88,7 @@ from gemma_fast.kernels._split_kv import (
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.attention import attention_reference
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
-from gemma_fast.kernels.rotary import (
-    NewToken,
-    QKRotary,
-    load_new_token,
-    load_new_token_rotary,
-    rotary_write_reference,
-)
+from gemma_fast.kernels.rotary import rotary_write_reference
 
 
 def head_counts(qkv: Tensor, keys: Tensor, heads: str) -> list[int]:

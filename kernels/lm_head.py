@@ -92,34 +92,18 @@ def _next_token_kernel(
             next_weight = weight
             if block + 1 < BLOCKS:  # the next block is loaded while this one is multiplied
                 next_weight = load_weight(weight_ptr, next_row, 0, DIM, BLOCK_K)
+            # [BLOCK_N, 1]
             logits = gemv(
-                weight,
-                weight_ptr,
-                weight_row,
-                inputs,
-                scales,
-                None,
-                rows,
-                SPEC.offset,
-                DIM,
-                BLOCK_K,
-                STAGES,
-            )  # [BLOCK_N, 1]
+                weight, weight_ptr, weight_row, inputs, scales, None, rows,
+                SPEC.offset, DIM, BLOCK_K, STAGES,
+            )  # fmt: skip
             weight = next_weight
         else:
+            # [BLOCK_N, BLOCK_B]
             logits = skinny_matmul(
-                weight_ptr,
-                weight_row,
-                inputs,
-                scales,
-                None,
-                rows,
-                SPEC.offset,
-                DIM,
-                BLOCK_B,
-                BLOCK_K,
-                STAGES,
-            )  # [BLOCK_N, BLOCK_B]
+                weight_ptr, weight_row, inputs, scales, None, rows,
+                SPEC.offset, DIM, BLOCK_B, BLOCK_K, STAGES,
+            )  # fmt: skip
         if SPEC.softcap > 0:
             capped = SPEC.softcap * (2 * tl.sigmoid(2 / SPEC.softcap * logits) - 1)
             logits = tl.where(tl.abs(logits) < float("inf"), capped, logits)

@@ -76,33 +76,17 @@ def _matvec_kernel(
     if inputs.norm_weight is not None or inputs.post_norm_weight is not None:
         scales = norm_scales(inputs, h_ptr, rows, program == 0, EPS, OFFSET, DIM, BLOCK_B, BLOCK_K)
     if BLOCK_B == 1:
+        # [BLOCK_N, 1]
         out = gemv(
-            first_weight,
-            weight_ptr,
-            weight_row,
-            inputs,
-            scales,
-            h_ptr,
-            rows,
-            OFFSET,
-            DIM,
-            BLOCK_K,
-            STAGES,
-        )  # [BLOCK_N, 1]
+            first_weight, weight_ptr, weight_row, inputs, scales, h_ptr, rows,
+            OFFSET, DIM, BLOCK_K, STAGES,
+        )  # fmt: skip
     else:
+        # [BLOCK_N, BLOCK_B]
         out = skinny_matmul(
-            weight_ptr,
-            weight_row,
-            inputs,
-            scales,
-            h_ptr,
-            rows,
-            OFFSET,
-            DIM,
-            BLOCK_B,
-            BLOCK_K,
-            STAGES,
-        )  # [BLOCK_N, BLOCK_B]
+            weight_ptr, weight_row, inputs, scales, h_ptr, rows,
+            OFFSET, DIM, BLOCK_B, BLOCK_K, STAGES,
+        )  # fmt: skip
     if GEGLU:
         gate, up = out.reshape([2, COLS, BLOCK_B]).permute(1, 2, 0).split()  # [COLS, BLOCK_B]
         out = geglu_in_fp32(gate, up)  # [COLS, BLOCK_B]

@@ -22,7 +22,7 @@ from torch import Tensor
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
-from gemma_fast.kernels.rmsnorm import rms_norm_reference, scale_by_weight
+from gemma_fast.kernels.rmsnorm import add_offset, rms_norm_reference
 
 
 def per_layer_inputs_reference(
@@ -66,7 +66,7 @@ def _per_layer_inputs_kernel(
     place = row.to(tl.int64)[:, None] * DIM + cols  # [BLOCK_R, BLOCK]
     x = tl.load(projected_ptr + place, mask=mask, other=0.0).to(tl.float32) * SCALE
     square = tl.sum(x * x, axis=1, keep_dims=True) / DIM  # [BLOCK_R, 1]
-    y = scale_by_weight(x * tl.rsqrt(square + EPS), norm_weight.to(tl.float32), OFFSET)
+    y = x * tl.rsqrt(square + EPS) * add_offset(norm_weight, OFFSET)  # [BLOCK_R, BLOCK]
     y += embedding.to(tl.float32) * DIM**0.5
     tl.store(out_ptr + place, y * 0.5**0.5, mask=mask)
 
@@ -103,6 +103,7 @@ def per_layer_inputs(
             projected, ids, table, norm_weight, scale, eps, offset
         ).contiguous()
     assert table.is_contiguous() and norm_weight.stride(0) == 1
+    pdl = pdl and ids.is_contiguous()  # the copy would be written by a running kernel
     x, ids = projected.contiguous(), ids.contiguous()
     rows = x.numel() // p
     out = torch.empty((*ids.shape, dim // p, p), dtype=x.dtype, device=x.device)

@@ -51,12 +51,12 @@ def add_rms_norm_reference(
 
 
 @triton.jit
-def scale_by_weight(x, weight, OFFSET: tl.constexpr):
-    """Returns x * (OFFSET + weight), fp32."""
-    if OFFSET == 0:
-        return x * weight
-    else:
-        return x * (OFFSET + weight)
+def add_offset(weight, OFFSET: tl.constexpr):
+    """Returns OFFSET + weight, by which a norm multiplies, in fp32."""
+    weight = weight.to(tl.float32)
+    if OFFSET != 0:
+        weight = OFFSET + weight
+    return weight
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _normalize(
     """Returns the RMSNorm of one row x :: [BLOCK], fp32."""
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
-        return scale_by_weight(x * tl.rsqrt(tl.sum(x * x) / DIM + EPS), weight, OFFSET)
+        return x * tl.rsqrt(tl.sum(x * x) / DIM + EPS) * add_offset(weight, OFFSET)
     else:
         return x * tl.rsqrt(tl.sum(x * x) / DIM + EPS)
 

@@ -1,4 +1,4 @@
-"""Suites of RMSNorm, and of residual add + RMSNorm with or without a post-norm (Gemma 2 and 3)."""
+"""Suites of RMSNorm, and of residual add + RMSNorm without or (Gemma 2 to 4) with a post-norm."""
 
 from __future__ import annotations
 

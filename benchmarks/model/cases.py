@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 
 from gemma_fast.benchmarks.measure.machine import Work, visible_pairs
-from gemma_fast.checkpoint.base import EMBEDDING, HEAD, Checkpoint
+from gemma_fast.checkpoint.base import EMBEDDING, HEAD, PER_LAYER_EMBEDDING, Checkpoint
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.config import GemmaConfig
@@ -107,9 +107,9 @@ def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens
     reads the keys and values that this token sees.
     """
     computed = [tokens if x.kv_layer == i else 1 for i, x in enumerate(config.layers)]
-    multiplied = weights_work(config, tokens, computed)
-    elements = multiplied.bytes + batch * config.hidden_size_per_layer_input * sum(computed)
-    flops, end = multiplied.flops, depth + tokens
+    elements, flops = weights_work(config, tokens, computed)
+    elements += batch * config.hidden_size_per_layer_input * sum(computed)
+    end = depth + tokens
     for i, layer in enumerate(config.layers):
         limit, own = layer.window or end, layer.kv_layer == i
         positions = min(depth, limit - 1) + min(tokens, limit) if own else min(end, limit)
@@ -119,8 +119,8 @@ def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens
     return Work(elements * itemsize, batch * flops)
 
 
-def weights_work(config: GemmaConfig, tokens: int, computed: Sequence[int]) -> Work:
-    """Returns the number of weights that a pass reads (not bytes), and the FLOPs of one sequence.
+def weights_work(config: GemmaConfig, tokens: int, computed: Sequence[int]) -> tuple[int, int]:
+    """Returns the number of weights that a pass reads, and the FLOPs of one sequence.
 
     computed: the number of new tokens that each layer computes
     """
@@ -129,7 +129,7 @@ def weights_work(config: GemmaConfig, tokens: int, computed: Sequence[int]) -> W
         parts = [tokens]  # for equal parts of the weight, the tokens that are multiplied by it
         if name == (EMBEDDING if config.tie_word_embeddings else HEAD):
             parts = [1]
-        elif name in (EMBEDDING, "model.embed_tokens_per_layer.weight"):
+        elif name in (EMBEDDING, PER_LAYER_EMBEDDING):
             parts = []
         elif name == "model.per_layer_model_projection.weight":
             parts = [*computed]
@@ -138,4 +138,4 @@ def weights_work(config: GemmaConfig, tokens: int, computed: Sequence[int]) -> W
         part = math.prod(shape) // max(len(parts), 1)
         elements += part * len(parts)
         flops += 2 * part * sum(parts)
-    return Work(elements, flops)
+    return elements, flops

@@ -216,11 +216,7 @@ def _transformers(
         if kernels:
             from gemma_fast.hf import accelerate
 
-            try:
-                accelerate(model)
-            except ValueError as problem:
-                kind = checkpoint.config.model_type
-                raise NotImplementedError(f"accelerate does not take {kind}") from problem
+            accelerate(model)
         return loop(model)
 
     return load

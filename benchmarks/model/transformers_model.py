@@ -22,7 +22,7 @@ SAME_IN_GEMMA_2_AND_3 = (
     "query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
 
-ONLY_IN_GEMMA_4 = (
+FIELDS_OF_GEMMA_4 = (
     "final_logit_softcapping", "num_global_key_value_heads", "attention_k_eq_v",
     "num_kv_shared_layers", "use_double_wide_mlp", "hidden_size_per_layer_input",
 )  # fmt: skip
@@ -51,11 +51,11 @@ def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
 
 
 def _gemma4_config(config: GemmaConfig, same: dict[str, Any]) -> transformers.PreTrainedConfig:
-    same |= {name: getattr(config, name) for name in ONLY_IN_GEMMA_4}
+    same |= {name: getattr(config, name) for name in FIELDS_OF_GEMMA_4}
     same |= {
-        "global_head_dim": config.rotary_dim(FULL),
+        "global_head_dim": config.head_dim_of(FULL),
         "vocab_size_per_layer_input": config.vocab_size_per_layer_input or config.vocab_size,
-        "sliding_window": config.sliding_window or 1,
+        "sliding_window": config.sliding_window or 1,  # None: no layer has a window
     }
     return transformers.Gemma4TextConfig(**same | {"layer_types": list(config.layer_types)})
 
@@ -64,7 +64,8 @@ def _rope(rope: RopeParameters) -> dict[str, Any]:
     """Returns transformers' rope parameters: only the keys that the type has."""
     kind, keys = rope.rope_type, ["rope_type", "rope_theta"]
     keys += {
-        "default": [], "linear": ["factor"], "yarn": [*rope._fields[2:8]],
+        "default": [], "linear": ["factor"],
+        "yarn": [name for name in rope._fields[2:] if name != "partial_rotary_factor"],
         "proportional": ["partial_rotary_factor"] + ["factor"] * (rope.factor != 1),
     }[kind]  # fmt: skip
     return {key: getattr(rope, key) for key in keys}

@@ -24,6 +24,7 @@ from gemma_fast.checkpoint.names import is_unused
 from gemma_fast.config import GemmaConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PER_LAYER_EMBEDDING = "model.embed_tokens_per_layer.weight"
 ROWS = 4096  # rows of the head and the embedding that are compared at once
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from gemma_fast.checkpoint.gemma4_layers import layer_fields
 from gemma_fast.checkpoint.rope_fields import USE_HF, rope_of
@@ -44,29 +44,37 @@ APPLIED = {
     "rope_local_base_freq": ("gemma3",),
     "original_max_position_embeddings": ("gemma", "gemma2"),
 }
-# Field → the families for which transformers reads it, the supported values, and what to do about
-# another value.
-REFUSED: dict[str, tuple[tuple[str, ...], tuple[Any, ...], str]] = {
+
+
+class Refused(NamedTuple):
+    """A field of which only some values are supported."""
+
+    field: str
+    families: tuple[str, ...]  # those for which transformers reads it
+    supported: tuple[Any, ...]
+    way_out: str  # what to do about another value
+
+
+REFUSED = (
     # Gemma 1's configs contain "gelu", but the model uses GELU's tanh approximation.
-    "hidden_act": (("gemma",), ("gelu", "gelu_pytorch_tanh"), USE_HF),
-    "hidden_activation": (WINDOWED, ("gelu_pytorch_tanh",), USE_HF),
-    "attention_bias": (ALL, (False,), USE_HF),
-    "use_bidirectional_attention": (BEFORE_4, (False, None), USE_HF),
-    "partial_rotary_factor": (ALL, (1,), USE_HF),
-    "is_encoder_decoder": (ALL, (False,), "use transformers"),
-    "per_layer_config": (BEFORE_4, (None,), "use transformers"),
-    "quantization_config": (
-        ALL, (None,), "use a .gguf file, an unquantized checkpoint, or transformers"
-    ),
-}  # fmt: skip
-REFUSED_IN_GEMMA_4: dict[str, tuple[tuple[str, ...], tuple[Any, ...], str]] = {
+    Refused("hidden_act", ("gemma",), ("gelu", "gelu_pytorch_tanh"), USE_HF),
+    Refused("hidden_activation", WINDOWED, ("gelu_pytorch_tanh",), USE_HF),
+    Refused("attention_bias", ALL, (False,), USE_HF),
+    Refused("use_bidirectional_attention", BEFORE_4, (False, None), USE_HF),
     # "vision": tokens of one image see each other. Attention between tokens of text is causal.
-    "use_bidirectional_attention": (GEMMA_4, (False, None, "vision"), "use transformers"),
-    "enable_moe_block": (
-        ("gemma4",), (False,),
+    Refused("use_bidirectional_attention", GEMMA_4, (False, None, "vision"), "use transformers"),
+    Refused("partial_rotary_factor", ALL, (1,), USE_HF),
+    Refused("is_encoder_decoder", ALL, (False,), "use transformers"),
+    Refused("per_layer_config", BEFORE_4, (None,), "use transformers"),
+    Refused(
+        "enable_moe_block", ("gemma4",), (False,),
         "Gemma 4's mixture of experts (26B-A4B) does not run here: use transformers or llama.cpp",
     ),
-}  # fmt: skip
+    Refused(
+        "quantization_config", ALL, (None,),
+        "use a .gguf file, an unquantized checkpoint, or transformers",
+    ),
+)  # fmt: skip
 # Fields without an effect on logits: transformers ignores them when it runs a Gemma model.
 IGNORED = {
     "architectures", "attention_dropout", "cache_implementation",
@@ -184,15 +192,14 @@ _OUTSIDE = (*TOKENS, "tie_word_embeddings", "model_type")
 
 def _check_field(name: str, value: Any, family: str, source: str) -> None:
     """Raises ValueError for a value that is not supported. Warns if the field is unknown."""
-    refused = REFUSED_IN_GEMMA_4 if family in GEMMA_4 else {}
-    if rule := refused.get(name) or REFUSED.get(name):
-        families, supported, way_out = rule
+    rules = [rule for rule in REFUSED if rule.field == name]
+    for _, families, supported, way_out in rules:
         if family in families and value is not None and value not in supported:
             raise ValueError(
                 f"{name}={value!r:.80} is not supported, only"
                 f" {' or '.join(str(x) for x in supported)}: {way_out}"
             )
-    elif name not in {*APPLIED, *IGNORED, *REFUSED_IN_GEMMA_4}:
+    if not rules and name not in {*APPLIED, *IGNORED}:
         warnings.warn(
             f"{source}: the field {name:.60}={value!r:.60} is unknown and has no effect",
             stacklevel=2,

@@ -72,7 +72,7 @@ def with_tensors(
             f"blk.{without[0]} has no attn_v.weight, but other layers of type {FULL} have one: such"
             " a model is not supported; use llama.cpp"
         )
-    pairs = config.rotary_dim(FULL) // 2
+    pairs = config.head_dim_of(FULL) // 2
     turning = 0 if factors is None else int((factors == 1).sum())
     expected = np.where(np.arange(pairs) < turning, 1, STILL).astype(np.float32)
     if factors is None or not np.array_equal(factors, expected):

@@ -54,7 +54,7 @@ def _tables(config: GemmaConfig, positions: int, device: torch.device) -> Tables
     tables = {}
     for kind in set(config.layer_types):
         rope = config.rope(kind)
-        angle = position * inverse_frequencies(rope, config.rotary_dim(kind), device)
+        angle = position * inverse_frequencies(rope, config.head_dim_of(kind), device)
         tables[kind] = angle.cos() * rope.attention_factor, angle.sin() * rope.attention_factor
     return tables
 

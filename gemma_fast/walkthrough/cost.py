@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from gemma_fast.checkpoint.base import PER_LAYER_EMBEDDING
 from gemma_fast.config import GemmaConfig
 from gemma_fast.reference import Reference
 from gemma_fast.walkthrough.record import Clock
@@ -13,7 +14,6 @@ from gemma_fast.walkthrough.record import Clock
 REPEATS = 10
 BF16 = 2  # bytes
 PER_LAYER = "per-layer embeddings"
-PER_LAYER_TABLE = "model.embed_tokens_per_layer.weight"
 LONG = 8192  # tokens of the longer context
 # Group → names of its steps, or the last part of these names.
 GROUPS = {
@@ -79,7 +79,7 @@ def bytes_of_a_token(config: GemmaConfig, past: int) -> dict[str, int]:
     groups = dict.fromkeys(groups_of(config), 0)
     for name, shape in config.tensor_shapes().items():
         step = name.removesuffix(".weight").rpartition(".")[2]
-        read = shape[1:] if name == PER_LAYER_TABLE else shape  # one row of the table
+        read = shape[1:] if name == PER_LAYER_EMBEDDING else shape  # one row of the table
         groups[GROUP_OF[step]] += BF16 * math.prod(read)
     if not config.tie_word_embeddings:  # the table of the embedding is not read
         groups["output projection"] -= BF16 * config.vocab_size * config.hidden_size

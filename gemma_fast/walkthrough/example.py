@@ -41,7 +41,7 @@ def wavelengths(config: GemmaConfig) -> dict[str, list[float]]:
     position = torch.full((1, 1), 1e-4)
     found = {}
     for kind in dict.fromkeys(config.layer_types):
-        cos, sin = angles(config.rope(kind), config.rotary_dim(kind), position)
+        cos, sin = angles(config.rope(kind), config.head_dim_of(kind), position)
         turned = torch.atan2(sin, cos)[0, 0, 0].double() / (2 * math.pi)
         found[kind] = (1e-4 / turned).tolist()
     return found

@@ -184,11 +184,11 @@ def test_each_field_has_the_effect_that_it_has_in_transformers(saved, field):
 def test_every_field_of_transformers_configs_is_in_one_table(family):
     fields = {field.name for config in CLASSES[family] for field in dataclasses.fields(config)}
     saved = {name for config in CLASSES[family] for name in config().to_dict()}
-    refused = [*config_json.REFUSED.items(), *config_json.REFUSED_IN_GEMMA_4.items()]
-    known = {*config_json.APPLIED, *dict(refused), *config_json.IGNORED}
+    refused = config_json.REFUSED
+    known = {*config_json.APPLIED, *(rule.field for rule in refused), *config_json.IGNORED}
     assert fields | saved <= known, "a field of config.json has no effect here"
     applied = [name for name, families in config_json.APPLIED.items() if family in families]
-    applied += [name for name, rule in refused if family in rule[0]]
+    applied += [rule.field for rule in refused if family in rule.families]
     applied += config_json.IGNORED
     assert len(applied) == len(set(applied)), "a field is in two tables"
     tested = {*CHANGES, *SHAPES, *SHAPES_OF_GEMMA_4, "model_type", "transformers_version"}

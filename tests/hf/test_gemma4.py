@@ -15,11 +15,10 @@ from hf_models import (
     make,
     padded,
     prompt,
-    randomize,
     why,
 )
 from marks import slow
-from tiny_models import close
+from tiny_models import close, randomize
 from transformers import DynamicCache, StaticCache
 from triton_interpreter import interpreter
 

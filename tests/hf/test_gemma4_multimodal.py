@@ -8,8 +8,8 @@ import copy
 import pytest
 import torch
 import transformers
-from hf_models import GEMMA4, generate, logits, prompt, randomize
-from tiny_models import close
+from hf_models import GEMMA4, generate, logits, prompt
+from tiny_models import close, randomize
 
 from gemma_fast.hf import GemmaFastCache, accelerate, explain, restore
 from gemma_fast.hf.layers import Fast

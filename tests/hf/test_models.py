@@ -8,8 +8,8 @@ import logging
 import pytest
 import torch
 import transformers
-from hf_models import make, padded, prompt, randomize, why
-from tiny_models import close
+from hf_models import make, padded, prompt, why
+from tiny_models import close, randomize
 from torch import nn
 
 from gemma_fast.hf import accelerate, explain, restore

@@ -5,10 +5,13 @@ import torch
 from kernel_checks import DTYPES
 from tolerances import assert_rounded, norm_roundings
 
+from gemma_fast.kernels import per_layer
+from gemma_fast.kernels.launch import Gpu, as_on
 from gemma_fast.kernels.per_layer import per_layer_inputs
 
 # (batch, tokens, layers, p); p is a power of two or not, and rows do not fill the last program.
 SHAPES = [(1, 1, 35, 256), (2, 3, 5, 48), (1, 7, 1, 8), (3, 1, 2, 640)]
+H100 = Gpu(capability=90, shared_memory=232_448, multiprocessors=132)
 SCALE, EPS, VOCAB = 0.03, 1e-3, 11  # EPS is large enough to change results
 
 
@@ -93,6 +96,25 @@ def test_the_table_may_be_in_pinned_host_memory():
     given = projected, ids, table.cpu().pin_memory(), norm_weight
     found = per_layer_inputs(*given, scale=SCALE)
     assert torch.equal(found, per_layer_inputs(projected, ids, table, norm_weight, scale=SCALE))
+
+
+class Recorder(list):
+    """Takes the place of a kernel, and collects the PDL option of its launches."""
+
+    def __getitem__(self, grid):
+        return lambda *args, PDL, **options: self.append(PDL)
+
+
+def test_ids_that_are_copied_are_not_read_before_the_wait(monkeypatch):
+    """The previous kernel in the stream may be the one that copies them."""
+    launched = Recorder()
+    monkeypatch.setattr(per_layer, "_per_layer_inputs_kernel", launched)
+    monkeypatch.setattr(per_layer, "runs_triton", lambda x: True)
+    projected, ids, *weights = inputs((2, 6, 3, 32), device="cpu")
+    with as_on(H100):
+        for given in (ids, ids.T.contiguous().T):
+            per_layer_inputs(projected, given, *weights, scale=SCALE, pdl=True)
+    assert [*launched] == [True, False]
 
 
 def test_no_tokens_give_an_empty_result(device):

@@ -124,7 +124,7 @@ def usual_partial_rotation(rope, d, positions, right=reference.angles):
     )
 
 
-def has_scalar(config: GemmaConfig) -> bool:
+def any_model(config: GemmaConfig) -> bool:
     return True
 
 
@@ -142,7 +142,7 @@ MISTAKES: dict[type[Reference], Callable[[GemmaConfig], bool]] = {
             ValuesHaveTheNormOfKeys, ValuesAreRotated, RotatedBeforeTheNorm, QueryNormMissing,
             KeyNormMissing, ScalarMissing, ScalarOfTheUpdateOnly,
         ),
-        has_scalar,
+        any_model,
     ),
     SharesTheFirstLayer: shares,
     **dict.fromkeys(

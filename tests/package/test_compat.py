@@ -125,6 +125,7 @@ def test_forward_accepts_keywords_that_change_nothing_and_refuses_others(one):
         ({"labels": IDS}, "labels=.* is not supported: compute the loss from"),
         ({"output_hidden_states": True}, "output_hidden_states=True is not supported"),
         ({"return_dict": False}, "return_dict=False is not supported: index the result"),
+        ({"per_layer_inputs": IDS}, "per_layer_inputs=.* is not supported: pass input_ids"),
         ({"token_type_idz": IDS}, r"forward\(\) got an unexpected keyword.*token_type_idz"),
     ):
         with pytest.raises(TypeError, match=message):

@@ -9,7 +9,9 @@ import torch
 import transformers
 from tiny_models import CONFIGS, close, random_model
 
+import gemma_fast
 from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.checkpoint.transformers import CLASSES
 from gemma_fast.compat import FROM_PRETRAINED
 
 OURS = {"dtype", "device", "device_map", "torch_dtype"}
@@ -51,3 +53,9 @@ def test_forward_takes_and_returns_the_cache_under_both_names():
     out = model(ids)
     with pytest.raises(TypeError, match="both cache and past_key_values"):
         model(ids, cache=out.cache, past_key_values=out.cache)
+
+
+def test_each_text_class_of_transformers_has_its_name_here():
+    names = [name for name in CLASSES if name.endswith("ForCausalLM")]
+    assert all(getattr(gemma_fast, name) is GemmaForCausalLM for name in names)
+    assert len(names) == 5

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from gemma_fast.checkpoint.base import PER_LAYER_EMBEDDING
 from gemma_fast.model.cache import BLOCK, KVCache
 from gemma_fast.presets import PRESETS
-from gemma_fast.walkthrough.cost import BF16, PER_LAYER_TABLE, bytes_of_a_token
+from gemma_fast.walkthrough.cost import BF16, bytes_of_a_token
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/gemma4.md"
 KIB, MIB = 2**10, 2**20
@@ -21,7 +22,7 @@ def column(name: str) -> list[str]:
     """Returns what the table must say about a model, from the second row on."""
     config, layers = PRESETS[name], PRESETS[name].layers
     window, full = ([x for x in layers if bool(x.window) == kind] for kind in (True, False))
-    table = math.prod(config.tensor_shapes().get(PER_LAYER_TABLE, (0,)))
+    table = math.prod(config.tensor_shapes().get(PER_LAYER_EMBEDDING, (0,)))
     tokens = 512 * BLOCK  # longer than all windows
     per_token = (cache_bytes(config, tokens + BLOCK) - cache_bytes(config, tokens)) / BLOCK
     rings = cache_bytes(config, tokens) - tokens * per_token

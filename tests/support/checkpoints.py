@@ -121,7 +121,7 @@ def write_gguf(
 
 def rope_factors(config: GemmaConfig) -> np.ndarray:
     """Returns the divisors of the rotary frequencies of Gemma 4's full layers."""
-    pairs = config.rotary_dim(FULL) // 2
+    pairs = config.head_dim_of(FULL) // 2
     turning = int(config.full_rope.partial_rotary_factor * pairs)
     return np.array([1] * turning + [1e30] * (pairs - turning), np.float32)
 
@@ -146,7 +146,7 @@ def write_metadata(writer: gguf.GGUFWriter, config: GemmaConfig) -> None:
 
 
 def write_metadata_of_layers(writer: gguf.GGUFWriter, config: GemmaConfig) -> None:
-    layers, full = config.layers, config.rotary_dim(FULL)
+    layers, full = config.layers, config.head_dim_of(FULL)
     writer.add_feed_forward_length([layer.intermediate_size for layer in layers])
     writer.add_head_count_kv([layer.num_key_value_heads for layer in layers])
     writer.add_sliding_window_pattern([layer.kind == SLIDING for layer in layers])

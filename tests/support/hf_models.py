@@ -4,7 +4,7 @@ import copy
 
 import torch
 import transformers
-from tiny_models import CONFIGS, random_transformers_model, two_layers
+from tiny_models import CONFIGS, random_transformers_model, randomize, two_layers
 
 from gemma_fast.hf import explain
 
@@ -52,18 +52,6 @@ def _gemma4(family, attention):
     config = getattr(transformers, f"{kind}TextConfig")(**copy.deepcopy(GEMMA4[family]))
     model = getattr(transformers, f"{kind}ForCausalLM")
     return model._from_config(config, attn_implementation=attention)
-
-
-def randomize(model):
-    """Gives the model random weights, in eval mode, and returns it."""
-    generator = torch.Generator().manual_seed(1)
-    for name, weight in model.named_parameters():
-        std = 0.5 if "norm" in name else 1.5 / weight.shape[-1] ** 0.5
-        weight.data.normal_(std=std, generator=generator)
-    for name, scalar in model.named_buffers():
-        if name.endswith("layer_scalar"):
-            scalar.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
 
 
 def prompt(b=B, t=T, seed=0):

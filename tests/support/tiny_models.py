@@ -131,18 +131,25 @@ def random_model(
 
 def random_transformers_model(config: GemmaConfig) -> transformers.PreTrainedModel:
     """Returns transformers' model with random weights, in eval mode, with eager attention."""
-    hf = transformers.AutoModelForCausalLM.from_config(
-        transformers_config(config), attn_implementation="eager"
-    ).eval()
+    return randomize(
+        transformers.AutoModelForCausalLM.from_config(
+            transformers_config(config), attn_implementation="eager"
+        )
+    )
+
+
+def randomize(hf: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Gives a model of transformers random weights, in eval mode, and returns it."""
     generator = torch.Generator().manual_seed(1)
+    gemma4 = hf.config.model_type.startswith("gemma4")
     for name, weight in hf.named_parameters():
         std = 0.5 if "norm" in name else 1.5 / weight.shape[-1] ** 0.5
         weight.data.normal_(std=std, generator=generator)
-        if "norm" in name and config.norm_offset == 0:
+        if gemma4 and "norm" in name:  # norms multiply by the weight, not by 1 + weight
             weight.data += 1
-        if name.endswith(("q_norm.weight", "k_norm.weight")) and config.query_pre_attn_scalar == 1:
+        if gemma4 and name.endswith(("q_norm.weight", "k_norm.weight")):
             weight.data *= 0.5  # scores of about 10, as tolerances.py assumes
     for name, scalar in hf.named_buffers():
         if name.endswith("layer_scalar"):
             scalar.data.uniform_(0.4, 1.2, generator=generator)
-    return hf
+    return hf.eval()
