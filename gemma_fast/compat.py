@@ -47,8 +47,9 @@ FORWARD: Table = {
     "labels": ((), _FROM_LOGITS),
     "inputs_embeds": ((), "pass input_ids"),
     "per_layer_inputs": ((), "pass input_ids"),
-    # no effect on Gemma (text) in transformers 5
+    # no effect on Gemma's text models in transformers 5
     "token_type_ids": (ANY, ""),
+    "mm_token_type_ids": (ANY, ""),  # from the processors of Gemma 4, for texts as well
     "cache_position": (ANY, ""),
     "num_logits_to_keep": (ANY, ""),
 }

@@ -80,7 +80,7 @@ def config_from_gguf(metadata: Mapping[str, Any]) -> GemmaConfig:
     needs `gemma4_gguf.with_tensors`."""
     family = metadata.get("general.architecture")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(f"general.architecture {family!r} is not one of {', '.join(FAMILIES)}")
+        raise ValueError(f"general.architecture {family!r:.60} is not one of {', '.join(FAMILIES)}")
     if (kind := metadata.get("general.type", "model")) != "model":
         raise ValueError(f"general.type {kind!r} is not supported, only 'model'")
     dot = f"{family}."

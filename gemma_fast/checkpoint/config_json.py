@@ -202,7 +202,7 @@ def _check_field(name: str, value: Any, family: str, source: str) -> None:
             )
     if not rules and name not in {*APPLIED, *IGNORED}:
         warnings.warn(
-            f"{source}: the field {name}={value!r:.60} is unknown and has no effect",
+            f"{source}: the field {name:.60}={value!r:.60} is unknown and has no effect",
             stacklevel=2,
         )
 

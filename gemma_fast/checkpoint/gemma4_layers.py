@@ -74,8 +74,8 @@ def _shapes(given: Any, kinds: Sequence[Any], values: Mapping[str, Any]) -> dict
         for name, value in changed.items():
             if name not in SHAPE and value != values.get(name) and (name, value) != ("skip", []):
                 raise ValueError(
-                    f"per_layer_config: {name}={value!r:.60} of layer {i} is not supported, only"
-                    f" {' and '.join(SHAPE)}: use transformers"
+                    f"per_layer_config: {name:.40}={value!r:.60} of layer {i} is not supported,"
+                    f" only {' and '.join(SHAPE)}: use transformers"
                 )
         shape = [changed.get(name, values[name]) for name in SHAPE]
         if found.setdefault(str(kind), shape) != shape:

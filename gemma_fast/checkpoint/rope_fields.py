@@ -93,9 +93,11 @@ def _parameters(
 ) -> RopeParameters:
     kind = given.get("rope_type", given.get("type")) or "default"
     if not isinstance(kind, str) or kind not in keys:
-        raise ValueError(f"rope_type {kind!r} is not supported, only {', '.join(keys)}: {USE_HF}")
+        raise ValueError(
+            f"rope_type {kind!r:.60} is not supported, only {', '.join(keys)}: {USE_HF}"
+        )
     if unknown := sorted(given.keys() - set().union(*keys.values()) - OTHER_KEYS):
-        warnings.warn(f"config.json: rope parameter {unknown[0]!r} has no effect", stacklevel=2)
+        warnings.warn(f"config.json: rope parameter {unknown[0]!r:.60} has no effect", stacklevel=2)
     if given.get("partial_rotary_factor") not in (None, 1) and kind in ("linear", "yarn"):
         partial = given["partial_rotary_factor"]
         raise ValueError(f"partial_rotary_factor={partial!r} is not supported, only 1: {USE_HF}")

@@ -186,8 +186,13 @@ class Gemma(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Gemma:
         self.rope.clear()  # the weights may move to another device
-        super()._apply(fn, recurse)
         table = self.embed_tokens_per_layer
-        if table is not None and table.is_cpu and self.device.type == "cuda":
-            table.data = table.data.pin_memory()  # a converted table is not pinned
+        if table is None or table.device == self.device:
+            return super()._apply(fn, recurse)
+        self.embed_tokens_per_layer = None  # it stays in host memory
+        super()._apply(fn, recurse)
+        converted = table.data.to(self.dtype)
+        pinned = self.device.type == "cuda"
+        table.data = converted.pin_memory() if pinned else converted
+        self.embed_tokens_per_layer = table
         return self

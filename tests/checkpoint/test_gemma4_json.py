@@ -193,6 +193,32 @@ def test_unsupported_configs_are_refused(change, message):
     refused(change, message)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"per_layer_config": {"0": {"x" * 9999: 1}}},
+        {"rope_parameters": {FULL: {"rope_type": "x" * 9999, "rope_theta": 1e4}}},
+    ],
+)
+def test_messages_do_not_repeat_long_names(change):
+    with pytest.raises(ValueError, match="x" * 20) as error:
+        config_from_json({"model_type": "gemma4_text"} | TEXT | change)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x" * 9999: 1},
+        {"rope_parameters": {FULL: {"rope_theta": 1e4, "x" * 9999: 1}, SLIDING: {"rope_theta": 1}}},
+    ],
+)
+def test_warnings_do_not_repeat_long_names(change):
+    with pytest.warns(UserWarning, match="x" * 20) as warned:
+        config_from_json({"model_type": "gemma4_text"} | TEXT | change)
+    assert all(len(str(warning.message)) < 500 for warning in warned)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.5, "0.25", float("nan"), True])
 def test_share_of_rotating_pairs_is_checked(value):
     full = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": value}

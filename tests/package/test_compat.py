@@ -116,7 +116,9 @@ def test_forward_accepts_keywords_that_change_nothing_and_refuses_others(one):
     keywords = {"return_dict": True, "output_attentions": False, "labels": None}
     keywords["token_type_ids"] = torch.ones_like(IDS)
     assert torch.equal(one.model(IDS, **keywords).logits, expected)
-    for ignored in ("token_type_ids", "cache_position", "num_logits_to_keep"):
+    for ignored in (
+        "token_type_ids", "mm_token_type_ids", "cache_position", "num_logits_to_keep"
+    ):  # fmt: skip
         value = 1 if ignored == "num_logits_to_keep" else torch.ones_like(IDS)
         assert torch.equal(one.model(IDS, **{ignored: value}).logits, expected)
         assert torch.equal(one.hf(IDS, **{ignored: value}).logits, one.hf(IDS).logits)

@@ -87,6 +87,19 @@ def test_table_of_per_layer_embeddings_stays_on_the_host_if_the_rest_fits_the_gp
     assert not fits_without_table(weights, size - table - 1)
 
 
+def test_table_in_host_memory_stays_there_when_the_model_is_converted():
+    """The meta device stands for a GPU."""
+    model = GemmaForCausalLM.from_checkpoint(RandomCheckpoint(CONFIGS["gemma4-all"]), device="cpu")
+    table = model.embed_tokens_per_layer
+    model.embed_tokens_per_layer = None
+    model.to("meta")
+    model.embed_tokens_per_layer = table
+    model.to("meta", torch.bfloat16)
+    assert model.embed_tokens_per_layer is table and table.is_cpu
+    assert model.dtype == table.dtype == torch.bfloat16
+    assert model.memory()["host"] == table.nbytes
+
+
 @pytest.mark.gpu
 def test_model_reads_per_layer_embeddings_from_host_memory():
     checkpoint, ids = RandomCheckpoint(CONFIGS["gemma4-all"]), torch.arange(3, 17).unsqueeze(0)
@@ -101,4 +114,5 @@ def test_model_reads_per_layer_embeddings_from_host_memory():
     table.copy_(on_gpu.embed_tokens_per_layer)  # random values differ between devices
     tokens = [x.generate(ids, max_new_tokens=12, eos_token_id=[]).cpu() for x in (on_gpu, on_host)]
     assert torch.equal(*tokens)
-    assert on_host.to(torch.bfloat16).embed_tokens_per_layer.is_pinned()
+    assert on_host.to("cuda", torch.bfloat16).embed_tokens_per_layer.is_pinned()
+    assert on_host.embed_tokens_per_layer.dtype == torch.bfloat16
