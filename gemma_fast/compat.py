@@ -37,7 +37,6 @@ _MEDIA: Table = {
         ((), "images, video and audio are not read: use transformers' own model and"
              " gemma_fast.hf.accelerate(model)"),
     ),
-    "mm_token_type_ids": ((), "pass only input_ids and attention_mask"),
 }  # fmt: skip
 
 FORWARD: Table = {
@@ -122,6 +121,7 @@ GENERATE: Table = {
     "inputs_embeds": ((), f"pass input_ids, or {_HF}"),
     "position_ids": ((), "omit it: positions follow from attention_mask"),
     "token_type_ids": ((), "pass only input_ids and attention_mask"),
+    "mm_token_type_ids": ((), "pass only input_ids and attention_mask"),
     "assistant_model": ((), _DRAFT),
     "assistant_tokenizer": ((), _DRAFT),
     "negative_prompt_ids": ((), _HF),

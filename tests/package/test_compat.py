@@ -126,7 +126,6 @@ def test_forward_accepts_keywords_that_change_nothing_and_refuses_others(one):
         ({"labels": IDS}, "labels=.* is not supported: compute the loss from"),
         ({"output_hidden_states": True}, "output_hidden_states=True is not supported"),
         ({"input_features": torch.ones(1)}, "input_features=<Tensor> is not .*: images, video and"),
-        ({"mm_token_type_ids": IDS}, "mm_token_type_ids=<Tensor> is not supported: pass only"),
         ({"return_dict": False}, "return_dict=False is not supported: index the result"),
         ({"per_layer_inputs": IDS}, "per_layer_inputs=.* is not supported: pass input_ids"),
         ({"token_type_idz": IDS}, r"forward\(\) got an unexpected keyword.*token_type_idz"),
