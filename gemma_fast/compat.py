@@ -29,7 +29,7 @@ _OUTPUTS = {
     "output_hidden_states": ((False,), "only logits are returned"),
 }
 
-# What transformers' processors of multimodal models return for forward() and generate().
+# Outputs of transformers' multimodal processors, which programs pass to forward() and generate().
 _MEDIA: Table = {
     **dict.fromkeys(
         ("pixel_values", "pixel_values_videos", "image_position_ids", "video_position_ids",

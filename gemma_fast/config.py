@@ -66,7 +66,7 @@ SHAPES = (
 
 
 class LayerShape(NamedTuple):
-    """What one layer computes with: its attention, its MLP, and whose keys and values it reads."""
+    """Shape of one layer: window, heads, MLP, and the layer whose keys and values it reads."""
 
     kind: str  # SLIDING | FULL
     window: int | None  # keys that a token sees, its own included; None: all earlier ones
@@ -171,7 +171,7 @@ class GemmaConfig:
 
     @property
     def norm_offset(self) -> float:
-        """What a norm adds to its weight before it multiplies by it."""
+        """The number that a norm adds to its weight: x / rms(x) * (norm_offset + weight)."""
         return 0.0 if self.model_type == "gemma4" else 1.0
 
     def rope(self, kind: str) -> RopeParameters:

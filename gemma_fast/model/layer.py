@@ -75,7 +75,7 @@ class Residual(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What the layers of one forward pass share.
+    """The inputs of one forward pass that its layers share.
 
     cache         receives the tokens' K and V
     query_offset  [b], int32: position of each row's first token in the stream

@@ -77,16 +77,6 @@ def path(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def ours(path) -> Tokenizer:
-    return Tokenizer.from_pretrained(path)
-
-
-@pytest.fixture(scope="module")
-def judge(path):
-    return transformers.AutoTokenizer.from_pretrained(path)
-
-
 @pytest.mark.filterwarnings("ignore:.*writes no <bos>")
 @pytest.mark.parametrize(("chat", "options"), CHATS.values(), ids=CHATS)
 def test_rendered_text_equals_transformers(ours, judge, chat, options):

@@ -3,7 +3,6 @@ the official ones, thoughts, control tokens in messages, and what is shown of an
 
 import pytest
 import torch
-import transformers
 from tiny_gemma4 import TEMPLATE, gguf_metadata, write_tokenizer
 
 from gemma_fast.text.gguf_settings import gguf_settings
@@ -69,16 +68,6 @@ ATTACKS = {
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return write_tokenizer(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def ours(path) -> Tokenizer:
-    return Tokenizer.from_pretrained(path)
-
-
-@pytest.fixture(scope="module")
-def judge(path):
-    return transformers.AutoTokenizer.from_pretrained(path)
 
 
 @pytest.fixture(scope="module")

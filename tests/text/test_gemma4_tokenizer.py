@@ -43,16 +43,6 @@ def path(request, tmp_path_factory) -> Path:
     return write_tokenizer(tmp_path_factory.mktemp("tiny"), bos=request.param)
 
 
-@pytest.fixture(scope="module")
-def ours(path) -> Tokenizer:
-    return Tokenizer.from_pretrained(path)
-
-
-@pytest.fixture(scope="module")
-def judge(path):
-    return transformers.AutoTokenizer.from_pretrained(path)
-
-
 def from_gguf(**keys) -> Tokenizer:
     metadata = gguf_metadata() | {f"tokenizer.ggml.{k}": v for k, v in keys.items()}
     backend = gguf_backend(metadata, "tiny.gguf")
