@@ -32,15 +32,15 @@ def default_config(
     """Returns the launch config. In 16-bit dtypes at head_dim 256 and 512, blocks are narrower if
     shared memory is small, or if there are more programs than multiprocessors, so that two programs
     fit in the shared memory of a multiprocessor (227 KB on Hopper); with more than 16 rows, their
-    registers would not fit. In fp32 at head_dim 512, only one block is prefetched, or none if
-    shared memory is small and there are more than 16 rows."""
+    registers would not fit. In fp32 at head_dim 512, fewer blocks are prefetched if shared memory
+    is small, and if there are more than 16 rows."""
     block_m = max(16, triton.next_power_of_2(group + 1))
     small = gpu.shared_memory < 160_000
     programs = pairs * count_splits(pairs, group, visible, gpu)
     narrow = d >= 256 and (small or (block_m == 16 and programs > gpu.multiprocessors))
     block_n, num_stages = (32 if narrow else 64) // (2 if d == 512 else 1), 3
     if itemsize == 4:
-        block_n, num_stages = 16, 3 if d < 512 else 1 if small and block_m > 16 else 2
+        block_n, num_stages = 16, 3 - (small + (block_m > 16) if d == 512 else 0)
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "MERGE_COST": group,
         "num_warps": 8 if d * itemsize >= 512 else 4, "num_stages": num_stages,
