@@ -130,9 +130,8 @@ class Line(NamedTuple):
 
 
 def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Line]:
-    """Calls the model once. Returns one Line for each norm, MLP and attention module, with the code
-    path that ran and the reason. Experts (Gemma 4 26B-A4B) have a Line, too: they always run
-    transformers' code.
+    """Calls the model once. Returns one Line for each norm, MLP, attention and experts module, with
+    the code path that ran and the reason. Experts (Gemma 4 26B-A4B) always run transformers' code.
 
     inputs  keyword arguments of the call; default: two tokens under no_grad, as in `generate`
     strict  raise RuntimeError if a norm, an MLP or an attention module runs transformers' code

@@ -99,8 +99,8 @@ def gguf_settings(metadata: Mapping[str, Any], backend: Backend, source: str) ->
 
 
 def _gemma_4(settings: Mapping[str, Any], backend: Backend, source: str) -> dict[str, Any]:
-    """Returns the names of the special tokens, and add_bos_token=True, which llama.cpp sets, too: a
-    chat template writes <bos>, so that a converted tokenizer may lack it, but texts need it."""
+    """Returns the names of the special tokens, and add_bos_token=True. llama.cpp sets it for every
+    Gemma 4, because a file may say false (its chat template writes <bos>), but texts need <bos>."""
     if not settings["add_bos_token"]:
         warnings.warn(
             f"{source}: tokenizer.ggml.add_bos_token is false, but Gemma 4 needs <bos>: it is added"

@@ -101,7 +101,7 @@ SHAPES_OF_GEMMA_4 = {
 }  # fmt: skip
 # Fields with a value that transformers itself cannot run.
 NOT_RUN = {("gemma", "layer_types"), *((family, "return_dict") for family in ALL)}
-# What the error says if it does not name the field.
+# Patterns of error messages that do not contain the field's name.
 MESSAGES = {
     "layer_types": "layer_types|layers of one type", "rope_parameters": "rope_",
     "tie_word_embeddings": "lm_head",
