@@ -6,6 +6,7 @@ loads the weights, model/ implements the forward pass, and engine/ implements de
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,6 +56,7 @@ class GemmaForCausalLM(Gemma):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
+        quantize: str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         **others: Any,
     ) -> GemmaForCausalLM:
@@ -65,6 +67,8 @@ class GemmaForCausalLM(Gemma):
         device_map   transformers' way to pass the device: "auto", a device, or {"": device}; with
                      "model.embed_tokens_per_layer": "cpu" in the dict, the table of Gemma 4's
                      per-layer embeddings stays in host memory, see load.py
+        quantize     None: weights that the checkpoint has in 8 or 4 bits stay packed; "none": they
+                     are unpacked to dtype; "int8" or "int4": other weights are packed, too
         torch_dtype  older name of dtype in transformers
         others       revision, token, cache_dir, force_download, local_files_only: as in
                      huggingface_hub, without effect on a path; and transformers' keywords that
@@ -82,6 +86,7 @@ class GemmaForCausalLM(Gemma):
         return cls.from_checkpoint(
             checkpoint, dtype=dtype, device=pick_device(device, device_map),
             on_host=isinstance(device_map, Mapping) and f"model.{PER_LAYER}" in device_map,
+            quantize=quantize,
         )  # fmt: skip
 
     @classmethod
@@ -92,10 +97,11 @@ class GemmaForCausalLM(Gemma):
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
         on_host: bool = False,
+        quantize: str | None = None,
     ) -> GemmaForCausalLM:
         """Builds the model from an open checkpoint, for example a `RandomCheckpoint`. The arguments
         are those of `load.load_model`."""
-        model = load_model(cls, checkpoint, dtype, device, on_host)
+        model = load_model(cls, checkpoint, dtype, device, on_host, quantize)
         if checkpoint.generation_config:
             options, source = checkpoint.generation_config, str(checkpoint.path)
             model.generation_config = GenerationConfig.of(options, source)
@@ -264,7 +270,7 @@ class GemmaForCausalLM(Gemma):
         return True
 
     def num_parameters(self) -> int:
-        return sum(weight.numel() for weight in self.parameters())
+        return sum(math.prod(shape) for shape in self.config.tensor_shapes().values())
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.config import GemmaConfig
+from gemma_fast.kernels.packed import PackedWeight, Packing, common_packing
 from gemma_fast.memory import free_bytes, out_of_memory
 from gemma_fast.model.gemma import Gemma
 
 Model = TypeVar("Model", bound=Gemma)
 PER_LAYER = "embed_tokens_per_layer"  # the weight that can stay in host memory
+PACKED = 1 << 22  # elements of a packed weight that are read at once
 
 
 def load_model(
@@ -25,6 +28,7 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     on_host: bool = False,
+    quantize: str | None = None,
 ) -> Model:
     """Returns a model of class `cls` with the checkpoint's config and weights.
 
@@ -36,6 +40,8 @@ def load_model(
              GPU reads one row per token. It is also kept there if the weights do not fit the GPU's
              free memory with it, but fit without it. A table that is shared with the checkpoint
              stays where it is
+    quantize None: weights that the checkpoint has packed stay packed; "none": they are unpacked;
+             "int8", "int4": also those with more bits are packed, see checkpoint/rounded.py
 
     `model.parts` lists, for each parameter, the checkpoint's tensors that are stacked in it. The
     parameter shares the memory of these tensors if `_share` finds that possible. Otherwise it is
@@ -48,21 +54,62 @@ def load_model(
     refuse_head_dim(config, device, cls.head_dims)
     with torch.device("meta"):
         model = cls(config).to(dtype)
-    parts: dict[str, list[str]] = model.parts
-    found = {name: _share(checkpoint, parts[name], dtype, device) for name in parts}
+        parts: dict[str, list[str]] = model.parts
+        packed = {} if quantize == "none" else _pack(model, checkpoint, parts, dtype)
+    found = {
+        name: None if name in packed else _share(checkpoint, parts[name], dtype, device)
+        for name in parts
+    }
     shared = {name: weight for name, weight in found.items() if weight is not None}
-    empty = {name: model.get_parameter(name) for name in parts if name not in shared}
+    empty = {name: x for name, x in model.named_parameters() if name not in shared}
     on_host = device.type == "cuda" and (on_host or fits_without_table(empty, free_bytes(device)))
     with _allocation(checkpoint, empty, dtype, device):
         new = {
             name: torch.empty_like(weight, device="cpu", pin_memory=True)
-            if on_host and name == PER_LAYER
+            if on_host and _is_table(name)
             else torch.empty_like(weight, device=device)
             for name, weight in empty.items()
         }
     model.load_state_dict(shared | new, assign=True)
-    _copy(checkpoint, new, parts)
+    _copy(checkpoint, new, packed, parts)
     return model
+
+
+def _pack(
+    model: Gemma, checkpoint: Checkpoint, parts: Mapping[str, list[str]], dtype: torch.dtype
+) -> dict[str, PackedWeight]:
+    """Replaces the model's weights that the checkpoint has packed. Returns name → new weight."""
+    packed = {}
+    for name, tensors in parts.items():
+        packings = [checkpoint.packing(tensor) for tensor in tensors]
+        known = [packing for packing in packings if packing is not None]
+        if not known:
+            continue
+        if len(known) < len(packings):
+            which = {p is None: t for p, t in zip(packings, tensors, strict=True)}
+            warnings.warn(
+                f"{checkpoint.path}: {which[False]} is quantized, but {which[True]} is not: both"
+                " are unpacked, because they are parts of one matmul",
+                stacklevel=2,
+            )
+            continue
+        module_name, _, attribute = name.rpartition(".")
+        shape = model.get_parameter(name).shape
+        packed[name] = PackedWeight(shape, _narrow(common_packing(known), dtype))
+        module = model.get_submodule(module_name)
+        delattr(module, attribute)  # a module cannot replace a parameter
+        setattr(module, attribute, packed[name])
+    return packed
+
+
+def _narrow(packing: Packing, dtype: torch.dtype) -> Packing:
+    """Returns the packing with scales in fp16 instead of fp32, unless the model is in fp32."""
+    wide = packing.scale == torch.float32 and dtype != torch.float32
+    return packing._replace(scale=torch.float16) if wide else packing
+
+
+def _is_table(name: str) -> bool:
+    return name.partition(".")[0] == PER_LAYER
 
 
 def _share(
@@ -91,7 +138,7 @@ def fits_without_table(weights: Mapping[str, Tensor], free: float) -> bool:
     """Returns True if the weights need more than `free` bytes, but not without the table of
     per-layer embeddings."""
     size = sum(weight.nbytes for weight in weights.values())
-    table = weights[PER_LAYER].nbytes if PER_LAYER in weights else 0
+    table = sum(weight.nbytes for name, weight in weights.items() if _is_table(name))
     return size - table <= free < size
 
 
@@ -108,16 +155,32 @@ def _allocation(
 
 
 def _copy(
-    checkpoint: Checkpoint, weights: Mapping[str, Tensor], parts: Mapping[str, list[str]]
+    checkpoint: Checkpoint,
+    weights: Mapping[str, Tensor],
+    packed: Mapping[str, PackedWeight],
+    parts: Mapping[str, list[str]],
 ) -> None:
     """Copies each tensor of the checkpoint to its rows of the weight in which it is stacked."""
-    targets: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        rows = [checkpoint.shapes[tensor][0] for tensor in parts[name]]
-        targets |= zip(parts[name], weight.split(rows), strict=True)
+    targets: dict[str, tuple[Tensor | PackedWeight, int]] = {}  # tensor → weight and first row
+    for name, weight in (weights | packed).items():
+        row = 0
+        for tensor in parts.get(name, ()):  # a packed weight's data and scales are no parts
+            targets[tensor] = weight, row
+            row += checkpoint.shapes[tensor][0]
     read = checkpoint.tensors is None
     for tensor in _track(targets, f"Reading {checkpoint.path.name}") if read else targets:
-        checkpoint.copy(tensor, targets[tensor])
+        weight, row = targets[tensor]
+        rows = checkpoint.shapes[tensor][0]
+        if isinstance(weight, Tensor):
+            checkpoint.copy(tensor, weight[row : row + rows])
+            continue
+        step = max(PACKED // weight.shape[1] // 64, 1) * 64
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            try:
+                weight.write(row + start, checkpoint.packed_rows(tensor, start, stop))
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.path}: tensor {tensor}: {error}") from error
 
 
 def _track(names: Iterable[str], label: str) -> Iterable[str]:

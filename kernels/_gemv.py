@@ -5,8 +5,9 @@ A thread loads 16 bytes of the weight at a time. Its partial sums stay in its ow
 end, so the loop has no reduction across threads.
 """
 
-from gemma_fast.kernels._matmul_input import load_input, load_weight
+from gemma_fast.kernels._matmul_input import load_input
 from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels._weight import load_weight
 
 
 @triton.jit
@@ -22,7 +23,7 @@ def _add_products(sums, weight, x):
 @triton.jit
 def gemv(
     first_weight,  # [BLOCK_N, BLOCK_K]: columns 0 … BLOCK_K - 1, loaded before
-    weight_ptr,  # [out, DIM]
+    weight,  # Weight [out, DIM]
     weight_row,  # [BLOCK_N]
     inputs,  # MatmulInput, one row
     scales,  # Scales
@@ -43,7 +44,7 @@ def gemv(
     for k in tl.range(BLOCK_K, DIM, BLOCK_K, num_stages=STAGES):
         # [1, BLOCK_K]
         x = load_input(inputs, scales, h_ptr, rows, k, OFFSET, DIM, 1, BLOCK_K)
-        sums = _add_products(sums, load_weight(weight_ptr, weight_row, k, DIM, BLOCK_K), x)
+        sums = _add_products(sums, load_weight(weight, weight_row, k, DIM, BLOCK_K), x)
     # The block in registers comes last: the loop's loads are then issued before it is used.
     # [BLOCK_N, 1]
     return tl.sum(_add_products(sums, first_weight, first_x), axis=1, keep_dims=True)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels.packed import PackedWeight
 
 F = TypeVar("F", bound=Callable[..., Any])
 _library = torch.library.Library("gemma_fast", "DEF")
@@ -24,8 +25,9 @@ def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable
     mutates_args  names of the tensors that are written in place
 
     The op runs on the GPU of its first tensor. torch.compile treats it as opaque. (A `triton_op`
-    would not be, but costs 8 µs a call instead of 4, and imports the compiler.) Raises ValueError
-    if a tensor needs a gradient, backward or forward.
+    would not be, but costs 8 µs a call instead of 4, and imports the compiler.) A PackedWeight is
+    passed as its data, with `weight_scale` and `weight_minimum`. Raises ValueError if a tensor
+    needs a gradient, backward or forward.
     """
 
     def register(launcher: F) -> F:
@@ -58,6 +60,11 @@ def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable
 
         @functools.wraps(launcher)
         def call(*args: Any, **kwargs: Any) -> Any:
+            for i, arg in enumerate(args):
+                if isinstance(arg, PackedWeight):
+                    data, scale, minimum = arg.weight
+                    args = *args[:i], data, *args[i + 1 :]
+                    kwargs |= {"weight_scale": scale, "weight_minimum": minimum}
             return overload(*args, **kwargs)
 
         return call  # type: ignore[return-value]

@@ -1,15 +1,16 @@
 """Multiplies a weight by an input of 2 to 8 rows, on tensor cores. The weight is read once, through
 shared memory."""
 
-from gemma_fast.kernels._matmul_input import load_input, load_weight
+from gemma_fast.kernels._matmul_input import load_input
 from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels._weight import load_weight
 
 MAX_ROWS = 8
 
 
 @triton.jit
 def prefetch_weight(
-    weight_ptr,  # [out, DIM]
+    weight,  # Weight [out, DIM]
     weight_row,  # [BLOCK_N]
     DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -17,18 +18,18 @@ def prefetch_weight(
     """Fetches the first block of the weight into the L2 cache. (Tensor cores read weights from
     shared memory, and Triton copies to shared memory only inside the loop.)"""
     # elements in 128 bytes, a line of the L2 cache
-    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    LINE: tl.constexpr = 1024 // weight.data.dtype.element_ty.primitive_bitwidth
     col = tl.minimum(tl.arange(0, BLOCK_K // LINE) * LINE, DIM - 1)[None, :]  # [1, BLOCK_K / LINE]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
-        [weight_ptr + weight_row.to(tl.int64)[:, None] * DIM + col],  # [BLOCK_N, BLOCK_K / LINE]
+        [weight.data + weight_row.to(tl.int64)[:, None] * DIM + col],  # [BLOCK_N, BLOCK_K / LINE]
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
 def skinny_matmul(
-    weight_ptr,  # [out, DIM]
+    weight,  # Weight [out, DIM]
     weight_row,  # [BLOCK_N]
     inputs,  # MatmulInput
     scales,  # Scales
@@ -46,8 +47,8 @@ def skinny_matmul(
     for k in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
         # [BLOCK_B, BLOCK_K]
         x = load_input(inputs, scales, h_ptr, rows, k, OFFSET, DIM, BLOCK_B, BLOCK_K)
-        weight = load_weight(weight_ptr, weight_row, k, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
-        out = tl.dot(weight, x.T, out, input_precision="ieee")  # [BLOCK_N, BLOCK_B]
+        block = load_weight(weight, weight_row, k, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+        out = tl.dot(block, x.T, out, input_precision="ieee")  # [BLOCK_N, BLOCK_B]
     return out
 
 

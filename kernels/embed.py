@@ -3,10 +3,10 @@
     y = weight[ids] * scale
 
 ids    :: [b, t], int64; below zero (a token that could not be sampled): row 0
-weight :: [vocab, dim], bf16 | fp16 | fp32
-y      :: [b, t, dim], weight.dtype
+weight :: [vocab, dim], bf16 | fp16 | fp32, or packed (packed.py)
+y      :: [b, t, dim], weight.dtype, or `dtype` if the weight is packed
 
-Gemma rounds its scale, sqrt(dim), to the weight's dtype before the multiplication, and so does this
+Gemma rounds its scale, sqrt(dim), to y's dtype before the multiplication, and so does this
 kernel. The result is rounded once.
 Bound by memory: bytes = 2 * y.numel() * itemsize. Walk-through step: embed.
 """
@@ -14,22 +14,22 @@ Bound by memory: bytes = 2 * y.numel() * itemsize. Walk-through step: embed.
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
+from gemma_fast.kernels.packed import Weight, take_rows
 
 
-def embed_reference(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
-    return F.embedding(ids.clamp(min=0), weight) * torch.tensor(scale, dtype=weight.dtype)
+def embed_reference(ids: Tensor, weight: Weight, scale: float, dtype: torch.dtype) -> Tensor:
+    return take_rows(weight, ids.clamp(min=0), dtype) * torch.tensor(scale, dtype=dtype)
 
 
 @triton.jit
 def _embed_kernel(
     ids_ptr,  # [tokens]
-    weight_ptr,  # [vocab, DIM]
+    weight,  # Weight [vocab, DIM]
     out_ptr,  # [tokens, DIM]
     SCALE: tl.constexpr,
     DIM: tl.constexpr,
@@ -40,7 +40,7 @@ def _embed_kernel(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     wait_for_previous_kernel(PDL)
     row = tl.maximum(tl.load(ids_ptr + token), 0)
-    hidden = tl.load(weight_ptr + row * DIM + cols, mask=cols < DIM).to(tl.float32) * SCALE
+    hidden = tl.load(weight.data + row * DIM + cols, mask=cols < DIM).to(tl.float32) * SCALE
     tl.store(out_ptr + token * DIM + cols, hidden, mask=cols < DIM)
 
 
@@ -49,24 +49,39 @@ def _rounded(scale: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(scale, dtype=dtype))
 
 
-@op(fake=lambda ids, weight, *_, **__: weight.new_empty(*ids.shape, weight.shape[1]))
-def embed(ids: Tensor, weight: Tensor, scale: float, *, pdl: bool = False) -> Tensor:
+def _fake(
+    ids: Tensor, weight: Tensor, scale: float, *, dtype: torch.dtype | None = None,
+    weight_scale: Tensor | None = None, **_: object,
+) -> Tensor:  # fmt: skip
+    dim = Weight(weight, weight_scale).shape[1]
+    return weight.new_empty(*ids.shape, dim, dtype=dtype or weight.dtype)
+
+
+@op(fake=_fake)
+def embed(
+    ids: Tensor, weight: Tensor, scale: float, *, dtype: torch.dtype | None = None,
+    weight_scale: Tensor | None = None, weight_minimum: Tensor | None = None, pdl: bool = False,
+) -> Tensor:  # fmt: skip
     """Returns the scaled rows of the table, contiguous. Runs the reference where Triton does not
     run.
 
+    dtype: of the result; required for a PackedWeight
     pdl: start while the previous kernel, which may write ids, still runs; then wait for it.
     """
     assert ids.dtype == torch.int64 and weight.is_contiguous()
+    packed = Weight(weight, weight_scale, weight_minimum)
+    dtype = dtype or weight.dtype
+    assert dtype.is_floating_point, "a packed weight needs dtype"
     if not runs_triton(weight):
-        return embed_reference(ids, weight, scale)
-    ids, dim = ids.contiguous(), weight.shape[1]
-    out = torch.empty(*ids.shape, dim, dtype=weight.dtype, device=weight.device)
+        return embed_reference(ids, packed, scale, dtype)
+    ids, dim = ids.contiguous(), packed.shape[1]
+    out = torch.empty(*ids.shape, dim, dtype=dtype, device=weight.device)
     table = {"BLOCK": min(triton.next_power_of_2(dim), 1024), "num_warps": 4}
     config = launch_config("embed", table)
     if out.numel():
         _embed_kernel[(ids.numel(), triton.cdiv(dim, config["BLOCK"]))](
-            ids, weight, out,
-            SCALE=_rounded(scale, weight.dtype), DIM=dim,
+            ids, packed, out,
+            SCALE=_rounded(scale, dtype), DIM=dim,
             **config, **gpu(weight.device).pdl_options(pdl),
         )  # fmt: skip
     return out

@@ -5,12 +5,12 @@
 
 x, residual      :: [b, dim], bf16 | fp16 | fp32; residual, norm weights, layer_scalar and offset
                     as in norm_linear
-weight           :: [vocab, dim], x.dtype: the tied embedding
+weight           :: [vocab, dim], x.dtype, or packed (packed.py): often the embedding
 position, token, counter, temperature, seed: as in sample_token
 
 Up to MAX_ROWS rows, logits are in fp32 and never written: each program keeps its best token of
 each row, and the last program to finish compares them. More rows write logits in x.dtype.
-Bound by memory: bytes = weight.numel() * itemsize. Walk-through steps: final norm, lm_head, sample.
+Bound by memory: bytes = weight.nbytes. Walk-through steps: final norm, lm_head, sample.
 """
 
 from typing import NamedTuple
@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._gemv import gemv
-from gemma_fast.kernels._matmul_input import MatmulInput, load_weight, norm_scales
+from gemma_fast.kernels._matmul_input import MatmulInput, norm_scales
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._skinny import prefetch_weight, skinny_matmul
 from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels._weight import load_weight
 from gemma_fast.kernels.launch import gpu, launch_config
 from gemma_fast.kernels.matvec import check_matmul, is_matvec, norm_linear
 from gemma_fast.kernels.matvec import default_config as matvec_config
+from gemma_fast.kernels.packed import Weight
 from gemma_fast.kernels.sample import (
     PARTIALS,
     SamplingInputs,
@@ -60,7 +62,7 @@ def soft_cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
 @triton.jit(do_not_specialize=["rows"])
 def _next_token_kernel(
     inputs,  # MatmulInput
-    weight_ptr,  # [vocab, dim]
+    weight,  # Weight [vocab, dim]
     sampling,  # SamplingInputs
     partials,  # Partials, with one counter
     rows,
@@ -79,9 +81,9 @@ def _next_token_kernel(
     token = tl.program_id(0) * (BLOCKS * BLOCK_N) + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     weight_row = tl.minimum(token, VOCAB - 1)
     if BLOCK_B == 1:
-        weight = load_weight(weight_ptr, weight_row, 0, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+        first_weight = load_weight(weight, weight_row, 0, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
     elif PDL:
-        prefetch_weight(weight_ptr, weight_row, DIM, BLOCK_K)
+        prefetch_weight(weight, weight_row, DIM, BLOCK_K)
     wait_for_previous_kernel(PDL)
     scales = norm_scales(inputs, None, rows, False, SPEC.eps, SPEC.offset, DIM, BLOCK_B, BLOCK_K)
     best = tl.full([BLOCK_N, BLOCK_B], float("-inf"), tl.float32)
@@ -89,19 +91,19 @@ def _next_token_kernel(
     for block in range(BLOCKS):
         next_row = tl.minimum(token + BLOCK_N, VOCAB - 1)
         if BLOCK_B == 1:
-            next_weight = weight
+            next_weight = first_weight
             if block + 1 < BLOCKS:  # the next block is loaded while this one is multiplied
-                next_weight = load_weight(weight_ptr, next_row, 0, DIM, BLOCK_K)
+                next_weight = load_weight(weight, next_row, 0, DIM, BLOCK_K)
             # [BLOCK_N, 1]
             logits = gemv(
-                weight, weight_ptr, weight_row, inputs, scales, None, rows,
+                first_weight, weight, weight_row, inputs, scales, None, rows,
                 SPEC.offset, DIM, BLOCK_K, STAGES,
             )  # fmt: skip
-            weight = next_weight
+            first_weight = next_weight
         else:
             # [BLOCK_N, BLOCK_B]
             logits = skinny_matmul(
-                weight_ptr, weight_row, inputs, scales, None, rows,
+                weight, weight_row, inputs, scales, None, rows,
                 SPEC.offset, DIM, BLOCK_B, BLOCK_K, STAGES,
             )  # fmt: skip
         if SPEC.softcap > 0:
@@ -117,10 +119,11 @@ def _next_token_kernel(
     reduce_programs(best, best_token, row, rows, partials, BLOCK_B, CHUNK)
 
 
-def default_config(rows: int, vocab: int, dim: int, itemsize: int) -> dict[str, int]:
+def default_config(rows: int, weight: Weight, itemsize: int) -> dict[str, int]:
     """Returns the launch config: that of other matmuls, but with one row a program computes several
     blocks of tokens, so that it computes the norm once for all of them."""
-    config = matvec_config(rows, vocab, dim, itemsize) | {"BLOCKS": 1}
+    dim = weight.shape[1]
+    config = matvec_config(rows, weight, itemsize) | {"BLOCKS": 1}
     if rows == 1:  # with BLOCK_N = 8, this block and the next take twice the registers
         config |= {"BLOCK_N": 4, "BLOCKS": triton.cdiv(BYTES, 4 * dim * itemsize)}
     return config
@@ -132,32 +135,34 @@ def next_token(
     weight: Tensor, position: Tensor, token: Tensor, counter: Tensor,
     temperature: Tensor | None = None, seed: Tensor | None = None, *,
     layer_scalar: Tensor | None = None, softcap: float | None = None, eps: float = 1e-6,
-    offset: float = 1.0, pdl: bool = False,
+    offset: float = 1.0, weight_scale: Tensor | None = None,
+    weight_minimum: Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Writes the next token of each row to `token`. Where Triton does not run, and for more than
     MAX_ROWS rows, it computes the logits and then samples.
 
-    pdl: as in `linear`, see matvec.py.
+    weight, pdl: as in `linear`, see matvec.py.
     """
     (rows, dim), vocab = x.shape, weight.shape[0]
+    packed = Weight(weight, weight_scale, weight_minimum)
     check_sampling(rows, position, token, counter, temperature, seed)
     assert softcap is None or softcap > 0
     inputs = MatmulInput(x, residual, norm_weight, post_norm_weight, layer_scalar)
-    check_matmul(inputs, weight)
-    if not is_matvec(x, weight):
+    check_matmul(inputs, packed)
+    if not is_matvec(x, packed):
         y, _ = norm_linear(
             x, residual, norm_weight, post_norm_weight, weight, layer_scalar=layer_scalar,
-            eps=eps, offset=offset,
+            eps=eps, offset=offset, weight_scale=weight_scale, weight_minimum=weight_minimum,
         )  # fmt: skip
         logits = soft_cap_logits(y.float(), softcap)
         sample_token(logits, position, token, counter, temperature, seed)
         return
 
-    config = launch_config("next_token", default_config(rows, vocab, dim, x.element_size()))
+    config = launch_config("next_token", default_config(rows, packed, x.element_size()))
     programs = triton.cdiv(vocab, config["BLOCKS"] * config["BLOCK_N"])
     residual = None if residual is None else residual.contiguous()
     _next_token_kernel[(programs,)](
-        inputs._replace(x=x.contiguous(), residual=residual), weight,
+        inputs._replace(x=x.contiguous(), residual=residual), packed,
         SamplingInputs(position, temperature, seed), new_partials(token, counter, programs), rows,
         SPEC=LMHeadSpec(dim, vocab, softcap or 0.0, eps, offset),
         CHUNK=PARTIALS * config["num_warps"] // config["BLOCK_B"],

@@ -7,7 +7,7 @@
                  with geglu: gelu(gate) * up of its halves; with up: gelu(y) * up
 
 x, residual      :: [..., dim], bf16 | fp16 | fp32; without residual h = x
-weight           :: [out, dim], x.dtype
+weight           :: [out, dim], x.dtype, or packed (packed.py)
 norm_weight      :: [dim], any float, or None if there is a post-norm; offset as in rmsnorm.py
 post_norm_weight :: [dim], any float, or None
 layer_scalar     :: [1], x.dtype, or None
@@ -18,8 +18,8 @@ The norm, h and the normalized row are rounded as in rmsnorm.py; sums are in fp3
 rows are one launch: one row in registers (_gemv.py), 2 to 8 on tensor cores (_skinny.py). Each
 program loads all of x and some rows of the weight; program 0 stores h. With `pdl`, the first
 block of the weight is fetched before the wait for the previous kernel. More rows take three steps:
-norm, PyTorch's matmul, GeGLU.
-Bound by memory: bytes = weight.numel() * itemsize. Walk-through steps: project to Q, K, V; MLP.
+norm, matmul (PyTorch's, or packed_linear.py), GeGLU.
+Bound by memory: bytes = weight.nbytes. Walk-through steps: project to Q, K, V; MLP.
 """
 
 import torch
@@ -28,21 +28,24 @@ from torch import Tensor
 
 from gemma_fast.kernels._gemv import default_config as gemv_config
 from gemma_fast.kernels._gemv import gemv
-from gemma_fast.kernels._matmul_input import MatmulInput, Scales, load_weight, norm_scales
+from gemma_fast.kernels._matmul_input import MatmulInput, Scales, norm_scales
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._skinny import MAX_ROWS, prefetch_weight, skinny_matmul
 from gemma_fast.kernels._skinny import default_config as skinny_config
 from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels._weight import load_weight
 from gemma_fast.kernels.geglu import geglu as geglu_of
 from gemma_fast.kernels.geglu import geglu_in_fp32
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
+from gemma_fast.kernels.packed import Weight
+from gemma_fast.kernels.packed_linear import packed_linear
 from gemma_fast.kernels.rmsnorm import add_norm, add_rms_norm, rms_norm
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _matvec_kernel(
     inputs,  # MatmulInput
-    weight_ptr,  # [OUT, DIM]; with GEGLU [2 * OUT, DIM], gate then up
+    weight,  # Weight [OUT, DIM]; with GEGLU [2 * OUT, DIM], gate then up
     out_ptr,  # [rows, OUT]
     h_ptr,  # [rows, DIM] | None
     up_ptr,  # [rows, OUT] | None
@@ -63,9 +66,9 @@ def _matvec_kernel(
     program, n = tl.program_id(0), tl.arange(0, BLOCK_N)  # n :: [BLOCK_N]
     weight_row = (program * COLS + n % COLS) % OUT + n // COLS * OUT  # [BLOCK_N]
     if BLOCK_B == 1:
-        first_weight = load_weight(weight_ptr, weight_row, 0, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+        first_weight = load_weight(weight, weight_row, 0, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
     elif PDL:
-        prefetch_weight(weight_ptr, weight_row, DIM, BLOCK_K)
+        prefetch_weight(weight, weight_row, DIM, BLOCK_K)
     wait_for_previous_kernel(PDL)
     if up_ptr is not None:  # before the matmul, which hides the latency
         col = program * COLS + tl.arange(0, COLS)[:, None]  # [COLS, 1]
@@ -78,13 +81,13 @@ def _matvec_kernel(
     if BLOCK_B == 1:
         # [BLOCK_N, 1]
         out = gemv(
-            first_weight, weight_ptr, weight_row, inputs, scales, h_ptr, rows,
+            first_weight, weight, weight_row, inputs, scales, h_ptr, rows,
             OFFSET, DIM, BLOCK_K, STAGES,
         )  # fmt: skip
     else:
         # [BLOCK_N, BLOCK_B]
         out = skinny_matmul(
-            weight_ptr, weight_row, inputs, scales, h_ptr, rows,
+            weight, weight_row, inputs, scales, h_ptr, rows,
             OFFSET, DIM, BLOCK_B, BLOCK_K, STAGES,
         )  # fmt: skip
     if GEGLU:
@@ -97,12 +100,13 @@ def _matvec_kernel(
     tl.store(out_ptr + row * OUT + col, out, mask=(col < OUT) & (row < rows))
 
 
-def default_config(rows: int, out: int, dim: int, itemsize: int) -> dict[str, int]:
-    """Returns the launch config for `rows` rows and a weight [out, dim]."""
+def default_config(rows: int, weight: Weight, itemsize: int) -> dict[str, int]:
+    """Returns the launch config for `rows` rows of x, whose elements have `itemsize` bytes."""
+    out, dim = weight.shape
     return gemv_config(out, dim, itemsize) if rows == 1 else skinny_config(out, itemsize)
 
 
-def check_matmul(inputs: MatmulInput, weight: Tensor) -> None:
+def check_matmul(inputs: MatmulInput, weight: Weight) -> None:
     """Asserts that shapes, dtypes and strides fit together."""
     x, residual, norm_weight, post_norm_weight, layer_scalar = inputs
     dim = weight.shape[1]
@@ -119,12 +123,14 @@ def check_matmul(inputs: MatmulInput, weight: Tensor) -> None:
         )
 
 
-def is_matvec(x: Tensor, weight: Tensor) -> bool:
+def is_matvec(x: Tensor, weight: Weight) -> bool:
     """Whether a kernel for few rows computes x @ weightᵀ: Triton runs, and x has 1 to MAX_ROWS
     rows."""
     if not runs_triton(x) or not 0 < x[..., 0].numel() <= MAX_ROWS:
         return False
-    assert x.dtype == weight.dtype and weight.is_contiguous(), f"{x.dtype=}, {weight.dtype=}"
+    dtype = weight.data.dtype
+    assert weight.scale is not None or x.dtype == dtype, f"{x.dtype=}, weight {dtype}"
+    assert weight.data.is_contiguous()
     one_row = x.numel() == x.shape[-1]
     assert x.is_cuda or one_row or x.dtype != torch.bfloat16, (
         "the interpreter multiplies bf16 as integers"
@@ -133,7 +139,7 @@ def is_matvec(x: Tensor, weight: Tensor) -> bool:
 
 
 def _launch(
-    inputs: MatmulInput, weight: Tensor, up: Tensor | None, geglu: bool, eps: float,
+    inputs: MatmulInput, weight: Weight, up: Tensor | None, geglu: bool, eps: float,
     offset: float, pdl: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     x, out_dim, dim = inputs.x, weight.shape[0] // (1 + geglu), weight.shape[1]
@@ -148,7 +154,7 @@ def _launch(
     if up is not None:
         up = up.reshape(-1, out_dim)  # [rows, out]
         up_row_stride = up.stride(0)
-    config = default_config(rows, weight.shape[0], dim, x.element_size())
+    config = default_config(rows, weight, x.element_size())
     config = launch_config("matvec", config)
     _matvec_kernel[(triton.cdiv(out_dim, config["BLOCK_N"] // (1 + geglu)),)](
         inputs._replace(x=flat, residual=residual), weight, out, h, up, up_row_stride, rows,
@@ -159,17 +165,24 @@ def _launch(
 
 
 @op(fake=lambda x, weight, **_: x.new_empty(*x.shape[:-1], weight.shape[0]))
-def linear(x: Tensor, weight: Tensor, *, pdl: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, *, weight_scale: Tensor | None = None,
+    weight_minimum: Tensor | None = None, pdl: bool = False,
+) -> Tensor:  # fmt: skip
     """Returns x @ weightᵀ. Where Triton does not run, and for more than MAX_ROWS rows, PyTorch's
-    matmul computes it.
+    matmul or `packed_linear` computes it.
 
+    weight: a tensor or a PackedWeight (which sets weight_scale and weight_minimum)
     pdl: start reading the weight while the previous kernel still runs. No running kernel may write
     the weight.
     """
     inputs = MatmulInput(x, None, None, None, None)
-    check_matmul(inputs, weight)
-    if is_matvec(x, weight):
-        return _launch(inputs, weight, None, False, 0.0, 1.0, pdl)[0]
+    packed = Weight(weight, weight_scale, weight_minimum)
+    check_matmul(inputs, packed)
+    if is_matvec(x, packed):
+        return _launch(inputs, packed, None, False, 0.0, 1.0, pdl)[0]
+    if packed.scale is not None:
+        return packed_linear(x, packed)
     if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         # F.linear calls MKL, which reads weights 2.6 times slower on an AMD processor, for one row
         # (benchmarks/LOG.md). This calls oneDNN, as Inductor does.
@@ -203,27 +216,29 @@ def norm_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor | None,
     post_norm_weight: Tensor | None, weight: Tensor, *, geglu: bool = False,
     up: Tensor | None = None, layer_scalar: Tensor | None = None, eps: float = 1e-6,
-    offset: float = 1.0, pdl: bool = False,
+    offset: float = 1.0, weight_scale: Tensor | None = None,
+    weight_minimum: Tensor | None = None, pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns (y, h), as defined above. Where Triton does not run, and for more than MAX_ROWS rows,
     norm, matmul and GeGLU are separate ops.
 
-    pdl: as in linear.
+    weight, pdl: as in linear.
     """
     inputs = MatmulInput(x, residual, norm_weight, post_norm_weight, layer_scalar)
-    check_matmul(inputs, weight)
+    packed = Weight(weight, weight_scale, weight_minimum)
+    check_matmul(inputs, packed)
     assert norm_weight is not None or post_norm_weight is not None, "without norms, call linear"
     if up is not None:
         assert not geglu and up.shape == (*x.shape[:-1], weight.shape[0]) and up.dtype == x.dtype, (
             f"{tuple(up.shape)=} {up.dtype=} does not fit {tuple(weight.shape)=} {geglu=}"
         )
         assert up.stride(-1) == 1, "rows must be contiguous"
-    if is_matvec(x, weight):
-        y, h = _launch(inputs, weight, up, geglu, eps, offset, pdl)
+    if is_matvec(x, packed):
+        y, h = _launch(inputs, packed, up, geglu, eps, offset, pdl)
         assert h is not None
         return y, h
     normed, h = _normalized(inputs, eps, offset)
-    y = linear(normed, weight)
+    y = linear(normed, weight, weight_scale=weight_scale, weight_minimum=weight_minimum)
     if geglu:
         return geglu_of(*y.chunk(2, dim=-1)), h
     return (y if up is None else geglu_of(y, up)), h

@@ -5,7 +5,8 @@ layer, plus the layers' embeddings of the token.
 
 projected   :: [b, t, layers * p], bf16 | fp16 | fp32; scale is 1 / sqrt(hidden)
 ids         :: [b, t], int64; below zero (a token that could not be sampled): row 0
-table       :: [vocab, layers * p], projected.dtype; may be in pinned host memory
+table       :: [vocab, layers * p], projected.dtype, or packed (packed.py); may be in pinned host
+               memory
 norm_weight :: [p], any float; offset as in rmsnorm.py
 y           :: [b, t, layers, p], projected.dtype
 
@@ -16,21 +17,22 @@ Bound by memory: bytes = 3 * y.numel() * itemsize.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
+from gemma_fast.kernels.packed import Weight, take_rows
 from gemma_fast.kernels.rmsnorm import add_offset, rms_norm_reference
 
 
 def per_layer_inputs_reference(
-    projected: Tensor, ids: Tensor, table: Tensor, norm_weight: Tensor, scale: float,
+    projected: Tensor, ids: Tensor, table: Weight, norm_weight: Tensor, scale: float,
     eps: float = 1e-6, offset: float = 1.0,
 ) -> Tensor:  # fmt: skip
     p = norm_weight.shape[0]
-    rows = F.embedding(ids.clamp(min=0).to(table.device), table).to(projected.device)
+    ids = ids.clamp(min=0).to(table.data.device)
+    rows = take_rows(table, ids, torch.float32).to(projected.device)
     x, rows = (z.float().unflatten(-1, (-1, p)) for z in (projected, rows))  # [b, t, layers, p]
     y = rms_norm_reference(x * scale, norm_weight, eps, offset) + rows * p**0.5
     return (y * 0.5**0.5).to(projected.dtype)
@@ -40,7 +42,7 @@ def per_layer_inputs_reference(
 def _per_layer_inputs_kernel(
     projected_ptr,  # [rows, DIM]; a row is one layer of one token
     ids_ptr,  # [rows / LAYERS]
-    table_ptr,  # [vocab, LAYERS * DIM]
+    table,  # Weight [vocab, LAYERS * DIM]
     norm_weight_ptr,  # [DIM]
     out_ptr,  # [rows, DIM]
     rows,
@@ -59,7 +61,7 @@ def _per_layer_inputs_kernel(
     token = tl.maximum(tl.load(ids_ptr + row // LAYERS, mask=row < rows, other=0), 0)  # [BLOCK_R]
     # [BLOCK_R, 1]: row of the table as [vocab * LAYERS, DIM]
     layer = (token * LAYERS + row % LAYERS)[:, None]
-    embedding = tl.load(table_ptr + layer * DIM + cols, mask=mask, other=0.0)  # [BLOCK_R, BLOCK]
+    embedding = tl.load(table.data + layer * DIM + cols, mask=mask, other=0.0)  # [BLOCK_R, BLOCK]
     norm_weight = tl.load(norm_weight_ptr + cols, mask=cols < DIM, other=0.0)  # [1, BLOCK]
     wait_for_previous_kernel(PDL)
 
@@ -87,7 +89,8 @@ def _fake(
 @op(fake=_fake)
 def per_layer_inputs(
     projected: Tensor, ids: Tensor, table: Tensor, norm_weight: Tensor, *, scale: float,
-    eps: float = 1e-6, offset: float = 1.0, pdl: bool = False,
+    eps: float = 1e-6, offset: float = 1.0, weight_scale: Tensor | None = None,
+    weight_minimum: Tensor | None = None, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     """Returns the per-layer inputs, contiguous. Runs the reference where Triton does not run.
 
@@ -96,11 +99,12 @@ def per_layer_inputs(
     """
     p, dim = norm_weight.shape[0], projected.shape[-1]
     assert ids.dtype == torch.int64 and ids.shape == projected.shape[:-1], f"{ids.shape=}"
-    assert table.shape[1] == dim and dim % p == 0, f"{table.shape=}, {projected.shape=}, {p=}"
-    assert table.dtype == projected.dtype, f"{table.dtype=}, {projected.dtype=}"
+    packed = Weight(table, weight_scale, weight_minimum)
+    assert packed.shape[1] == dim and dim % p == 0, f"{packed.shape=}, {projected.shape=}, {p=}"
+    assert weight_scale is not None or table.dtype == projected.dtype, f"{table.dtype=}"
     if not runs_triton(projected):
         return per_layer_inputs_reference(
-            projected, ids, table, norm_weight, scale, eps, offset
+            projected, ids, packed, norm_weight, scale, eps, offset
         ).contiguous()
     assert table.is_contiguous() and norm_weight.stride(0) == 1
     pdl = pdl and ids.is_contiguous()  # the copy would be written by a running kernel
@@ -110,7 +114,7 @@ def per_layer_inputs(
     config = launch_config("per_layer_inputs", default_config(p))
     if rows:
         _per_layer_inputs_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-            x, ids, table, norm_weight, out, rows,
+            x, ids, packed, norm_weight, out, rows,
             SCALE=scale, EPS=eps, OFFSET=offset, LAYERS=dim // p, DIM=p,
             **config, **gpu(x.device).pdl_options(pdl),
         )  # fmt: skip

@@ -1,4 +1,4 @@
 """Loads a config and named tensors, from untrusted files or from a transformers model in memory.
 
-May import: config, ranges.
+May import: config, kernels, ranges.
 """

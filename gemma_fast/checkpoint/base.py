@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gemma_fast.checkpoint.names import is_unused
 from gemma_fast.config import GemmaConfig
+from gemma_fast.kernels.packed import PackedRows, Packing
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PER_LAYER_EMBEDDING = "model.embed_tokens_per_layer.weight"
@@ -58,6 +59,15 @@ class Checkpoint(ABC):
         """
         assert out.shape == self.shapes[name], f"{name}: {out.shape=} is not {self.shapes[name]}"
         self._read(name, out)
+
+    def packing(self, name: str) -> Packing | None:
+        """Returns how a tensor is packed, or None if it is not, or must be unpacked."""
+        return None
+
+    def packed_rows(self, name: str, start: int, stop: int) -> PackedRows:
+        """Returns rows `start` to `stop` - 1 of a tensor that has a packing, exactly as stored:
+        scales may be in fp32, whatever the packing says."""
+        raise NotImplementedError
 
     @abstractmethod
     def _read(self, name: str, out: Tensor) -> None: ...

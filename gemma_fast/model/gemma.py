@@ -20,6 +20,7 @@ from gemma_fast.kernels.attention import HEAD_DIMS
 from gemma_fast.kernels.embed import embed
 from gemma_fast.kernels.lm_head import next_token, soft_cap_logits
 from gemma_fast.kernels.matvec import linear, norm_linear
+from gemma_fast.kernels.packed import PackedWeight
 from gemma_fast.kernels.per_layer import per_layer_inputs
 from gemma_fast.kernels.sample import sample_token
 from gemma_fast.model.cache import KVCache
@@ -104,11 +105,11 @@ class Gemma(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed_tokens.device
+        return self.norm.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed_tokens.dtype
+        return self.norm.dtype
 
     def new_cache(self, batch: int, max_length: int, *, grows: bool = False) -> KVCache:
         """Returns an empty cache for this model, see KVCache."""
@@ -151,9 +152,11 @@ class Gemma(nn.Module):
         keep = t if keep is None else min(keep, t)
         assert cache.length + t <= cache.max_length, f"no room for {t} tokens: {cache.length=}"
         with cache.unfinished("a forward pass did not finish"):
-            stream = Residual(embed(ids, self.embed_tokens, self.config.hidden_size**0.5, pdl=True))
+            scale = self.config.hidden_size**0.5
+            embeddings = embed(ids, self.embed_tokens, scale, dtype=self.dtype, pdl=True)
+            stream = Residual(embeddings)
             context = Context(
-                cache, cache.next_position, cache.angles_of(t), self.per_layer(ids, stream.x), {}
+                cache, cache.next_position, cache.angles_of(t), self.per_layer(ids, embeddings), {}
             )
             own = self.config.num_hidden_layers - self.config.num_kv_shared_layers
             for i, layer in enumerate(self.layers[: None if keep else own]):
@@ -191,8 +194,9 @@ class Gemma(nn.Module):
             return super()._apply(fn, recurse)
         self.embed_tokens_per_layer = None  # it stays in host memory
         super()._apply(fn, recurse)
-        converted = table.data.to(self.dtype)
-        pinned = self.device.type == "cuda"
-        table.data = converted.pin_memory() if pinned else converted
+        parameters = table.parameters() if isinstance(table, PackedWeight) else [table]
+        for x in parameters:
+            converted = x.data if isinstance(table, PackedWeight) else x.data.to(self.dtype)
+            x.data = converted.pin_memory() if self.device.type == "cuda" else converted
         self.embed_tokens_per_layer = table
         return self
