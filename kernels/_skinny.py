@@ -1,11 +1,9 @@
 """Multiplies a weight by an input of 2 to 8 rows, on tensor cores. The weight is read once, through
 shared memory."""
 
-import torch
-
 from gemma_fast.kernels._matmul_input import load_input
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels._weight import load_weight, unit_of, unpack
+from gemma_fast.kernels._weight import in_unit_order, load_weight, unit_of, unpack
 from gemma_fast.kernels.packed import Weight
 
 MAX_ROWS = 8
@@ -57,15 +55,16 @@ def skinny_matmul(
         x = load_input(inputs, scales, h_ptr, rows, k, OFFSET, DIM, BLOCK_B, BLOCK_K)
         block = load_weight(weight, weight_row, k, DIM, GROUP, BLOCK_K)
         block = unpack(block, weight, x.dtype)  # [BLOCK_N, BLOCK_K]
+        x = in_unit_order(x, weight)
         out = tl.dot(block, x.T, out, input_precision="ieee")  # [BLOCK_N, BLOCK_B]
     return out
 
 
-def default_config(weight: Weight) -> dict[str, int]:
-    """Returns the launch config."""
+def default_config(weight: Weight, itemsize: int) -> dict[str, int]:
+    """Returns the launch config for an x whose elements have `itemsize` bytes."""
     (out, dim), line = weight.shape, weight.data[:1].nbytes  # bytes of a row
     few = out <= 4096  # few programs: each keeps more blocks in flight
     return {
-        "BLOCK_B": MAX_ROWS, "BLOCK_N": 16 if few or weight.data.dtype == torch.float32 else 32,
+        "BLOCK_B": MAX_ROWS, "BLOCK_N": 16 if few or itemsize == 4 else 32,
         "BLOCK_K": 512 * dim // line, "STAGES": 6 if few else 3, "num_warps": 4,
     }  # fmt: skip
