@@ -7,7 +7,7 @@ end, so the loop has no reduction across threads.
 
 from gemma_fast.kernels._matmul_input import load_input
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels._weight import by_unit, in_unit_order, load_weight, packed_values, unit_of
+from gemma_fast.kernels._weight import by_unit, load_weight, packed_values, unit_of
 from gemma_fast.kernels.packed import Weight
 
 
@@ -23,7 +23,7 @@ def _add_products(sums, block, weight, x):
     else:
         values = packed_values(block.data, weight)  # [BLOCK_N, COLS, BLOCK_K / COLS]
         # [1, COLS, BLOCK_K / COLS]
-        x = in_unit_order(x, weight).to(tl.float32).reshape([1, values.shape[1], values.shape[2]])
+        x = x.to(tl.float32).reshape([1, values.shape[1], values.shape[2]])
         # [BLOCK_N, COLS]
         sums += tl.sum(values * x, axis=2) * by_unit(block.scale, values.shape[1])
         if weight.minimum is not None:

@@ -74,50 +74,38 @@ def by_unit(factors, UNITS: tl.constexpr):
 
 
 @triton.jit
-def packed_values(words, weight):
-    """Returns the integers of words of units :: [BLOCK_N, UNITS, 4] in fp32: [BLOCK_N, UNITS, UNIT],
-    in the order of `in_unit_order`.
+def _integers(words, SHIFT: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr):
+    """Returns the integers at bit SHIFT of the words, minus ZERO, in fp32.
 
-    A masked word with the exponent of 2^23 is the float 2^23 + q * 2^shift. This takes two
-    instructions a value; conversions from integers have less throughput.
+    A masked word with the exponent of 2^23 is the float 2^23 + q * 2^SHIFT. This takes two
+    instructions; conversions from integers have less throughput.
+    """
+    SIGN: tl.constexpr = 128 if BITS == 8 else 0  # flipped: q = value + 128
+    words = (words & (((1 << BITS) - 1) << SHIFT)) ^ (0x4B000000 | (SIGN << SHIFT))
+    power: tl.constexpr = 1.0 / (1 << SHIFT)
+    return words.to(tl.float32, bitcast=True) * power - (8388608.0 * power + ZERO)
+
+
+@triton.jit
+def packed_values(words, weight):
+    """Returns the integers of words of units :: [BLOCK_N, UNITS, 4] in fp32: [BLOCK_N, UNITS, UNIT].
     """
     UNIT: tl.constexpr = unit_of(weight)
     BITS: tl.constexpr = 128 // UNIT
-    byte = tl.arange(0, 2)[None, None, None, None, None, :]  # [1, 1, 1, 1, 1, 2]
-    pair = tl.arange(0, 2)[None, None, None, :, None, None]  # [1, 1, 1, 2, 1, 1]
-    half = tl.arange(0, 8 // BITS)[None, None, :, None, None, None]  # [1, 1, 8 / BITS, 1, 1, 1]
-    shift = byte * 8 + half * 4  # [1, 1, 8 / BITS, 1, 1, 2]
     ZERO: tl.constexpr = 128 if BITS == 8 else (8 if weight.minimum is None else 0)
-    SIGN: tl.constexpr = 128 if BITS == 8 else 0  # flipped: q = value + 128
     shape: tl.constexpr = [words.shape[0], words.shape[1], UNIT]
-    words = words[:, :, None, None, :, None]  # [BLOCK_N, UNITS, 1, 1, 4, 1]
-    # [BLOCK_N, UNITS, 8 / BITS, 2, 4, 2]
-    words = (words >> (pair * 16)) & (((1 << BITS) - 1) << shift)
-    floats = (words ^ (0x4B000000 | (SIGN << shift))).to(tl.float32, bitcast=True)
-    power = (0x3F800000 - (shift << 23)).to(tl.float32, bitcast=True)  # 2^-shift
-    values = floats * power - (8388608.0 * power + ZERO)
+    words = tl.join(words, words >> 16)  # [BLOCK_N, UNITS, 4, 2]
+    # [BLOCK_N, UNITS, 4, 2, 2]
+    values = tl.join(_integers(words, 0, BITS, ZERO), _integers(words, 8, BITS, ZERO))
+    if BITS == 4:
+        high = tl.join(_integers(words, 4, BITS, ZERO), _integers(words, 12, BITS, ZERO))
+        values = tl.join(values, high).permute(0, 1, 5, 2, 3, 4)  # [BLOCK_N, UNITS, 2, 4, 2, 2]
     return values.reshape(shape)
 
 
 @triton.jit
-def in_unit_order(x, weight):
-    """Moves the columns of x :: [BLOCK_B, BLOCK_K] to the order of `packed_values`: by half of a
-    byte, pair of bytes in a word, word, byte of the pair. So a thread's operand of the tensor
-    cores, pairs of 16 bits, comes from one word."""
-    UNIT: tl.constexpr = unit_of(weight)
-    BLOCK_B: tl.constexpr = x.shape[0]
-    UNITS: tl.constexpr = x.shape[1] // UNIT
-    if weight.scale is None:
-        return x
-    else:
-        x = x.reshape([BLOCK_B, UNITS, UNIT // 16, 4, 2, 2])
-        return x.permute(0, 1, 2, 4, 3, 5).reshape([BLOCK_B, UNITS * UNIT])
-
-
-@triton.jit
 def unpack(block, weight, dtype: tl.constexpr):
-    """Returns the block's values :: [BLOCK_N, BLOCK_K] in dtype, rounded once, in the order of
-    in_unit_order."""
+    """Returns the block's values :: [BLOCK_N, BLOCK_K] in dtype, rounded once."""
     if weight.scale is None:
         return block.data
     else:
