@@ -124,6 +124,6 @@ def default_config(weight: Weight, itemsize: int) -> dict[str, int]:
     else:  # columns of x take more shared memory than those of the weight
         block, stages = 1024 // itemsize, 4 if few else 3
     return {
-        "BLOCK_B": MAX_ROWS, "BLOCK_N": 16 if few or itemsize == 4 else 32,
-        "BLOCK_K": block * dim // line, "STAGES": stages, "num_warps": 4,
+        "BLOCK_B": MAX_ROWS, "BLOCK_N": 16 if few or itemsize == 4 else 32, "BLOCK_K": block,
+        "STAGES": stages, "num_warps": 4,
     }  # fmt: skip
