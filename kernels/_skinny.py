@@ -1,9 +1,12 @@
 """Multiplies a weight by an input of 2 to 8 rows, on tensor cores. The weight is read once, through
 shared memory."""
 
+import torch
+
 from gemma_fast.kernels._matmul_input import load_input
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels._weight import load_weight
+from gemma_fast.kernels._weight import load_weight, unit_of, unpack
+from gemma_fast.kernels.packed import Weight
 
 MAX_ROWS = 8
 
@@ -17,12 +20,16 @@ def prefetch_weight(
 ):
     """Fetches the first block of the weight into the L2 cache. (Tensor cores read weights from
     shared memory, and Triton copies to shared memory only inside the loop.)"""
-    # elements in 128 bytes, a line of the L2 cache
-    LINE: tl.constexpr = 1024 // weight.data.dtype.element_ty.primitive_bitwidth
-    col = tl.minimum(tl.arange(0, BLOCK_K // LINE) * LINE, DIM - 1)[None, :]  # [1, BLOCK_K / LINE]
+    BITS: tl.constexpr = weight.data.dtype.element_ty.primitive_bitwidth
+    LINE: tl.constexpr = 1024 // BITS  # elements in 128 bytes, a line of the L2 cache
+    PACKED: tl.constexpr = unit_of(weight) * BITS // 128  # columns in an element
+    END: tl.constexpr = DIM // PACKED
+    # [1, BLOCK_K / PACKED / LINE]
+    col = tl.minimum(tl.arange(0, BLOCK_K // PACKED // LINE) * LINE, END - 1)[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
-        [weight.data + weight_row.to(tl.int64)[:, None] * DIM + col],  # [BLOCK_N, BLOCK_K / LINE]
+        # [BLOCK_N, BLOCK_K / PACKED / LINE]
+        [weight.data + weight_row.to(tl.int64)[:, None] * END + col],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -37,6 +44,7 @@ def skinny_matmul(
     rows,
     OFFSET: tl.constexpr,
     DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_B: tl.constexpr,  # rows, rounded up to MAX_ROWS
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -47,15 +55,17 @@ def skinny_matmul(
     for k in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
         # [BLOCK_B, BLOCK_K]
         x = load_input(inputs, scales, h_ptr, rows, k, OFFSET, DIM, BLOCK_B, BLOCK_K)
-        block = load_weight(weight, weight_row, k, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+        block = load_weight(weight, weight_row, k, DIM, GROUP, BLOCK_K)
+        block = unpack(block, weight, x.dtype)  # [BLOCK_N, BLOCK_K]
         out = tl.dot(block, x.T, out, input_precision="ieee")  # [BLOCK_N, BLOCK_B]
     return out
 
 
-def default_config(out: int, itemsize: int) -> dict[str, int]:
-    """Returns the launch config for a weight with `out` rows."""
+def default_config(weight: Weight) -> dict[str, int]:
+    """Returns the launch config."""
+    (out, dim), line = weight.shape, weight.data[:1].nbytes  # bytes of a row
     few = out <= 4096  # few programs: each keeps more blocks in flight
     return {
-        "BLOCK_B": MAX_ROWS, "BLOCK_N": 16 if few or itemsize == 4 else 32,
-        "BLOCK_K": 512 // itemsize, "STAGES": 6 if few else 3, "num_warps": 4,
+        "BLOCK_B": MAX_ROWS, "BLOCK_N": 16 if few or weight.data.dtype == torch.float32 else 32,
+        "BLOCK_K": 512 * dim // line, "STAGES": 6 if few else 3, "num_warps": 4,
     }  # fmt: skip

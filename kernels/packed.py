@@ -59,8 +59,8 @@ class Weight(NamedTuple):
 
     @property
     def group(self) -> int:
-        """Columns that share a scale; only if the weight is packed."""
-        return self.shape[1] // self.scale.shape[1]
+        """Columns that share a scale; 0 if the weight is not packed."""
+        return 0 if self.scale is None else self.shape[1] // self.scale.shape[1]
 
     @property
     def nbytes(self) -> int:
