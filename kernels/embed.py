@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
-from gemma_fast.kernels._packed_elements import load_packed_row
+from gemma_fast.kernels._packed_elements import load_packed_rows
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.packed import Weight, take_rows
@@ -45,7 +45,12 @@ def _embed_kernel(
     wait_for_previous_kernel(PDL)
     row = tl.maximum(tl.load(ids_ptr + token), 0)
     if GROUP:
-        hidden = load_packed_row(weight, row, start, DIM, DIM, GROUP, 16, BLOCK).to(dtype)
+        inside = tl.full([1], True, tl.int1)
+        # [1, BLOCK]
+        hidden = load_packed_rows(
+            weight, row + tl.zeros([1], tl.int64), start, inside, DIM, DIM, GROUP, 16, BLOCK
+        )
+        hidden = hidden.reshape([BLOCK]).to(dtype)  # [BLOCK]
     else:
         hidden = tl.load(weight.data + row * DIM + cols, mask=cols < DIM)
     tl.store(out_ptr + token * DIM + cols, hidden.to(tl.float32) * SCALE, mask=cols < DIM)
