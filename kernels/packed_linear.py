@@ -93,19 +93,29 @@ def _packed_linear_kernel(
 
 
 def default_config(rows: int, weight: Weight, itemsize: int, gpu: Gpu) -> dict[str, int]:
-    """Returns the launch config: operands fit in shared memory, and no register is spilled. A
-    weight with few rows gets narrow tiles, so that more multiprocessors have work."""
-    out, dim = weight.shape
+    """Returns the launch config: operands fit in shared memory, and no register is spilled. If
+    there are few tiles, they are narrow, so that more multiprocessors have work, and long, so that
+    as many bytes are in flight."""
+    (out, dim), large = weight.shape, gpu.shared_memory > 200_000 and itemsize == 2
     block_m = min(max(triton.next_power_of_2(rows), 16), 32 if itemsize == 4 else 128)
-    block_n = 64 if itemsize == 4 else 128
-    while block_n > 16 and triton.cdiv(rows, block_m) * triton.cdiv(out, block_n) < gpu.multiprocessors:
-        block_n //= 2
-    block_k = 64
-    while dim % block_k or (weight.group % block_k and block_k % weight.group):
+    block_n, block_k = 64 if itemsize == 4 else 128, 64 if large else 32
+    tiles = triton.cdiv(rows, block_m) * triton.cdiv(out, block_n)
+    if gpu.capability == 90 and itemsize == 2 and tiles >= 2 * gpu.multiprocessors:
+        # The weight is unpacked half as often. (For 10.0, Triton 3.7 gives an empty kernel.)
+        block_m = min(2 * block_m, 256)
+    while block_n > 16 and 2 * tiles <= gpu.multiprocessors:
+        block_n, block_k, tiles = block_n // 2, min(2 * block_k, 256), 2 * tiles
+    stages = 4 if block_n >= 64 else 6
+    operands = stages * (block_m * itemsize + block_n)  # bytes of a column, at most
+    while (
+        operands * block_k > gpu.shared_memory
+        or dim % block_k
+        or (weight.group % block_k and block_k % weight.group)
+    ):
         block_k //= 2
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8,
-        "num_warps": 8 if block_n == 128 else 4, "num_stages": 4,
+        "num_warps": 8 if block_n == 128 else 4, "num_stages": stages,
     }  # fmt: skip
 
 
