@@ -101,7 +101,7 @@ def default_config(rows: int, weight: Weight, itemsize: int, gpu: Gpu) -> dict[s
     block_n, block_k = 64 if itemsize == 4 else 128, 64 if large else 32
     tiles = triton.cdiv(rows, block_m) * triton.cdiv(out, block_n)
     if gpu.capability == 90 and itemsize == 2 and tiles >= 2 * gpu.multiprocessors:
-        # The weight is unpacked half as often. (For 10.0, Triton 3.7 gives an empty kernel.)
+        # The weight is unpacked half as often. (On 10.0, it would not fit in tensor memory.)
         block_m = min(2 * block_m, 256)
     while block_n > 16 and 2 * tiles <= gpu.multiprocessors:
         block_n, block_k, tiles = block_n // 2, min(2 * block_k, 256), 2 * tiles
