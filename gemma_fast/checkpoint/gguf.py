@@ -141,7 +141,7 @@ class GGUFCheckpoint(FileCheckpoint):
                 f" Unpacked to 16 bits, these tensors take {unpacked:.3g} GB instead of"
                 f" {size:.3g} GB, and twice that in float32, and decoding is as much slower. Use a"
                 f" file with the types {', '.join(kind.name for kind in FORMATS)}",
-                stacklevel=4,
+                stacklevel=2,
             )
         return {
             name: FORMATS[tensor.tensor_type].packing

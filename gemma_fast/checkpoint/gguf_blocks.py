@@ -98,7 +98,7 @@ def _q5_1(blocks: Tensor) -> PackedRows:
 
 
 def _q8_0(blocks: Tensor) -> PackedRows:
-    return PackedRows(blocks[..., 2:], _fp16(blocks, 0), None)
+    return PackedRows(blocks[..., 2:].contiguous(), _fp16(blocks, 0), None)
 
 
 def _q4_k(blocks: Tensor) -> PackedRows:
