@@ -176,9 +176,9 @@ def _copy(
             continue
         step = max(PACKED // weight.shape[1] // 64, 1) * 64
         for start in range(0, rows, step):
-            stop = min(start + step, rows)
+            packed_rows = checkpoint.packed_rows(tensor, start, min(start + step, rows))
             try:
-                weight.write(row + start, checkpoint.packed_rows(tensor, start, stop))
+                weight.write(row + start, packed_rows)
             except ValueError as error:
                 raise ValueError(f"{checkpoint.path}: tensor {tensor}: {error}") from error
 
