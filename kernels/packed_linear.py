@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.kernels.packed import Weight
+from gemma_fast.kernels.packed_cpu import int4pack_linear, runs_int4pack
 
 ELEMENTS = 1 << 20  # of the weight that are unpacked at once
 
 
 def packed_linear(x: Tensor, weight: Weight) -> Tensor:
     """Returns x @ weightᵀ."""
+    if runs_int4pack(x, weight):
+        return int4pack_linear(x, weight)
     return packed_linear_reference(x, weight)
 
 
