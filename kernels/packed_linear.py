@@ -25,6 +25,7 @@ from gemma_fast.kernels._packed_elements import load_factors, unpack
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 from gemma_fast.kernels.packed import COLUMNS, Weight
+from gemma_fast.kernels.packed_cpu import int4pack_linear, runs_int4pack
 
 ELEMENTS = 1 << 20  # of the weight that the reference unpacks at once
 
@@ -121,6 +122,8 @@ def default_config(rows: int, weight: Weight, itemsize: int, gpu: Gpu) -> dict[s
 
 def packed_linear(x: Tensor, weight: Weight) -> Tensor:
     """Returns x @ weightᵀ. Runs the reference where Triton does not run."""
+    if runs_int4pack(x, weight):
+        return int4pack_linear(x, weight)
     if not runs_triton(x):
         return packed_linear_reference(x, weight)
 
