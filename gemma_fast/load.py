@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.checkpoint.rounded import with_quantize
 from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.packed import PackedWeight, Packing, common_packing
 from gemma_fast.memory import free_bytes, out_of_memory
@@ -49,13 +50,14 @@ def load_model(
     """
     config = checkpoint.config
     device = pick_device(checkpoint.device if device is None else device, None)
+    checkpoint = with_quantize(checkpoint, quantize, device)
     dtype = pick_dtype(dtype, checkpoint, device)
     refuse_overflow(config, dtype)
     refuse_head_dim(config, device, cls.head_dims)
     with torch.device("meta"):
         model = cls(config).to(dtype)
         parts: dict[str, list[str]] = model.parts
-        packed = {} if quantize == "none" else _pack(model, checkpoint, parts, dtype)
+        packed = _pack(model, checkpoint, parts, dtype)
     found = {
         name: None if name in packed else _share(checkpoint, parts[name], dtype, device)
         for name in parts
