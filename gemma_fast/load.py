@@ -42,7 +42,7 @@ def load_model(
              free memory with it, but fit without it. A table that is shared with the checkpoint
              stays where it is
     quantize None: weights that the checkpoint has packed stay packed; "none": they are unpacked;
-             "int8", "int4": also those with more bits are packed, see checkpoint/rounded.py
+             "int8", "int4": weights with more bits are rounded, see checkpoint/rounded.py
 
     `model.parts` lists, for each parameter, the checkpoint's tensors that are stacked in it. The
     parameter shares the memory of these tensors if `_share` finds that possible. Otherwise it is

@@ -38,14 +38,17 @@ def with_quantize(
 
     device: where weights are rounded. The same device gives the same values in every run.
     """
-    if quantize is None:
-        return checkpoint
-    if quantize not in BITS:
+    check_quantize(quantize)
+    return checkpoint if quantize is None else RoundedCheckpoint(checkpoint, BITS[quantize], device)
+
+
+def check_quantize(quantize: str | None) -> None:
+    """Raises ValueError unless it is None or a key of BITS."""
+    if quantize is not None and quantize not in BITS:
         raise ValueError(
             f"quantize={quantize!r} is not one of 'int8', 'int4', 'none' (unpack the weights) and"
             " None (as they are in the checkpoint)"
         )
-    return RoundedCheckpoint(checkpoint, BITS[quantize], device)
 
 
 class RoundedCheckpoint(Checkpoint):
