@@ -69,7 +69,7 @@ def warn_of_computed(path: Path, computed: Sequence[str]) -> None:
 
 def _weight(parts: Mapping[str, Part], schemes: Sequence[Scheme], read: Read) -> CompressedWeight:
     """Returns the weight that some tensors store, in the one scheme that they fit."""
-    first = next(iter(parts.values()))
+    first = parts[max(parts)]  # not X.weight itself, if there is another
     if not schemes:
         raise first.error(
             "belongs to a quantized weight, but config.json describes none: download it again"

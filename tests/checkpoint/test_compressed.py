@@ -2,7 +2,6 @@
 library, bit for bit, and logits against transformers."""
 
 import json
-import re
 import warnings
 from dataclasses import replace
 
@@ -147,7 +146,7 @@ def test_files_on_the_hub_are_read(tmp_path, multimodal):
         }
         tower = "model.vision_tower.encoder.layers.0.mlp.up_proj.linear."
         packed_up = {k: x for k, x in tensors.items() if "layers.0.mlp.up_proj" in k}
-        tensors |= {tower + name.rpartition(".")[2]: x for name, x in packed_up.items()}
+        tensors |= {tower + k.rpartition(".")[2]: x.clone() for k, x in packed_up.items()}
         quantization = config.pop("quantization_config")
         config = {"model_type": "gemma4", "text_config": config}
         config |= {"quantization_config": quantization, "dtype": "bfloat16"}
@@ -166,12 +165,17 @@ def test_files_on_the_hub_are_read(tmp_path, multimodal):
         assert packed(checkpoint, name, torch.float32).equal(expected[name])
 
 
-def test_a_quantized_embedding_is_the_head(tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_quantized_embedding_stays_packed(tmp_path, tied):
+    """The library saves the head in 16 bits beside it. Without it, the embedding is the head."""
     groups = {"group": group("w8a16-channel", "Embedding")}
     _, expected = save_compressed(tiny(), tmp_path, groups)
     assert list(expected) == [EMBEDDING]
+    if tied:
+        tensors = load_file(file := tmp_path / "model.safetensors")
+        save_file({name: x for name, x in tensors.items() if name != HEAD}, file)
     model = GemmaForCausalLM.from_pretrained(tmp_path, dtype="float32", device="cpu")
-    assert model.lm_head is None
+    assert (model.lm_head is None) == tied
     assert model.embed_tokens.weight.unpack(torch.float32).equal(expected[EMBEDDING])
 
 
@@ -226,18 +230,34 @@ def test_patterns_of_targets_and_ignore_are_not_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "kv_cache", "match"),
+    ("scheme", "match"),
     [
-        ("w8a8", None, r"activations \(to 8 bits\) while the model runs"),
-        ("nvfp4", None, r"activations \(to 4 bits\)"),
-        ("w4a16-g32", {"num_bits": 8, "type": "float", "strategy": "tensor"}, "the KV cache"),
-        ("fp8-tensor", None, r"21 weights, for example .*\(float-quantized\), do not stay packed"),
+        ("w8a8", r"also quantizes activations \(to 8 bits\) while the model runs"),
+        ("nvfp4", r"also quantizes activations \(to 4 bits\)"),
+        ("mxfp8a16", r"21 weights, for example .*\(mxfp8-quantized\), do not stay packed"),
     ],
 )
-def test_what_is_lost_is_a_warning(tmp_path, scheme, kv_cache, match):
-    save_compressed(tiny(), tmp_path, {"group": group(scheme)}, kv_cache_scheme=kv_cache)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+def test_what_is_lost_is_a_warning(tmp_path, scheme, match):
+    save_compressed(tiny(), tmp_path, {"group": group(scheme)})
+    with pytest.warns(UserWarning, match=match) as caught:
         open_checkpoint(tmp_path).packing(Q)
-    assert len(caught) == (2 if scheme == "fp8-tensor" else 1)
-    assert re.search(match, str(caught[-1].message))
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_scales_of_the_kv_cache_are_skipped_with_a_warning(tmp_path, weights):
+    save_compressed(tiny(), tmp_path, {"group": group("w4a16-g32")} if weights else {})
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    quantization = config.setdefault("quantization_config", {"quant_method": "compressed-tensors"})
+    quantization["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    file.write_text(json.dumps(config))
+    scales = {
+        f"model.layers.{i}.self_attn.{x}_scale": torch.ones(1) for i in range(3) for x in "kv"
+    }
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | scales, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="also quantizes the KV cache while the model runs"):
+        checkpoint = open_checkpoint(tmp_path)
+    assert not checkpoint.shapes.keys() & scales.keys()
+    assert (checkpoint.packing(Q) is not None) == weights

@@ -67,13 +67,10 @@ def save_compressed(
     path: Path,
     groups: dict[str, dict[str, Any]],
     ignore: tuple[str, ...] = ("lm_head",),
-    kv_cache_scheme: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Quantizes the model as the groups say, and saves it. Returns the quantized weights by name
     as the library unpacks them: in its dtype, and in fp32 with the same scales."""
-    config = QuantizationConfig(
-        config_groups=groups, ignore=list(ignore), kv_cache_scheme=kv_cache_scheme
-    )
+    config = QuantizationConfig(config_groups=groups, ignore=list(ignore))
     apply_quantization_config(hf, config, show_progress=False)
     modules = {
         name: module
