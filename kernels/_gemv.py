@@ -7,7 +7,7 @@ end, so the loop has no reduction across threads.
 
 from gemma_fast.kernels._matmul_input import load_input
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels._weight import load_weight, packed_values, unit_of
+from gemma_fast.kernels._weight import by_unit, load_weight, packed_values, unit_of
 from gemma_fast.kernels.packed import Weight
 
 
@@ -24,9 +24,10 @@ def _add_products(sums, block, weight, x):
         values = packed_values(block.data, weight)  # [BLOCK_N, COLS, BLOCK_K / COLS]
         # [1, COLS, BLOCK_K / COLS]
         x = x.to(tl.float32).reshape([1, values.shape[1], values.shape[2]])
-        sums += tl.sum(values * x, axis=2) * block.scale.to(tl.float32)  # [BLOCK_N, COLS]
+        # [BLOCK_N, COLS]
+        sums += tl.sum(values * x, axis=2) * by_unit(block.scale, values.shape[1])
         if weight.minimum is not None:
-            sums += tl.sum(x, axis=2) * block.minimum.to(tl.float32)
+            sums += tl.sum(x, axis=2) * by_unit(block.minimum, values.shape[1])
         return sums
 
 
@@ -60,16 +61,18 @@ def gemv(
     return tl.sum(_add_products(sums, first_block, weight, first_x), axis=1, keep_dims=True)
 
 
-def default_config(weight: Weight) -> dict[str, int]:
-    """Returns the launch config."""
+def default_config(weight: Weight, itemsize: int) -> dict[str, int]:
+    """Returns the launch config for an x whose elements have `itemsize` bytes."""
     (out, dim), line = weight.shape, weight.data[:1].nbytes  # bytes of a row
-    if 2048 < line <= 4096:  # a block has whole rows: PDL loads all weights before its wait
-        block = 4096
+    columns = 2 * dim // line if weight.scale is not None else 1  # in 16 bits
+    if 2048 < line <= 4096 and columns < 4:
+        block = 4096  # a block has whole rows: PDL loads all weights before its wait
     elif line <= 512:
         block = 512
     else:  # the size that leaves fewer columns of the last block unused
         block = min(2048, 1024, key=lambda block: (-line % block, -block))
+    rows = 4 if out <= 4096 else 8
     return {
-        "BLOCK_B": 1, "BLOCK_N": 4 if out <= 4096 else 8, "BLOCK_K": block * dim // line,
+        "BLOCK_B": 1, "BLOCK_N": 2 * rows if columns == 4 else rows, "BLOCK_K": block * dim // line,
         "STAGES": 4, "num_warps": min(block // 512, 4),
     }  # fmt: skip

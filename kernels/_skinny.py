@@ -1,8 +1,6 @@
 """Multiplies a weight by an input of 2 to 8 rows, on tensor cores. The weight is read once, through
 shared memory."""
 
-import torch
-
 from gemma_fast.kernels._matmul_input import load_input
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels._weight import load_weight, unit_of, unpack
@@ -51,21 +49,33 @@ def skinny_matmul(
 ):
     """Returns rows weight_row of the weight times the input, [BLOCK_N, BLOCK_B], fp32."""
     BLOCK_N: tl.constexpr = weight_row.shape[0]
+    PARTS: tl.constexpr = 1 if weight.scale is None else 4
     out = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    if PARTS > 1:
+        out = tl.zeros([PARTS, BLOCK_N, BLOCK_B], tl.float32)
     for k in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
         # [BLOCK_B, BLOCK_K]
         x = load_input(inputs, scales, h_ptr, rows, k, OFFSET, DIM, BLOCK_B, BLOCK_K)
         block = load_weight(weight, weight_row, k, DIM, GROUP, BLOCK_K)
         block = unpack(block, weight, x.dtype)  # [BLOCK_N, BLOCK_K]
-        out = tl.dot(block, x.T, out, input_precision="ieee")  # [BLOCK_N, BLOCK_B]
+        if PARTS > 1:
+            # [PARTS, BLOCK_N, BLOCK_K / PARTS]
+            block = block.reshape([BLOCK_N, PARTS, BLOCK_K // PARTS]).permute(1, 0, 2)
+            # [PARTS, BLOCK_K / PARTS, BLOCK_B]
+            x = x.reshape([BLOCK_B, PARTS, BLOCK_K // PARTS]).permute(1, 2, 0)
+            out = tl.dot(block, x, out, input_precision="ieee")
+        else:
+            out = tl.dot(block, x.T, out, input_precision="ieee")  # [BLOCK_N, BLOCK_B]
+    if PARTS > 1:
+        out = tl.sum(out, axis=0)
     return out
 
 
-def default_config(weight: Weight) -> dict[str, int]:
-    """Returns the launch config."""
+def default_config(weight: Weight, itemsize: int) -> dict[str, int]:
+    """Returns the launch config for an x whose elements have `itemsize` bytes."""
     (out, dim), line = weight.shape, weight.data[:1].nbytes  # bytes of a row
     few = out <= 4096  # few programs: each keeps more blocks in flight
     return {
-        "BLOCK_B": MAX_ROWS, "BLOCK_N": 16 if few or weight.data.dtype == torch.float32 else 32,
-        "BLOCK_K": 512 * dim // line, "STAGES": 6 if few else 3, "num_warps": 4,
+        "BLOCK_B": MAX_ROWS, "BLOCK_N": 16 if few or itemsize == 4 else 32,
+        "BLOCK_K": (256 if weight.scale is not None else 512) * dim // line, "STAGES": 6 if few else 3, "num_warps": 4,
     }  # fmt: skip

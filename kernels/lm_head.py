@@ -87,7 +87,7 @@ def _next_token_kernel(
     elif PDL:
         prefetch_weight(weight, weight_row, DIM, BLOCK_K)
     wait_for_previous_kernel(PDL)
-    scales = norm_scales(inputs, None, rows, False, SPEC.eps, SPEC.offset, DIM, GROUP, BLOCK_B, BLOCK_K)
+    scales = norm_scales(inputs, None, rows, False, SPEC.eps, SPEC.offset, DIM, BLOCK_B, BLOCK_K)
     best = tl.full([BLOCK_N, BLOCK_B], float("-inf"), tl.float32)
     best_token = tl.full([BLOCK_N, BLOCK_B], -1, tl.int32)
     for block in range(BLOCKS):
@@ -121,10 +121,10 @@ def _next_token_kernel(
     reduce_programs(best, best_token, row, rows, partials, BLOCK_B, CHUNK)
 
 
-def default_config(rows: int, weight: Weight) -> dict[str, int]:
+def default_config(rows: int, weight: Weight, itemsize: int) -> dict[str, int]:
     """Returns the launch config: that of other matmuls, but with one row a program computes several
     blocks of tokens, so that it computes the norm once for all of them."""
-    config = matvec_config(rows, weight) | {"BLOCKS": 1}
+    config = matvec_config(rows, weight, itemsize) | {"BLOCKS": 1}
     if rows == 1:  # with BLOCK_N = 8, this block and the next take twice the registers
         line = weight.data[:1].nbytes  # bytes of a row
         config |= {"BLOCK_N": 4, "BLOCKS": triton.cdiv(BYTES, 4 * line)}
@@ -160,7 +160,7 @@ def next_token(
         sample_token(logits, position, token, counter, temperature, seed)
         return
 
-    config = launch_config("next_token", default_config(rows, packed))
+    config = launch_config("next_token", default_config(rows, packed, x.element_size()))
     programs = triton.cdiv(vocab, config["BLOCKS"] * config["BLOCK_N"])
     residual = None if residual is None else residual.contiguous()
     _next_token_kernel[(programs,)](

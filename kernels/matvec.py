@@ -101,9 +101,9 @@ def _matvec_kernel(
     tl.store(out_ptr + row * OUT + col, out, mask=(col < OUT) & (row < rows))
 
 
-def default_config(rows: int, weight: Weight) -> dict[str, int]:
-    """Returns the launch config for `rows` rows of x."""
-    return gemv_config(weight) if rows == 1 else skinny_config(weight)
+def default_config(rows: int, weight: Weight, itemsize: int) -> dict[str, int]:
+    """Returns the launch config for `rows` rows of x, whose elements have `itemsize` bytes."""
+    return gemv_config(weight, itemsize) if rows == 1 else skinny_config(weight, itemsize)
 
 
 def check_matmul(inputs: MatmulInput, weight: Weight) -> None:
@@ -154,7 +154,7 @@ def _launch(
     if up is not None:
         up = up.reshape(-1, out_dim)  # [rows, out]
         up_row_stride = up.stride(0)
-    config = default_config(rows, weight)
+    config = default_config(rows, weight, x.element_size())
     config = launch_config("matvec", config)
     _matvec_kernel[(triton.cdiv(out_dim, config["BLOCK_N"] // (1 + geglu)),)](
         inputs._replace(x=flat, residual=residual), weight, out, h, up, up_row_stride, rows,
