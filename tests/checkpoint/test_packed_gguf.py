@@ -10,7 +10,7 @@ import torch
 from checkpoints import config_json, random_tensors, read, write_gguf
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
-from gguf_blocks import FACTORS, random_blocks, random_bytes, set_factor
+from gguf_blocks import WIDE, random_blocks, random_bytes, set_factor, write_quantized
 
 from gemma_fast import load
 from gemma_fast.causal_lm import GemmaForCausalLM
@@ -20,27 +20,7 @@ from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.kernels.packed import PackedWeight, Packing
 from gemma_fast.reference import Reference
 
-# Every matrix has rows of 256 or 512 columns, so that it can have every type.
-WIDE = {"hidden_size": 256, "head_dim": 128, "intermediate_size": 256, "vocab_size": 199}
-WIDE_4 = WIDE | {
-    "global_head_dim": 128, "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 199
-}  # fmt: skip
 Q4_K_M = {"q_proj": Type.Q4_K, "k_proj": Type.Q4_K, "v_proj": Type.Q6_K}
-
-
-def write(path, family="gemma3", kinds=None, default=Type.Q4_0, **sizes):
-    """Writes a model whose matrices have random blocks. kinds: part of a name → type"""
-    sizes = (WIDE_4 if family == "gemma4" else WIDE) | sizes
-    stored = {}
-    for i, (name, tensor) in enumerate(random_tensors(family, **sizes).items()):
-        found = [kind for part, kind in (kinds or {}).items() if part in name]
-        kind = found[0] if found else default
-        if tensor.dim() == 2 and kind in FACTORS:
-            stored[name] = random_blocks(tensor.shape, kind, 0.1, seed=i), kind
-        elif tensor.dim() == 2:
-            stored[name] = quantize(tensor.numpy() * 0.1, kind), kind
-    write_gguf(path, family, stored=stored, **sizes)
-    return {name: torch.from_numpy(dequantize(*blocks)) for name, blocks in stored.items()}
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -87,7 +67,7 @@ PACKED = {
 @pytest.mark.parametrize("family", ["gemma", "gemma4"])
 def test_all_matrices_of_a_file_stay_packed(tmp_path, monkeypatch, family, kind):
     monkeypatch.setattr(load, "PACKED", 64 * 256)  # the vocabulary is read in four parts
-    matrices = write(tmp_path / "model.gguf", family, default=kind)
+    matrices = write_quantized(tmp_path / "model.gguf", family, default=kind)
     model = loaded(tmp_path / "model.gguf")
     packed = {name: x for name, x in model.named_modules() if isinstance(x, PackedWeight)}
     assert {x.packing for x in packed.values()} == {PACKED[kind]}
@@ -99,7 +79,7 @@ def test_all_matrices_of_a_file_stay_packed(tmp_path, monkeypatch, family, kind)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_in_16_bits_scales_are_fp16_and_norms_have_the_models_dtype(tmp_path, dtype):
-    write(tmp_path / "model.gguf", "gemma2", default=Type.Q6_K)
+    write_quantized(tmp_path / "model.gguf", "gemma2", default=Type.Q6_K)
     model = GemmaForCausalLM.from_pretrained(tmp_path / "model.gguf", dtype=dtype, device="cpu")
     assert model.dtype == model.layers[0].input_layernorm.dtype == dtype
     assert model.layers[0].down_proj.scale.dtype == torch.float16
@@ -108,7 +88,7 @@ def test_in_16_bits_scales_are_fp16_and_norms_have_the_models_dtype(tmp_path, dt
 
 def test_norms_are_read_without_their_offset(tmp_path):
     tensors = random_tensors("gemma3", **WIDE)
-    write(tmp_path / "model.gguf")
+    write_quantized(tmp_path / "model.gguf")
     norms = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 1}
     found = weights(loaded(tmp_path / "model.gguf"))
     for name, norm in norms.items():
@@ -133,7 +113,7 @@ MIXED = {
 @pytest.mark.parametrize("mixture", MIXED)
 def test_types_that_are_mixed_in_one_matmul_are_packed_exactly(tmp_path, mixture):
     kinds, packing = MIXED[mixture]
-    matrices = write(tmp_path / "model.gguf", kinds=kinds)
+    matrices = write_quantized(tmp_path / "model.gguf", kinds=kinds)
     model = loaded(tmp_path / "model.gguf")
     assert model.layers[0].qkv_proj.packing == packing
     assert_holds(model, matrices)
@@ -141,7 +121,7 @@ def test_types_that_are_mixed_in_one_matmul_are_packed_exactly(tmp_path, mixture
 
 def test_gate_and_up_of_different_types_are_packed_exactly(tmp_path):
     kinds = {"gate_proj": Type.Q6_K, "up_proj": Type.Q4_K}
-    matrices = write(tmp_path / "model.gguf", "gemma2", kinds)
+    matrices = write_quantized(tmp_path / "model.gguf", "gemma2", kinds)
     model = loaded(tmp_path / "model.gguf")
     assert model.layers[1].gate_up_proj.packing == Packing(8, 16, True, torch.float32)
     assert_holds(model, matrices)
@@ -150,7 +130,7 @@ def test_gate_and_up_of_different_types_are_packed_exactly(tmp_path):
 @pytest.mark.parametrize("kind", [Type.F16, Type.BF16, Type.F32], ids=lambda kind: kind.name)
 def test_matrices_that_are_not_quantized_stay_so_without_a_warning(tmp_path, kind):
     path = tmp_path / "model.gguf"
-    matrices = write(path, kinds={"embed_tokens": kind, "o_proj": kind})
+    matrices = write_quantized(path, kinds={"embed_tokens": kind, "o_proj": kind})
     model = loaded(path)
     assert not isinstance(model.embed_tokens, PackedWeight)
     assert not isinstance(model.layers[0].o_proj, PackedWeight)
@@ -160,7 +140,7 @@ def test_matrices_that_are_not_quantized_stay_so_without_a_warning(tmp_path, kin
 
 def test_a_matmul_of_which_a_part_is_not_quantized_is_unpacked_with_a_warning(tmp_path):
     path = tmp_path / "model.gguf"
-    matrices = write(path, kinds={"1.self_attn.k_proj": Type.F16})
+    matrices = write_quantized(path, kinds={"1.self_attn.k_proj": Type.F16})
     message = (
         rf"{path}: model\.layers\.1\.\S+ is quantized, but model\.layers\.1\.self_attn\.k_proj\."
         "weight is not: both are unpacked"
@@ -176,7 +156,7 @@ def test_a_matmul_of_which_a_part_is_not_quantized_is_unpacked_with_a_warning(tm
 def test_other_types_are_unpacked_with_one_warning_that_says_what_it_costs(tmp_path):
     path = tmp_path / "model.gguf"
     kinds = {"down_proj": Type.MXFP4, "o_proj": Type.TQ2_0, "embed_tokens": Type.Q8_0}
-    matrices = write(path, kinds=kinds)
+    matrices = write_quantized(path, kinds=kinds)
     checkpoint = open_checkpoint(path)
     unpacked = [name for name in matrices if name.endswith(("down_proj.weight", "o_proj.weight"))]
     assert len(unpacked) == 4
@@ -196,7 +176,7 @@ def test_other_types_are_unpacked_with_one_warning_that_says_what_it_costs(tmp_p
 
 def test_on_request_and_in_the_reference_everything_is_unpacked_without_a_warning(tmp_path):
     path = tmp_path / "model.gguf"
-    matrices = write(path, kinds={"down_proj": Type.MXFP4, "k_proj": Type.F16})
+    matrices = write_quantized(path, kinds={"down_proj": Type.MXFP4, "k_proj": Type.F16})
     model = loaded(path, quantize="none")
     assert not any(isinstance(x, PackedWeight) for x in model.modules())
     assert_holds(model, matrices)
@@ -228,7 +208,7 @@ def test_a_head_of_its_own_is_packed(tmp_path, kind):
 
 def test_the_table_of_per_layer_embeddings_is_packed(tmp_path):
     path = tmp_path / "model.gguf"
-    matrices = write(path, "gemma4", {"embed_tokens_per_layer": Type.Q5_K})
+    matrices = write_quantized(path, "gemma4", {"embed_tokens_per_layer": Type.Q5_K})
     model = loaded(path)
     assert model.embed_tokens_per_layer.packing == PACKED[Type.Q5_K]
     assert model.embed_tokens_per_layer.shape == (199, 4 * 256)
@@ -236,7 +216,7 @@ def test_the_table_of_per_layer_embeddings_is_packed(tmp_path):
 
 
 def test_a_packed_model_takes_the_bytes_of_its_packings(tmp_path):
-    write(tmp_path / "model.gguf", default=Type.Q4_0)
+    write_quantized(tmp_path / "model.gguf", default=Type.Q4_0)
     model = loaded(tmp_path / "model.gguf")
     shapes = config_from_json(config_json("gemma3", **WIDE)).tensor_shapes().values()
     matrices = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
