@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.checkpoint.rounded import with_quantize
 from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.packed import PackedWeight, Packing, common_packing
 from gemma_fast.kernels.packed_cpu import CPUPackedWeight
@@ -44,7 +45,7 @@ def load_model(
              free memory with it, but fit without it. A table that is shared with the checkpoint
              stays where it is
     quantize None: weights that the checkpoint has packed stay packed; "none": they are unpacked;
-             "int8", "int4": also those with more bits are packed, see checkpoint/rounded.py
+             "int8", "int4": weights with more bits are rounded, see checkpoint/rounded.py
 
     `model.parts` lists, for each parameter, the checkpoint's tensors that are stacked in it. The
     parameter shares the memory of these tensors if `_share` finds that possible. Otherwise it is
@@ -52,7 +53,8 @@ def load_model(
     """
     config = checkpoint.config
     device = pick_device(checkpoint.device if device is None else device, None)
-    if dtype == "auto" and quantize != "none" and _runs_packed(checkpoint, device):
+    checkpoint = with_quantize(checkpoint, quantize, device)
+    if dtype == "auto" and _runs_packed(checkpoint, device):
         dtype = torch.bfloat16
     dtype = pick_dtype(dtype, checkpoint, device)
     refuse_overflow(config, dtype)
@@ -60,7 +62,7 @@ def load_model(
     with torch.device("meta"):
         model = cls(config).to(dtype)
         parts: dict[str, list[str]] = model.parts
-        packed = {} if quantize == "none" else _pack(model, checkpoint, parts, dtype, device)
+        packed = _pack(model, checkpoint, parts, dtype, device)
     found = {
         name: None if name in packed else _share(checkpoint, parts[name], dtype, device)
         for name in parts
@@ -206,9 +208,9 @@ def _copy(
             continue
         step = max(PACKED // weight.shape[1] // 64, 1) * 64
         for start in range(0, rows, step):
-            stop = min(start + step, rows)
+            packed_rows = checkpoint.packed_rows(tensor, start, min(start + step, rows))
             try:
-                weight.write(row + start, checkpoint.packed_rows(tensor, start, stop))
+                weight.write(row + start, packed_rows)
             except ValueError as error:
                 raise ValueError(f"{checkpoint.path}: tensor {tensor}: {error}") from error
 
