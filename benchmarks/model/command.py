@@ -18,7 +18,7 @@ from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import BESIDE_PACKED, PROVIDERS
 from gemma_fast.benchmarks.model.race import ModelResult, run
 from gemma_fast.checkpoint.rounded import with_quantize
-from gemma_fast.load import pick_dtype, refuse_overflow
+from gemma_fast.load import model_dtype, refuse_overflow
 
 
 def run_model(
@@ -41,7 +41,7 @@ def run_model(
         checkpoint = with_quantize(find(name), quantize, device)
         packed = is_packed(checkpoint)
         if packed and not dtype:
-            kind = pick_dtype("auto", checkpoint, device)
+            kind = model_dtype("auto", checkpoint, device)
         refuse_overflow(checkpoint.config, kind)
     except (ValueError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error

@@ -206,7 +206,7 @@ class Ours:
         return self.decoder.memory()
 
     def sizes(self) -> Sizes:
-        sizes = {}
+        sizes: dict[str, float] = {}
         for name, tensors in self.model.parts.items():
             weight = attrgetter(name)(self.model)
             sizes |= dict.fromkeys(tensors, weight.nbytes / weight.numel())
