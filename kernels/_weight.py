@@ -88,7 +88,8 @@ def _integers(words, SHIFT: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr
 
 @triton.jit
 def packed_values(words, weight):
-    """Returns the integers of words of units :: [BLOCK_N, UNITS, 4] in fp32: [BLOCK_N, UNITS, UNIT]."""
+    """Returns the integers of words of units :: [BLOCK_N, UNITS, 4] in fp32: [BLOCK_N, UNITS, UNIT].
+    """
     UNIT: tl.constexpr = unit_of(weight)
     BITS: tl.constexpr = 128 // UNIT
     ZERO: tl.constexpr = 128 if BITS == 8 else (8 if weight.minimum is None else 0)

@@ -144,9 +144,7 @@ class FastLinear(Fast):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if any(name.startswith(prefix) for name in state_dict):
-            raise RuntimeError(
-                f"{prefix}*: call gemma_fast.hf.restore(model) before load_state_dict"
-            )
+            raise RuntimeError(f"{prefix}*: call gemma_fast.hf.restore(model) before load_state_dict")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -112,9 +112,7 @@ def _unpacked_together(
         if first is not None:
             why += f", because of {names[first]}: {whys.get(first, 'it is not a linear')}"
         together |= dict.fromkeys(quantized, why if first else "")
-    why = (
-        "compressed-tensors unpacks it at the first call of the whole model: accelerate that model"
-    )
+    why = "compressed-tensors unpacks it at the first call of the whole model: accelerate that model"
     alone = {x: why for x in linears - together.keys() if has_scheme(x)}
     return {module: why for module, why in (together | alone).items() if why}
 
