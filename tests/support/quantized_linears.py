@@ -159,9 +159,10 @@ def subclass(module, kind, group, zero):
 
 
 class Subclass(torch.Tensor):
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
     def __deepcopy__(self, memo):
-        with torch._C.DisableTorchFunctionSubclass():
-            new = torch.Tensor._make_subclass(type(self), self.detach().clone(), False)
+        new = torch.Tensor._make_subclass(type(self), self.detach().clone(), False)
         vars(new).update(copy.deepcopy(vars(self), memo))
         return memo.setdefault(id(self), new)
 
