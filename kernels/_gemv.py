@@ -7,22 +7,33 @@ end, so the loop has no reduction across threads.
 
 from gemma_fast.kernels._matmul_input import load_input
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels._weight import load_weight
+from gemma_fast.kernels._weight import by_unit, load_weight, packed_values, unit_of
+from gemma_fast.kernels.packed import Weight
 
 
 @triton.jit
-def _add_products(sums, weight, x):
-    """Adds weight [BLOCK_N, BLOCK_K] * x [1, BLOCK_K] to sums [BLOCK_N, COLS]. Each sum adds up
-    neighboring columns that one thread holds."""
-    products = weight.to(tl.float32) * x.to(tl.float32)  # [BLOCK_N, BLOCK_K]
-    split: tl.constexpr = [sums.shape[0], sums.shape[1], weight.shape[1] // sums.shape[1]]
-    products = products.reshape(split)  # [BLOCK_N, COLS, BLOCK_K / COLS]
-    return sums + tl.sum(products, axis=2)  # [BLOCK_N, COLS]
+def _add_products(sums, block, weight, x):
+    """Adds block [BLOCK_N, BLOCK_K] of the weight * x [1, BLOCK_K] to sums [BLOCK_N, COLS]. Each sum
+    adds up neighboring columns that one thread holds."""
+    if weight.scale is None:
+        products = block.data.to(tl.float32) * x.to(tl.float32)  # [BLOCK_N, BLOCK_K]
+        split: tl.constexpr = [sums.shape[0], sums.shape[1], x.shape[1] // sums.shape[1]]
+        products = products.reshape(split)  # [BLOCK_N, COLS, BLOCK_K / COLS]
+        return sums + tl.sum(products, axis=2)  # [BLOCK_N, COLS]
+    else:
+        values = packed_values(block.data, weight)  # [BLOCK_N, COLS, BLOCK_K / COLS]
+        # [1, COLS, BLOCK_K / COLS]
+        x = x.to(tl.float32).reshape([1, values.shape[1], values.shape[2]])
+        # [BLOCK_N, COLS]
+        sums += tl.sum(values * x, axis=2) * by_unit(block.scale, values.shape[1])
+        if weight.minimum is not None:
+            sums += tl.sum(x, axis=2) * by_unit(block.minimum, values.shape[1])
+        return sums
 
 
 @triton.jit
 def gemv(
-    first_weight,  # [BLOCK_N, BLOCK_K]: columns 0 … BLOCK_K - 1, loaded before
+    first_block,  # Weight of values, columns 0 … BLOCK_K - 1, loaded before
     weight,  # Weight [out, DIM]
     weight_row,  # [BLOCK_N]
     inputs,  # MatmulInput, one row
@@ -31,35 +42,37 @@ def gemv(
     rows,  # 1
     OFFSET: tl.constexpr,
     DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Returns rows weight_row of the weight times the input, [BLOCK_N, 1], fp32."""
-    # elements in 16 bytes
-    VECTOR: tl.constexpr = 128 // inputs.x.dtype.element_ty.primitive_bitwidth
     BLOCK_N: tl.constexpr = weight_row.shape[0]
-    sums = tl.zeros([BLOCK_N, BLOCK_K // VECTOR], tl.float32)
+    sums = tl.zeros([BLOCK_N, BLOCK_K // unit_of(weight)], tl.float32)
     # [1, BLOCK_K]
     first_x = load_input(inputs, scales, h_ptr, rows, 0, OFFSET, DIM, 1, BLOCK_K)
     for k in tl.range(BLOCK_K, DIM, BLOCK_K, num_stages=STAGES):
         # [1, BLOCK_K]
         x = load_input(inputs, scales, h_ptr, rows, k, OFFSET, DIM, 1, BLOCK_K)
-        sums = _add_products(sums, load_weight(weight, weight_row, k, DIM, BLOCK_K), x)
+        block = load_weight(weight, weight_row, k, DIM, GROUP, BLOCK_K)
+        sums = _add_products(sums, block, weight, x)
     # The block in registers comes last: the loop's loads are then issued before it is used.
     # [BLOCK_N, 1]
-    return tl.sum(_add_products(sums, first_weight, first_x), axis=1, keep_dims=True)
+    return tl.sum(_add_products(sums, first_block, weight, first_x), axis=1, keep_dims=True)
 
 
-def default_config(out: int, dim: int, itemsize: int) -> dict[str, int]:
-    """Returns the launch config for a weight [out, dim]."""
-    line = dim * itemsize  # bytes of a row
-    if 2048 < line <= 4096:  # a block has whole rows: PDL loads all weights before its wait
-        block = 4096
+def default_config(weight: Weight, itemsize: int) -> dict[str, int]:
+    """Returns the launch config for an x whose elements have `itemsize` bytes."""
+    (out, dim), line = weight.shape, weight.data[:1].nbytes  # bytes of a row
+    columns = 2 * dim // line if weight.scale is not None else 1  # in 16 bits
+    if 2048 < line <= 4096 and columns < 4:
+        block = 4096  # a block has whole rows: PDL loads all weights before its wait
     elif line <= 512:
         block = 512
     else:  # the size that leaves fewer columns of the last block unused
         block = min(2048, 1024, key=lambda block: (-line % block, -block))
+    rows = 4 if out <= 4096 else 8
     return {
-        "BLOCK_B": 1, "BLOCK_N": 4 if out <= 4096 else 8, "BLOCK_K": block // itemsize,
+        "BLOCK_B": 1, "BLOCK_N": 2 * rows if columns == 4 else rows, "BLOCK_K": block * dim // line,
         "STAGES": 4, "num_warps": min(block // 512, 4),
     }  # fmt: skip

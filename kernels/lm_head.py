@@ -50,6 +50,7 @@ class LMHeadSpec(NamedTuple):
     softcap: float  # 0: no soft cap
     eps: float  # epsilon of the norms
     offset: float  # the norms multiply by offset + weight
+    group: int  # columns of the weight that share a scale; 0: not packed
 
 
 def soft_cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
@@ -77,11 +78,12 @@ def _next_token_kernel(
 ):
     DIM: tl.constexpr = SPEC.dim
     VOCAB: tl.constexpr = SPEC.vocab
+    GROUP: tl.constexpr = SPEC.group
     row = tl.arange(0, BLOCK_B)[None, :]  # [1, BLOCK_B]
     token = tl.program_id(0) * (BLOCKS * BLOCK_N) + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     weight_row = tl.minimum(token, VOCAB - 1)
     if BLOCK_B == 1:
-        first_weight = load_weight(weight, weight_row, 0, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+        first_block = load_weight(weight, weight_row, 0, DIM, GROUP, BLOCK_K)
     elif PDL:
         prefetch_weight(weight, weight_row, DIM, BLOCK_K)
     wait_for_previous_kernel(PDL)
@@ -91,20 +93,20 @@ def _next_token_kernel(
     for block in range(BLOCKS):
         next_row = tl.minimum(token + BLOCK_N, VOCAB - 1)
         if BLOCK_B == 1:
-            next_weight = first_weight
+            next_block = first_block
             if block + 1 < BLOCKS:  # the next block is loaded while this one is multiplied
-                next_weight = load_weight(weight, next_row, 0, DIM, BLOCK_K)
+                next_block = load_weight(weight, next_row, 0, DIM, GROUP, BLOCK_K)
             # [BLOCK_N, 1]
             logits = gemv(
-                first_weight, weight, weight_row, inputs, scales, None, rows,
-                SPEC.offset, DIM, BLOCK_K, STAGES,
+                first_block, weight, weight_row, inputs, scales, None, rows,
+                SPEC.offset, DIM, GROUP, BLOCK_K, STAGES,
             )  # fmt: skip
-            first_weight = next_weight
+            first_block = next_block
         else:
             # [BLOCK_N, BLOCK_B]
             logits = skinny_matmul(
                 weight, weight_row, inputs, scales, None, rows,
-                SPEC.offset, DIM, BLOCK_B, BLOCK_K, STAGES,
+                SPEC.offset, DIM, GROUP, BLOCK_B, BLOCK_K, STAGES,
             )  # fmt: skip
         if SPEC.softcap > 0:
             capped = SPEC.softcap * (2 * tl.sigmoid(2 / SPEC.softcap * logits) - 1)
@@ -122,10 +124,10 @@ def _next_token_kernel(
 def default_config(rows: int, weight: Weight, itemsize: int) -> dict[str, int]:
     """Returns the launch config: that of other matmuls, but with one row a program computes several
     blocks of tokens, so that it computes the norm once for all of them."""
-    dim = weight.shape[1]
     config = matvec_config(rows, weight, itemsize) | {"BLOCKS": 1}
     if rows == 1:  # with BLOCK_N = 8, this block and the next take twice the registers
-        config |= {"BLOCK_N": 4, "BLOCKS": triton.cdiv(BYTES, 4 * dim * itemsize)}
+        line = weight.data[:1].nbytes  # bytes of a row
+        config |= {"BLOCK_N": 4, "BLOCKS": triton.cdiv(BYTES, 4 * line)}
     return config
 
 
@@ -164,7 +166,7 @@ def next_token(
     _next_token_kernel[(programs,)](
         inputs._replace(x=x.contiguous(), residual=residual), packed,
         SamplingInputs(position, temperature, seed), new_partials(token, counter, programs), rows,
-        SPEC=LMHeadSpec(dim, vocab, softcap or 0.0, eps, offset),
+        SPEC=LMHeadSpec(dim, vocab, softcap or 0.0, eps, offset, packed.group),
         CHUNK=PARTIALS * config["num_warps"] // config["BLOCK_B"],
         **config, **gpu(x.device).pdl_options(pdl),
     )  # fmt: skip

@@ -55,6 +55,7 @@ def _matvec_kernel(
     OFFSET: tl.constexpr,
     DIM: tl.constexpr,
     OUT: tl.constexpr,
+    GROUP: tl.constexpr,  # columns that share a scale; 0: the weight is not packed
     GEGLU: tl.constexpr,
     BLOCK_B: tl.constexpr,  # rows, rounded up to 1 or MAX_ROWS
     BLOCK_N: tl.constexpr,  # rows of the weight; with GEGLU half of them gate, half up
@@ -66,7 +67,7 @@ def _matvec_kernel(
     program, n = tl.program_id(0), tl.arange(0, BLOCK_N)  # n :: [BLOCK_N]
     weight_row = (program * COLS + n % COLS) % OUT + n // COLS * OUT  # [BLOCK_N]
     if BLOCK_B == 1:
-        first_weight = load_weight(weight, weight_row, 0, DIM, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+        first_block = load_weight(weight, weight_row, 0, DIM, GROUP, BLOCK_K)
     elif PDL:
         prefetch_weight(weight, weight_row, DIM, BLOCK_K)
     wait_for_previous_kernel(PDL)
@@ -81,14 +82,14 @@ def _matvec_kernel(
     if BLOCK_B == 1:
         # [BLOCK_N, 1]
         out = gemv(
-            first_weight, weight, weight_row, inputs, scales, h_ptr, rows,
-            OFFSET, DIM, BLOCK_K, STAGES,
+            first_block, weight, weight_row, inputs, scales, h_ptr, rows,
+            OFFSET, DIM, GROUP, BLOCK_K, STAGES,
         )  # fmt: skip
     else:
         # [BLOCK_N, BLOCK_B]
         out = skinny_matmul(
             weight, weight_row, inputs, scales, h_ptr, rows,
-            OFFSET, DIM, BLOCK_B, BLOCK_K, STAGES,
+            OFFSET, DIM, GROUP, BLOCK_B, BLOCK_K, STAGES,
         )  # fmt: skip
     if GEGLU:
         gate, up = out.reshape([2, COLS, BLOCK_B]).permute(1, 2, 0).split()  # [COLS, BLOCK_B]
@@ -102,8 +103,7 @@ def _matvec_kernel(
 
 def default_config(rows: int, weight: Weight, itemsize: int) -> dict[str, int]:
     """Returns the launch config for `rows` rows of x, whose elements have `itemsize` bytes."""
-    out, dim = weight.shape
-    return gemv_config(out, dim, itemsize) if rows == 1 else skinny_config(out, itemsize)
+    return gemv_config(weight, itemsize) if rows == 1 else skinny_config(weight, itemsize)
 
 
 def check_matmul(inputs: MatmulInput, weight: Weight) -> None:
@@ -158,7 +158,7 @@ def _launch(
     config = launch_config("matvec", config)
     _matvec_kernel[(triton.cdiv(out_dim, config["BLOCK_N"] // (1 + geglu)),)](
         inputs._replace(x=flat, residual=residual), weight, out, h, up, up_row_stride, rows,
-        EPS=eps, OFFSET=offset, DIM=dim, OUT=out_dim, GEGLU=geglu,
+        EPS=eps, OFFSET=offset, DIM=dim, OUT=out_dim, GROUP=weight.group, GEGLU=geglu,
         **config, **gpu(x.device).pdl_options(pdl),
     )  # fmt: skip
     return out.view(*x.shape[:-1], out_dim), None if h is None else h.view(x.shape)
