@@ -20,6 +20,7 @@ from gemma_fast.hf import accelerate, accelerated, explain, restore
 from gemma_fast.hf import attention as hf_attention
 from gemma_fast.hf import layers as hf_layers
 from gemma_fast.hf.packed import pack
+from gemma_fast.kernels.packed_cpu import CPUPackedWeight
 
 FORMATS = [*COMPRESSED, *TORCHAO]
 
@@ -56,6 +57,26 @@ def test_unpacked_weight_is_the_dequantized_weight(name, dtype):
             assert torch.equal(packed.weight.unpack(dtype), module.expected)
         limit = 1e-6 if dtype == torch.float32 else 2**-8
         assert (found - exact).abs().max() <= limit * exact.abs().max()
+
+
+@pytest.mark.skipif(not CPUPackedWeight.supports([]), reason="this CPU has no int4 kernels")
+@pytest.mark.parametrize("name", FORMATS)
+def test_kernels_of_a_cpu_run_by_default_in_bfloat16(name):
+    """The error must be less than 1.2 times that of the library in bf16. The state_dict and the
+    restored model have the library's tensors."""
+    ids = prompt(b=1, t=1)
+    exact = logits(make(name, dtype=torch.bfloat16).float(), ids)
+    model = make(name, dtype=torch.bfloat16)
+    before = {n: x.clone() for n, x in model.state_dict().items()}
+    accelerate(model, strict=True)
+    assert all(isinstance(x.packed, CPUPackedWeight) for x in linears(model).values())
+    found = logits(model, ids)
+    assert {line.path for line in lines_of(model)} == {"reference"}
+    theirs = (logits(make(name, dtype=torch.bfloat16), ids) - exact).square().mean().sqrt()
+    assert (found - exact).square().mean().sqrt() < 1.2 * theirs
+    for state in (model.state_dict(), restore(model).state_dict()):
+        assert list(state) == list(before)
+        assert all(torch.equal(x, before[n]) for n, x in state.items())
 
 
 BITS = {"ct-int4-g32": 4, "ct-int4-g64-zero": 4, "ct-int4-g16": 8, "ct-int8-row": 8,
@@ -99,7 +120,10 @@ def test_linears_stay_on_a_cpu_by_default():
     close(logits(model, ids), expected)
     model = accelerate(make("ao-int8-row"))
     assert {(line.path, line.why) for line in lines_of(model)} == {
-        ("transformers", "not accelerated: on a CPU, only with linear=True")
+        (
+            "transformers",
+            "not accelerated: on this CPU only with linear=True, and with kernels only in bfloat16",
+        )
     }
 
 
@@ -181,6 +205,10 @@ class Float8Tensor(Subclass): ...
 class OtherLinear(nn.Linear): ...
 
 
+def _doubled(module, x):
+    return 2 * type(module).forward(module, x)
+
+
 LEFT = {
     "activations": ("ct-int8-row", scheme(input_activations=object()), "activations are quant"),
     "outputs": ("ct-int8-row", scheme(output_activations=object()), "activations are quant"),
@@ -225,7 +253,7 @@ LEFT = {
     ),
     "another forward": (
         "ao-int8-row",
-        lambda m: setattr(m, "forward", types.MethodType(lambda m, x: 2 * type(m).forward(m, x), m)),
+        lambda m: setattr(m, "forward", types.MethodType(_doubled, m)),
         "its forward was replaced by code of ",
     ),
 }  # fmt: skip
@@ -307,7 +335,7 @@ def test_adapters_around_linears_can_be_trained_and_loaded():
 
 def test_strict_raises_for_training():
     model = accelerate(make("ct-int4-g32"), norm=False, mlp=False, linear=True, strict=True)
-    with pytest.raises(RuntimeError, match="linear cannot run on the kernels, .*gradients"):
+    with pytest.raises(RuntimeError, match=r"linear cannot run on the kernels, .*gradients"):
         model(inputs_embeds=torch.randn(1, 3, 64, requires_grad=True))
 
 
