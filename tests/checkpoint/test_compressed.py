@@ -208,7 +208,7 @@ def test_a_projection_in_16_bits_beside_packed_ones_unpacks_them(tmp_path):
     groups = {"group": group("w4a16-g32")}
     _, expected = save_compressed(tiny(), tmp_path, groups, ignore=("lm_head", "re:.*0.*k_proj"))
     assert K not in expected
-    with pytest.warns(UserWarning, match=f"is quantized, but {K} is not"):
+    with pytest.warns(UserWarning, match=f"_proj.weight can, but {K} cannot"):
         model = GemmaForCausalLM.from_pretrained(tmp_path, dtype="float32", device="cpu")
     assert model.layers[0].qkv_proj[:128].equal(expected[Q])
     assert isinstance(model.layers[1].qkv_proj, PackedWeight)
