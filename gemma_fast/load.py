@@ -54,9 +54,7 @@ def load_model(
     config = checkpoint.config
     device = pick_device(checkpoint.device if device is None else device, None)
     checkpoint = with_quantize(checkpoint, quantize, device)
-    if dtype == "auto" and _runs_packed(checkpoint, device):
-        dtype = torch.bfloat16
-    dtype = pick_dtype(dtype, checkpoint, device)
+    dtype = model_dtype(dtype, checkpoint, device)
     refuse_overflow(config, dtype)
     refuse_head_dim(config, device, cls.head_dims)
     with torch.device("meta"):
@@ -126,6 +124,15 @@ def _pack(
             stacklevel=2,
         )
     return packed
+
+
+def model_dtype(
+    dtype: torch.dtype | str, checkpoint: Checkpoint, device: torch.device
+) -> torch.dtype:
+    """Returns `pick_dtype`'s dtype, or bfloat16 if "auto" can run kernels for packed weights."""
+    if dtype == "auto" and _runs_packed(checkpoint, device):
+        return torch.bfloat16
+    return pick_dtype(dtype, checkpoint, device)
 
 
 def _runs_packed(checkpoint: Checkpoint, device: torch.device) -> bool:

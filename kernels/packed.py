@@ -185,7 +185,8 @@ class PackedWeight(nn.Module):
                 f"a scale of {factors.abs().max().item():.3g} does not fit {name}: load the model"
                 " with quantize='none'"
             )
-        return narrow.repeat_interleave(self.scale.shape[1] // factors.shape[1], dim=1)
+        groups = self.shape[1] // self.packing.group
+        return narrow.repeat_interleave(groups // factors.shape[1], dim=1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
         for name, x in self.named_parameters(recurse=False):

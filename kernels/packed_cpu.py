@@ -42,35 +42,36 @@ class CPUPackedWeight(PackedWeight):
         )
 
     def __init__(self, shape: Sequence[int], packing: Packing) -> None:
-        super().__init__(shape, packing._replace(minimum=False, scale=torch.bfloat16))
-        out, dim = shape
-        groups = dim // chunk_of(packing.bits, packing.group)
-        scale = torch.empty(groups, out, 2, dtype=torch.bfloat16)
+        (out, dim), group = shape, chunk_of(packing.bits, packing.group)
+        super().__init__(shape, Packing(packing.bits, group, False, torch.bfloat16))
+        scale = torch.empty(dim // group, out, 2, dtype=torch.bfloat16)
         self.scale = nn.Parameter(scale, requires_grad=False)
 
     @torch.no_grad()
     def write(self, start: int, rows: PackedRows) -> None:
         """As in PackedWeight. `start` and the number of rows must be multiples of a block's."""
-        values, scale, minimum = rows
-        bits, groups, block = self.packing.bits, len(self.scale), block_rows()
-        stop, repeats = start + len(values), groups // scale.shape[1]
+        (bits, group, _, _), (values, scale, minimum) = self.packing, rows
+        stop, block = start + len(values), block_rows()
+        assert values.shape[1] == self.shape[1] and group * scale.shape[1] <= values.shape[1]
         assert block and start % block == 0 == stop % block, f"{start=}, {stop=}, {block=}"
-        chunks = values.unflatten(1, (groups, -1))  # [rows, groups, chunk]
-        shift = torch.zeros(len(values), groups, dtype=torch.int8)
+        repeats = values.shape[1] // group // scale.shape[1]
+        chunks = values.unflatten(1, (-1, group))  # [rows, groups, group]
+        shift = torch.zeros(chunks.shape[:2], dtype=torch.int8)
         if minimum is None:
             shift += 8 * (chunks.amax(2) <= LARGEST)  # then zero is 0, which bf16 has exactly
-        exact = scale.float().repeat_interleave(repeats, dim=1)  # [rows, groups]
-        zero = (8 - shift) * exact
+        zero = (8 - shift) * scale.float().repeat_interleave(repeats, dim=1)  # [rows, groups]
         if minimum is not None:
             zero += minimum.float().repeat_interleave(repeats, dim=1)
         if bits == 8:
             zero /= 17
-        self.scale[:, start:stop, 0] = self._narrowed(scale, repeats).T
-        self.scale[:, start:stop, 1] = self._narrowed(zero, 1).T
         unsigned = (chunks + shift.unsqueeze(2)).flatten(1)  # [rows, dim]
         if bits == 8:
             unsigned ^= -128
-        data = interleave(unsigned.view(torch.uint8), bits, self.shape[1] // groups, block)
+        else:
+            assert not (unsigned >> 4).any(), "a value does not fit in 4 bits"
+        self.scale[:, start:stop, 0] = self._narrowed(scale).T
+        self.scale[:, start:stop, 1] = self._narrowed(zero).T
+        data = interleave(unsigned.view(torch.uint8), bits, group, block)
         self.data[start:stop] = data.reshape(len(values), -1).view(self.data.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
