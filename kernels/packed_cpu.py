@@ -102,4 +102,4 @@ def int4pack_linear(x: Tensor, weight: Weight) -> Tensor:
 
 @functools.cache
 def _digit_values() -> Tensor:
-    return torch.tensor([[16.0], [1.0]], dtype=torch.bfloat16)
+    return torch.tensor([[16.0], [1.0]], dtype=torch.bfloat16, device="cpu")
