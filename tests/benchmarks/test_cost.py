@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from certificate_lines import BF16, CPU, FP32, failed
+from certificate_lines import BF16, CPU, FP32, Loud, failed
 from checkpoints import write_gguf
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType, quants
@@ -13,7 +13,6 @@ from tiny_models import CONFIGS
 from gemma_fast.benchmarks.verify import certificate, cost, margins
 from gemma_fast.benchmarks.verify import kernels as verify_kernels
 from gemma_fast.checkpoint.open import open_checkpoint
-from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.checkpoint.rounded import RoundedCheckpoint, with_quantize
 from gemma_fast.cli import main
 
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*are not packed in")
 
 
 def lines(kind="int8", change=lambda packed: packed, dtypes=(FP32, BF16)):
-    plain = RandomCheckpoint(CONFIGS["gemma3-gqa"])
+    plain = Loud(CONFIGS["gemma3-gqa"])
     packed = change(with_quantize(plain, kind))
     return list(cost.check_cost(plain, packed, CPU, dtypes, kind))
 
