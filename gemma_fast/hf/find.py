@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gemma_fast.hf.attention import PREFIX
 from gemma_fast.hf.layers import NORM_OFFSETS, Fast, original_class
-from gemma_fast.hf.packed import has_scheme, is_quantized, why_not_packed
+from gemma_fast.hf.packed import is_quantized, why_not_packed
 
 # Model types of the configs.
 DECODERS = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text")
@@ -65,9 +65,9 @@ def _is_decoder(module: nn.Module) -> bool:
 
 
 def part_of(module: nn.Module) -> str | None:
-    """Returns "norm", "mlp", "attention" or "experts" for such a module of any library, "linear" for
-    a linear with a quantized weight; else None. A wrapper (PEFT, torch.compile) is not a part; the
-    module inside it is."""
+    """Returns "norm", "mlp", "attention" or "experts" for such a module of any library, and
+    "linear" for a linear with a quantized weight; else None. A wrapper (PEFT, torch.compile) is not
+    a part; the module inside it is."""
     if isinstance(module, Fast):
         return module.part
     if is_quantized(module):

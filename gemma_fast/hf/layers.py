@@ -20,6 +20,7 @@ from gemma_fast.hf.packed import pack, weight_packed
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.matvec import linear
 from gemma_fast.kernels.packed import PackedWeight
+from gemma_fast.kernels.packed_cpu import CPUPackedWeight
 from gemma_fast.kernels.rmsnorm import rms_norm
 
 # The modules of transformers with layers that the kernels can replace, and the number that their
@@ -101,8 +102,8 @@ class FastAttention(Fast):
 class FastLinear(Fast):
     """A linear whose weight compressed-tensors or torchao has quantized, see packed.py.
 
-    While it is accelerated, it has no `weight_packed`: `packed` holds the same integers. Its
-    state_dict has `weight_packed`.
+    On a GPU it has no `weight_packed` while it is accelerated: `packed` holds the same integers.
+    Its state_dict has `weight_packed`.
     """
 
     part = "linear"
@@ -121,12 +122,16 @@ class FastLinear(Fast):
     def take(self) -> None:
         """Packs the weight for the kernels."""
         vars(self)["packed"] = pack(self)  # type: ignore[arg-type]
-        if "weight_packed" in self._parameters:
+        self._free()
+
+    def _free(self) -> None:
+        # The layout of a CPU does not hold the same integers.
+        if "weight_packed" in self._parameters and not isinstance(self.packed, CPUPackedWeight):
             self.weight_packed = None
 
     def give_back(self) -> None:
         """Undoes `take`."""
-        if "weight_packed" in self._parameters:
+        if self._parameters.get("weight_packed", self) is None:
             data = weight_packed(self.packed, self.quantization_scheme.weights.num_bits)  # type: ignore[union-attr]
             self.weight_packed = nn.Parameter(data, requires_grad=False)
 
@@ -139,12 +144,13 @@ class FastLinear(Fast):
     def _save_to_state_dict(self, *args: Any) -> None:
         self.give_back()
         super()._save_to_state_dict(*args)
-        if "weight_packed" in self._parameters:
-            self.weight_packed = None
+        self._free()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if any(name.startswith(prefix) for name in state_dict):
-            raise RuntimeError(f"{prefix}*: call gemma_fast.hf.restore(model) before load_state_dict")
+            raise RuntimeError(
+                f"{prefix}*: call gemma_fast.hf.restore(model) before load_state_dict"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

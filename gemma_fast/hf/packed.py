@@ -3,8 +3,8 @@ packs them for the kernels.
 
     weight[o, i] = scale[o, i // group] * (value[o, i] - zero[o, i // group])
 
-compressed-tensors  pack-quantized: weight_packed :: [out, in * bits / 32], int32, value + 2^(bits-1)
-                    in order, from the lowest bits on; weight_scale :: [out, in / group];
+compressed-tensors  pack-quantized: weight_packed :: [out, in * bits / 32], int32, has value +
+                    2^(bits-1) in order, from the lowest bits on; weight_scale :: [out, in / group];
                     weight_zero_point :: [out * bits / 32, in / group], packed along out, or none
 torchao             Linear.weight is a tensor subclass: Int8Tensor and IntxUnpackedToInt8Tensor with
                     qdata :: [out, in], int8, and scale, zero_point :: [out, in / group]; Int4Tensor
@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemma_fast.kernels.launch import runs_triton
 from gemma_fast.kernels.packed import PackedRows, PackedWeight, Packing, check_packing
+from gemma_fast.kernels.packed_cpu import CPUPackedWeight
 
 # Parameters that a linear of the format pack-quantized may have.
 PACK_QUANTIZED = {"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "bias"}
@@ -111,27 +113,36 @@ def _why_not_groups(module: nn.Linear, fits: bool, scale: Tensor) -> str | None:
     return None
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Returns True if kernels multiply activations of this device and dtype with packed weights.
+    Where there are none, each call unpacks the weight."""
+    on_cpu = x.is_cpu and x.dtype == torch.bfloat16 and CPUPackedWeight.supports([])
+    return runs_triton(x) or on_cpu
+
+
 @torch.no_grad()
 def pack(module: nn.Linear) -> PackedWeight:
     """Returns the weight of a linear for which why_not_packed is None. It shares memory with the
     module's tensors where these have the same layout: int8 values, and scales."""
     values, scale, minimum = _rows(module)
     packing = _packing(values, scale, minimum)
-    with torch.device(values.device):
-        packed = PackedWeight(values.shape, packing)
     if packing.bits == 4 and minimum is not None:  # values from 0 on
         values, minimum = values + 8, minimum - 8 * scale.float()
+    dtype = scale.dtype if has_scheme(module) else module.weight.dtype
+    int4pack = values.is_cpu and dtype == torch.bfloat16 and CPUPackedWeight.supports([len(values)])
+    with torch.device(values.device):
+        packed = (CPUPackedWeight if int4pack else PackedWeight)(values.shape, packing)
     packed.write(0, PackedRows(values, scale, minimum))
-    if packing.bits == 8:
+    if packing.bits == 8 and not int4pack:
         packed.data.data = values
-    if packing.scale == scale.dtype:
+    if packing.scale == scale.dtype and not int4pack:
         packed.scale.data = scale
     return packed
 
 
 def _rows(module: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns values :: [out, in], int8; scale and minimum :: [out, in / group]. minimum is fp32, or
-    None: weight = scale * value + minimum."""
+    """Returns values :: [out, in], int8; scale and minimum :: [out, in / group], where weight =
+    scale * value + minimum. minimum is fp32, or None."""
     if has_scheme(module):
         tensors, bits = module._parameters, module.quantization_scheme.weights.num_bits  # type: ignore[union-attr]
         packed, scale, zero = (

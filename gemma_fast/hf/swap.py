@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gemma_fast.hf.attention import PREFIX, Run, logger, register
 from gemma_fast.hf.find import part_of, text_decoder, why_not, why_not_attention
 from gemma_fast.hf.layers import Fast, swap_in, swap_out
-from gemma_fast.hf.packed import has_scheme
-from gemma_fast.kernels.launch import runs_triton
+from gemma_fast.hf.packed import has_kernels, has_scheme
 
 M = TypeVar("M", bound=nn.Module)
 UNPACKING = "ct_decompress_hook"  # attribute of a model whose weights compressed-tensors unpacks
@@ -33,8 +32,9 @@ def accelerate(
     """Runs parts of this model on the kernels. Changes the model in place, and returns it.
 
     norm, attention, mlp  parts to run on the kernels
-    linear                whether linears whose weight compressed-tensors or torchao has quantized
-                          run on the kernels; None: on a GPU. On a CPU, each call unpacks the weight
+    linear                linears whose weight compressed-tensors or torchao has quantized. None:
+                          on a GPU, and on a CPU in bfloat16 if PyTorch has kernels for it; without
+                          kernels, each call would unpack the weight
     strict                raise RuntimeError, with the reason, if the kernels do not support a call
 
     Modules and attention functions that another library has replaced stay as they are, and so does
@@ -51,7 +51,7 @@ def accelerate(
     text = text_decoder(model)
     _check_devices(text)
     if linear is None:
-        linear = _packs_by_default(text)
+        linear = has_kernels(next(text.parameters()))
     wanted = {"norm": norm, "mlp": mlp, "attention": attention, "linear": linear}
     parts = [part for part in _parts(model, text) if part[2] in wanted]
     whys = _whys(model, text)
@@ -94,10 +94,6 @@ def _whys(model: nn.Module, text: PreTrainedModel) -> dict[nn.Module, str]:
     return _unpacked_together(model, linears, whys) | whys
 
 
-def _packs_by_default(text: PreTrainedModel) -> bool:
-    return runs_triton(next(text.parameters()))
-
-
 def _unpacked_together(
     model: nn.Module, linears: set[nn.Module], whys: dict[nn.Module, str]
 ) -> dict[nn.Module, str]:
@@ -112,7 +108,9 @@ def _unpacked_together(
         if first is not None:
             why += f", because of {names[first]}: {whys.get(first, 'it is not a linear')}"
         together |= dict.fromkeys(quantized, why if first else "")
-    why = "compressed-tensors unpacks it at the first call of the whole model: accelerate that model"
+    why = (
+        "compressed-tensors unpacks it at the first call of the whole model: accelerate that model"
+    )
     alone = {x: why for x in linears - together.keys() if has_scheme(x)}
     return {module: why for module, why in (together | alone).items() if why}
 
@@ -241,11 +239,10 @@ def _run(text: PreTrainedModel, module: nn.Module, part: str, why: str | None) -
     """Returns which code the module ran in the last call, and why. `why` is the reason why it
     cannot run on the kernels, or None."""
     if not isinstance(module, Fast):
-        default = part == "linear" and not _packs_by_default(text)
-        why_default = "not accelerated: on a CPU, only with linear=True"
-        return Run(
-            "transformers", why or (why_default if default else f"not accelerated: {part}=False")
-        )
+        option = f"{part}=False"
+        if part == "linear" and not has_kernels(next(text.parameters())):
+            option = "on this CPU only with linear=True, and with kernels only in bfloat16"
+        return Run("transformers", why or f"not accelerated: {option}")
     if module.run is not None and why and module.run.path != "transformers":
         return Run(module.run.path, f"{why} after accelerate: call accelerate(model) again")
     if module.run is not None:

@@ -97,7 +97,8 @@ def pack_to_int32(values, bits):
 
 def compress(module, bits, group, zero):
     values, scale, point = integers(module.weight, bits, group, zero)
-    module.integers, module.expected = (values, point), dequantized(values, scale, point)
+    module.integers = values, scale, point
+    module.expected = dequantized(values, scale, point)
     module.quantization_scheme = types.SimpleNamespace(
         weights=types.SimpleNamespace(num_bits=bits, type="int"),
         input_activations=None, output_activations=None,
@@ -125,8 +126,8 @@ _quantized_forward = types.FunctionType(
 def _unpack_all(model, args):
     for module in model.modules():
         if hf_packed.has_scheme(module):
-            values, point = module.integers
-            weight = dequantized(values, module.weight_scale, point)
+            values, scale, point = module.integers
+            weight = dequantized(values, scale.to(module.weight_scale.dtype), point)
             module.weight = nn.Parameter(weight, requires_grad=False)
             del module.weight_packed
     model.ct_decompress_hook.remove()
@@ -140,7 +141,7 @@ def subclass(module, kind, group, zero):
     """The tensor's own elements are the dequantized weight, so PyTorch's functions work on it."""
     bits = 8 if kind == "Int8Tensor" else 4
     values, scale, point = integers(module.weight, bits, group, zero, torch.float32)
-    attributes = {name: None for name in hf_packed.PLAIN[kind]}
+    attributes = dict.fromkeys(hf_packed.PLAIN[kind])
     if kind == "Int4Tensor":
         zero_point = -point.float() * scale  # in units of the weight
         data = values.view(torch.uint8) & 15
@@ -159,9 +160,10 @@ def subclass(module, kind, group, zero):
 
 
 class Subclass(torch.Tensor):
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
     def __deepcopy__(self, memo):
-        with torch._C.DisableTorchFunctionSubclass():
-            new = torch.Tensor._make_subclass(type(self), self.detach().clone(), False)
+        new = torch.Tensor._make_subclass(type(self), self.detach().clone(), False)
         vars(new).update(copy.deepcopy(vars(self), memo))
         return memo.setdefault(id(self), new)
 
