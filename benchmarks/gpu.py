@@ -91,13 +91,13 @@ def stages(cuda: bool) -> list[Stage]:
     marked = [x for x in runnable("**/test_*.py") if "mark.gpu" in x.read_text("utf-8")]
     of_kernels = runnable("kernels/test_*.py" if cuda else "kernels/test_embed.py")
     return [
-        tests("tests marked gpu", 70, marked, "gpu"),
-        tests("tests of kernels", 80, of_kernels, "not gpu"),
-        Stage("decode", 80, [*model, "-p", "0", "-n", new, "-d", depths]),
+        tests("tests marked gpu", 60, marked, "gpu"),
+        tests("tests of kernels", 70, of_kernels, "not gpu"),
+        Stage("decode", 70, [*model, "-p", "0", "-n", new, "-d", depths]),
         *(Stage(f"decode {name}", 30, [*packed, name]) for name in TARGETS),
-        Stage("prefill", 60, [*model, "-p", prompts, "-n", "0"]),
-        Stage("gemma 4", 80, gemma4, "" if cuda else "needs a GPU"),
-        Stage("kernels", 80, kernels),
+        Stage("prefill", 50, [*model, "-p", prompts, "-n", "0"]),
+        Stage("gemma 4", 70, gemma4, "" if cuda else "needs a GPU"),
+        Stage("kernels", 70, kernels),
         Stage("profile", 30, [f"{BENCHMARKS}.profile"], "" if cuda else "needs a GPU"),
     ]
 
