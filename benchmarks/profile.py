@@ -180,7 +180,8 @@ def main(
     found = kernel_table(shares(ran), clock * 1e6)
     what = f"Prefill of {prompt}" if prompt else f"A step after {depth} to {depth + ROUNDS - 1}"
     head = report.heading(stamp(device, kind, [], commit), None)
-    text = f"{what} tokens, batch {batch}, {', '.join(filter(None, (model, quantize)))}. {head}\n\n{found}"
+    which = f"{model}, {quantize}" if quantize else model
+    text = f"{what} tokens, batch {batch}, {which}. {head}\n\n{found}"
     click.echo(text)
     if out:
         (out / "profile.md").write_text(text, encoding="utf-8")
