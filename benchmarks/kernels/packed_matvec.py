@@ -39,7 +39,7 @@ def formula(x: Tensor, values: Tensor, scale: Tensor, minimum: Tensor | None) ->
 def ours(x: Tensor, values: Tensor, scale: Tensor, minimum: Tensor | None, *, bits: int) -> Call:
     group = values.shape[1] // scale.shape[1]
     packing = Packing(bits, group, minimum is not None, torch.float16)
-    weight = PackedWeight(values.shape, packing).to(x.device)
+    weight: Any = PackedWeight(values.shape, packing).to(x.device)
     weight.write(0, PackedRows(values, scale, minimum))
     return lambda: linear(x, weight, pdl=True)
 
