@@ -54,9 +54,7 @@ def load_model(
     config = checkpoint.config
     device = pick_device(checkpoint.device if device is None else device, None)
     checkpoint = with_quantize(checkpoint, quantize, device)
-    if dtype == "auto" and _runs_packed(checkpoint, device):
-        dtype = torch.bfloat16
-    dtype = pick_dtype(dtype, checkpoint, device)
+    dtype = model_dtype(dtype, checkpoint, device)
     refuse_overflow(config, dtype)
     refuse_head_dim(config, device, cls.head_dims)
     with torch.device("meta"):
@@ -90,18 +88,14 @@ def _pack(
     packed: dict[str, PackedWeight] = {}
     lookup = {PER_LAYER, *(["embed_tokens"] if "lm_head" in parts else [])}  # in no matmul
     slow = 0  # elements in matmuls that a CPU unpacks in each call
+    mixed = []  # for each matmul of which only some parts are packed: a part that is, one that not
     for name, tensors in parts.items():
         packings = [checkpoint.packing(tensor) for tensor in tensors]
         known = [packing for packing in packings if packing is not None]
         if not known:
             continue
         if len(known) < len(packings):
-            which = {p is None: t for p, t in zip(packings, tensors, strict=True)}
-            warnings.warn(
-                f"{checkpoint.path}: {which[False]} is quantized, but {which[True]} is not: both"
-                " are unpacked, because they are parts of one matmul",
-                stacklevel=2,
-            )
+            mixed.append({p is None: t for p, t in zip(packings, tensors, strict=True)})
             continue
         module_name, _, attribute = name.rpartition(".")
         shape = model.get_parameter(name).shape
@@ -116,6 +110,12 @@ def _pack(
         module = model.get_submodule(module_name)
         delattr(module, attribute)  # a module cannot replace a parameter
         setattr(module, attribute, packed[name])
+    if mixed:
+        warnings.warn(
+            f"{checkpoint.path}: {len(mixed)} matmuls are unpacked, because only some of their"
+            f" parts can stay packed: {mixed[0][False]} can, but {mixed[0][True]} cannot",
+            stacklevel=2,
+        )
     if slow >= SLOW:
         warnings.warn(
             f"{checkpoint.path}: on this CPU, packed weights in {str(dtype).removeprefix('torch.')}"
@@ -124,6 +124,15 @@ def _pack(
             stacklevel=2,
         )
     return packed
+
+
+def model_dtype(
+    dtype: torch.dtype | str, checkpoint: Checkpoint, device: torch.device
+) -> torch.dtype:
+    """Returns `pick_dtype`'s dtype, or bfloat16 if "auto" can run kernels for packed weights."""
+    if dtype == "auto" and _runs_packed(checkpoint, device):
+        return torch.bfloat16
+    return pick_dtype(dtype, checkpoint, device)
 
 
 def _runs_packed(checkpoint: Checkpoint, device: torch.device) -> bool:

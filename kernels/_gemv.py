@@ -2,13 +2,37 @@
 read once.
 
 A thread loads 16 bytes of the weight at a time. Its partial sums stay in its own columns until the
-end, so the loop has no reduction across threads.
+end, so the loop has no reduction across threads. The integers of a packed weight are multiplied
+exactly; the sum of 16 bytes is multiplied by the scale of its group, in fp32.
 """
 
 from gemma_fast.kernels._matmul_input import load_input
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels._weight import by_unit, load_weight, packed_values, unit_of
+from gemma_fast.kernels._weight import by_unit, load_weight, unit_of, zero_of
 from gemma_fast.kernels.packed import Weight
+
+
+@triton.jit
+def _packed_values(words, weight):
+    """Returns the values of units' words :: [BLOCK_N, UNITS, 4] in fp32: [BLOCK_N, UNITS, UNIT].
+
+    A masked word with the exponent of 2^23 is the float 2^23 + q * 2^shift. So a value takes two
+    instructions; conversions from integers have less throughput.
+    """
+    UNIT: tl.constexpr = unit_of(weight)
+    BITS: tl.constexpr = 128 // UNIT
+    SIGN: tl.constexpr = 128 if BITS == 8 else 0  # the flipped bit
+    half = tl.arange(0, 8 // BITS)[None, None, :, None, None, None]  # [1, 1, 8 / BITS, 1, 1, 1]
+    pair = tl.arange(0, 2)[None, None, None, None, :, None]  # [1, 1, 1, 1, 2, 1]
+    byte = tl.arange(0, 2)[None, None, None, None, None, :]  # [1, 1, 1, 1, 1, 2]
+    shift = byte * 8 + half * 4  # [1, 1, 8 / BITS, 1, 1, 2]
+    shape: tl.constexpr = [words.shape[0], words.shape[1], UNIT]
+    words = words[:, :, None, :, None, None] >> (pair * 16)  # [BLOCK_N, UNITS, 1, 4, 2, 1]
+    words &= ((1 << BITS) - 1) << shift  # [BLOCK_N, UNITS, 8 / BITS, 4, 2, 2]
+    floats = (words ^ (0x4B000000 | (SIGN << shift))).to(tl.float32, bitcast=True)
+    power = (0x3F800000 - (shift << 23)).to(tl.float32, bitcast=True)  # 2^-shift
+    values = floats * power - (8388608.0 * power + zero_of(weight))
+    return values.reshape(shape)  # [BLOCK_N, UNITS, UNIT]
 
 
 @triton.jit
@@ -21,7 +45,7 @@ def _add_products(sums, block, weight, x):
         products = products.reshape(split)  # [BLOCK_N, COLS, BLOCK_K / COLS]
         return sums + tl.sum(products, axis=2)  # [BLOCK_N, COLS]
     else:
-        values = packed_values(block.data, weight)  # [BLOCK_N, COLS, BLOCK_K / COLS]
+        values = _packed_values(block.data, weight)  # [BLOCK_N, COLS, BLOCK_K / COLS]
         # [1, COLS, BLOCK_K / COLS]
         x = x.to(tl.float32).reshape([1, values.shape[1], values.shape[2]])
         # [BLOCK_N, COLS]
@@ -34,6 +58,7 @@ def _add_products(sums, block, weight, x):
 @triton.jit
 def gemv(
     first_block,  # Weight of values, columns 0 … BLOCK_K - 1, loaded before
+    first_x,  # [1, BLOCK_K], columns 0 … BLOCK_K - 1 of the input | None: loaded here
     weight,  # Weight [out, DIM]
     weight_row,  # [BLOCK_N]
     inputs,  # MatmulInput, one row
@@ -49,8 +74,9 @@ def gemv(
     """Returns rows weight_row of the weight times the input, [BLOCK_N, 1], fp32."""
     BLOCK_N: tl.constexpr = weight_row.shape[0]
     sums = tl.zeros([BLOCK_N, BLOCK_K // unit_of(weight)], tl.float32)
-    # [1, BLOCK_K]
-    first_x = load_input(inputs, scales, h_ptr, rows, 0, OFFSET, DIM, 1, BLOCK_K)
+    if first_x is None:
+        # [1, BLOCK_K]
+        first_x = load_input(inputs, scales, h_ptr, rows, 0, OFFSET, DIM, 1, BLOCK_K)
     for k in tl.range(BLOCK_K, DIM, BLOCK_K, num_stages=STAGES):
         # [1, BLOCK_K]
         x = load_input(inputs, scales, h_ptr, rows, k, OFFSET, DIM, 1, BLOCK_K)

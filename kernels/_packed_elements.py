@@ -42,31 +42,24 @@ def unpack(
 
 
 @triton.jit
-def load_packed_rows(
+def load_units(
     weight,  # Weight [rows, DIM], packed
-    row,  # [BLOCK_R], int64
-    start,  # first column, a multiple of UNIT: a number, or [BLOCK_R]
-    mask,  # [BLOCK_R]
-    COLUMNS: tl.constexpr,  # to load, a multiple of UNIT
+    row,  # [BLOCK_R, UNITS] or broadcastable to it, int64
+    col,  # [BLOCK_R, UNITS]: first column of each unit, a multiple of UNIT
+    mask,  # [BLOCK_R, UNITS]
     DIM: tl.constexpr,
     GROUP: tl.constexpr,
-    UNIT: tl.constexpr,  # neighboring columns that a thread loads, a power of two up to 16
-    BLOCK: tl.constexpr,  # at least COLUMNS, and a multiple of UNIT
+    UNIT: tl.constexpr,  # neighboring columns that a thread loads: a power of two up to 16
 ):
-    """Returns columns start … start + COLUMNS - 1 of rows of the weight, [BLOCK_R, BLOCK], fp32."""
-    BLOCK_R: tl.constexpr = row.shape[0]
-    unit = tl.arange(0, BLOCK // UNIT)[None, :] * UNIT  # [1, UNITS]
-    mask = mask[:, None] & (unit < COLUMNS)  # [BLOCK_R, UNITS]
-    row = row[:, None]  # [BLOCK_R, 1]
-    col = (start + tl.zeros([BLOCK_R], tl.int32))[:, None] + unit  # [BLOCK_R, UNITS]
+    """Returns elements of the weight, [BLOCK_R, UNITS * UNIT], fp32, or 0 where masked."""
+    BLOCK_R: tl.constexpr = mask.shape[0]
+    UNITS: tl.constexpr = mask.shape[1]
+    INT8: tl.constexpr = weight.data.dtype.element_ty == tl.int8
     group = row * (DIM // GROUP) + col // GROUP  # [BLOCK_R, UNITS]
-    if weight.data.dtype.element_ty == tl.int8:
-        byte = row * DIM + col  # [BLOCK_R, UNITS]
-    else:
-        byte = row * (DIM // 2) + col // 32 * 16 + col % 16
+    byte = row * DIM + col if INT8 else row * (DIM // 2) + col // 32 * 16 + col % 16
     byte = byte[:, :, None] + tl.arange(0, UNIT)[None, None, :]  # [BLOCK_R, UNITS, UNIT]
     value = tl.load(weight.data + byte, mask=mask[:, :, None], other=0)
-    if weight.data.dtype.element_ty != tl.int8:
+    if not INT8:
         value = value >> (col // 16 % 2 * 4).to(tl.uint8)[:, :, None] & 15
         if weight.minimum is None:
             value = value.to(tl.int8) - 8
@@ -75,4 +68,4 @@ def load_packed_rows(
     if weight.minimum is not None:
         minimum = tl.load(weight.minimum + group, mask=mask, other=0.0)  # [BLOCK_R, UNITS]
         out += minimum.to(tl.float32)[:, :, None]
-    return out.reshape([BLOCK_R, BLOCK])  # [BLOCK_R, BLOCK]
+    return out.reshape([BLOCK_R, UNITS * UNIT])  # [BLOCK_R, UNITS * UNIT]

@@ -1,4 +1,4 @@
-"""Loads blocks of a weight, and unpacks those of a packed weight in registers.
+"""Loads blocks of a weight.
 
 A unit is what a thread loads of a packed weight at a time: 16 bytes, which have 16 columns in 8
 bits and 32 in 4 bits. The columns of a unit are in one group, so they share a scale.
@@ -15,6 +15,14 @@ def unit_of(weight) -> tl.constexpr:
         return 128 // weight.data.dtype.element_ty.primitive_bitwidth
     else:
         return 16 if weight.data.dtype.element_ty == tl.int8 else 32
+
+
+@triton.jit
+def zero_of(weight) -> tl.constexpr:
+    """Returns what is added to a packed weight's values in its data: 128 in 8 bits, once the sign
+    bit is flipped."""
+    BITS: tl.constexpr = 128 // unit_of(weight)
+    return 128 if BITS == 8 else (8 if weight.minimum is None else 0)
 
 
 @triton.jit
@@ -49,8 +57,7 @@ def load_weight(
             eviction_policy="evict_first",
         )  # fmt: skip
         if GROUP == DIM:
-            group = row  # [BLOCK_N, 1]
-            mask = row >= 0
+            group, mask = row, row >= 0  # [BLOCK_N, 1]
         elif BLOCK_K % GROUP == 0:
             group = k // GROUP + tl.arange(0, BLOCK_K // GROUP)[None, :]  # [1, BLOCK_K / GROUP]
             group, mask = row * (DIM // GROUP) + group, group < DIM // GROUP
@@ -71,47 +78,3 @@ def by_unit(factors, UNITS: tl.constexpr):
     factors = factors.to(tl.float32)[:, :, None]  # [BLOCK_N, groups, 1]
     factors = factors.broadcast_to([BLOCK_N, GROUPS, UNITS // GROUPS])
     return factors.reshape([BLOCK_N, UNITS])
-
-
-@triton.jit
-def _integers(words, SHIFT: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr):
-    """Returns the integers at bit SHIFT of the words, minus ZERO, in fp32.
-
-    A masked word with the exponent of 2^23 is the float 2^23 + q * 2^SHIFT. This takes two
-    instructions; conversions from integers have less throughput.
-    """
-    SIGN: tl.constexpr = 128 if BITS == 8 else 0  # flipped: q = value + 128
-    words = (words & (((1 << BITS) - 1) << SHIFT)) ^ (0x4B000000 | (SIGN << SHIFT))
-    power: tl.constexpr = 1.0 / (1 << SHIFT)
-    return words.to(tl.float32, bitcast=True) * power - (8388608.0 * power + ZERO)
-
-
-@triton.jit
-def packed_values(words, weight):
-    """Returns the integers of words of units :: [BLOCK_N, UNITS, 4] in fp32: [BLOCK_N, UNITS, UNIT].
-    """
-    UNIT: tl.constexpr = unit_of(weight)
-    BITS: tl.constexpr = 128 // UNIT
-    ZERO: tl.constexpr = 128 if BITS == 8 else (8 if weight.minimum is None else 0)
-    shape: tl.constexpr = [words.shape[0], words.shape[1], UNIT]
-    words = tl.join(words, words >> 16)  # [BLOCK_N, UNITS, 4, 2]
-    # [BLOCK_N, UNITS, 4, 2, 2]
-    values = tl.join(_integers(words, 0, BITS, ZERO), _integers(words, 8, BITS, ZERO))
-    if BITS == 4:
-        high = tl.join(_integers(words, 4, BITS, ZERO), _integers(words, 12, BITS, ZERO))
-        values = tl.join(values, high).permute(0, 1, 5, 2, 3, 4)  # [BLOCK_N, UNITS, 2, 4, 2, 2]
-    return values.reshape(shape)
-
-
-@triton.jit
-def unpack(block, weight, dtype: tl.constexpr):
-    """Returns the block's values :: [BLOCK_N, BLOCK_K] in dtype, rounded once."""
-    if weight.scale is None:
-        return block.data
-    else:
-        values = packed_values(block.data, weight)  # [BLOCK_N, UNITS, UNIT]
-        values *= by_unit(block.scale, values.shape[1])[:, :, None]
-        if weight.minimum is not None:
-            values += by_unit(block.minimum, values.shape[1])[:, :, None]
-        shape: tl.constexpr = [values.shape[0], values.shape[1] * values.shape[2]]
-        return values.reshape(shape).to(dtype)  # [BLOCK_N, BLOCK_K]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
-from gemma_fast.kernels._packed_elements import load_packed_rows
+from gemma_fast.kernels._packed_elements import load_units
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.packed import Weight, take_rows
@@ -45,11 +45,8 @@ def _embed_kernel(
     wait_for_previous_kernel(PDL)
     row = tl.maximum(tl.load(ids_ptr + token), 0)
     if GROUP:
-        inside = tl.full([1], True, tl.int1)
-        # [1, BLOCK]
-        hidden = load_packed_rows(
-            weight, row + tl.zeros([1], tl.int64), start, inside, DIM, DIM, GROUP, 16, BLOCK
-        )
+        col = (start + tl.arange(0, BLOCK // 16) * 16)[None, :]  # [1, BLOCK / 16]
+        hidden = load_units(weight, row, col, col < DIM, DIM, GROUP, 16)  # [1, BLOCK]
         hidden = hidden.reshape([BLOCK]).to(dtype)  # [BLOCK]
     else:
         hidden = tl.load(weight.data + row * DIM + cols, mask=cols < DIM)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._gemv import gemv
-from gemma_fast.kernels._matmul_input import MatmulInput, norm_scales
+from gemma_fast.kernels._matmul_input import MatmulInput, load_input, norm_scales
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._skinny import prefetch_weight, skinny_matmul
 from gemma_fast.kernels._triton import tl, triton
@@ -85,9 +85,13 @@ def _next_token_kernel(
     if BLOCK_B == 1:
         first_block = load_weight(weight, weight_row, 0, DIM, GROUP, BLOCK_K)
     elif PDL:
-        prefetch_weight(weight, weight_row, DIM, BLOCK_K)
+        prefetch_weight(weight, weight_row, DIM, GROUP, BLOCK_K)
     wait_for_previous_kernel(PDL)
     scales = norm_scales(inputs, None, rows, False, SPEC.eps, SPEC.offset, DIM, BLOCK_B, BLOCK_K)
+    first_x = None
+    if BLOCK_B == 1 and weight.scale is not None:  # packed rows are read faster than x is normalized
+        # [1, BLOCK_K]
+        first_x = load_input(inputs, scales, None, rows, 0, SPEC.offset, DIM, 1, BLOCK_K)
     best = tl.full([BLOCK_N, BLOCK_B], float("-inf"), tl.float32)
     best_token = tl.full([BLOCK_N, BLOCK_B], -1, tl.int32)
     for block in range(BLOCKS):
@@ -98,7 +102,7 @@ def _next_token_kernel(
                 next_block = load_weight(weight, next_row, 0, DIM, GROUP, BLOCK_K)
             # [BLOCK_N, 1]
             logits = gemv(
-                first_block, weight, weight_row, inputs, scales, None, rows,
+                first_block, first_x, weight, weight_row, inputs, scales, None, rows,
                 SPEC.offset, DIM, GROUP, BLOCK_K, STAGES,
             )  # fmt: skip
             first_block = next_block
@@ -126,8 +130,8 @@ def default_config(rows: int, weight: Weight, itemsize: int) -> dict[str, int]:
     blocks of tokens, so that it computes the norm once for all of them."""
     config = matvec_config(rows, weight, itemsize) | {"BLOCKS": 1}
     if rows == 1:  # with BLOCK_N = 8, this block and the next take twice the registers
-        line = weight.data[:1].nbytes  # bytes of a row
-        config |= {"BLOCK_N": 4, "BLOCKS": triton.cdiv(BYTES, 4 * line)}
+        block, line = 4 if weight.scale is None else 8, weight.data[:1].nbytes  # bytes of a row
+        config |= {"BLOCK_N": block, "BLOCKS": triton.cdiv(BYTES, block * line)}
     return config
 
 

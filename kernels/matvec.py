@@ -69,7 +69,7 @@ def _matvec_kernel(
     if BLOCK_B == 1:
         first_block = load_weight(weight, weight_row, 0, DIM, GROUP, BLOCK_K)
     elif PDL:
-        prefetch_weight(weight, weight_row, DIM, BLOCK_K)
+        prefetch_weight(weight, weight_row, DIM, GROUP, BLOCK_K)
     wait_for_previous_kernel(PDL)
     if up_ptr is not None:  # before the matmul, which hides the latency
         col = program * COLS + tl.arange(0, COLS)[:, None]  # [COLS, 1]
@@ -82,7 +82,7 @@ def _matvec_kernel(
     if BLOCK_B == 1:
         # [BLOCK_N, 1]
         out = gemv(
-            first_block, weight, weight_row, inputs, scales, h_ptr, rows,
+            first_block, None, weight, weight_row, inputs, scales, h_ptr, rows,
             OFFSET, DIM, GROUP, BLOCK_K, STAGES,
         )  # fmt: skip
     else:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
-from gemma_fast.kernels._packed_elements import load_packed_rows
+from gemma_fast.kernels._packed_elements import load_units
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.packed import Weight, take_rows
@@ -65,10 +65,11 @@ def _per_layer_inputs_kernel(
     mask = (row < rows)[:, None] & (cols < DIM)  # [BLOCK_R, BLOCK]
     token = tl.maximum(tl.load(ids_ptr + row // LAYERS, mask=row < rows, other=0), 0)  # [BLOCK_R]
     if GROUP:
+        unit = tl.arange(0, BLOCK // UNIT)[None, :] * UNIT  # [1, UNITS]
+        col = (row % LAYERS * DIM)[:, None] + unit  # [BLOCK_R, UNITS]
+        inside = (row < rows)[:, None] & (unit < DIM)  # [BLOCK_R, UNITS]
         # [BLOCK_R, BLOCK]
-        embedding = load_packed_rows(
-            table, token, row % LAYERS * DIM, row < rows, DIM, LAYERS * DIM, GROUP, UNIT, BLOCK
-        )
+        embedding = load_units(table, token[:, None], col, inside, LAYERS * DIM, GROUP, UNIT)
     else:
         # [BLOCK_R, 1]: row of the table as [vocab * LAYERS, DIM]
         layer = (token * LAYERS + row % LAYERS)[:, None]

@@ -22,6 +22,7 @@ from gemma_fast.benchmarks.measure.timing import Times
 from gemma_fast.benchmarks.tune import TABLE, result_lines, time_configs, variants
 from gemma_fast.kernels import matvec
 from gemma_fast.kernels.launch import launch_config, override
+from gemma_fast.kernels.packed import Weight
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 CUDA = torch.cuda.is_available()
@@ -56,7 +57,7 @@ def test_every_launch_config_gives_correct_results(name, size):
 def test_override_replaces_the_given_values_of_the_launch_config():
     """All other values come from the kernel's table. If a config cannot compile, its status is
     `failed`."""
-    table = launch_config("matvec", matvec.default_config(1, 48, 64, 4))
+    table = launch_config("matvec", matvec.default_config(1, Weight(torch.empty(48, 64)), 4))
     with override(SUITES["linear"].tuning.kernel, BLOCK_N=2):
         assert launch_config("matvec", table) == table | {"BLOCK_N": 2}
     assert launch_config("matvec", table) == table

@@ -5,56 +5,25 @@ import torch
 import torch.nn.functional as F
 from kernel_checks import DTYPES, strided, tf32
 from marks import slow
-from oracles import geglu_oracle, root_sum_square
-from tolerances import GEGLU_ROUNDINGS, assert_rounded, geglu_size, norm_roundings
+from matvec_checks import (
+    EPS,
+    GEMMA_4,
+    check_linear,
+    check_norm_linear,
+    gemma_4_inputs,
+    weight_of,
+)
 from triton import knobs
 
 from gemma_fast.kernels import matvec
 from gemma_fast.kernels._skinny import MAX_ROWS
 from gemma_fast.kernels.matvec import linear, norm_linear
+from gemma_fast.kernels.packed import Weight
 from gemma_fast.kernels.rmsnorm import add_rms_norm, rms_norm
 
-EPS = 1e-2  # large enough to change the norm's results
 # (dim, out). dim is less than a block, several blocks, or not a multiple of a block. In the last
 # two shapes, the size of 16-bit rows is not a multiple of 16 bytes.
 SHAPES = [(48, 88), (640, 40), (1160, 30), (2304, 20), (20, 34), (36, 6)]
-
-
-def weight_of(out, dim, dtype, device):
-    return (torch.randn(out, dim, device=device) / dim**0.5).to(dtype)
-
-
-def norm(x, weight, offset=1.0):
-    x, weight = x.double(), weight.double()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * (offset + weight)
-
-
-def check_linear(y, x, weight):
-    assert y.dtype == x.dtype
-    exact = x.double() @ weight.double().T
-    assert_rounded(y, exact, x.shape[-1], root_sum_square(x, weight))
-
-
-def check_norm_linear(
-    found, x, residual, norm_weight, post_weight, weight, geglu=False, up=None, layer_scalar=None,
-    offset=1.0,
-):  # fmt: skip
-    (y, h), dim = found, x.shape[-1]
-    assert h.dtype == y.dtype == x.dtype
-    post = x.double() if post_weight is None else norm(x, post_weight, offset)
-    exact = post if residual is None else post + residual.double()
-    steps = int(post_weight is not None)
-    if layer_scalar is not None:
-        post, exact, steps = post * layer_scalar.double(), exact * layer_scalar.double(), steps + 1
-    assert_rounded(h, exact, norm_roundings(dim), post.abs(), steps)
-    normed = h.double() if norm_weight is None else norm(h, norm_weight, offset)
-    exact, size = normed @ weight.double().T, root_sum_square(normed, weight)
-    if up is not None:
-        exact, size = torch.cat((exact, up.double()), -1), torch.cat((size, 0 * size), -1)
-    if geglu or up is not None:
-        exact, size = geglu_oracle(exact), geglu_size(exact, size)
-    # The normalized row is rounded to the dtype before the matmul.
-    assert_rounded(y, exact, norm_roundings(dim) + dim + GEGLU_ROUNDINGS, size, steps=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,30 +46,6 @@ def test_norm_linear_equals_fp64(dim, out, rows, stream, geglu, dtype, device, p
     norm_weight, weight = torch.randn(dim, device=device), weight_of(out, dim, dtype, device)
     given = x, residual, norm_weight, post_weight, weight
     check_norm_linear(norm_linear(*given, geglu=geglu, eps=EPS), *given, geglu)
-
-
-# Arguments of norm_linear for Gemma 4. Those with `up` are the per-layer gate, which has no norm.
-GEMMA_4 = {
-    "layer_scalar": {"layer_scalar": torch.tensor([0.37])},
-    "layer_scalar, geglu": {"layer_scalar": torch.tensor([0.37]), "geglu": True},
-    "no norm": {},
-    "no norm, up": {"up": True},
-    "up": {"up": True, "layer_scalar": torch.tensor([0.37])},
-}
-
-
-def gemma_4_inputs(rows, dim, out, case, dtype=torch.float32, device="cpu"):
-    """Returns positional arguments of norm_linear and options."""
-    x = 3 * torch.randn(rows, dim, device=device).to(dtype)
-    residual = torch.randn(rows, dim, device=device).to(dtype)
-    norm_weight, post_weight = torch.randn(2, dim, device=device).to(dtype)
-    options = dict(GEMMA_4[case])
-    if "layer_scalar" in options:
-        options["layer_scalar"] = options["layer_scalar"].to(dtype).to(device)
-    if "up" in options:
-        options["up"] = strided((rows, out), dtype, device)
-    given = x, residual, None if "no norm" in case else norm_weight, post_weight
-    return (*given, weight_of(out, dim, dtype, device)), options
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -235,7 +180,8 @@ def test_the_kernel_is_launched_for_1_to_max_rows_only(device, monkeypatch):
 @pytest.mark.parametrize("dim", [256, 1536, 2048, 2560, 3840, 4096, 5376, 6144, 21504], ids=str)
 def test_blocks_of_a_row_fit_rows_of_gemma_4(dim):
     """The part of the last block that lies beyond the row is at most a third of the row."""
-    block = matvec.default_config(1, 4096, dim, 2)["BLOCK_K"]
+    weight = Weight(torch.empty(4096, dim, dtype=torch.half, device="meta"))
+    block = matvec.default_config(1, weight, 2)["BLOCK_K"]
     assert 3 * (-dim % block) <= dim
 
 

@@ -8,6 +8,7 @@ from oracles import root_sum_square
 from packed_weights import PACKINGS, exact, packed_weight, random_rows
 from tolerances import assert_rounded
 
+from gemma_fast.kernels.embed import embed
 from gemma_fast.kernels.launch import as_on, override
 from gemma_fast.kernels.matvec import linear
 from gemma_fast.kernels.packed import PackedWeight, Packing
@@ -121,3 +122,16 @@ def test_blocks_divide_the_row_and_hold_whole_groups_or_parts_of_one(gpu):
             block = default_config(rows, weight, 2, gpu)["BLOCK_K"]
             assert dim % block == 0 and (block % group == 0 or group % block == 0)
             assert block * bits >= 128  # 16 bytes of data
+
+
+def test_compiled_models_run_ops_with_packed_weights(device):
+    """torch.compile passes the parts of a PackedWeight to the ops."""
+    table, _ = packed_weight(11, 64, PACKINGS["int4, group 32, minimum"], device)
+    weight, _ = packed_weight(24, 64, INT4, device)
+
+    def model(ids):
+        return linear(embed(ids, table, 8.0, dtype=torch.float32), weight)
+
+    ids = torch.arange(10, device=device).view(1, 10)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(ids), model(ids))

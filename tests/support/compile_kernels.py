@@ -36,6 +36,7 @@ from gemma_launches import (
     WHOLE,
     launch_all,
     launch_gemma_4,
+    launch_packed_prompts,
     launches,
     record_launches,
 )
@@ -53,6 +54,8 @@ TYPES = {
     torch.float16: "bf16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int8: "i8",
+    torch.uint8: "u8",
 }
 # Options of the compiler, not of the kernel.
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion")
@@ -165,6 +168,7 @@ def main(capability: int, describe: Callable[..., str], only_first: bool) -> Non
         for dtype in (torch.float16, torch.float32)[: 1 + whole]:
             launch_all(dtype, prompts)
             launch_gemma_4(dtype, layers)
+            launch_packed_prompts(dtype)
     different, first = {}, {}
     for i, (kernel, args, kwargs) in enumerate(launches):
         different[repr((kernel.__name__, [type_of(a) for a in args], kwargs))] = i
