@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.kernels._packed_elements import load_factors, unpack
+from gemma_fast.kernels._tiles import tile_at
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 from gemma_fast.kernels.packed import COLUMNS, Weight
@@ -67,11 +68,10 @@ def _packed_linear_kernel(
     BLOCK_K: tl.constexpr,  # divides DIM; a multiple or a divisor of GROUP
     GROUP_M: tl.constexpr,  # tiles of rows that share weights in the L2 cache
 ):
-    tiles_m, tiles_n, tile = tl.cdiv(rows, BLOCK_M), tl.cdiv(OUT, BLOCK_N), tl.program_id(0)
-    group = tile // (GROUP_M * tiles_n) * GROUP_M
-    group_m = tl.minimum(tiles_m - group, GROUP_M)
-    m = (group + tile % (GROUP_M * tiles_n) % group_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile % (GROUP_M * tiles_n) // group_m * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(OUT, BLOCK_N)
+    tile_m, tile_n = tile_at(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     x_ptr += (m % rows).to(tl.int64)[:, None] * DIM  # [BLOCK_M, 1]
     row = (n % OUT).to(tl.int64)  # [BLOCK_N]
 
