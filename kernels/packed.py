@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gemma_fast.kernels import _int4pack
+
 COLUMNS = {8: 16, 4: 32}  # columns in 16 bytes of data; a group is a multiple of it
 
 
@@ -60,7 +62,15 @@ class Weight(NamedTuple):
     @property
     def group(self) -> int:
         """Columns that share a scale; 0 if the weight is not packed."""
-        return 0 if self.scale is None else self.shape[1] // self.scale.shape[1]
+        if self.scale is None:
+            return 0
+        return self.shape[1] // self.scale.shape[0 if self.is_int4pack else 1]
+
+    @property
+    def is_int4pack(self) -> bool:
+        """Whether the weight has the layout of _int4pack.py. Its values are shifted; `rows` and
+        `take_rows` return a weight in 8 bits, with a minimum."""
+        return self.scale is not None and self.scale.ndim == 3
 
     @property
     def nbytes(self) -> int:
@@ -68,8 +78,10 @@ class Weight(NamedTuple):
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """Returns the weight :: [out, dim], computed in fp32 and rounded once."""
-        values = self.values().float().view(*self.scale.shape, self.group)
-        weight = values * self.scale.float().unsqueeze(-1)  # [out, dim / group, group]
+        if self.is_int4pack:
+            return self.rows(0, len(self.data)).unpack(dtype)
+        weight = self.values().float().view(*self.scale.shape, self.group)
+        weight *= self.scale.float().unsqueeze(-1)  # [out, dim / group, group]
         if self.minimum is not None:
             weight += self.minimum.float().unsqueeze(-1)
         return weight.view(self.shape).to(dtype)
@@ -84,6 +96,8 @@ class Weight(NamedTuple):
         return values if self.minimum is not None else values - 8
 
     def rows(self, start: int, stop: int) -> Weight:
+        if self.is_int4pack:
+            return Weight(*_int4pack.rows_of(self.data, self.scale, self.bits, start, stop))
         return Weight(*(None if x is None else x[start:stop] for x in self))
 
 
@@ -91,7 +105,10 @@ def take_rows(weight: Weight, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the weight's rows :: [*index.shape, dim]."""
     if weight.scale is None:
         return F.embedding(index, weight.data).to(dtype)
-    rows = Weight(*(None if x is None else x[index.flatten()] for x in weight))
+    if weight.is_int4pack:
+        rows = Weight(*_int4pack.take(weight.data, weight.scale, weight.bits, index.flatten()))
+    else:
+        rows = Weight(*(None if x is None else x[index.flatten()] for x in weight))
     return rows.unpack(dtype).view(*index.shape, -1)
 
 
@@ -168,7 +185,8 @@ class PackedWeight(nn.Module):
                 f"a scale of {factors.abs().max().item():.3g} does not fit {name}: load the model"
                 " with quantize='none'"
             )
-        return narrow.repeat_interleave(self.scale.shape[1] // factors.shape[1], dim=1)
+        groups = self.shape[1] // self.packing.group
+        return narrow.repeat_interleave(groups // factors.shape[1], dim=1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
         for name, x in self.named_parameters(recurse=False):

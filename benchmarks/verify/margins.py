@@ -56,6 +56,17 @@ MARGINS = {
     IDS_DIFFER: Margin((0, 0), (0, 0), "same text, same ids"),
     ENDS_DIFFER: Margin((0, 0), (0, 0), "a text must end at the same tokens"),
 }  # fmt: skip
+# What packed weights cost, against the unpacked model in float32. Beside: the unpacked model in the
+# same dtype. "as stored" is what a file has packed; "int8" and "int4" are rounded by --quantize.
+KEPT = "as stored"
+COST = "Packed weights against unpacked ones, in float32"
+_COSTS: dict[str, tuple[float, float, float]] = {  # slack of KL mean, |Δ| mean, perplexity change
+    KEPT: (1e-4, 1e-3, 0.01), "int8": (0.01, 0.4, 0.01), "int4": (0.5, 1.5, 0.5),
+}  # fmt: skip
+for _kind, _slacks in _COSTS.items():
+    for _name, _slack in zip((KL_MEAN, DELTA_MEAN, PERPLEXITY), _slacks, strict=True):
+        _why = "scales lose less than a rounding to 16 bits" if _kind == KEPT else "rounded weights"
+        MARGINS[f"{_name}, {_kind}"] = Margin((2, _slack), (2, _slack), _why)
 AT_LEAST = {TOP_1}  # figures whose limit is a minimum
 
 

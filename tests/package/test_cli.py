@@ -22,10 +22,10 @@ def run(*args: str, **kwargs):
 
 @pytest.fixture(scope="module", autouse=True)
 def load_once():
-    """Loads a model once per combination of --model, --device and --dtype. Defaults to the CPU."""
+    """Loads a model once per combination of options. Defaults to the CPU."""
     load = cache(cli._load)
     with pytest.MonkeyPatch.context() as patch:
-        on_cpu = lambda model, device, dtype: load(model, device or "cpu", dtype)  # noqa: E731
+        on_cpu = lambda model, device, *how: load(model, device or "cpu", *how)  # noqa: E731
         on_cpu.cache_clear = load.cache_clear
         patch.setattr(cli, "_load", on_cpu)
         yield
@@ -98,6 +98,7 @@ def test_chat_keeps_the_conversation(demo):
         (("generate", "a", "--model", "weights.bin"), "pickle"),
         (("predict", "a", "--top", "0"), "0 is not in the range"),
         (("generate", "a", "--dtype", "int8"), "'int8' is not one of"),
+        (("generate", "a", "--quantize", "int5"), "'int5' is not one of 'int8', 'int4', 'none'"),
         *slow(
             (("generate", "a", "--device", "abacus"), "device 'abacus' is unknown"),
             (("generate", "a", "--dtype", "float16"), "overflows float16"),

@@ -70,7 +70,7 @@ def fits_twice(kernel: Kernel, gpu: Gpu) -> bool:
 
 def wide_loads(kernel: Kernel, gpu: Gpu) -> str | None:
     """Kernels that are bound by memory must load 16 bytes per thread at a time."""
-    narrow = NARROW_LOADS.get(kernel["kernel"], 0)
+    narrow = NARROW_LOADS.get(kernel["kernel"], 0) + 2 * narrow_scales(kernel)
     if kernel["kernel"] == "_rotary_write_kernel":
         norm = kernel["types"]["rotary.norm_weight"] != "constexpr"
         narrow = 3 if norm else 1  # loads of the query offset and of norm weights
@@ -116,10 +116,19 @@ def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
         expected = (3, 4) if factors(kernel) else (5, 10)  # the latter in fp32
         held = loads == kernel["narrow_loads"] + wide and wide in expected
     elif one_row:
-        held = loads == kernel["wide_loads_before_wait"] >= 4
+        wide = kernel["wide_loads_before_wait"]
+        held = wide >= 4 and loads <= wide + narrow_scales(kernel)
     else:  # weights are prefetched into the L2 cache
         held = loads == 0 < kernel["prefetches_before_wait"]
     return None if held else f"{loads} loads before the wait"
+
+
+def narrow_scales(kernel: Kernel) -> int:
+    """Returns how many loads of less than 16 bytes a thread may make for a block of a packed
+    weight: one per row for its scale, and one for its minimum."""
+    factors = ("weight.scale", "weight.minimum")
+    packed = sum(kernel["types"].get(name, "constexpr") != "constexpr" for name in factors)
+    return packed * kernel["options"].get("BLOCK_N", 0)
 
 
 def only_queries(kernel: Kernel) -> bool:
