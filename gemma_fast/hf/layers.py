@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gemma_fast.hf.attention import Run, falls_back, reason
 from gemma_fast.hf.cache import GemmaFastCache, Ring
 from gemma_fast.hf.masks import RING_ERROR, is_bounds
-from gemma_fast.hf.packed import pack, weight_packed
+from gemma_fast.hf.packed import bits_of, pack, weight_packed
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.matvec import linear
 from gemma_fast.kernels.packed import PackedWeight
@@ -108,12 +108,13 @@ class FastLinear(Fast):
 
     part = "linear"
     bias: Tensor | None
+    weight_packed: nn.Parameter | None
     packed: PackedWeight  # no submodule: the model's parameters keep their names
     own_forward: Any  # the forward that compressed-tensors has set on the module, or None
 
     def forward(self, x: Tensor) -> Tensor:
         if not falls_back(self, self.part, x, reason(self, x)):
-            y = linear(x, self.packed)
+            y = linear(x, self.packed)  # type: ignore[arg-type]
             return y if self.bias is None else y + self.bias
         if "weight" in self._parameters:  # torchao
             return super().forward(x)
@@ -132,7 +133,7 @@ class FastLinear(Fast):
     def give_back(self) -> None:
         """Undoes `take`."""
         if self._parameters.get("weight_packed", self) is None:
-            data = weight_packed(self.packed, self.quantization_scheme.weights.num_bits)  # type: ignore[union-attr]
+            data = weight_packed(self.packed, bits_of(self))
             self.weight_packed = nn.Parameter(data, requires_grad=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FastLinear:

@@ -59,7 +59,7 @@ def why_not_packed(module: nn.Linear) -> str | None:
 
 def _why_not_scheme(module: nn.Linear) -> str | None:
     scheme: Any = module.quantization_scheme
-    out, dim, bits = module.out_features, module.in_features, scheme.weights.num_bits
+    out, dim, bits = module.out_features, module.in_features, bits_of(module)
     if scheme.input_activations is not None or scheme.output_activations is not None:
         return "its activations are quantized, too, which the kernels do not do"
     tensors = {name: x for name, x in module._parameters.items() if x is not None}
@@ -144,28 +144,30 @@ def _rows(module: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns values :: [out, in], int8; scale and minimum :: [out, in / group], where weight =
     scale * value + minimum. minimum is fp32, or None."""
     if has_scheme(module):
-        tensors, bits = module._parameters, module.quantization_scheme.weights.num_bits  # type: ignore[union-attr]
-        packed, scale, zero = (
-            tensors.get(f"weight_{name}") for name in ("packed", "scale", "zero_point")
-        )
-        assert packed is not None and scale is not None
-        values = _unpack(packed.data, bits)[:, : module.in_features]
+        tensors: Any = module._parameters
+        scale, zero = tensors["weight_scale"].data, tensors.get("weight_zero_point")
+        values = _unpack(tensors["weight_packed"].data, bits_of(module))[:, : module.in_features]
         if zero is not None:
-            zero = _unpack(zero.data.T, bits)[:, : module.out_features].T
-        return values, scale.data, _minimum(scale, zero)
+            zero = _unpack(zero.data.T, bits_of(module))[:, : module.out_features].T
+        return values, scale, _minimum(scale, zero)
     weight: Any = module.weight
     scale, zero = _factors(weight)
     if type(weight).__name__ == "Int4Tensor":
-        assert zero is not None
         return _unpack(weight.qdata, 4, sign=8), scale, zero.float()
     return weight.qdata, scale, _minimum(scale, zero)
+
+
+def bits_of(module: nn.Module) -> int:
+    """Returns the bits of a weight that compressed-tensors has quantized."""
+    scheme: Any = module.quantization_scheme
+    return int(scheme.weights.num_bits)
 
 
 def _minimum(scale: Tensor, zero: Tensor | None) -> Tensor | None:
     return None if zero is None or not zero.any() else -zero.float() * scale.float()
 
 
-def _factors(weight: Any) -> tuple[Tensor, Tensor | None]:
+def _factors(weight: Any) -> tuple[Tensor, Any]:
     """Returns scale and zero_point of a tensor of torchao, both [out, in / group]."""
     scale, zero = weight.scale, weight.zero_point
     if type(weight).__name__ == "Int4Tensor":

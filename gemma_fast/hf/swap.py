@@ -161,7 +161,7 @@ def restore(model: M) -> M:
 
 
 @contextmanager
-def accelerated(model: M, **options: bool | None) -> Iterator[M]:
+def accelerated(model: M, **options: Any) -> Iterator[M]:
     """Accelerates the model inside `with accelerated(model):`, with the options of `accelerate`.
     Restores the model's previous state at the end of the block."""
     text = text_decoder(model)

@@ -31,13 +31,13 @@ TORCHAO = {
 }
 
 
-def tiny_model(dtype=torch.float32, attention="eager", bias=False):
+def tiny_model(dtype=torch.float32, attention="eager", bias=False, hidden=64, tied=True):
     torch.manual_seed(1)
     config = Gemma3TextConfig(
-        vocab_size=199, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, intermediate_size=128, sliding_window=13,
+        vocab_size=199, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, intermediate_size=2 * hidden, sliding_window=13,
         layer_types=["sliding_attention", "full_attention"], attention_bias=bias,
-        eos_token_id=None,
+        eos_token_id=None, tie_word_embeddings=tied,
     )  # fmt: skip
     config._attn_implementation = attention
     model = transformers.Gemma3ForCausalLM(config).to(dtype).eval()
