@@ -203,7 +203,8 @@ def _copy(
 ) -> None:
     """Copies each tensor of the checkpoint to its rows of the weight in which it is stacked."""
     targets: dict[str, tuple[Tensor | PackedWeight, int]] = {}  # tensor → weight and first row
-    for name, weight in (weights | packed).items():
+    stacked: dict[str, Tensor | PackedWeight] = {**weights, **packed}
+    for name, weight in stacked.items():
         row = 0
         for tensor in parts.get(name, ()):  # a packed weight's data and scales are no parts
             targets[tensor] = weight, row

@@ -29,7 +29,8 @@ def block_rows() -> int | None:
     rows = BLOCK_ROWS.get(torch.backends.cpu.get_cpu_capability())
     if rows is None:
         return None
-    nibbles = torch.arange(128 * 32).mul(2654435761).bitwise_right_shift(16).view(128, 32) & 15
+    with torch.device("cpu"):  # the caller may have another default
+        nibbles = torch.arange(128 * 32).view(128, 32) * 2654435761 >> 16 & 15
     try:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
     except (AttributeError, RuntimeError):

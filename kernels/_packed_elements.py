@@ -56,7 +56,9 @@ def load_units(
     UNITS: tl.constexpr = mask.shape[1]
     INT8: tl.constexpr = weight.data.dtype.element_ty == tl.int8
     group = row * (DIM // GROUP) + col // GROUP  # [BLOCK_R, UNITS]
-    byte = row * DIM + col if INT8 else row * (DIM // 2) + col // 32 * 16 + col % 16
+    byte = row * DIM + col if INT8 else row * (DIM // 2) + col // 32 * 16
+    if not INT8 and UNIT < 16:
+        byte += col % 16
     byte = byte[:, :, None] + tl.arange(0, UNIT)[None, None, :]  # [BLOCK_R, UNITS, UNIT]
     value = tl.load(weight.data + byte, mask=mask[:, :, None], other=0)
     if not INT8:

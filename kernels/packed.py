@@ -80,8 +80,8 @@ class Weight(NamedTuple):
         """Returns the weight :: [out, dim], computed in fp32 and rounded once."""
         if self.is_int4pack:
             return self.rows(0, len(self.data)).unpack(dtype)
-        values = self.values().float().view(*self.scale.shape, self.group)
-        weight = values * self.scale.float().unsqueeze(-1)  # [out, dim / group, group]
+        weight = self.values().float().view(*self.scale.shape, self.group)
+        weight *= self.scale.float().unsqueeze(-1)  # [out, dim / group, group]
         if self.minimum is not None:
             weight += self.minimum.float().unsqueeze(-1)
         return weight.view(self.shape).to(dtype)

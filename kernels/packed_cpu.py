@@ -22,7 +22,7 @@ from gemma_fast.kernels._int4pack import block_rows, chunk_of, interleave
 from gemma_fast.kernels._triton import knobs
 from gemma_fast.kernels.packed import PackedRows, PackedWeight, Packing, Weight
 
-MAX_ROWS = 8  # with more rows, PyTorch's matmul with the unpacked weight takes less time
+MAX_ROWS = 32  # with more rows, unpacking the weight and PyTorch's matmul take less time
 LARGEST = 119  # of the values -136 … 119 that two digits of -8 … 7 have
 
 
@@ -102,4 +102,4 @@ def int4pack_linear(x: Tensor, weight: Weight) -> Tensor:
 
 @functools.cache
 def _digit_values() -> Tensor:
-    return torch.tensor([[16.0], [1.0]], dtype=torch.bfloat16)
+    return torch.tensor([[16.0], [1.0]], dtype=torch.bfloat16, device="cpu")

@@ -22,12 +22,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.kernels._packed_elements import load_factors, unpack
+from gemma_fast.kernels._tiles import tile_at
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 from gemma_fast.kernels.packed import COLUMNS, Weight
 from gemma_fast.kernels.packed_cpu import int4pack_linear, runs_int4pack
 
-ELEMENTS = 1 << 20  # of the weight that the reference unpacks at once
+ELEMENTS = 1 << 20  # of the weight that the reference unpacks at once, few enough for the cache
+
+
+def torch_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns x @ weightᵀ for a weight that is not packed, computed by a library."""
+    if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        # F.linear calls MKL, which reads weights 2.6 times slower on an AMD processor, for one row
+        # (benchmarks/LOG.md). This calls oneDNN, as Inductor does.
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    # As one matrix: for a strided batch F.linear runs a batched matmul and copies the weight.
+    rows = x.reshape(-1, x.shape[-1])  # [rows, dim]
+    return F.linear(rows, weight).view(*x.shape[:-1], weight.shape[0])
 
 
 def packed_linear_reference(x: Tensor, weight: Weight) -> Tensor:
@@ -38,7 +50,7 @@ def packed_linear_reference(x: Tensor, weight: Weight) -> Tensor:
     step = max(ELEMENTS // dim, 1)
     for start in range(0, out, step):
         stop = min(start + step, out)
-        y[:, start:stop] = F.linear(rows, weight.rows(start, stop).unpack(x.dtype))
+        y[:, start:stop] = torch_linear(rows, weight.rows(start, stop).unpack(x.dtype))
     return y.view(*x.shape[:-1], out)
 
 
@@ -56,11 +68,10 @@ def _packed_linear_kernel(
     BLOCK_K: tl.constexpr,  # divides DIM; a multiple or a divisor of GROUP
     GROUP_M: tl.constexpr,  # tiles of rows that share weights in the L2 cache
 ):
-    tiles_m, tiles_n, tile = tl.cdiv(rows, BLOCK_M), tl.cdiv(OUT, BLOCK_N), tl.program_id(0)
-    group = tile // (GROUP_M * tiles_n) * GROUP_M
-    group_m = tl.minimum(tiles_m - group, GROUP_M)
-    m = (group + tile % (GROUP_M * tiles_n) % group_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile % (GROUP_M * tiles_n) // group_m * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(OUT, BLOCK_N)
+    tile_m, tile_n = tile_at(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     x_ptr += (m % rows).to(tl.int64)[:, None] * DIM  # [BLOCK_M, 1]
     row = (n % OUT).to(tl.int64)  # [BLOCK_N]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from gemma_fast.checkpoint.compressed_weight import LAYOUTS, CompressedWeight, Part, Read
-from gemma_fast.checkpoint.quantization_config import Scheme
+from gemma_fast.checkpoint.quantization_config import Quantization, Scheme
 
 PART = re.compile(r"(.+)\.(weight(?:_(?:packed|scale|zero_point|shape|g_idx|global_scale))?)")
 # Tensors for quantizing activations, keys and values, which this project does not do.
@@ -20,12 +20,14 @@ ACTIVATION = re.compile(r".+\.(?:input|output|[qkv])_(?:scale|zero_point|global_
 
 
 def find_weights(
-    tensors: Mapping[str, Part], schemes: Sequence[Scheme], read: Read
+    tensors: Mapping[str, Part], quantization: Quantization | None, read: Read
 ) -> tuple[dict[str, CompressedWeight], set[str]]:
     """Returns name → weight for the quantized weights among the tensors of a model, and the names
-    of the tensors that only they need. Raises ValueError for one that fits none of the schemes."""
+    of the tensors that only quantization needs. Raises ValueError for a weight that fits none of
+    the schemes."""
     modules: dict[str, dict[str, Part]] = {}
-    used = {name for name in tensors if ACTIVATION.fullmatch(name)} if schemes else set()
+    used = {name for name in tensors if quantization and ACTIVATION.fullmatch(name)}
+    schemes = quantization.schemes if quantization else ()
     for name, part in tensors.items():
         if match := PART.fullmatch(name):
             modules.setdefault(match[1], {})[match[2]] = part
@@ -48,8 +50,9 @@ def warn_of_unpacked(path: Path, weights: Iterable[CompressedWeight]) -> None:
     first = unpacked[0]
     warnings.warn(
         f"{path}: {len(unpacked)} weights, for example {first.values.name} ({first.scheme.format}),"
-        f" cannot stay packed: in 16 bits they take {2 * sum(sizes.values()):.3g} GB instead of"
-        f" {stored:.3g} GB, and each token reads them all; quantize='int8' rounds them to 8 bits",
+        f" do not stay packed. Unpacked to 16 bits, they take {2 * sum(sizes.values()):.3g} GB"
+        f" instead of {stored:.3g} GB, and twice that in float32, and decoding is as much slower."
+        " quantize='int8' rounds them to 8 bits",
         stacklevel=2,
     )
 
@@ -66,7 +69,7 @@ def warn_of_computed(path: Path, computed: Sequence[str]) -> None:
 
 def _weight(parts: Mapping[str, Part], schemes: Sequence[Scheme], read: Read) -> CompressedWeight:
     """Returns the weight that some tensors store, in the one scheme that they fit."""
-    first = next(iter(parts.values()))
+    first = parts[max(parts)]  # not X.weight itself, if there is another
     if not schemes:
         raise first.error(
             "belongs to a quantized weight, but config.json describes none: download it again"

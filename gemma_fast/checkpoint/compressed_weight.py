@@ -189,11 +189,13 @@ class CompressedWeight:
         part = self.parts["weight_zero_point"]
         if part.dtype == "I8":
             return self._per_row("weight_zero_point", start, stop)
-        per_word = 32 // self.scheme.bits
+        bits = self.scheme.bits
+        per_word = 32 // bits
         first = start // per_word
-        words = self._read(part, first, _blocks(stop, per_word))  # [rows / per_word, groups]
-        zeros = _unpack(words.T, self.scheme.bits, len(words) * per_word).T  # [rows, groups]
-        return zeros[start - first * per_word :][: stop - start]
+        words = self._read(part, first, _blocks(stop, per_word)).unsqueeze(1)  # [words, 1, groups]
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32).view(-1, 1)
+        zeros = (words >> shifts & (1 << bits) - 1) - (1 << bits - 1)  # [words, per_word, groups]
+        return zeros.flatten(0, 1)[start - first * per_word :][: stop - start].to(torch.int8)
 
     def _per_row(self, suffix: str, start: int, stop: int) -> Tensor:
         """Returns the factors of each row :: [rows, groups]."""
@@ -213,7 +215,7 @@ class CompressedWeight:
 
 def _unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     """Returns the values in int32 words :: [rows, n] as [rows, columns], int8."""
-    data = words.contiguous().view(torch.uint8)  # [rows, 4 n], on a little-endian processor
+    data = words.view(torch.uint8)  # [rows, 4 n]; on a little-endian processor
     if bits == 4:
         data = torch.stack((data & 15, data >> 4), dim=-1).flatten(1)  # [rows, 8 n]
     return (data[:, :columns] - (1 << bits - 1)).view(torch.int8)  # wraps around

@@ -147,11 +147,13 @@ def _activations(groups: Any) -> list[str]:
 def _scheme(name: str, group: Any, default_format: Any) -> Scheme | None:
     """Returns the scheme of a group, or None if the group does not quantize weights."""
     where = f"quantization_config.config_groups.{name:.60}"
-    weights = group.get("weights") if isinstance(group, Mapping) else group
+    if not isinstance(group, Mapping):
+        raise ValueError(f"{where}={group!r:.60} must be a JSON object: write the scheme out")
+    weights = group.get("weights")
     if weights is None:
         return None
-    if not isinstance(group, Mapping) or not isinstance(weights, Mapping):
-        raise ValueError(f"{where}: {weights!r:.60} must be a JSON object: write the scheme out")
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{where}.weights={weights!r:.60} must be a JSON object")
     for fields, known in ((group, GROUP_FIELDS), (weights, WEIGHT_FIELDS)):
         if unknown := sorted(fields.keys() - known):
             raise ValueError(f"{where}: the field {unknown[0]!r:.60} is unknown: {OTHER_WAY_OUT}")
@@ -161,14 +163,14 @@ def _scheme(name: str, group: Any, default_format: Any) -> Scheme | None:
         stored = f"{kind}-quantized"
     block = _block(weights)
     symmetric = weights.get("symmetric", True)
-    packs_zeros = stored == "pack-quantized" and symmetric is False
-    fields = {
+    packs_zeros = stored == "pack-quantized" and not symmetric
+    supported = {
         "dynamic": (False, None),
         "actorder": (False, None, "weight", "static"),
         "symmetric": (True, False) if kind == "int" else (True,),
         "strategy": ("channel", "group", None) if packs_zeros else STRATEGIES,
     }
-    wrong = [f for f, values in fields.items() if weights.get(f, values[0]) not in values]
+    wrong = [f for f, values in supported.items() if weights.get(f, values[0]) not in values]
     if type(bits) is not int or bits not in FORMATS.get((stored, kind), ()):
         wrong.append("format")
     if block is None or wrong:
@@ -177,7 +179,7 @@ def _scheme(name: str, group: Any, default_format: Any) -> Scheme | None:
             f"{where}: {field}={given.get(field)!r:.60} is not supported in {given!r:.400}:"
             f" {OTHER_WAY_OUT}"
         )
-    return Scheme(stored, bits, symmetric, block)
+    return Scheme(stored, bits, bool(symmetric), block)
 
 
 def _block(weights: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,17 @@ class SafetensorsCheckpoint(FileCheckpoint):
     def check(self) -> None:
         super().check()
         if self.quantization is not None:
-            weights = [x for x in self.stored.values() if isinstance(x, CompressedWeight)]
-            warn_of_unpacked(self.path, weights)
             warn_of_computed(self.path, self.quantization.computed)
 
     def packing(self, name: str) -> Packing | None:
-        weight = self.stored[name]
-        return weight.packing if isinstance(weight, CompressedWeight) else None
+        return self._packings.get(name)
+
+    @cached_property
+    def _packings(self) -> dict[str, Packing | None]:
+        """The packings of all quantized weights. Warns of those that cannot stay packed."""
+        weights = {k: x for k, x in self.stored.items() if isinstance(x, CompressedWeight)}
+        warn_of_unpacked(self.path, weights.values())
+        return {name: weight.packing for name, weight in weights.items()}
 
     def packed_rows(self, name: str, start: int, stop: int) -> PackedRows:
         return self.stored[name].packed_rows(start, stop)
@@ -85,12 +89,11 @@ class SafetensorsCheckpoint(FileCheckpoint):
     def _join_parts(self) -> None:
         """Replaces the tensors in which a quantized weight is stored by the weight. Raises
         ValueError for dtypes that are not supported."""
-        schemes = self.quantization.schemes if self.quantization else ()
         parts: dict[str, Part] = dict(self.stored)
         for name, part in parts.items():
             if method := other_method(name):
                 raise refusal(f"{part.file}: tensor {part.name} of {method}", method)
-        weights, used = find_weights(parts, schemes, _read_rows)
+        weights, used = find_weights(parts, self.quantization, _read_rows)
         for name in used:
             self._drop(name)
         for name, weight in weights.items():

@@ -4,24 +4,25 @@ import json
 
 import pytest
 import torch
-from certificate_lines import BF16, CPU, FP32, failed
+from certificate_lines import BF16, CPU, FP32, Loud, failed
 from checkpoints import write_gguf
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType, quants
 from tiny_models import CONFIGS
 
+from gemma_fast.benchmarks.kernels import packed_matvec
 from gemma_fast.benchmarks.verify import certificate, cost, margins
 from gemma_fast.benchmarks.verify import kernels as verify_kernels
 from gemma_fast.checkpoint.open import open_checkpoint
-from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.checkpoint.rounded import RoundedCheckpoint, with_quantize
 from gemma_fast.cli import main
+from gemma_fast.kernels.packed import Weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are not packed in")
 
 
 def lines(kind="int8", change=lambda packed: packed, dtypes=(FP32, BF16)):
-    plain = RandomCheckpoint(CONFIGS["gemma3-gqa"])
+    plain = Loud(CONFIGS["gemma3-gqa"])
     packed = change(with_quantize(plain, kind))
     return list(cost.check_cost(plain, packed, CPU, dtypes, kind))
 
@@ -100,3 +101,13 @@ def test_three_texts_of_a_packed_file_are_compared(tmp_path):
         found = list(cost.check_cost(plain, plain, CPU, [FP32], margins.KEPT))
     assert not failed(found) and len(found) == 4
     assert all(figure.ours < 1e-6 for figure in found[0].figures[:2])
+
+
+def test_packed_kernel_checks_pass_and_detect_a_wrong_scale(monkeypatch):
+    monkeypatch.setattr(verify_kernels, "CHECKS", packed_matvec.CHECKS)
+    check = list(verify_kernels.check_kernels(CPU, [FP32, BF16], margins.CPU_PATH))
+    assert not failed(check) and len(check) == 2 * len(packed_matvec.CHECKS)
+    unpack = Weight.unpack
+    monkeypatch.setattr(Weight, "unpack", lambda self, dtype: unpack(self, dtype) * 1.001)
+    check = verify_kernels.check_kernels(CPU, [FP32], margins.CPU_PATH)
+    assert failed(check) == {x.name for x in packed_matvec.CHECKS}

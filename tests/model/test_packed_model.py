@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf_blocks import write_quantized
 from marks import slow
 from packed_checkpoints import KINDS, PackedCheckpoint
-from tiny_models import CONFIGS
+from tiny_models import CONFIGS, two_layers
 from tolerances import logits_error
 
 from gemma_fast.causal_lm import GemmaForCausalLM
@@ -21,17 +21,16 @@ from gemma_fast.kernels.packed import PackedWeight
 from gemma_fast.reference import Reference
 
 
-def wide(name: str) -> GemmaConfig:
-    """Returns a tiny config in which all matrices have multiples of 128 columns."""
-    config = CONFIGS[name]
+def wide(config: GemmaConfig) -> GemmaConfig:
+    """Returns the config with matrices that all have multiples of 128 columns."""
     widths = {"hidden_size": 128, "intermediate_size": 128}
     if config.hidden_size_per_layer_input:
         widths["hidden_size_per_layer_input"] = 128
     return replace(config, **widths)
 
 
-def build(name: str, kind: str) -> tuple[GemmaForCausalLM, Reference]:
-    checkpoint = PackedCheckpoint(wide(name), kind)
+def build(config: GemmaConfig, kind: str) -> tuple[GemmaForCausalLM, Reference]:
+    checkpoint = PackedCheckpoint(wide(config), kind)
     model = GemmaForCausalLM.from_checkpoint(checkpoint, dtype="float32", device="cpu")
     assert {p.ndim for p in model.parameters() if p.is_floating_point()} == {1, 2}
     packed = [x for x in model.modules() if isinstance(x, PackedWeight)]
@@ -70,10 +69,10 @@ def assert_equal(model, reference, counts: list[int], steps: int) -> None:
     """Asserts that logits of a padded batch are equal, and `steps` greedy tokens after it."""
     ids, mask = padded(model.config, counts)
     expected = reference(ids, attention_mask=mask).logits
-    logits = model(ids, attention_mask=mask).logits
+    logits = model(ids, attention_mask=mask).logits.cpu()
     close(model.config, logits[mask.bool()], expected[mask.bool()])
     out = model.generate(ids, attention_mask=mask, max_new_tokens=steps, eos_token_id=[])
-    assert torch.equal(out, greedy(reference, ids, mask, steps))
+    assert torch.equal(out.cpu(), greedy(reference, ids, mask, steps))
 
 
 FEW = [
@@ -86,14 +85,14 @@ ALL = [(name, kind) for name in CONFIGS for kind in KINDS]
 @pytest.mark.parametrize(("name", "kind"), [*FEW, *slow(*(x for x in ALL if x not in FEW))])
 def test_a_packed_model_equals_the_reference_on_unpacked_weights(name, kind):
     """A prompt, decode steps of one row, and a padded batch."""
-    model, reference = build(name, kind)
+    model, reference = build(CONFIGS[name], kind)
     assert_equal(model, reference, [19], steps=4)
     assert_equal(model, reference, [11, 3], steps=3)
 
 
 @pytest.mark.parametrize("name", ["gemma2-gqa", "gemma4-per-layer"])
 def test_batches_of_more_rows_than_the_kernels_for_few_rows_take_are_equal(name):
-    model, reference = build(name, "mixed")
+    model, reference = build(CONFIGS[name], "mixed")
     assert_equal(model, reference, [MAX_ROWS + 3, *range(1, MAX_ROWS + 1)], steps=3)
 
 
@@ -109,7 +108,7 @@ def test_a_gguf_file_of_mixed_types_equals_the_reference_on_unpacked_weights(fam
 
 
 def test_generate_gives_the_same_text_twice():
-    model, _ = build("gemma3-gqa", "int4-g32-minimum")
+    model, _ = build(CONFIGS["gemma3-gqa"], "int4-g32-minimum")
     ids = torch.tensor([[2, 5, 9]])
     first = model.generate(ids, max_new_tokens=5, eos_token_id=[])
     assert torch.equal(first, model.generate(ids, max_new_tokens=5, eos_token_id=[]))
@@ -117,7 +116,7 @@ def test_generate_gives_the_same_text_twice():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_counts_integers_and_scales(kind):
-    model, _ = build("gemma-mha", kind)
+    model, _ = build(CONFIGS["gemma-mha"], kind)
     assert model.lm_head is not None
     weights, head = model.memory()["weights"], model.memory()["lm_head"]
     expected = 0
@@ -138,7 +137,7 @@ def test_memory_counts_integers_and_scales(kind):
 @pytest.mark.parametrize("name", ["gemma-mqa", "gemma3-gqa", "gemma4-all"])
 def test_another_dtype_changes_what_is_computed_in_and_leaves_packed_weights(name):
     """The packed model is as close to float32 as one whose weights are rounded to bfloat16."""
-    model, reference = build(name, "mixed")
+    model, reference = build(CONFIGS[name], "mixed")
     half = deepcopy(model).to(torch.bfloat16)
     assert half.dtype == half.norm.dtype == torch.bfloat16
     for module_name, packed in model.named_modules():
@@ -157,10 +156,25 @@ def test_another_dtype_changes_what_is_computed_in_and_leaves_packed_weights(nam
 
 
 def test_a_packed_model_is_loaded_from_its_own_state_dict():
-    model, _ = build("gemma3-mqa", "int4-g32-minimum")
-    other, _ = build("gemma3-mqa", "int4-g32-minimum")
+    model, _ = build(CONFIGS["gemma3-mqa"], "int4-g32-minimum")
+    other, _ = build(CONFIGS["gemma3-mqa"], "int4-g32-minimum")
     for x in other.parameters():
         x.data.zero_()
     other.load_state_dict(model.state_dict())
     ids = torch.tensor([[2, 5, 9]])
     assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+ON_KERNELS = [
+    ("gemma3-gqa", "mixed", [9]),
+    ("gemma2-gqa", "int4-g32-minimum", [7, 3]),
+    ("gemma4-per-layer", "int4-g32", [9]),
+]
+MORE = [(name, kind, [7, 3]) for name in ("gemma3-gqa", "gemma4-per-layer") for kind in KINDS]
+
+
+@pytest.mark.parametrize(("name", "kind", "counts"), [*ON_KERNELS, *slow(*MORE)], ids=str)
+def test_a_packed_model_of_two_layers_on_kernels_equals_the_reference(name, kind, counts, device):
+    """A prompt of more rows than MAX_ROWS, and a decode step of one row or of two."""
+    model, reference = build(two_layers(name), kind)
+    assert_equal(model.to(device), reference, counts, steps=2)

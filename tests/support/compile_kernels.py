@@ -5,7 +5,7 @@
     python tests/support/compile_kernels.py 90 --first
 
 Compiles every distinct launch, with bf16 in place of fp16. Also compiles the first launch of each
-variant (DESCRIPTORS, BLOCK_M) of a kernel with fp16. With --first, compiles only the first launch
+variant (DESCRIPTORS, BLOCK_M, bits of a packed weight) of a kernel with fp16. With --first, compiles only the first launch
 of each variant, with bf16.
 
 For each compiled launch, prints a JSON object (see `report`) with registers, spills, loads, etc.
@@ -36,6 +36,7 @@ from gemma_launches import (
     WHOLE,
     launch_all,
     launch_gemma_4,
+    launch_packed,
     launch_packed_prompts,
     launches,
     record_launches,
@@ -52,10 +53,11 @@ TYPES = {
     torch.float32: "fp32",
     # Launches use fp16, because ops refuse bf16 on a CPU. Each job replaces this value.
     torch.float16: "bf16",
-    torch.int32: "i32",
-    torch.int64: "i64",
+    torch.bfloat16: "bf16",  # of scales
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
 }
 # Options of the compiler, not of the kernel.
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion")
@@ -169,10 +171,13 @@ def main(capability: int, describe: Callable[..., str], only_first: bool) -> Non
             launch_all(dtype, prompts)
             launch_gemma_4(dtype, layers)
             launch_packed_prompts(dtype)
+        launch_packed(torch.float16)
     different, first = {}, {}
     for i, (kernel, args, kwargs) in enumerate(launches):
         different[repr((kernel.__name__, [type_of(a) for a in args], kwargs))] = i
-        kind = kernel.__name__, kwargs.get("DESCRIPTORS"), kwargs.get("BLOCK_M")
+        data = types_by_name(kernel, args).get("weight.data")
+        packed = data if data in ("*i8", "*u8") else None
+        kind = kernel.__name__, kwargs.get("DESCRIPTORS"), kwargs.get("BLOCK_M"), packed
         first.setdefault(kind, i)
     jobs = [(i, "bf16") for i in (first if only_first else different).values()]
     jobs += [] if only_first else [(i, "fp16") for i in first.values()]

@@ -3,10 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 import transformers
 from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.compressors.mx_utils import decompress_mx_scale
+from compressed_tensors.compressors.naive_quantized import NaiveQuantizationCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from compressed_tensors.utils import get_direct_state_dict
@@ -54,6 +59,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "mxfp4a16": preset("MXFP4A16"),
     "mxfp8a16": preset("MXFP8A16"),
 }  # fmt: skip
+NOT_PACKED = ("fp8-dynamic", "fp8-tensor", "fp8-block", "mxfp8a16")
 
 
 def save_compressed(
@@ -61,13 +67,10 @@ def save_compressed(
     path: Path,
     groups: dict[str, dict[str, Any]],
     ignore: tuple[str, ...] = ("lm_head",),
-    kv_cache_scheme: dict[str, Any] | None = None,
-) -> dict[str, Tensor]:
-    """Quantizes the model as the groups say, and saves it. Returns the weights of the quantized
-    modules as the library unpacks them, by their names in the model."""
-    config = QuantizationConfig(
-        config_groups=groups, ignore=list(ignore), kv_cache_scheme=kv_cache_scheme
-    )
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Quantizes the model as the groups say, and saves it. Returns the quantized weights by name
+    as the library unpacks them: in its dtype, and in fp32 with the same scales."""
+    config = QuantizationConfig(config_groups=groups, ignore=list(ignore))
     apply_quantization_config(hf, config, show_progress=False)
     modules = {
         name: module
@@ -78,15 +81,33 @@ def save_compressed(
         _calibrate(module)
     compressor = ModelCompressor.from_pretrained_model(hf)
     compressor.compress_model(hf)
-    unpacked = {}
-    for name, module in modules.items():
-        scheme = module.quantization_scheme
-        library = BaseCompressor.get_value_from_registry(scheme.format)
-        state = library.decompress(get_direct_state_dict(module), scheme)
-        unpacked[f"{name}.weight"] = state["weight"].detach()
+    unpacked = {f"{name}.weight": _unpack(module) for name, module in modules.items()}
+    wide = {f"{name}.weight": _unpack_to_fp32(module) for name, module in modules.items()}
     hf.save_pretrained(path)
     compressor.update_config(path)
-    return unpacked
+    return unpacked, wide
+
+
+def _unpack(module: nn.Module) -> Tensor:
+    scheme = module.quantization_scheme
+    library = BaseCompressor.get_value_from_registry(scheme.format)
+    return library.decompress(get_direct_state_dict(module), scheme)["weight"].detach()
+
+
+def _unpack_to_fp32(module: nn.Module) -> Tensor:
+    """Unpacks with the scales in fp32, because the library computes in their dtype. The library
+    fixes that of mxfp8, mxfp4 and nvfp4, so these are unpacked with its functions."""
+    scheme, state = module.quantization_scheme, get_direct_state_dict(module)
+    scale, packed = state["weight_scale"], state.get("weight_packed")
+    scale = (decompress_mx_scale(scale) if scale.dtype == torch.uint8 else scale).float()
+    if packed is not None and packed.dtype == torch.uint8:
+        values = unpack_fp4_from_uint8(packed, len(packed), 2 * packed.shape[1], torch.float32)
+        total = state.get("weight_global_scale")
+        return dequantize(values, scale, args=scheme.weights, global_scale=total)
+    library = BaseCompressor.get_value_from_registry(scheme.format)
+    if scheme.format == "mxfp8-quantized":
+        library = NaiveQuantizationCompressor
+    return library.decompress(state | {"weight_scale": scale}, scheme)["weight"].detach()
 
 
 def _calibrate(module: nn.Module) -> None:

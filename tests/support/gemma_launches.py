@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,16 @@ GEMMA_4_WEIGHTS = (
     (3840, (16 + 2 * 8) * 256, 16 * 256, 15360, 0),  # 12B, layers with a window
 )
 PER_LAYER = 256  # columns of a layer's per-layer input
+E4B = 2560, (8 + 2 * 2) * 256, 8 * 256, 10240, 42  # as in GEMMA_4_WEIGHTS: layers with a window
+PACKED = (  # preset or dimensions, packing, rows of x: the kinds of GGUF and compressed-tensors
+    ("gemma-2b", Packing(4, 32, False, torch.float16), 1),
+    ("gemma-2b", Packing(8, 128, False, torch.float16), 8),
+    (E4B, Packing(4, 32, True, torch.float16), 1),
+    (E4B, Packing(4, 32, True, torch.float16), 8),
+    (E4B, Packing(8, 32, False, torch.float16), 1),
+    ("gemma-3-270m", Packing(8, 16, True, torch.float16), 1),
+    ("gemma-3-270m", Packing(4, 128, False, torch.bfloat16), 8),
+)
 MODULES = [
     import_module(f"gemma_fast.kernels.{file.stem}")
     for file in sorted((Path(__file__).parents[2] / "kernels").glob("*.py"))
@@ -117,33 +128,62 @@ def launch_all(dtype: torch.dtype, prompts: Sequence[tuple]) -> None:
     launch_prompts(dtype, blank, prompts)
     for shapes in GEMMA_4_WEIGHTS * (dtype != torch.float32):
         for batch in (1, 8):
-            launch_gemma_4_step(*shapes, batch, blank)
+            launch_gemma_4_step(*shapes, batch, blank, blank)
     for name in ("gemma-2b", "gemma-2-2b", "gemma-3-270m")[2 * (dtype == torch.float32) :]:
         for batch in (1, 8):
             launch_step(PRESETS[name], batch, blank)
 
 
-def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -> None:
-    """Calls the ops of a decode step, and split_attention, which transformers' layers call."""
+def launch_packed(dtype: torch.dtype) -> None:
+    """Calls the matmuls of decode steps with packed weights."""
+    memory = torch.empty(2**24, dtype=dtype)  # never written, so it takes no memory
+
+    def blank(*shape: int) -> Tensor:
+        return memory[: math.prod(shape)].view(shape)
+
+    for model, packing, batch in PACKED:
+
+        def weight(out: int, dim: int, packing: Packing = packing) -> PackedWeight:
+            return PackedWeight((out, dim), packing)  # not written, either
+
+        if isinstance(model, str):
+            launch_matmuls(PRESETS[model], batch, blank, weight)
+        else:
+            launch_gemma_4_step(*model, batch, blank, weight)
+
+
+def launch_matmuls(
+    config: GemmaConfig, batch: int, blank: Callable[..., Tensor], weight: Callable[..., Any]
+) -> None:
+    """Calls the matmuls of a decode step. `weight` makes a weight, and `blank` other tensors."""
     dim, ffn, d = config.hidden_size, config.intermediate_size, config.head_dim
     heads, n = config.num_attention_heads, config.num_key_value_heads
-    x, norm, vocab = blank(batch, dim), blank(dim), blank(config.vocab_size, dim)
+    x, norm, vocab = blank(batch, dim), blank(dim), weight(config.vocab_size, dim)
     post_norm = norm if config.post_norms else None
     token, position = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, dtype=torch.int32)
     counter = torch.zeros(128, dtype=torch.int32)
-    drawn = torch.ones(batch), torch.ones(batch).long()
-    embed.embed(token.unsqueeze(1), vocab, dim**0.5, pdl=True)
     for out, geglu_too in (((heads + 2 * n) * d, False), (2 * ffn, True)):
         matvec.norm_linear(
-            x, x, norm, post_norm, blank(out, dim), geglu=geglu_too, pdl=True
+            x, x, norm, post_norm, weight(out, dim), geglu=geglu_too, pdl=True
         )  # fmt: skip
     for columns in (heads * d, ffn):
-        matvec.linear(blank(batch, columns), blank(dim, columns), pdl=True)
-    for sampling in ((), drawn):
+        matvec.linear(blank(batch, columns), weight(dim, columns), pdl=True)
+    for sampling in ((), (torch.ones(batch), torch.ones(batch).long())):
         lm_head.next_token(
             x, x, norm, post_norm, vocab, position, token, counter, *sampling,
             softcap=config.final_logit_softcapping, pdl=True,
         )  # fmt: skip
+
+
+def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -> None:
+    """Calls the ops of a decode step, and split_attention, which transformers' layers call."""
+    dim, d = config.hidden_size, config.head_dim
+    heads, n = config.num_attention_heads, config.num_key_value_heads
+    token, position = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, dtype=torch.int32)
+    counter = torch.zeros(128, dtype=torch.int32)
+    embed.embed(token.unsqueeze(1), blank(config.vocab_size, dim), dim**0.5, pdl=True)
+    launch_matmuls(config, batch, blank, blank)
+    for sampling in ((), (torch.ones(batch), torch.ones(batch).long())):
         sample.sample_token(
             torch.empty(batch, config.vocab_size), position, token, counter, *sampling
         )
@@ -163,28 +203,30 @@ def launch_step(config: GemmaConfig, batch: int, blank: Callable[..., Tensor]) -
 
 
 def launch_gemma_4_step(
-    dim: int, qkv: int, o: int, ffn: int, layers: int, batch: int, blank: Callable[..., Tensor]
-) -> None:
+    dim: int, qkv: int, o: int, ffn: int, layers: int, batch: int, blank: Callable[..., Tensor],
+    weight: Callable[..., Any],
+) -> None:  # fmt: skip
     """Calls the matmuls of a Gemma 4 decode step that differ from those of other Gemmas: norms
-    have no offset, h is scaled, and E2B and E4B have per-layer inputs."""
+    have no offset, h is scaled, and E2B and E4B have per-layer inputs. `weight`, `blank`: as in
+    launch_matmuls."""
     x, norm, options = blank(batch, 1, dim), blank(dim), {"offset": 0.0, "pdl": True}
     scaled = options | {"layer_scalar": blank(1)}
-    matvec.norm_linear(x, x, norm, norm, blank(qkv, dim), **scaled)
-    matvec.norm_linear(x, x, norm, norm, blank(2 * ffn, dim), geglu=True, **options)
+    matvec.norm_linear(x, x, norm, norm, weight(qkv, dim), **scaled)
+    matvec.norm_linear(x, x, norm, norm, weight(2 * ffn, dim), geglu=True, **options)
     for columns in (o, ffn):
-        matvec.linear(blank(batch, 1, columns), blank(dim, columns), pdl=True)
+        matvec.linear(blank(batch, 1, columns), weight(dim, columns), pdl=True)
     if not layers:
         return
-    ids, vocab = torch.zeros(batch, 1, dtype=torch.long), blank(262_144, dim)
-    matvec.linear(x, blank(layers * PER_LAYER, dim), pdl=True)
+    ids, vocab = torch.zeros(batch, 1, dtype=torch.long), weight(262_144, dim)
+    matvec.linear(x, weight(layers * PER_LAYER, dim), pdl=True)
     table = blank(1024, layers * PER_LAYER)
     inputs = per_layer.per_layer_inputs(
         blank(batch, 1, layers * PER_LAYER), ids, table, norm[:PER_LAYER], scale=dim**-0.5,
         **options,
     )  # fmt: skip
-    gate = blank(PER_LAYER, dim)
+    gate = weight(PER_LAYER, dim)
     matvec.norm_linear(x, x, None, norm, gate, up=inputs[:, :, 0], **options)
-    matvec.linear(blank(batch, 1, PER_LAYER), blank(dim, PER_LAYER), pdl=True)
+    matvec.linear(blank(batch, 1, PER_LAYER), weight(dim, PER_LAYER), pdl=True)
     lm_head.next_token(
         x[:, 0], x[:, 0], norm, norm, vocab, torch.zeros(batch, dtype=torch.int32), ids[:, 0],
         torch.zeros(128, dtype=torch.int32), softcap=30.0, **scaled,
