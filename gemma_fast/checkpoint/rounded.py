@@ -100,10 +100,13 @@ class RoundedCheckpoint(Checkpoint):
         x = self.checkpoint.rows(name, start, stop, self.rounding_device)
         cpu = x.device.type == "cpu"
         step = max(BLOCK // x.shape[1], 1) if cpu else len(x)
-        rounded = [
-            round_groups(part.float().unflatten(1, (-1, packing.group)), packing.bits)
-            for part in x.split(step)
-        ]
+        try:
+            rounded = [
+                round_groups(part.float().unflatten(1, (-1, packing.group)), packing.bits)
+                for part in x.split(step)
+            ]
+        except ValueError as error:
+            raise ValueError(f"{self.path}: tensor {name}: {error}") from error
         values, scale = (torch.cat(parts) for parts in zip(*rounded, strict=True))
         return PackedRows(values, scale, None)
 
@@ -120,10 +123,7 @@ class RoundedCheckpoint(Checkpoint):
             return
         step = max(READ // out.shape[1], 1)
         for start in range(0, len(out), step):
-            try:
-                out[start : start + step] = self.rows(name, start, start + step, out.device)
-            except ValueError as error:
-                raise ValueError(f"{self.path}: tensor {name}: {error}") from error
+            out[start : start + step] = self.rows(name, start, start + step, out.device)
 
 
 def round_groups(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
