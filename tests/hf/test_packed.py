@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from hf_models import generate, logits, prompt
+from marks import slow
 from quantized_linears import (
     COMPRESSED,
     TORCHAO,
@@ -106,7 +107,7 @@ def test_wrong_kernel_changes_the_logits(monkeypatch):
     assert (logits(model, ids) - expected).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["ct-int4-g64-zero", "ct-int8-row", "ao-int8-row", "ao-int4-g32"])
+@pytest.mark.parametrize("name", ["ct-int8-row", *slow("ct-int4-g64-zero", "ao-int4-g32")])
 def test_triton_kernels_give_the_same_logits(name):
     """Runs a prompt and decode steps. Where Triton runs, linears are accelerated by default."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
