@@ -98,8 +98,12 @@ def default_config(weight: Weight, itemsize: int) -> dict[str, int]:
         block = 512
     else:  # the size that leaves fewer columns of the last block unused
         block = min(2048, 1024, key=lambda block: (-line % block, -block))
-    rows = 4 if out <= 4096 else 8
+    rows, stages = 4 if out <= 4096 else 8, 4
+    if columns == 4 and (rows == 4 or line <= block):  # 16 rows in a loop would spill registers
+        rows *= 2
+    if columns > 1:  # a block has more columns of x, which take shared memory
+        stages = 3 if itemsize == 2 else 2
     return {
-        "BLOCK_B": 1, "BLOCK_N": 2 * rows if columns == 4 else rows, "BLOCK_K": block * dim // line,
-        "STAGES": 4, "num_warps": min(block // 512, 4),
+        "BLOCK_B": 1, "BLOCK_N": rows, "BLOCK_K": block * dim // line, "STAGES": stages,
+        "num_warps": min(block // 512, 4),
     }  # fmt: skip
