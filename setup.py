@@ -80,6 +80,7 @@ setup(
             "axe-playwright-python",  # its checks of accessibility: contrast, names, structure
             "justhtml",  # validates the page's HTML
             "transformers>=5.24,<6",  # the oracle; older ones compute Gemma 1 and 2 differently
+            "compressed-tensors",  # writes quantized checkpoints; transformers reads them with it
             "peft",  # LoRA adapters on accelerated models
             "lm_eval",  # the harness that gemma_fast.lm_harness extends
             "accelerate",  # required by lm_eval's own model and by device_map

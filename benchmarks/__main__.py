@@ -33,7 +33,7 @@ from gemma_fast.benchmarks.model.command import run_model
 from gemma_fast.benchmarks.model.providers import PROVIDERS
 
 MODEL = "model"
-MODEL_OPTIONS = "prompts", "new", "depths", "batches", "repeats", "model", "output"
+MODEL_OPTIONS = "prompts", "new", "depths", "batches", "repeats", "model", "quantize", "output"
 
 
 @click.command(help=__doc__.split("\n")[0])

@@ -35,6 +35,8 @@ from gemma_fast.benchmarks.kernels.rivals import RIVALS
 from gemma_fast.benchmarks.kernels.table import SUITES
 from gemma_fast.benchmarks.measure import report
 from gemma_fast.benchmarks.measure.machine import device_and_dtype, stamp
+from gemma_fast.benchmarks.measure.outcome import OURS
+from gemma_fast.benchmarks.model.providers import UNPACKED_16
 
 ROOT = Path(gemma_fast.__file__).parents[1]
 GRACE = 5  # seconds that a stage gets to exit after SIGINT, before SIGKILL
@@ -46,10 +48,15 @@ SIZES = (
     "8192 x 2", "t 2048", "t 8192, 8/1", "t 8192, n 16", "t 1, 35", "m 512", "m 4096", "geglu, b",
     "b 1, depth 2048", "b 1, depth 8192, 8/1", "16384 x 2048", "256000 x 2048, b 1",
 )  # fmt: skip
-PROVIDERS = ("eager", "SDPA flash", "SDPA cuDNN", "gemma_fast")
+PROVIDERS = ("eager", "SDPA flash", "SDPA cuDNN", "torchao int4", "gemma_fast")
 MODELS = ("transformers (eager)", "transformers (sdpa)", "gemma_fast")
+# Stages with packed weights: quantize → how many times as fast as bfloat16 a decode step should be.
+TARGETS = {"int8": 1.8, "int4": 2.6}
 # The stage runs these suites first, because it may run out of time.
-IMPORTANT = ("norm_linear", "linear", "decode_attention", "lm_head", "attention")
+IMPORTANT = (
+    "norm_linear", "linear", "linear_int4", "linear_int8", "decode_attention", "lm_head",
+    "attention", "linear_packed_prompt",
+)  # fmt: skip
 
 
 class Stage(NamedTuple):
@@ -79,18 +86,21 @@ def stages(cuda: bool) -> list[Stage]:
     model = [BENCHMARKS, "model", *repeat("--only", MODELS), "-r", "3" if cuda else "1"]
     depths, prompts, new = ("512,4096", "2048,8192", "64") if cuda else ("5", "8", "2")
     gemma4 = [*model, "--model", "gemma-4-e2b", "-p", "2048", "-n", new, "-d", "0,4096"]
+    packed = [BENCHMARKS, "model", *repeat("--only", (OURS, UNPACKED_16)), "-p", "0", "-n", new]
+    packed += ["-d", "512" if cuda else "5", "-r", "3" if cuda else "1", "--quantize"]
     kernels = [BENCHMARKS, *IMPORTANT, *(x for x in SUITES if x not in IMPORTANT)]
     kernels += repeat("--only", PROVIDERS)
     kernels += repeat("--size", SIZES) if cuda else []
     marked = [x for x in runnable("**/test_*.py") if "mark.gpu" in x.read_text("utf-8")]
     of_kernels = runnable("kernels/test_*.py" if cuda else "kernels/test_embed.py")
     return [
-        tests("tests marked gpu", 70, marked, "gpu"),
-        tests("tests of kernels", 80, of_kernels, "not gpu"),
-        Stage("decode", 80, [*model, "-p", "0", "-n", new, "-d", depths]),
-        Stage("prefill", 60, [*model, "-p", prompts, "-n", "0"]),
-        Stage("gemma 4", 80, gemma4, "" if cuda else "needs a GPU"),
-        Stage("kernels", 80, kernels),
+        tests("tests marked gpu", 60, marked, "gpu"),
+        tests("tests of kernels", 70, of_kernels, "not gpu"),
+        Stage("decode", 70, [*model, "-p", "0", "-n", new, "-d", depths]),
+        *(Stage(f"decode {name}", 30, [*packed, name]) for name in TARGETS),
+        Stage("prefill", 50, [*model, "-p", prompts, "-n", "0"]),
+        Stage("gemma 4", 70, gemma4, "" if cuda else "needs a GPU"),
+        Stage("kernels", 70, kernels),
         Stage("profile", 30, [f"{BENCHMARKS}.profile"], "" if cuda else "needs a GPU"),
     ]
 
@@ -167,12 +177,19 @@ def run_stage(stage: Stage, limit: float, out: Path, commit: str | None) -> Done
 def summary(folder: Path) -> str:
     """Counts the results in folder/results.json. Returns a text such as "12 results, 11 ok".
 
+    Appends our speed with packed weights, relative to unpacked bfloat16, if both were measured.
     Returns an empty string if the file does not exist.
     """
     if not (file := folder / "results.json").exists():
         return ""
     results = json.loads(file.read_text(encoding="utf-8"))["results"]
-    return f"{len(results)} results, {sum(x['status'].startswith('ok') for x in results)} ok"
+    found = f"{len(results)} results, {sum(x['status'].startswith('ok') for x in results)} ok"
+    rates = {x["provider"]: x["tokens_per_s"] for x in results if "tokens_per_s" in x}
+    if UNPACKED_16 in rates and OURS in rates:
+        name = folder.name.removeprefix("decode-")
+        found += f", {rates[OURS] / rates[UNPACKED_16]:.2f} × bfloat16"
+        found += f" (target {TARGETS[name]})" if name in TARGETS else ""
+    return found
 
 
 def stop(process: subprocess.Popen[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from gemma_fast.compat import QUANTIZE, QUANTIZE_HELP
 from gemma_fast.presets import PRESETS
 
 Command = Callable[..., Any]
@@ -47,6 +48,7 @@ dtype_option = click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
     help="[default: bfloat16 on a GPU, float32 on a CPU]",
 )  # fmt: skip
+quantize_option = click.option("--quantize", type=click.Choice(QUANTIZE), help=QUANTIZE_HELP)
 commit_option = click.option("--commit", help="Commit to record instead of git's current commit.")
 size_option = click.option(
     "--size", "sizes", multiple=True, help="Run only sizes whose name contains this; repeatable."
@@ -68,6 +70,7 @@ OPTIONS = (
     ),
     click.option("--model", help=MODEL_HELP),
     dtype_option,
+    quantize_option,
     click.option(
         "--only", multiple=True, metavar="PROVIDER", help="Run only this provider; repeatable."
     ),
@@ -122,8 +125,9 @@ def refuse_unknown(what: str, names: Iterable[str], known: Iterable[str]) -> Non
 @click.pass_context
 def bench(context: click.Context, **chosen: Any) -> None:
     """Measures the prefill (pp) and decode (tg) speed of a whole model, in tokens per second.
-    Compares it with eager PyTorch, transformers and this machine's peak rates. Exits with status 1
-    if a result is wrong or gemma_fast fails."""
+    Compares it with eager PyTorch, transformers and this machine's peak rates. Packed weights are
+    also compared with unpacked ones and with llama.cpp (package llama-cpp-python; .gguf files).
+    Exits with status 1 if a result is wrong or gemma_fast fails."""
     from gemma_fast.benchmarks.model.command import run_model
     from gemma_fast.benchmarks.model.providers import PROVIDERS
 

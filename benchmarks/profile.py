@@ -30,6 +30,7 @@ from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.benchmarks.measure.timing import wall_seconds
 from gemma_fast.benchmarks.model.cases import NEW, PROMPT, find
 from gemma_fast.benchmarks.model.providers import PROVIDERS
+from gemma_fast.checkpoint.rounded import with_quantize
 
 ROUNDS = 20
 WARM = 5  # warm-ups of ROUNDS rounds each, to compile, capture graphs and settle the clock rates
@@ -117,12 +118,13 @@ def traced(work: Callable[[], Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def prepare(
-    model: str, prompt: int, depth: int, batch: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    model: str, prompt: int, depth: int, batch: int, device: torch.device, dtype: torch.dtype,
+    quantize: str | None = None,
+) -> tuple[Callable[[], Any], Callable[[], Any]]:  # fmt: skip
     """Returns two functions: one that fills the cache before several rounds, and one that runs a
     round. A round is a prefill of `prompt` tokens or, if prompt is 0, one decode step after `depth`
     tokens. Raises ValueError if the tokens do not fit the context."""
-    checkpoint = find(model)
+    checkpoint = with_quantize(find(model), quantize, device)
     before, context = prompt or depth, checkpoint.config.max_position_embeddings
     room = before if prompt else depth + ROUNDS
     if room > context:
@@ -148,12 +150,13 @@ def prepare(
 )
 @click.option("--model", default="gemma-2b", show_default=True, help="As in gemma-fast bench.")
 @shared.dtype_option
+@shared.quantize_option
 @shared.out_option("Write profile.md here.")
 @shared.commit_option
 @click.pass_context
 def main(
     context: click.Context, prompt: int, depth: int, batch: int, model: str, dtype: str | None,
-    out: Path | None, commit: str | None,
+    quantize: str | None, out: Path | None, commit: str | None,
 ) -> None:  # fmt: skip
     if prompt:
         shared.refuse_options(context, ["depth"], "is for a decode step, not for a prefill (-p)")
@@ -162,7 +165,7 @@ def main(
         raise click.ClickException("profiling needs a CUDA GPU, and there is none")
     shared.make_folder(out)
     try:
-        begin, work = prepare(model, prompt, depth, batch, device, kind)
+        begin, work = prepare(model, prompt, depth, batch, device, kind, quantize)
     except (ValueError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error
     for _ in range(WARM):
@@ -177,7 +180,8 @@ def main(
     found = kernel_table(shares(ran), clock * 1e6)
     what = f"Prefill of {prompt}" if prompt else f"A step after {depth} to {depth + ROUNDS - 1}"
     head = report.heading(stamp(device, kind, [], commit), None)
-    text = f"{what} tokens, batch {batch}, {model}. {head}\n\n{found}"
+    which = f"{model}, {quantize}" if quantize else model
+    text = f"{what} tokens, batch {batch}, {which}. {head}\n\n{found}"
     click.echo(text)
     if out:
         (out / "profile.md").write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.open import open_checkpoint
+from gemma_fast.checkpoint.rounded import check_quantize
 from gemma_fast.checkpoint.transformers import TransformersCheckpoint
 from gemma_fast.compat import (
     ATTRIBUTES,
@@ -62,13 +63,15 @@ class GemmaForCausalLM(Gemma):
     ) -> GemmaForCausalLM:
         """Loads a model from a directory of safetensors, a .gguf file or a hub id.
 
-        dtype        None or "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
+        dtype        type of norms and activations, and of weights that are not packed. None or
+                     "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
         device       None: the GPU if there is one, else the CPU
         device_map   transformers' way to pass the device: "auto", a device, or {"": device}; with
                      "model.embed_tokens_per_layer": "cpu" in the dict, the table of Gemma 4's
                      per-layer embeddings stays in host memory, see load.py
         quantize     None: weights that the checkpoint has in 8 or 4 bits stay packed; "none": they
-                     are unpacked to dtype; "int8" or "int4": other weights are packed, too
+                     are unpacked to dtype; "int8" or "int4": weights with more bits are rounded
+                     while they are read, see checkpoint/rounded.py
         torch_dtype  older name of dtype in transformers
         others       revision, token, cache_dir, force_download, local_files_only: as in
                      huggingface_hub, without effect on a path; and transformers' keywords that
@@ -82,6 +85,7 @@ class GemmaForCausalLM(Gemma):
         if dtype is not None and torch_dtype is not None:
             raise TypeError("from_pretrained() got both dtype and torch_dtype: pass only dtype")
         dtype = dtype or torch_dtype or "auto"
+        check_quantize(quantize)  # before a download
         checkpoint = open_checkpoint(name_or_path, download_options(others))
         return cls.from_checkpoint(
             checkpoint, dtype=dtype, device=pick_device(device, device_map),
@@ -283,7 +287,7 @@ class GemmaForCausalLM(Gemma):
     def memory(self) -> dict[str, int]:
         """Returns the bytes of each item on the device. `free_memory` frees "cache" and "graph".
 
-        weights  all parameters, except an output head of its own
+        weights  all parameters, packed or not, except an output head of its own
         lm_head  the output head, if it has a weight of its own
         host     the table of per-layer embeddings, if it is in host memory and the model on a GPU
         cache    the rotary tables, and the KV caches that `generate` keeps for its next call

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_fast.cli_stream import stream
-from gemma_fast.compat import ONE_TEXT
+from gemma_fast.compat import ONE_TEXT, QUANTIZE, QUANTIZE_HELP
 
 if TYPE_CHECKING:
     from gemma_fast.causal_lm import GemmaForCausalLM
@@ -47,6 +47,7 @@ _model = click.option(
     "--model", help="Directory, .gguf file or hub id. [default: the demo weights]"
 )
 _device = click.option("--device", help="cuda, cuda:1 or cpu. [default: the GPU, if there is one]")
+_quantize = click.option("--quantize", type=click.Choice(QUANTIZE), help=QUANTIZE_HELP)
 
 
 def _dtype(help: str) -> Callable[[Command], Command]:
@@ -57,7 +58,11 @@ def _dtype(help: str) -> Callable[[Command], Command]:
 model_options = _options(
     _model,
     _device,
-    _dtype("auto: the checkpoint's dtype; for GGUF, bfloat16 on a GPU, float32 on the CPU."),
+    _dtype(
+        "auto: the checkpoint's; for GGUF bfloat16 on a GPU, and on a CPU that has kernels for its"
+        " packed weights, else float32."
+    ),
+    _quantize,
 )
 sampling_options = _options(
     click.option("-n", "--max-new-tokens", type=int, default=256, show_default=True),
@@ -160,10 +165,11 @@ def predict(prompt: str, top: int, as_json: bool, **model_kwargs: Any) -> None:
 @model_options
 @sampling_options
 def generate(
-    prompt: str, as_json: bool, model: str, device: str, dtype: str, **sampling: Any
-) -> None:
+    prompt: str, as_json: bool, model: str, device: str, dtype: str, quantize: str | None,
+    **sampling: Any,
+) -> None:  # fmt: skip
     """Continue PROMPT, and print each token as it is generated."""
-    gemma, tokenizer = _load(model, device, dtype)
+    gemma, tokenizer = _load(model, device, dtype, quantize)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     new, stats = stream(gemma, tokenizer, ids, sampling, silent=as_json)
     if as_json:
@@ -183,14 +189,15 @@ def generate(
 @model_options
 @sampling_options
 def chat(
-    system: str | None, think: bool | None, model: str, device: str, dtype: str, **sampling: Any
-) -> None:
+    system: str | None, think: bool | None, model: str, device: str, dtype: str,
+    quantize: str | None, **sampling: Any,
+) -> None:  # fmt: skip
     """Chat with an instruction-tuned model. Ctrl-C stops an answer, Ctrl-D ends the chat.
 
     Thoughts are printed to stderr, and are not part of later prompts."""
     from gemma_fast.text.streaming import split_thoughts
 
-    gemma, tokenizer = _load(model, device, dtype)
+    gemma, tokenizer = _load(model, device, dtype, quantize)
     _warn_of_missing_template(tokenizer)
     variables = _thinking(tokenizer, think)
     ends = _ends(gemma, tokenizer)
@@ -240,6 +247,8 @@ def walkthrough(
     """Write a page that explains each step of the model with pictures of it at work on PROMPT.
 
     Open index.html in any browser; it needs no network. docs/walkthrough.md describes data.json.
+    The page shows plain PyTorch with unpacked weights; --quantize rounds their values, as in a
+    packed model.
     """
     from gemma_fast.demo import demo_checkpoint
     from gemma_fast.walkthrough.write import write_walkthrough
@@ -281,7 +290,7 @@ def bench(context: click.Context, arguments: tuple[str, ...]) -> None:
     help="Number of greedy tokens to compare.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all results.")
-@_options(_model, _device, _dtype("The model's dtype. auto: check all usual dtypes."))
+@_options(_model, _device, _dtype("The model's dtype. auto: check all usual dtypes."), _quantize)
 @click.pass_context
 def verify(context: click.Context, **chosen: Any) -> None:
     """Measure the error of every kernel against float64, and the error of the model against
@@ -337,7 +346,9 @@ def _ends(model: GemmaForCausalLM, tokenizer: Tokenizer) -> list[int]:
     return sorted({*listed, *more})
 
 
-def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCausalLM, Tokenizer]:
+def _load(
+    model: str | None, device: str | None, dtype: str, quantize: str | None
+) -> tuple[GemmaForCausalLM, Tokenizer]:
     import torch
 
     from gemma_fast.causal_lm import GemmaForCausalLM
@@ -347,7 +358,7 @@ def _load(model: str | None, device: str | None, dtype: str) -> tuple[GemmaForCa
     path = model or demo_checkpoint()
     tokenizer = Tokenizer.from_pretrained(path)
     tokenizer.require_bos()
-    gemma = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device=device)
+    gemma = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device=device, quantize=quantize)
     # Warm up before calls are timed: on a GPU the first call compiles kernels and captures a graph.
     bos = torch.tensor([[gemma.config.bos_token_id]])  # the tokenizer may have no bos token
     gemma.generate(

@@ -157,7 +157,16 @@ ATTRIBUTES = {
 # Keywords of from_pretrained that are passed on to huggingface_hub. They have no effect on a path.
 DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 _ONE_DEVICE = "omit it: the model runs on one device, see device"
-_QUANTIZED = "quantized weights are read from .gguf files only"
+QUANTIZE = ("int8", "int4", "none")  # values of from_pretrained's quantize, besides None
+QUANTIZE_HELP = (
+    "int8, int4: pack weights that have more bits; none: unpack quantized weights."
+    " [default: as in the checkpoint]"
+)
+_QUANTIZED = (
+    "pass quantize='int8' or 'int4'; a quantized checkpoint that can be read is recognized without"
+    " an option"
+)
+_GPTQ = "GPTQ is not read: use a GGUF or compressed-tensors checkpoint, or pass quantize='int4'"
 FROM_PRETRAINED: Table = {
     "config": ((), "edit config.json in a copy of the directory"),
     "generation_config": ((), "set options of model.generation_config, or pass them to generate()"),
@@ -223,8 +232,8 @@ LM_EVAL: Table = {
     "tp_plan": ((), _ONE_DEVICE),
     "peft": ((), _MERGE),
     "delta": ((), "add the weights, and save the sum; or use lm_eval's model hf"),
-    "autogptq": ((False,), _QUANTIZED),
-    "gptqmodel": ((False,), _QUANTIZED),
+    "autogptq": ((False,), _GPTQ),
+    "gptqmodel": ((False,), _GPTQ),
 }
 
 

@@ -55,7 +55,7 @@ class GemmaFastLM(ScoringLM):
 
     pretrained       argument of GemmaForCausalLM.from_pretrained, or a model
     tokenizer        argument of Tokenizer.from_pretrained, or a tokenizer; default: pretrained
-    dtype, device    arguments of from_pretrained
+    dtype, device, quantize  arguments of from_pretrained
     batch_size       rows of a batch; "auto": max_batch_size, halved when memory runs out
     max_length       maximum tokens of a prompt with its continuation; default: the model's context
     add_bos_token    False: put no <bos> before a text; default: put one
@@ -73,8 +73,8 @@ class GemmaFastLM(ScoringLM):
 
     def __init__(
         self, pretrained: str | GemmaForCausalLM, *, tokenizer: str | Tokenizer | None = None,
-        dtype: str | torch.dtype = "auto", device: str | None = None, batch_size: int | str = 1,
-        max_batch_size: int | None = 64, max_length: int | None = None,
+        dtype: str | torch.dtype = "auto", device: str | None = None, quantize: str | None = None,
+        batch_size: int | str = 1, max_batch_size: int | None = 64, max_length: int | None = None,
         add_bos_token: bool | None = None, prefix_token_id: int | None = None,
         truncation: bool | None = False, think_end_token: str | int | None = None,
         enable_thinking: bool | None = None, chat_template_args: Mapping[str, Any] | None = None,
@@ -88,10 +88,12 @@ class GemmaFastLM(ScoringLM):
             if device == "cuda:0" and not torch.cuda.is_available():
                 device = None  # cuda:0 is lm_eval's default; without a GPU, `hf` ignores it, too
             pretrained = GemmaForCausalLM.from_pretrained(
-                pretrained, dtype=dtype, device=device, **others
+                pretrained, dtype=dtype, device=device, quantize=quantize, **others
             )
         else:
             check_keywords("gemma-fast", others, FROM_PRETRAINED)
+            if quantize is not None:
+                raise ValueError("quantize=… is for a path: pass it to from_pretrained()")
         if tokenizer is None:
             raise ValueError(
                 "tokenizer=… is needed if pretrained is a model: pass a Tokenizer or its path"

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.checkpoint.rounded import with_quantize
 from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.packed import PackedWeight, Packing, common_packing
+from gemma_fast.kernels.packed_cpu import CPUPackedWeight
 from gemma_fast.memory import free_bytes, out_of_memory
 from gemma_fast.model.gemma import Gemma
 
 Model = TypeVar("Model", bound=Gemma)
 PER_LAYER = "embed_tokens_per_layer"  # the weight that can stay in host memory
 PACKED = 1 << 22  # elements of a packed weight that are read at once
+SLOW = 1 << 26  # packed elements from which a CPU without kernels for them takes much more time
 
 
 def load_model(
@@ -33,7 +36,8 @@ def load_model(
     """Returns a model of class `cls` with the checkpoint's config and weights.
 
     cls      a subclass of Gemma without parameters of its own
-    dtype    "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
+    dtype    "auto": the checkpoint's; for GGUF bf16 on a GPU, and on a CPU with kernels for its
+             packed weights, else float32
     device   None: the device of the checkpoint's tensors if they are in memory; otherwise the GPU
              if there is one, else the CPU
     on_host  keep the table of per-layer embeddings (Gemma 4) in pinned host memory, from which a
@@ -41,7 +45,7 @@ def load_model(
              free memory with it, but fit without it. A table that is shared with the checkpoint
              stays where it is
     quantize None: weights that the checkpoint has packed stay packed; "none": they are unpacked;
-             "int8", "int4": also those with more bits are packed, see checkpoint/rounded.py
+             "int8", "int4": weights with more bits are rounded, see checkpoint/rounded.py
 
     `model.parts` lists, for each parameter, the checkpoint's tensors that are stacked in it. The
     parameter shares the memory of these tensors if `_share` finds that possible. Otherwise it is
@@ -49,13 +53,14 @@ def load_model(
     """
     config = checkpoint.config
     device = pick_device(checkpoint.device if device is None else device, None)
-    dtype = pick_dtype(dtype, checkpoint, device)
+    checkpoint = with_quantize(checkpoint, quantize, device)
+    dtype = model_dtype(dtype, checkpoint, device)
     refuse_overflow(config, dtype)
     refuse_head_dim(config, device, cls.head_dims)
     with torch.device("meta"):
         model = cls(config).to(dtype)
         parts: dict[str, list[str]] = model.parts
-        packed = {} if quantize == "none" else _pack(model, checkpoint, parts, dtype)
+        packed = _pack(model, checkpoint, parts, dtype, device)
     found = {
         name: None if name in packed else _share(checkpoint, parts[name], dtype, device)
         for name in parts
@@ -76,30 +81,66 @@ def load_model(
 
 
 def _pack(
-    model: Gemma, checkpoint: Checkpoint, parts: Mapping[str, list[str]], dtype: torch.dtype
-) -> dict[str, PackedWeight]:
+    model: Gemma, checkpoint: Checkpoint, parts: Mapping[str, list[str]], dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, PackedWeight]:  # fmt: skip
     """Replaces the model's weights that the checkpoint has packed. Returns name → new weight."""
-    packed = {}
+    packed: dict[str, PackedWeight] = {}
+    lookup = {PER_LAYER, *(["embed_tokens"] if "lm_head" in parts else [])}  # in no matmul
+    slow = 0  # elements in matmuls that a CPU unpacks in each call
+    mixed = []  # for each matmul of which only some parts are packed: a part that is, one that not
     for name, tensors in parts.items():
         packings = [checkpoint.packing(tensor) for tensor in tensors]
         known = [packing for packing in packings if packing is not None]
         if not known:
             continue
         if len(known) < len(packings):
-            which = {p is None: t for p, t in zip(packings, tensors, strict=True)}
-            warnings.warn(
-                f"{checkpoint.path}: {which[False]} is quantized, but {which[True]} is not: both"
-                " are unpacked, because they are parts of one matmul",
-                stacklevel=2,
-            )
+            mixed.append({p is None: t for p, t in zip(packings, tensors, strict=True)})
             continue
         module_name, _, attribute = name.rpartition(".")
         shape = model.get_parameter(name).shape
-        packed[name] = PackedWeight(shape, _narrow(common_packing(known), dtype))
+        packing = _narrow(common_packing(known), dtype)
+        if device.type == "cpu" and name not in lookup:
+            rows = [checkpoint.shapes[tensor][0] for tensor in tensors]
+            if dtype == torch.bfloat16 and CPUPackedWeight.supports(rows):
+                packed[name] = CPUPackedWeight(shape, packing)
+            else:
+                slow += shape.numel()
+        packed.setdefault(name, PackedWeight(shape, packing))
         module = model.get_submodule(module_name)
         delattr(module, attribute)  # a module cannot replace a parameter
         setattr(module, attribute, packed[name])
+    if mixed:
+        warnings.warn(
+            f"{checkpoint.path}: {len(mixed)} matmuls are unpacked, because only some of their"
+            f" parts can stay packed: {mixed[0][False]} can, but {mixed[0][True]} cannot",
+            stacklevel=2,
+        )
+    if slow >= SLOW:
+        warnings.warn(
+            f"{checkpoint.path}: on this CPU, packed weights in {str(dtype).removeprefix('torch.')}"
+            " are unpacked again for each token: quantize='none' is faster, but needs"
+            f" {slow * dtype.itemsize / 1e9:.1f} GB for them",
+            stacklevel=2,
+        )
     return packed
+
+
+def model_dtype(
+    dtype: torch.dtype | str, checkpoint: Checkpoint, device: torch.device
+) -> torch.dtype:
+    """Returns `pick_dtype`'s dtype, or bfloat16 if "auto" can run kernels for packed weights."""
+    if dtype == "auto" and _runs_packed(checkpoint, device):
+        return torch.bfloat16
+    return pick_dtype(dtype, checkpoint, device)
+
+
+def _runs_packed(checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Whether the device is a CPU with kernels for packed weights that the checkpoint has."""
+    return device.type == "cpu" and any(
+        checkpoint.packing(name) is not None and CPUPackedWeight.supports([shape[0]])
+        for name, shape in checkpoint.shapes.items()
+    )
 
 
 def _narrow(packing: Packing, dtype: torch.dtype) -> Packing:
@@ -162,7 +203,8 @@ def _copy(
 ) -> None:
     """Copies each tensor of the checkpoint to its rows of the weight in which it is stacked."""
     targets: dict[str, tuple[Tensor | PackedWeight, int]] = {}  # tensor → weight and first row
-    for name, weight in (weights | packed).items():
+    stacked: dict[str, Tensor | PackedWeight] = {**weights, **packed}
+    for name, weight in stacked.items():
         row = 0
         for tensor in parts.get(name, ()):  # a packed weight's data and scales are no parts
             targets[tensor] = weight, row
@@ -176,9 +218,9 @@ def _copy(
             continue
         step = max(PACKED // weight.shape[1] // 64, 1) * 64
         for start in range(0, rows, step):
-            stop = min(start + step, rows)
+            packed_rows = checkpoint.packed_rows(tensor, start, min(start + step, rows))
             try:
-                weight.write(row + start, checkpoint.packed_rows(tensor, start, stop))
+                weight.write(row + start, packed_rows)
             except ValueError as error:
                 raise ValueError(f"{checkpoint.path}: tensor {tensor}: {error}") from error
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
+from gemma_fast.kernels._packed_elements import load_units
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.packed import Weight, take_rows
@@ -33,20 +34,34 @@ def _embed_kernel(
     out_ptr,  # [tokens, DIM]
     SCALE: tl.constexpr,
     DIM: tl.constexpr,
+    GROUP: tl.constexpr,  # columns that share a scale; 0: not packed
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    start = tl.program_id(1) * BLOCK
+    cols = start + tl.arange(0, BLOCK)  # [BLOCK]
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     wait_for_previous_kernel(PDL)
     row = tl.maximum(tl.load(ids_ptr + token), 0)
-    hidden = tl.load(weight.data + row * DIM + cols, mask=cols < DIM).to(tl.float32) * SCALE
-    tl.store(out_ptr + token * DIM + cols, hidden, mask=cols < DIM)
+    if GROUP:
+        col = (start + tl.arange(0, BLOCK // 16) * 16)[None, :]  # [1, BLOCK / 16]
+        hidden = load_units(weight, row, col, col < DIM, DIM, GROUP, 16)  # [1, BLOCK]
+        hidden = hidden.reshape([BLOCK]).to(dtype)  # [BLOCK]
+    else:
+        hidden = tl.load(weight.data + row * DIM + cols, mask=cols < DIM)
+    tl.store(out_ptr + token * DIM + cols, hidden.to(tl.float32) * SCALE, mask=cols < DIM)
 
 
 @functools.cache
 def _rounded(scale: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(scale, dtype=dtype))
+
+
+def default_config(weight: Weight) -> dict[str, int]:
+    """Returns the launch config. A thread reads 16 columns of a packed weight, else 8."""
+    block = min(triton.next_power_of_2(weight.shape[1]), 1024)
+    return {"BLOCK": block, "num_warps": 4 if weight.scale is None else max(block // 512, 1)}
 
 
 def _fake(
@@ -76,12 +91,11 @@ def embed(
         return embed_reference(ids, packed, scale, dtype)
     ids, dim = ids.contiguous(), packed.shape[1]
     out = torch.empty(*ids.shape, dim, dtype=dtype, device=weight.device)
-    table = {"BLOCK": min(triton.next_power_of_2(dim), 1024), "num_warps": 4}
-    config = launch_config("embed", table)
+    config = launch_config("embed", default_config(packed))
     if out.numel():
         _embed_kernel[(ids.numel(), triton.cdiv(dim, config["BLOCK"]))](
             ids, packed, out,
-            SCALE=_rounded(scale, dtype), DIM=dim,
+            SCALE=_rounded(scale, dtype), DIM=dim, GROUP=packed.group,
             **config, **gpu(weight.device).pdl_options(pdl),
         )  # fmt: skip
     return out

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.kernels._op import op
+from gemma_fast.kernels._tiles import tile_at
 from gemma_fast.kernels._triton import TensorDescriptor, tl, triton
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 
@@ -79,10 +80,8 @@ def _gate_up_geglu_kernel(
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(DIM, BLOCK_N)
     # Flattened into one loop: a tile's first loads overlap the epilogue of the previous tile.
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
-        group = tile // (GROUP_M * tiles_n) * GROUP_M
-        group_m = tl.minimum(tiles_m - group, GROUP_M)
-        row = (group + tile % (GROUP_M * tiles_n) % group_m) * BLOCK_M
-        col = tile % (GROUP_M * tiles_n) // group_m * BLOCK_N
+        tile_m, tile_n = tile_at(tile, tiles_m, tiles_n, GROUP_M)
+        row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
         m, n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)  # [BLOCK_M], [BLOCK_N]
 
         # One matmul for gate and up: Hopper's is fastest when it is 256 columns wide.

@@ -23,7 +23,6 @@ Bound by memory: bytes = weight.nbytes. Walk-through steps: project to Q, K, V; 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.kernels._gemv import default_config as gemv_config
@@ -38,7 +37,7 @@ from gemma_fast.kernels.geglu import geglu as geglu_of
 from gemma_fast.kernels.geglu import geglu_in_fp32
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.packed import Weight
-from gemma_fast.kernels.packed_linear import packed_linear
+from gemma_fast.kernels.packed_linear import packed_linear, torch_linear
 from gemma_fast.kernels.rmsnorm import add_norm, add_rms_norm, rms_norm
 
 
@@ -183,13 +182,7 @@ def linear(
         return _launch(inputs, packed, None, False, 0.0, 1.0, pdl)[0]
     if packed.scale is not None:
         return packed_linear(x, packed)
-    if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        # F.linear calls MKL, which reads weights 2.6 times slower on an AMD processor, for one row
-        # (benchmarks/LOG.md). This calls oneDNN, as Inductor does.
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    # As one matrix: for a strided batch F.linear runs a batched matmul and copies the weight.
-    rows = x.reshape(-1, x.shape[-1])  # [rows, dim]
-    return F.linear(rows, weight).view(*x.shape[:-1], weight.shape[0])
+    return torch_linear(x, weight)
 
 
 def _normalized(inputs: MatmulInput, eps: float, offset: float) -> tuple[Tensor, Tensor]:

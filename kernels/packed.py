@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gemma_fast.kernels import _int4pack
+
 COLUMNS = {8: 16, 4: 32}  # columns in 16 bytes of data; a group is a multiple of it
 
 
@@ -60,7 +62,15 @@ class Weight(NamedTuple):
     @property
     def group(self) -> int:
         """Columns that share a scale; 0 if the weight is not packed."""
-        return 0 if self.scale is None else self.shape[1] // self.scale.shape[1]
+        if self.scale is None:
+            return 0
+        return self.shape[1] // self.scale.shape[0 if self.is_int4pack else 1]
+
+    @property
+    def is_int4pack(self) -> bool:
+        """Whether the weight has the layout of _int4pack.py. Its values are shifted; `rows` and
+        `take_rows` return a weight in 8 bits, with a minimum."""
+        return self.scale is not None and self.scale.ndim == 3
 
     @property
     def nbytes(self) -> int:
@@ -68,8 +78,10 @@ class Weight(NamedTuple):
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """Returns the weight :: [out, dim], computed in fp32 and rounded once."""
-        values = self.values().float().view(*self.scale.shape, self.group)
-        weight = values * self.scale.float().unsqueeze(-1)  # [out, dim / group, group]
+        if self.is_int4pack:
+            return self.rows(0, len(self.data)).unpack(dtype)
+        weight = self.values().float().view(*self.scale.shape, self.group)
+        weight *= self.scale.float().unsqueeze(-1)  # [out, dim / group, group]
         if self.minimum is not None:
             weight += self.minimum.float().unsqueeze(-1)
         return weight.view(self.shape).to(dtype)
@@ -78,12 +90,14 @@ class Weight(NamedTuple):
         """Returns the integers :: [out, dim], int8."""
         if self.bits == 8:
             return self.data
-        data = self.data.view(len(self.data), -1, 1, 16)
+        data = self.data.unflatten(1, (-1, 1, 16))  # [out, dim / 32, 1, 16]
         halves = torch.cat((data & 15, data >> 4), dim=2)  # [out, dim / 32, 2, 16]
         values = halves.view(self.shape).to(torch.int8)
         return values if self.minimum is not None else values - 8
 
     def rows(self, start: int, stop: int) -> Weight:
+        if self.is_int4pack:
+            return Weight(*_int4pack.rows_of(self.data, self.scale, self.bits, start, stop))
         return Weight(*(None if x is None else x[start:stop] for x in self))
 
 
@@ -91,7 +105,10 @@ def take_rows(weight: Weight, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the weight's rows :: [*index.shape, dim]."""
     if weight.scale is None:
         return F.embedding(index, weight.data).to(dtype)
-    rows = Weight(*(None if x is None else x[index.flatten()] for x in weight))
+    if weight.is_int4pack:
+        rows = Weight(*_int4pack.take(weight.data, weight.scale, weight.bits, index.flatten()))
+    else:
+        rows = Weight(*(None if x is None else x[index.flatten()] for x in weight))
     return rows.unpack(dtype).view(*index.shape, -1)
 
 
@@ -136,51 +153,60 @@ class PackedWeight(nn.Module):
 
     @torch.no_grad()
     def write(self, start: int, rows: PackedRows) -> None:
-        """Packs rows from row `start` on. Their group may be larger than this weight's, they may
-        have 4 bits where this weight has 8, and no minimum where this weight has one. Raises
-        ValueError if a scale does not fit the packing's dtype."""
-        packing, stop = self.packing, start + len(rows.values)
-        repeats = self.scale.shape[1] // rows.scale.shape[1]
-        values, scale, minimum = rows
+        """Packs rows from row `start` on.
+
+        Their group may be larger than this weight's, they may have 4 bits where this weight has 8,
+        and no minimum where this weight has one. Raises ValueError if a scale does not fit the
+        packing's dtype. A scale below 6e-5 has fewer digits in float16: its error is up to 3e-8.
+        """
+        packing, (values, scale, minimum) = self.packing, rows
+        stop, groups = start + len(values), self.scale.shape[1]
+        assert values.shape[1] == self.shape[1] and groups % scale.shape[1] == 0, f"{scale.shape=}"
         assert packing.minimum or minimum is None, "this weight has no minimum"
         if packing.minimum and minimum is None:
             shift = 8 if packing.bits == 4 else 0
             values, minimum = values + shift, scale * -shift
-        self.scale[start:stop] = self._narrowed(scale, repeats)
+        self.scale[start:stop] = self._narrowed(scale)
         if self.minimum is not None and minimum is not None:
-            self.minimum[start:stop] = self._narrowed(minimum, repeats)
+            self.minimum[start:stop] = self._narrowed(minimum)
         if packing.bits == 4:
             nibbles = (values if packing.minimum else values + 8).to(torch.uint8)
-            low, high = nibbles.view(len(values), -1, 2, 16).unbind(2)  # [rows, dim / 32, 16]
+            assert not (nibbles >> 4).any(), "a value does not fit in 4 bits"
+            low, high = nibbles.unflatten(1, (-1, 2, 16)).unbind(2)  # [rows, dim / 32, 16]
             values = (low | high << 4).flatten(1)  # [rows, dim / 2]
         self.data[start:stop] = values
 
-    def _narrowed(self, factors: Tensor, repeats: int) -> Tensor:
+    def _narrowed(self, factors: Tensor) -> Tensor:
+        """Returns the factors in the packing's dtype, for each of this weight's groups."""
         narrow = factors.to(self.packing.scale)
-        if not torch.equal(narrow.isfinite(), factors.isfinite()) or not factors.isfinite().all():
+        if not narrow.isfinite().all():
             name = str(self.packing.scale).removeprefix("torch.")
             raise ValueError(
                 f"a scale of {factors.abs().max().item():.3g} does not fit {name}: load the model"
                 " with quantize='none'"
             )
-        return narrow.repeat_interleave(repeats, dim=1)
+        groups = self.shape[1] // self.packing.group
+        return narrow.repeat_interleave(groups // factors.shape[1], dim=1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
-        # fn moves tensors to another device, and may also convert those that are not integers.
-        data = fn(self.data)
-        for name, x in self._parameters.items():
-            if x is not None:
-                x.data = data.data if name == "data" else x.data.to(data.device)
+        for name, x in self.named_parameters(recurse=False):
+            new = fn(x.data)
+            if new.dtype != x.dtype:  # fn converts the model to another dtype
+                new = x.data.to(new.device)
+            setattr(self, name, nn.Parameter(new, requires_grad=False))
         return self
 
 
 DATA = {8: torch.int8, 4: torch.uint8}
+SCALES = torch.float16, torch.bfloat16, torch.float32
 
 
 def check_packing(dim: int, packing: Packing) -> None:
     """Raises ValueError if a weight with rows of dim columns cannot be packed in this way."""
     if packing.bits not in COLUMNS:
         raise ValueError(f"weights of {packing.bits} bits are not supported, only 8 and 4")
+    if packing.scale not in SCALES:
+        raise ValueError(f"scales in {packing.scale} are not supported, only {SCALES}")
     if packing.group % COLUMNS[packing.bits] or packing.group < 1 or dim % packing.group:
         raise ValueError(
             f"groups of {packing.group} columns must divide the row's {dim} columns, and be a"
@@ -189,11 +215,13 @@ def check_packing(dim: int, packing: Packing) -> None:
 
 
 def common_packing(packings: Sequence[Packing]) -> Packing:
-    """Returns the smallest packing that holds weights of all these packings exactly."""
+    """Returns the smallest packing that holds weights of all these packings."""
     dtypes = {packing.scale for packing in packings}
+    group = math.gcd(*(packing.group for packing in packings))
+    bits = max(packing.bits for packing in packings)
     return Packing(
-        bits=max(packing.bits for packing in packings),
-        group=math.gcd(*(packing.group for packing in packings)),
+        bits=8 if group % COLUMNS[bits] else bits,
+        group=group,
         minimum=any(packing.minimum for packing in packings),
         scale=dtypes.pop() if len(dtypes) == 1 else torch.float32,
     )

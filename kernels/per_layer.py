@@ -16,10 +16,13 @@ Computed in fp32 and rounded once. (Transformers rounds after each step.)
 Bound by memory: bytes = 3 * y.numel() * itemsize.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
+from gemma_fast.kernels._packed_elements import load_units
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.packed import Weight, take_rows
@@ -51,6 +54,8 @@ def _per_layer_inputs_kernel(
     OFFSET: tl.constexpr,
     LAYERS: tl.constexpr,
     DIM: tl.constexpr,
+    GROUP: tl.constexpr,  # columns that share a scale; 0: not packed
+    UNIT: tl.constexpr,  # neighboring columns of a packed table that a thread loads
     BLOCK: tl.constexpr,  # DIM rounded up to a power of two
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
@@ -59,9 +64,16 @@ def _per_layer_inputs_kernel(
     cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     mask = (row < rows)[:, None] & (cols < DIM)  # [BLOCK_R, BLOCK]
     token = tl.maximum(tl.load(ids_ptr + row // LAYERS, mask=row < rows, other=0), 0)  # [BLOCK_R]
-    # [BLOCK_R, 1]: row of the table as [vocab * LAYERS, DIM]
-    layer = (token * LAYERS + row % LAYERS)[:, None]
-    embedding = tl.load(table.data + layer * DIM + cols, mask=mask, other=0.0)  # [BLOCK_R, BLOCK]
+    if GROUP:
+        unit = tl.arange(0, BLOCK // UNIT)[None, :] * UNIT  # [1, UNITS]
+        col = (row % LAYERS * DIM)[:, None] + unit  # [BLOCK_R, UNITS]
+        inside = (row < rows)[:, None] & (unit < DIM)  # [BLOCK_R, UNITS]
+        # [BLOCK_R, BLOCK]
+        embedding = load_units(table, token[:, None], col, inside, LAYERS * DIM, GROUP, UNIT)
+    else:
+        # [BLOCK_R, 1]: row of the table as [vocab * LAYERS, DIM]
+        layer = (token * LAYERS + row % LAYERS)[:, None]
+        embedding = tl.load(table.data + layer * DIM + cols, mask=mask, other=0.0)
     norm_weight = tl.load(norm_weight_ptr + cols, mask=cols < DIM, other=0.0)  # [1, BLOCK]
     wait_for_previous_kernel(PDL)
 
@@ -115,7 +127,8 @@ def per_layer_inputs(
     if rows:
         _per_layer_inputs_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
             x, ids, packed, norm_weight, out, rows,
-            SCALE=scale, EPS=eps, OFFSET=offset, LAYERS=dim // p, DIM=p,
+            SCALE=scale, EPS=eps, OFFSET=offset, LAYERS=dim // p, DIM=p, GROUP=packed.group,
+            UNIT=math.gcd(p, 16),
             **config, **gpu(x.device).pdl_options(pdl),
         )  # fmt: skip
     return out

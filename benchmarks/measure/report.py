@@ -75,15 +75,17 @@ def model_report(
     """Returns the report on a model. Rows are sorted by test, then by provider, in the order of the
     run.
 
-    results: ModelResult; about: "model", "size_bytes", "params", "dtype" and "checked" (a sentence
-    that describes the check)
+    results: ModelResult; about: "model", "size_bytes" (of unpacked weights), "params", "dtype" and
+    "checked" (a sentence that describes the check)
     """
     place = list(dict.fromkeys(r.case for r in results)).index
     same = {key: about[key] for key in ("model", "size_bytes", "params", "dtype")}
     same["backend"] = stamp["gpu"] or stamp["cpu"]
     factors = speedups(results)
     rows = [
-        same | {"test": r.case.name, **asdict(r.case), **_entries(r, roof, factors)}
+        same
+        | ({} if r.size_bytes is None else {"size_bytes": r.size_bytes})
+        | {"test": r.case.name, **asdict(r.case), **_entries(r, roof, factors)}
         for r in sorted(results, key=lambda r: place(r.case))
     ]
     found = _found(stamp, roof, {"checked": about["checked"]}, rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,9 @@ from gemma_fast.demo import demo_checkpoint
 from gemma_fast.presets import PRESETS
 
 PROMPT, NEW = "pp", "tg"
+# Tensor → bytes per weight, its scales included. A tensor without an entry takes `itemsize`.
+Sizes = Mapping[str, float]
+NO_SIZES: Sizes = {}
 TINY = GemmaConfig(
     model_type="gemma3", vocab_size=199, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=32, intermediate_size=88, max_position_embeddings=16384,
@@ -82,13 +85,13 @@ class Case:
             return "ok"
         return f"cannot: {self.room} tokens exceed the context of {config.max_position_embeddings}"
 
-    def work(self, config: GemmaConfig, itemsize: int) -> Work:
+    def work(self, config: GemmaConfig, itemsize: int, sizes: Sizes = NO_SIZES) -> Work:
         """Returns the minimum bytes and FLOPs of the case: one forward pass over all tokens (pp),
         or one pass per token (tg)."""
         if self.kind == PROMPT:
-            return pass_work(config, itemsize, self.batch, self.depth, self.tokens)
+            return pass_work(config, itemsize, self.batch, self.depth, self.tokens, sizes)
         steps = range(self.before, self.room)
-        works = [pass_work(config, itemsize, self.batch, depth, 1) for depth in steps]
+        works = [pass_work(config, itemsize, self.batch, depth, 1, sizes) for depth in steps]
         return Work(*map(sum, zip(*works, strict=True)))
 
 
@@ -100,9 +103,14 @@ def cases(
     return [Case(*kind, depth, batch) for batch, depth, kind in product(batches, depths, kinds)]
 
 
-def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens: int) -> Work:
+def pass_work(
+    config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens: int,
+    sizes: Sizes = NO_SIZES,
+) -> Work:  # fmt: skip
     """Returns the work of a forward pass over `tokens` new tokens in each of `batch` sequences,
     after `depth` tokens.
+
+    itemsize: bytes of a number in the cache, and of a weight that is not in `sizes`
 
     Each weight is read once and takes 2 FLOPs per new token, except that of the output projection,
     which takes FLOPs only for the last token's logits. The lookup of embeddings is not counted, but
@@ -113,24 +121,27 @@ def pass_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens
     reads the keys and values that this token sees.
     """
     computed = [tokens if x.kv_layer == i else 1 for i, x in enumerate(config.layers)]
-    elements, flops = weights_work(config, tokens, computed)
-    elements += batch * config.hidden_size_per_layer_input * sum(computed)
-    end = depth + tokens
+    size, flops = weights_work(config, itemsize, tokens, computed, sizes)
+    gathered = batch * config.hidden_size_per_layer_input * sum(computed)
+    size += gathered * sizes.get(PER_LAYER_EMBEDDING, itemsize)
+    elements, end = 0, depth + tokens
     for i, layer in enumerate(config.layers):
         limit, own = layer.window or end, layer.kv_layer == i
         positions = min(depth, limit - 1) + min(tokens, limit) if own else min(end, limit)
         elements += batch * 2 * layer.num_key_value_heads * layer.head_dim * positions
         pairs = visible_pairs(end, layer.window) - visible_pairs(end - computed[i], layer.window)
         flops += 4 * config.num_attention_heads * layer.head_dim * pairs
-    return Work(elements * itemsize, batch * flops)
+    return Work(size + elements * itemsize, batch * flops)
 
 
-def weights_work(config: GemmaConfig, tokens: int, computed: Sequence[int]) -> tuple[int, int]:
-    """Returns the number of weights that a pass reads, and the FLOPs of one sequence.
+def weights_work(
+    config: GemmaConfig, itemsize: int, tokens: int, computed: Sequence[int], sizes: Sizes
+) -> tuple[float, int]:
+    """Returns the bytes of the weights that a pass reads, and the FLOPs of one sequence.
 
     computed: the number of new tokens that each layer computes
     """
-    elements = flops = 0
+    size, flops = 0.0, 0
     for name, shape in config.tensor_shapes().items():
         parts = [tokens]  # for equal parts of the weight, the tokens that are multiplied by it
         if name == (EMBEDDING if config.tie_word_embeddings else HEAD):
@@ -142,6 +153,16 @@ def weights_work(config: GemmaConfig, tokens: int, computed: Sequence[int]) -> t
         elif layer := re.match(r"model\.layers\.(\d+)\.", name):
             parts = [computed[int(layer[1])]]
         part = math.prod(shape) // max(len(parts), 1)
-        elements += part * len(parts)
+        size += part * len(parts) * sizes.get(name, itemsize)
         flops += 2 * part * sum(parts)
-    return elements, flops
+    return size, flops
+
+
+def weights_bytes(config: GemmaConfig, itemsize: int, sizes: Sizes) -> float:
+    """Returns the bytes of all weights."""
+    shapes = config.tensor_shapes().items()
+    return sum(math.prod(shape) * sizes.get(name, itemsize) for name, shape in shapes)
+
+
+def is_packed(checkpoint: Checkpoint) -> bool:
+    return any(checkpoint.packing(name) for name in checkpoint.shapes)

@@ -13,17 +13,18 @@ from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import serious, with_took
 from gemma_fast.benchmarks.measure.plots import model_plots, title_of, write_plots
 from gemma_fast.benchmarks.measure.report import model_report
-from gemma_fast.benchmarks.model.cases import cases, find
+from gemma_fast.benchmarks.model.cases import cases, find, is_packed
 from gemma_fast.benchmarks.model.judge import Judge
-from gemma_fast.benchmarks.model.providers import PROVIDERS
+from gemma_fast.benchmarks.model.providers import BESIDE_PACKED, PROVIDERS
 from gemma_fast.benchmarks.model.race import ModelResult, run
-from gemma_fast.load import refuse_overflow
+from gemma_fast.checkpoint.rounded import with_quantize
+from gemma_fast.load import model_dtype, refuse_overflow
 
 
 def run_model(
     *, prompts: Sequence[int], new: Sequence[int], depths: Sequence[int], batches: Sequence[int],
     repeats: int, model: str | None, dtype: str | None, only: Sequence[str], output: str,
-    out: Path | None, commit: str | None, roof: Roof | None = None,
+    out: Path | None, commit: str | None, quantize: str | None = None, roof: Roof | None = None,
 ) -> bool:  # fmt: skip
     """Measures the model, prints the results and writes them to the folder `out`.
 
@@ -37,7 +38,10 @@ def run_model(
     if not tests:
         raise click.UsageError("nothing to test: -p and -n are 0")
     try:
-        checkpoint = find(name)
+        checkpoint = with_quantize(find(name), quantize, device)
+        packed = is_packed(checkpoint)
+        if packed and not dtype:
+            kind = model_dtype("auto", checkpoint, device)
         refuse_overflow(checkpoint.config, kind)
     except (ValueError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error
@@ -55,7 +59,8 @@ def run_model(
         "model": name, "params": checkpoint.config.num_parameters, "dtype": head["dtype"],
         "size_bytes": checkpoint.config.num_parameters * kind.itemsize, "checked": judge.about,
     }  # fmt: skip
-    names = [name for name in PROVIDERS if name in only or not only]
+    usual = [name for name in PROVIDERS if packed or name not in BESIDE_PACKED]
+    names = [name for name in PROVIDERS if name in (only or usual)]
     results: list[ModelResult] = []
     for result in with_took(run(checkpoint, tests, device, kind, roof, repeats, names, judge)):
         results.append(result)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.benchmarks.measure.outcome import OURS, Wrong, error, full_precision
-from gemma_fast.benchmarks.model.cases import PROMPT, Case
+from gemma_fast.benchmarks.model.cases import PROMPT, Case, is_packed
 from gemma_fast.benchmarks.model.providers import Provider
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.memory import free_bytes
@@ -47,7 +47,8 @@ class Trial(NamedTuple):
 
 
 class Judge:
-    """Checks providers against the reference, whose weights are rounded to `dtype`.
+    """Checks providers against the reference, whose weights are rounded to `dtype`; those of a
+    packed checkpoint are unpacked, and not rounded.
 
     The reference computes in float32 if that fits in memory. A model with random weights mostly
     repeats the previous token, whatever attention computes, so correct greedy tokens prove little.
@@ -64,7 +65,8 @@ class Judge:
         # Bytes of the reference's float32 weights, and of the provider's weights and activations.
         needed = config.num_parameters * (4 + 1.5 * dtype.itemsize)
         self.exact = dtype == torch.float32 or needed < free_bytes(device)
-        self.reference = Reference.from_checkpoint(checkpoint, dtype=dtype, device=device)
+        kept = torch.float32 if self.exact and is_packed(checkpoint) else dtype
+        self.reference = Reference.from_checkpoint(checkpoint, dtype=kept, device=device)
         if self.exact:
             for name, weight in self.reference.weights.items():
                 self.reference.weights[name] = weight.float()
@@ -95,24 +97,30 @@ class Judge:
         """Returns the number of tokens that the provider reads in a trial."""
         return max(self.prefix(case), self.window) + TOKENS + STEPS + PROBE
 
-    def check(self, name: str, provider: Provider, case: Case) -> float:
+    def check(
+        self, name: str, provider: Provider, case: Case, dtype: torch.dtype | None = None
+    ) -> float:
         """Runs a trial and returns the error of the provider's logits.
 
+        dtype: of the provider's logits, which sets the limits; None: the judge's
         Raises Wrong if the logits or the greedy tokens are wrong. Exceptions of the provider are
         not caught.
         """
         prefix = self.prefix(case)
+        dtype = dtype or self.dtype
+        if dtype == torch.float32 and not self.exact:
+            raise NotImplementedError("not enough memory for the reference in float32")
         trial = try_out(provider, self._ids(case.batch, self.room(case) - STEPS), prefix)
-        if trial.logits.dtype != self.dtype:
-            raise Wrong(f"logits are {trial.logits.dtype}, not {self.dtype}")
+        if trial.logits.dtype != dtype:
+            raise Wrong(f"logits are {trial.logits.dtype}, not {dtype}")
         try:
             found, regret = self.judge(trial, prefix)
         except torch.OutOfMemoryError as problem:
             raise NotImplementedError("not enough memory for the reference") from problem
-        limit = TOLERANCE[self.dtype]
+        limit = TOLERANCE[dtype]
         if not found <= limit:
             raise Wrong(f"error {found:.2g} exceeds the limit {limit:g}")
-        if self.dtype == torch.float32 and regret:
+        if dtype == torch.float32 and regret:
             raise Wrong("greedy tokens differ from the reference's")
         if not regret <= limit:
             raise Wrong(f"greedy tokens are {regret:.2g} sd below the best logit, limit {limit:g}")

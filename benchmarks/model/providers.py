@@ -11,7 +11,9 @@ A provider imports its packages when it is created, so a missing package stops o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
-from gemma_fast.benchmarks.model.cases import PROMPT
+from gemma_fast.benchmarks.model.cases import NO_SIZES, PROMPT, Sizes
+from gemma_fast.benchmarks.model.llama import LlamaCpp
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.engine.decoder import Decoder
@@ -83,6 +86,10 @@ class Eager:
     def memory(self) -> dict[str, float]:
         """Returns the provider's memory: purpose → bytes. It is empty if nothing is known."""
         return {}
+
+    def sizes(self) -> Sizes:
+        """Returns the tensors whose weights do not take the dtype's size: name → bytes a weight."""
+        return NO_SIZES
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -166,8 +173,13 @@ def compiled_step(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class Ours:
     """Runs gemma_fast's Decoder, which on a GPU replays a CUDA graph for each step."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-        self.model = GemmaForCausalLM.from_checkpoint(checkpoint, dtype=dtype, device=device)
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
+        quantize: str | None = None,
+    ) -> None:  # fmt: skip
+        self.model = GemmaForCausalLM.from_checkpoint(
+            checkpoint, dtype=dtype, device=device, quantize=quantize
+        )
 
     def start(self, batch: int, max_length: int, kind: str) -> None:
         self.batch = batch
@@ -193,8 +205,15 @@ class Ours:
     def memory(self) -> dict[str, float]:
         return self.decoder.memory()
 
+    def sizes(self) -> Sizes:
+        sizes: dict[str, float] = {}
+        for name, tensors in self.model.parts.items():
+            weight = attrgetter(name)(self.model)
+            sizes |= dict.fromkeys(tensors, weight.nbytes / weight.numel())
+        return sizes
 
-Provider = Eager | Ours
+
+Provider = Eager | Ours | LlamaCpp
 
 
 def _reference(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Provider:
@@ -224,6 +243,13 @@ def _transformers(
 
 STATIC = "transformers (static cache, torch.compile max-autotune)"
 RINGS = "gemma_fast.hf (rings, torch.compile max-autotune)"
+UNPACKED_32, UNPACKED_16 = f"{OURS}, unpacked float32", f"{OURS}, unpacked bfloat16"
+LLAMA_CPP = "llama.cpp"
+# Providers that run beside packed weights, with their dtypes. llama.cpp rounds activations to 8
+# bits, so it is judged like bfloat16.
+BESIDE_PACKED = {
+    UNPACKED_32: torch.float32, UNPACKED_16: torch.bfloat16, LLAMA_CPP: torch.bfloat16,
+}  # fmt: skip
 # The providers run in this order. Compiled providers come last, because they take minutes.
 PROVIDERS: dict[str, Callable[[Checkpoint, torch.dtype, torch.device], Provider]] = {
     EAGER: _reference,
@@ -231,6 +257,9 @@ PROVIDERS: dict[str, Callable[[Checkpoint, torch.dtype, torch.device], Provider]
     "transformers (sdpa)": _transformers("sdpa"),
     "gemma_fast.hf": _transformers("sdpa", kernels=True),
     OURS: Ours,
+    UNPACKED_32: partial(Ours, quantize="none"),
+    UNPACKED_16: partial(Ours, quantize="none"),
+    LLAMA_CPP: LlamaCpp,
     STATIC: _transformers("sdpa", Static),
     RINGS: _transformers("sdpa", Rings, kernels=True),
 }

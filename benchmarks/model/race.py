@@ -31,9 +31,9 @@ from torch import Tensor
 from gemma_fast.benchmarks.measure.machine import Roof, Work
 from gemma_fast.benchmarks.measure.outcome import NOT_MEASURED, WITHOUT_GRAPHS, Wrong, verdict
 from gemma_fast.benchmarks.measure.timing import clock, repeated, settle_rounds, wall_seconds
-from gemma_fast.benchmarks.model.cases import NEW, PROMPT, Case
+from gemma_fast.benchmarks.model.cases import NEW, PROMPT, Case, weights_bytes
 from gemma_fast.benchmarks.model.judge import Judge
-from gemma_fast.benchmarks.model.providers import PROVIDERS, Provider
+from gemma_fast.benchmarks.model.providers import BESIDE_PACKED, PROVIDERS, Provider
 from gemma_fast.checkpoint.base import Checkpoint
 
 
@@ -53,6 +53,7 @@ class ModelResult:
     token_seconds: tuple[float, ...] = ()
     peak_bytes: int | None = None  # GPU memory; includes weights and graphs, not the judge
     memory: dict[str, float] = field(default_factory=dict)
+    size_bytes: float | None = None  # of the weights; None: not known
     took: float = 0.0  # total seconds; a provider's first result includes loading its weights
 
     @property
@@ -105,30 +106,38 @@ def run(
     nothing is timed."""
     config = checkpoint.config
     for name in (name for name in PROVIDERS if name in names):
+        kind = BESIDE_PACKED.get(name, dtype)
         results = [
-            ModelResult(case, name, case.status(config), case.work(config, dtype.itemsize))
+            ModelResult(case, name, case.status(config), case.work(config, kind.itemsize))
             for case in cases
         ]
         try:
             clear()
             before = torch.cuda.memory_reserved() if device.type == "cuda" else 0
-            provider = PROVIDERS[name](checkpoint, dtype, device)
+            provider = PROVIDERS[name](checkpoint, kind, device)
+            sizes = provider.sizes()
         except Exception as problem:  # a rival may raise any exception
             status = verdict(problem)
             yield from (replace(result, status=status) for result in results)
             continue
         for result in results:
-            fits = result.status == "ok"
-            yield race(provider, result, device, before, roof, repeats, judge) if fits else result
+            if result.status == "ok":
+                result = replace(
+                    result, work=result.case.work(config, kind.itemsize, sizes),
+                    size_bytes=weights_bytes(config, kind.itemsize, sizes),
+                )  # fmt: skip
+                result = race(provider, result, kind, device, before, roof, repeats, judge)
+            yield result
         del provider
 
 
 def race(
-    provider: Provider, result: ModelResult, device: torch.device, before: int, roof: Roof | None,
-    repeats: int, judge: Judge,
+    provider: Provider, result: ModelResult, dtype: torch.dtype, device: torch.device, before: int,
+    roof: Roof | None, repeats: int, judge: Judge,
 ) -> ModelResult:  # fmt: skip
     """Checks and times one provider in one case.
 
+    dtype: of the provider's logits
     before: bytes of GPU memory that were reserved before the provider was loaded
     """
     case = result.case
@@ -136,7 +145,7 @@ def race(
         clear()
         skipped = skipped_graphs()
         provider.start(case.batch, max(judge.room(case), case.room), case.kind)
-        result = replace(result, error=judge.check(result.provider, provider, case))
+        result = replace(result, error=judge.check(result.provider, provider, case, dtype))
         if roof is None:
             return replace(result, status=NOT_MEASURED)
         result = timed(provider, result, device, judge.vocab_size, before, repeats, roof)

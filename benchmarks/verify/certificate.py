@@ -4,6 +4,7 @@ Kernels are compared with float64, the model with transformers' model in float32
 Each line shows one finding (see margins.py): our figures, eager PyTorch's figures, the limits of
 our figures, and a verdict. A limit is `factor` times eager PyTorch's figure plus `slack`; MARGINS
 states the reasons. Factor and slack are constants; all other numbers are measured on this machine.
+cost.py compares packed weights with unpacked ones.
 """
 
 from __future__ import annotations
@@ -26,37 +27,45 @@ from rich.table import Table
 from gemma_fast.benchmarks.measure.machine import stamp
 from gemma_fast.benchmarks.measure.outcome import OURS
 from gemma_fast.benchmarks.measure.report import heading
-from gemma_fast.benchmarks.model.cases import find
+from gemma_fast.benchmarks.model.cases import find, is_packed
 from gemma_fast.benchmarks.verify import margins
+from gemma_fast.benchmarks.verify.cost import check_cost
 from gemma_fast.benchmarks.verify.ids import check_ids
 from gemma_fast.benchmarks.verify.kernels import check_kernels
 from gemma_fast.benchmarks.verify.margins import MARGINS, MODEL, Finding
 from gemma_fast.benchmarks.verify.model import check_model, dtypes_of, text_ids
 from gemma_fast.benchmarks.verify.truth import truth_of
+from gemma_fast.checkpoint.rounded import with_quantize
 from gemma_fast.kernels.launch import runs_triton
 from gemma_fast.load import pick_device
 
 WIDTH = 120  # characters per line, if the output is not a terminal
 
 
-def certify(model: str | None, device: str | None, dtype: str, tokens: int, as_json: bool) -> bool:
+def certify(
+    model: str | None, device: str | None, dtype: str, tokens: int, as_json: bool,
+    quantize: str | None = None,
+) -> bool:  # fmt: skip
     """Prints the certificate, and the progress to stderr. Returns whether every line passed."""
     if runs_triton(torch.empty(0)):
         raise ValueError(
             "TRITON_INTERPRET is set, so the model would run in the interpreter: unset it"
         )
-    target, checkpoint = pick_device(device, None), find(model or "demo")
+    target, plain = pick_device(device, None), find(model or "demo")
+    checkpoint = with_quantize(plain, quantize, target)
     head = stamp(target, torch.float32, ["transformers"])  # names the commit that is loaded
     dtypes = dtypes_of(checkpoint, target, dtype)
-    ids = text_ids(checkpoint, tokens).to(target)
+    ids = text_ids(plain, tokens).to(target)
     lines = list(kernel_lines(target))
+    if is_packed(checkpoint):
+        lines += check_cost(plain, checkpoint, target, dtypes, quantize or margins.KEPT)
     click.echo("the truth, float32", err=True)
     truth, exact = truth_of(checkpoint, target)
     lines += check_ids(checkpoint, truth, exact)
     lines += check_model(checkpoint, ids, dtypes, tokens, (truth, exact))
     head["dtype"] = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     head |= {
-        "model": model or "demo",
+        "model": (model or "demo") + (f", {quantize}" if quantize else ""),
         "beside": truth.name,
         "truth": f"{truth.name}, {truth.reader}",
         "reader_checked": truth.ids is not None,
@@ -123,7 +132,7 @@ def show(head: Mapping[str, Any], lines: Iterable[Finding], passed: bool) -> Non
         console.width = WIDTH
     console.print(f"{heading(head, None)} {head['kernels']}", highlight=False)
     for part, group in groupby(lines, lambda line: line.part):
-        other = head["beside"] if part == MODEL else "eager"
+        other = {MODEL: head["beside"], margins.COST: "unpacked"}.get(part, "eager")
         title = f"{head['model']} against {head['truth']}, in float32" if part == MODEL else part
         table = Table("", "dtype", OURS, other, "allowed", "", title=title)
         for line in group:

@@ -18,12 +18,14 @@ from gemma_fast.engine.request import end_token_ids
 from gemma_fast.text.tokenizer import Tokenizer
 
 # Charles Darwin, On the Origin of Species (1859), introduction: longer than a window of 512 tokens.
-TEXT = Path(__file__).with_name("texts") / "darwin.txt"
+# Franz Kafka, Die Verwandlung (1915), beginning. A program in Python.
+TEXTS = ("darwin", "kafka", "python")
 MIXED = "  two  spaces\n\n\n\ttab 漢字 😀 é e\u0301 <b>\x07 <start_of_turn>user\nhe'll </b>1,000.5"
 
 
-def read_text() -> str:
-    return TEXT.read_text(encoding="utf-8").strip()
+def read_text(name: str = "darwin") -> str:
+    path = Path(__file__).with_name("texts") / f"{name}.txt"
+    return path.read_text(encoding="utf-8").strip()
 
 
 def check_ids(checkpoint: Checkpoint, truth: Truth, model: Any) -> Iterator[Finding]:

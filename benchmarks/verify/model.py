@@ -33,7 +33,7 @@ Greedy = Callable[[Any, Tensor, Tensor, int], Tensor]  # model, ids, mask, count
 
 
 def text_ids(checkpoint: Checkpoint, tokens: int) -> Tensor:
-    """Returns the ids :: [1, t] of ids.TEXT, or random ids for a model with random weights.
+    """Returns the ids :: [1, t] of ids.read_text, or random ids for a model with random weights.
 
     There are at most as many ids as leave room in the context for `tokens` new tokens. Raises
     ValueError if the context is too short.

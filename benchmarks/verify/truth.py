@@ -17,6 +17,7 @@ import torch
 from gemma_fast.benchmarks.measure.machine import installed_version
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.random import RandomCheckpoint
+from gemma_fast.checkpoint.rounded import RoundedCheckpoint
 from gemma_fast.reference import Reference
 
 OLDEST = 5, 17  # the oldest version of transformers that is used
@@ -57,7 +58,9 @@ def truth_of(checkpoint: Checkpoint, device: torch.device) -> tuple[Truth, Any]:
     name = f"transformers {version}"
     given = partial(transformers_model, checkpoint, attention="eager")
     problem = "random weights are in no file"
-    if not isinstance(checkpoint, RandomCheckpoint):
+    if isinstance(checkpoint, RoundedCheckpoint) and checkpoint.rounded:
+        problem = "--quantize rounded the weights"
+    elif not isinstance(checkpoint, RandomCheckpoint):
         try:
             truth = Truth(name, *own_reader(checkpoint.path))
             return truth, truth.load(dtype=torch.float32, device=device)

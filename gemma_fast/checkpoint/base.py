@@ -70,6 +70,10 @@ class Checkpoint(ABC):
         raise NotImplementedError
 
     @abstractmethod
+    def rows(self, name: str, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+        """Returns rows `start` to `stop` - 1 of a matrix, unpacked, on the device."""
+
+    @abstractmethod
     def _read(self, name: str, out: Tensor) -> None: ...
 
 
@@ -116,6 +120,9 @@ class FileCheckpoint(Checkpoint):
                     f"{self.files[name]}: tensor {name} is unknown: the config's model has no"
                     " tensor of this name; load the model with transformers"
                 )
+
+    def rows(self, name: str, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+        return self._rows(name, start, stop).to(device)
 
     @abstractmethod
     def _rows(self, name: str, start: int, stop: int) -> Tensor:

@@ -5,7 +5,9 @@ This module is imported only when a GGUF file is opened, so that the package `gg
 """
 
 import re
+import warnings
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,11 @@ from torch import Tensor
 from gemma_fast.checkpoint.base import FileCheckpoint, parse_content
 from gemma_fast.checkpoint.config_gguf import config_from_gguf, generation_from_gguf
 from gemma_fast.checkpoint.gemma4_gguf import ROPE_FACTORS, with_tensors
-from gemma_fast.checkpoint.gguf_reader import GGUFFile, ReaderTensor, read_rows
+from gemma_fast.checkpoint.gguf_blocks import FORMATS, read_blocks
+from gemma_fast.checkpoint.gguf_reader import GGMLQuantizationType as Type
+from gemma_fast.checkpoint.gguf_reader import GGUFFile, ReaderTensor, read_rows, stored_rows
 from gemma_fast.checkpoint.hub import GGUF_PART
+from gemma_fast.kernels.packed import PackedRows, Packing
 
 BLOCK = 1 << 20  # elements that are dequantized at once, few enough for the CPU's cache
 
@@ -60,6 +65,7 @@ LAYER_NAMES = {
     "gemma": GEMMA_1_NAMES, "gemma2": GEMMA_2_NAMES, "gemma3": GEMMA_3_NAMES,
     "gemma4": GEMMA_4_NAMES,
 }  # fmt: skip
+NOT_QUANTIZED = (Type.F32, Type.F16, Type.BF16)
 LAYER_TENSOR = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.weight")
 
 
@@ -115,6 +121,43 @@ class GGUFCheckpoint(FileCheckpoint):
                     f"{self.files[name]}: tensor {name} has type {tensor.tensor_type.name}, which"
                     " the package gguf cannot dequantize: convert the model to BF16 or Q8_0"
                 ) from None
+
+    def packing(self, name: str) -> Packing | None:
+        return self._packings.get(name)
+
+    @cached_property
+    def _packings(self) -> dict[str, Packing]:
+        """The packings of all matrices that stay packed. Warns of quantized ones that do not."""
+        matrices = {name: tensor for name, tensor in self.stored.items() if tensor.shape.size == 2}
+        others = [x for x in matrices.values() if x.tensor_type not in (*FORMATS, *NOT_QUANTIZED)]
+        if others:
+            types = ", ".join(sorted({tensor.tensor_type.name for tensor in others}))
+            size, unpacked = (
+                sum(int(count) for count in counts) / 1e9
+                for counts in ((x.n_bytes for x in others), (2 * x.n_elements for x in others))
+            )
+            warnings.warn(
+                f"{self.path}: the types of {len(others)} tensors ({types}) do not stay packed."
+                f" Unpacked to 16 bits, these tensors take {unpacked:.3g} GB instead of"
+                f" {size:.3g} GB, and twice that in float32, and decoding is as much slower. Use a"
+                f" file with the types {', '.join(kind.name for kind in FORMATS)}",
+                stacklevel=2,
+            )
+        return {
+            name: FORMATS[tensor.tensor_type].packing
+            for name, tensor in matrices.items()
+            if tensor.tensor_type in FORMATS
+        }
+
+    def packed_rows(self, name: str, start: int, stop: int) -> PackedRows:
+        path, tensor = self.files[name], self.stored[name]
+        rows = torch.from_numpy(stored_rows(path, tensor, start, stop))
+        try:
+            return read_blocks(tensor.tensor_type, rows)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: tensor {name}: {error}: download or convert the model again"
+            ) from error
 
     def _read(self, name: str, out: Tensor) -> None:
         rows = torch.atleast_2d(out)

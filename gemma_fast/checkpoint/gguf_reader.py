@@ -126,11 +126,18 @@ class GGUFFile(GGUFReader):
 
 
 def read_rows(path: Path, tensor: ReaderTensor, start: int, stop: int) -> np.ndarray:
-    """Returns rows `start` to `stop` - 1 of a tensor, dequantized to float32. A vector is one row.
+    """Returns rows `start` to `stop` - 1 of a tensor, dequantized to float32.
 
     Raises NotImplementedError if the package gguf cannot dequantize the tensor's type.
     """
+    return dequantize(stored_rows(path, tensor, start, stop), tensor.tensor_type)
+
+
+def stored_rows(path: Path, tensor: ReaderTensor, start: int, stop: int) -> np.ndarray:
+    """Returns rows `start` to `stop` - 1 of a tensor as they are stored. A vector is one row.
+
+    They are a view of the file. Writing to it does not change the file.
+    """
     # Map the file in each call, because unmapping releases the memory pages that were read.
-    stored = np.memmap(path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
-    rows = dequantize(np.atleast_2d(stored)[start:stop], tensor.tensor_type)
-    return np.require(rows, requirements="W")  # float32 rows are a read-only view: copy them
+    stored = np.memmap(path, tensor.data.dtype, "c", tensor.data_offset, tensor.data.shape)
+    return np.atleast_2d(stored)[start:stop]

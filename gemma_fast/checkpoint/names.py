@@ -21,7 +21,7 @@ _TEXT = re.compile(
     r"(?:(?:model\.)?language_model\.)?(?:model\.)?"
     r"((?:embed_tokens(?:_per_layer)?|layers|norm|per_layer_(?:model_projection|projection_norm))\..+)"
 )
-_HEAD = re.compile(r"(?:(?:model\.)?language_model\.)?lm_head\.weight")
+_HEAD = re.compile(r"(?:(?:model\.)?language_model\.)?lm_head\.(.+)")
 _NOT_TEXT = re.compile(
     r"(?:model\.)?(?:vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio"
     r"|vision_embedder)\."
@@ -38,8 +38,8 @@ def text_name(stored: str) -> str | None:
     a tensor that is not part of the text model."""
     if _NOT_TEXT.match(stored) or _NO_WEIGHT.fullmatch(stored):
         return None
-    if _HEAD.fullmatch(stored):
-        return "lm_head.weight"
+    if match := _HEAD.fullmatch(stored):
+        return f"lm_head.{match[1]}"
     match = _TEXT.fullmatch(stored)
     return f"model.{match[1]}" if match else stored
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.config import GemmaConfig
+
+PART = 1 << 24  # numbers that are drawn at once; another value gives other numbers
 
 
 class RandomCheckpoint(Checkpoint):
@@ -22,6 +26,9 @@ class RandomCheckpoint(Checkpoint):
         self.config, self.seed, self.path = config, seed, Path(name)
         self.generation_config = {}
         self.shapes = config.tensor_shapes()
+        self._drawing, self._begin = ("", ""), 0  # what `rows` has drawn last
+        self._parts: Iterator[Tensor] = iter(())
+        self._part = torch.empty(0)
 
     def mean(self, name: str) -> float:
         """Returns the mean of a tensor's values: 0, except for Gemma 4's norms and layer_scalar.
@@ -37,10 +44,37 @@ class RandomCheckpoint(Checkpoint):
         factor = self.shapes[name][0] ** -0.25 if scores else 1.0
         return factor * (1 - self.config.norm_offset)
 
+    def rows(self, name: str, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+        """Returns rows `start` to `stop` - 1 of a matrix, in float32. Reading all rows in order
+        draws each number once."""
+        rows, width = self.shapes[name]
+        begin, end = start * width, min(stop, rows) * width
+        if (name, str(device)) != self._drawing or begin < self._begin:
+            self._drawing, self._begin = (name, str(device)), 0
+            self._parts = self._draw(name, device)
+            self._part = next(self._parts)
+        found = []
+        while begin < end:
+            if begin >= self._begin + len(self._part):
+                self._begin += len(self._part)
+                self._part = next(self._parts)
+                continue
+            found.append(self._part[begin - self._begin : end - self._begin])
+            begin += len(found[-1])
+        return torch.cat(found).view(-1, width)
+
     def _read(self, name: str, out: Tensor) -> None:
+        flat, begin = out.view(-1), 0
+        for part in self._draw(name, out.device):
+            flat[begin : begin + len(part)] = part
+            begin += len(part)
+
+    def _draw(self, name: str, device: torch.device | str) -> Iterator[Tensor]:
+        """Yields a tensor's values in order, PART at a time."""
         seed, mean = self.seed + zlib.crc32(name.encode()), self.mean(name)
-        generator = torch.Generator(out.device).manual_seed(seed)
-        for part in out.view(-1).split(1 << 24):
+        generator = torch.Generator(device).manual_seed(seed)
+        count = math.prod(self.shapes[name])
+        for begin in range(0, count, PART):
             # PyTorch's generator gives different numbers in each dtype, so always use float32.
-            drawn = torch.empty(part.shape, dtype=torch.float32, device=out.device)
-            part.copy_(drawn.normal_(mean, 0.02, generator=generator))
+            part = torch.empty(min(PART, count - begin), dtype=torch.float32, device=device)
+            yield part.normal_(mean, 0.02, generator=generator)

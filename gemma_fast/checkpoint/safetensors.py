@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma_fast.checkpoint.base import EMBEDDING, HEAD, FileCheckpoint, parse_content
+from gemma_fast.checkpoint.compressed import find_weights, warn_of_computed, warn_of_unpacked
+from gemma_fast.checkpoint.compressed_weight import CompressedWeight, Part
 from gemma_fast.checkpoint.config_json import config_from_json, dtype_name
 from gemma_fast.checkpoint.hub import read_json
 from gemma_fast.checkpoint.names import text_name, warn_of_skipped
+from gemma_fast.checkpoint.quantization_config import (
+    Quantization,
+    other_method,
+    quantization_of,
+    refusal,
+    without_quantization,
+)  # fmt: skip
+from gemma_fast.kernels.packed import PackedRows, Packing
 
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"  # transformers applies an adapter that it finds beside a model
+MODELOPT = "hf_quant_config.json"  # names the quantization of older files of modelopt
+ELEMENTS = 1 << 22  # of a weight that are unpacked at once
 SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
@@ -39,45 +51,94 @@ class SafetensorsCheckpoint(FileCheckpoint):
             )
         config_file, generation_file = path / "config.json", path / "generation_config.json"
         content = read_json(config_file)
+        self.quantization = _quantization(config_file, content)
+        content = without_quantization(content)
         self.config = parse_content(
             config_file, partial(config_from_json, source=str(config_file)), content
         )
         self.generation_config = read_json(generation_file) if generation_file.is_file() else {}
 
         found: list[str] = []
-        stored_dtypes: dict[str, str] = {}
         for file, listed in _shards(path).items():
-            for stored_name, shape, dtype in _header(file, listed):
-                found.append(stored_name)
-                name = text_name(stored_name)
-                if name is None:
-                    continue
-                if dtype not in DTYPES:
-                    allowed = ", ".join(DTYPES)
-                    raise ValueError(
-                        f"{file}: tensor {name} has dtype {dtype}, which is not one of {allowed}:"
-                        " load the model with transformers, or convert the weights"
-                    )
-                self.add(name, shape, file, stored_name)
-                stored_dtypes[name] = dtype
+            for part in _header(file, listed):
+                found.append(part.name)
+                if (name := text_name(part.name)) is not None:
+                    self.add(name, part.shape, file, part)
         warn_of_skipped(path, found)
-        self.dtype = _dtype(config_file, dtype_name(content), stored_dtypes)
+        self._join_parts()
+        self.dtype = _dtype(config_file, dtype_name(content), self.stored)
+
+    def check(self) -> None:
+        super().check()
+        if self.quantization is not None:
+            warn_of_computed(self.path, self.quantization.computed)
+
+    def packing(self, name: str) -> Packing | None:
+        return self._packings.get(name)
+
+    @cached_property
+    def _packings(self) -> dict[str, Packing | None]:
+        """The packings of all quantized weights. Warns of those that cannot stay packed."""
+        weights = {k: x for k, x in self.stored.items() if isinstance(x, CompressedWeight)}
+        warn_of_unpacked(self.path, weights.values())
+        return {name: weight.packing for name, weight in weights.items()}
+
+    def packed_rows(self, name: str, start: int, stop: int) -> PackedRows:
+        return self.stored[name].packed_rows(start, stop)
+
+    def _join_parts(self) -> None:
+        """Replaces the tensors in which a quantized weight is stored by the weight. Raises
+        ValueError for dtypes that are not supported."""
+        parts: dict[str, Part] = dict(self.stored)
+        for name, part in parts.items():
+            if method := other_method(name):
+                raise refusal(f"{part.file}: tensor {part.name} of {method}", method)
+        weights, used = find_weights(parts, self.quantization, _read_rows)
+        for name in used:
+            self._drop(name)
+        for name, weight in weights.items():
+            self.add(name, weight.shape, weight.values.file, weight)
+        for name, part in parts.items():
+            if name not in used and part.dtype not in DTYPES:
+                raise part.error(
+                    f"has dtype {part.dtype}, which is not one of {', '.join(DTYPES)}: load the"
+                    " model with transformers, or convert the weights"
+                )
 
     def _read(self, name: str, out: Tensor) -> None:
-        # Open the file for each tensor, because closing it releases the pages that were read.
-        with _open_safetensors(self.files[name]) as tensors:
-            out.copy_(tensors.get_tensor(self.stored[name]))
+        weight = self.stored[name]
+        if isinstance(weight, Part):
+            # Open the file for each tensor, because closing it releases the pages that were read.
+            with _open_safetensors(weight.file) as tensors:
+                out.copy_(tensors.get_tensor(weight.name))
+            return
+        step = max(ELEMENTS // weight.shape[1], 1)
+        for start in range(0, weight.shape[0], step):
+            out[start : start + step] = weight.unpacked_rows(start, start + step)
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
-        with _open_safetensors(self.files[name]) as tensors:
-            return tensors.get_slice(self.stored[name])[start:stop]
+        weight = self.stored[name]
+        if isinstance(weight, Part):
+            return _read_rows(weight, start, stop)
+        return weight.unpacked_rows(start, stop)
 
 
-def _dtype(config_file: Path, named: str | None, stored: Mapping[str, str]) -> torch.dtype | None:
+def _quantization(config_file: Path, content: dict[str, Any]) -> Quantization | None:
+    quantization = parse_content(
+        config_file, partial(quantization_of, source=str(config_file)), content
+    )
+    if quantization is None and (other := config_file.with_name(MODELOPT)).is_file():
+        raise refusal(f"{other}: quantization by modelopt", "modelopt")
+    return quantization
+
+
+def _dtype(
+    config_file: Path, named: str | None, stored: Mapping[str, Part | CompressedWeight]
+) -> torch.dtype | None:
     """Returns the dtype that the config names, or else that of the embedding or the head."""
     if named is None:
         names = [name for name in (EMBEDDING, HEAD) if name in stored]
-        return DTYPES[stored[names[0]]] if names else None
+        return DTYPES[stored[names[0]].dtype] if names else None
     dtype = getattr(torch, named, None)
     if dtype not in DTYPES.values():
         raise ValueError(
@@ -119,9 +180,8 @@ def _shards(path: Path) -> dict[Path, set[str]]:
     return shards
 
 
-def _header(file: Path, listed: set[str]) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Yields the stored name, shape and dtype of each tensor in a file. Raises ValueError if a
-    tensor in `listed` is not in the file."""
+def _header(file: Path, listed: set[str]) -> Iterator[Part]:
+    """Yields the tensors of a file. Raises ValueError if a tensor in `listed` is not in it."""
     with _open_safetensors(file) as tensors:
         stored_names = set(tensors.keys())
         if absent := sorted(listed - stored_names):
@@ -130,7 +190,15 @@ def _header(file: Path, listed: set[str]) -> Iterator[tuple[str, tuple[int, ...]
             )
         for stored_name in sorted(stored_names):
             header = tensors.get_slice(stored_name)
-            yield stored_name, tuple(header.get_shape()), header.get_dtype()
+            yield Part(file, stored_name, tuple(header.get_shape()), header.get_dtype())
+
+
+def _read_rows(part: Part, start: int, stop: int) -> Tensor:
+    """Returns rows `start` to `stop` - 1 of a tensor, or the whole tensor if it has no rows."""
+    with _open_safetensors(part.file) as tensors:
+        if not part.shape:
+            return tensors.get_tensor(part.name)
+        return tensors.get_slice(part.name)[start:stop]
 
 
 @contextmanager

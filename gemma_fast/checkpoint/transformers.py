@@ -49,6 +49,9 @@ class TransformersCheckpoint(Checkpoint):
     def _read(self, name: str, out: Tensor) -> None:
         out.copy_(self.tensors[name])
 
+    def rows(self, name: str, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+        return self.tensors[name][start:stop].to(device)
+
 
 def _read_config(source: nn.Module) -> GemmaConfig:
     kind = type(source).__name__

@@ -1,5 +1,5 @@
 """Finds the text decoder of a transformers model, and decides which of its norms, MLPs and
-attention modules the kernels can replace.
+attention modules the kernels can replace. Also the quantized linears of the whole model.
 
 Modules are recognized by their structure, and code by the module that defines it. Classes are never
 compared with imported ones, because other libraries (Liger, unsloth, kernels) replace transformers'
@@ -21,7 +21,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gemma_fast.hf.attention import PREFIX
-from gemma_fast.hf.layers import NORM_OFFSETS, original_class
+from gemma_fast.hf.layers import NORM_OFFSETS, Fast, original_class
+from gemma_fast.hf.packed import is_quantized, why_not_packed
 
 # Model types of the configs.
 DECODERS = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text")
@@ -64,8 +65,13 @@ def _is_decoder(module: nn.Module) -> bool:
 
 
 def part_of(module: nn.Module) -> str | None:
-    """Returns "norm", "mlp", "attention" or "experts" for such a module of any library; else None.
-    A wrapper (PEFT, torch.compile) is not a part; the module inside it is."""
+    """Returns "norm", "mlp", "attention" or "experts" for such a module of any library, and
+    "linear" for a linear with a quantized weight; else None. A wrapper (PEFT, torch.compile) is not
+    a part; the module inside it is."""
+    if isinstance(module, Fast):
+        return module.part
+    if is_quantized(module):
+        return "linear"
     children = module._modules.keys()
     if children >= {"q_proj", "o_proj"}:  # some layers of Gemma 4 have no k_proj, or no v_proj
         return "attention"
@@ -85,7 +91,7 @@ def why_not(module: nn.Module) -> str | None:
     kind, part = original_class(type(module)), part_of(module)
     if part == "experts":
         return "experts are not replaced: the kernels have no mixture of experts"
-    if kind.__module__ not in NORM_OFFSETS:
+    if part != "linear" and kind.__module__ not in NORM_OFFSETS:
         return f"{kind.__module__}.{kind.__qualname__} is not a class of transformers' Gemma 1 to 4"
     if hasattr(module, "_hf_hook"):
         return (
@@ -93,9 +99,10 @@ def why_not(module: nn.Module) -> str | None:
             "devices: load the model on one device"
         )
     for name in ("forward", "_norm"):
-        code = _foreign_code(getattr(kind, name, None))
-        if name in vars(module):
-            code = getattr(vars(module)[name], "__module__", None) or "another library"
+        code = None if part == "linear" else _foreign_code(getattr(kind, name, None))
+        own = vars(module).get(name)
+        if own is not None and not _calls_the_class(own):
+            code = getattr(own, "__module__", None) or "another library"
         if code:
             return f"its {name} was replaced by code of {code}"
     weight = module._parameters.get("weight")
@@ -103,7 +110,16 @@ def why_not(module: nn.Module) -> str | None:
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if part == "mlp" and not _is_tanh_gelu(module.act_fn):
         return f"its activation is {module.act_fn}, not the GELU's tanh approximation"
+    if part == "linear" and not isinstance(module, Fast):
+        return why_not_packed(module)  # type: ignore[arg-type]
     return None
+
+
+def _calls_the_class(forward: Any) -> bool:
+    """Returns True for a forward that compressed-tensors has set on a module. It calls the class's
+    forward, and quantizes activations if the module's scheme says so."""
+    home = getattr(forward, "__globals__", {}).get("__name__", "")
+    return str(home).partition(".")[0] == "compressed_tensors"
 
 
 def why_not_attention(text: PreTrainedModel) -> str | None:

@@ -1,4 +1,5 @@
-"""Subclasses transformers' Gemma layers, with a forward on the kernels.
+"""Subclasses transformers' Gemma layers, and linears with a quantized weight, with a forward on the
+kernels.
 
 `accelerate` sets the class of a module to the subclass. The module keeps its parameters and calls
 the same submodules, so adapters and hooks on the submodules still work.
@@ -9,12 +10,17 @@ from __future__ import annotations
 import functools
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_fast.hf.attention import Run, falls_back, reason
 from gemma_fast.hf.cache import GemmaFastCache, Ring
 from gemma_fast.hf.masks import RING_ERROR, is_bounds
+from gemma_fast.hf.packed import bits_of, pack, weight_packed
 from gemma_fast.kernels.geglu import geglu
+from gemma_fast.kernels.matvec import linear
+from gemma_fast.kernels.packed import PackedWeight
+from gemma_fast.kernels.packed_cpu import CPUPackedWeight
 from gemma_fast.kernels.rmsnorm import rms_norm
 
 # The modules of transformers with layers that the kernels can replace, and the number that their
@@ -93,10 +99,67 @@ class FastAttention(Fast):
         return super().forward(*args, **kwargs)
 
 
+class FastLinear(Fast):
+    """A linear whose weight compressed-tensors or torchao has quantized, see packed.py.
+
+    On a GPU it has no `weight_packed` while it is accelerated: `packed` holds the same integers.
+    Its state_dict has `weight_packed`.
+    """
+
+    part = "linear"
+    bias: Tensor | None
+    weight_packed: nn.Parameter | None
+    packed: PackedWeight  # no submodule: the model's parameters keep their names
+    own_forward: Any  # the forward that compressed-tensors has set on the module, or None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not falls_back(self, self.part, x, reason(self, x)):
+            y = linear(x, self.packed)  # type: ignore[arg-type]
+            return y if self.bias is None else y + self.bias
+        if "weight" in self._parameters:  # torchao
+            return super().forward(x)
+        return F.linear(x, self.packed.weight.unpack(x.dtype), self.bias)
+
+    def take(self) -> None:
+        """Packs the weight for the kernels."""
+        vars(self)["packed"] = pack(self)  # type: ignore[arg-type]
+        self._free()
+
+    def _free(self) -> None:
+        # The layout of a CPU does not hold the same integers.
+        if "weight_packed" in self._parameters and not isinstance(self.packed, CPUPackedWeight):
+            self.weight_packed = None
+
+    def give_back(self) -> None:
+        """Undoes `take`."""
+        if self._parameters.get("weight_packed", self) is None:
+            data = weight_packed(self.packed, bits_of(self))
+            self.weight_packed = nn.Parameter(data, requires_grad=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FastLinear:
+        self.give_back()
+        super()._apply(fn, recurse)
+        self.take()
+        return self
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.give_back()
+        super()._save_to_state_dict(*args)
+        self._free()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if any(name.startswith(prefix) for name in state_dict):
+            raise RuntimeError(
+                f"{prefix}*: call gemma_fast.hf.restore(model) before load_state_dict"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 @functools.cache
 def fast_class(original: type[nn.Module], part: str) -> type[Fast]:
-    """Returns the subclass of `original`, a norm, MLP or attention class of transformers."""
-    base = next(x for x in (FastNorm, FastMLP, FastAttention) if x.part == part)
+    """Returns the subclass of `original`: a norm, MLP or attention class of transformers, or
+    torch.nn.Linear."""
+    base = next(x for x in (FastNorm, FastMLP, FastAttention, FastLinear) if x.part == part)
     attributes: dict[str, Any] = {"__module__": __name__}
     if part == "norm":
         attributes["offset"] = NORM_OFFSETS[original.__module__]
@@ -114,15 +177,30 @@ def _new(original: type[nn.Module], part: str) -> Fast:
 
 def swap_in(module: nn.Module, part: str, strict: bool) -> None:
     """Runs the module on the kernels."""
-    module.__class__ = fast_class(original_class(type(module)), part)  # type: ignore[arg-type]
+    _set_class(module, fast_class(original_class(type(module)), part))  # type: ignore[arg-type]
     module.strict = strict  # type: ignore[assignment]
     if part == "mlp":
         vars(module)["checked"] = module.act_fn  # not a submodule: that would list act_fn twice
+    if isinstance(module, FastLinear):
+        vars(module)["own_forward"] = vars(module).pop("forward", None)
+        module.take()
 
 
 def swap_out(module: nn.Module) -> None:
     """Undoes swap_in, if it was called."""
+    if isinstance(module, FastLinear):
+        module.give_back()
+        if module.own_forward is not None:
+            vars(module)["forward"] = module.own_forward
     if isinstance(module, Fast):
-        module.__class__ = original_class(type(module))  # type: ignore[assignment]
-        for attribute in ("strict", "run", "checked"):
+        _set_class(module, original_class(type(module)))
+        for attribute in ("strict", "run", "checked", "packed", "own_forward"):
             vars(module).pop(attribute, None)
+
+
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Sets the class, and the forward that compressed-tensors calls once it has offloaded the
+    module, as it does when it unpacks a model's weights."""
+    if vars(module).get("_original_forward_func") is type(module).forward:
+        vars(module)["_original_forward_func"] = kind.forward
+    module.__class__ = kind  # type: ignore[assignment]

@@ -14,16 +14,27 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gemma_fast.hf.attention import PREFIX, Run, logger, register
 from gemma_fast.hf.find import part_of, text_decoder, why_not, why_not_attention
 from gemma_fast.hf.layers import Fast, swap_in, swap_out
+from gemma_fast.hf.packed import has_kernels, has_scheme
 
 M = TypeVar("M", bound=nn.Module)
+UNPACKING = "ct_decompress_hook"  # attribute of a model whose weights compressed-tensors unpacks
 
 
 def accelerate(
-    model: M, *, norm: bool = True, attention: bool = True, mlp: bool = True, strict: bool = False
+    model: M,
+    *,
+    norm: bool = True,
+    attention: bool = True,
+    mlp: bool = True,
+    linear: bool | None = None,
+    strict: bool = False,
 ) -> M:
     """Runs parts of this model on the kernels. Changes the model in place, and returns it.
 
     norm, attention, mlp  parts to run on the kernels
+    linear                linears whose weight compressed-tensors or torchao has quantized. None:
+                          on a GPU, and on a CPU in bfloat16 if PyTorch has kernels for it; without
+                          kernels, each call would unpack the weight
     strict                raise RuntimeError, with the reason, if the kernels do not support a call
 
     Modules and attention functions that another library has replaced stay as they are, and so does
@@ -39,14 +50,18 @@ def accelerate(
     """
     text = text_decoder(model)
     _check_devices(text)
-    wanted = {"norm": norm, "mlp": mlp, "attention": attention}
-    parts = [(name, x, part) for name, x in text.named_modules() if (part := part_of(x)) in wanted]
-    whys = _whys(text)
+    if linear is None:
+        linear = has_kernels(next(text.parameters()))
+    wanted = {"norm": norm, "mlp": mlp, "attention": attention, "linear": linear}
+    parts = [part for part in _parts(model, text) if part[2] in wanted]
+    whys = _whys(model, text)
     left = {name: whys[x] for name, x, part in parts if wanted[part] and x in whys}
     chosen = [(x, part) for name, x, part in parts if wanted[part] and name not in left]
     if left and (strict or not chosen):
         _refuse(left, strict)
     restore(model)
+    if any(part == "linear" for _, part in chosen):
+        _suspend_unpacking(model, text)
     for module, part in chosen:
         swap_in(module, part, strict)
     if any(part == "attention" for _, part in chosen):
@@ -59,12 +74,61 @@ def accelerate(
     return model
 
 
-def _whys(text: PreTrainedModel) -> dict[nn.Module, str]:
+def _parts(model: nn.Module, text: PreTrainedModel) -> list[tuple[str, nn.Module, str]]:
+    """Returns name, module and part of the text decoder's parts, and of all quantized linears."""
+    of_text = set(text.modules())
+    return [
+        (name, module, part)
+        for name, module in model.named_modules()
+        if (part := part_of(module)) and (module in of_text or part == "linear")
+    ]
+
+
+def _whys(model: nn.Module, text: PreTrainedModel) -> dict[nn.Module, str]:
     """Returns part → the reason why it cannot run on the kernels, for parts that cannot."""
     attention = why_not_attention(text)
-    parts = [(module, part) for module in text.modules() if (part := part_of(module))]
-    whys = {x: attention if part == "attention" else why_not(x) for x, part in parts}
-    return {module: why for module, why in whys.items() if why}
+    parts = _parts(model, text)
+    found = {x: attention if part == "attention" else why_not(x) for _, x, part in parts}
+    whys = {module: why for module, why in found.items() if why}
+    linears = {x for _, x, part in parts if part == "linear" and not isinstance(x, Fast)}
+    return _unpacked_together(model, linears, whys) | whys
+
+
+def _unpacked_together(
+    model: nn.Module, linears: set[nn.Module], whys: dict[nn.Module, str]
+) -> dict[nn.Module, str]:
+    """Returns linear → the reason why it cannot run on the kernels, if that is another module:
+    compressed-tensors unpacks all weights at the first call, or none."""
+    names = {module: name for name, module in model.named_modules()}
+    together: dict[nn.Module, str] = {}
+    for owner in (x for x in names if UNPACKING in vars(x)):
+        quantized = [x for x in owner.modules() if has_scheme(x)]
+        first = next((x for x in quantized if x not in linears or x in whys), None)
+        why = "compressed-tensors unpacks all weights at the first call"
+        if first is not None:
+            why += f", because of {names[first]}: {whys.get(first, 'it is not a linear')}"
+        together |= dict.fromkeys(quantized, why if first else "")
+    why = (
+        "compressed-tensors unpacks it at the first call of the whole model: accelerate that model"
+    )
+    alone = {x: why for x in linears - together.keys() if has_scheme(x)}
+    return {module: why for module, why in (together | alone).items() if why}
+
+
+def _suspend_unpacking(model: nn.Module, text: PreTrainedModel) -> None:
+    """Removes the hook with which compressed-tensors unpacks all weights at the first call."""
+    for owner in model.modules():
+        handle = vars(owner).pop(UNPACKING, None)
+        if handle is not None:
+            hook = owner._forward_pre_hooks[handle.id]
+            handle.remove()
+            vars(text)["unpacking"] = owner, hook
+
+
+def _resume_unpacking(text: PreTrainedModel) -> None:
+    owner, hook = vars(text).pop("unpacking", (None, None))
+    if owner is not None:
+        vars(owner)[UNPACKING] = owner.register_forward_pre_hook(hook)
 
 
 def _reasons(left: dict[str, str]) -> str:
@@ -86,8 +150,10 @@ def _refuse(left: dict[str, str], strict: bool) -> None:
 def restore(model: M) -> M:
     """Removes the kernels, so that the model is as before `accelerate`, and returns the model."""
     text = text_decoder(model)
-    for module in text.modules():
+    owner = vars(text).get("unpacking", (model,))[0]
+    for module in (*model.modules(), *owner.modules()):
         swap_out(module)
+    _resume_unpacking(text)
     name = str(text.config._attn_implementation)
     if name.startswith(PREFIX):
         text.config._attn_implementation = name.removeprefix(PREFIX)
@@ -95,17 +161,19 @@ def restore(model: M) -> M:
 
 
 @contextmanager
-def accelerated(model: M, **options: bool) -> Iterator[M]:
+def accelerated(model: M, **options: Any) -> Iterator[M]:
     """Accelerates the model inside `with accelerated(model):`, with the options of `accelerate`.
     Restores the model's previous state at the end of the block."""
     text = text_decoder(model)
-    before = [(x, x.part, dict(vars(x))) for x in text.modules() if isinstance(x, Fast)]
+    before = [(x, x.part, dict(vars(x))) for x in model.modules() if isinstance(x, Fast)]
     attention = text.config._attn_implementation
     accelerate(model, **options)
     try:
         yield model
     finally:
         restore(model)
+        if any(part == "linear" for _, part, _ in before):
+            _suspend_unpacking(model, text)
         for module, part, state in before:
             swap_in(module, part, state["strict"])
             vars(module).update({"checked": state["checked"]} if "checked" in state else {})
@@ -124,23 +192,25 @@ class FastGemma:
 
 class Line(NamedTuple):
     module: str  # "model.layers.0.mlp"
-    part: str  # "norm", "mlp", "attention" or "experts"
+    part: str  # "norm", "mlp", "attention", "experts" or "linear"
     path: str  # "triton", "reference" (PyTorch), or "transformers" (or another library: see why)
     why: str
 
 
 def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Line]:
-    """Calls the model once. Returns one Line for each norm, MLP, attention and experts module, with
-    the code path that ran and the reason. Experts (Gemma 4 26B-A4B) always run transformers' code.
+    """Calls the model once. Returns one Line for each norm, MLP, attention and experts module, and
+    for each linear with a quantized weight, with the code path that ran and the reason. Experts
+    (Gemma 4 26B-A4B) always run transformers' code.
 
     inputs  keyword arguments of the call; default: two tokens under no_grad, as in `generate`
-    strict  raise RuntimeError if a norm, an MLP or an attention module runs transformers' code
+    strict  raise RuntimeError if one of them, but experts, runs transformers' code
 
     A model that was compiled with torch.compile runs uncompiled in this call.
     """
     text = text_decoder(model)
-    fast = [module for module in text.modules() if isinstance(module, Fast)]
+    fast = [module for module in model.modules() if isinstance(module, Fast)]
     demands = [module.strict for module in fast]
+    parts, whys = _parts(model, text), _whys(model, text)
     for module in fast:
         module.run, module.strict = None, False
     try:
@@ -149,11 +219,9 @@ def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Li
     finally:
         for module, demand in zip(fast, demands, strict=True):
             module.strict = demand
-    of_text, whys = set(text.modules()), _whys(text)
     lines = [
         Line(name, part, *_run(text, module, part, whys.get(module)))
-        for name, module in model.named_modules()
-        if (part := part_of(module)) and module in of_text
+        for name, module, part in parts
     ]
     left = [
         f"{line.module}: {line.why}"
@@ -171,7 +239,10 @@ def _run(text: PreTrainedModel, module: nn.Module, part: str, why: str | None) -
     """Returns which code the module ran in the last call, and why. `why` is the reason why it
     cannot run on the kernels, or None."""
     if not isinstance(module, Fast):
-        return Run("transformers", why or f"not accelerated: {part}=False")
+        option = f"{part}=False"
+        if part == "linear" and not has_kernels(next(text.parameters())):
+            option = "on this CPU only with linear=True, and with kernels only in bfloat16"
+        return Run("transformers", why or f"not accelerated: {option}")
     if module.run is not None and why and module.run.path != "transformers":
         return Run(module.run.path, f"{why} after accelerate: call accelerate(model) again")
     if module.run is not None:

@@ -16,6 +16,7 @@ import torch
 
 from gemma_fast import __version__
 from gemma_fast.checkpoint.open import open_checkpoint
+from gemma_fast.checkpoint.rounded import with_quantize
 from gemma_fast.load import pick_device, pick_dtype, refuse_overflow
 from gemma_fast.memory import out_of_memory
 from gemma_fast.reference import Reference
@@ -34,6 +35,7 @@ def write_walkthrough(
     words: Sequence[str] | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    quantize: str | None = None,
     progress: Progress = lambda _: None,
 ) -> Path:
     """Writes the page, its pictures and data.json to the folder `out`. Returns the page's path.
@@ -42,6 +44,8 @@ def write_walkthrough(
     out       a folder that does not exist, is empty, or holds an earlier walk-through
     words     words whose embeddings are compared; None: data.WORDS. Warns of those that are
               several tokens
+    quantize  "int8" or "int4": the weights have the values that from_pretrained packs with this
+              option; they are unpacked here
     progress  is called with the name of each part of the work before it begins
 
     The files are written to a temporary folder, and moved to `out` when all are complete. Raises
@@ -58,7 +62,7 @@ def write_walkthrough(
             "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
             "versions": {"gemma_fast": __version__, "torch": torch.__version__},
         }
-        reference, tokenizer, name = _load(model, dtype, device, progress)
+        reference, tokenizer, name = _load(model, dtype, device, quantize, progress)
         ids = encode(tokenizer, prompt, reference.config)
         where = reference.weights["model.norm.weight"].device
         with out_of_memory(f"a pass of {ids.shape[1]} tokens", 0, where, "a shorter prompt"):
@@ -83,15 +87,16 @@ def _require_extra() -> None:
 
 
 def _load(
-    model: str | os.PathLike[str], dtype: str, device: str | None, progress: Progress
-) -> tuple[Reference, Tokenizer, str]:
+    model: str | os.PathLike[str], dtype: str, device: str | None, quantize: str | None,
+    progress: Progress,
+) -> tuple[Reference, Tokenizer, str]:  # fmt: skip
     path = Path(model)
     name = path.absolute().name if path.exists() else str(model)
     progress(f"Reading {name}")
     tokenizer = Tokenizer.from_pretrained(model)
     tokenizer.require_bos()
-    checkpoint = open_checkpoint(model)
     where = pick_device(device, None)
+    checkpoint = with_quantize(open_checkpoint(model), quantize, where)
     kind = pick_dtype(dtype, checkpoint, where)
     refuse_overflow(checkpoint.config, kind)
     size = checkpoint.config.num_parameters * kind.itemsize

@@ -49,7 +49,7 @@ def test_stage_limits_add_up_to_the_total_time(monkeypatch, tmp_path):
 
     monkeypatch.setattr(gpu, "run_stage", lambda stage, *given: run(1, *given))
     done = run_stages(stages(cuda=True), 480, tmp_path, HEAD, True)
-    assert sum(x.limit_s for x in done) == pytest.approx(480) and len(done) == 7
+    assert sum(x.limit_s for x in done) == pytest.approx(480) and len(done) == 9
     assert [round(x.limit_s) for x in done] == [round(x.share) for x in stages(cuda=True)]
     monkeypatch.setattr(gpu, "run_stage", lambda stage, *given: run(0, *given))
     done = run_stages(stages(cuda=True), 480, tmp_path, HEAD, True)
@@ -87,7 +87,15 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(tmp_path, capsys):
 
 def test_every_benchmark_stage_gets_an_output_folder():
     told = [x.name for x in stages(cuda=True) if x.arguments[0].startswith(gpu.BENCHMARKS)]
-    assert told == ["decode", "prefill", "gemma 4", "kernels", "profile"]
+    assert told == [
+        "decode",
+        "decode int8",
+        "decode int4",
+        "prefill",
+        "gemma 4",
+        "kernels",
+        "profile",
+    ]
 
 
 def test_every_file_with_a_test_marked_gpu_is_in_the_first_stage():
@@ -99,7 +107,7 @@ def test_every_file_with_a_test_marked_gpu_is_in_the_first_stage():
 
 def test_important_kernel_suites_run_first_and_all_run():
     (words,) = [x.arguments for x in stages(cuda=True) if x.name == "kernels"]
-    assert words[1:6] == list(gpu.IMPORTANT)
+    assert words[1 : 1 + len(gpu.IMPORTANT)] == list(gpu.IMPORTANT)
     assert {*words[1 : 1 + len(SUITES)]} == {*SUITES}
 
 
@@ -152,6 +160,18 @@ gpu.main(["--out", sys.argv[1]])
         os.kill(int(log.read_text()), 0)
 
 
+def test_summary_of_packed_weights_states_the_speed_beside_bfloat16(tmp_path):
+    folder = tmp_path / "decode-int4"
+    folder.mkdir()
+    rates = {gpu.OURS: 270.0, gpu.UNPACKED_16: 100.0, "eager": None}
+    rows = [
+        {"provider": name, "status": "ok"} | ({"tokens_per_s": rate} if rate else {})
+        for name, rate in rates.items()
+    ]
+    (folder / "results.json").write_text(json.dumps({"results": rows}))
+    assert gpu.summary(folder) == "3 results, 3 ok, 2.70 × bfloat16 (target 2.6)"
+
+
 @pytest.mark.slow
 def test_without_a_gpu_stages_run_and_nothing_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -164,5 +184,5 @@ def test_without_a_gpu_stages_run_and_nothing_is_measured(tmp_path, monkeypatch)
     assert not saved["measured"]
     left_out = {"gemma 4", "profile"}
     assert {x["stage"] for x in saved["stages"] if x["status"] != "ok"} == left_out
-    for name in ("decode", "prefill", "kernels"):
+    for name in ("decode", "decode-int8", "prefill", "kernels"):
         assert json.loads((tmp_path / name / "results.json").read_text())["stamp"]

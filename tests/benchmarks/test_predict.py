@@ -24,5 +24,16 @@ def test_prediction_equals_numbers_computed_by_hand():
     assert predict.launches(PRESETS["gemma-4-31b"]) == 303
 
 
+@pytest.mark.parametrize("name", ["gemma-2b", "gemma-4-e4b"])
+def test_packed_weights_read_about_a_half_and_a_quarter_of_the_bytes(name):
+    """int8 has a scale of 2 bytes for 128 weights, int4 for 32."""
+    config = PRESETS[name]
+    size = predict.step_bytes(config, 1)
+    for bits, share in ((8, (1 + 2 / 128) / 2), (4, (0.5 + 2 / 32) / 2)):
+        packed = predict.step_bytes(config, 1, predict.sizes_of(config, bits))
+        assert packed / size == pytest.approx(share, rel=2e-3)
+        assert packed / size < {8: 0.54, 4: 0.32}[bits]
+
+
 def test_table_in_the_docs_is_the_prediction():
     assert predict.prediction() in DOCS.read_text(encoding="utf-8")

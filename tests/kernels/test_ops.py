@@ -2,10 +2,12 @@
 errors, and that inputs without tokens give empty results."""
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
 from marks import slow
+from packed_weights import PACKINGS, packed_weight
 from torch.library import opcheck
 
 from gemma_fast.kernels.attention import attention
@@ -59,13 +61,23 @@ def tensors() -> dict[str, torch.Tensor | None]:
         "token": torch.zeros(B, dtype=torch.int64),
         "temperature": torch.ones(B),
         "seed": torch.ones(B, dtype=torch.int64),
+        **packed("gate_up_proj", 6, D),
+        **packed("embedding", 7, D),
+        **packed("table", 7, 3 * D),
     }
+
+
+def packed(name: str, rows: int, dim: int) -> dict[str, torch.Tensor]:
+    weight, _ = packed_weight(rows, dim, PACKINGS["int4, group 32, minimum"])
+    return {f"packed_{name}{part}": x.data for part, x in zip(PARTS, weight.weight, strict=True)}
 
 
 def tensors_on(device: str) -> dict[str, torch.Tensor | None]:
     return {name: x if x is None else x.to(device) for name, x in tensors().items()}
 
 
+# Suffixes of the names of a packed weight's parts: data, scale, minimum.
+PARTS = "", "_scale", "_minimum"
 ROTARY = ("k", "v", "keys", "values", "cos", "sin", "query_offset", "norm_weight")
 NORM_LINEAR = ("x", "residual", "norm_weight", "post_norm_weight", "gate_up_proj")
 DECODE = ("qkv", "keys", "values", "cos_table", "sin_table", "query_offset", "counter")
@@ -75,6 +87,13 @@ NEXT = ("rows", "residual_rows", "norm_weight", "post_norm_weight", "embedding",
 ROTATED = ("q", "keys", "values", "no_tensor", "no_tensor", "query_offset")
 SPLIT = ("query", "keys", "values", "query_offset", "left_padding", "counter")
 ATTENTION = ("q", "keys", "values", "cos", "sin", "query_offset", "norm_weight")
+
+
+def packed_entry(op: Callable, names: tuple[str, ...], options: dict) -> tuple:
+    """Returns an entry of OPS with a packed weight."""
+    found = next(x for x in names if x in ("gate_up_proj", "embedding", "table"))
+    factors = {f"weight{part}": f"packed_{found}{part}" for part in PARTS[1:]}
+    return op, tuple(f"packed_{x}" if x == found else x for x in names), options | factors
 
 
 # (op, names of its arguments in tensors(), options). An option of type str is a name, too. In each
@@ -122,7 +141,13 @@ OPS = [
     (sample_token, ("logits", *CHOICE[:-2]), {}),
     (next_token, NEXT, {"softcap": 30.0}),
     (next_token, NEXT, {"layer_scalar": "layer_scalar", "offset": 0.0}),
+    packed_entry(linear, ("x", "gate_up_proj"), {}),
+    packed_entry(norm_linear, NORM_LINEAR, {"geglu": True}),
+    packed_entry(per_layer_inputs, PER_LAYER, {"scale": 0.2}),
+    packed_entry(embed, ("ids", "embedding"), {"scale": 2.0, "dtype": torch.float16}),
+    packed_entry(next_token, NEXT, {"softcap": 30.0}),
 ]
+TENSOR_OPTIONS = "up", "layer_scalar", "weight_scale", "weight_minimum"
 FIRST = {op.__name__: (op, names, options) for op, names, options in reversed(OPS)}
 
 
@@ -143,7 +168,7 @@ def test_op_passes_opcheck(op, names, options, permuted, device):
     for name in ("q", "k", "v", "x", "up", "projected") if permuted else ():
         given[name] = given[name].transpose(0, 1).contiguous().transpose(0, 1)
     overload = getattr(torch.ops.gemma_fast, op.__name__).default
-    tensors_of = {key: given[options[key]] for key in ("up", "layer_scalar") if key in options}
+    tensors_of = {key: given[options[key]] for key in TENSOR_OPTIONS if key in options}
     opcheck(overload, tuple(given[name] for name in names), options | tensors_of)
 
 

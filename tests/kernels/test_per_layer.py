@@ -3,10 +3,12 @@
 import pytest
 import torch
 from kernel_checks import DTYPES
+from packed_weights import PACKINGS, packed_weight
 from tolerances import assert_rounded, norm_roundings
 
 from gemma_fast.kernels import per_layer
 from gemma_fast.kernels.launch import Gpu, as_on
+from gemma_fast.kernels.packed import Packing
 from gemma_fast.kernels.per_layer import per_layer_inputs
 
 # (batch, tokens, layers, p); p is a power of two or not, and rows do not fill the last program.
@@ -44,6 +46,25 @@ def check(y, given, offset):
 def test_per_layer_inputs_equal_fp64(shape, offset, dtype, device, poison_outputs):
     given = inputs(shape, dtype, device)
     check(per_layer_inputs(*given, scale=SCALE, eps=EPS, offset=offset), given, offset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS)
+def test_rows_of_a_packed_table_equal_fp64(packing, dtype, device, poison_outputs):
+    projected, ids, _, norm_weight = inputs((2, 3, 4, 48), dtype, device)
+    table, elements = packed_weight(VOCAB, 4 * 48, packing, device)
+    y = per_layer_inputs(projected, ids, table, norm_weight, scale=SCALE, eps=EPS, offset=0.0)
+    check(y, (projected, ids, elements, norm_weight), 0.0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(1, 3, 35, 256), (1, 2, 12, 8), (1, 2, 8, 20)], ids=str)
+def test_layers_of_a_packed_table_may_be_smaller_than_a_group(shape, bits, device):
+    projected, ids, _, norm_weight = inputs(shape, device=device)
+    packing = Packing(bits, 32, True, torch.float16)
+    table, elements = packed_weight(VOCAB, shape[2] * shape[3], packing, device)
+    y = per_layer_inputs(projected, ids, table, norm_weight, scale=SCALE, eps=EPS, offset=0.0)
+    check(y, (projected, ids, elements, norm_weight), 0.0)
 
 
 # Each function returns parts of the sum with one mistake.
@@ -96,6 +117,11 @@ def test_the_table_may_be_in_pinned_host_memory():
     given = projected, ids, table.cpu().pin_memory(), norm_weight
     found = per_layer_inputs(*given, scale=SCALE)
     assert torch.equal(found, per_layer_inputs(projected, ids, table, norm_weight, scale=SCALE))
+    packed, _ = packed_weight(VOCAB, table.shape[1], PACKINGS["int4, group 32, minimum"], "cuda")
+    expected = per_layer_inputs(projected, ids, packed, norm_weight, scale=SCALE)
+    for part in packed.parameters():
+        part.data = part.data.cpu().pin_memory()
+    assert torch.equal(per_layer_inputs(projected, ids, packed, norm_weight, scale=SCALE), expected)
 
 
 class Recorder(list):

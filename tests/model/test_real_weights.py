@@ -1,5 +1,5 @@
-"""Compares Gemma 3 270M (real weights) with transformers in fp32. Faster tests of these
-weights are in tests/package/test_cli.py."""
+"""Compares Gemma 3 270M (real weights, packed) with transformers in fp32, and with the unpacked
+weights. Faster tests of these weights are in tests/package/test_cli.py."""
 
 import pytest
 import torch
@@ -9,9 +9,13 @@ from tolerances import logits_error
 from gemma_fast.benchmarks.model.transformers_model import transformers_model
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.open import open_checkpoint
+from gemma_fast.kernels.packed import PackedWeight
 from gemma_fast.text.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*packed weights in float32 are unpacked again"),
+]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -71,6 +75,19 @@ def test_chunks_past_the_window_equal_transformers(model, long_prompt, expected)
         out = model(chunk, past_key_values=cache)
         cache = out.past_key_values
     check(out.logits, expected, model.config)
+
+
+def test_packed_weights_compute_what_unpacked_ones_do(demo_gguf, model, tokenizer, long_prompt):
+    unpacked = GemmaForCausalLM.from_pretrained(
+        demo_gguf, dtype="float32", device=model.device, quantize="none"
+    )
+    assert isinstance(model.embed_tokens, PackedWeight)
+    assert isinstance(unpacked.embed_tokens, torch.Tensor)
+    assert model.memory()["weights"] < 0.3 * unpacked.memory()["weights"]
+    logits, exact = (x(long_prompt, logits_to_keep=64).logits for x in (model, unpacked))
+    check(logits, exact.cpu(), model.config)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    assert torch.equal(*(x.generate(ids, max_new_tokens=30) for x in (model, unpacked)))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -149,8 +149,11 @@ def test_attributes_of_transformers_name_a_way_out(one):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"quantization_config": object()}, r"quantization_config=.*read from .gguf files"),
-        ({"load_in_4bit": True}, "load_in_4bit=True is not supported"),
+        (
+            {"quantization_config": object()},
+            r"quantization_config=.*: pass quantize='int8' or 'int4'",
+        ),
+        ({"load_in_4bit": True}, "load_in_4bit=True is not supported: pass quantize="),
         ({"attn_implementation": "egaer"}, "attn_implementation='egaer' is not supported"),
         ({"subfolder": "x"}, "subfolder='x' is not supported: .*snapshot_download"),
         ({"use_auth_token": "hf_x"}, "pass token"),
@@ -172,6 +175,8 @@ def test_from_pretrained_accepts_keywords_that_change_nothing(one):
     assert model.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="dtype 'float8' is not one of"):
         AutoModelForCausalLM.from_pretrained(one.path, torch_dtype="float8")
+    with pytest.raises(ValueError, match="quantize='int5' is not one of 'int8', 'int4', 'none'"):
+        AutoModelForCausalLM.from_pretrained("nowhere/nothing", quantize="int5")
 
 
 def test_tokenizer_refuses_unsupported_options(tmp_path):

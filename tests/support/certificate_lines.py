@@ -30,9 +30,10 @@ class Loud(RandomCheckpoint):
     """Draws weights with ten times the spread, so that attention and MLP have more effect on the
     logits."""
 
-    def _read(self, name, out):
-        super()._read(name, out)
-        out.sub_(self.mean(name)).mul_(10).add_(self.mean(name))
+    def _draw(self, name, device):
+        mean = self.mean(name)
+        for part in super()._draw(name, device):
+            yield part.sub_(mean).mul_(10).add_(mean)
 
 
 def model_lines(name="gemma3-gqa", dtypes=(FP32,)) -> dict[str, Finding]:

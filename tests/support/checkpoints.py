@@ -84,14 +84,16 @@ def write_gguf(
     tensors: dict[str, Tensor] | None = None,
     *,
     quantize: Callable[[Tensor], tuple[np.ndarray, Type]] = lambda t: (t.numpy(), Type.F32),
+    stored: dict[str, tuple[np.ndarray, Type]] | None = None,
     extra: dict[str, np.ndarray | None] | None = None,
     keys: dict[str, int] | None = None,
     **sizes: Any,
 ) -> dict[str, Tensor]:
     """Writes a GGUF file as llama.cpp does: the names come from the gguf package, and norm weights
     are in F32, with 1 added (except Gemma 4's). Tensors in `extra` are written under their own
-    names; None: the tensor is left out. `keys` are further metadata. Returns the unquantized
-    tensors by their names in transformers."""
+    names; None: the tensor is left out. `keys` are further metadata. `stored` replaces what is
+    written for tensors, by their names in transformers. Returns the unquantized tensors by these
+    names."""
     config = config_from_json(config_json(family, **sizes))
     tensors = tensors or random_tensors(family, **sizes)
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
@@ -104,6 +106,7 @@ def write_gguf(
         norm = tensor.dim() == 1
         factor = (tensor.float() + config.norm_offset).numpy()
         data, kind = (factor, Type.F32) if norm else quantize(tensor)
+        data, kind = (stored or {}).get(name, (data, kind))
         stored_name = names.get_name(
             name.removesuffix(".weight") + ".weight", try_suffixes=(".weight",)
         )

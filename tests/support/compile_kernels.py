@@ -37,6 +37,7 @@ from gemma_launches import (
     launch_all,
     launch_gemma_4,
     launch_packed,
+    launch_packed_prompts,
     launches,
     record_launches,
 )
@@ -169,6 +170,7 @@ def main(capability: int, describe: Callable[..., str], only_first: bool) -> Non
         for dtype in (torch.float16, torch.float32)[: 1 + whole]:
             launch_all(dtype, prompts)
             launch_gemma_4(dtype, layers)
+            launch_packed_prompts(dtype)
         launch_packed(torch.float16)
     different, first = {}, {}
     for i, (kernel, args, kwargs) in enumerate(launches):

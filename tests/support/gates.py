@@ -10,8 +10,8 @@ Kernel = dict[str, Any]
 
 COMPUTE_BOUND = ("_attention_kernel", "_gate_up_geglu_kernel")
 # Maximum number of loads narrower than 16 bytes per thread, by kernel. These loads read ids,
-# positions, scalars, norm weights and partial results, but no weights of projections, keys or
-# values.
+# positions, scalars, norm weights, scales, minimums and partial results, but no weights of
+# projections, keys or values.
 NARROW_LOADS = {
     "_embed_kernel": 1,
     "_per_layer_inputs_kernel": 4,
@@ -19,6 +19,7 @@ NARROW_LOADS = {
     "_sample_token_kernel": 16,
     "_next_token_kernel": 64,
     "_decode_attention_kernel": 24,
+    "_packed_linear_kernel": 16,
 }
 
 
@@ -75,10 +76,18 @@ def wide_loads(kernel: Kernel, gpu: Gpu) -> str | None:
         narrow = 3 if norm else 1  # loads of the query offset and of norm weights
     if kernel["kernel"] == "_rms_norm_kernel":
         narrow = int(kernel["types"]["layer_scalar_ptr"] != "constexpr")
+    narrow += factors(kernel)
     held = kernel["wide_loads"] and kernel["narrow_loads"] <= narrow
     if held or kernel["kernel"] in COMPUTE_BOUND:
         return None
     return f"{kernel['narrow_loads']} loads are narrower than 16 bytes"
+
+
+def factors(kernel: Kernel) -> int:
+    """Returns the number of loads of scales and minimums in a kernel that gathers packed rows."""
+    per_part = {"_embed_kernel": 1, "_per_layer_inputs_kernel": 2}.get(kernel["kernel"], 0)
+    parts = ("weight.scale", "weight.minimum", "table.scale", "table.minimum")
+    return per_part * sum(kernel["types"].get(x, "constexpr") != "constexpr" for x in parts)
 
 
 def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
@@ -104,7 +113,8 @@ def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
         held = loads <= (9 if norm else 5)
     elif name == "_per_layer_inputs_kernel":  # loads ids, rows of the table and the norm's weight
         wide = kernel["wide_loads_before_wait"]
-        held = loads == kernel["narrow_loads"] + wide and wide in (5, 10)  # 10 in fp32
+        expected = (3, 4) if factors(kernel) else (5, 10)  # the latter in fp32
+        held = loads == kernel["narrow_loads"] + wide and wide in expected
     elif one_row:
         wide = kernel["wide_loads_before_wait"]
         held = wide >= 4 and loads <= wide + narrow_scales(kernel)
@@ -134,6 +144,13 @@ def is_prompt(kernel: Kernel) -> bool:
     return matmul and kernel["options"]["BLOCK_M"] > 16 and not fp32
 
 
+def is_packed_prompt(kernel: Kernel) -> bool:
+    """Returns whether the kernel is packed_linear in bf16 or fp16, with enough rows of the weight
+    in a block for asynchronous matmuls."""
+    packed = kernel["kernel"] == "_packed_linear_kernel" and kernel["options"]["BLOCK_N"] >= 64
+    return packed and kernel["types"]["x_ptr"] != "*fp32"
+
+
 def is_prefill_attention(kernel: Kernel) -> bool:
     return kernel["kernel"] == "_attention_kernel" and is_prompt(kernel)
 
@@ -141,6 +158,9 @@ def is_prefill_attention(kernel: Kernel) -> bool:
 def tensor_cores(kernel: Kernel, gpu: Gpu) -> str | None:
     """On Hopper, prefill kernels must use asynchronous matmuls (wgmma), and ptxas must not
     serialize them. Kernels with descriptors must copy tiles in hardware."""
+    if is_packed_prompt(kernel) and gpu.capability == 90:
+        serialized = kernel["serialized"][0] if kernel["serialized"] else None
+        return serialized if kernel["wgmma"] else "no wgmma"
     if not is_prompt(kernel):
         return None
     if kernel["tile_copies"] != kernel["options"]["DESCRIPTORS"]:

@@ -28,6 +28,7 @@ from gemma_fast.kernels import (
     geglu,
     lm_head,
     matvec,
+    packed_linear,
     per_layer,
     rmsnorm,
     rotary,
@@ -275,6 +276,37 @@ def launch_prompts(
                 q, keys, values, None, None, query_offset,
                 scale=d**-0.5, left_padding=query_offset, window=window, softcap=softcap,
             )  # fmt: skip
+
+
+# Weights of prompts, packed: rows, columns, rows of x, packing. One has a scale per row.
+PACKED_PROMPTS = (
+    (32768, 2048, 8192, Packing(4, 32, False, torch.float16)),  # Gemma 2B, gate and up
+    (32768, 2048, 8192, Packing(4, 32, True, torch.float16)),
+    (32768, 2048, 8192, Packing(8, 16, True, torch.float16)),
+    (32768, 2048, 8192, Packing(8, 128, False, torch.float16)),
+    (2048, 16384, 512, Packing(4, 32, False, torch.float16)),  # Gemma 2B, down
+    (2048, 16384, 16, Packing(4, 32, True, torch.float16)),
+    (2560, 2048, 64, Packing(8, 32, True, torch.float16)),  # Gemma 2B, qkv
+    (4096, 640, 300, Packing(4, 640, False, torch.float16)),  # Gemma 3 270M, gate and up
+    (640, 2048, 100, Packing(8, 16, True, torch.float16)),  # Gemma 3 270M, down
+    (12288, 1536, 40, Packing(8, 32, True, torch.float16)),  # Gemma 4 E2B, gate and up
+)
+
+
+def launch_packed_prompts(dtype: torch.dtype) -> None:
+    """Calls the ops that gather packed rows, and packed_linear for prompts."""
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    for rows, columns, tokens, packing in PACKED_PROMPTS:
+        weight = PackedWeight((rows, columns), packing).weight
+        packed_linear.packed_linear(torch.empty(tokens, columns, dtype=dtype), weight)
+    for bits, minimum in product((8, 4), (False, True)):
+        packing = Packing(bits, 32, minimum, torch.float16)
+        embed.embed(ids, PackedWeight((512, 2048), packing), 45.0, dtype=dtype, pdl=True)
+        per_layer.per_layer_inputs(
+            torch.empty(1, 2, 35 * PER_LAYER, dtype=dtype), ids,
+            PackedWeight((512, 35 * PER_LAYER), packing), torch.empty(PER_LAYER, dtype=dtype),
+            scale=1.0, offset=0.0, pdl=True,
+        )  # fmt: skip
 
 
 def launch_gemma_4(dtype: torch.dtype, layers: Sequence[tuple]) -> None:
