@@ -58,7 +58,10 @@ def _dtype(help: str) -> Callable[[Command], Command]:
 model_options = _options(
     _model,
     _device,
-    _dtype("auto: the checkpoint's dtype; for GGUF, bfloat16 on a GPU, float32 on the CPU."),
+    _dtype(
+        "auto: the checkpoint's; for GGUF bfloat16 on a GPU, and on a CPU that has kernels for its"
+        " packed weights, else float32."
+    ),
     _quantize,
 )
 sampling_options = _options(

@@ -8,7 +8,7 @@ exactly; the sum of 16 bytes is multiplied by the scale of its group, in fp32.
 
 from gemma_fast.kernels._matmul_input import load_input
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels._weight import by_unit, load_weight, unit_of, zero_of
+from gemma_fast.kernels._weight import by_unit, load_weight, unit_of
 from gemma_fast.kernels.packed import Weight
 
 
@@ -19,9 +19,10 @@ def _packed_values(words, weight):
     A masked word with the exponent of 2^23 is the float 2^23 + q * 2^shift. So a value takes two
     instructions; conversions from integers have less throughput.
     """
-    UNIT: tl.constexpr = unit_of(weight)
+    UNIT: tl.constexpr = unit_of(weight.data.dtype.element_ty)
     BITS: tl.constexpr = 128 // UNIT
-    SIGN: tl.constexpr = 128 if BITS == 8 else 0  # the flipped bit
+    SIGN: tl.constexpr = 128 if BITS == 8 else 0  # flipped: the value is q + 128
+    ZERO: tl.constexpr = 8 if BITS == 4 and weight.minimum is None else SIGN
     half = tl.arange(0, 8 // BITS)[None, None, :, None, None, None]  # [1, 1, 8 / BITS, 1, 1, 1]
     pair = tl.arange(0, 2)[None, None, None, None, :, None]  # [1, 1, 1, 1, 2, 1]
     byte = tl.arange(0, 2)[None, None, None, None, None, :]  # [1, 1, 1, 1, 1, 2]
@@ -31,16 +32,16 @@ def _packed_values(words, weight):
     words &= ((1 << BITS) - 1) << shift  # [BLOCK_N, UNITS, 8 / BITS, 4, 2, 2]
     floats = (words ^ (0x4B000000 | (SIGN << shift))).to(tl.float32, bitcast=True)
     power = (0x3F800000 - (shift << 23)).to(tl.float32, bitcast=True)  # 2^-shift
-    values = floats * power - (8388608.0 * power + zero_of(weight))
+    values = floats * power - (8388608.0 * power + ZERO)
     return values.reshape(shape)  # [BLOCK_N, UNITS, UNIT]
 
 
 @triton.jit
 def _add_products(sums, block, weight, x):
-    """Adds block [BLOCK_N, BLOCK_K] of the weight * x [1, BLOCK_K] to sums [BLOCK_N, COLS]. Each sum
-    adds up neighboring columns that one thread holds."""
+    """Adds block [BLOCK_N, BLOCK_K] of the weight * x [1, BLOCK_K] to sums [BLOCK_N, COLS]. Each
+    sum adds up neighboring columns that one thread holds."""
     if weight.scale is None:
-        products = block.data.to(tl.float32) * x.to(tl.float32)  # [BLOCK_N, BLOCK_K]
+        products = block.to(tl.float32) * x.to(tl.float32)  # [BLOCK_N, BLOCK_K]
         split: tl.constexpr = [sums.shape[0], sums.shape[1], x.shape[1] // sums.shape[1]]
         products = products.reshape(split)  # [BLOCK_N, COLS, BLOCK_K / COLS]
         return sums + tl.sum(products, axis=2)  # [BLOCK_N, COLS]
@@ -57,7 +58,7 @@ def _add_products(sums, block, weight, x):
 
 @triton.jit
 def gemv(
-    first_block,  # Weight of values, columns 0 … BLOCK_K - 1, loaded before
+    first_block,  # from load_weight, columns 0 … BLOCK_K - 1, loaded before
     first_x,  # [1, BLOCK_K], columns 0 … BLOCK_K - 1 of the input | None: loaded here
     weight,  # Weight [out, DIM]
     weight_row,  # [BLOCK_N]
@@ -73,7 +74,7 @@ def gemv(
 ):
     """Returns rows weight_row of the weight times the input, [BLOCK_N, 1], fp32."""
     BLOCK_N: tl.constexpr = weight_row.shape[0]
-    sums = tl.zeros([BLOCK_N, BLOCK_K // unit_of(weight)], tl.float32)
+    sums = tl.zeros([BLOCK_N, BLOCK_K // unit_of(weight.data.dtype.element_ty)], tl.float32)
     if first_x is None:
         # [1, BLOCK_K]
         first_x = load_input(inputs, scales, h_ptr, rows, 0, OFFSET, DIM, 1, BLOCK_K)
@@ -97,8 +98,12 @@ def default_config(weight: Weight, itemsize: int) -> dict[str, int]:
         block = 512
     else:  # the size that leaves fewer columns of the last block unused
         block = min(2048, 1024, key=lambda block: (-line % block, -block))
-    rows = 4 if out <= 4096 else 8
+    rows, stages = 4 if out <= 4096 else 8, 4
+    if columns == 4 and (rows == 4 or line <= block):  # 16 rows in a loop would spill registers
+        rows *= 2
+    if columns > 1:  # a block has more columns of x, which take shared memory
+        stages = 3 if itemsize == 2 else 2
     return {
-        "BLOCK_B": 1, "BLOCK_N": 2 * rows if columns == 4 else rows, "BLOCK_K": block * dim // line,
-        "STAGES": 4, "num_warps": min(block // 512, 4),
+        "BLOCK_B": 1, "BLOCK_N": rows, "BLOCK_K": block * dim // line, "STAGES": stages,
+        "num_warps": min(block // 512, 4),
     }  # fmt: skip

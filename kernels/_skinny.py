@@ -8,7 +8,7 @@ the columns, and the parts are added up at the end.
 
 from gemma_fast.kernels._matmul_input import load_input
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels._weight import by_unit, load_weight, unit_of, zero_of
+from gemma_fast.kernels._weight import by_unit, load_weight, unit_of
 from gemma_fast.kernels.packed import Weight
 
 MAX_ROWS = 8
@@ -35,7 +35,8 @@ def prefetch_weight(
     shared memory, and Triton copies to shared memory only inside the loop.)"""
     BITS: tl.constexpr = weight.data.dtype.element_ty.primitive_bitwidth
     LINE: tl.constexpr = 1024 // BITS  # elements in 128 bytes, a line of the L2 cache
-    PACKED: tl.constexpr = unit_of(weight) * BITS // 128  # columns in an element
+    # columns in an element
+    PACKED: tl.constexpr = unit_of(weight.data.dtype.element_ty) * BITS // 128
     END: tl.constexpr = DIM // PACKED  # elements in a row
     row = weight_row.to(tl.int64)[:, None]  # [BLOCK_N, 1]
     # [1, BLOCK_K / PACKED / LINE]
@@ -52,17 +53,18 @@ def _values(words, SHIFT: tl.constexpr, weight):
     """Returns the values at bit SHIFT of the words in fp32, computed as in _gemv.py. Here SHIFT is
     a constant, and not a tensor: then the compiler computes values where the tensor cores need
     them, without a copy to shared memory."""
-    BITS: tl.constexpr = 128 // unit_of(weight)
+    BITS: tl.constexpr = 128 // unit_of(weight.data.dtype.element_ty)
     SIGN: tl.constexpr = 128 if BITS == 8 else 0
+    ZERO: tl.constexpr = 8 if BITS == 4 and weight.minimum is None else SIGN
     words = (words & (((1 << BITS) - 1) << SHIFT)) ^ (0x4B000000 | (SIGN << SHIFT))
     power: tl.constexpr = 1.0 / (1 << SHIFT)
-    return words.to(tl.float32, bitcast=True) * power - (8388608.0 * power + zero_of(weight))
+    return words.to(tl.float32, bitcast=True) * power - (8388608.0 * power + ZERO)
 
 
 @triton.jit
 def _unpack(block, weight, dtype: tl.constexpr):
     """Returns the values of a packed block :: [BLOCK_N, BLOCK_K] in dtype, rounded once."""
-    UNIT: tl.constexpr = unit_of(weight)
+    UNIT: tl.constexpr = unit_of(weight.data.dtype.element_ty)
     BLOCK_N: tl.constexpr = block.data.shape[0]
     UNITS: tl.constexpr = block.data.shape[1]
     words = tl.join(block.data, block.data >> 16)  # [BLOCK_N, UNITS, 4, 2]
@@ -105,7 +107,7 @@ def skinny_matmul(
         block = load_weight(weight, weight_row, k, DIM, GROUP, BLOCK_K)
         if weight.scale is None:
             # [BLOCK_N, BLOCK_B]
-            out = tl.dot(block.data, x.T, out, input_precision="ieee")
+            out = tl.dot(block, x.T, out, input_precision="ieee")
         else:
             values = _unpack(block, weight, x.dtype)  # [BLOCK_N, BLOCK_K]
             # [PARTS, BLOCK_N, BLOCK_K / PARTS]

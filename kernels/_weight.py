@@ -8,21 +8,10 @@ from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.packed import Weight
 
 
-@triton.jit
-def unit_of(weight) -> tl.constexpr:
-    """Returns the columns of the weight in 16 bytes."""
-    if weight.scale is None:
-        return 128 // weight.data.dtype.element_ty.primitive_bitwidth
-    else:
-        return 16 if weight.data.dtype.element_ty == tl.int8 else 32
-
-
-@triton.jit
-def zero_of(weight) -> tl.constexpr:
-    """Returns what is added to a packed weight's values in its data: 128 in 8 bits, once the sign
-    bit is flipped."""
-    BITS: tl.constexpr = 128 // unit_of(weight)
-    return 128 if BITS == 8 else (8 if weight.minimum is None else 0)
+@triton.constexpr_function
+def unit_of(dtype):
+    """Returns the columns in 16 bytes of a weight's data of this dtype."""
+    return 32 if dtype == tl.uint8 else 128 // dtype.primitive_bitwidth
 
 
 @triton.jit
@@ -34,20 +23,19 @@ def load_weight(
     GROUP: tl.constexpr,  # columns that share a scale; 0: not packed
     BLOCK_K: tl.constexpr,
 ):
-    """Loads columns k … k + BLOCK_K - 1 of rows of the weight. Returns a Weight of values: its data
-    is [BLOCK_N, BLOCK_K], or if packed, int32 words of units :: [BLOCK_N, UNITS, 4], with scale and
-    minimum :: [BLOCK_N, groups] (see by_unit)."""
+    """Loads columns k … k + BLOCK_K - 1 of rows of the weight: [BLOCK_N, BLOCK_K]. Of a packed
+    weight, returns a Weight of values: data, int32 words of units :: [BLOCK_N, UNITS, 4], scale and
+    minimum :: [BLOCK_N, groups], see by_unit."""
     row = row.to(tl.int64)[:, None]  # [BLOCK_N, 1]
     if weight.scale is None:
         col = k + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
         pointer = weight.data + row * DIM + col  # [BLOCK_N, BLOCK_K]
         if DIM % BLOCK_K == 0:
-            data = tl.load(pointer, eviction_policy="evict_first")  # [BLOCK_N, BLOCK_K]
+            return tl.load(pointer, eviction_policy="evict_first")  # [BLOCK_N, BLOCK_K]
         else:
-            data = tl.load(pointer, mask=col < DIM, other=0.0, eviction_policy="evict_first")
-        return Weight(data, None, None)
+            return tl.load(pointer, mask=col < DIM, other=0.0, eviction_policy="evict_first")
     else:
-        UNIT: tl.constexpr = unit_of(weight)
+        UNIT: tl.constexpr = unit_of(weight.data.dtype.element_ty)
         unit = k // UNIT + tl.arange(0, BLOCK_K // UNIT)[None, :]  # [1, UNITS]
         mask = unit < DIM // UNIT  # [1, UNITS]
         word = row * (DIM // UNIT * 4) + unit * 4  # [BLOCK_N, UNITS]
@@ -64,7 +52,7 @@ def load_weight(
         else:
             group = row * (DIM // GROUP) + unit // (GROUP // UNIT)  # [BLOCK_N, UNITS]
         scale = tl.load(weight.scale + group, mask=mask, other=0.0)
-        minimum = None
+        minimum = scale  # not used; Triton 3.6 cannot return None in a tuple
         if weight.minimum is not None:
             minimum = tl.load(weight.minimum + group, mask=mask, other=0.0)
         return Weight(words, scale, minimum)

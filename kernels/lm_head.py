@@ -89,7 +89,8 @@ def _next_token_kernel(
     wait_for_previous_kernel(PDL)
     scales = norm_scales(inputs, None, rows, False, SPEC.eps, SPEC.offset, DIM, BLOCK_B, BLOCK_K)
     first_x = None
-    if BLOCK_B == 1 and weight.scale is not None:  # packed rows are read faster than x is normalized
+    # Normalizing x again for each block would take longer than reading packed rows.
+    if BLOCK_B == 1 and weight.scale is not None:
         # [1, BLOCK_K]
         first_x = load_input(inputs, scales, None, rows, 0, SPEC.offset, DIM, 1, BLOCK_K)
     best = tl.full([BLOCK_N, BLOCK_B], float("-inf"), tl.float32)

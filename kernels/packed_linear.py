@@ -25,7 +25,7 @@ from gemma_fast.kernels._packed_elements import load_factors, unpack
 from gemma_fast.kernels._tiles import tile_at
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
-from gemma_fast.kernels.packed import COLUMNS, Weight
+from gemma_fast.kernels.packed import Weight
 from gemma_fast.kernels.packed_cpu import int4pack_linear, runs_int4pack
 
 ELEMENTS = 1 << 20  # of the weight that the reference unpacks at once, few enough for the cache
@@ -108,7 +108,7 @@ def default_config(rows: int, weight: Weight, itemsize: int, gpu: Gpu) -> dict[s
     """Returns the launch config: operands fit in shared memory, and no register is spilled. If
     there are few tiles, they are narrow, so that more multiprocessors have work, and long, so that
     as many bytes are in flight."""
-    (out, dim), large = weight.shape, gpu.shared_memory > 200_000 and itemsize == 2
+    out, large = weight.shape[0], gpu.shared_memory > 200_000 and itemsize == 2
     block_m = min(max(triton.next_power_of_2(rows), 16), 32 if itemsize == 4 else 128)
     block_n, block_k = 64 if itemsize == 4 else 128, 64 if large else 32
     tiles = triton.cdiv(rows, block_m) * triton.cdiv(out, block_n)
@@ -118,17 +118,20 @@ def default_config(rows: int, weight: Weight, itemsize: int, gpu: Gpu) -> dict[s
     while block_n > 16 and 2 * tiles <= gpu.multiprocessors:
         block_n, block_k, tiles = block_n // 2, min(2 * block_k, 256), 2 * tiles
     stages = 4 if block_n >= 64 else 6
-    operands = stages * (block_m * itemsize + block_n)  # bytes of a column, at most
-    while (
-        operands * block_k > gpu.shared_memory
-        or dim % block_k
-        or (weight.group % block_k and block_k % weight.group)
-    ):
+    while stages * block_k * (block_m * itemsize + block_n) > gpu.shared_memory:
         block_k //= 2
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8,
         "num_warps": 8 if block_n == 128 else 4, "num_stages": stages,
     }  # fmt: skip
+
+
+def fitting_block(weight: Weight, block_k: int) -> int:
+    """Returns the largest BLOCK_K up to block_k that divides the weight's columns, and holds whole
+    groups or a part of one group."""
+    while weight.shape[1] % block_k or (weight.group % block_k and block_k % weight.group):
+        block_k //= 2
+    return block_k
 
 
 def packed_linear(x: Tensor, weight: Weight) -> Tensor:
@@ -148,6 +151,7 @@ def packed_linear(x: Tensor, weight: Weight) -> Tensor:
     out = torch.empty((rows, out_dim), dtype=x.dtype, device=x.device)
     config = default_config(rows, weight, x.element_size(), gpu(x.device))
     config = launch_config("packed_linear", config)
+    config["BLOCK_K"] = fitting_block(weight, config["BLOCK_K"])
     if rows:
         programs = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(out_dim, config["BLOCK_N"])
         _packed_linear_kernel[(programs,)](

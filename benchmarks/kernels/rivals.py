@@ -32,6 +32,8 @@ PACKAGES = {
     "quack": ["quack-kernels"],
     "flashinfer": ["flashinfer-python"],
     "flash-attn-4": ["flash-attn-4"],
+    "GemLite": ["gemlite"],
+    "bitsandbytes": ["bitsandbytes"],
 }
 RIVALS = sorted({package for packages in PACKAGES.values() for package in packages})
 

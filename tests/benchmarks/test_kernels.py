@@ -57,6 +57,11 @@ def test_bytes_and_flops_equal_numbers_computed_by_hand():
     # the first 512 queries see 1 to 512 keys, the other 7680 queries see 512 keys each
     found = work("attention", "t 8192, 4/1 heads, d 256, window 512")
     assert found.flops == 4 * 4 * 256 * (pairs + 7680 * 512)
+    # int4: half a byte and, for each 32 columns, a scale of 2 bytes; x and y in 16 bits
+    found = work("linear_int4", "16384 x 2048, b 8, int4, group 32")
+    assert found == (16 * m + 2 * m + 2 * 8 * (16384 + 2048), 2 * 8 * 32 * m)
+    found = work("linear_int8", "2048 x 32768, b 1, int8, a scale per row")
+    assert found.bytes == 64 * m + 2 * 32768 + 2 * (2048 + 32768)
     found = work("gate_up_geglu", "m 512, k 2048, dim 16384")
     assert found == (2 * (m + 64 * m + 8 * m), 2 * 512 * 2048 * 32768)
 

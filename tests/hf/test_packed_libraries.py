@@ -33,7 +33,7 @@ def compressed(scheme, path, ignore=("lm_head",), dtype=torch.float32, tied=True
     from compressed_models import SCHEMES, save_compressed
 
     model, plain = (tiny_model(hidden=128, dtype=dtype, tied=tied) for _ in range(2))
-    unpacked = save_compressed(
+    unpacked, _ = save_compressed(
         model, path, {"group_0": {"targets": ["Linear"], **copy.deepcopy(SCHEMES[scheme])}}, ignore
     )
     assert not plain.load_state_dict(unpacked, strict=False).unexpected_keys

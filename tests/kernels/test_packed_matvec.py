@@ -1,5 +1,11 @@
 """Compares linear, norm_linear and next_token with packed weights to fp64."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_checks import DTYPES, chosen, sampled
@@ -17,7 +23,7 @@ from triton_interpreter import interpreter
 from gemma_fast.kernels.launch import runs_triton
 from gemma_fast.kernels.lm_head import next_token
 from gemma_fast.kernels.matvec import linear, norm_linear
-from gemma_fast.kernels.packed import Packing, PackedWeight
+from gemma_fast.kernels.packed import PackedWeight, Packing
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 # Packing, dims. Blocks hold the whole row, part of it, or more than it; the last dim of a line has
@@ -165,6 +171,18 @@ def on_kernels(given, b, options):
         given = [x.to(device) for x in given]
         options = {name: x.to(device) for name, x in options.items()}
         return chosen(next_token, *given, b=b, device=device, **options).cpu()
+
+
+@pytest.mark.parametrize("model", ["gemma-2b", "gemma-4-e4b"])
+def test_a_decode_step_reads_few_bytes_of_packed_weights(model):
+    script = Path(__file__).parents[1] / "support/packed_bytes.py"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, script, model]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(run.stdout)
+    assert found["16 bits"] > 5e9  # Gemma 2B has 2.5 billion parameters
+    assert 0.5 < found["int8"] / found["16 bits"] <= 0.54
+    assert 0.25 < found["int4"] / found["16 bits"] <= 0.32
 
 
 def test_a_packed_weight_of_wrong_shape_raises(device):

@@ -12,7 +12,10 @@ from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.kernels.packed import PackedWeight
 from gemma_fast.text.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*packed weights in float32 are unpacked again"),
+]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

@@ -14,6 +14,7 @@ from marks import slow
 
 from gemma_fast import cli
 from gemma_fast.cli import main
+from gemma_fast.kernels._int4pack import block_rows
 
 
 def run(*args: str, **kwargs):
@@ -25,15 +26,24 @@ def load_once():
     """Loads a model once per combination of options. Defaults to the CPU."""
     load = cache(cli._load)
     with pytest.MonkeyPatch.context() as patch:
-        on_cpu = lambda model, device, *how: load(model, device or "cpu", *how)  # noqa: E731
-        on_cpu.cache_clear = load.cache_clear
+
+        def on_cpu(model, device, dtype, quantize):
+            return load(model, device or "cpu", dtype, quantize)
+
+        on_cpu.cache_clear = load.cache_clear  # type: ignore[attr-defined]
         patch.setattr(cli, "_load", on_cpu)
         yield
 
 
 @pytest.fixture(scope="module")
-def demo(demo_gguf) -> tuple[str, ...]:
+def packed_demo(demo_gguf) -> tuple[str, ...]:
     return "--model", str(demo_gguf), "--device", "cpu"
+
+
+@pytest.fixture(scope="module")
+def demo(packed_demo) -> tuple[str, ...]:
+    """Returns options with which the demo's text is that of transformers in float32."""
+    return *packed_demo, "--dtype", "float32", "--quantize", "none"
 
 
 def test_predict_prints_the_top_ten(demo):
@@ -61,6 +71,14 @@ def test_generate_streams_text_and_reports_its_speed(demo):
     assert "30 new tokens at " in result.stderr
     assert "first token after " in result.stderr
     assert "peak memory " in result.stderr and "GB (weights 1.07, cache 0.0" in result.stderr
+
+
+def test_demo_stays_packed_by_default(packed_demo):
+    result = run("generate", "I want to move", "-n", "5", *packed_demo)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "I want to move to a new country,\n"
+    weights = "0.29" if block_rows() else "0.28"  # scales in bf16 with zeros, or as in the file
+    assert f"GB (weights {weights}, cache 0.0" in result.stderr
 
 
 def test_generate_prints_json(demo):

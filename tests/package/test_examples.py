@@ -34,6 +34,7 @@ def run(request):
     def run(*args: str, stdin: str = "", on_gpu: bool = False, interpret: bool = False) -> str:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment |= {"ATEN_CPU_CAPABILITY": "default"}  # packed weights are computed in float32
         environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
         environment |= {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, EXAMPLES / f"{name}.py", *args]

@@ -5,8 +5,8 @@
     python tests/support/compile_kernels.py 90 --first
 
 Compiles every distinct launch, with bf16 in place of fp16. Also compiles the first launch of each
-variant (DESCRIPTORS, BLOCK_M, bits of a packed weight) of a kernel with fp16. With --first, compiles only the first launch
-of each variant, with bf16.
+variant (DESCRIPTORS, BLOCK_M, bits of a packed weight) of a kernel with fp16. With --first,
+compiles only the first launch of each variant, with bf16.
 
 For each compiled launch, prints a JSON object (see `report`) with registers, spills, loads, etc.
 With --hash, prints a line with a hash of the PTX instead. The hash does not change when a kernel

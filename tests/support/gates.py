@@ -145,8 +145,8 @@ def is_prompt(kernel: Kernel) -> bool:
 
 
 def is_packed_prompt(kernel: Kernel) -> bool:
-    """Returns whether the kernel is packed_linear in bf16 or fp16, with enough rows of the weight in
-    a block for asynchronous matmuls."""
+    """Returns whether the kernel is packed_linear in bf16 or fp16, with enough rows of the weight
+    in a block for asynchronous matmuls."""
     packed = kernel["kernel"] == "_packed_linear_kernel" and kernel["options"]["BLOCK_N"] >= 64
     return packed and kernel["types"]["x_ptr"] != "*fp32"
 

@@ -155,7 +155,7 @@ def subclass(module, kind, group, zero):
     dense = dequantized(values, scale, point).to(module.weight.dtype)
     weight = torch.Tensor._make_subclass(SUBCLASSES[kind], dense, False)
     vars(weight).update(attributes, _is_param=True)
-    module.expected = dense
+    module.integers, module.expected = (values, scale, point), dense
     module._parameters["weight"] = weight
 
 
