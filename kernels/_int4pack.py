@@ -46,15 +46,11 @@ def chunk_of(bits: int, group: int) -> int:
 
 def interleave(values: Tensor, bits: int, chunk: int, block: int) -> Tensor:
     """Returns the bytes [blocks, columns, block / 2] of unsigned values :: uint8 [rows, dim]."""
-    low, high = values.view(-1, 2, block // 2, values.shape[1]).unbind(
-        1
-    )  # [blocks, block / 2, dim]
+    # [blocks, block / 2, dim]
+    low, high = values.view(-1, 2, block // 2, values.shape[1]).unbind(1)
     if bits == 4:
         return (low | high << 4).transpose(1, 2)  # [blocks, dim, block / 2]
-    nibbles = (
-        low >> 4 | high & 240,
-        low & 15 | high << 4,
-    )  # high nibbles of both rows, then low ones
+    nibbles = low >> 4 | high & 240, low & 15 | high << 4  # high ones of both rows, then low ones
     chunks = torch.stack([x.unflatten(2, (-1, chunk)) for x in nibbles], dim=3)
     return chunks.flatten(2).transpose(1, 2)  # [blocks, dim / chunk * 2 * chunk, block / 2]
 
@@ -84,9 +80,8 @@ def take(data: Tensor, scales: Tensor, bits: int, index: Tensor) -> Plain:
     nibbles = _blocks(data, block)[index // block, :, row]  # [rows, columns]
     nibbles = nibbles >> (4 * half.to(torch.uint8))[:, None] & 15
     if bits == 8:
-        high, low = nibbles.unflatten(1, (len(scales), 2, -1)).unbind(
-            2
-        )  # [rows, dim / chunk, chunk]
+        # [rows, dim / chunk, chunk]
+        high, low = nibbles.unflatten(1, (len(scales), 2, -1)).unbind(2)
         nibbles = (high << 4 | low).flatten(1)  # [rows, dim]
     return _plain(nibbles, scales[:, index], bits)
 

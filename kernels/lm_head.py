@@ -9,7 +9,8 @@ weight           :: [vocab, dim], x.dtype, or packed (packed.py): often the embe
 position, token, counter, temperature, seed: as in sample_token
 
 Up to MAX_ROWS rows, logits are in fp32 and never written: each program keeps its best token of
-each row, and the last program to finish compares them. More rows write logits in x.dtype.
+each row, and the last program to finish compares them. More rows write logits in x.dtype. The
+elements of a packed weight are exact for one row, and are rounded once to x.dtype for more rows.
 Bound by memory: bytes = weight.nbytes. Walk-through steps: final norm, lm_head, sample.
 """
 

@@ -16,7 +16,8 @@ y                :: [..., out], with geglu [..., out / 2]; h :: [..., dim]; both
 
 The norm, h and the normalized row are rounded as in rmsnorm.py; sums are in fp32. Up to MAX_ROWS
 rows are one launch: one row in registers (_gemv.py), 2 to 8 on tensor cores (_skinny.py). Each
-program loads all of x and some rows of the weight; program 0 stores h. With `pdl`, the first
+program loads all of x and some rows of the weight; program 0 stores h. The elements of a packed
+weight are exact for one row, and are rounded once to x.dtype for more rows. With `pdl`, the first
 block of the weight is fetched before the wait for the previous kernel. More rows take three steps:
 norm, matmul (PyTorch's, or packed_linear.py), GeGLU.
 Bound by memory: bytes = weight.nbytes. Walk-through steps: project to Q, K, V; MLP.
@@ -153,8 +154,7 @@ def _launch(
     if up is not None:
         up = up.reshape(-1, out_dim)  # [rows, out]
         up_row_stride = up.stride(0)
-    config = default_config(rows, weight, x.element_size())
-    config = launch_config("matvec", config)
+    config = launch_config("matvec", default_config(rows, weight, x.element_size()))
     _matvec_kernel[(triton.cdiv(out_dim, config["BLOCK_N"] // (1 + geglu)),)](
         inputs._replace(x=flat, residual=residual), weight, out, h, up, up_row_stride, rows,
         EPS=eps, OFFSET=offset, DIM=dim, OUT=out_dim, GROUP=weight.group, GEGLU=geglu,

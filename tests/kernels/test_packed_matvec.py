@@ -149,7 +149,7 @@ def test_check_of_linear_detects_a_mistake(kind, mistake, rows, device):
     ids=str,
 )
 def test_next_token_equals_reference(kind, dim, b, poison_outputs):
-    """One row: a program computes 8 tokens at a time, and 499 is not a multiple of 8."""
+    """One row: a program computes 4 or 8 tokens at a time, and 499 is a multiple of neither."""
     weight, exact, _ = weight_of(kind, 499, dim, "cpu")
     x, residual = torch.randn(2, b, dim)
     norm_weight, post_weight = torch.randn(2, dim) / 4

@@ -31,7 +31,9 @@ from gemma_launches import (
     GEMMA_4,
     GPUS,
     MORE_GEMMA_4,
+    MORE_PACKED,
     MORE_PROMPTS,
+    PACKED,
     PROMPTS,
     WHOLE,
     launch_all,
@@ -171,7 +173,7 @@ def main(capability: int, describe: Callable[..., str], only_first: bool) -> Non
             launch_all(dtype, prompts)
             launch_gemma_4(dtype, layers)
             launch_packed_prompts(dtype)
-        launch_packed(torch.float16)
+        launch_packed(torch.float16, PACKED + MORE_PACKED * whole)
     different, first = {}, {}
     for i, (kernel, args, kwargs) in enumerate(launches):
         different[repr((kernel.__name__, [type_of(a) for a in args], kwargs))] = i

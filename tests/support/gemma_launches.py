@@ -46,7 +46,7 @@ GPUS = {
         Gpu(100, 232_448, 148), Gpu(120, 101_376, 170),
     )
 }  # fmt: skip
-WHOLE = 90  # the GPU for which MORE_PROMPTS and fp32 kernels are compiled, too
+WHOLE = 90  # the GPU for which MORE_PROMPTS, MORE_PACKED and fp32 kernels are compiled, too
 PROMPTS = (  # kv heads, query heads per kv head, head dim, window, soft cap, q and k norms
     (1, 8, 256, None, None, False),  # Gemma 2B
     (4, 2, 256, 4096, 50.0, False),  # Gemma 2 2B, layers with a window
@@ -83,14 +83,18 @@ GEMMA_4_WEIGHTS = (
 )
 PER_LAYER = 256  # columns of a layer's per-layer input
 E4B = 2560, (8 + 2 * 2) * 256, 8 * 256, 10240, 42  # as in GEMMA_4_WEIGHTS: layers with a window
+GEMMA_4_31B = 5376, (32 + 2 * 16) * 256, 32 * 256, 21504, 0
 PACKED = (  # preset or dimensions, packing, rows of x: the kinds of GGUF and compressed-tensors
     ("gemma-2b", Packing(4, 32, False, torch.float16), 1),
     ("gemma-2b", Packing(8, 128, False, torch.float16), 8),
-    (E4B, Packing(4, 32, True, torch.float16), 1),
     (E4B, Packing(4, 32, True, torch.float16), 8),
-    (E4B, Packing(8, 32, False, torch.float16), 1),
     ("gemma-3-270m", Packing(8, 16, True, torch.float16), 1),
+)
+MORE_PACKED = (
+    (E4B, Packing(4, 32, True, torch.float16), 1),
+    (E4B, Packing(8, 32, False, torch.float16), 1),
     ("gemma-3-270m", Packing(4, 128, False, torch.bfloat16), 8),
+    (GEMMA_4_31B, Packing(4, 32, True, torch.float16), 1),  # widest rows
 )
 MODULES = [
     import_module(f"gemma_fast.kernels.{file.stem}")
@@ -134,14 +138,14 @@ def launch_all(dtype: torch.dtype, prompts: Sequence[tuple]) -> None:
             launch_step(PRESETS[name], batch, blank)
 
 
-def launch_packed(dtype: torch.dtype) -> None:
+def launch_packed(dtype: torch.dtype, steps: Sequence[tuple]) -> None:
     """Calls the matmuls of decode steps with packed weights."""
     memory = torch.empty(2**24, dtype=dtype)  # never written, so it takes no memory
 
     def blank(*shape: int) -> Tensor:
         return memory[: math.prod(shape)].view(shape)
 
-    for model, packing, batch in PACKED:
+    for model, packing, batch in steps:
 
         def weight(out: int, dim: int, packing: Packing = packing) -> PackedWeight:
             return PackedWeight((out, dim), packing)  # not written, either
