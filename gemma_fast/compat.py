@@ -162,10 +162,6 @@ QUANTIZE_HELP = (
     "int8, int4: pack weights that have more bits; none: unpack quantized weights."
     " [default: as in the checkpoint]"
 )
-_QUANTIZED = (
-    "pass quantize='int8' or 'int4'; a quantized checkpoint that can be read is recognized without"
-    " an option"
-)
 _GPTQ = "GPTQ is not read: use a GGUF or compressed-tensors checkpoint, or pass quantize='int4'"
 FROM_PRETRAINED: Table = {
     "config": ((), "edit config.json in a copy of the directory"),
@@ -207,9 +203,9 @@ FROM_PRETRAINED: Table = {
     "low_cpu_mem_usage": (ANY, ""),
     "use_safetensors": ((True,), "pickles are not read: convert them to safetensors"),
     "trust_remote_code": (ANY, ""),  # no code of a checkpoint is run, and Gemma needs none
-    "quantization_config": ((), _QUANTIZED),
-    "load_in_8bit": ((False,), _QUANTIZED),
-    "load_in_4bit": ((False,), _QUANTIZED),
+    "quantization_config": ((), "pass quantize='int8' or 'int4'; quantized files need no option"),
+    "load_in_8bit": ((False,), "pass quantize='int8'"),
+    "load_in_4bit": ((False,), "pass quantize='int4'"),
     "output_loading_info": ((False,), "missing and unexpected tensors raise ValueError"),
     "use_auth_token": ((), "pass token"),
     **dict.fromkeys(DOWNLOAD, (ANY, "")),

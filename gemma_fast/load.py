@@ -79,7 +79,8 @@ def load_model(
             for name, weight in empty.items()
         }
     model.load_state_dict(shared | new, assign=True)
-    _copy(checkpoint, new, packed, parts)
+    with torch.device("cpu"):  # readers of files need it, and the caller may have another default
+        _copy(checkpoint, new, packed, parts)
     return model
 
 

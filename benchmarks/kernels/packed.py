@@ -191,19 +191,8 @@ def embed_ours(ids: Tensor, table: Any, scale: Tensor) -> Call:
     return lambda: embed(ids, table, factor, dtype=scale.dtype, pdl=True)
 
 
-MATRIX = tuple(size | {"bits": 4, "group": 32} for size in matvec.MATRIX)
-PRODUCT = Check("linear, int4", inputs, formula, INT4.providers[OURS], MATRIX)
 EMBED = Check(
     "embed, int4", embed_inputs, embed_formula, embed_ours,
     ({"rows": 3, "dim": 320, "bits": 4}, {"rows": 64, "dim": 2304, "bits": 4}),
 )  # fmt: skip
-CHECKS = (
-    PRODUCT,
-    PRODUCT.resized("linear, int4, 8 rows", b=8),
-    PRODUCT.resized("linear, int4, 40 rows", b=40),
-    PRODUCT.resized("linear, int8", bits=8),
-    PRODUCT.resized("linear, int8, 8 rows", bits=8, b=8),
-    PRODUCT.resized("linear, int8, 40 rows", bits=8, b=40),
-    EMBED,
-    EMBED.resized("embed, int8", bits=8),
-)
+CHECKS = (EMBED, EMBED.resized("embed, int8", bits=8))  # those of matmuls are in packed_matvec.py

@@ -54,6 +54,7 @@ CHECKS = (
     check("linear, int4", 4),
     check("linear, int4 with minimum", 4, minimum=True),
     check("linear, int8 with minimum, 8 rows", 8, minimum=True, b=8),
+    check("linear, int8, 40 rows", 8, b=40),
     check("linear, int4, 8 rows", 4, b=8),
     check("linear, int4 with minimum, 40 rows", 4, minimum=True, b=40),
 )

@@ -25,7 +25,7 @@ CHUNK = 512  # tokens of a prompt that are decoded at once, as in llama-bench
 class LlamaCpp:
     """Runs llama.cpp on the checkpoint's .gguf file, one sequence, with as many threads as PyTorch.
 
-    Has the methods of providers.Eager. Raises NotImplementedError for other checkpoints.
+    Has the methods of eager.Eager. Raises NotImplementedError for other checkpoints.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:

@@ -58,7 +58,7 @@ def certify(
     ids = text_ids(plain, tokens).to(target)
     lines = list(kernel_lines(target))
     if is_packed(checkpoint):
-        lines += check_cost(plain, checkpoint, target, dtypes, quantize or margins.KEPT)
+        lines += check_cost(plain, checkpoint, target, dtypes)
     click.echo("the truth, float32", err=True)
     truth, exact = truth_of(checkpoint, target)
     lines += check_ids(checkpoint, truth, exact)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gemma_fast.benchmarks.measure.outcome import OURS, full_precision
+from gemma_fast.benchmarks.model.eager import Eager, positions
 from gemma_fast.benchmarks.model.judge import under_the_best
-from gemma_fast.benchmarks.model.providers import Eager, positions
 from gemma_fast.benchmarks.verify import margins as of
 from gemma_fast.benchmarks.verify.ids import read_text
 from gemma_fast.benchmarks.verify.margins import MODEL, Finding, finding

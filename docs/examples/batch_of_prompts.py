@@ -26,9 +26,12 @@ NEW_TOKENS = 16  # at most, per prompt
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="directory, .gguf file or hub id; default: the demo weights")
-path = parser.parse_args().model or demo_checkpoint()
+parser.add_argument("--quantize", help="int8 or int4: pack the weights; none: unpack them")
+args = parser.parse_args()
+
+path = args.model or demo_checkpoint()
 tokenizer = Tokenizer.from_pretrained(path)
-model = GemmaForCausalLM.from_pretrained(path)
+model = GemmaForCausalLM.from_pretrained(path, quantize=args.quantize)
 
 # padding=True pads the shorter prompts on the left; attention_mask :: [b, t] is 0 for padding.
 batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")

@@ -19,9 +19,12 @@ TEXTS = ["The cat sat on the mat and slept.", "The mat slept on the and cat sat.
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="directory, .gguf file or hub id; default: the demo weights")
-path = parser.parse_args().model or demo_checkpoint()
+parser.add_argument("--quantize", help="int8 or int4: pack the weights; none: unpack them")
+args = parser.parse_args()
+
+path = args.model or demo_checkpoint()
 tokenizer = Tokenizer.from_pretrained(path)
-model = GemmaForCausalLM.from_pretrained(path)
+model = GemmaForCausalLM.from_pretrained(path, quantize=args.quantize)
 
 
 def token_log_probs(prompt: str, text: str) -> Tensor:

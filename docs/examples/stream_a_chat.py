@@ -16,12 +16,13 @@ from gemma_fast.demo import demo_checkpoint
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="directory, .gguf file or hub id; default: the demo weights")
+parser.add_argument("--quantize", help="int8 or int4: pack the weights; none: unpack them")
 parser.add_argument("--max-new-tokens", type=int, default=256)
 args = parser.parse_args()
 
 path = args.model or demo_checkpoint()
 tokenizer = Tokenizer.from_pretrained(path)
-model = GemmaForCausalLM.from_pretrained(path)
+model = GemmaForCausalLM.from_pretrained(path, quantize=args.quantize)
 # prints text as soon as its characters are complete
 streamer = ChatStreamer(tokenizer, lambda thought: print(thought, end="", file=sys.stderr))
 

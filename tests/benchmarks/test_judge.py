@@ -16,10 +16,11 @@ from torch._dynamo.utils import counters
 from gemma_fast.benchmarks.measure import timing
 from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, WITHOUT_GRAPHS, serious
-from gemma_fast.benchmarks.model import providers as model_providers
+from gemma_fast.benchmarks.model import eager
 from gemma_fast.benchmarks.model.cases import TINY, Case, find
+from gemma_fast.benchmarks.model.eager import Eager
 from gemma_fast.benchmarks.model.judge import Judge
-from gemma_fast.benchmarks.model.providers import BESIDE_PACKED, PROVIDERS, Eager
+from gemma_fast.benchmarks.model.providers import BESIDE_PACKED, PROVIDERS
 from gemma_fast.benchmarks.model.race import run
 from gemma_fast.benchmarks.options import bench
 from gemma_fast.checkpoint.random import RandomCheckpoint
@@ -262,7 +263,7 @@ def test_exit_status_is_1_if_a_result_is_wrong(monkeypatch):
 def test_every_provider_returns_the_tokens_of_the_reference(name, monkeypatch):
     """The prompt is longer than the window. Steps are compiled with fullgraph=True, but with the
     backend "eager", because Inductor would take minutes."""
-    monkeypatch.setattr(model_providers, "compiled_step", QUICK)
+    monkeypatch.setattr(eager, "compiled_step", QUICK)
     checkpoint = RandomCheckpoint(replace(CONFIGS[name], max_position_embeddings=1024))
     judge = Judge(checkpoint, FP32, CPU)
     names = [name for name in PROVIDERS if name not in BESIDE_PACKED]

@@ -16,7 +16,7 @@ from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, WITHOUT_GRAPHS
 from gemma_fast.benchmarks.measure.plots import model_plots, write_plots
 from gemma_fast.benchmarks.measure.report import model_report
-from gemma_fast.benchmarks.model import providers as model_providers
+from gemma_fast.benchmarks.model import eager
 from gemma_fast.benchmarks.model import race as bench_model
 from gemma_fast.benchmarks.model.cases import Case, find
 from gemma_fast.benchmarks.model.judge import Judge
@@ -119,7 +119,7 @@ def roof(monkeypatch):
 def test_command_measures_every_provider_on_a_cpu(tmp_path, monkeypatch):
     """Compiled steps use the backend "eager", because Inductor would take minutes."""
     quick = partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
-    monkeypatch.setattr(model_providers, "compiled_step", quick)
+    monkeypatch.setattr(eager, "compiled_step", quick)
     monkeypatch.setattr(timing, "ENOUGH", 0)
     options = "-p 8 -n 4 -d 0,5 -b 1,2 -r 2 -o json"
     arguments = ["bench", "--model", "tiny", *options.split(), "--out", str(tmp_path)]

@@ -1,13 +1,13 @@
 """Compares Gemma 3 270M (real weights, Q4_K_M) on a CPU, packed and unpacked, in float32 and bf16,
-on three texts. The limits are those of a user: as good as bfloat16 alone."""
+on the three texts of `gemma-fast verify`. The packed model must be as good as bfloat16 alone."""
 
 import math
 
 import pytest
 import torch
 from demo_answers import CONTINUATION, PROMPT
-from passages import PASSAGES
 
+from gemma_fast.benchmarks.verify.ids import TEXTS, read_text
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.kernels._int4pack import block_rows
 from gemma_fast.kernels.packed_cpu import CPUPackedWeight
@@ -23,7 +23,8 @@ TOKENS = 192
 @pytest.fixture(scope="module")
 def texts(demo_gguf) -> dict[str, torch.Tensor]:
     tokenizer = Tokenizer.from_pretrained(demo_gguf)
-    return {k: tokenizer(x, return_tensors="pt").input_ids[:, :TOKENS] for k, x in PASSAGES.items()}
+    ids = {name: tokenizer(read_text(name), return_tensors="pt").input_ids for name in TEXTS}
+    return {name: x[:, :TOKENS] for name, x in ids.items()}
 
 
 @pytest.fixture(scope="module")

@@ -153,7 +153,7 @@ def test_attributes_of_transformers_name_a_way_out(one):
             {"quantization_config": object()},
             r"quantization_config=.*: pass quantize='int8' or 'int4'",
         ),
-        ({"load_in_4bit": True}, "load_in_4bit=True is not supported: pass quantize="),
+        ({"load_in_4bit": True}, "load_in_4bit=True is not supported: pass quantize='int4'"),
         ({"attn_implementation": "egaer"}, "attn_implementation='egaer' is not supported"),
         ({"subfolder": "x"}, "subfolder='x' is not supported: .*snapshot_download"),
         ({"use_auth_token": "hf_x"}, "pass token"),

@@ -1,7 +1,7 @@
 """Runs each program in docs/examples as a user would, and compares its output with known values.
 
-Each test has the name of its example. The programs run on the CPU in float32, so that their texts
-are reproducible. Only one_kernel.py also runs on a GPU.
+Each test has the name of its example. The programs run on the CPU in float32, with the demo's
+weights unpacked, so that their texts are reproducible. Only one_kernel.py also runs on a GPU.
 """
 
 import os
@@ -20,6 +20,7 @@ EXAMPLES = ROOT / "docs/examples"
 # Outputs in float32 with the demo weights: a base model, which repeats the user's question.
 ANSWER = "Hello mendatanguser\nHello mendatang"
 SAMPLED = " a string to a different position. What I expected to see is the result is"
+EXACT = "--quantize", "none"
 LOG_LIKELIHOODS = {" to": -1.632, " to a new country": -5.148, " my car": -3.876}
 PERPLEXITIES = {
     "The cat sat on the mat and slept.": 62.5, "The mat slept on the and cat sat.": 1657.3
@@ -34,7 +35,6 @@ def run(request):
     def run(*args: str, stdin: str = "", on_gpu: bool = False, interpret: bool = False) -> str:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        environment |= {"ATEN_CPU_CAPABILITY": "default"}  # packed weights are computed in float32
         environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
         environment |= {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, EXAMPLES / f"{name}.py", *args]
@@ -53,7 +53,7 @@ def test_every_example_has_a_test():
 def test_stream_a_chat(run, demo_gguf, tmp_path):
     """The demo model repeats a question instead of answering it. The second prompt starts with the
     first turn, so both answers repeat the first question. Thoughts are not printed to stdout."""
-    printed = run("--max-new-tokens", "6", stdin="Hello\nWho wrote Hamlet?\n")
+    printed = run("--max-new-tokens", "6", *EXACT, stdin="Hello\nWho wrote Hamlet?\n")
     assert printed == f"> {ANSWER}\n> {ANSWER}\n> \n"
     write_chat_checkpoint(tmp_path, "gemma4")
     template = tmp_path / "chat_template.jinja"
@@ -64,7 +64,7 @@ def test_stream_a_chat(run, demo_gguf, tmp_path):
 
 def test_batch_of_prompts(run, demo_gguf):
     """The shortest prompt is padded. Its greedy text must equal that of the prompt alone."""
-    printed = run()
+    printed = run(*EXACT)
     greedy, sampled = re.findall(r"'I want to move' -> (.*)", printed)
     assert CONTINUATION.startswith(greedy.strip('"')) and len(greedy) > 50
     assert sampled == repr(SAMPLED)
@@ -74,7 +74,7 @@ def test_batch_of_prompts(run, demo_gguf):
 
 
 def test_logits_and_scoring(run, demo_gguf):
-    printed = run()
+    printed = run(*EXACT)
     found = {left: float(right) for left, right in re.findall(r"^(.*) = (.*)$", printed, re.M)}
     best = dict(list(TOP_TEN.items())[:5])
     expected = {f"P({token!r} | {PROMPT!r})": p for token, p in best.items()}

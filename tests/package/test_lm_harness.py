@@ -224,7 +224,7 @@ def test_each_argument_of_hf_is_known():
         ("backend", "seq2seq", "backend='seq2seq' is not supported"),
         ("softmax_dtype", "bfloat16", "softmax_dtype='bfloat16' is not supported: .*float32"),
         ("subfolder", "x", "subfolder='x' is not supported: .*snapshot_download"),
-        ("load_in_4bit", True, "load_in_4bit=True is not supported: .*gguf"),
+        ("load_in_4bit", True, "load_in_4bit=True is not supported: pass quantize='int4'"),
         ("gguf_file", "a.gguf", "gguf_file='a.gguf' is not supported: pass the path"),
         ("nonsense", 1, "unexpected keyword argument 'nonsense'"),
     ],

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compressed_models import SCHEMES, save_compressed
+from gguf_blocks import write_quantized
 from packed_checkpoints import PackedCheckpoint
-from tiny_models import CONFIGS
+from tiny_models import CONFIGS, random_transformers_model
 from triton_interpreter import interpreter
 
 from gemma_fast.causal_lm import GemmaForCausalLM
@@ -117,6 +119,22 @@ def test_without_kernels_packed_weights_are_float32_with_one_warning(monkeypatch
     with pytest.warns(UserWarning, match=message) as found:
         tiny()
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scheme", [None, "w4a16-g32-asymmetric"])
+def test_packed_files_are_read_whatever_the_default_device_is(tmp_path, scheme, dtype):
+    path, ids = tmp_path, torch.tensor([[2, 5, 9]])
+    if scheme is None:
+        path = tmp_path / "model.gguf"
+        write_quantized(path)
+    else:
+        hf = random_transformers_model(replace(CONFIGS["gemma3-gqa"], **SIZES))
+        save_compressed(hf, path, {"group": {"targets": ["Linear"], **SCHEMES[scheme]}})
+    expected = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device="cpu")(ids).logits
+    with torch.device("meta"):
+        model = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device="cpu")
+    assert torch.equal(model(ids).logits, expected)
 
 
 @needs_kernel
