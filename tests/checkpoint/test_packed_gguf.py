@@ -1,16 +1,15 @@
 """Checks which tensors of a GGUF file stay packed in the model, and that the model's weights are
 those that gguf dequantizes."""
 
-import re
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from checkpoints import config_json, random_tensors, read, write_gguf
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
-from gguf_blocks import WIDE, random_blocks, random_bytes, set_factor, write_quantized
+from gguf_blocks import WIDE, random_blocks, write_quantized
+from loaded_gguf import assert_holds, loaded, weights
 
 from gemma_fast import load
 from gemma_fast.causal_lm import GemmaForCausalLM
@@ -21,34 +20,6 @@ from gemma_fast.kernels.packed import PackedWeight, Packing
 from gemma_fast.reference import Reference
 
 Q4_K_M = {"q_proj": Type.Q4_K, "k_proj": Type.Q4_K, "v_proj": Type.Q6_K}
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    """Returns the model's weights as float32, by the checkpoint's names."""
-    found = {}
-    for name, tensors in model.parts.items():
-        weight = model
-        for part in name.split("."):
-            weight = getattr(weight, part)
-        if isinstance(weight, PackedWeight):
-            weight = weight.weight.unpack(torch.float32)
-        shapes = model.config.tensor_shapes()
-        rows = weight.split([shapes[tensor][0] for tensor in tensors])
-        found |= dict(zip(tensors, rows, strict=True))
-    return found
-
-
-def loaded(path, **options) -> GemmaForCausalLM:
-    """Loads a model without a warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return GemmaForCausalLM.from_pretrained(path, device="cpu", dtype="float32", **options)
-
-
-def assert_holds(model, matrices) -> None:
-    found = weights(model)
-    for name, expected in matrices.items():
-        assert torch.equal(found[name], expected), name
 
 
 PACKED = {
@@ -239,35 +210,6 @@ def test_rows_that_are_read_do_not_keep_the_file_open(tmp_path):
     before = rows.values.clone()
     rows.values.add_(1)
     assert torch.equal(checkpoint.packed_rows(EMBEDDING, 0, 12).values, before)
-
-
-@pytest.mark.parametrize("part", ["embed_tokens", "layers.1.self_attn.v_proj"])
-@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_K], ids=lambda kind: kind.name)
-def test_factors_that_are_not_finite_are_refused_with_file_and_tensor(tmp_path, part, kind):
-    path, name = tmp_path / "model.gguf", f"model.{part}.weight"
-    shape = random_tensors("gemma3", **WIDE)[name].shape
-    blocks = random_blocks(shape, kind, 0.1)
-    set_factor(blocks[-1:], kind, 0, np.inf)
-    stored = {name: (blocks, kind)}
-    if part != "embed_tokens":  # q, k and v are packed together
-        for other in (name.replace("v_proj", "q_proj"), name.replace("v_proj", "k_proj")):
-            rows = random_tensors("gemma3", **WIDE)[other].shape
-            stored[other] = random_blocks(rows, kind, 0.1), kind
-    write_gguf(path, stored=stored, **WIDE)
-    pattern = rf"^{re.escape(str(path))}: tensor {re.escape(name)}: a scale is (inf|nan), which is"
-    with pytest.raises(ValueError, match=pattern):
-        loaded(path)
-
-
-def test_a_scale_that_overflows_fp16_is_refused_only_in_16_bits(tmp_path):
-    path, name = tmp_path / "model.gguf", "model.layers.0.mlp.down_proj.weight"
-    rows = random_bytes((256, 256), Type.Q6_K, np.random.default_rng(0))
-    set_factor(rows, Type.Q6_K, 0, 6e4)
-    write_gguf(path, "gemma2", stored={name: (rows, Type.Q6_K)}, **WIDE)
-    with pytest.raises(ValueError, match=rf"{name}: a scale of \S+ does not fit float16.*'none'"):
-        GemmaForCausalLM.from_pretrained(path, dtype="float16", device="cpu")
-    found = weights(loaded(path))[name]
-    assert torch.equal(found, torch.from_numpy(dequantize(rows, Type.Q6_K)))
 
 
 def test_quantized_vectors_are_unpacked(tmp_path):
