@@ -1,9 +1,11 @@
-"""Loads a checkpoint into a model: picks device and dtype, allocates, fuses and copies weights."""
+"""Loads a checkpoint into a model: picks device and dtype, allocates, fuses and copies weights.
+
+model/packing.py chooses which weights stay packed.
+"""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -14,15 +16,14 @@ from torch import Tensor
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.rounded import with_quantize
 from gemma_fast.config import GemmaConfig
-from gemma_fast.kernels.packed import PackedWeight, Packing, common_packing
-from gemma_fast.kernels.packed_cpu import CPUPackedWeight
+from gemma_fast.kernels.packed import PackedWeight
 from gemma_fast.memory import free_bytes, out_of_memory
 from gemma_fast.model.gemma import Gemma
+from gemma_fast.model.packing import Packings, has_cpu_kernels, pack_weights
 
 Model = TypeVar("Model", bound=Gemma)
 PER_LAYER = "embed_tokens_per_layer"  # the weight that can stay in host memory
 PACKED = 1 << 22  # elements of a packed weight that are read at once
-SLOW = 1 << 26  # packed elements from which a CPU without kernels for them takes much more time
 
 
 def load_model(
@@ -54,16 +55,18 @@ def load_model(
     config = checkpoint.config
     device = pick_device(checkpoint.device if device is None else device, None)
     checkpoint = with_quantize(checkpoint, quantize, device)
+    checkpoint.warn_of_unpacked()
     dtype = model_dtype(dtype, checkpoint, device)
     refuse_overflow(config, dtype)
     refuse_head_dim(config, device, cls.head_dims)
+    packings = _packings(checkpoint)
     with torch.device("meta"):
         model = cls(config).to(dtype)
         parts: dict[str, list[str]] = model.parts
-        packed = _pack(model, checkpoint, parts, dtype, device)
+        packed = pack_weights(model, packings, device, str(checkpoint.path))
     found = {
-        name: None if name in packed else _share(checkpoint, parts[name], dtype, device)
-        for name in parts
+        name: None if name in packed else _share(checkpoint, tensors, dtype, device)
+        for name, tensors in parts.items()
     }
     shared = {name: weight for name, weight in found.items() if weight is not None}
     empty = {name: x for name, x in model.named_parameters() if name not in shared}
@@ -76,77 +79,23 @@ def load_model(
             for name, weight in empty.items()
         }
     model.load_state_dict(shared | new, assign=True)
-    _copy(checkpoint, new, packed, parts)
+    with torch.device("cpu"):  # readers of files need it, and the caller may have another default
+        _copy(checkpoint, new, packed, parts)
     return model
-
-
-def _pack(
-    model: Gemma, checkpoint: Checkpoint, parts: Mapping[str, list[str]], dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, PackedWeight]:  # fmt: skip
-    """Replaces the model's weights that the checkpoint has packed. Returns name → new weight."""
-    packed: dict[str, PackedWeight] = {}
-    lookup = {PER_LAYER, *(["embed_tokens"] if "lm_head" in parts else [])}  # in no matmul
-    slow = 0  # elements in matmuls that a CPU unpacks in each call
-    mixed = []  # for each matmul of which only some parts are packed: a part that is, one that not
-    for name, tensors in parts.items():
-        packings = [checkpoint.packing(tensor) for tensor in tensors]
-        known = [packing for packing in packings if packing is not None]
-        if not known:
-            continue
-        if len(known) < len(packings):
-            mixed.append({p is None: t for p, t in zip(packings, tensors, strict=True)})
-            continue
-        module_name, _, attribute = name.rpartition(".")
-        shape = model.get_parameter(name).shape
-        packing = _narrow(common_packing(known), dtype)
-        if device.type == "cpu" and name not in lookup:
-            rows = [checkpoint.shapes[tensor][0] for tensor in tensors]
-            if dtype == torch.bfloat16 and CPUPackedWeight.supports(rows):
-                packed[name] = CPUPackedWeight(shape, packing)
-            else:
-                slow += shape.numel()
-        packed.setdefault(name, PackedWeight(shape, packing))
-        module = model.get_submodule(module_name)
-        delattr(module, attribute)  # a module cannot replace a parameter
-        setattr(module, attribute, packed[name])
-    if mixed:
-        warnings.warn(
-            f"{checkpoint.path}: {len(mixed)} matmuls are unpacked, because only some of their"
-            f" parts can stay packed: {mixed[0][False]} can, but {mixed[0][True]} cannot",
-            stacklevel=2,
-        )
-    if slow >= SLOW:
-        warnings.warn(
-            f"{checkpoint.path}: on this CPU, packed weights in {str(dtype).removeprefix('torch.')}"
-            " are unpacked again for each token: quantize='none' is faster, but needs"
-            f" {slow * dtype.itemsize / 1e9:.1f} GB for them",
-            stacklevel=2,
-        )
-    return packed
 
 
 def model_dtype(
     dtype: torch.dtype | str, checkpoint: Checkpoint, device: torch.device
 ) -> torch.dtype:
     """Returns `pick_dtype`'s dtype, or bfloat16 if "auto" can run kernels for packed weights."""
-    if dtype == "auto" and _runs_packed(checkpoint, device):
+    on_cpu = device.type == "cpu"
+    if dtype == "auto" and on_cpu and has_cpu_kernels(_packings(checkpoint), checkpoint.shapes):
         return torch.bfloat16
     return pick_dtype(dtype, checkpoint, device)
 
 
-def _runs_packed(checkpoint: Checkpoint, device: torch.device) -> bool:
-    """Whether the device is a CPU with kernels for packed weights that the checkpoint has."""
-    return device.type == "cpu" and any(
-        checkpoint.packing(name) is not None and CPUPackedWeight.supports([shape[0]])
-        for name, shape in checkpoint.shapes.items()
-    )
-
-
-def _narrow(packing: Packing, dtype: torch.dtype) -> Packing:
-    """Returns the packing with scales in fp16 instead of fp32, unless the model is in fp32."""
-    wide = packing.scale == torch.float32 and dtype != torch.float32
-    return packing._replace(scale=torch.float16) if wide else packing
+def _packings(checkpoint: Checkpoint) -> Packings:
+    return {name: checkpoint.packing(name) for name in checkpoint.shapes}
 
 
 def _is_table(name: str) -> bool:

@@ -17,7 +17,8 @@ def _packed_values(words, weight):
     """Returns the values of units' words :: [BLOCK_N, UNITS, 4] in fp32: [BLOCK_N, UNITS, UNIT].
 
     A masked word with the exponent of 2^23 is the float 2^23 + q * 2^shift. So a value takes two
-    instructions; conversions from integers have less throughput.
+    instructions; conversions from integers have less throughput. (Shifts are tensors. With constant
+    shifts, as in _skinny.py, a thread takes twice the registers.)
     """
     UNIT: tl.constexpr = unit_of(weight.data.dtype.element_ty)
     BITS: tl.constexpr = 128 // UNIT

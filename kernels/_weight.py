@@ -1,4 +1,4 @@
-"""Loads blocks of a weight.
+"""Loads parts of a weight: blocks for matmuls of up to 8 rows, and rows of a table.
 
 A unit is what a thread loads of a packed weight at a time: 16 bytes, which have 16 columns in 8
 bits and 32 in 4 bits. The columns of a unit are in one group, so they share a scale.
@@ -66,3 +66,35 @@ def by_unit(factors, UNITS: tl.constexpr):
     factors = factors.to(tl.float32)[:, :, None]  # [BLOCK_N, groups, 1]
     factors = factors.broadcast_to([BLOCK_N, GROUPS, UNITS // GROUPS])
     return factors.reshape([BLOCK_N, UNITS])
+
+
+@triton.jit
+def load_units(
+    weight,  # Weight [rows, DIM], packed
+    row,  # [BLOCK_R, UNITS] or broadcastable to it, int64
+    col,  # [BLOCK_R, UNITS]: first column of each unit, a multiple of UNIT
+    mask,  # [BLOCK_R, UNITS]
+    DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,  # neighboring columns that a thread loads: a power of two up to 16
+):
+    """Returns elements of the weight, [BLOCK_R, UNITS * UNIT], fp32, or 0 where masked."""
+    BLOCK_R: tl.constexpr = mask.shape[0]
+    UNITS: tl.constexpr = mask.shape[1]
+    INT8: tl.constexpr = weight.data.dtype.element_ty == tl.int8
+    group = row * (DIM // GROUP) + col // GROUP  # [BLOCK_R, UNITS]
+    byte = row * DIM + col if INT8 else row * (DIM // 2) + col // 32 * 16
+    if not INT8 and UNIT < 16:
+        byte += col % 16
+    byte = byte[:, :, None] + tl.arange(0, UNIT)[None, None, :]  # [BLOCK_R, UNITS, UNIT]
+    value = tl.load(weight.data + byte, mask=mask[:, :, None], other=0)
+    if not INT8:
+        value = value >> (col // 16 % 2 * 4).to(tl.uint8)[:, :, None] & 15
+        if weight.minimum is None:
+            value = value.to(tl.int8) - 8
+    scale = tl.load(weight.scale + group, mask=mask, other=0.0)  # [BLOCK_R, UNITS]
+    out = value.to(tl.float32) * scale.to(tl.float32)[:, :, None]  # [BLOCK_R, UNITS, UNIT]
+    if weight.minimum is not None:
+        minimum = tl.load(weight.minimum + group, mask=mask, other=0.0)  # [BLOCK_R, UNITS]
+        out += minimum.to(tl.float32)[:, :, None]
+    return out.reshape([BLOCK_R, UNITS * UNIT])  # [BLOCK_R, UNITS * UNIT]

@@ -130,8 +130,9 @@ def default_config(rows: int, weight: Weight, itemsize: int) -> dict[str, int]:
     """Returns the launch config: that of other matmuls, but with one row a program computes several
     blocks of tokens, so that it computes the norm once for all of them."""
     config = matvec_config(rows, weight, itemsize) | {"BLOCKS": 1}
-    if rows == 1:  # with BLOCK_N = 8, this block and the next take twice the registers
-        block, line = 4 if weight.scale is None else 8, weight.data[:1].nbytes  # bytes of a row
+    if rows == 1:  # two blocks are in registers: this one and the next
+        int8, line = weight.data.dtype == torch.int8, weight.data[:1].nbytes  # bytes of a row
+        block = 8 if int8 else 4
         config |= {"BLOCK_N": block, "BLOCKS": triton.cdiv(BYTES, block * line)}
     return config
 

@@ -188,7 +188,11 @@ class PackedWeight(nn.Module):
         groups = self.shape[1] // self.packing.group
         return narrow.repeat_interleave(groups // factors.shape[1], dim=1)
 
+    def check_move(self, fn: Any) -> None:
+        """Raises ValueError if the weight cannot be where `fn` moves a tensor."""
+
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
+        self.check_move(fn)
         for name, x in self.named_parameters(recurse=False):
             new = fn(x.data)
             if new.dtype != x.dtype:  # fn converts the model to another dtype

@@ -74,13 +74,12 @@ class CPUPackedWeight(PackedWeight):
         data = interleave(unsigned.view(torch.uint8), bits, group, block)
         self.data[start:stop] = data.reshape(len(values), -1).view(self.data.dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
+    def check_move(self, fn: Any) -> None:
         if fn(self.data[:0]).is_cuda:
             raise ValueError(
                 "packed weights that were loaded on a CPU cannot be moved to a GPU, which needs"
                 " another layout: load the model again with device='cuda'"
             )
-        return super()._apply(fn, recurse)
 
 
 def runs_int4pack(x: Tensor, weight: Weight) -> bool:

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_fast.kernels._packed_elements import load_factors, unpack
 from gemma_fast.kernels._tiles import tile_at
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
@@ -54,6 +53,44 @@ def packed_linear_reference(x: Tensor, weight: Weight) -> Tensor:
     return y.view(*x.shape[:-1], out)
 
 
+@triton.jit
+def _load_factors(
+    factors,  # scale or minimum of a Weight [out, DIM / GROUP] | None
+    row,  # [BLOCK_N], int64
+    k,
+    DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Loads the factors of columns k … k + BLOCK_K - 1: [BLOCK_N, groups], or None."""
+    GROUPS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP
+    if factors is None:
+        loaded = None
+    else:
+        group = k // GROUP + tl.arange(0, GROUPS)[None, :]  # [1, groups]
+        loaded = tl.load(factors + row[:, None] * (DIM // GROUP) + group)  # [BLOCK_N, groups]
+    return loaded
+
+
+@triton.jit
+def _unpack(
+    value,  # [BLOCK_N, columns], integers
+    scale,  # [BLOCK_N, groups]; the columns of a group are neighbors
+    minimum,  # [BLOCK_N, groups] | None
+    dtype: tl.constexpr,
+):
+    """Returns the weight in dtype, [BLOCK_N, columns], computed in fp32 and rounded once."""
+    BLOCK_N: tl.constexpr = value.shape[0]
+    COLUMNS: tl.constexpr = value.shape[1]
+    GROUPS: tl.constexpr = scale.shape[1]
+    # [BLOCK_N, groups, columns of a group]
+    weight = value.to(tl.float32).reshape([BLOCK_N, GROUPS, COLUMNS // GROUPS])
+    weight *= scale.to(tl.float32)[:, :, None]
+    if minimum is not None:
+        weight += minimum.to(tl.float32)[:, :, None]
+    return weight.reshape([BLOCK_N, COLUMNS]).to(dtype)  # [BLOCK_N, columns]
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _packed_linear_kernel(
     x_ptr,  # [rows, DIM], contiguous
@@ -79,13 +116,13 @@ def _packed_linear_kernel(
     out = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k in range(0, DIM, BLOCK_K):
         k = tl.multiple_of(k, BLOCK_K)
-        scale = load_factors(weight.scale, row, k, DIM, GROUP, BLOCK_K)  # [BLOCK_N, groups]
-        minimum = load_factors(weight.minimum, row, k, DIM, GROUP, BLOCK_K)
+        scale = _load_factors(weight.scale, row, k, DIM, GROUP, BLOCK_K)  # [BLOCK_N, groups]
+        minimum = _load_factors(weight.minimum, row, k, DIM, GROUP, BLOCK_K)
         if weight.data.dtype.element_ty == tl.int8:
             col = k + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
             value = tl.load(weight.data + row[:, None] * DIM + col)  # [BLOCK_N, BLOCK_K]
             x = tl.load(x_ptr + col)  # [BLOCK_M, BLOCK_K]
-            block = unpack(value, scale, minimum, dtype)  # [BLOCK_N, BLOCK_K]
+            block = _unpack(value, scale, minimum, dtype)  # [BLOCK_N, BLOCK_K]
             out = tl.dot(block, x.T, out, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         else:
             byte = tl.arange(0, BLOCK_K // 2)[None, :]  # [1, BLOCK_K / 2]
@@ -96,9 +133,9 @@ def _packed_linear_kernel(
             low, high = (value & 15).to(tl.int8), (value >> 4).to(tl.int8)  # [BLOCK_N, BLOCK_K / 2]
             if weight.minimum is None:
                 low, high = low - 8, high - 8
-            low_block = unpack(low, scale, minimum, dtype)
+            low_block = _unpack(low, scale, minimum, dtype)
             out = tl.dot(low_block, low_x.T, out, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-            high_block = unpack(high, scale, minimum, dtype)
+            high_block = _unpack(high, scale, minimum, dtype)
             out = tl.dot(high_block, high_x.T, out, input_precision="ieee")
     pointer = out_ptr + m.to(tl.int64)[None, :] * OUT + n[:, None]  # [BLOCK_N, BLOCK_M]
     tl.store(pointer, out, mask=(n < OUT)[:, None] & (m < rows)[None, :])

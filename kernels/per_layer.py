@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import op, wait_for_previous_kernel
-from gemma_fast.kernels._packed_elements import load_units
 from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels._weight import load_units
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.packed import Weight, take_rows
 from gemma_fast.kernels.rmsnorm import add_offset, rms_norm_reference

@@ -69,6 +69,10 @@ class Checkpoint(ABC):
         scales may be in fp32, whatever the packing says."""
         raise NotImplementedError
 
+    def warn_of_unpacked(self) -> None:
+        """Warns of quantized weights that do not stay packed, and says what that costs."""
+        return
+
     @abstractmethod
     def rows(self, name: str, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         """Returns rows `start` to `stop` - 1 of a matrix, unpacked, on the device."""

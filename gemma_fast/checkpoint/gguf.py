@@ -7,7 +7,6 @@ This module is imported only when a GGUF file is opened, so that the package `gg
 import re
 import warnings
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -123,31 +122,27 @@ class GGUFCheckpoint(FileCheckpoint):
                 ) from None
 
     def packing(self, name: str) -> Packing | None:
-        return self._packings.get(name)
+        tensor = self.stored[name]
+        found = FORMATS.get(tensor.tensor_type) if tensor.shape.size == 2 else None
+        return found and found.packing
 
-    @cached_property
-    def _packings(self) -> dict[str, Packing]:
-        """The packings of all matrices that stay packed. Warns of quantized ones that do not."""
-        matrices = {name: tensor for name, tensor in self.stored.items() if tensor.shape.size == 2}
-        others = [x for x in matrices.values() if x.tensor_type not in (*FORMATS, *NOT_QUANTIZED)]
-        if others:
-            types = ", ".join(sorted({tensor.tensor_type.name for tensor in others}))
-            size, unpacked = (
-                sum(int(count) for count in counts) / 1e9
-                for counts in ((x.n_bytes for x in others), (2 * x.n_elements for x in others))
-            )
-            warnings.warn(
-                f"{self.path}: the types of {len(others)} tensors ({types}) do not stay packed."
-                f" Unpacked to 16 bits, these tensors take {unpacked:.3g} GB instead of"
-                f" {size:.3g} GB, and twice that in float32, and decoding is as much slower. Use a"
-                f" file with the types {', '.join(kind.name for kind in FORMATS)}",
-                stacklevel=2,
-            )
-        return {
-            name: FORMATS[tensor.tensor_type].packing
-            for name, tensor in matrices.items()
-            if tensor.tensor_type in FORMATS
-        }
+    def warn_of_unpacked(self) -> None:
+        kept = *FORMATS, *NOT_QUANTIZED
+        matrices = [tensor for tensor in self.stored.values() if tensor.shape.size == 2]
+        others = [tensor for tensor in matrices if tensor.tensor_type not in kept]
+        if not others:
+            return
+        types = ", ".join(sorted({tensor.tensor_type.name for tensor in others}))
+        stored = sum(int(tensor.n_bytes) for tensor in others) / 1e9
+        unpacked = sum(2 * int(tensor.n_elements) for tensor in others) / 1e9
+        warnings.warn(
+            f"{self.path}: the types of {len(others)} tensors ({types}) do not stay packed."
+            f" Unpacked to 16 bits, these tensors take {unpacked:.3g} GB instead of"
+            f" {stored:.3g} GB, and twice that in float32, and decoding is as much slower. Use a"
+            f" file with the types {', '.join(kind.name for kind in FORMATS)}, or pass"
+            " quantize='int8' or 'int4'",
+            stacklevel=3,
+        )
 
     def packed_rows(self, name: str, start: int, stop: int) -> PackedRows:
         path, tensor = self.files[name], self.stored[name]

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from gemma_fast.checkpoint.base import Checkpoint, FileCheckpoint
 from gemma_fast.checkpoint.hub import resolve
 from gemma_fast.checkpoint.safetensors import SafetensorsCheckpoint
@@ -23,11 +25,12 @@ def open_checkpoint(
     """
     path = resolve(name_or_path, download=download)
     checkpoint: FileCheckpoint
-    if path.is_dir():
-        checkpoint = SafetensorsCheckpoint(path)
-    else:
-        from gemma_fast.checkpoint.gguf import GGUFCheckpoint
+    with torch.device("cpu"):  # the caller may have another default
+        if path.is_dir():
+            checkpoint = SafetensorsCheckpoint(path)
+        else:
+            from gemma_fast.checkpoint.gguf import GGUFCheckpoint
 
-        checkpoint = GGUFCheckpoint(path)
-    checkpoint.check()
+            checkpoint = GGUFCheckpoint(path)
+        checkpoint.check()
     return checkpoint

@@ -44,7 +44,7 @@ def with_quantize(
 
 def check_quantize(quantize: str | None) -> None:
     """Raises ValueError unless it is None or a key of BITS."""
-    if quantize is not None and quantize not in BITS:
+    if quantize not in (None, *BITS):
         raise ValueError(
             f"quantize={quantize!r} is not one of 'int8', 'int4', 'none' (unpack the weights) and"
             " None (as they are in the checkpoint)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,12 @@ class SafetensorsCheckpoint(FileCheckpoint):
             warn_of_computed(self.path, self.quantization.computed)
 
     def packing(self, name: str) -> Packing | None:
-        return self._packings.get(name)
+        weight = self.stored[name]
+        return weight.packing if isinstance(weight, CompressedWeight) else None
 
-    @cached_property
-    def _packings(self) -> dict[str, Packing | None]:
-        """The packings of all quantized weights. Warns of those that cannot stay packed."""
-        weights = {k: x for k, x in self.stored.items() if isinstance(x, CompressedWeight)}
-        warn_of_unpacked(self.path, weights.values())
-        return {name: weight.packing for name, weight in weights.items()}
+    def warn_of_unpacked(self) -> None:
+        weights = [x for x in self.stored.values() if isinstance(x, CompressedWeight)]
+        warn_of_unpacked(self.path, weights)
 
     def packed_rows(self, name: str, start: int, stop: int) -> PackedRows:
         return self.stored[name].packed_rows(start, stop)

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gemma_fast.hf.attention import PREFIX
 from gemma_fast.hf.layers import NORM_OFFSETS, Fast, original_class
-from gemma_fast.hf.packed import is_quantized, why_not_packed
+from gemma_fast.hf.packed import has_scheme, is_quantized, why_not_packed
 
 # Model types of the configs.
 DECODERS = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text")
@@ -30,6 +30,7 @@ ATTENTIONS = (
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3",
     "flash_attention_4",
 )  # fmt: skip
+UNPACKING = "ct_decompress_hook"  # attribute of a model whose weights compressed-tensors unpacks
 WRAPPERS = (OptimizedModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -62,6 +63,47 @@ def _is_decoder(module: nn.Module) -> bool:
         and module.config.model_type in DECODERS
         and module._modules.keys() >= {"embed_tokens", "layers", "norm"}
     )
+
+
+def parts_of(model: nn.Module, text: PreTrainedModel) -> list[tuple[str, nn.Module, str]]:
+    """Returns name, module and part of the text decoder's parts, and of all quantized linears."""
+    of_text = set(text.modules())
+    return [
+        (name, module, part)
+        for name, module in model.named_modules()
+        if (part := part_of(module)) and (module in of_text or part == "linear")
+    ]
+
+
+def whys_not(model: nn.Module, text: PreTrainedModel) -> dict[nn.Module, str]:
+    """Returns part → the reason why it cannot run on the kernels, for parts that cannot."""
+    attention = why_not_attention(text)
+    parts = parts_of(model, text)
+    found = {x: attention if part == "attention" else why_not(x) for _, x, part in parts}
+    whys = {module: why for module, why in found.items() if why}
+    linears = {x for _, x, part in parts if part == "linear" and not isinstance(x, Fast)}
+    return _unpacked_together(model, linears, whys) | whys
+
+
+def _unpacked_together(
+    model: nn.Module, linears: set[nn.Module], whys: dict[nn.Module, str]
+) -> dict[nn.Module, str]:
+    """Returns linear → the reason why it cannot run on the kernels, if that is another module:
+    compressed-tensors unpacks all weights at the first call, or none."""
+    names = {module: name for name, module in model.named_modules()}
+    together: dict[nn.Module, str] = {}
+    for owner in (x for x in names if UNPACKING in vars(x)):
+        quantized = [x for x in owner.modules() if has_scheme(x)]
+        first = next((x for x in quantized if x not in linears or x in whys), None)
+        why = "compressed-tensors unpacks all weights at the first call"
+        if first is not None:
+            why += f", because of {names[first]}: {whys.get(first, 'it is not a linear')}"
+        together |= dict.fromkeys(quantized, "" if first is None else why)
+    why = (
+        "compressed-tensors unpacks it at the first call of the whole model: accelerate that model"
+    )
+    alone = {x: why for x in linears - together.keys() if has_scheme(x)}
+    return {module: why for module, why in (together | alone).items() if why}
 
 
 def part_of(module: nn.Module) -> str | None:

@@ -12,12 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gemma_fast.hf.attention import PREFIX, Run, logger, register
-from gemma_fast.hf.find import part_of, text_decoder, why_not, why_not_attention
+from gemma_fast.hf.find import UNPACKING, parts_of, text_decoder, whys_not
 from gemma_fast.hf.layers import Fast, swap_in, swap_out
-from gemma_fast.hf.packed import has_kernels, has_scheme
+from gemma_fast.hf.packed import has_kernels
 
 M = TypeVar("M", bound=nn.Module)
-UNPACKING = "ct_decompress_hook"  # attribute of a model whose weights compressed-tensors unpacks
 
 
 def accelerate(
@@ -53,8 +52,8 @@ def accelerate(
     if linear is None:
         linear = has_kernels(next(text.parameters()))
     wanted = {"norm": norm, "mlp": mlp, "attention": attention, "linear": linear}
-    parts = [part for part in _parts(model, text) if part[2] in wanted]
-    whys = _whys(model, text)
+    parts = [part for part in parts_of(model, text) if part[2] in wanted]
+    whys = whys_not(model, text)
     left = {name: whys[x] for name, x, part in parts if wanted[part] and x in whys}
     chosen = [(x, part) for name, x, part in parts if wanted[part] and name not in left]
     if left and (strict or not chosen):
@@ -72,47 +71,6 @@ def accelerate(
             "gemma_fast.hf.explain(model) lists the modules."
         )
     return model
-
-
-def _parts(model: nn.Module, text: PreTrainedModel) -> list[tuple[str, nn.Module, str]]:
-    """Returns name, module and part of the text decoder's parts, and of all quantized linears."""
-    of_text = set(text.modules())
-    return [
-        (name, module, part)
-        for name, module in model.named_modules()
-        if (part := part_of(module)) and (module in of_text or part == "linear")
-    ]
-
-
-def _whys(model: nn.Module, text: PreTrainedModel) -> dict[nn.Module, str]:
-    """Returns part → the reason why it cannot run on the kernels, for parts that cannot."""
-    attention = why_not_attention(text)
-    parts = _parts(model, text)
-    found = {x: attention if part == "attention" else why_not(x) for _, x, part in parts}
-    whys = {module: why for module, why in found.items() if why}
-    linears = {x for _, x, part in parts if part == "linear" and not isinstance(x, Fast)}
-    return _unpacked_together(model, linears, whys) | whys
-
-
-def _unpacked_together(
-    model: nn.Module, linears: set[nn.Module], whys: dict[nn.Module, str]
-) -> dict[nn.Module, str]:
-    """Returns linear → the reason why it cannot run on the kernels, if that is another module:
-    compressed-tensors unpacks all weights at the first call, or none."""
-    names = {module: name for name, module in model.named_modules()}
-    together: dict[nn.Module, str] = {}
-    for owner in (x for x in names if UNPACKING in vars(x)):
-        quantized = [x for x in owner.modules() if has_scheme(x)]
-        first = next((x for x in quantized if x not in linears or x in whys), None)
-        why = "compressed-tensors unpacks all weights at the first call"
-        if first is not None:
-            why += f", because of {names[first]}: {whys.get(first, 'it is not a linear')}"
-        together |= dict.fromkeys(quantized, why if first else "")
-    why = (
-        "compressed-tensors unpacks it at the first call of the whole model: accelerate that model"
-    )
-    alone = {x: why for x in linears - together.keys() if has_scheme(x)}
-    return {module: why for module, why in (together | alone).items() if why}
 
 
 def _suspend_unpacking(model: nn.Module, text: PreTrainedModel) -> None:
@@ -210,7 +168,7 @@ def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Li
     text = text_decoder(model)
     fast = [module for module in model.modules() if isinstance(module, Fast)]
     demands = [module.strict for module in fast]
-    parts, whys = _parts(model, text), _whys(model, text)
+    parts, whys = parts_of(model, text), whys_not(model, text)
     for module in fast:
         module.run, module.strict = None, False
     try:

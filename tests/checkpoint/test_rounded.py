@@ -1,5 +1,6 @@
 """Tests weights that are rounded to 8 and 4 bits while they are read."""
 
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -207,9 +208,11 @@ def test_rows_that_do_not_divide_into_groups_stay_as_they_are_with_one_warning()
     assert model(ids).logits.isfinite().all()
 
 
-def test_unknown_quantize_is_refused():
-    with pytest.raises(ValueError, match="quantize='int5' is not one of 'int8', 'int4', 'none'"):
-        GemmaForCausalLM.from_checkpoint(RandomCheckpoint(WIDE), quantize="int5")
+@pytest.mark.parametrize("quantize", ["int5", 4, ["int4"], {"bits": 4}], ids=str)
+def test_unknown_quantize_is_refused(quantize):
+    message = f"quantize={quantize!r} is not one of 'int8', 'int4', 'none'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GemmaForCausalLM.from_checkpoint(RandomCheckpoint(WIDE), quantize=quantize)
 
 
 def test_random_rows_are_those_of_the_whole_tensor(monkeypatch):

@@ -2,19 +2,24 @@
 what it computes with unpacked ones."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import CONFIGS
+from compressed_models import SCHEMES, save_compressed
+from gguf_blocks import write_quantized
+from packed_checkpoints import PackedCheckpoint
+from tiny_models import CONFIGS, random_transformers_model
 from triton_interpreter import interpreter
 
-from gemma_fast import load
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.kernels import packed_cpu
 from gemma_fast.kernels._int4pack import block_rows
 from gemma_fast.kernels.packed import PackedWeight
 from gemma_fast.kernels.packed_cpu import CPUPackedWeight
+from gemma_fast.model import packing
+from gemma_fast.reference import Reference
 
 needs_kernel = pytest.mark.skipif(block_rows() is None, reason="needs AVX2 or AVX512")
 SIZES = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128}  # in whole blocks
@@ -108,11 +113,27 @@ def test_without_kernels_packed_weights_are_float32_with_one_warning(monkeypatch
     model = tiny()  # too small for a warning
     assert (model.dtype, *set(layouts(model).values())) == (torch.float32, PackedWeight)
     size = sum(x.numel() for x in model.modules() if isinstance(x, PackedWeight))
-    monkeypatch.setattr(load, "SLOW", size)
+    monkeypatch.setattr(packing, "SLOW", size)
     message = r"packed weights in float32 .* quantize='none' is faster, but needs 0.0 GB"
     with pytest.warns(UserWarning, match=message) as found:
         tiny()
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scheme", [None, "w4a16-g32-asymmetric"])
+def test_packed_files_are_read_whatever_the_default_device_is(tmp_path, scheme, dtype):
+    path, ids = tmp_path, torch.tensor([[2, 5, 9]])
+    if scheme is None:
+        path = tmp_path / "model.gguf"
+        write_quantized(path)
+    else:
+        hf = random_transformers_model(replace(CONFIGS["gemma3-gqa"], **SIZES))
+        save_compressed(hf, path, {"group": {"targets": ["Linear"], **SCHEMES[scheme]}})
+    expected = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device="cpu")(ids).logits
+    with torch.device("meta"):
+        model = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device="cpu")
+    assert torch.equal(model(ids).logits, expected)
 
 
 @needs_kernel
@@ -124,3 +145,44 @@ def test_a_converted_model_computes_with_the_same_weights():
     after = converted(ids).logits
     assert after.dtype == torch.float32
     assert (after - before).abs().mean() < 0.1 * after.std()
+
+
+@needs_kernel
+def test_a_move_to_a_gpu_is_refused_before_anything_moves():
+    model, ids, moved = tiny("gemma4-all"), torch.randint(2, 256, (1, 12)), []
+
+    def to_gpu(x):
+        moved.append(x.numel())
+        return SimpleNamespace(is_cuda=True)
+
+    before = model(ids).logits
+    with pytest.raises(ValueError, match="load the model again with device='cuda'"):
+        model._apply(to_gpu)
+    assert moved == [0]
+    assert torch.equal(model(ids).logits, before)
+
+
+def mixture(*packed: str, dtype="bfloat16") -> tuple[GemmaForCausalLM, Reference]:
+    """Returns a model of which only the weights with these words in their names are packed."""
+    config = replace(CONFIGS["gemma-mha"], **SIZES)
+
+    class Checkpoint(PackedCheckpoint):
+        def packing(self, name):
+            return super().packing(name) if any(word in name for word in packed) else None
+
+    checkpoint = Checkpoint(config, "int8-g32-minimum")
+    model = GemmaForCausalLM.from_checkpoint(checkpoint, dtype=dtype, device="cpu")
+    return model, Reference.from_checkpoint(checkpoint, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("packed", ["lm_head", "embed_tokens"])
+def test_only_the_head_or_only_the_embedding_is_packed(packed, dtype):
+    model, reference = mixture(packed, dtype=dtype)
+    assert layouts(model).keys() == {packed}
+    ids = torch.randint(2, 256, (2, 12))
+    exact, found = reference(ids).logits, model(ids).logits
+    error = (found - exact).norm() / exact.norm()
+    assert error < (2e-2 if dtype == "bfloat16" else 1e-5)
+    steps = model.generate(ids, max_new_tokens=3, eos_token_id=[])
+    assert steps.shape == (2, 15)

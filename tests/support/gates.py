@@ -25,8 +25,8 @@ NARROW_LOADS = {
 
 def spills(kernel: Kernel, gpu: Gpu) -> str | None:
     """ptxas may spill up to 64 bytes outside the loops. It may spill 8 bytes (two registers)
-    anywhere if the kernel uses at most 168 registers, because then 12 warps or more fit."""
-    few = kernel["spilled"] <= 8 and kernel["registers"] <= 168
+    anywhere if the kernel uses at most 128 registers, because then twice as many programs fit."""
+    few = kernel["spilled"] <= 8 and kernel["registers"] <= 128
     once = kernel["spilled"] <= 64 and not kernel["spills_in_loops"]
     return None if few or once else f"{kernel['spills_in_loops']} spills in loops"
 

@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 from transformers import Gemma3TextConfig
 
+from gemma_fast.hf import explain
 from gemma_fast.hf import packed as hf_packed
 
 # name → bits, columns of a group (None: a row), zero points
@@ -29,14 +30,25 @@ TORCHAO = {
     "ao-intx4-g32-zero": ("IntxUnpackedToInt8Tensor", 32, True),
     "ao-int4-g32": ("Int4Tensor", 32, True),
 }
+FORMATS = [*COMPRESSED, *TORCHAO]
 
 
-def tiny_model(dtype=torch.float32, attention="eager", bias=False, hidden=64, tied=True):
+def make(name, **options):
+    """Returns a tiny model whose projections have this format."""
+    return quantize(tiny_model(**options), name)
+
+
+def lines_of(model, **inputs):
+    """Returns what `explain` says of the quantized linears."""
+    return [line for line in explain(model, **inputs) if line.part == "linear"]
+
+
+def tiny_model(dtype=torch.float32, attention="eager", bias=False, hidden=64, tied=True, layers=2):
     torch.manual_seed(1)
     config = Gemma3TextConfig(
-        vocab_size=199, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=199, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, intermediate_size=2 * hidden, sliding_window=13,
-        layer_types=["sliding_attention", "full_attention"], attention_bias=bias,
+        layer_types=["sliding_attention", "full_attention"][:layers], attention_bias=bias,
         eos_token_id=None, tie_word_embeddings=tied,
     )  # fmt: skip
     config._attn_implementation = attention
