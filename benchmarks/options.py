@@ -46,7 +46,7 @@ def counts(*names: str, default: int, least: int, help: str) -> Callable[[Comman
 
 dtype_option = click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="[default: bfloat16 on a GPU, float32 on a CPU]",
+    help="[default: bfloat16 on a GPU, float32 on a CPU; for packed weights as in generate]",
 )  # fmt: skip
 quantize_option = click.option("--quantize", type=click.Choice(QUANTIZE), help=QUANTIZE_HELP)
 commit_option = click.option("--commit", help="Commit to record instead of git's current commit.")

@@ -247,8 +247,8 @@ def walkthrough(
     """Write a page that explains each step of the model with pictures of it at work on PROMPT.
 
     Open index.html in any browser; it needs no network. docs/walkthrough.md describes data.json.
-    The page shows plain PyTorch with unpacked weights; --quantize rounds their values, as in a
-    packed model.
+    The page shows plain PyTorch with unpacked weights, for GGUF in float32 on a CPU. --quantize
+    rounds their values, as in a packed model.
     """
     from gemma_fast.demo import demo_checkpoint
     from gemma_fast.walkthrough.write import write_walkthrough
@@ -297,7 +297,8 @@ def verify(context: click.Context, **chosen: Any) -> None:
     transformers in float32. transformers reads the checkpoint itself; a GGUF file is read by
     llama.cpp's rules. Eager PyTorch and transformers are measured in the same way. The exit status
     is 1 if an error exceeds theirs by more than the printed margin. --model can also be a size with
-    random weights, as in bench."""
+    random weights, as in bench. Packed weights are also compared with unpacked ones, on three
+    texts."""
     from gemma_fast.benchmarks.verify.certificate import certify
 
     context.exit(0 if certify(**chosen) else 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gemma_fast.benchmarks.measure.outcome import OURS, Wrong, error, full_precision
 from gemma_fast.benchmarks.model.cases import PROMPT, Case, is_packed
-from gemma_fast.benchmarks.model.providers import Provider
+from gemma_fast.benchmarks.model.providers import LLAMA_CPP, Provider
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.memory import free_bytes
 from gemma_fast.reference import Reference
@@ -33,6 +33,9 @@ CHUNK = 1024  # tokens of a prefix that the reference reads in one forward pass
 # embedding has an error of 0.46; rounding to bf16 alone gives 0.012 to 0.025 with Gemma 3 270M, and
 # 0.016 with random weights.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4}
+# llama.cpp rounds activations to 8 bits: 0.10 with Gemma 3 270M (Q4_K_M) and random ids. On a text,
+# its perplexity differs by 0.7 % from that of the unpacked weights.
+OWN_TOLERANCE = {LLAMA_CPP: 0.2}
 # Our error may be SLACK times transformers' largest error, because rounding alone can make the
 # errors of correct results differ by this factor.
 SLACK = 1.25
@@ -117,7 +120,7 @@ class Judge:
             found, regret = self.judge(trial, prefix)
         except torch.OutOfMemoryError as problem:
             raise NotImplementedError("not enough memory for the reference") from problem
-        limit = TOLERANCE[dtype]
+        limit = OWN_TOLERANCE.get(name, TOLERANCE[dtype])
         if not found <= limit:
             raise Wrong(f"error {found:.2g} exceeds the limit {limit:g}")
         if dtype == torch.float32 and regret:

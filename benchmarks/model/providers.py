@@ -103,8 +103,7 @@ STATIC = "transformers (static cache, torch.compile max-autotune)"
 RINGS = "gemma_fast.hf (rings, torch.compile max-autotune)"
 UNPACKED_32, UNPACKED_16 = f"{OURS}, unpacked float32", f"{OURS}, unpacked bfloat16"
 LLAMA_CPP = "llama.cpp"
-# Providers that run beside packed weights, with their dtypes. llama.cpp rounds activations to 8
-# bits, so it is judged like bfloat16.
+# Providers that run beside packed weights, with the dtypes of their logits.
 BESIDE_PACKED = {
     UNPACKED_32: torch.float32, UNPACKED_16: torch.bfloat16, LLAMA_CPP: torch.bfloat16,
 }  # fmt: skip

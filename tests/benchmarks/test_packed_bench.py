@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from types import ModuleType
 
 import pytest
@@ -144,6 +145,31 @@ def test_llama_cpp_runs_only_files_that_it_reads(tmp_path, monkeypatch):
     fake.llama_model_load_from_file = lambda path, options: None
     with pytest.raises(ValueError, match=r"llama.cpp does not load .*x.gguf"):
         LlamaCpp(checkpoint, BF16, CPU)
+
+
+@pytest.mark.parametrize(("size", "passes"), [(0.15, [LLAMA_CPP]), (0.25, [])])
+def test_llama_cpp_has_a_limit_of_its_own(size, passes, monkeypatch):
+    """It rounds activations to 8 bits."""
+    judge = Judge(RandomCheckpoint(CONFIG), BF16, CPU)
+    provider = PROVIDERS[OURS](RandomCheckpoint(CONFIG), BF16, CPU)
+    provider.start(1, judge.room(TG2), TG2.kind)
+    monkeypatch.setattr(judge, "judge", lambda *_: (size, 0.0))
+    found = []
+    for name in (OURS, LLAMA_CPP):
+        with suppress(Wrong):
+            judge.check(name, provider, TG2, BF16)
+            found.append(name)
+    assert found == passes
+
+
+@pytest.mark.slow
+def test_llama_cpp_computes_the_demo(demo_gguf):
+    pytest.importorskip("llama_cpp")
+    checkpoint = open_checkpoint(demo_gguf)
+    judge, provider = Judge(checkpoint, BF16, CPU), LlamaCpp(checkpoint, BF16, CPU)
+    provider.start(1, judge.room(TG2), TG2.kind)
+    assert 0.02 < judge.check(LLAMA_CPP, provider, TG2, BF16) < 0.2
+    assert provider.sizes()["model.embed_tokens.weight"] == 34 / 32  # Q8_0
 
 
 class Fake(ModuleType):
