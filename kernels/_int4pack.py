@@ -4,7 +4,8 @@
 
 data   :: uint8 [out, columns / 2], in blocks of 64 rows (with AVX512; with AVX2 of 32):
           [block][column][32 bytes]; byte j has row j in its low half, row j + 32 in its high half
-scales :: bf16 [columns / group, out, 2]: scale and zero of a row's group of 32, 64, 128 or 256
+scales :: bf16 [columns / group, blocks, rows of a block, 2]: scale and zero of a row's group of 32,
+          64, 128 or 256. Their shape says which processor has packed the data
 
 An 8-bit value is two nibbles, high and low: value = 16 * (high - 8) + (low - 8). A chunk of 16, 32,
 64 or 128 columns with one scale becomes a group of twice as many: high nibbles, then low nibbles.
@@ -57,8 +58,7 @@ def interleave(values: Tensor, bits: int, chunk: int, block: int) -> Tensor:
 
 def rows_of(data: Tensor, scales: Tensor, bits: int, start: int, stop: int) -> Plain:
     """Returns rows `start` to `stop` - 1."""
-    block = block_rows()
-    assert block is not None
+    block, scales = scales.shape[2], scales.flatten(1, 2)  # [groups, out, 2]
     first, last = start // block, -(-stop // block)  # blocks
     blocks = _blocks(data, block)[first:last]  # [blocks, columns, block / 2]
     if bits == 4:
@@ -74,8 +74,7 @@ def rows_of(data: Tensor, scales: Tensor, bits: int, start: int, stop: int) -> P
 
 def take(data: Tensor, scales: Tensor, bits: int, index: Tensor) -> Plain:
     """Returns the rows in index :: [rows]."""
-    block = block_rows()
-    assert block is not None
+    block, scales = scales.shape[2], scales.flatten(1, 2)  # [groups, out, 2]
     row, half = index % (block // 2), index // (block // 2) % 2
     nibbles = _blocks(data, block)[index // block, :, row]  # [rows, columns]
     nibbles = nibbles >> (4 * half.to(torch.uint8))[:, None] & 15

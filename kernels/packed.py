@@ -70,7 +70,7 @@ class Weight(NamedTuple):
     def is_int4pack(self) -> bool:
         """Whether the weight has the layout of _int4pack.py. Its values are shifted; `rows` and
         `take_rows` return a weight in 8 bits, with a minimum."""
-        return self.scale is not None and self.scale.ndim == 3
+        return self.scale is not None and self.scale.ndim == 4
 
     @property
     def nbytes(self) -> int:

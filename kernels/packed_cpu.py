@@ -3,7 +3,8 @@
     y = x @ weightᵀ
 
 x      :: [..., dim], bf16; in another dtype the weight is unpacked
-weight :: a CPUPackedWeight's; _int4pack.py describes its layout
+weight :: a CPUPackedWeight's; _int4pack.py describes its layout. That of another processor, from a
+          pickled model, is unpacked
 y      :: [..., out], x.dtype
 
 Sums are in fp32. Scales and zeros are rounded to bf16, so a weight differs from the file's by at
@@ -44,7 +45,9 @@ class CPUPackedWeight(PackedWeight):
     def __init__(self, shape: Sequence[int], packing: Packing) -> None:
         (out, dim), group = shape, chunk_of(packing.bits, packing.group)
         super().__init__(shape, Packing(packing.bits, group, False, torch.bfloat16))
-        scale = torch.empty(dim // group, out, 2, dtype=torch.bfloat16)
+        rows = block_rows()
+        assert rows, "this processor has no kernel"
+        scale = torch.empty(dim // group, out // rows, rows, 2, dtype=torch.bfloat16)
         self.scale = nn.Parameter(scale, requires_grad=False)
 
     @torch.no_grad()
@@ -69,8 +72,9 @@ class CPUPackedWeight(PackedWeight):
             unsigned ^= -128
         else:
             assert not (unsigned >> 4).any(), "a value does not fit in 4 bits"
-        self.scale[:, start:stop, 0] = self._narrowed(scale).T
-        self.scale[:, start:stop, 1] = self._narrowed(zero).T
+        scales = self.scale.flatten(1, 2)  # [groups, out, 2], a view
+        scales[:, start:stop, 0] = self._narrowed(scale).T
+        scales[:, start:stop, 1] = self._narrowed(zero).T
         data = interleave(unsigned.view(torch.uint8), bits, group, block)
         self.data[start:stop] = data.reshape(len(values), -1).view(self.data.dtype)
 
@@ -85,7 +89,9 @@ class CPUPackedWeight(PackedWeight):
 def runs_int4pack(x: Tensor, weight: Weight) -> bool:
     """Whether `int4pack_linear` can compute x @ weightᵀ, and takes less time than unpacking."""
     few = 0 < x.numel() <= MAX_ROWS * x.shape[-1]
-    return weight.scale.ndim == 3 and x.dtype == torch.bfloat16 and few
+    if not (few and x.dtype == torch.bfloat16 and weight.is_int4pack):
+        return False
+    return weight.scale.shape[2] == block_rows()  # not a model that another processor has packed
 
 
 def int4pack_linear(x: Tensor, weight: Weight) -> Tensor:
@@ -95,7 +101,7 @@ def int4pack_linear(x: Tensor, weight: Weight) -> Tensor:
         chunks = rows.view(len(rows), groups, 1, -1)  # [rows, groups, 1, chunk]
         rows = (chunks * _digit_values()).flatten(1)  # [rows, groups * 2 * chunk]
     data, group = weight.data.view(torch.uint8), rows.shape[1] // groups
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, data, group, weight.scale)
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, data, group, weight.scale.flatten(1, 2))
     return y.view(*x.shape[:-1], -1)
 
 

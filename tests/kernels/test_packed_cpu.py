@@ -207,6 +207,24 @@ def test_a_move_to_a_gpu_says_what_to_do_and_changes_nothing():
 
 
 @needs_kernel
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_that_another_processor_packed_are_unpacked(bits, monkeypatch):
+    """A model that was pickled on a processor with AVX2 and is used on one with AVX512."""
+    rows = rows_of(bits, 32, 96, True, exact=True)
+    own = packed(bits, 32, rows)
+    monkeypatch.setattr(packed_cpu, "block_rows", lambda: 96 - BLOCK)
+    weight, x, oracle = packed(bits, 32, rows), torch.randint(-4, 5, (3, 96)), float64(rows)
+    monkeypatch.undo()
+    assert not torch.equal(weight.data, own.data)
+    assert torch.equal(weight.weight.unpack(torch.float32).double(), oracle)
+    assert torch.equal(linear(x.bfloat16(), weight), (x.double() @ oracle.T).bfloat16())
+    index = torch.tensor([5, 190, 37])
+    assert torch.equal(take_rows(weight.weight, index, torch.float32).double(), oracle[index])
+    with pytest.raises(RuntimeError, match="size mismatch for scale"):
+        own.load_state_dict(weight.state_dict())
+
+
+@needs_kernel
 def test_scales_that_are_not_finite_are_refused():
     rows = rows_of(8, 32, 96, False, exact=True)
     rows.scale[3, 1] = float("nan")
