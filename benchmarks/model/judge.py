@@ -39,6 +39,9 @@ OWN_TOLERANCE = {LLAMA_CPP: 0.2}
 # Our error may be SLACK times transformers' largest error, because rounding alone can make the
 # errors of correct results differ by this factor.
 SLACK = 1.25
+# The same with packed weights, whose rounding to 16 bits is ours and not transformers'. It changes
+# the error of the few tokens of a probe by a factor of 2.2 (Gemma 3 270M), but not that of a text.
+PACKED_SLACK = 3.0
 
 Past = list[tuple[Tensor, Tensor]]  # K and V of each layer
 
@@ -68,7 +71,9 @@ class Judge:
         # Bytes of the reference's float32 weights, and of the provider's weights and activations.
         needed = config.num_parameters * (4 + 1.5 * dtype.itemsize)
         self.exact = dtype == torch.float32 or needed < free_bytes(device)
-        kept = torch.float32 if self.exact and is_packed(checkpoint) else dtype
+        packed = is_packed(checkpoint)
+        self.slack = PACKED_SLACK if packed else SLACK
+        kept = torch.float32 if self.exact and packed else dtype
         self.reference = Reference.from_checkpoint(checkpoint, dtype=kept, device=device)
         if self.exact:
             for name, weight in self.reference.weights.items():
@@ -132,13 +137,13 @@ class Judge:
 
     def compare(self, name: str, found: float, rivals: list[float]) -> None:
         """Records transformers' error in `rivals`. Raises Wrong if our error, in a 16-bit dtype,
-        exceeds SLACK times their largest error, plus 1e-3. Our error is compared only if the
+        exceeds `slack` times their largest error, plus 1e-3. Our error is compared only if the
         reference is in float32."""
         if name.startswith("transformers"):
             rivals.append(found)
         if name == OURS and self.exact and self.dtype != torch.float32 and rivals:
             self.compared = True
-            if found > SLACK * max(rivals) + 1e-3:
+            if found > self.slack * max(rivals) + 1e-3:
                 raise Wrong(f"error {found:.2g}; transformers' is {max(rivals):.2g}")
 
     def judge(self, trial: Trial, prefix: int) -> tuple[float, float]:
