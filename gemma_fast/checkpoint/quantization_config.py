@@ -78,10 +78,11 @@ def quantization_of(config: Mapping[str, Any], source: str) -> Quantization | No
     Raises ValueError for methods, formats and options that are not supported. The message does not
     name `source`; warnings do.
     """
-    text = config.get("text_config")
-    given = config.get("quantization_config")
-    if given is None and isinstance(text, Mapping):
-        given = text.get("quantization_config")
+    given, text = config.get("quantization_config"), config.get("text_config")
+    inner = text.get("quantization_config") if isinstance(text, Mapping) else None
+    if None not in (given, inner) and given != inner:
+        raise ValueError("quantization_config differs from that in text_config: remove one of them")
+    given = inner if given is None else given
     if given is None:
         return None
     if not isinstance(given, Mapping):

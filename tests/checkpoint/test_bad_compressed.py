@@ -212,6 +212,16 @@ def test_other_methods_are_refused_with_a_way_out(tmp_path, method, nested):
         open_checkpoint(tmp_path)
 
 
+def test_two_different_quantization_configs_are_refused(tmp_path, saved):
+    tensors, config = saved(SYMMETRIC)
+    both = {"model_type": "gemma3", "text_config": config}
+    write(tmp_path, tensors, both | {"quantization_config": config["quantization_config"]})
+    open_checkpoint(tmp_path)
+    write(tmp_path, tensors, both | {"quantization_config": {"quant_method": "awq"}})
+    with pytest.raises(ValueError, match="config.json: quantization_config differs from that in"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("suffix", "match"),
     [
