@@ -218,7 +218,7 @@ def test_two_different_quantization_configs_are_refused(tmp_path, saved):
     write(tmp_path, tensors, both | {"quantization_config": config["quantization_config"]})
     open_checkpoint(tmp_path)
     write(tmp_path, tensors, both | {"quantization_config": {"quant_method": "awq"}})
-    with pytest.raises(ValueError, match="config.json: quantization_config differs from that in"):
+    with pytest.raises(ValueError, match=r"config\.json: quantization_config differs from that in"):
         open_checkpoint(tmp_path)
 
 
