@@ -183,6 +183,10 @@ def main(capability: int, describe: Callable[..., str], only_first: bool) -> Non
         first.setdefault(kind, i)
     jobs = [(i, "bf16") for i in (first if only_first else different).values()]
     jobs += [] if only_first else [(i, "fp16") for i in first.values()]
+    needed = {i for i, _ in jobs}
+    for i in range(len(launches)):
+        if i not in needed:  # frees tensors: a process with too many of them cannot be forked
+            launches[i] = ()
     with get_context("fork").Pool() as pool:  # forked processes inherit `launches`
         for line in pool.imap(partial(describe, capability=capability), jobs):
             print(line)

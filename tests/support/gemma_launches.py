@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from triton import knobs
 
 from gemma_fast.config import GemmaConfig
@@ -101,6 +101,7 @@ MODULES = [
     for file in sorted((Path(__file__).parents[2] / "kernels").glob("*.py"))
 ]
 launches: list[tuple] = []
+memory = torch.empty(2**30, dtype=torch.uint8)  # of all packed weights; never written
 
 
 class Recorder:
@@ -120,6 +121,16 @@ def record_launches() -> None:
             if name.startswith("_") and name.endswith("_kernel"):
                 setattr(module, name, Recorder(value))
     knobs.runtime.interpret = True  # makes ops launch kernels for CPU tensors
+
+
+def blank_packed(shape: tuple[int, int], packing: Packing) -> PackedWeight:
+    """Returns a weight without memory of its own: a process must be small enough to fork."""
+    with torch.device("meta"):
+        weight = PackedWeight(shape, packing)
+    for name, x in list(weight.named_parameters()):
+        part = memory[: x.nbytes].view(x.dtype).view(x.shape)
+        setattr(weight, name, nn.Parameter(part, requires_grad=False))
+    return weight
 
 
 def launch_all(dtype: torch.dtype, prompts: Sequence[tuple]) -> None:
@@ -148,7 +159,7 @@ def launch_packed(dtype: torch.dtype, steps: Sequence[tuple]) -> None:
     for model, packing, batch in steps:
 
         def weight(out: int, dim: int, packing: Packing = packing) -> PackedWeight:
-            return PackedWeight((out, dim), packing)  # not written, either
+            return blank_packed((out, dim), packing)
 
         if isinstance(model, str):
             launch_matmuls(PRESETS[model], batch, blank, weight)
@@ -284,10 +295,10 @@ def launch_prompts(
 
 # Weights of prompts, packed: rows, columns, rows of x, packing. One has a scale per row.
 PACKED_PROMPTS = (
-    (32768, 2048, 8192, Packing(4, 32, False, torch.float16)),  # Gemma 2B, gate and up
-    (32768, 2048, 8192, Packing(4, 32, True, torch.float16)),
-    (32768, 2048, 8192, Packing(8, 16, True, torch.float16)),
-    (32768, 2048, 8192, Packing(8, 128, False, torch.float16)),
+    (32768, 2048, 1024, Packing(4, 32, False, torch.float16)),  # Gemma 2B, gate and up
+    (32768, 2048, 1024, Packing(4, 32, True, torch.float16)),
+    (32768, 2048, 1024, Packing(8, 16, True, torch.float16)),
+    (32768, 2048, 1024, Packing(8, 128, False, torch.float16)),
     (2048, 16384, 512, Packing(4, 32, False, torch.float16)),  # Gemma 2B, down
     (2048, 16384, 16, Packing(4, 32, True, torch.float16)),
     (2560, 2048, 64, Packing(8, 32, True, torch.float16)),  # Gemma 2B, qkv
@@ -301,14 +312,14 @@ def launch_packed_prompts(dtype: torch.dtype) -> None:
     """Calls the ops that gather packed rows, and packed_linear for prompts."""
     ids = torch.zeros(1, 2, dtype=torch.long)
     for rows, columns, tokens, packing in PACKED_PROMPTS:
-        weight = PackedWeight((rows, columns), packing).weight
+        weight = blank_packed((rows, columns), packing).weight
         packed_linear.packed_linear(torch.empty(tokens, columns, dtype=dtype), weight)
     for bits, minimum in product((8, 4), (False, True)):
         packing = Packing(bits, 32, minimum, torch.float16)
-        embed.embed(ids, PackedWeight((512, 2048), packing), 45.0, dtype=dtype, pdl=True)
+        embed.embed(ids, blank_packed((512, 2048), packing), 45.0, dtype=dtype, pdl=True)
         per_layer.per_layer_inputs(
             torch.empty(1, 2, 35 * PER_LAYER, dtype=dtype), ids,
-            PackedWeight((512, 35 * PER_LAYER), packing), torch.empty(PER_LAYER, dtype=dtype),
+            blank_packed((512, 35 * PER_LAYER), packing), torch.empty(PER_LAYER, dtype=dtype),
             scale=1.0, offset=0.0, pdl=True,
         )  # fmt: skip
 
