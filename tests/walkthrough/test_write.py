@@ -338,5 +338,5 @@ def test_memory_error_names_the_device_of_the_model(tmp_path, monkeypatch):
 def test_prompts_of_gemma_4_have_bos_exactly_once(tmp_path):
     """The tokenizer of an instruction-tuned Gemma 4 adds none."""
     model = write_chat_checkpoint(tmp_path, "gemma4")
-    _, tokenizer, _ = walkthrough._load(model, "auto", "cpu", progress=lambda _: None)
+    _, tokenizer, _ = walkthrough._load(model, "auto", "cpu", None, progress=lambda _: None)
     assert tokenizer.encode("hello") == [2, tokenizer.token_to_id("hello")]
