@@ -56,9 +56,10 @@ MARGINS = {
     IDS_DIFFER: Margin((0, 0), (0, 0), "same text, same ids"),
     ENDS_DIFFER: Margin((0, 0), (0, 0), "a text must end at the same tokens"),
 }  # fmt: skip
-# What packed weights cost, against the unpacked model in float32. Beside: the unpacked model in the
-# same dtype. "as stored" is what a file has packed, "int8" is rounded by --quantize. What "int4"
-# costs depends on the model, so its figures have no limit, except that of the rounding itself.
+# Errors of the packed model against the unpacked model in float32. The limits are relative to the
+# unpacked model in the packed one's dtype. "as stored": weights that the file has packed; "int8":
+# weights that --quantize rounds. The loss by "int4" depends on the model, so only the error of its
+# rounding has a limit.
 KEPT = "as stored"
 COST = "Packed weights against unpacked ones, in float32"
 _SCALES, _INT8 = "scales lose less than a rounding to 16 bits", "8 bits lose a few times as much"

@@ -66,7 +66,7 @@ class Scheme(NamedTuple):
 
 
 class Quantization(NamedTuple):
-    """What config.json says about quantization."""
+    """Content of quantization_config in config.json."""
 
     schemes: tuple[Scheme, ...] = ()
     computed: tuple[str, ...] = ()  # what the file's scheme quantizes while the model runs

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 class SixteenBits(Checkpoint):
-    """The demo's weights in bfloat16, as a model that nobody has quantized."""
+    """The demo's weights unpacked to bfloat16: a checkpoint without packed weights."""
 
     def __init__(self, path):
         self.inner = inner = open_checkpoint(path)

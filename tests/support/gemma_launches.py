@@ -101,7 +101,7 @@ MODULES = [
     for file in sorted((Path(__file__).parents[2] / "kernels").glob("*.py"))
 ]
 launches: list[tuple] = []
-memory = torch.empty(2**30, dtype=torch.uint8)  # of all packed weights; never written
+PACKED_MEMORY = torch.empty(2**30, dtype=torch.uint8)  # of all packed weights; never written
 
 
 class Recorder:
@@ -128,7 +128,7 @@ def blank_packed(shape: tuple[int, int], packing: Packing) -> PackedWeight:
     with torch.device("meta"):
         weight = PackedWeight(shape, packing)
     for name, x in list(weight.named_parameters()):
-        part = memory[: x.nbytes].view(x.dtype).view(x.shape)
+        part = PACKED_MEMORY[: x.nbytes].view(x.dtype).view(x.shape)
         setattr(weight, name, nn.Parameter(part, requires_grad=False))
     return weight
 
