@@ -78,6 +78,8 @@ from gemma_fast.kernels._ring import (
     softmax_step,
 )
 from gemma_fast.kernels._triton import TensorDescriptor, tl, triton
+from gemma_fast.kernels.cpu import calls
+from gemma_fast.kernels.cpu.attention import attention as cpu_attention
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
 from gemma_fast.kernels.rotary import Rotary, rotate, rotate_rows
@@ -330,6 +332,11 @@ def attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():
         return out
+    if calls.runs_c(q) and softcap is None and q.stride(3) == 1:
+        return cpu_attention(
+            q, keys, values, cos, sin, query_offset, norm_weight,
+            scale=scale, left_padding=left_padding, window=window, eps=eps, offset=offset,
+        )  # fmt: skip
     if not runs_triton(q):
         return attention_reference(
             q, keys, values, cos, sin, query_offset, norm_weight,

@@ -188,9 +188,6 @@ class Gemma(nn.Module):
         return soft_cap_logits(logits, self.config.final_logit_softcapping)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Gemma:
-        for module in self.modules():
-            if isinstance(module, PackedWeight):
-                module.check_move(fn)  # before anything moves
         self.rope.clear()  # the weights may move to another device
         table = self.embed_tokens_per_layer
         if table is None or table.device == self.device:
