@@ -173,12 +173,12 @@ def rotary_write(
     assert query_offset.dtype == torch.int32, f"{query_offset.dtype=}"
     if not k.numel():
         return None
-    if calls.runs_c(k):
-        norms: dict[str, Any] = {"eps": eps, "offset": offset, "query_offset": query_offset}
-        calls.rotary(k, keys, cos, sin, norm_weight, **norms)
-        calls.rotary(v, values, None, None, None, normed=v_norm, **norms)
-        return None
     if not runs_triton(k):
+        if calls.runs_c(k):
+            norms: dict[str, Any] = {"eps": eps, "offset": offset, "query_offset": query_offset}
+            calls.rotary(k, keys, cos, sin, norm_weight, **norms)
+            calls.rotary(v, values, None, None, None, normed=v_norm, **norms)
+            return None
         return rotary_write_reference(
             k, v, keys, values, cos, sin, query_offset, norm_weight, eps, offset, v_norm
         )
