@@ -30,8 +30,9 @@ class BuildPy(build_py):
 
 
 ROOMS = (
-    "checkpoint", "engine", "hf", "kernels", "model", "text", "walkthrough", "benchmarks",
-    "benchmarks.kernels", "benchmarks.measure", "benchmarks.model", "benchmarks.verify",
+    "checkpoint", "engine", "hf", "kernels", "kernels.cpu", "model", "text", "walkthrough",
+    "benchmarks", "benchmarks.kernels", "benchmarks.measure", "benchmarks.model",
+    "benchmarks.verify",
 )  # fmt: skip
 HF = "transformers>=5.17,<6"  # for gemma_fast.hf; tested with the oldest and the newest
 

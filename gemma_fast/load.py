@@ -19,7 +19,7 @@ from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.packed import PackedWeight
 from gemma_fast.memory import free_bytes, out_of_memory
 from gemma_fast.model.gemma import Gemma
-from gemma_fast.model.packing import Packings, has_cpu_kernels, pack_weights
+from gemma_fast.model.packing import Packings, multiplies_bf16, pack_weights
 
 Model = TypeVar("Model", bound=Gemma)
 PER_LAYER = "embed_tokens_per_layer"  # the weight that can stay in host memory
@@ -88,8 +88,8 @@ def model_dtype(
     dtype: torch.dtype | str, checkpoint: Checkpoint, device: torch.device
 ) -> torch.dtype:
     """Returns `pick_dtype`'s dtype, or bfloat16 if "auto" can run kernels for packed weights."""
-    on_cpu = device.type == "cpu"
-    if dtype == "auto" and on_cpu and has_cpu_kernels(_packings(checkpoint), checkpoint.shapes):
+    packed = any(packing is not None for packing in _packings(checkpoint).values())
+    if dtype == "auto" and device.type == "cpu" and packed and multiplies_bf16():
         return torch.bfloat16
     return pick_dtype(dtype, checkpoint, device)
 

@@ -76,25 +76,14 @@ from gemma_fast.kernels._ring import (
     load_block,
     soft_cap,
     softmax_step,
+    visible_keys,
 )
 from gemma_fast.kernels._triton import TensorDescriptor, tl, triton
+from gemma_fast.kernels.cpu import calls
+from gemma_fast.kernels.cpu.attention import attention as cpu_attention
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
 from gemma_fast.kernels.rotary import Rotary, rotate, rotate_rows
-
-
-def visible_keys(
-    query_offset: Tensor, left_padding: Tensor | None, t: int, slots: int, window: int | None
-) -> Tensor:
-    """Whether a query sees the position that a slot of the ring holds: [b, t, slots], bool."""
-    device = query_offset.device
-    query = query_offset.unsqueeze(1) + torch.arange(t, device=device)  # [b, t] positions
-    last = query[:, -1:]  # [b, 1]
-    key = last - (last - torch.arange(slots, device=device)) % slots  # [b, slots] positions
-    query, key = query.unsqueeze(2), key.unsqueeze(1)  # [b, t, 1], [b, 1, slots]
-    oldest = 0 if left_padding is None else left_padding.clamp(min=0).view(-1, 1, 1)  # [b, 1, 1]
-    visible = (key >= oldest) & (key <= query)  # [b, t, slots]
-    return visible if window is None else visible & (key > query - window)
 
 
 def attention_reference(
@@ -330,6 +319,11 @@ def attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():
         return out
+    if calls.runs_c(q) and softcap is None and q.stride(3) == 1:
+        return cpu_attention(
+            q, keys, values, cos, sin, query_offset, norm_weight,
+            scale=scale, left_padding=left_padding, window=window, eps=eps, offset=offset,
+        )  # fmt: skip
     if not runs_triton(q):
         return attention_reference(
             q, keys, values, cos, sin, query_offset, norm_weight,

@@ -87,6 +87,7 @@ from gemma_fast.kernels._split_kv import (
 )
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.attention import attention_reference
+from gemma_fast.kernels.cpu import calls
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.rotary import rotary_write_reference
 
@@ -278,6 +279,11 @@ def decode_attention(
     assert all(x is None or (x.shape == (d,) and x.stride(0) == 1) for x in (q_norm, k_norm))
     if not qkv.numel():
         return qkv.new_empty(b, queries, d)
+    if calls.runs_c(qkv) and keys.stride() == values.stride() and keys.stride(3) == 1:
+        return calls.decode_attention(
+            qkv, keys, values, cos, sin, position, q_norm, k_norm, queries=queries, scale=scale,
+            heads=heads, v_norm=v_norm, offset=offset, window=window, softcap=softcap, eps=eps,
+        )  # fmt: skip
     if not runs_triton(qkv):
         used = min(max(int(position.max()) + 1, 1), slots)  # slots from here on are unused
         return decode_attention_reference(

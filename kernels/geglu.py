@@ -23,6 +23,7 @@ from torch import Tensor
 from gemma_fast.kernels._op import op
 from gemma_fast.kernels._tiles import tile_at
 from gemma_fast.kernels._triton import TensorDescriptor, tl, triton
+from gemma_fast.kernels.cpu import calls
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 
 
@@ -119,6 +120,8 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     assert gate.shape == up.shape and gate.dtype == up.dtype, (
         f"gate {tuple(gate.shape)} {gate.dtype} does not fit up {tuple(up.shape)} {up.dtype}"
     )
+    if calls.runs_c(gate) and gate.stride(-1) == up.stride(-1) == 1:
+        return calls.geglu(gate, up)
     if not runs_triton(gate):
         return geglu_reference(gate, up).contiguous()
 

@@ -14,7 +14,7 @@ elements of a packed weight are exact for one row, and are rounded once to x.dty
 Bound by memory: bytes = weight.nbytes. Walk-through steps: final norm, lm_head, sample.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from gemma_fast.kernels._op import op, wait_for_previous_kernel
 from gemma_fast.kernels._skinny import prefetch_weight, skinny_matmul
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels._weight import load_weight
+from gemma_fast.kernels.cpu import calls
 from gemma_fast.kernels.launch import gpu, launch_config
 from gemma_fast.kernels.matvec import check_matmul, is_matvec, norm_linear
 from gemma_fast.kernels.matvec import default_config as matvec_config
@@ -159,10 +160,17 @@ def next_token(
     inputs = MatmulInput(x, residual, norm_weight, post_norm_weight, layer_scalar)
     check_matmul(inputs, packed)
     if not is_matvec(x, packed):
-        y, _ = norm_linear(
-            x, residual, norm_weight, post_norm_weight, weight, layer_scalar=layer_scalar,
-            eps=eps, offset=offset, weight_scale=weight_scale, weight_minimum=weight_minimum,
-        )  # fmt: skip
+        norms: dict[str, Any] = {"layer_scalar": layer_scalar, "eps": eps, "offset": offset}
+        if calls.is_matvec(x, packed):
+            y, _ = calls.matvec(
+                x, packed, residual=residual, norm_weight=norm_weight,
+                post_norm_weight=post_norm_weight, out_dtype=torch.float32, **norms,
+            )  # fmt: skip
+        else:
+            y, _ = norm_linear(
+                x, residual, norm_weight, post_norm_weight, weight,
+                weight_scale=weight_scale, weight_minimum=weight_minimum, **norms,
+            )  # fmt: skip
         logits = soft_cap_logits(y.float(), softcap)
         sample_token(logits, position, token, counter, temperature, seed)
         return

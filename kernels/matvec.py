@@ -34,6 +34,7 @@ from gemma_fast.kernels._skinny import MAX_ROWS, prefetch_weight, skinny_matmul
 from gemma_fast.kernels._skinny import default_config as skinny_config
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels._weight import load_weight
+from gemma_fast.kernels.cpu import calls
 from gemma_fast.kernels.geglu import geglu as geglu_of
 from gemma_fast.kernels.geglu import geglu_in_fp32
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
@@ -180,6 +181,8 @@ def linear(
     check_matmul(inputs, packed)
     if is_matvec(x, packed):
         return _launch(inputs, packed, None, False, 0.0, 1.0, pdl)[0]
+    if calls.is_matvec(x, packed):
+        return calls.matvec(x, packed)[0]
     if packed.scale is not None:
         return packed_linear(x, packed)
     return torch_linear(x, weight)
@@ -228,6 +231,14 @@ def norm_linear(
         assert up.stride(-1) == 1, "rows must be contiguous"
     if is_matvec(x, packed):
         y, h = _launch(inputs, packed, up, geglu, eps, offset, pdl)
+        assert h is not None
+        return y, h
+    if calls.is_matvec(x, packed):
+        y, h = calls.matvec(
+            x, packed, residual=residual, norm_weight=norm_weight,
+            post_norm_weight=post_norm_weight, layer_scalar=layer_scalar, up=up, geglu=geglu,
+            eps=eps, offset=offset,
+        )  # fmt: skip
         assert h is not None
         return y, h
     normed, h = _normalized(inputs, eps, offset)

@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemma_fast.kernels import _int4pack
-
 COLUMNS = {8: 16, 4: 32}  # columns in 16 bytes of data; a group is a multiple of it
 
 
@@ -64,13 +62,7 @@ class Weight(NamedTuple):
         """Columns that share a scale; 0 if the weight is not packed."""
         if self.scale is None:
             return 0
-        return self.shape[1] // self.scale.shape[0 if self.is_int4pack else 1]
-
-    @property
-    def is_int4pack(self) -> bool:
-        """Whether the weight has the layout of _int4pack.py. Its values are shifted; `rows` and
-        `take_rows` return a weight in 8 bits, with a minimum."""
-        return self.scale is not None and self.scale.ndim == 4
+        return self.shape[1] // self.scale.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -78,8 +70,6 @@ class Weight(NamedTuple):
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """Returns the weight :: [out, dim], computed in fp32 and rounded once."""
-        if self.is_int4pack:
-            return self.rows(0, len(self.data)).unpack(dtype)
         weight = self.values().float().view(*self.scale.shape, self.group)
         weight *= self.scale.float().unsqueeze(-1)  # [out, dim / group, group]
         if self.minimum is not None:
@@ -96,8 +86,6 @@ class Weight(NamedTuple):
         return values if self.minimum is not None else values - 8
 
     def rows(self, start: int, stop: int) -> Weight:
-        if self.is_int4pack:
-            return Weight(*_int4pack.rows_of(self.data, self.scale, self.bits, start, stop))
         return Weight(*(None if x is None else x[start:stop] for x in self))
 
 
@@ -105,10 +93,7 @@ def take_rows(weight: Weight, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the weight's rows :: [*index.shape, dim]."""
     if weight.scale is None:
         return F.embedding(index, weight.data).to(dtype)
-    if weight.is_int4pack:
-        rows = Weight(*_int4pack.take(weight.data, weight.scale, weight.bits, index.flatten()))
-    else:
-        rows = Weight(*(None if x is None else x[index.flatten()] for x in weight))
+    rows = Weight(*(None if x is None else x[index.flatten()] for x in weight))
     return rows.unpack(dtype).view(*index.shape, -1)
 
 
@@ -188,11 +173,7 @@ class PackedWeight(nn.Module):
         groups = self.shape[1] // self.packing.group
         return narrow.repeat_interleave(groups // factors.shape[1], dim=1)
 
-    def check_move(self, fn: Any) -> None:
-        """Raises ValueError if the weight cannot be where `fn` moves a tensor."""
-
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
-        self.check_move(fn)
         for name, x in self.named_parameters(recurse=False):
             new = fn(x.data)
             if new.dtype != x.dtype:  # fn converts the model to another dtype

@@ -23,22 +23,20 @@ from torch import Tensor
 
 from gemma_fast.kernels._tiles import tile_at
 from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels.cpu import matmul
+from gemma_fast.kernels.cpu.calls import runs_c
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 from gemma_fast.kernels.packed import Weight
-from gemma_fast.kernels.packed_cpu import int4pack_linear, runs_int4pack
 
 ELEMENTS = 1 << 20  # of the weight that the reference unpacks at once, few enough for the cache
 
 
 def torch_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Returns x @ weightᵀ for a weight that is not packed, computed by a library."""
-    if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        # F.linear calls MKL, which reads weights 2.6 times slower on an AMD processor, for one row
-        # (benchmarks/LOG.md). This calls oneDNN, as Inductor does.
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     # As one matrix: for a strided batch F.linear runs a batched matmul and copies the weight.
     rows = x.reshape(-1, x.shape[-1])  # [rows, dim]
-    return F.linear(rows, weight).view(*x.shape[:-1], weight.shape[0])
+    y = matmul.linear(rows, weight) if x.is_cpu else F.linear(rows, weight)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def packed_linear_reference(x: Tensor, weight: Weight) -> Tensor:
@@ -173,8 +171,8 @@ def fitting_block(weight: Weight, block_k: int) -> int:
 
 def packed_linear(x: Tensor, weight: Weight) -> Tensor:
     """Returns x @ weightᵀ. Runs the reference where Triton does not run."""
-    if runs_int4pack(x, weight):
-        return int4pack_linear(x, weight)
+    if runs_c(x):
+        return matmul.packed_linear(x, weight)
     if not runs_triton(x):
         return packed_linear_reference(x, weight)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gemma_fast.kernels._op import op
 from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels.cpu import calls
 from gemma_fast.kernels.launch import launch_config, runs_triton
 
 
@@ -157,6 +158,8 @@ def _like(x: Tensor) -> Tensor:
 @op(fake=lambda x, *_, **__: _like(x))
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float = 1.0) -> Tensor:
     """Gemma's RMSNorm of the last axis. Runs the reference where Triton does not run."""
+    if calls.runs_c(x):
+        return calls.norm(x, weight, eps=eps, offset=offset)[0]
     if not runs_triton(x):
         return rms_norm_reference(x, weight, eps, offset).contiguous()
     y, _ = _launch(x, None, _Weights(weight), eps, offset)
@@ -170,6 +173,9 @@ def add_norm(
 ) -> Tensor:
     """Adds x, normalized, to the residual. Returns h. Runs the reference where Triton does not
     run."""
+    if calls.runs_c(x):
+        weights = None, residual, post_weight
+        return calls.norm(x, *weights, eps=eps, offset=offset, normalizes=False)[0]
     if not runs_triton(x):
         return add_norm_reference(x, residual, post_weight, eps, offset).contiguous()
     _, h = _launch(x, residual, _Weights(None, post_weight), eps, offset, normalizes=False)
@@ -186,6 +192,11 @@ def add_rms_norm(
     layer_scalar if given, and normalizes the result. Returns (y, h). Runs the reference where
     Triton does not run."""
     assert layer_scalar is None or layer_scalar.dtype == x.dtype, f"{layer_scalar.dtype=}"
+    if calls.runs_c(x):
+        parts = weight, residual, post_weight, layer_scalar
+        y, h = calls.norm(x, *parts, eps=eps, offset=offset)
+        assert h is not None
+        return y, h
     if not runs_triton(x):
         y, h = add_rms_norm_reference(x, residual, weight, post_weight, eps, offset, layer_scalar)
         return y.contiguous(), h.contiguous()

@@ -27,6 +27,7 @@ from torch import Tensor
 from gemma_fast.kernels._op import op
 from gemma_fast.kernels._ring import RingStrides, heads_of
 from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels.cpu import calls
 from gemma_fast.kernels.launch import launch_config, runs_triton
 from gemma_fast.kernels.rmsnorm import add_offset, rms_norm_reference
 
@@ -171,6 +172,11 @@ def rotary_write(
     assert cos.dtype == sin.dtype == torch.float32, f"{cos.dtype=}, {sin.dtype=}"
     assert query_offset.dtype == torch.int32, f"{query_offset.dtype=}"
     if not k.numel():
+        return None
+    if calls.runs_c(k):
+        norms: dict[str, Any] = {"eps": eps, "offset": offset, "query_offset": query_offset}
+        calls.rotary(k, keys, cos, sin, norm_weight, **norms)
+        calls.rotary(v, values, None, None, None, normed=v_norm, **norms)
         return None
     if not runs_triton(k):
         return rotary_write_reference(

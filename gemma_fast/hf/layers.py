@@ -20,7 +20,6 @@ from gemma_fast.hf.packed import bits_of, pack, weight_packed
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.matvec import linear
 from gemma_fast.kernels.packed import PackedWeight
-from gemma_fast.kernels.packed_cpu import CPUPackedWeight
 from gemma_fast.kernels.rmsnorm import rms_norm
 
 # The modules of transformers with layers that the kernels can replace, and the number that their
@@ -126,8 +125,7 @@ class FastLinear(Fast):
         self._free()
 
     def _free(self) -> None:
-        # The layout of a CPU does not hold the same integers.
-        if "weight_packed" in self._parameters and not isinstance(self.packed, CPUPackedWeight):
+        if "weight_packed" in self._parameters:
             self.weight_packed = None
 
     def give_back(self) -> None:

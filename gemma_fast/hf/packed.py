@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemma_fast.kernels.cpu.calls import runs_c
 from gemma_fast.kernels.launch import runs_triton
 from gemma_fast.kernels.packed import PackedRows, PackedWeight, Packing, check_packing
-from gemma_fast.kernels.packed_cpu import CPUPackedWeight
 
 # Parameters that a linear of the format pack-quantized may have.
 PACK_QUANTIZED = {"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "bias"}
@@ -116,8 +116,7 @@ def _why_not_groups(module: nn.Linear, fits: bool, scale: Tensor) -> str | None:
 def has_kernels(x: Tensor) -> bool:
     """Returns True if kernels multiply activations of this device and dtype with packed weights.
     Where there are none, each call unpacks the weight."""
-    on_cpu = x.is_cpu and x.dtype == torch.bfloat16 and CPUPackedWeight.supports([])
-    return runs_triton(x) or on_cpu
+    return runs_triton(x) or runs_c(x)
 
 
 @torch.no_grad()
@@ -128,14 +127,12 @@ def pack(module: nn.Linear) -> PackedWeight:
     packing = _packing(values, scale, minimum)
     if packing.bits == 4 and minimum is not None:  # values from 0 on
         values, minimum = values + 8, minimum - 8 * scale.float()
-    dtype = scale.dtype if has_scheme(module) else module.weight.dtype
-    int4pack = values.is_cpu and dtype == torch.bfloat16 and CPUPackedWeight.supports([len(values)])
     with torch.device(values.device):
-        packed = (CPUPackedWeight if int4pack else PackedWeight)(values.shape, packing)
+        packed = PackedWeight(values.shape, packing)
     packed.write(0, PackedRows(values, scale, minimum))
-    if packing.bits == 8 and not int4pack:
+    if packing.bits == 8:
         packed.data.data = values
-    if packing.scale == scale.dtype and not int4pack:
+    if packing.scale == scale.dtype:
         packed.scale.data = scale
     return packed
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
+from gemma_fast.kernels.cpu.library import library
 from gemma_fast.kernels.packed import PackedWeight, Packing, common_packing
-from gemma_fast.kernels.packed_cpu import CPUPackedWeight
 from gemma_fast.model.gemma import Gemma
 
 Packings = Mapping[str, Packing | None]  # tensor of the checkpoint → its packing; None: not packed
@@ -28,16 +28,13 @@ def pack_weights(
     """
     packed: dict[str, PackedWeight] = {}
     mixed = []  # for each weight of which only some parts are packed: a part that is, one that not
-    shapes = model.config.tensor_shapes()
     for name, tensors in model.parts.items():
         known = [packing for tensor in tensors if (packing := packings.get(tensor)) is not None]
         if known and len(known) < len(tensors):
             mixed.append({packings.get(tensor) is None: tensor for tensor in tensors})
         elif known:
             packing = _narrowed(common_packing(known), model.dtype)
-            rows = [shapes[tensor][0] for tensor in tensors]
-            kind = _layout(model, name, rows, device)
-            packed[name] = kind(model.get_parameter(name).shape, packing)
+            packed[name] = PackedWeight(model.get_parameter(name).shape, packing)
             _replace(model, name, packed[name])
     if mixed:
         warnings.warn(
@@ -50,20 +47,12 @@ def pack_weights(
     return packed
 
 
-def has_cpu_kernels(packings: Packings, shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether this CPU has kernels for at least one of the packed tensors of these shapes."""
-    return any(
-        packing is not None and CPUPackedWeight.supports([shapes[name][0]])
-        for name, packing in packings.items()
+def multiplies_bf16() -> bool:
+    """Whether this CPU has kernels for packed weights, and instructions for bf16 matmuls."""
+    features = torch.cpu.get_capabilities()
+    return library() is not None and any(
+        features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
     )
-
-
-def _layout(
-    model: Gemma, name: str, rows: Sequence[int], device: torch.device
-) -> type[PackedWeight]:
-    """Returns the class of a packed weight that stacks tensors of these numbers of rows."""
-    on_cpu = device.type == "cpu" and model.dtype == torch.bfloat16 and _in_matmul(model, name)
-    return CPUPackedWeight if on_cpu and CPUPackedWeight.supports(rows) else PackedWeight
 
 
 def _in_matmul(model: Gemma, name: str) -> bool:
@@ -84,16 +73,12 @@ def _replace(model: Gemma, name: str, weight: PackedWeight) -> None:
 
 
 def _warn_of_slow(model: Gemma, packed: Mapping[str, PackedWeight], source: str) -> None:
-    """Warns if a CPU unpacks large weights in each call."""
-    slow = sum(
-        weight.numel()
-        for name, weight in packed.items()
-        if _in_matmul(model, name) and not isinstance(weight, CPUPackedWeight)
-    )
-    if slow >= SLOW:
+    """Warns if a CPU without kernels for packed weights unpacks large weights in each call."""
+    slow = sum(weight.numel() for name, weight in packed.items() if _in_matmul(model, name))
+    if slow >= SLOW and library() is None:
         warnings.warn(
-            f"{source}: on this CPU, packed weights in {str(model.dtype).removeprefix('torch.')}"
-            " are unpacked again for each token: quantize='none' is faster, but needs"
-            f" {slow * model.dtype.itemsize / 1e9:.1f} GB for them",
+            f"{source}: without gcc, which compiles kernels for this CPU, packed weights are"
+            " unpacked again for each token. Install gcc, or use quantize='none', which is faster,"
+            f" but needs {slow * model.dtype.itemsize / 1e9:.1f} GB for them",
             stacklevel=4,
         )

@@ -56,7 +56,7 @@ def modules() -> dict[str, ast.Module]:
 
 def links() -> list[Path]:
     """Returns the folders that rglob does not find because of symlinks, as paths in gemma_fast."""
-    targets = [PACKAGE / "kernels", PACKAGE / "benchmarks"]
+    targets = [PACKAGE / "kernels", PACKAGE / "kernels" / "cpu", PACKAGE / "benchmarks"]
     rooms = [room for room in (ROOT / "benchmarks").iterdir() if (room / "__init__.py").exists()]
     return targets + [PACKAGE / "benchmarks" / room.name for room in rooms]
 

@@ -28,6 +28,7 @@ ROOMS = [
 ]
 PACKAGES = {
     "gemma_fast/kernels",
+    "gemma_fast/kernels/cpu",
     *(str(x) if x.parts[0] == "gemma_fast" else f"gemma_fast/{x}" for x in ROOMS),
 }
 SOURCES = {

@@ -1,0 +1,285 @@
+"""Calls of the C kernels: the ops' tensors → pointers, sizes and dtypes.
+
+Results are those of the ops' references, up to rounding: arithmetic is in fp32, and each result is
+rounded once. Weights, packed or not, are exact.
+"""
+
+import ctypes
+import functools
+from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_fast.kernels._triton import knobs
+from gemma_fast.kernels.cpu.library import library
+from gemma_fast.kernels.cpu.replay import recorder
+from gemma_fast.kernels.packed import Weight
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
+FLOATS = torch.float32, torch.bfloat16, torch.float16
+# With more rows, unpacking the weight and a library's matmul take less time.
+MAX_ROWS = 16
+PARALLEL = 1 << 15  # elements from which a second thread pays
+
+
+class NormArgs(ctypes.Structure):
+    """norm_t of norm.h."""
+
+    _fields_ = (
+        ("x", c_void_p), ("residual", c_void_p), ("weight", c_void_p), ("post_weight", c_void_p),
+        ("layer_scalar", c_void_p), ("dtype", c_int), ("weight_dtype", c_int),
+        ("post_dtype", c_int), ("normalize", c_int), ("eps", c_float), ("offset", c_float),
+        ("dim", c_int64),
+    )  # fmt: skip
+
+
+class WeightArgs(ctypes.Structure):
+    """weight_t of weight.h."""
+
+    _fields_ = (
+        ("data", c_void_p), ("scale", c_void_p), ("minimum", c_void_p), ("out", c_int64),
+        ("dim", c_int64), ("group", c_int64), ("dtype", c_int), ("factor_dtype", c_int),
+    )  # fmt: skip
+
+
+def runs_c(x: Tensor) -> bool:
+    """Whether the C kernels compute with x: it is on a CPU, and Triton's interpreter is off."""
+    on_cpu = x.is_cpu and x.dtype in FLOATS and not knobs.runtime.interpret
+    return on_cpu and library() is not None
+
+
+def is_matvec(x: Tensor, weight: Weight) -> bool:
+    """Whether the C kernel for few rows computes x @ weightᵀ."""
+    return 0 < x.numel() <= MAX_ROWS * x.shape[-1] and weight.data.is_contiguous() and runs_c(x)
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    if x is not None and recorder.tensors is not None:
+        recorder.tensors.append(x)
+    return None if x is None else x.data_ptr()
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    if x.is_contiguous():
+        return x
+    recorder.missed = True  # a repeated call would not copy
+    return x.contiguous()
+
+
+def _weight_args(weight: Weight) -> WeightArgs:
+    data, scale, minimum = weight
+    out, dim = weight.shape
+    return WeightArgs(
+        _pointer(data), _pointer(scale), _pointer(minimum), out, dim, weight.group,
+        DTYPES[data.dtype], 0 if scale is None else DTYPES[scale.dtype],
+    )  # fmt: skip
+
+
+def matvec(
+    x: Tensor, weight: Weight, *, residual: Tensor | None = None,
+    norm_weight: Tensor | None = None, post_norm_weight: Tensor | None = None,
+    layer_scalar: Tensor | None = None, up: Tensor | None = None, geglu: bool = False,
+    eps: float = 0.0, offset: float = 0.0, out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Returns (y, h) of norm_linear; without norms, y of linear and None.
+
+    out_dtype: of y; by default x.dtype
+    """
+    (out_dim, dim), shape = weight.shape, x.shape
+    rows, out_dim = x.numel() // dim, out_dim // (1 + geglu)
+    x = _contiguous(x)
+    normed = norm_weight is not None or post_norm_weight is not None
+    y = torch.empty(*shape[:-1], out_dim, dtype=out_dtype or x.dtype)
+    h = torch.empty_like(x) if normed else None
+    if residual is not None:
+        residual = _contiguous(residual)
+    if up is not None:
+        up = up.reshape(-1, out_dim)
+    norm = _norm_args(
+        x, residual, norm_weight, post_norm_weight, layer_scalar, eps, offset,
+        norm_weight is not None,
+    )  # fmt: skip
+    failed = _call(
+        "matvec", byref(norm), byref(_weight_args(weight)), rows, _pointer(h), _pointer(up),
+        0 if up is None else up.stride(0), geglu, _pointer(y), DTYPES[y.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _check(failed)
+    return y, h
+
+
+def _norm_args(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, post_weight: Tensor | None,
+    layer_scalar: Tensor | None, eps: float, offset: float, normalizes: bool,
+) -> NormArgs:  # fmt: skip
+    return NormArgs(
+        _pointer(x), _pointer(residual), _pointer(weight), _pointer(post_weight),
+        _pointer(layer_scalar), DTYPES[x.dtype], 0 if weight is None else DTYPES[weight.dtype],
+        0 if post_weight is None else DTYPES[post_weight.dtype], normalizes, eps, offset,
+        x.shape[-1],
+    )  # fmt: skip
+
+
+def norm(
+    x: Tensor, weight: Tensor | None, residual: Tensor | None = None,
+    post_weight: Tensor | None = None, layer_scalar: Tensor | None = None, *, eps: float,
+    offset: float, normalizes: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Returns (y, h) of rmsnorm.py; h is None without residual.
+
+    normalizes: False: y is h
+    """
+    x = _contiguous(x)
+    weight, residual, post_weight = (
+        None if part is None else _contiguous(part) for part in (weight, residual, post_weight)
+    )
+    y, h = torch.empty_like(x), None
+    if normalizes and residual is not None:
+        h = torch.empty_like(x)
+    args = _norm_args(x, residual, weight, post_weight, layer_scalar, eps, offset, normalizes)
+    rows = x.numel() // x.shape[-1]
+    _check(_call("norm", byref(args), rows, _pointer(h), _pointer(y), _threads(x.numel())))
+    return y, h
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Returns gelu(gate) * up."""
+    dim = gate.shape[-1]
+    y = torch.empty(gate.shape, dtype=gate.dtype)
+    gate, up = gate.reshape(-1, dim), up.reshape(-1, dim)  # [rows, dim]
+    _call(
+        "geglu", _pointer(gate), _pointer(up), DTYPES[gate.dtype], len(gate), dim,
+        gate.stride(0), up.stride(0), _pointer(y), _threads(y.numel()),
+    )  # fmt: skip
+    return y
+
+
+class HeadArgs(ctypes.Structure):
+    """head_t of rotary.h."""
+
+    _fields_ = (
+        ("norm_weight", c_void_p), ("dtype", c_int), ("norm_dtype", c_int), ("norm", c_int),
+        ("eps", c_float), ("offset", c_float), ("dim", c_int64),
+    )  # fmt: skip
+
+
+def _head_args(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, normed: bool | None = None
+) -> HeadArgs:
+    normed = weight is not None if normed is None else normed
+    norm_dtype = 0 if weight is None else DTYPES[weight.dtype]
+    return HeadArgs(_pointer(weight), DTYPES[x.dtype], norm_dtype, normed, eps, offset, x.shape[-1])
+
+
+def rotary(
+    x: Tensor, out: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None, *,
+    eps: float, offset: float, normed: bool | None = None, query_offset: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes normalized and rotated heads x :: [b, t, heads, d] to out :: [b, heads, slots, d].
+
+    query_offset: [b], int32: token i's slot is (query_offset + i) % slots, and only the last tokens
+    are kept; None: it is i
+    normed: whether heads are normalized; None: if there is a weight
+    """
+    b, t, heads, _ = x.shape
+    slots = out.shape[2]
+    args = _head_args(x, weight, eps, offset, normed)
+    _call(
+        "rotary", byref(args), _pointer(x), _strides(x), _pointer(cos), _pointer(sin), b, t,
+        heads, max(t - slots, 0), _pointer(query_offset), _pointer(out), _strides(out),
+        0 if query_offset is None else slots, _threads(x.numel()),
+    )  # fmt: skip
+
+
+class DecodeArgs(ctypes.Structure):
+    """decode_t of attention.c."""
+
+    _fields_ = (
+        ("qkv", c_void_p), ("keys", c_void_p), ("values", c_void_p), ("cos", c_void_p),
+        ("sin", c_void_p), ("position", c_void_p), ("out", c_void_p), ("b", c_int64),
+        ("n", c_int64), ("m", c_int64), ("slots", c_int64), ("window", c_int64),
+        ("batch_stride", c_int64), ("head_stride", c_int64), ("slot_stride", c_int64),
+        ("scale", c_float), ("softcap", c_float), ("new_keys", c_int), ("new_values", c_int),
+    )  # fmt: skip
+
+
+def decode_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None, *, queries: int, scale: float, heads: str,
+    v_norm: bool, offset: float, window: int | None, softcap: float | None, eps: float,
+) -> Tensor:  # fmt: skip
+    """As the op of this name, for `queries` query heads."""
+    (b, _, d), (n, slots) = qkv.shape, keys.shape[1:3]
+    qkv = _contiguous(qkv)
+    out = torch.empty(b, queries, d, dtype=qkv.dtype)
+    args = DecodeArgs(
+        _pointer(qkv), _pointer(keys), _pointer(values), _pointer(cos), _pointer(sin),
+        _pointer(position), _pointer(out), b, n, queries // n, slots, window or 0,
+        *keys.stride()[:3], scale, softcap or 0.0, "k" in heads, "v" in heads,
+    )  # fmt: skip
+    query, key = (_head_args(qkv, weight, eps, offset) for weight in (q_norm, k_norm))
+    value = _head_args(qkv, None, eps, offset, v_norm)
+    threads = torch.get_num_threads()
+    _check(_call("decode_attention", byref(args), byref(query), byref(key), byref(value), threads))
+    return out
+
+
+def unpack(weight: Weight, start: int, stop: int, out: Tensor) -> Tensor:
+    """Writes rows `start` to `stop` - 1 of a packed weight to the flat tensor `out`. Returns them
+    as a view of it :: [stop - start, dim]."""
+    shape = stop - start, weight.shape[1]
+    rows = out[: shape[0] * shape[1]].view(shape)
+    _call(
+        "unpack", byref(_weight_args(weight)), start, stop, _pointer(rows), DTYPES[out.dtype],
+        _threads(rows.numel()),
+    )  # fmt: skip
+    return rows
+
+
+def _strides(x: Tensor) -> Any:
+    return (c_int64 * 3)(*x.stride()[:3])
+
+
+def _threads(elements: int) -> int:
+    """Returns the number of threads for elementwise work: one if there is little."""
+    return 1 if elements < PARALLEL else torch.get_num_threads()
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for intermediate results of a CPU kernel")
+
+
+ARGUMENTS = {
+    "matvec": (
+        POINTER(NormArgs), POINTER(WeightArgs), c_int64, c_void_p, c_void_p, c_int64, c_int,
+        c_void_p, c_int, c_int,
+    ),
+    "norm": (POINTER(NormArgs), c_int64, c_void_p, c_void_p, c_int),
+    "geglu": (c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int),
+    "rotary": (
+        POINTER(HeadArgs), c_void_p, POINTER(c_int64), c_void_p, c_void_p, c_int64, c_int64,
+        c_int64, c_int64, c_void_p, c_void_p, POINTER(c_int64), c_int64, c_int,
+    ),
+    "decode_attention": (
+        POINTER(DecodeArgs), POINTER(HeadArgs), POINTER(HeadArgs), POINTER(HeadArgs), c_int,
+    ),
+    "unpack": (POINTER(WeightArgs), c_int64, c_int64, c_void_p, c_int, c_int),
+}  # fmt: skip
+
+
+@functools.cache
+def _function(name: str) -> Any:
+    function = getattr(library(), name)
+    function.argtypes = ARGUMENTS[name]
+    return function
+
+
+def _call(name: str, *args: Any) -> int:
+    function = _function(name)
+    if recorder.calls is not None:
+        recorder.calls.append((function, args))
+    failed: int = function(*args)
+    return failed
