@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels.cpu.replay import recorder
 from gemma_fast.kernels.packed import PackedWeight
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,6 +38,8 @@ def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable
 
         def launch(*args: Any, **kwargs: Any) -> Any:
             device = args[0].device
+            if device.type == "cpu":
+                return recorder.run(launcher, *args, **kwargs)
             if device.type != "cuda" or device.index == torch.cuda.current_device():
                 return launcher(*args, **kwargs)
             with torch.cuda.device(device):  # Triton launches on the current device

@@ -62,11 +62,11 @@ SCALED_BY_HIDDEN = (("gemma2", 46), ("gemma3", 62))
 # Tokens that end a text, by the name of their key and by their text. llama.cpp's list of texts also
 # has </s>, which is an HTML tag in Gemma's vocabulary.
 END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
-END_NAMES = (
+END_NAMES = {
     "<eos>", "<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|eom_id|>",
     "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<turn|>",
     "<|tool_response>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "[e~[",
-)  # fmt: skip
+}  # fmt: skip
 # Option of `generate` → key after "general.sampling."
 SAMPLING = {
     "temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",

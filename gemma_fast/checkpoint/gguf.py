@@ -112,7 +112,11 @@ class GGUFCheckpoint(FileCheckpoint):
 
     def check(self) -> None:
         super().check()
+        first_of_type: dict[Type, str] = {}
         for name, tensor in self.stored.items():
+            first_of_type.setdefault(tensor.tensor_type, name)
+        for name in first_of_type.values():
+            tensor = self.stored[name]
             try:
                 read_rows(self.files[name], tensor, 0, 1)
             except NotImplementedError:

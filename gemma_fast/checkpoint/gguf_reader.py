@@ -31,8 +31,9 @@ class GGUFFile(GGUFReader):
     reads arrays item by item (9 s for a vocabulary of 262,144). The methods that this class
     overrides are private, so setup.py pins `gguf` to one version.
 
-    `metadata` contains the file's key/value pairs as Python scalars, strings and lists. Raises
-    ValueError, with the path, for a malformed file. Memory use is proportional to the file's size.
+    `metadata` contains the file's key/value pairs as Python scalars, strings and lists. (The base
+    class's `fields` have no contents for arrays.) Raises ValueError, with the path, for a malformed
+    file. Memory use is proportional to the file's size.
     """
 
     metadata: dict[str, Any]
@@ -42,7 +43,7 @@ class GGUFFile(GGUFReader):
         try:
             super().__init__(self.path)
             self.metadata = {
-                name: field.contents()
+                name: field.parts[-1] if isinstance(field.parts[-1], list) else field.contents()
                 for name, field in self.fields.items()
                 if not name.startswith("GGUF.")  # header fields: version and counts
             }
@@ -83,27 +84,30 @@ class GGUFFile(GGUFReader):
         if item_type == GGUFValueType.STRING:
             items, size = self._get_strings(start, count)
         elif item_type in self.gguf_scalar_to_np:
-            items = [self._get(start, self.gguf_scalar_to_np[item_type], count)]
-            size = items[0].nbytes
+            stored = self._get(start, self.gguf_scalar_to_np[item_type], count)
+            items, size = stored.tolist(), stored.nbytes
         else:
             raise ValueError(f"an array of {item_type.name} at byte {orig_offs} is not supported")
-        indices = list(range(len(head), len(head) + len(items)))
-        return 12 + size, head + items, indices, [GGUFValueType.ARRAY, item_type]
+        return 12 + size, [*head, items], [len(head)], [GGUFValueType.ARRAY, item_type]
 
-    def _get_strings(self, start: int, count: int) -> tuple[list[memoryview], int]:
-        """Reads `count` strings from byte `start` on. Returns the strings, as views of the file,
-        and the number of bytes read."""
-        data, offset, items = self.data.data, start, []
+    def _get_strings(self, start: int, count: int) -> tuple[list[str], int]:
+        """Reads `count` strings from byte `start` on. Returns them and the number of bytes read."""
+        data: Any = self.data.base  # a mmap, whose slices are bytes
+        items, offset, end = [], start, len(data)
+        length_at = struct.Struct("<Q").unpack_from
         for _ in range(count):
-            if offset + 8 > len(data):
-                raise ValueError(f"truncated: an array of {count} strings runs past the end")
-            (length,) = struct.unpack_from("<Q", data, offset)
-            offset += 8 + length
-            if offset > len(data):
+            try:
+                (length,) = length_at(data, offset)
+            except struct.error:
+                text = f"truncated: an array of {count} strings runs past the end"
+                raise ValueError(text) from None
+            first = offset + 8
+            offset = first + length
+            if offset > end:
                 raise ValueError(
-                    f"a string of {length} bytes at byte {offset - 8 - length} runs past the end"
+                    f"a string of {length} bytes at byte {first - 8} runs past the end"
                 )
-            items.append(data[offset - length : offset])
+            items.append(data[first:offset].decode())
         return items, offset - start
 
     def _get_tensor_info_field(self, orig_offs) -> ReaderField:

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from gemma_fast.kernels.cpu.replay import Replay
 from gemma_fast.engine.sampling import Processor, Record, Sampler, Sampling
 from gemma_fast.memory import out_of_memory
 from gemma_fast.model.cache import KVCache
@@ -64,6 +65,7 @@ class Decoder:
         self.asynchronous = device.type == "cuda"
         self._rows = slice(0, batch)
         self._warm: set[Hashable] = set()  # graph keys of steps that have run
+        self._replay = None if self.asynchronous else Replay()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._graph_bytes, self.capture_seconds = 0, 0.0
 
@@ -169,7 +171,7 @@ class Decoder:
     def _step(self) -> None:
         ids = self.sampler.token.unsqueeze(1)
         self.sampler.read(ids)
-        self.model.step(ids, self.cache, self.sampler)
+        self.model.step(ids, self.cache, self.sampler, self._replay)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Captures the step as a CUDA graph, which the caller must replay.

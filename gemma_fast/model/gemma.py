@@ -9,6 +9,7 @@ Triton's interpreter is on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.attention import HEAD_DIMS
+from gemma_fast.kernels.cpu.replay import Replay
 from gemma_fast.kernels.embed import embed
 from gemma_fast.kernels.lm_head import next_token, soft_cap_logits
 from gemma_fast.kernels.matvec import linear, norm_linear
@@ -118,13 +120,15 @@ class Gemma(nn.Module):
             dtype=self.dtype, device=self.device, grows=grows, rope=self.rope,
         )  # fmt: skip
 
-    def step(self, ids: Tensor, cache: KVCache, sampler: Sampler) -> None:
+    def step(
+        self, ids: Tensor, cache: KVCache, sampler: Sampler, replay: Replay | None = None
+    ) -> None:
         """Runs the forward pass on ids :: [b, t], which follow the cached tokens. Samples the next
         token of each row, and writes it to sampler.token.
 
         The caller must have reserved room for t tokens in the cache.
         """
-        hiddens = self.hidden_states(ids, cache, keep=1).last(1)
+        hiddens = self.hidden_states(ids, cache, 1, replay).last(1)
         position, counter, token = cache.next_position, cache.counter, sampler.token
         settings = sampler.temperature, sampler.seed
         if sampler.process is not None:
@@ -139,7 +143,9 @@ class Gemma(nn.Module):
             pdl=True, **self.norms,
         )  # fmt: skip
 
-    def hidden_states(self, ids: Tensor, cache: KVCache, keep: int | None = None) -> Residual:
+    def hidden_states(
+        self, ids: Tensor, cache: KVCache, keep: int | None = None, replay: Replay | None = None
+    ) -> Residual:
         """Returns the residual stream of ids :: [b, t] after the last layer, before the final norm.
 
         Adds the t tokens to the cache, in which the caller must have reserved room for them.
@@ -147,6 +153,7 @@ class Gemma(nn.Module):
         keep  number of last tokens that the caller needs; None: all. Layers that read an earlier
               layer's K and V compute only these, and the returned stream has at least these; with
               0 such layers are skipped, and the returned stream has no meaning
+        replay
         """
         t = ids.shape[1]
         keep = t if keep is None else min(keep, t)
@@ -154,16 +161,22 @@ class Gemma(nn.Module):
         with cache.unfinished("a forward pass did not finish"):
             scale = self.config.hidden_size**0.5
             embeddings = embed(ids, self.embed_tokens, scale, dtype=self.dtype, pdl=True)
-            stream = Residual(embeddings)
-            context = Context(
-                cache, cache.next_position, cache.angles_of(t), self.per_layer(ids, embeddings), {}
-            )
-            own = self.config.num_hidden_layers - self.config.num_kv_shared_layers
-            for i, layer in enumerate(self.layers[: None if keep else own]):
-                if i == own and keep < t:
-                    stream, context = stream.last(keep), context.last(keep, t)
-                stream = layer(stream, context)
+            layers = functools.partial(self._run_layers, cache, keep)
+            inputs = embeddings, self.per_layer(ids, embeddings)
+            stream = layers(*inputs) if replay is None else replay(layers, *inputs)
             cache.advance(t)
+        return stream
+
+    def _run_layers(
+        self, cache: KVCache, keep: int, embeddings: Tensor, per_layer: Tensor | None
+    ) -> Residual:
+        t, stream = embeddings.shape[1], Residual(embeddings)
+        context = Context(cache, cache.next_position, cache.angles_of(t), per_layer, {})
+        own = self.config.num_hidden_layers - self.config.num_kv_shared_layers
+        for i, layer in enumerate(self.layers[: None if keep else own]):
+            if i == own and keep < t:
+                stream, context = stream.last(keep), context.last(keep, t)
+            stream = layer(stream, context)
         return stream
 
     def per_layer(self, ids: Tensor, embeddings: Tensor) -> Tensor | None:

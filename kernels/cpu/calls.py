@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gemma_fast.kernels._triton import knobs
 from gemma_fast.kernels.cpu.library import library
+from gemma_fast.kernels.cpu.replay import recorder
 from gemma_fast.kernels.packed import Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
@@ -54,14 +55,23 @@ def is_matvec(x: Tensor, weight: Weight) -> bool:
 
 
 def _pointer(x: Tensor | None) -> int | None:
+    if x is not None and recorder.tensors is not None:
+        recorder.tensors.append(x)
     return None if x is None else x.data_ptr()
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    if x.is_contiguous():
+        return x
+    recorder.missed = True  # a repeated call would not copy
+    return x.contiguous()
 
 
 def _weight_args(weight: Weight) -> WeightArgs:
     data, scale, minimum = weight
     out, dim = weight.shape
     return WeightArgs(
-        data.data_ptr(), _pointer(scale), _pointer(minimum), out, dim, weight.group,
+        _pointer(data), _pointer(scale), _pointer(minimum), out, dim, weight.group,
         DTYPES[data.dtype], 0 if scale is None else DTYPES[scale.dtype],
     )  # fmt: skip
 
@@ -78,12 +88,12 @@ def matvec(
     """
     (out_dim, dim), shape = weight.shape, x.shape
     rows, out_dim = x.numel() // dim, out_dim // (1 + geglu)
-    x = x.contiguous()
+    x = _contiguous(x)
     normed = norm_weight is not None or post_norm_weight is not None
     y = torch.empty(*shape[:-1], out_dim, dtype=out_dtype or x.dtype)
     h = torch.empty_like(x) if normed else None
     if residual is not None:
-        residual = residual.contiguous()
+        residual = _contiguous(residual)
     if up is not None:
         up = up.reshape(-1, out_dim)
     norm = _norm_args(
@@ -92,7 +102,7 @@ def matvec(
     )  # fmt: skip
     failed = _call(
         "matvec", byref(norm), byref(_weight_args(weight)), rows, _pointer(h), _pointer(up),
-        0 if up is None else up.stride(0), geglu, y.data_ptr(), DTYPES[y.dtype],
+        0 if up is None else up.stride(0), geglu, _pointer(y), DTYPES[y.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     _check(failed)
@@ -104,7 +114,7 @@ def _norm_args(
     layer_scalar: Tensor | None, eps: float, offset: float, normalizes: bool,
 ) -> NormArgs:  # fmt: skip
     return NormArgs(
-        x.data_ptr(), _pointer(residual), _pointer(weight), _pointer(post_weight),
+        _pointer(x), _pointer(residual), _pointer(weight), _pointer(post_weight),
         _pointer(layer_scalar), DTYPES[x.dtype], 0 if weight is None else DTYPES[weight.dtype],
         0 if post_weight is None else DTYPES[post_weight.dtype], normalizes, eps, offset,
         x.shape[-1],
@@ -120,16 +130,16 @@ def norm(
 
     normalizes: False: y is h
     """
-    x = x.contiguous()
+    x = _contiguous(x)
     weight, residual, post_weight = (
-        None if part is None else part.contiguous() for part in (weight, residual, post_weight)
+        None if part is None else _contiguous(part) for part in (weight, residual, post_weight)
     )
     y, h = torch.empty_like(x), None
     if normalizes and residual is not None:
         h = torch.empty_like(x)
     args = _norm_args(x, residual, weight, post_weight, layer_scalar, eps, offset, normalizes)
     rows = x.numel() // x.shape[-1]
-    _check(_call("norm", byref(args), rows, _pointer(h), y.data_ptr(), _threads(x.numel())))
+    _check(_call("norm", byref(args), rows, _pointer(h), _pointer(y), _threads(x.numel())))
     return y, h
 
 
@@ -139,8 +149,8 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype)
     gate, up = gate.reshape(-1, dim), up.reshape(-1, dim)  # [rows, dim]
     _call(
-        "geglu", gate.data_ptr(), up.data_ptr(), DTYPES[gate.dtype], len(gate), dim,
-        gate.stride(0), up.stride(0), y.data_ptr(), _threads(y.numel()),
+        "geglu", _pointer(gate), _pointer(up), DTYPES[gate.dtype], len(gate), dim,
+        gate.stride(0), up.stride(0), _pointer(y), _threads(y.numel()),
     )  # fmt: skip
     return y
 
@@ -176,8 +186,8 @@ def rotary(
     slots = out.shape[2]
     args = _head_args(x, weight, eps, offset, normed)
     _call(
-        "rotary", byref(args), x.data_ptr(), _strides(x), _pointer(cos), _pointer(sin), b, t,
-        heads, max(t - slots, 0), _pointer(query_offset), out.data_ptr(), _strides(out),
+        "rotary", byref(args), _pointer(x), _strides(x), _pointer(cos), _pointer(sin), b, t,
+        heads, max(t - slots, 0), _pointer(query_offset), _pointer(out), _strides(out),
         0 if query_offset is None else slots, _threads(x.numel()),
     )  # fmt: skip
 
@@ -201,11 +211,11 @@ def decode_attention(
 ) -> Tensor:  # fmt: skip
     """As the op of this name, for `queries` query heads."""
     (b, _, d), (n, slots) = qkv.shape, keys.shape[1:3]
-    qkv = qkv.contiguous()
+    qkv = _contiguous(qkv)
     out = torch.empty(b, queries, d, dtype=qkv.dtype)
     args = DecodeArgs(
-        qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-        position.data_ptr(), out.data_ptr(), b, n, queries // n, slots, window or 0,
+        _pointer(qkv), _pointer(keys), _pointer(values), _pointer(cos), _pointer(sin),
+        _pointer(position), _pointer(out), b, n, queries // n, slots, window or 0,
         *keys.stride()[:3], scale, softcap or 0.0, "k" in heads, "v" in heads,
     )  # fmt: skip
     query, key = (_head_args(qkv, weight, eps, offset) for weight in (q_norm, k_norm))
@@ -219,7 +229,7 @@ def unpack(weight: Weight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Returns rows `start` to `stop` - 1 of a packed weight."""
     out = torch.empty(stop - start, weight.shape[1], dtype=dtype)
     _call(
-        "unpack", byref(_weight_args(weight)), start, stop, out.data_ptr(), DTYPES[dtype],
+        "unpack", byref(_weight_args(weight)), start, stop, _pointer(out), DTYPES[dtype],
         _threads(out.numel()),
     )  # fmt: skip
     return out
@@ -265,4 +275,8 @@ def _function(name: str) -> Any:
 
 
 def _call(name: str, *args: Any) -> int:
-    return _function(name)(*args)
+    function = _function(name)
+    if recorder.calls is not None:
+        recorder.calls.append((function, args))
+    failed: int = function(*args)
+    return failed
