@@ -211,7 +211,7 @@ def decode_attention(
 ) -> Tensor:  # fmt: skip
     """As the op of this name, for `queries` query heads."""
     (b, _, d), (n, slots) = qkv.shape, keys.shape[1:3]
-    qkv = _contiguous(qkv)
+    qkv, cos, sin, position = map(_contiguous, (qkv, cos, sin, position))
     out = torch.empty(b, queries, d, dtype=qkv.dtype)
     args = DecodeArgs(
         _pointer(qkv), _pointer(keys), _pointer(values), _pointer(cos), _pointer(sin),
