@@ -8,6 +8,7 @@ revolution: the one that holds the oldest position still in the ring. Positions 
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gemma_fast.kernels._triton import tl, triton
@@ -66,6 +67,20 @@ class HeadRing(NamedTuple):
     slots: Any
     batch: Any  # index of the sequence; only for a descriptor
     kv_head: Any  # index of the kv head; only for a descriptor
+
+
+def visible_keys(
+    query_offset: Tensor, left_padding: Tensor | None, t: int, slots: int, window: int | None
+) -> Tensor:
+    """Whether a query sees the position that a slot of the ring holds: [b, t, slots], bool."""
+    device = query_offset.device
+    query = query_offset.unsqueeze(1) + torch.arange(t, device=device)  # [b, t] positions
+    last = query[:, -1:]  # [b, 1]
+    key = last - (last - torch.arange(slots, device=device)) % slots  # [b, slots] positions
+    query, key = query.unsqueeze(2), key.unsqueeze(1)  # [b, t, 1], [b, 1, slots]
+    oldest = 0 if left_padding is None else left_padding.clamp(min=0).view(-1, 1, 1)  # [b, 1, 1]
+    visible = (key >= oldest) & (key <= query)  # [b, t, slots]
+    return visible if window is None else visible & (key > query - window)
 
 
 @triton.jit

@@ -77,6 +77,7 @@ from gemma_fast.kernels._ring import (
     load_block,
     soft_cap,
     softmax_step,
+    visible_keys,
 )
 from gemma_fast.kernels._triton import TensorDescriptor, tl, triton
 from gemma_fast.kernels.cpu import calls
@@ -84,20 +85,6 @@ from gemma_fast.kernels.cpu.attention import attention as cpu_attention
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
 from gemma_fast.kernels.rotary import Rotary, rotate, rotate_rows
-
-
-def visible_keys(
-    query_offset: Tensor, left_padding: Tensor | None, t: int, slots: int, window: int | None
-) -> Tensor:
-    """Whether a query sees the position that a slot of the ring holds: [b, t, slots], bool."""
-    device = query_offset.device
-    query = query_offset.unsqueeze(1) + torch.arange(t, device=device)  # [b, t] positions
-    last = query[:, -1:]  # [b, 1]
-    key = last - (last - torch.arange(slots, device=device)) % slots  # [b, slots] positions
-    query, key = query.unsqueeze(2), key.unsqueeze(1)  # [b, t, 1], [b, 1, slots]
-    oldest = 0 if left_padding is None else left_padding.clamp(min=0).view(-1, 1, 1)  # [b, 1, 1]
-    visible = (key >= oldest) & (key <= query)  # [b, t, slots]
-    return visible if window is None else visible & (key > query - window)
 
 
 def attention_reference(

@@ -14,7 +14,7 @@ elements of a packed weight are exact for one row, and are rounded once to x.dty
 Bound by memory: bytes = weight.nbytes. Walk-through steps: final norm, lm_head, sample.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -160,7 +160,7 @@ def next_token(
     inputs = MatmulInput(x, residual, norm_weight, post_norm_weight, layer_scalar)
     check_matmul(inputs, packed)
     if not is_matvec(x, packed):
-        norms = {"layer_scalar": layer_scalar, "eps": eps, "offset": offset}
+        norms: dict[str, Any] = {"layer_scalar": layer_scalar, "eps": eps, "offset": offset}
         if calls.is_matvec(x, packed):
             y, _ = calls.matvec(
                 x, packed, residual=residual, norm_weight=norm_weight,

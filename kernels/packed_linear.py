@@ -23,7 +23,8 @@ from torch import Tensor
 
 from gemma_fast.kernels._tiles import tile_at
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels.cpu import calls, matmul
+from gemma_fast.kernels.cpu import matmul
+from gemma_fast.kernels.cpu.calls import runs_c
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 from gemma_fast.kernels.packed import Weight
 
@@ -46,14 +47,8 @@ def packed_linear_reference(x: Tensor, weight: Weight) -> Tensor:
     step = max(ELEMENTS // dim, 1)
     for start in range(0, out, step):
         stop = min(start + step, out)
-        y[:, start:stop] = torch_linear(rows, _unpacked(weight, start, stop, x.dtype))
+        y[:, start:stop] = torch_linear(rows, weight.rows(start, stop).unpack(x.dtype))
     return y.view(*x.shape[:-1], out)
-
-
-def _unpacked(weight: Weight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    if calls.runs_c(weight.scale):
-        return calls.unpack(weight, start, stop, dtype)
-    return weight.rows(start, stop).unpack(dtype)
 
 
 @triton.jit
@@ -176,6 +171,8 @@ def fitting_block(weight: Weight, block_k: int) -> int:
 
 def packed_linear(x: Tensor, weight: Weight) -> Tensor:
     """Returns x @ weightᵀ. Runs the reference where Triton does not run."""
+    if runs_c(x):
+        return matmul.packed_linear(x, weight)
     if not runs_triton(x):
         return packed_linear_reference(x, weight)
 

@@ -20,8 +20,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels.cpu.replay import Replay
 from gemma_fast.engine.sampling import Processor, Record, Sampler, Sampling
+from gemma_fast.kernels.cpu.replay import Replay
 from gemma_fast.memory import out_of_memory
 from gemma_fast.model.cache import KVCache
 from gemma_fast.model.gemma import Gemma

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
-from gemma_fast.kernels.packed import PackedWeight, Packing, common_packing
 from gemma_fast.kernels.cpu.library import library
+from gemma_fast.kernels.packed import PackedWeight, Packing, common_packing
 from gemma_fast.model.gemma import Gemma
 
 Packings = Mapping[str, Packing | None]  # tensor of the checkpoint → its packing; None: not packed

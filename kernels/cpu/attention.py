@@ -5,10 +5,13 @@ multiplied: 4.3 instead of 6.2 ms for 512 tokens with 4 heads of 256 on 2 cores 
 m query heads of a kv head are rows of one matrix, so that its keys are not copied.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma_fast.kernels._ring import visible_keys
 from gemma_fast.kernels.cpu import calls
 
 BLOCK = 128  # queries
@@ -25,35 +28,38 @@ def attention(
     rotated = torch.empty(b, heads, t, d, dtype=q.dtype)
     calls.rotary(q, rotated, cos, sin, norm_weight, eps=eps, offset=offset)
     rotated = rotated.view(b, n, heads // n, t, d)
-    oldest = torch.zeros_like(query_offset) if left_padding is None else left_padding.clamp(min=0)
-    first, last = int(query_offset.min()), int(query_offset.max()) + t  # positions of queries
+    first, last = int(query_offset.min()), int(query_offset.max())  # positions of query 0
+    causal = first == last >= 0 and last + t <= slots and left_padding is None
+    visible = visible_keys(query_offset, left_padding, t, 0 if causal else slots, window)
     out = torch.empty(b, t, n, heads // n, d, dtype=q.dtype)
     for start in range(0, t, BLOCK):
         stop = min(start + BLOCK, t)
-        begin, end = 0, slots  # slots that the block reads
-        if last <= slots:  # the ring has not wrapped: slot p holds position p
-            end = last - t + stop
-            begin = 0 if window is None else max(first + start - window + 1, 0)
-        position = query_offset[:, None] + torch.arange(start, stop, dtype=torch.int32)
-        key = torch.arange(begin, end, dtype=torch.int32)  # slots; below, positions
-        newest = query_offset[:, None] + (t - 1)  # [b, 1]
-        key = key.expand(b, -1) if last <= slots else newest - (newest - key) % slots  # [b, keys]
-        block = rotated[:, :, :, start:stop].reshape(b, n, -1, d)  # [b, n, m * block, d]
-        mask = _visible(position, key, oldest, window)  # [b, block, keys]
-        hidden = ~mask.any(-1)  # [b, block]: queries that see nothing
-        mask = mask[:, None, None].expand(b, 1, heads // n, -1, -1).flatten(2, 3)
+        if causal:  # slot p holds position p
+            begin, end = max(first + start + 1 - (window or slots), 0), first + stop
+            hidden = None
+            mask = _causal_mask(stop - start, end - begin, window or slots, heads // n, q.dtype)
+        else:
+            begin, end = 0, slots
+            hidden = ~visible[:, start:stop].any(-1)  # [b, block]: queries that see nothing
+            mask = visible[:, start:stop] | hidden.unsqueeze(-1)  # [b, block, slots]
+            mask = mask[:, None, None].expand(b, 1, heads // n, -1, -1).flatten(2, 3)
         y = F.scaled_dot_product_attention(
-            block, keys[:, :, begin:end], values[:, :, begin:end], mask, scale=scale
-        )
+            rotated[:, :, :, start:stop].reshape(b, n, -1, d), keys[:, :, begin:end],
+            values[:, :, begin:end], mask, scale=scale,
+        )  # fmt: skip
+        # [b, block, n, m, d]
         y = y.view(b, n, heads // n, stop - start, d).permute(0, 3, 1, 2, 4)
-        if hidden.any():
-            y = y.masked_fill(hidden[:, :, None, None, None], 0)
         out[:, start:stop] = y
+        if hidden is not None:
+            out[:, start:stop][hidden] = 0
     return out.view(b, t, heads, d)
 
 
-def _visible(position: Tensor, key: Tensor, oldest: Tensor, window: int | None) -> Tensor:
-    """Whether queries at position :: [b, q] see keys at key :: [b, keys]: [b, q, keys]."""
-    position, key = position[:, :, None], key[:, None, :]
-    visible = (key <= position) & (key >= oldest[:, None, None])
-    return visible if window is None else visible & (key > position - window)
+@functools.lru_cache(maxsize=8)
+def _causal_mask(t: int, keys: int, window: int, m: int, dtype: torch.dtype) -> Tensor:
+    """Returns what is added to the scores :: [m * t, keys] of the last t of `keys` positions, for m
+    heads: 0, or -inf where a query does not see a key."""
+    query, key = torch.arange(keys - t, keys)[:, None], torch.arange(keys)
+    hidden = (key > query) | (key <= query - window)
+    mask = torch.zeros(t, keys, dtype=dtype).masked_fill(hidden, float("-inf"))
+    return mask.repeat(m, 1)

@@ -30,7 +30,8 @@ class NormArgs(ctypes.Structure):
     _fields_ = (
         ("x", c_void_p), ("residual", c_void_p), ("weight", c_void_p), ("post_weight", c_void_p),
         ("layer_scalar", c_void_p), ("dtype", c_int), ("weight_dtype", c_int),
-        ("post_dtype", c_int), ("normalize", c_int), ("eps", c_float), ("offset", c_float), ("dim", c_int64),
+        ("post_dtype", c_int), ("normalize", c_int), ("eps", c_float), ("offset", c_float),
+        ("dim", c_int64),
     )  # fmt: skip
 
 
@@ -225,14 +226,16 @@ def decode_attention(
     return out
 
 
-def unpack(weight: Weight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Returns rows `start` to `stop` - 1 of a packed weight."""
-    out = torch.empty(stop - start, weight.shape[1], dtype=dtype)
+def unpack(weight: Weight, start: int, stop: int, out: Tensor) -> Tensor:
+    """Writes rows `start` to `stop` - 1 of a packed weight to the flat tensor `out`. Returns them
+    as a view of it :: [stop - start, dim]."""
+    shape = stop - start, weight.shape[1]
+    rows = out[: shape[0] * shape[1]].view(shape)
     _call(
-        "unpack", byref(_weight_args(weight)), start, stop, _pointer(out), DTYPES[dtype],
-        _threads(out.numel()),
+        "unpack", byref(_weight_args(weight)), start, stop, _pointer(rows), DTYPES[out.dtype],
+        _threads(rows.numel()),
     )  # fmt: skip
-    return out
+    return rows
 
 
 def _strides(x: Tensor) -> Any:

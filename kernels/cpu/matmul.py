@@ -5,6 +5,7 @@ an AMD EPYC, and 0.8 times as long on a Xeon (benchmarks/LOG.md). So both are me
 """
 
 import functools
+import threading
 import time
 from collections.abc import Callable
 
@@ -12,14 +13,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma_fast.kernels.cpu.calls import unpack
+from gemma_fast.kernels.packed import Weight
+
 Linear = Callable[[Tensor, Tensor], Tensor]
 ROWS, OUT, DIM = 128, 1024, 640  # of the matmul that is measured: 1 to 2 ms on two cores
 REPEATS = 5
+ELEMENTS = 1 << 22  # of a packed weight that are unpacked at once
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Returns x @ weightᵀ, x :: [rows, dim], both in one dtype."""
     return fastest_fp32()(x, weight) if x.dtype == torch.float32 else F.linear(x, weight)
+
+
+def packed_linear(x: Tensor, weight: Weight) -> Tensor:
+    """Returns x @ weightᵀ, x :: [..., dim]. Unpacks some rows of the weight at a time, into memory
+    that is used again: new memory costs a page fault for each 4 KB."""
+    out, dim = weight.shape
+    rows, step = x.reshape(-1, dim), max(ELEMENTS // dim, 1)
+    scratch = _scratch(min(out, step) * dim, x.dtype)
+    if out <= step:
+        return linear(rows, unpack(weight, 0, out, scratch)).view(*x.shape[:-1], out)
+    y = torch.empty(len(rows), out, dtype=x.dtype)
+    for start in range(0, out, step):
+        stop = min(start + step, out)
+        y[:, start:stop] = linear(rows, unpack(weight, start, stop, scratch))
+    return y.view(*x.shape[:-1], out)
+
+
+class _Scratch(threading.local):
+    memory = torch.empty(0)
+
+
+_thread = _Scratch()
+
+
+def _scratch(elements: int, dtype: torch.dtype) -> Tensor:
+    """Returns this thread's memory for unpacked weights :: [at least elements]."""
+    if _thread.memory.numel() < elements:
+        _thread.memory = torch.empty(elements)
+    return _thread.memory.view(dtype)
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Repeats the C calls of a function of tensors, without the Python code between them.
 
-A decode step of Gemma 3 270M makes 91 of these calls. On a CPU, the code that prepares them takes a
-quarter of the step's time (benchmarks/LOG.md). As in a CUDA graph, all tensors stay at the addresses
-of the recorded call.
+A decode step of Gemma 3 270M makes 91 of these calls. The code that prepares them takes a quarter
+of the step's time (benchmarks/LOG.md). As in a CUDA graph, all tensors keep the addresses of the
+recorded call.
 """
 
 import threading
@@ -54,9 +54,7 @@ class Replay:
         self._tensors: list[Tensor] = []
         self._repeats = True
 
-    def __call__(
-        self, function: Callable[..., Result], *inputs: Tensor | None
-    ) -> Result:
+    def __call__(self, function: Callable[..., Result], *inputs: Tensor | None) -> Result:
         """Returns function(*inputs). All calls must have inputs of the same shapes. The next call
         overwrites the result."""
         if not self._repeats:
