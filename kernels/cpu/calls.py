@@ -185,6 +185,9 @@ def rotary(
     """
     b, t, heads, _ = x.shape
     slots = out.shape[2]
+    cos, sin, weight, query_offset = (
+        None if part is None else _contiguous(part) for part in (cos, sin, weight, query_offset)
+    )
     args = _head_args(x, weight, eps, offset, normed)
     _call(
         "rotary", byref(args), _pointer(x), _strides(x), _pointer(cos), _pointer(sin), b, t,
