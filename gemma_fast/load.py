@@ -75,10 +75,9 @@ def load_model(
     on_host = device.type == "cuda" and (on_host or fits_without_table(empty, free_bytes(device)))
     with _allocation(checkpoint, empty, dtype, device):
         new = {
-            # Not empty_like: from a meta tensor, it imports sympy, which takes 0.3 s.
-            name: torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=True)
+            name: allocate(weight, device="cpu", pin_memory=True)
             if on_host and _is_table(name)
-            else torch.empty(weight.shape, dtype=weight.dtype, device=device)
+            else allocate(weight, device=device)
             for name, weight in empty.items()
         }
     model.load_state_dict(shared | new, assign=True)
@@ -133,6 +132,11 @@ def fits_without_table(weights: Mapping[str, Tensor], free: float) -> bool:
     size = sum(weight.nbytes for weight in weights.values())
     table = sum(weight.nbytes for name, weight in weights.items() if _is_table(name))
     return size - table <= free < size
+
+
+def allocate(weight: Tensor, **where: Any) -> Tensor:
+    """Returns an empty tensor like a meta tensor. torch.empty_like takes 0.3 s to import sympy."""
+    return torch.empty(weight.shape, dtype=weight.dtype, **where)
 
 
 def _allocation(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import CONFIGS, random_transformers_model
 
+from gemma_fast import load
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.checkpoint.transformers import TransformersCheckpoint
@@ -16,7 +17,7 @@ def test_out_of_memory_for_weights_is_reported(monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(torch, "empty_like", full)
+    monkeypatch.setattr(load, "allocate", full)
     checkpoint = RandomCheckpoint(CONFIGS["gemma-mqa"], name="gemma")
     with pytest.raises(torch.OutOfMemoryError, match=r"out of memory: gemma in float32 takes 0\."):
         GemmaForCausalLM.from_checkpoint(checkpoint, dtype="float32", device="cpu")
@@ -27,13 +28,13 @@ def test_out_of_memory_for_copies_of_fused_weights_is_reported(monkeypatch):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
     source = random_transformers_model(CONFIGS["gemma-mqa"])
-    monkeypatch.setattr(torch, "empty_like", full)
+    monkeypatch.setattr(load, "allocate", full)
     with pytest.raises(torch.OutOfMemoryError, match="memory: the copies of fused weights on cpu"):
         GemmaForCausalLM.from_transformers(source)
 
 
 def test_all_weights_are_allocated_before_the_first_tensor_is_read(monkeypatch):
-    done, empty_like = [], torch.empty_like
+    done, allocate_one = [], load.allocate
 
     class Watched(RandomCheckpoint):
         def _read(self, name, out):
@@ -41,9 +42,9 @@ def test_all_weights_are_allocated_before_the_first_tensor_is_read(monkeypatch):
 
     def allocate(*args, **kwargs):
         done.append("allocate")
-        return empty_like(*args, **kwargs)
+        return allocate_one(*args, **kwargs)
 
-    monkeypatch.setattr(torch, "empty_like", allocate)
+    monkeypatch.setattr(load, "allocate", allocate)
     config = CONFIGS["gemma3-gqa"]
     model = load_model(GemmaForCausalLM, Watched(config), "float32", CPU)
     weights = len(list(model.parameters()))
