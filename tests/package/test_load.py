@@ -1,13 +1,18 @@
 """Tests how weights are allocated, read and converted, and which models are refused."""
 
+import io
+import sys
+
 import pytest
 import torch
+from packed_checkpoints import PackedCheckpoint
 from tiny_models import CONFIGS, random_transformers_model
 
 from gemma_fast import load
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.checkpoint.transformers import TransformersCheckpoint
+from gemma_fast.kernels.packed import PackedWeight
 from gemma_fast.load import PER_LAYER, fits_without_table, load_model, refuse_head_dim
 
 CPU = torch.device("cpu")
@@ -117,3 +122,38 @@ def test_model_reads_per_layer_embeddings_from_host_memory():
     assert torch.equal(*tokens)
     assert on_host.to("cuda", torch.bfloat16).embed_tokens_per_layer.is_pinned()
     assert on_host.embed_tokens_per_layer.dtype == torch.bfloat16
+
+
+def test_packed_weights_are_written_on_one_thread(monkeypatch):
+    """With more, loading took ten times as long while other processes ran."""
+    threads, write = [], PackedWeight.write
+
+    def watched(*args):
+        threads.append(torch.get_num_threads())
+        write(*args)
+
+    monkeypatch.setattr(PackedWeight, "write", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        checkpoint = PackedCheckpoint(CONFIGS["gemma3-gqa"], "int8-g16")
+        load_model(GemmaForCausalLM, checkpoint, "float32", CPU)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(threads) == {1}
+
+
+def test_progress_is_shown_after_a_second_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    names = list("abcdef")
+    for start, shown in ((0.0, False), (-2.0, True)):
+        stderr, clock = Terminal(), iter([start, *(i / 10 for i in range(100))])
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setattr(load.time, "perf_counter", lambda clock=clock: next(clock))
+        assert list(load._track(names, "Reading a.gguf")) == names
+        monkeypatch.undo()
+        assert ("Reading a.gguf" in stderr.getvalue()) == shown
