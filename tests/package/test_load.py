@@ -2,6 +2,7 @@
 
 import io
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -136,7 +137,8 @@ def test_packed_weights_are_written_on_one_thread(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        checkpoint = PackedCheckpoint(CONFIGS["gemma3-gqa"], "int8-g16")
+        config = replace(CONFIGS["gemma3-gqa"], intermediate_size=96)
+        checkpoint = PackedCheckpoint(config, "int8-g16")
         load_model(GemmaForCausalLM, checkpoint, "float32", CPU)
         assert torch.get_num_threads() == 2
     finally:
