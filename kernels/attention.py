@@ -6,7 +6,8 @@
 q            :: [b, t, heads, d], bf16 | fp16 | fp32, not rotated; a view of the qkv projection is
                 fine
 keys, values :: [b, n, slots, d], q.dtype, K rotated: a ring buffer, slot `p % slots` holds position
-                p. The newest position is that of the last query. Unused slots hold finite numbers.
+                p. The newest position is that of the last query. Unused slots hold numbers below
+                1e18, whose scores are finite, too.
 cos, sin     :: [b, t, d / 2], fp32, of the queries' positions; None: q is rotated already
 query_offset :: [b], int32: position of each row's query 0; query i has position query_offset + i
 left_padding :: [b], int32: positions below it are padding, and their output is 0; None: below zero
@@ -319,17 +320,15 @@ def attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():
         return out
-    if calls.runs_c(q) and softcap is None and q.stride(3) == 1:
-        return cpu_attention(
-            q, keys, values, cos, sin, query_offset, norm_weight,
-            scale=scale, left_padding=left_padding, window=window, eps=eps, offset=offset,
-        )  # fmt: skip
     if not runs_triton(q):
-        return attention_reference(
-            q, keys, values, cos, sin, query_offset, norm_weight,
-            scale=scale, left_padding=left_padding, window=window, softcap=softcap, eps=eps,
-            offset=offset,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "scale": scale, "left_padding": left_padding, "window": window, "eps": eps,
+            "offset": offset,
+        }  # fmt: skip
+        inputs = q, keys, values, cos, sin, query_offset, norm_weight
+        if calls.runs_c(q) and softcap is None and q.stride(3) == 1:
+            return cpu_attention(*inputs, **options)
+        return attention_reference(*inputs, softcap=softcap, **options)
 
     assert d in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}: {d=}"
     assert q.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()

@@ -112,6 +112,9 @@ def check_matmul(inputs: MatmulInput, weight: Weight) -> None:
     x, residual, norm_weight, post_norm_weight, layer_scalar = inputs
     dim = weight.shape[1]
     assert x.shape[-1] == dim, f"{tuple(weight.shape)=} does not fit {tuple(x.shape)=}"
+    data = weight.data
+    assert weight.scale is not None or x.dtype == data.dtype, f"{x.dtype=}, weight {data.dtype}"
+    assert data.device == x.device, f"x is on {x.device}, the weight on {data.device}"
     for norm in (norm_weight, post_norm_weight):
         assert norm is None or norm.shape == (dim,), f"{tuple(norm.shape)=}, {tuple(x.shape)=}"
         assert norm is None or norm.stride(0) == 1, "a norm's weight must be contiguous"
@@ -129,8 +132,6 @@ def is_matvec(x: Tensor, weight: Weight) -> bool:
     rows."""
     if not runs_triton(x) or not 0 < x[..., 0].numel() <= MAX_ROWS:
         return False
-    dtype = weight.data.dtype
-    assert weight.scale is not None or x.dtype == dtype, f"{x.dtype=}, weight {dtype}"
     assert weight.data.is_contiguous()
     one_row = x.numel() == x.shape[-1]
     assert x.is_cuda or one_row or x.dtype != torch.bfloat16, (

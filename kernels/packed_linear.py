@@ -24,7 +24,7 @@ from torch import Tensor
 from gemma_fast.kernels._tiles import tile_at
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.cpu import matmul
-from gemma_fast.kernels.cpu.calls import runs_c
+from gemma_fast.kernels.cpu.calls import reads, runs_c
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 from gemma_fast.kernels.packed import Weight
 
@@ -171,7 +171,7 @@ def fitting_block(weight: Weight, block_k: int) -> int:
 
 def packed_linear(x: Tensor, weight: Weight) -> Tensor:
     """Returns x @ weightᵀ. Runs the reference where Triton does not run."""
-    if runs_c(x):
+    if runs_c(x) and reads(weight):
         return matmul.packed_linear(x, weight)
     if not runs_triton(x):
         return packed_linear_reference(x, weight)

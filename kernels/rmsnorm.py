@@ -121,24 +121,39 @@ class _Weights(NamedTuple):
     layer_scalar: Tensor | None = None
 
 
+def _check(
+    x: Tensor, weight: Tensor | None, residual: Tensor | None = None,
+    post_weight: Tensor | None = None, layer_scalar: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Asserts that shapes and dtypes fit together."""
+    for w in (weight, post_weight):
+        assert w is None or w.shape == x.shape[-1:], (
+            f"weight {tuple(w.shape)} does not fit x {tuple(x.shape)}"
+        )
+    if residual is not None:
+        assert residual.shape == x.shape and residual.dtype == x.dtype, (
+            f"residual {tuple(residual.shape)} {residual.dtype} does not fit x {tuple(x.shape)}"
+            f" {x.dtype}"
+        )
+    assert layer_scalar is None or layer_scalar.dtype == x.dtype, f"{layer_scalar.dtype=}"
+
+
 def _launch(
     x: Tensor, residual: Tensor | None, weights: _Weights, eps: float, offset: float,
     normalizes: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Returns (y, h): y if `normalizes`, h if there is a residual."""
     dim = x.shape[-1]
-    for w in weights[:2]:
-        if w is not None:
-            assert w.shape == (dim,), f"weight {tuple(w.shape)} does not fit x {tuple(x.shape)}"
-            assert w.stride(0) == 1, "weights must be contiguous"
-    assert x.stride(-1) == 1, "rows must be contiguous"
+    assert all(w is None or w.stride(0) == 1 for w in weights[:2]), "weights must be contiguous"
+    assert x.stride(-1) == 1 and (residual is None or residual.stride(-1) == 1), (
+        "rows must be contiguous"
+    )
     rows = x.reshape(-1, dim)  # [rows, dim]
     out = h = None
     residual_row_stride = 0
     if normalizes:
         out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     if residual is not None:
-        assert residual.shape == x.shape and residual.dtype == x.dtype and residual.stride(-1) == 1
         residual = residual.reshape(-1, dim)  # [rows, dim]
         h = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
         residual_row_stride = residual.stride(0)
@@ -158,9 +173,10 @@ def _like(x: Tensor) -> Tensor:
 @op(fake=lambda x, *_, **__: _like(x))
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float = 1.0) -> Tensor:
     """Gemma's RMSNorm of the last axis. Runs the reference where Triton does not run."""
-    if calls.runs_c(x):
-        return calls.norm(x, weight, eps=eps, offset=offset)[0]
+    _check(x, weight)
     if not runs_triton(x):
+        if calls.runs_c(x):
+            return calls.norm(x, weight, eps=eps, offset=offset)[0]
         return rms_norm_reference(x, weight, eps, offset).contiguous()
     y, _ = _launch(x, None, _Weights(weight), eps, offset)
     assert y is not None
@@ -173,10 +189,11 @@ def add_norm(
 ) -> Tensor:
     """Adds x, normalized, to the residual. Returns h. Runs the reference where Triton does not
     run."""
-    if calls.runs_c(x):
-        weights = None, residual, post_weight
-        return calls.norm(x, *weights, eps=eps, offset=offset, normalizes=False)[0]
+    _check(x, None, residual, post_weight)
     if not runs_triton(x):
+        if calls.runs_c(x):
+            parts = None, residual, post_weight
+            return calls.norm(x, *parts, eps=eps, offset=offset, normalizes=False)[0]
         return add_norm_reference(x, residual, post_weight, eps, offset).contiguous()
     _, h = _launch(x, residual, _Weights(None, post_weight), eps, offset, normalizes=False)
     assert h is not None
@@ -191,13 +208,13 @@ def add_rms_norm(
     """Adds x, normalized if post_weight is given, to the residual, multiplies the sum by
     layer_scalar if given, and normalizes the result. Returns (y, h). Runs the reference where
     Triton does not run."""
-    assert layer_scalar is None or layer_scalar.dtype == x.dtype, f"{layer_scalar.dtype=}"
-    if calls.runs_c(x):
-        parts = weight, residual, post_weight, layer_scalar
-        y, h = calls.norm(x, *parts, eps=eps, offset=offset)
-        assert h is not None
-        return y, h
+    parts = weight, residual, post_weight, layer_scalar
+    _check(x, *parts)
     if not runs_triton(x):
+        if calls.runs_c(x):
+            y, h = calls.norm(x, *parts, eps=eps, offset=offset)
+            assert h is not None
+            return y, h
         y, h = add_rms_norm_reference(x, residual, weight, post_weight, eps, offset, layer_scalar)
         return y.contiguous(), h.contiguous()
     weights = _Weights(weight, post_weight, layer_scalar)

@@ -1,8 +1,8 @@
 """Defines fixtures that all tests share: `device`, `twins` (tiny models), real weights.
 
 Without a GPU, kernels run in Triton's interpreter, but only in tests that turn it on (with the
-fixture `device` or the context `interpreter`). In all other tests, ops run their references on CPU
-tensors, as they do for a user.
+fixture `device` or the context `interpreter`). In all other tests, ops on CPU tensors run the C
+kernels, or their references where there are none, as they do for a user.
 """
 
 import os
@@ -12,10 +12,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this when the imports below define kernels
 
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from c_kernels import needs_c, without_c
 from tiny_models import CONFIGS, Twins
 from triton import knobs
 from triton_interpreter import interpreter
@@ -39,15 +41,15 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["kernel", "reference"])
+PATHS = {"kernel": interpreter, "C": nullcontext, "reference": without_c}
+
+
+@pytest.fixture(params=["kernel", pytest.param("C", marks=needs_c), "reference"])
 def device(request):
-    """Runs a test twice: on the kernels (GPU or interpreter) and on their references (CPU). Returns
-    the device for the inputs."""
-    if request.param == "reference":
-        yield "cpu"
-        return
-    with interpreter():
-        yield "cuda" if torch.cuda.is_available() else "cpu"
+    """Runs a test three times: on the Triton kernels (GPU or interpreter), on the C kernels, and on
+    the references (CPU). Returns the device for the inputs."""
+    with PATHS[request.param]():
+        yield "cuda" if request.param == "kernel" and torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="session", params=list(CONFIGS))

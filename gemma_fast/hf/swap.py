@@ -32,8 +32,8 @@ def accelerate(
 
     norm, attention, mlp  parts to run on the kernels
     linear                linears whose weight compressed-tensors or torchao has quantized. None:
-                          on a GPU, and on a CPU in bfloat16 if PyTorch has kernels for it; without
-                          kernels, each call would unpack the weight
+                          on a GPU, and on a CPU if gcc is installed, which compiles the kernels;
+                          without kernels, each call would unpack the weight
     strict                raise RuntimeError, with the reason, if the kernels do not support a call
 
     Modules and attention functions that another library has replaced stay as they are, and so does
@@ -151,7 +151,8 @@ class FastGemma:
 class Line(NamedTuple):
     module: str  # "model.layers.0.mlp"
     part: str  # "norm", "mlp", "attention", "experts" or "linear"
-    path: str  # "triton", "reference" (PyTorch), or "transformers" (or another library: see why)
+    # "triton", "reference" (a CPU: C kernels or PyTorch) or "transformers" (or another library)
+    path: str
     why: str
 
 
@@ -199,7 +200,7 @@ def _run(text: PreTrainedModel, module: nn.Module, part: str, why: str | None) -
     if not isinstance(module, Fast):
         option = f"{part}=False"
         if part == "linear" and not has_kernels(next(text.parameters())):
-            option = "on this CPU only with linear=True, and with kernels only in bfloat16"
+            option = "without gcc, which compiles kernels for this CPU, only with linear=True"
         return Run("transformers", why or f"not accelerated: {option}")
     if module.run is not None and why and module.run.path != "transformers":
         return Run(module.run.path, f"{why} after accelerate: call accelerate(model) again")

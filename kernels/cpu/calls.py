@@ -52,13 +52,22 @@ def runs_c(x: Tensor) -> bool:
 
 def is_matvec(x: Tensor, weight: Weight) -> bool:
     """Whether the C kernel for few rows computes x @ weightᵀ."""
-    return 0 < x.numel() <= MAX_ROWS * x.shape[-1] and weight.data.is_contiguous() and runs_c(x)
+    few = 0 < x.numel() <= MAX_ROWS * x.shape[-1] and weight.data.numel() > 0
+    return few and reads(weight) and runs_c(x)
+
+
+def reads(weight: Weight) -> bool:
+    """Whether the C kernels can read this weight: its rows are adjacent in memory."""
+    return all(part is None or part.is_contiguous() for part in weight)
 
 
 def _pointer(x: Tensor | None) -> int | None:
-    if x is not None and recorder.tensors is not None:
+    if x is None:
+        return None
+    assert x.is_cpu, f"a tensor is on {x.device}, and others are on a CPU"
+    if recorder.tensors is not None:
         recorder.tensors.append(x)
-    return None if x is None else x.data_ptr()
+    return x.data_ptr()
 
 
 def _contiguous(x: Tensor) -> Tensor:
@@ -185,6 +194,9 @@ def rotary(
     """
     b, t, heads, _ = x.shape
     slots = out.shape[2]
+    cos, sin, weight, query_offset = (
+        None if part is None else _contiguous(part) for part in (cos, sin, weight, query_offset)
+    )
     args = _head_args(x, weight, eps, offset, normed)
     _call(
         "rotary", byref(args), _pointer(x), _strides(x), _pointer(cos), _pointer(sin), b, t,
@@ -212,7 +224,7 @@ def decode_attention(
 ) -> Tensor:  # fmt: skip
     """As the op of this name, for `queries` query heads."""
     (b, _, d), (n, slots) = qkv.shape, keys.shape[1:3]
-    qkv = _contiguous(qkv)
+    qkv, cos, sin, position = map(_contiguous, (qkv, cos, sin, position))
     out = torch.empty(b, queries, d, dtype=qkv.dtype)
     args = DecodeArgs(
         _pointer(qkv), _pointer(keys), _pointer(values), _pointer(cos), _pointer(sin),

@@ -9,14 +9,10 @@ from demo_answers import CONTINUATION, PROMPT
 
 from gemma_fast.benchmarks.verify.ids import TEXTS, read_text
 from gemma_fast.causal_lm import GemmaForCausalLM
-from gemma_fast.kernels._int4pack import block_rows
-from gemma_fast.kernels.packed_cpu import CPUPackedWeight
+from gemma_fast.kernels.packed import PackedWeight
 from gemma_fast.text.tokenizer import Tokenizer
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:.*packed weights in float32 are unpacked again"),
-]
+pytestmark = pytest.mark.slow
 TOKENS = 192
 
 
@@ -29,14 +25,13 @@ def texts(demo_gguf) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def logits_of(demo_gguf, texts):
-    """Returns a function that returns a model's logits of each text. Checks its layout."""
+    """Returns a function that returns a model's logits of each text."""
 
     def run(dtype: str, quantize: str | None) -> dict[str, torch.Tensor]:
         model = GemmaForCausalLM.from_pretrained(
             demo_gguf, dtype=dtype, device="cpu", quantize=quantize
         )
-        on_kernels = quantize is None and dtype == "bfloat16"
-        assert isinstance(model.embed_tokens, CPUPackedWeight) == on_kernels
+        assert isinstance(model.embed_tokens, PackedWeight) == (quantize is None)
         return {name: model(ids).logits[0].float() for name, ids in texts.items()}
 
     return run
@@ -51,7 +46,6 @@ def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
     return math.exp(torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]))
 
 
-@pytest.mark.skipif(block_rows() is None, reason="needs PyTorch's kernel: AVX2 or AVX512")
 def test_packed_bf16_is_as_good_as_bf16(logits_of, exact, texts):
     packed, unpacked = logits_of("bfloat16", None), logits_of("bfloat16", "none")
     for name, ids in texts.items():

@@ -122,7 +122,7 @@ def test_imports_follow_the_rules(module):
             assert allows, f"{module} imports {name}; {room} may import: {allowed}"
         folder, _, last = name.rpartition(".")
         private = last.startswith("_") and not last.startswith("__")
-        assert not private or folder == module.rpartition(".")[0], f"{module} imports {name}"
+        assert not private or within(module, folder), f"{module} imports {name}"
 
 
 def test_every_allowed_import_is_used():
