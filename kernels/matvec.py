@@ -112,8 +112,9 @@ def check_matmul(inputs: MatmulInput, weight: Weight) -> None:
     x, residual, norm_weight, post_norm_weight, layer_scalar = inputs
     dim = weight.shape[1]
     assert x.shape[-1] == dim, f"{tuple(weight.shape)=} does not fit {tuple(x.shape)=}"
-    dtype = weight.data.dtype
-    assert weight.scale is not None or x.dtype == dtype, f"{x.dtype=}, weight {dtype}"
+    data = weight.data
+    assert weight.scale is not None or x.dtype == data.dtype, f"{x.dtype=}, weight {data.dtype}"
+    assert data.device == x.device, f"x is on {x.device}, the weight on {data.device}"
     for norm in (norm_weight, post_norm_weight):
         assert norm is None or norm.shape == (dim,), f"{tuple(norm.shape)=}, {tuple(x.shape)=}"
         assert norm is None or norm.stride(0) == 1, "a norm's weight must be contiguous"

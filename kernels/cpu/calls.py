@@ -57,8 +57,8 @@ def is_matvec(x: Tensor, weight: Weight) -> bool:
 
 
 def reads(weight: Weight) -> bool:
-    """Whether the C kernels can read this weight: it is on a CPU, and its rows are adjacent."""
-    return all(part is None or (part.is_cpu and part.is_contiguous()) for part in weight)
+    """Whether the C kernels can read this weight: its rows are adjacent in memory."""
+    return all(part is None or part.is_contiguous() for part in weight)
 
 
 def _pointer(x: Tensor | None) -> int | None:
