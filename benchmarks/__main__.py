@@ -27,8 +27,9 @@ from gemma_fast.benchmarks.kernels.suite import KernelResult, Suite, run
 from gemma_fast.benchmarks.kernels.table import SUITES
 from gemma_fast.benchmarks.measure import machine, report
 from gemma_fast.benchmarks.measure.machine import Roof
+from gemma_fast.benchmarks.measure.model_report import title_of
 from gemma_fast.benchmarks.measure.outcome import serious, with_took
-from gemma_fast.benchmarks.measure.plots import kernel_plots, title_of, write_plots
+from gemma_fast.benchmarks.measure.plots import kernel_plots, write_plots
 from gemma_fast.benchmarks.model.command import run_model
 from gemma_fast.benchmarks.model.providers import PROVIDERS
 
@@ -57,6 +58,8 @@ def main(
         shared.refuse_options(context, MODEL_OPTIONS, why)
     if not suites:
         shared.refuse_options(context, ["sizes"], f"is not for the suite {MODEL}: use -p, -n, -d")
+    if suites and len(options["dtypes"]) > 1:
+        raise click.UsageError(f"several --dtype are for the suite {MODEL} alone")
     if suites and options["output"] == "json":
         raise click.UsageError(f"-o json is for the suite {MODEL} alone: use --out to write JSON")
     if listing:
@@ -86,11 +89,11 @@ def run_kernels(
     Returns whether the run passed (see outcome.serious), and the roof (None without a GPU).
     """
     only, out = options["only"], options["out"]
-    device, kind = machine.device_and_dtype(options["dtype"])
+    device, kind = machine.device_and_dtype(next(iter(options["dtypes"]), None))
     known = [x for suite in suites.values() for x in suite.sizes_on(device)]
     shared.refuse_unused_sizes(known, sizes)
     roof = machine.measure_roof(device, kind) if device.type == "cuda" else None
-    head = machine.stamp(device, kind, RIVALS, options["commit"])
+    head = machine.stamp(device, [kind], RIVALS, options["commit"])
     about = {name: suite.about for name, suite in suites.items()}
     results: list[KernelResult] = []
     for suite in suites.values():

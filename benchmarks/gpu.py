@@ -35,8 +35,7 @@ from gemma_fast.benchmarks.kernels.rivals import RIVALS
 from gemma_fast.benchmarks.kernels.table import SUITES
 from gemma_fast.benchmarks.measure import report
 from gemma_fast.benchmarks.measure.machine import device_and_dtype, stamp
-from gemma_fast.benchmarks.measure.outcome import OURS
-from gemma_fast.benchmarks.model.providers import UNPACKED_16
+from gemma_fast.benchmarks.measure.outcome import OURS, UNPACKED
 
 ROOT = Path(gemma_fast.__file__).parents[1]
 GRACE = 5  # seconds that a stage gets to exit after SIGINT, before SIGKILL
@@ -86,7 +85,7 @@ def stages(cuda: bool) -> list[Stage]:
     model = [BENCHMARKS, "model", *repeat("--only", MODELS), "-r", "3" if cuda else "1"]
     depths, prompts, new = ("512,4096", "2048,8192", "64") if cuda else ("5", "8", "2")
     gemma4 = [*model, "--model", "gemma-4-e2b", "-p", "2048", "-n", new, "-d", "0,4096"]
-    packed = [BENCHMARKS, "model", *repeat("--only", (OURS, UNPACKED_16)), "-p", "0", "-n", new]
+    packed = [BENCHMARKS, "model", *repeat("--only", (OURS, UNPACKED)), "-p", "0", "-n", new]
     packed += ["-d", "512" if cuda else "5", "-r", "3" if cuda else "1", "--quantize"]
     kernels = [BENCHMARKS, *IMPORTANT, *(x for x in SUITES if x not in IMPORTANT)]
     kernels += repeat("--only", PROVIDERS)
@@ -185,9 +184,9 @@ def summary(folder: Path) -> str:
     results = json.loads(file.read_text(encoding="utf-8"))["results"]
     found = f"{len(results)} results, {sum(x['status'].startswith('ok') for x in results)} ok"
     rates = {x["provider"]: x["tokens_per_s"] for x in results if "tokens_per_s" in x}
-    if UNPACKED_16 in rates and OURS in rates:
+    if UNPACKED in rates and OURS in rates:
         name = folder.name.removeprefix("decode-")
-        found += f", {rates[OURS] / rates[UNPACKED_16]:.2f} × bfloat16"
+        found += f", {rates[OURS] / rates[UNPACKED]:.2f} × bfloat16"
         found += f" (target {TARGETS[name]})" if name in TARGETS else ""
     return found
 
@@ -238,7 +237,7 @@ def main(context: click.Context, minutes: float, out: Path | None, commit: str |
     # SIGTERM raises SystemExit, so that run_stage stops the running stage.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     device, kind = device_and_dtype(None)
-    head, cuda = stamp(device, kind, ["transformers", *RIVALS], commit), device.type == "cuda"
+    head, cuda = stamp(device, [kind], ["transformers", *RIVALS], commit), device.type == "cuda"
     name = re.sub("[^a-z0-9]+", "-", (head["gpu"] or "no gpu").lower()).strip("-")
     out = out or ROOT / "benchmarks" / "results" / name
     shared.make_folder(out)

@@ -16,38 +16,58 @@ from gemma_fast.compat import QUANTIZE, QUANTIZE_HELP
 from gemma_fast.presets import PRESETS
 
 Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
 MODEL_HELP = f"""demo (the demo weights), a size with random weights (tiny, {", ".join(PRESETS)}),
 a directory, a .gguf file, a hub id. [default: gemma-2b on a GPU; on a CPU tiny, which is checked
 but not timed]"""
 
 
-def counts(*names: str, default: int, least: int, help: str) -> Callable[[Command], Command]:
-    """Returns a decorator that adds an option for integers.
+DTYPES = ("bfloat16", "float16", "float32")
 
-    The integers are separated by commas, or the option is repeated. Duplicates are dropped.
+
+def several(*names: str, read: Callable[[str], Any], metavar: str, **more: Any) -> Decorator:
+    """Returns a decorator that adds an option with several values.
+
+    The values are separated by commas, or the option is repeated. Duplicates are dropped.
+
+    read: returns a value from its text; raises ValueError for a text that is wrong
     """
 
-    def parse(context: Any, option: Any, values: Sequence[str]) -> tuple[int, ...]:
-        given: dict[int, None] = {}
-        for value in values:
-            try:
-                given |= dict.fromkeys(int(x) for x in value.split(","))
-            except ValueError as error:
-                message = f"{value!r} is not whole numbers separated by commas"
-                raise click.BadParameter(message) from error
-        if given and min(given) < least:
-            raise click.BadParameter(f"{min(given)} is less than {least}")
-        return tuple(given) or (default,)
+    def parse(context: Any, option: Any, texts: Sequence[str]) -> tuple[Any, ...]:
+        try:
+            return tuple(dict.fromkeys(read(x) for text in texts for x in text.split(",")))
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
 
-    return click.option(
-        *names, multiple=True, callback=parse, metavar="N,N…", help=f"{help} [default: {default}]"
-    )
+    return click.option(*names, multiple=True, callback=parse, metavar=metavar, **more)
 
 
-dtype_option = click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="[default: bfloat16 on a GPU, float32 on a CPU; for packed weights as in generate]",
-)  # fmt: skip
+def counts(*names: str, default: int, least: int, help: str, own_depth: bool = False) -> Decorator:
+    """Returns a decorator that adds an option for integers. With `own_depth`, a value may also be
+    N@D, which becomes (N, D)."""
+
+    def read(text: str) -> int | tuple[int, ...]:
+        parts = text.split("@") if own_depth else [text]
+        if len(parts) > 2 or not all(x.strip().isdecimal() for x in parts):
+            raise ValueError(f"{text!r} is not whole numbers separated by commas")
+        found = [int(x) for x in parts]
+        if found[0] < least:
+            raise ValueError(f"{found[0]} is less than {least}")
+        return found[0] if len(found) == 1 else tuple(found)
+
+    metavar = "N[@D],…" if own_depth else "N,N…"
+    help = f"{help} [default: {default}]"
+    return several(*names, read=read, metavar=metavar, default=[str(default)], help=help)
+
+
+def dtype(text: str) -> str:
+    if text not in DTYPES:
+        raise ValueError(f"{text!r} is not one of {', '.join(DTYPES)}")
+    return text
+
+
+DTYPE_HELP = "[default: bfloat16 on a GPU, float32 on a CPU; for packed weights as in generate]"
+dtype_option = click.option("--dtype", type=click.Choice(DTYPES), help=DTYPE_HELP)
 quantize_option = click.option("--quantize", type=click.Choice(QUANTIZE), help=QUANTIZE_HELP)
 commit_option = click.option("--commit", help="Commit to record instead of git's current commit.")
 size_option = click.option(
@@ -60,8 +80,14 @@ def out_option(help: str) -> Callable[[Command], Command]:
 
 
 OPTIONS = (
-    counts("-p", "prompts", default=512, least=0, help="Number of prompt tokens; 0: no prefill."),
-    counts("-n", "new", default=128, least=0, help="Number of new tokens; 0: no decoding."),
+    counts(
+        "-p", "prompts", default=512, least=0, own_depth=True,
+        help="Number of prompt tokens; 0: no prefill. N@D: at this depth only.",
+    ),
+    counts(
+        "-n", "new", default=128, least=0, own_depth=True,
+        help="Number of new tokens; 0: no decoding. N@D: at this depth only.",
+    ),
     counts("-d", "depths", default=0, least=0, help="Number of tokens already in the cache."),
     counts("-b", "batches", default=1, least=1, help="Batch size."),
     click.option(
@@ -69,7 +95,10 @@ OPTIONS = (
         help="Timed runs of each test; short tests are run more often.",
     ),
     click.option("--model", help=MODEL_HELP),
-    dtype_option,
+    several(
+        "--dtype", "dtypes", read=dtype, metavar="DTYPE,…",
+        help=f"{', '.join(DTYPES)}; several run side by side. {DTYPE_HELP}",
+    ),
     quantize_option,
     click.option(
         "--only", multiple=True, metavar="PROVIDER", help="Run only this provider; repeatable."

@@ -1,5 +1,7 @@
 """Writes results.md and the plots again from a results.json, without measuring anything.
 
+Prints the table that the README shows, if the results are of a model.
+
 python -m benchmarks.plot benchmarks/results/cpu-amd-epyc
 """
 
@@ -15,11 +17,12 @@ import click
 from gemma_fast.benchmarks.kernels.suite import KernelResult
 from gemma_fast.benchmarks.kernels.table import SUITES
 from gemma_fast.benchmarks.measure.machine import Roof, Work
-from gemma_fast.benchmarks.measure.plots import kernel_plots, model_plots, title_of, write_plots
-from gemma_fast.benchmarks.measure.report import kernel_markdown, model_markdown
+from gemma_fast.benchmarks.measure.model_report import model_markdown, readme_table, title_of
+from gemma_fast.benchmarks.measure.plots import kernel_plots, model_plots, write_plots
+from gemma_fast.benchmarks.measure.report import kernel_markdown
 from gemma_fast.benchmarks.measure.timing import Times
 from gemma_fast.benchmarks.model.cases import Case
-from gemma_fast.benchmarks.model.race import ModelResult
+from gemma_fast.benchmarks.model.result import ModelResult
 
 ABOUT = {name: suite.about for name, suite in SUITES.items()}
 
@@ -29,8 +32,9 @@ def model_result(row: Mapping[str, Any]) -> ModelResult:
     case = Case(row["kind"], row["tokens"], row["depth"], row["batch"])
     seconds, of_tokens = (tuple(row.get(name, ())) for name in ("samples_s", "token_samples_s"))
     return ModelResult(
-        case, row["provider"], row["status"], work_of(row), seconds=seconds, token_seconds=of_tokens
-    )
+        case, row["provider"], row["dtype"], row["status"], work_of(row), seconds=seconds,
+        token_seconds=of_tokens,
+    )  # fmt: skip
 
 
 def kernel_result(row: Mapping[str, Any]) -> KernelResult:
@@ -48,8 +52,9 @@ def work_of(row: Mapping[str, Any]) -> Work:
     return Work(row.get("bytes", 0), row.get("flops", 0))  # 0 for a result that was not timed
 
 
-def draw(folder: Path) -> None:
-    """Reads folder/results.json, and writes results.md and the plots to the same folder.
+def draw(folder: Path) -> str:
+    """Reads folder/results.json, and writes results.md and the plots to the same folder. Returns
+    the README's table, or an empty string for results of kernels.
 
     Raises ValueError if the file does not contain results of the benchmarks.
     """
@@ -61,17 +66,19 @@ def draw(folder: Path) -> None:
         results = [*map(model_result if of_model else kernel_result, rows)]
         text = model_markdown(found) if of_model else kernel_markdown(found, ABOUT)
         title = title_of(found["stamp"], rows[0]["model"] if of_model else None)
+        shown = readme_table(found) if of_model else ""
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"{file} does not contain results of the benchmarks: {error!r}") from error
     (folder / "results.md").write_text(text, encoding="utf-8")
     write_plots(model_plots if of_model else kernel_plots, folder, roof, results, title)
+    return shown
 
 
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(folder: Path) -> None:
     try:
-        draw(folder)
+        click.echo(draw(folder), nl=False)
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 

@@ -179,7 +179,7 @@ def main(
         raise click.ClickException("PyTorch's profiler recorded no kernels")
     found = kernel_table(shares(ran), clock * 1e6)
     what = f"Prefill of {prompt}" if prompt else f"A step after {depth} to {depth + ROUNDS - 1}"
-    head = report.heading(stamp(device, kind, [], commit), None)
+    head = report.heading(stamp(device, [kind], [], commit), None)
     which = f"{model}, {quantize}" if quantize else model
     text = f"{what} tokens, batch {batch}, {which}. {head}\n\n{found}"
     click.echo(text)

@@ -137,7 +137,7 @@ def main(
     if device.type != "cuda":
         raise click.ClickException("tuning needs a CUDA GPU, and there is none")
     shared.make_folder(out)
-    roof, head = measure_roof(device, kind), stamp(device, kind, [], commit)
+    roof, head = measure_roof(device, kind), stamp(device, [kind], [], commit)
     click.echo(report.heading(head, roof))
     results = []
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), get_context("spawn")) as pool:

@@ -12,17 +12,15 @@ Text goes to stdout; progress, speed and errors go to stderr.
 
 from __future__ import annotations
 
+import gc
 import json
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.columns import Columns
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from gemma_fast.cli_stream import stream
 from gemma_fast.compat import ONE_TEXT, QUANTIZE, QUANTIZE_HELP
@@ -110,6 +108,8 @@ class _Errors(click.Group):
             if "out of memory" not in str(error):
                 raise
             raise click.ClickException(str(error)) from error
+        finally:
+            gc.unfreeze()
 
 
 @click.group(cls=_Errors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -150,6 +150,11 @@ def predict(prompt: str, top: int, as_json: bool, **model_kwargs: Any) -> None:
     if as_json:
         click.echo(json.dumps(rows, ensure_ascii=False))
         return
+    from rich.columns import Columns
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table("after", "most likely next tokens, with probabilities", show_lines=True)
     for row in rows:
         cells = [f"{x['token']!r} {x['probability']:.4f}" for x in row["next"]]
@@ -250,6 +255,9 @@ def walkthrough(
     The page shows plain PyTorch with unpacked weights, for GGUF in float32 on a CPU. --quantize
     rounds their values, as in a packed model.
     """
+    from rich.console import Console
+    from rich.text import Text
+
     from gemma_fast.demo import demo_checkpoint
     from gemma_fast.walkthrough.write import write_walkthrough
 
@@ -350,20 +358,33 @@ def _ends(model: GemmaForCausalLM, tokenizer: Tokenizer) -> list[int]:
 def _load(
     model: str | None, device: str | None, dtype: str, quantize: str | None
 ) -> tuple[GemmaForCausalLM, Tokenizer]:
+    from gemma_fast.demo import demo_checkpoint
+
+    gc.disable()  # modules, vocabulary and model are a million objects, and none is garbage
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            path = pool.submit(lambda: model or demo_checkpoint())
+            from gemma_fast.causal_lm import GemmaForCausalLM  # imports torch, which takes a second
+            from gemma_fast.text.tokenizer import Tokenizer
+        tokenizer = Tokenizer.from_pretrained(path.result())
+        tokenizer.require_bos()
+        gemma = GemmaForCausalLM.from_pretrained(
+            path.result(), dtype=dtype, device=device, quantize=quantize
+        )
+    finally:
+        gc.freeze()  # until the command ends
+        gc.enable()
+    if gemma.device.type == "cuda":
+        _warm_up(gemma)
+    return gemma, tokenizer
+
+
+def _warm_up(gemma: GemmaForCausalLM) -> None:
+    """Compiles kernels and captures a graph, so that the speed of later calls is not theirs."""
     import torch
 
-    from gemma_fast.causal_lm import GemmaForCausalLM
-    from gemma_fast.demo import demo_checkpoint
-    from gemma_fast.text.tokenizer import Tokenizer
-
-    path = model or demo_checkpoint()
-    tokenizer = Tokenizer.from_pretrained(path)
-    tokenizer.require_bos()
-    gemma = GemmaForCausalLM.from_pretrained(path, dtype=dtype, device=device, quantize=quantize)
-    # Warm up before calls are timed: on a GPU the first call compiles kernels and captures a graph.
     bos = torch.tensor([[gemma.config.bos_token_id]])  # the tokenizer may have no bos token
     gemma.generate(
         bos, max_new_tokens=3, min_new_tokens=0, do_sample=False, eos_token_id=[], stop_strings=[],
         **ONE_TEXT,
     )  # fmt: skip
-    return gemma, tokenizer

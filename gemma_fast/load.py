@@ -6,7 +6,9 @@ model/packing.py chooses which weights stay packed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -174,14 +176,20 @@ def _copy(
                 raise ValueError(f"{checkpoint.path}: tensor {tensor}: {error}") from error
 
 
-def _track(names: Iterable[str], label: str) -> Iterable[str]:
-    """Returns an iterator over the names, which shows a progress bar if stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
+def _track(names: Iterable[str], label: str) -> Iterator[str]:
+    """Yields the names. Shows a progress bar after a second if stderr is a terminal."""
+    names, start = [*names], time.perf_counter()
+    left = iter(names)
+    for done, name in enumerate(left):
+        yield name
+        if sys.stderr.isatty() and time.perf_counter() - start > 1:
+            from rich.console import Console
+            from rich.progress import track
 
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    return track(list(names), label, console=console, disable=hidden, transient=True)
+            yield from track(
+                left, label, total=len(names), completed=done + 1, console=Console(stderr=True),
+                transient=True,
+            )  # fmt: skip
 
 
 def refuse_head_dim(config: GemmaConfig, device: torch.device, head_dims: Sequence[int]) -> None:

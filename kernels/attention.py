@@ -320,17 +320,15 @@ def attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():
         return out
-    if calls.runs_c(q) and softcap is None and q.stride(3) == 1:
-        return cpu_attention(
-            q, keys, values, cos, sin, query_offset, norm_weight,
-            scale=scale, left_padding=left_padding, window=window, eps=eps, offset=offset,
-        )  # fmt: skip
     if not runs_triton(q):
-        return attention_reference(
-            q, keys, values, cos, sin, query_offset, norm_weight,
-            scale=scale, left_padding=left_padding, window=window, softcap=softcap, eps=eps,
-            offset=offset,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "scale": scale, "left_padding": left_padding, "window": window, "eps": eps,
+            "offset": offset,
+        }  # fmt: skip
+        inputs = q, keys, values, cos, sin, query_offset, norm_weight
+        if calls.runs_c(q) and softcap is None and q.stride(3) == 1:
+            return cpu_attention(*inputs, **options)
+        return attention_reference(*inputs, softcap=softcap, **options)
 
     assert d in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}: {d=}"
     assert q.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()

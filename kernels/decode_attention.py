@@ -57,6 +57,8 @@ The last split also writes the new token's K and V. The number of splits that ha
 on the GPU, from position, so one CUDA graph serves every length.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -279,17 +281,19 @@ def decode_attention(
     assert all(x is None or (x.shape == (d,) and x.stride(0) == 1) for x in (q_norm, k_norm))
     if not qkv.numel():
         return qkv.new_empty(b, queries, d)
-    if calls.runs_c(qkv) and keys.stride() == values.stride() and keys.stride(3) == 1:
-        return calls.decode_attention(
-            qkv, keys, values, cos, sin, position, q_norm, k_norm, queries=queries, scale=scale,
-            heads=heads, v_norm=v_norm, offset=offset, window=window, softcap=softcap, eps=eps,
-        )  # fmt: skip
+    options: dict[str, Any] = {
+        "scale": scale, "heads": heads, "v_norm": v_norm, "offset": offset, "window": window,
+        "softcap": softcap, "eps": eps,
+    }  # fmt: skip
     if not runs_triton(qkv):
+        if calls.runs_c(qkv) and keys.stride() == values.stride() and keys.stride(3) == 1:
+            return calls.decode_attention(
+                qkv, keys, values, cos, sin, position, q_norm, k_norm, queries=queries, **options
+            )
         used = min(max(int(position.max()) + 1, 1), slots)  # slots from here on are unused
         return decode_attention_reference(
             qkv, keys[:, :, :used], values[:, :, :used], cos, sin, position, q_norm, k_norm,
-            scale=scale, heads=heads, v_norm=v_norm, offset=offset,
-            window=window, softcap=softcap, eps=eps,
+            **options,
         )  # fmt: skip
 
     assert window != 0 and softcap != 0

@@ -120,9 +120,9 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     assert gate.shape == up.shape and gate.dtype == up.dtype, (
         f"gate {tuple(gate.shape)} {gate.dtype} does not fit up {tuple(up.shape)} {up.dtype}"
     )
-    if calls.runs_c(gate) and gate.stride(-1) == up.stride(-1) == 1:
-        return calls.geglu(gate, up)
     if not runs_triton(gate):
+        if calls.runs_c(gate) and gate.stride(-1) == up.stride(-1) == 1:
+            return calls.geglu(gate, up)
         return geglu_reference(gate, up).contiguous()
 
     assert gate.stride(-1) == up.stride(-1) == 1, "rows must be contiguous"

@@ -174,9 +174,9 @@ def _like(x: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float = 1.0) -> Tensor:
     """Gemma's RMSNorm of the last axis. Runs the reference where Triton does not run."""
     _check(x, weight)
-    if calls.runs_c(x):
-        return calls.norm(x, weight, eps=eps, offset=offset)[0]
     if not runs_triton(x):
+        if calls.runs_c(x):
+            return calls.norm(x, weight, eps=eps, offset=offset)[0]
         return rms_norm_reference(x, weight, eps, offset).contiguous()
     y, _ = _launch(x, None, _Weights(weight), eps, offset)
     assert y is not None
@@ -190,10 +190,10 @@ def add_norm(
     """Adds x, normalized, to the residual. Returns h. Runs the reference where Triton does not
     run."""
     _check(x, None, residual, post_weight)
-    if calls.runs_c(x):
-        weights = None, residual, post_weight
-        return calls.norm(x, *weights, eps=eps, offset=offset, normalizes=False)[0]
     if not runs_triton(x):
+        if calls.runs_c(x):
+            parts = None, residual, post_weight
+            return calls.norm(x, *parts, eps=eps, offset=offset, normalizes=False)[0]
         return add_norm_reference(x, residual, post_weight, eps, offset).contiguous()
     _, h = _launch(x, residual, _Weights(None, post_weight), eps, offset, normalizes=False)
     assert h is not None
@@ -210,11 +210,11 @@ def add_rms_norm(
     Triton does not run."""
     parts = weight, residual, post_weight, layer_scalar
     _check(x, *parts)
-    if calls.runs_c(x):
-        y, h = calls.norm(x, *parts, eps=eps, offset=offset)
-        assert h is not None
-        return y, h
     if not runs_triton(x):
+        if calls.runs_c(x):
+            y, h = calls.norm(x, *parts, eps=eps, offset=offset)
+            assert h is not None
+            return y, h
         y, h = add_rms_norm_reference(x, residual, weight, post_weight, eps, offset, layer_scalar)
         return y.contiguous(), h.contiguous()
     weights = _Weights(weight, post_weight, layer_scalar)

@@ -174,12 +174,12 @@ def rotary_write(
     assert norm_weight is None or norm_weight.shape == (d,), f"{tuple(norm_weight.shape)=}, {d=}"
     if not k.numel():
         return None
-    if calls.runs_c(k) and all(x.stride(3) == 1 for x in (k, v, keys, values)):
-        norms: dict[str, Any] = {"eps": eps, "offset": offset, "query_offset": query_offset}
-        calls.rotary(k, keys, cos, sin, norm_weight, **norms)
-        calls.rotary(v, values, None, None, None, normed=v_norm, **norms)
-        return None
     if not runs_triton(k):
+        if calls.runs_c(k) and all(x.stride(3) == 1 for x in (k, v, keys, values)):
+            norms: dict[str, Any] = {"eps": eps, "offset": offset, "query_offset": query_offset}
+            calls.rotary(k, keys, cos, sin, norm_weight, **norms)
+            calls.rotary(v, values, None, None, None, normed=v_norm, **norms)
+            return None
         return rotary_write_reference(
             k, v, keys, values, cos, sin, query_offset, norm_weight, eps, offset, v_norm
         )

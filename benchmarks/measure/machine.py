@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from gemma_fast.benchmarks.measure.timing import event_seconds, settle, wall_seconds
+from gemma_fast.benchmarks.measure.timing import Call, event_seconds, settle, wall_seconds
 from gemma_fast.kernels.matvec import linear
 
 
@@ -38,6 +39,12 @@ class Roof(NamedTuple):
 
     copy: float  # bytes/s of a large copy, read + written
     product: float  # FLOP/s of a large matmul
+    products: Mapping[str, float] = {}  # dtype → FLOP/s, if the run has several dtypes
+
+    def of(self, dtype: str | None) -> Roof:
+        """Returns the roof for a dtype. None: the dtype with the fastest matmul."""
+        fastest = max(self.products.values(), default=self.product)
+        return self._replace(product=self.products.get(dtype or "", fastest))
 
     def floor(self, work: Work) -> float:
         """Returns the least possible seconds: the larger of the bytes' time and the FLOPs' time."""
@@ -57,37 +64,44 @@ def device_and_dtype(dtype: str | None) -> tuple[torch.device, torch.dtype]:
     return torch.device("cuda" if cuda else "cpu"), kind
 
 
-def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
+def measure_roof(device: torch.device, *dtypes: torch.dtype) -> Roof:
     """Returns the median rates of a copy of 1 GiB and a matmul of 8192³ (on a CPU 2048³), with
     random data. The matmul is F.linear on a GPU. On a CPU it is our `linear`, which in float32
     calls oneDNN and is faster than F.linear."""
     cuda = device.type == "cuda"
     n = 8192 if cuda else 2048
-    source = torch.empty(1 << 27, dtype=torch.int64, device=device).random_()
-    target = torch.empty_like(source)
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
     product = F.linear if cuda else linear
-    seconds = []
-    for work in (lambda: target.copy_(source), lambda: product(a, b)):
+
+    def seconds(work: Call) -> float:
         if cuda:
             settle(work, 0.5)
-            times = event_seconds(work, 50)
-        else:
-            times = [wall_seconds(work) for _ in range(9)][2:]
-        seconds.append(statistics.median(times))
-    return Roof(2 * source.nbytes / seconds[0], 2 * n**3 / seconds[1])
+            return statistics.median(event_seconds(work, 50))
+        return statistics.median([wall_seconds(work) for _ in range(9)][2:])
+
+    source = torch.empty(1 << 27, dtype=torch.int64, device=device).random_()
+    copy = 2 * source.nbytes / seconds(partial(torch.empty_like(source).copy_, source))
+    rates = {}
+    for dtype in dtypes:
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        rates[dtype_name(dtype)] = 2 * n**3 / seconds(partial(product, a, b))
+    return Roof(copy, rates[dtype_name(dtypes[0])], rates if len(rates) > 1 else {})
 
 
-def measure_again(stamp: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def measure_again(stamp: dict[str, Any], device: torch.device, *dtypes: torch.dtype) -> None:
     """Measures the roof again, at the end of the run, and adds it to the stamp. If the GPU has
     failed, the stamp stays as it is."""
     with suppress(RuntimeError):
-        stamp["roof_at_the_end"] = measure_roof(device, dtype)._asdict()
+        stamp["roof_at_the_end"] = measure_roof(device, *dtypes)._asdict()
 
 
 def stamp(
-    device: torch.device, dtype: torch.dtype, rivals: Iterable[str], commit: str | None = None
-) -> dict[str, Any]:
+    device: torch.device, dtypes: Sequence[torch.dtype], rivals: Iterable[str],
+    commit: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Returns a dict that describes the machine, the date and the versions of the software.
 
     rivals: packages whose versions are included; commit: replaces the commit that git returns
@@ -106,7 +120,7 @@ def stamp(
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "triton": installed_version("triton"),
         "rivals": {name: version for name in rivals if (version := installed_version(name))},
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": ", ".join(map(dtype_name, dtypes)),
     }
 
 

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 EAGER, OURS = "eager", "gemma_fast"
+UNPACKED = "gemma_fast, unpacked"  # a packed checkpoint's weights, unpacked
+TRANSFORMERS, LLAMA_CPP = "transformers (sdpa)", "llama.cpp"
 OURS_BY_POINTERS = "gemma_fast, no descriptors"
 # Without programmatic dependent launch: no call overlaps the previous call. Rivals' calls do not
 # overlap either.
@@ -49,9 +51,10 @@ def verdict(problem: Exception) -> str:
 
 
 def serious(results: Iterable[Any]) -> bool:
-    """Returns whether the whole run fails: any result is wrong, or a result of OURS is not ok."""
+    """Returns whether the whole run fails: any result is wrong, or one of ours is not ok."""
     return any(
-        r.status.startswith("wrong") or (r.provider == OURS and not r.status.startswith("ok"))
+        r.status.startswith("wrong")
+        or (r.provider in (OURS, UNPACKED) and not r.status.startswith("ok"))
         for r in results
     )
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gemma_fast.benchmarks.measure.machine import Roof
-from gemma_fast.benchmarks.measure.outcome import COPY, OURS
-from gemma_fast.benchmarks.measure.report import speedups
+from gemma_fast.benchmarks.measure.outcome import COPY, OURS, UNPACKED
+from gemma_fast.benchmarks.measure.report import rates, speedups
 
 DPI = 160
 Plots = Iterator[tuple[str, Any]]  # (name of the file, matplotlib figure)
@@ -44,13 +44,6 @@ def write_plots(
     for name, figure in plots(roof, measured):
         figure.suptitle(title, fontsize="small", wrap=True)
         figure.savefig(folder / f"{name}.png", dpi=DPI)
-
-
-def title_of(stamp: Mapping[str, Any], model: str | None) -> str:
-    """Returns the title of a run's plots: model (unless None), dtype, machine, date and commit."""
-    name = "Gemma 3 270M (demo weights)" if model == "demo" else model
-    where = ", ".join(filter(None, (name, stamp["dtype"], stamp["gpu"] or stamp["cpu"])))
-    return f"{where} · {stamp['date']}, commit {stamp['commit'] or 'unknown'}"
 
 
 def kernel_plots(roof: Roof, results: Sequence[Any]) -> Plots:
@@ -151,14 +144,13 @@ def _speed(roof: Roof, results: Sequence[Any]) -> Any:
             panel.text(0, y, _words(case), va="center", weight="bold")
             for i, r in enumerate(group, 1):
                 longest = max(longest, _bar(panel, y + i, r, roof))
-                ticks[y + i] = r.provider
+                ticks[y + i] = r.label
             y += len(group) + 1.2
         panel.set_yticks([*ticks], [*ticks.values()])
         panel.tick_params(axis="y", length=0)
         panel.set(xticks=[], xlim=(0, longest), ylim=(y - 0.6, -0.6))
         panel.spines[["top", "right", "bottom"]].set_visible(False)
-    rates = f"a copy of {roof.copy / 1e9:.3g} GB/s and a matmul of {roof.product / 1e12:.2g}"
-    told = f"Pale bars: the roof, which this run measured as {rates} TFLOP/s."
+    told = f"Pale bars: the roof, which this run measured: {rates(roof)}."
     figure.supxlabel(told, fontsize="small")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     return figure
@@ -166,7 +158,7 @@ def _speed(roof: Roof, results: Sequence[Any]) -> Any:
 
 def _bar(panel: Any, y: float, result: Any, roof: Roof) -> float:
     """Draws a result and its roof, with labels. Returns the width that they need, as an x value."""
-    figures, ours = result.figures(roof), result.provider == OURS
+    figures, ours = result.figures(roof), result.provider in (OURS, UNPACKED)
     rate, share = figures["tokens_per_s"], figures.get("mfu", figures.get("mbu"))
     deviation = figures["tokens_per_s_sd"] or 0
     panel.barh(y, rate / share, 0.84, color=PALE)
@@ -191,13 +183,15 @@ def _words(case: Any) -> str:
 
 
 def _step_time(roof: Roof, results: Sequence[Any], name: str) -> Any:
-    """Draws the mean time of a decode step, with a line per provider and one for the roof.
+    """Draws the median time of a decode step, with a line per provider and one for the roof.
 
     name: "depth" or "batch", the x axis
     """
     figure, (panel,) = _canvas(9, 5)
-    floors = {getattr(r.case, name): roof.floor(r.work) / r.case.tokens * 1e3 for r in results}
-    steps = [(r.provider, getattr(r.case, name), r.typical / r.case.tokens) for r in results]
+    floors = {
+        getattr(r.case, name): roof.of(r.dtype).floor(r.work) / r.case.tokens * 1e3 for r in results
+    }
+    steps = [(r.label, getattr(r.case, name), r.typical / r.case.tokens) for r in results]
     _plot_lines(panel, [(provider, x, seconds * 1e3) for provider, x, seconds in steps])
     values = sorted(floors)
     panel.plot(values, [floors[x] for x in values], color="grey", linestyle="--", label="roof")

@@ -84,13 +84,24 @@ def settle_rounds(once: Call) -> None:
         once()
 
 
-def repeated(once: Callable[[], float], repeats: int) -> list[float]:
-    """Calls once() `repeats` times, or more often if it is short (see ENOUGH). Returns the seconds
-    that each call returned."""
-    end = clock() + PATIENCE
-    seconds: list[float] = []
-    while len(seconds) < repeats or (sum(seconds) < ENOUGH and clock() < end):
-        seconds.append(once())
+def interleaved(calls: Sequence[Callable[[], float | None]], repeats: int) -> list[list[float]]:
+    """Calls each function `repeats` times, or more often if it is short (see ENOUGH). The functions
+    take turns, so that a change of the machine's speed affects all of them.
+
+    Returns the seconds that each function returned. A function that returns None is not called
+    again.
+    """
+    end = clock() + PATIENCE * len(calls)
+    seconds: list[list[float]] = [[] for _ in calls]
+    waiting = dict(enumerate(calls))
+    while waiting:
+        for i, call in [*waiting.items()]:
+            taken = call()
+            if taken is not None:
+                seconds[i].append(taken)
+            many = len(seconds[i]) >= repeats
+            if taken is None or (many and (sum(seconds[i]) >= ENOUGH or clock() >= end)):
+                del waiting[i]
     return seconds
 
 

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 from gemma_fast.benchmarks.measure.machine import Work, visible_pairs
@@ -22,6 +21,7 @@ from gemma_fast.demo import demo_checkpoint
 from gemma_fast.presets import PRESETS
 
 PROMPT, NEW = "pp", "tg"
+Count = int | tuple[int, int]  # tokens, or (tokens, depth)
 # Tensor → bytes per weight, its scales included. A tensor without an entry takes `itemsize`.
 Sizes = Mapping[str, float]
 NO_SIZES: Sizes = {}
@@ -96,11 +96,14 @@ class Case:
 
 
 def cases(
-    prompts: Sequence[int], new: Sequence[int], depths: Sequence[int], batches: Sequence[int]
+    prompts: Sequence[Count], new: Sequence[Count], depths: Sequence[int], batches: Sequence[int]
 ) -> list[Case]:
-    """Returns a case for every combination of the values, but no case for 0 tokens."""
-    kinds = [(PROMPT, n) for n in prompts if n] + [(NEW, n) for n in new if n]
-    return [Case(*kind, depth, batch) for batch, depth, kind in product(batches, depths, kinds)]
+    """Returns a case for every combination of the values, but no case for 0 tokens. A count with a
+    depth of its own, (tokens, depth), is not combined with `depths`."""
+    kinds = [(PROMPT, n) for n in prompts] + [(NEW, n) for n in new]
+    found = [(kind, n, d) for d in depths for kind, n in kinds if isinstance(n, int)]
+    found += [(kind, *n) for kind, n in kinds if not isinstance(n, int)]
+    return [Case(*case, batch) for batch in batches for case in found if case[1]]
 
 
 def pass_work(

@@ -4,34 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
-from gemma_fast.benchmarks.measure import machine
+from gemma_fast.benchmarks.measure import load, machine
 from gemma_fast.benchmarks.measure.machine import Roof
-from gemma_fast.benchmarks.measure.outcome import serious, with_took
-from gemma_fast.benchmarks.measure.plots import model_plots, title_of, write_plots
-from gemma_fast.benchmarks.measure.report import model_report
-from gemma_fast.benchmarks.model.cases import cases, find, is_packed
+from gemma_fast.benchmarks.measure.model_report import model_report, title_of
+from gemma_fast.benchmarks.measure.outcome import serious
+from gemma_fast.benchmarks.measure.plots import model_plots, write_plots
+from gemma_fast.benchmarks.model.cases import Case, Count, cases, find, is_packed
 from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import BESIDE_PACKED, PROVIDERS
-from gemma_fast.benchmarks.model.race import ModelResult, run
+from gemma_fast.benchmarks.model.race import groups, run
+from gemma_fast.benchmarks.model.result import ModelResult
+from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.rounded import with_quantize
 from gemma_fast.load import model_dtype, refuse_overflow
 
+RIVALS = ("transformers", "llama-cpp-python")
+
 
 def run_model(
-    *, prompts: Sequence[int], new: Sequence[int], depths: Sequence[int], batches: Sequence[int],
-    repeats: int, model: str | None, dtype: str | None, only: Sequence[str], output: str,
-    out: Path | None, commit: str | None, quantize: str | None = None, roof: Roof | None = None,
+    *, prompts: Sequence[Count], new: Sequence[Count], depths: Sequence[int],
+    batches: Sequence[int], repeats: int, model: str | None, dtypes: Sequence[str],
+    only: Sequence[str], output: str, out: Path | None, commit: str | None,
+    quantize: str | None = None, roof: Roof | None = None,
 ) -> bool:  # fmt: skip
     """Measures the model, prints the results and writes them to the folder `out`.
 
     Returns whether the run passed (see outcome.serious). roof: the machine's roof, if it has been
     measured already
     """
-    device, kind = machine.device_and_dtype(dtype)
+    device, kind = machine.device_and_dtype(next(iter(dtypes), None))
+    kinds = [getattr(torch, name) for name in dtypes] or [kind]
     cuda = device.type == "cuda"
     name = model or ("gemma-2b" if cuda else "tiny")
     tests = cases(prompts, new, depths, batches)
@@ -40,43 +47,60 @@ def run_model(
     try:
         checkpoint = with_quantize(find(name), quantize, device)
         packed = is_packed(checkpoint)
-        if packed and not dtype:
-            kind = model_dtype("auto", checkpoint, device)
-        refuse_overflow(checkpoint.config, kind)
+        if packed and not dtypes:
+            kinds = [model_dtype("auto", checkpoint, device)]
+        for kind in kinds:
+            refuse_overflow(checkpoint.config, kind)
     except (ValueError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error
     fitting = [case for case in tests if case.status(checkpoint.config) == "ok"]
     if not fitting:
         context = checkpoint.config.max_position_embeddings
         raise click.UsageError(f"no test fits the context of {name}, {context} tokens")
-    roof = roof or (machine.measure_roof(device, kind) if model or cuda else None)
-    try:
-        judge = Judge(checkpoint, kind, device)
-    except torch.OutOfMemoryError as error:
-        raise click.ClickException(f"not enough memory for the reference: {error}") from error
-    head = machine.stamp(device, kind, ["transformers"], commit)
-    about = {
-        "model": name, "params": checkpoint.config.num_parameters, "dtype": head["dtype"],
-        "size_bytes": checkpoint.config.num_parameters * kind.itemsize, "checked": judge.about,
-    }  # fmt: skip
     usual = [name for name in PROVIDERS if packed or name not in BESIDE_PACKED]
-    names = [name for name in PROVIDERS if name in (only or usual)]
-    results: list[ModelResult] = []
-    for result in with_took(run(checkpoint, tests, device, kind, roof, repeats, names, judge)):
-        results.append(result)
-        about["checked"] = judge.about
-        case = result.case
-        told = f"{case.name}, batch {case.batch}: {result.provider}: {result.status}"
-        if rate := result.figures(roof).get("tokens_per_s"):
-            told += f", {rate:.2f} t/s"
-        click.echo(f"{told}, {result.took:.1f} s", err=True)
-        if out:  # written each time, so that an interrupted run keeps its results
-            model_report(head, roof, results, about).write(out)
+    roof = roof or (machine.measure_roof(device, *kinds) if model or cuda else None)
+    head = machine.stamp(device, kinds, RIVALS, commit)
+    about = {"model": name, "params": checkpoint.config.num_parameters}
+    results = measure(
+        checkpoint, tests, device, kinds, only or usual, repeats, roof, head, about, out
+    )  # fmt: skip
     if roof:
-        machine.measure_again(head, device, kind)
+        machine.measure_again(head, device, *kinds)
     report = model_report(head, roof, results, about)
     if out:
         report.write(out)
         write_plots(model_plots, out, roof, results, title_of(head, name))
     click.echo(report.json if output == "json" else report.markdown, nl=False)
+    if load.is_busy(head["load"]):
+        click.echo(f"Warning: {load.in_words(head['load'])}", err=True)
     return not serious(r for r in results if r.case in fitting)
+
+
+def measure(
+    checkpoint: Checkpoint, tests: Sequence[Case], device: torch.device,
+    kinds: Sequence[torch.dtype], names: Sequence[str], repeats: int, roof: Roof | None,
+    head: dict[str, Any], about: dict[str, Any], out: Path | None,
+) -> list[ModelResult]:  # fmt: skip
+    """Runs the providers and returns their results. Adds the load of the machine to `head`, and a
+    description of the run to `about`."""
+    try:
+        judge = Judge(checkpoint, kinds[0], device, *kinds[1:])
+    except torch.OutOfMemoryError as error:
+        raise click.ClickException(f"not enough memory for the reference: {error}") from error
+    order = groups(checkpoint.config, names, kinds, device)
+    turns = "repeats of all providers take turns" if len(order) == 1 else "one provider at a time"
+    watch = load.Load()
+    head["load"], about["checked"] = watch.so_far(), judge.about
+    results: list[ModelResult] = []
+    for result in run(checkpoint, tests, device, order, roof, repeats, judge):
+        results.append(result)
+        head["load"] = watch.so_far()
+        about["checked"] = f"{judge.about} Order: {turns}."
+        case = result.case
+        told = f"{case.name}, batch {case.batch}: {result.label}: {result.status}"
+        if rate := result.figures(roof).get("tokens_per_s"):
+            told += f", {rate:.2f} t/s"
+        click.echo(f"{told}, {result.took:.1f} s", err=True)
+        if out:  # written each time, so that an interrupted run keeps its results
+            model_report(head, roof, results, about).write(out)
+    return results

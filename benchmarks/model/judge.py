@@ -16,9 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemma_fast.benchmarks.measure.outcome import OURS, Wrong, error, full_precision
+from gemma_fast.benchmarks.measure.outcome import (
+    LLAMA_CPP,
+    OURS,
+    Wrong,
+    error,
+    full_precision,
+)
 from gemma_fast.benchmarks.model.cases import PROMPT, Case, is_packed
-from gemma_fast.benchmarks.model.providers import LLAMA_CPP, Provider
+from gemma_fast.benchmarks.model.providers import Provider
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.memory import free_bytes
 from gemma_fast.reference import Reference
@@ -53,8 +59,8 @@ class Trial(NamedTuple):
 
 
 class Judge:
-    """Checks providers against the reference, whose weights are rounded to `dtype`; those of a
-    packed checkpoint are unpacked, and not rounded.
+    """Checks providers against the reference, whose weights are rounded to `dtype`. They are not
+    rounded if the checkpoint is packed, or if there are `more` dtypes.
 
     The reference computes in float32 if that fits in memory. A model with random weights mostly
     repeats the previous token, whatever attention computes, so correct greedy tokens prove little.
@@ -65,15 +71,18 @@ class Judge:
     provider's greedy token, in standard deviations of the reference's logits at this position
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *more: torch.dtype
+    ) -> None:
         config = checkpoint.config
         self.dtype, self.device, self.vocab_size = dtype, device, config.vocab_size
+        self.dtypes = dtype, *more
         # Bytes of the reference's float32 weights, and of the provider's weights and activations.
         needed = config.num_parameters * (4 + 1.5 * dtype.itemsize)
         self.exact = dtype == torch.float32 or needed < free_bytes(device)
         packed = is_packed(checkpoint)
         self.slack = PACKED_SLACK if packed else SLACK
-        kept = torch.float32 if self.exact and packed else dtype
+        kept = torch.float32 if self.exact and (packed or more) else dtype
         self.reference = Reference.from_checkpoint(checkpoint, dtype=kept, device=device)
         if self.exact:
             for name, weight in self.reference.weights.items():
@@ -81,8 +90,8 @@ class Judge:
         windows = [config.window(i) or 0 for i in range(config.num_hidden_layers)]
         self.window = max((w for w in windows if w <= LONG), default=0)
         self.context = config.max_position_embeddings
-        # Errors of transformers, by batch size and length of the prefix.
-        self.errors: dict[tuple[int, int], list[float]] = {}
+        # Errors of transformers, by dtype, batch size and length of the prefix.
+        self.errors: dict[tuple[torch.dtype, int, int], list[float]] = {}
         self.compared = False  # whether our error was compared to transformers'
         # The reference's caches by sequence and prefix length, on the host because they are large.
         self.pasts: dict[tuple[int, int], Past] = {}
@@ -91,7 +100,7 @@ class Judge:
     def about(self) -> str:
         kind = "float32" if self.exact else f"{self.dtype}, as float32 does not fit".split(".")[1]
         text = f"Checked against the reference in {kind}."
-        if self.dtype == torch.float32:
+        if {*self.dtypes} == {torch.float32}:
             return text
         return f"{text} {OURS}'s error was {'not ' * (not self.compared)}compared to transformers'."
 
@@ -132,16 +141,17 @@ class Judge:
             raise Wrong("greedy tokens differ from the reference's")
         if not regret <= limit:
             raise Wrong(f"greedy tokens are {regret:.2g} sd below the best logit, limit {limit:g}")
-        self.compare(name, found, self.errors.setdefault((case.batch, prefix), []))
+        if dtype != torch.float32:
+            self.compare(name, found, self.errors.setdefault((dtype, case.batch, prefix), []))
         return found
 
     def compare(self, name: str, found: float, rivals: list[float]) -> None:
-        """Records transformers' error in `rivals`. Raises Wrong if our error, in a 16-bit dtype,
-        exceeds `slack` times their largest error, plus 1e-3. Our error is compared only if the
-        reference is in float32."""
+        """Records transformers' error in `rivals`, which are of one 16-bit dtype. Raises Wrong if
+        our error exceeds `slack` times their largest error, plus 1e-3. Our error is compared only
+        if the reference is in float32."""
         if name.startswith("transformers"):
             rivals.append(found)
-        if name == OURS and self.exact and self.dtype != torch.float32 and rivals:
+        if name == OURS and self.exact and rivals:
             self.compared = True
             if found > self.slack * max(rivals) + 1e-3:
                 raise Wrong(f"error {found:.2g}; transformers' is {max(rivals):.2g}")

@@ -23,7 +23,8 @@ CHUNK = 512  # tokens of a prompt that are decoded at once, as in llama-bench
 
 
 class LlamaCpp:
-    """Runs llama.cpp on the checkpoint's .gguf file, one sequence, with as many threads as PyTorch.
+    """Runs llama.cpp on the checkpoint's .gguf file, one sequence, with as many threads as PyTorch
+    and otherwise the settings of llama-bench.
 
     Has the methods of eager.Eager. Raises NotImplementedError for other checkpoints.
     """
@@ -58,6 +59,7 @@ class LlamaCpp:
         options.n_ctx = max_length + 1
         options.n_batch = options.n_ubatch = CHUNK
         options.n_threads = options.n_threads_batch = torch.get_num_threads()
+        options.swa_full = False  # layers with a window keep only the window
         self.context = self.c.llama_init_from_model(self.model, options)
         if not self.context:
             raise ValueError(f"llama.cpp has no memory for {max_length} tokens")
@@ -70,14 +72,17 @@ class LlamaCpp:
         return self.extend(ids)
 
     def extend(self, ids: Tensor) -> Tensor:
-        self.token = self._decode(ids, keep=1)[:, -1].argmax(-1).to(self.device)
+        # NumPy's argmax, because PyTorch's would leave threads spinning beside llama.cpp's.
+        (row,) = self._decode(ids, keep=1)
+        self.token = torch.tensor([int(row.argmax())], device=self.device)
         return self.token
 
     def step(self) -> Tensor:
         return self.extend(self.token[:, None])
 
     def logits(self, ids: Tensor) -> Tensor:
-        return self._decode(ids, keep=ids.shape[1]).to(self.device, self.dtype)
+        rows = torch.from_numpy(np.stack(self._decode(ids, keep=ids.shape[1])))
+        return rows[None].to(self.device, self.dtype)
 
     def memory(self) -> dict[str, float]:
         return {}
@@ -85,9 +90,10 @@ class LlamaCpp:
     def sizes(self) -> Sizes:
         return self.bytes
 
-    def _decode(self, ids: Tensor, keep: int) -> Tensor:
-        """Returns the logits :: [1, keep, vocab] of the last tokens of ids :: [1, t], float32."""
-        tokens, found = ids[0].tolist(), []
+    def _decode(self, ids: Tensor, keep: int) -> list[np.ndarray]:
+        """Returns the logits :: [vocab] of each of the last `keep` tokens of ids :: [1, t]. Those
+        of the last part are llama.cpp's memory, which the next call overwrites."""
+        tokens, found = ids[0].tolist(), list[np.ndarray]()
         for start in range(0, len(tokens), CHUNK):
             part = tokens[start : start + CHUNK]
             wanted = [start + i >= len(tokens) - keep for i in range(len(part))]
@@ -96,14 +102,14 @@ class LlamaCpp:
                 self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
                 self.batch.logits[i] = wanted[i]
             self.batch.n_tokens = len(part)
+            found = [x.copy() for x in found]
             if status := self.c.llama_decode(self.context, self.batch):
                 raise RuntimeError(f"llama_decode returns {status}")
             self.length += len(part)
             for i in (i for i, x in enumerate(wanted) if x):
                 row = self.c.llama_get_logits_ith(self.context, i)
-                values = np.ctypeslib.as_array(row, shape=(self.vocab,))
-                found.append(torch.from_numpy(values).clone())
-        return torch.stack(found)[None]
+                found.append(np.ctypeslib.as_array(row, shape=(self.vocab,)))
+        return found
 
 
 def _free(c: Any, batch: Any, context: Any) -> None:

@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fast.benchmarks.measure.outcome import EAGER, OURS
+from gemma_fast.benchmarks.measure.outcome import (
+    EAGER,
+    LLAMA_CPP,
+    OURS,
+    TRANSFORMERS,
+    UNPACKED,
+)
 from gemma_fast.benchmarks.model.cases import Sizes
 from gemma_fast.benchmarks.model.eager import Eager, Rings, Static
 from gemma_fast.benchmarks.model.llama import LlamaCpp
@@ -101,21 +107,17 @@ def _transformers(
 
 STATIC = "transformers (static cache, torch.compile max-autotune)"
 RINGS = "gemma_fast.hf (rings, torch.compile max-autotune)"
-UNPACKED_32, UNPACKED_16 = f"{OURS}, unpacked float32", f"{OURS}, unpacked bfloat16"
-LLAMA_CPP = "llama.cpp"
-# Providers that run beside packed weights, with the dtypes of their logits.
-BESIDE_PACKED = {
-    UNPACKED_32: torch.float32, UNPACKED_16: torch.bfloat16, LLAMA_CPP: torch.bfloat16,
-}  # fmt: skip
+BESIDE_PACKED = (UNPACKED, LLAMA_CPP)  # run only for packed weights, unless named
+# Providers with a dtype of their own: the dtype of their logits, and the size of K and V.
+OWN_DTYPES: dict[str, list[torch.dtype]] = {LLAMA_CPP: [torch.bfloat16]}
 # The providers run in this order. Compiled providers come last, because they take minutes.
 PROVIDERS: dict[str, Callable[[Checkpoint, torch.dtype, torch.device], Provider]] = {
     EAGER: _reference,
     "transformers (eager)": _transformers("eager"),
-    "transformers (sdpa)": _transformers("sdpa"),
+    TRANSFORMERS: _transformers("sdpa"),
     "gemma_fast.hf": _transformers("sdpa", kernels=True),
     OURS: Ours,
-    UNPACKED_32: partial(Ours, quantize="none"),
-    UNPACKED_16: partial(Ours, quantize="none"),
+    UNPACKED: partial(Ours, quantize="none"),
     LLAMA_CPP: LlamaCpp,
     STATIC: _transformers("sdpa", Static),
     RINGS: _transformers("sdpa", Rings, kernels=True),

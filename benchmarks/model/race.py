@@ -9,6 +9,10 @@ have settled. The timer waits for the device at the start and at the end; tokens
 in between. The times of single tokens come from one additional pass. On a GPU it records a device
 event after each step, so the host can launch later steps ahead. On a CPU it uses the wall clock.
 
+On a CPU, all providers are loaded together if they fit in memory, and their repeats take turns: the
+machine's speed may change during a run, and then it changes for all. On a GPU one provider runs
+after another, because the memory of each is measured.
+
 Before a provider is timed, judge.py checks it, with at least as many tokens in its cache as in the
 test, if the context allows. In float32, its greedy tokens must equal the reference's. In a 16-bit
 dtype, the reference computes in float32 with the same weights: the logits that it gives to the
@@ -18,210 +22,84 @@ larger than transformers' (see judge.SLACK). A wrong provider is not timed.
 
 from __future__ import annotations
 
-import gc
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
+import click
 import torch
-from torch import Tensor
 
-from gemma_fast.benchmarks.measure.machine import Roof, Work
-from gemma_fast.benchmarks.measure.outcome import NOT_MEASURED, WITHOUT_GRAPHS, Wrong, verdict
-from gemma_fast.benchmarks.measure.timing import clock, repeated, settle_rounds, wall_seconds
-from gemma_fast.benchmarks.model.cases import NEW, PROMPT, Case, weights_bytes
+from gemma_fast.benchmarks.measure.machine import Roof
+from gemma_fast.benchmarks.measure.outcome import NOT_MEASURED
+from gemma_fast.benchmarks.measure.timing import interleaved
+from gemma_fast.benchmarks.model.attempt import Attempt, Loaded, clear
+from gemma_fast.benchmarks.model.cases import Case
 from gemma_fast.benchmarks.model.judge import Judge
-from gemma_fast.benchmarks.model.providers import BESIDE_PACKED, PROVIDERS, Provider
+from gemma_fast.benchmarks.model.providers import OWN_DTYPES, PROVIDERS
+from gemma_fast.benchmarks.model.result import ModelResult
 from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.config import GemmaConfig
+from gemma_fast.memory import free_bytes
+
+Group = list[tuple[str, torch.dtype]]  # providers that are loaded together
 
 
-@dataclass(frozen=True)
-class ModelResult:
-    """The result of one provider in one case.
+def groups(
+    config: GemmaConfig, names: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device
+) -> list[Group]:
+    """Returns the named providers in each dtype: one group whose repeats take turns, or a group for
+    each on a GPU or if they do not fit in memory together.
 
-    seconds: time of each repeat; token_seconds: time of each decode step in the additional pass
+    They are in the order of PROVIDERS, in which transformers runs before gemma_fast, because the
+    judge compares our error with transformers'.
     """
-
-    case: Case
-    provider: str
-    status: str
-    work: Work
-    error: float | None = None  # see judge.Judge
-    seconds: tuple[float, ...] = ()
-    token_seconds: tuple[float, ...] = ()
-    peak_bytes: int | None = None  # GPU memory; includes weights and graphs, not the judge
-    memory: dict[str, float] = field(default_factory=dict)
-    size_bytes: float | None = None  # of the weights; None: not known
-    took: float = 0.0  # total seconds; a provider's first result includes loading its weights
-
-    @property
-    def cell(self) -> Case:
-        """Returns the case. Only results with the same cell are compared with each other."""
-        return self.case
-
-    @property
-    def typical(self) -> float | None:
-        return statistics.fmean(self.seconds) if self.seconds else None
-
-    def figures(self, roof: Roof | None) -> dict[str, Any]:
-        """Returns rates, times and memory, or an empty dict if the result was not timed. Rates
-        count the tokens of all sequences in the batch."""
-        if roof is None or (mean := self.typical) is None:
-            return {}
-        tokens = self.case.batch * self.case.tokens
-        rates = [tokens / seconds for seconds in self.seconds]
-        if self.case.kind == PROMPT:
-            mfu = self.work.flops / mean / roof.product
-            of_kind = {"time_to_first_token_s": mean, "mfu": mfu}
-        else:
-            of_kind = {
-                "token_p50_s": statistics.median(self.token_seconds),
-                "token_p99_s": percentile(self.token_seconds, 99),
-                "mbu": self.work.bytes / mean / roof.copy,
-            }
-        return {
-            "tokens_per_s": tokens / mean,
-            "tokens_per_s_sd": statistics.stdev(rates) if len(rates) > 1 else None,
-            "bytes": self.work.bytes, "flops": self.work.flops,
-            "bytes_per_token": self.work.bytes / tokens, **of_kind,
-            "samples_s": self.seconds, "token_samples_s": self.token_seconds,
-            "peak_memory_bytes": self.peak_bytes, "memory": self.memory,
-        }  # fmt: skip
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    doubled = [*values, *values[:1]] if len(values) == 1 else values
-    return statistics.quantiles(doubled, n=100, method="inclusive")[percent - 1]
+    names = [name for name in PROVIDERS if name in names]
+    entries = [(name, dtype) for name in names for dtype in OWN_DTYPES.get(name, dtypes)]
+    # Weights and activations, as in Judge.
+    needed = 1.5 * config.num_parameters * sum(dtype.itemsize for _, dtype in entries)
+    together = device.type == "cpu" and needed < free_bytes(device)
+    return [entries] if together else [[entry] for entry in entries]
 
 
 @torch.no_grad()
 def run(
-    checkpoint: Checkpoint, cases: Sequence[Case], device: torch.device, dtype: torch.dtype,
-    roof: Roof | None, repeats: int, names: Sequence[str], judge: Judge,
-) -> Iterator[ModelResult]:  # fmt: skip
-    """Yields the results of each provider, in the order of PROVIDERS. In this order, transformers
-    runs before gemma_fast, because the judge compares our error with transformers'. Without a roof,
-    nothing is timed."""
-    config = checkpoint.config
-    for name in (name for name in PROVIDERS if name in names):
-        kind = BESIDE_PACKED.get(name, dtype)
-        results = [
-            ModelResult(case, name, case.status(config), case.work(config, kind.itemsize))
-            for case in cases
-        ]
-        try:
-            clear()
-            before = torch.cuda.memory_reserved() if device.type == "cuda" else 0
-            provider = PROVIDERS[name](checkpoint, kind, device)
-            sizes = provider.sizes()
-        except Exception as problem:  # a rival may raise any exception
-            status = verdict(problem)
-            yield from (replace(result, status=status) for result in results)
-            continue
-        for result in results:
-            if result.status == "ok":
-                result = replace(
-                    result, work=result.case.work(config, kind.itemsize, sizes),
-                    size_bytes=weights_bytes(config, kind.itemsize, sizes),
-                )  # fmt: skip
-                result = race(provider, result, kind, device, before, roof, repeats, judge)
-            yield result
-        del provider
-
-
-def race(
-    provider: Provider, result: ModelResult, dtype: torch.dtype, device: torch.device, before: int,
+    checkpoint: Checkpoint, cases: Sequence[Case], device: torch.device, groups: Sequence[Group],
     roof: Roof | None, repeats: int, judge: Judge,
-) -> ModelResult:  # fmt: skip
-    """Checks and times one provider in one case.
-
-    dtype: of the provider's logits
-    before: bytes of GPU memory that were reserved before the provider was loaded
-    """
-    case = result.case
-    try:
-        clear()
-        skipped = skipped_graphs()
-        provider.start(case.batch, max(judge.room(case), case.room), case.kind)
-        result = replace(result, error=judge.check(result.provider, provider, case, dtype))
-        if roof is None:
-            return replace(result, status=NOT_MEASURED)
-        result = timed(provider, result, device, judge.vocab_size, before, repeats, roof)
-        skips = skipped_graphs() > skipped
-        return replace(result, status=WITHOUT_GRAPHS) if skips else result
-    except Exception as problem:
-        return replace(result, status=verdict(problem))
+) -> Iterator[ModelResult]:  # fmt: skip
+    """Yields the results, group by group and case by case. Without a roof, nothing is timed."""
+    for group in groups:
+        yield from run_group(checkpoint, cases, device, group, roof, repeats, judge)
 
 
-def timed(
-    provider: Provider, result: ModelResult, device: torch.device, vocab_size: int, before: int,
-    repeats: int, roof: Roof,
-) -> ModelResult:  # fmt: skip
-    case, cuda = result.case, device.type == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()  # frees the judge's memory
-        torch.cuda.reset_peak_memory_stats()
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, vocab_size, (case.batch, case.room), generator=generator).to(device)
-    before_clock, rest = ids[:, : case.before], ids[:, case.before :]
-    read = provider.extend if case.before else provider.prefill
-
-    def once() -> float:
-        if case.before:
-            provider.prefill(before_clock)
-        start = clock()
-        if case.kind == PROMPT:
-            read(rest)
-        else:
-            for _ in range(case.tokens):
-                provider.step()
-        return clock() - start
-
-    if cuda:
-        settle_rounds(once)
-    else:
-        once()
-    seconds = repeated(once, repeats)
-    token_seconds: list[float] = []
-    if case.kind == NEW:
-        provider.prefill(before_clock)
-        token_seconds = step_seconds(provider.step, case.tokens, cuda)
-    peak = torch.cuda.max_memory_reserved() - before if cuda else None
-    times = (floor := roof.floor(result.work)) / statistics.fmean(seconds)
-    if cuda and times > 1.25:  # e.g. an empty graph, or a clock that did not wait
-        raise Wrong(f"{times:.2g} times the roof's speed, {floor:.2g} s")
-    return replace(
-        result, seconds=tuple(seconds), token_seconds=tuple(token_seconds), peak_bytes=peak,
-        memory=provider.memory(),
-    )  # fmt: skip
+def run_group(
+    checkpoint: Checkpoint, cases: Sequence[Case], device: torch.device, group: Group,
+    roof: Roof | None, repeats: int, judge: Judge,
+) -> Iterator[ModelResult]:  # fmt: skip
+    loaded = []
+    for name, dtype in group:
+        loaded.append(Loaded(name, dtype, checkpoint, device))
+        click.echo(f"{loaded[-1].label}: {loaded[-1].told}", err=True)
+    for case in cases:
+        attempts = [Attempt(x, case, device) for x in loaded]
+        race(attempts, judge, roof, repeats)
+        yield from (x.result for x in attempts)
 
 
-def step_seconds(step: Callable[[], Tensor], steps: int, cuda: bool) -> list[float]:
-    """Returns the seconds of each step. On a GPU, a step is timed from the end of the previous step
-    to its own end."""
-    if not cuda:
-        return [wall_seconds(step) for _ in range(steps)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
-
-
-def clear() -> None:
-    """Frees memory and resets Dynamo, so that providers do not affect each other."""
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def skipped_graphs() -> int:
-    """Returns how often Inductor has skipped a CUDA graph that was requested."""
-    from torch._dynamo.utils import counters
-
-    return counters["inductor"]["cudagraph_skips"]
+def race(attempts: Sequence[Attempt], judge: Judge, roof: Roof | None, repeats: int) -> None:
+    """Checks all providers in one case, then times those that passed, in turns."""
+    for attempt in attempts:
+        attempt.do(clear)
+    for attempt in attempts:
+        attempt.do(partial(attempt.check, judge))
+        if attempt.result.status == "ok":
+            click.echo(f"{attempt.case.name}: {attempt.result.label}: checked", err=True)
+    passed = [x for x in attempts if x.result.status == "ok"]
+    if roof is None:
+        for attempt in passed:
+            attempt.result = replace(attempt.result, status=NOT_MEASURED)
+        return
+    for attempt in passed:
+        attempt.do(partial(attempt.warm_up, judge.vocab_size))
+    seconds = interleaved([partial(x.do, x.once) for x in passed], repeats)
+    for attempt, times in zip(passed, seconds, strict=True):
+        attempt.do(partial(attempt.finish, times, roof))

@@ -53,7 +53,7 @@ def certify(
         )
     target, plain = pick_device(device, None), find(model or "demo")
     checkpoint = with_quantize(plain, quantize, target)
-    head = stamp(target, torch.float32, ["transformers"])  # names the commit that is loaded
+    head = stamp(target, [torch.float32], ["transformers"])  # names the commit that is loaded
     dtypes = dtypes_of(checkpoint, target, dtype)
     ids = text_ids(plain, tokens).to(target)
     lines = list(kernel_lines(target))

@@ -6,7 +6,8 @@ On a GPU the step, from embedding to sampling, is captured in a CUDA graph and t
 host launches one graph per token. For each `graph_key` of the sampler, the first step runs without
 a graph, because it compiles kernels. The second step is captured. Everything that changes between
 replays is stored in device tensors: tokens, positions, and the sampling settings of each row. A
-step that calls a `Processor` or keeps its logits is not captured.
+step that calls a `Processor` or keeps its logits is not captured. On a CPU, the layers' C calls are
+recorded and repeated in the same way, see kernels/cpu/replay.py.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.engine.sampling import Processor, Record, Sampler, Sampling
+from gemma_fast.kernels.cpu.calls import runs_c
 from gemma_fast.kernels.cpu.replay import Replay
 from gemma_fast.memory import out_of_memory
 from gemma_fast.model.cache import KVCache
@@ -65,7 +67,7 @@ class Decoder:
         self.asynchronous = device.type == "cuda"
         self._rows = slice(0, batch)
         self._warm: set[Hashable] = set()  # graph keys of steps that have run
-        self._replay = None if self.asynchronous else Replay()
+        self._replay = Replay() if runs_c(model.norm) else None
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._graph_bytes, self.capture_seconds = 0, 0.0
 

@@ -126,7 +126,7 @@ class Gemma(nn.Module):
         """Runs the forward pass on ids :: [b, t], which follow the cached tokens. Samples the next
         token of each row, and writes it to sampler.token.
 
-        The caller must have reserved room for t tokens in the cache.
+        The caller must have reserved room for t tokens in the cache. replay: see hidden_states.
         """
         hiddens = self.hidden_states(ids, cache, 1, replay).last(1)
         position, counter, token = cache.next_position, cache.counter, sampler.token
@@ -153,7 +153,8 @@ class Gemma(nn.Module):
         keep  number of last tokens that the caller needs; None: all. Layers that read an earlier
               layer's K and V compute only these, and the returned stream has at least these; with
               0 such layers are skipped, and the returned stream has no meaning
-        replay
+        replay  runs the layers, and repeats their C calls in later calls; all calls must have the
+              same cache and the same number of rows and tokens. None: the layers run
         """
         t = ids.shape[1]
         keep = t if keep is None else min(keep, t)

@@ -124,7 +124,9 @@ class BosAdder(Vocabulary):
                 text.encode("utf-8")
             except (AttributeError, UnicodeEncodeError):
                 raise ValueError(f"text must be a str of valid Unicode, not {text!r:.60}") from None
-        return self.backend.encode_batch(texts, add_special_tokens=False)
+        merges = self._merges  # another thread may find all merges meanwhile
+        splitter = merges and merges.splitter(texts, self._backend)
+        return (splitter or self.backend).encode_batch(texts, add_special_tokens=False)
 
 
 def text_list(name: str, texts: Any) -> list[Any]:

@@ -153,7 +153,7 @@ class ChatEncoder(TextEncoder):
         listed = self.chat_control_tokens
         return {
             token.content: i
-            for i, token in self.backend.get_added_tokens_decoder().items()
+            for i, token in self._backend.get_added_tokens_decoder().items()
             if token.special
             or token.content in IMAGES
             or (
@@ -208,7 +208,7 @@ class ChatEncoder(TextEncoder):
 
     def _encode_plain(self, text: str, control_ids: frozenset[int]) -> list[int]:
         """Returns the ids of `text` from the BPE alone, which does not look for control tokens."""
-        text = self.backend.normalizer.normalize_str(text)
+        text = self._backend.normalizer.normalize_str(text)
         ids = [token.id for token in self.backend.model.tokenize(text)]
         if (control_ids - {self.unk_token_id}) & set(ids):
             raise ValueError(

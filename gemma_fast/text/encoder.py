@@ -123,7 +123,7 @@ class TextEncoder(BosAdder):
             return [self.decode(ids, skip_special_tokens) for ids in row]
         try:
             ids = [token_id if isinstance(token_id, str) else int(token_id) for token_id in row]
-            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         except (OverflowError, TypeError):
             raise ValueError(f"ids must be rows of token ids, not {token_ids!r:.60}") from None
 

@@ -1,20 +1,19 @@
 """Builds a BPE tokenizer from the pieces of a SentencePiece model, as stored in a GGUF file or in
 tokenizer.model. It is equal to the tokenizer that was converted to GGUF.
 
-GGUF files of Gemma 4 store BPE's merges. The other files do not, and the scores define them:
-SentencePiece merges the two neighbors whose joint piece has the highest score, so each split of a
-piece into two pieces is a merge, and merges are sorted by the piece's score.
+GGUF files of Gemma 4 store BPE's merges. In the other files, the scores of the pieces define them:
+see scored_merges.py.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 
 from tokenizers import AddedToken, Regex, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers.models import BPE
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+from gemma_fast.text.scored_merges import USER_DEFINED, Merges, ScoredMerges, bpe
+
+UNKNOWN, CONTROL = 2, 3
 ADDED = (UNKNOWN, CONTROL, USER_DEFINED)
 TYPES = range(1, 7)  # 5 and 6 mark unused tokens and bytes
 # tokenizer.ggml.model → the lists that define its vocabulary
@@ -28,11 +27,13 @@ MAX_CHARACTERS = 4 << 20  # of all pieces; Gemma 3's have 1.5 million
 MAX_MERGES = 1 << 20  # Gemma 4 has 514,906
 # Gemma 4 merges within a line and within a run of newlines, never across their border.
 NEWLINES = pre_tokenizers.Split(Regex(r"\n+|[^\n]+"), behavior="isolated")
-Merges = list[tuple[str, str]]
 
 
-def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
-    """Returns the tokenizer that a GGUF file's `metadata` describe, without normalizer and decoder.
+def gguf_vocabulary(
+    metadata: Mapping[str, object], source: str
+) -> tuple[Backend, ScoredMerges | None]:
+    """Returns the tokenizer that a GGUF file's `metadata` describe, without normalizer and decoder,
+    and the merges that its model still lacks.
 
     Raises ValueError, with `source` in the message, for malformed metadata.
     """
@@ -52,18 +53,27 @@ def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
         columns.append(column)
     tokens, types, values = columns
     if model == "llama":
-        return scored_backend(tokens, values, types, source)
+        return scored_vocabulary(tokens, values, types, source)
     vocab = _vocabulary(tokens, types, source)
     backend = _bpe_backend(vocab, _stored_merges(vocab, values, source), types)
     backend.pre_tokenizer = NEWLINES
+    return backend, None
+
+
+def gguf_backend(metadata: Mapping[str, object], source: str) -> Backend:
+    """Returns the tokenizer of `gguf_vocabulary` with all merges."""
+    backend, merges = gguf_vocabulary(metadata, source)
+    if merges is not None:
+        backend.model = merges.model()
     return backend
 
 
-def scored_backend(
+def scored_vocabulary(
     tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], source: str
-) -> Backend:
-    """Returns the tokenizer with these pieces, without normalizer and decoder. The id of a piece is
-    its position. Raises ValueError, with `source` in the message, for malformed columns."""
+) -> tuple[Backend, ScoredMerges]:
+    """Returns the tokenizer with these pieces, without normalizer and decoder, and its merges,
+    which its model still lacks. The id of a piece is its position. Raises ValueError, with `source`
+    in the message, for malformed columns."""
     if len(tokens) != len(scores):
         raise ValueError(
             f"{source}: {len(tokens)} tokens, {len(scores)} scores: the numbers must be equal"
@@ -71,11 +81,11 @@ def scored_backend(
     if not all(map(math.isfinite, scores)):
         raise ValueError(f"{source}: the scores of tokens contain a number that is not finite")
     vocab = _vocabulary(tokens, types, source)
-    return _bpe_backend(vocab, _scored_merges(vocab, scores, types), types)
+    return _bpe_backend(vocab, [], types), ScoredMerges(vocab, scores, types)
 
 
 def _bpe_backend(vocab: dict[str, int], merges: Merges, types: Sequence[int]) -> Backend:
-    backend = Backend(BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend = Backend(bpe(vocab, merges))
     backend.add_tokens(
         [
             AddedToken(piece, normalized=False, special=type_ != USER_DEFINED)
@@ -89,11 +99,11 @@ def _bpe_backend(vocab: dict[str, int], merges: Merges, types: Sequence[int]) ->
 def _vocabulary(tokens: Sequence[str], types: Sequence[int], source: str) -> dict[str, int]:
     """Returns the pieces and their ids, in the order of the ids."""
     _check_columns(tokens, types, source)
-    pieces = [
-        token.replace(" ", "▁") if type_ == USER_DEFINED else token
-        for token, type_ in zip(tokens, types, strict=True)
-    ]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
+    pieces = [*tokens]
+    for i, type_ in enumerate(types):
+        if type_ == USER_DEFINED:
+            pieces[i] = pieces[i].replace(" ", "▁")
+    vocab = dict(zip(pieces, range(len(pieces)), strict=True))
     if len(vocab) != len(pieces):
         raise ValueError(f"{source}: the vocabulary contains a token twice")
     return vocab
@@ -104,17 +114,16 @@ def _check_columns(tokens: Sequence[str], types: Sequence[int], source: str) -> 
         raise ValueError(
             f"{source}: {len(tokens)} tokens, {len(types)} token types: the numbers must be equal"
         )
-    if longest := next((token for token in tokens if len(token) > MAX_PIECE), ""):
-        raise ValueError(
-            f"{source}: a token has {len(longest)} characters; the limit is {MAX_PIECE}"
-        )
-    if (total := sum(map(len, tokens))) > MAX_CHARACTERS:
+    lengths = [*map(len, tokens)]
+    if (longest := max(lengths)) > MAX_PIECE:
+        raise ValueError(f"{source}: a token has {longest} characters; the limit is {MAX_PIECE}")
+    if (total := sum(lengths)) > MAX_CHARACTERS:
         raise ValueError(
             f"{source}: the tokens have {total} characters; the limit is {MAX_CHARACTERS}"
         )
     if unknown := set(types).difference(TYPES):
         raise ValueError(f"{source}: the token_type {min(unknown)} is not one of 1 to 6")
-    if (added := sum(map(ADDED.__contains__, types))) > MAX_ADDED:
+    if (added := sum(map(types.count, ADDED))) > MAX_ADDED:
         raise ValueError(
             f"{source}: the token types make {added} control and user-defined tokens; the limit is"
             f" {MAX_ADDED}"
@@ -141,22 +150,3 @@ def _stored_merges(vocab: Mapping[str, int], merges: Sequence[str], source: str)
     if len(pairs) != len(merges):
         raise ValueError(f"{source}: tokenizer.ggml.merges contains a merge twice")
     return [*pairs]
-
-
-def _scored_merges(
-    vocab: Mapping[str, int], scores: Sequence[float], types: Sequence[int]
-) -> Merges:
-    """Returns the pairs of pieces that merge to another piece. The order is by score of that piece,
-    then by length of the left half, then by length of the right half, all descending."""
-    ranked = []
-    for piece, score, type_ in zip(vocab, scores, types, strict=True):
-        if type_ == USER_DEFINED:
-            score = 0.0  # the highest, as SentencePiece splits off these pieces before it merges
-        elif type_ != NORMAL:
-            continue
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in vocab and right in vocab:
-                ranked.append((score, cut, len(right), left, right))
-    ranked.sort(key=itemgetter(0, 1, 2), reverse=True)
-    return [(left, right) for _, _, _, left, right in ranked]

@@ -14,7 +14,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from gemma_fast.text.gguf_vocab import NORMAL, scored_backend
+from gemma_fast.text.gguf_vocab import scored_vocabulary
+from gemma_fast.text.scored_merges import NORMAL, ScoredMerges
 
 MAX_BYTES = 8 << 20  # Gemma 3's file takes 5 MB
 MAX_FIELDS = 1 << 20  # of all messages; Gemma 3's file has 0.8 million
@@ -32,9 +33,10 @@ OPTION_WIRES = {
 }
 
 
-def sentencepiece_backend(path: Path) -> Backend:
-    """Returns the tokenizer, without normalizer and decoder. Raises ValueError, with the path, for
-    a malformed file, and for a model with options that Gemma's does not have."""
+def sentencepiece_vocabulary(path: Path) -> tuple[Backend, ScoredMerges]:
+    """Returns the tokenizer, without normalizer and decoder, and the merges that its model still
+    lacks. Raises ValueError, with the path, for a malformed file, and for a model with options that
+    Gemma's does not have."""
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"{path} is {size} bytes long; the limit is {MAX_BYTES}")
@@ -62,7 +64,7 @@ def sentencepiece_backend(path: Path) -> Backend:
             " tokenizer.json with transformers.AutoTokenizer"
         ) from error
     _check_options(options[TRAINER], options[NORMALIZER], path)
-    return scored_backend(tokens, scores, types, str(path))
+    return scored_vocabulary(tokens, scores, types, str(path))
 
 
 def _check_options(trainer: dict[int, Any], normalizer: dict[int, Any], path: Path) -> None:

@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from gemma_fast.text.keywords import ATTRIBUTES
+from gemma_fast.text.scored_merges import ScoredMerges
 
 NAMED = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -33,7 +34,8 @@ class Vocabulary:
     all_special_tokens, all_special_ids  those tokens, then `extra_special_tokens`
     """
 
-    backend: Backend
+    _backend: Backend  # its model has no merges as long as there are `_merges`
+    _merges: ScoredMerges | None
     bos_token: str | None
     eos_token: str | None
     unk_token: str | None
@@ -44,6 +46,14 @@ class Vocabulary:
     pad_token_id: int
     _named: dict[str, str]
     _extra: list[str]
+
+    @property
+    def backend(self) -> Backend:
+        """The tokenizer of the package `tokenizers`, without a post-processor."""
+        if self._merges is not None:
+            self._backend.model = self._merges.model()
+            self._merges = None
+        return self._backend
 
     def __getattr__(self, name: str) -> Any:
         """Returns a named token or its id. Raises AttributeError for another attribute, with what
@@ -78,7 +88,7 @@ class Vocabulary:
         if token_id is None:
             return None
         try:
-            token = self.backend.id_to_token(token_id)
+            token = self._backend.id_to_token(token_id)
         except (TypeError, OverflowError):
             token = None
         if token is None:
@@ -95,7 +105,7 @@ class Vocabulary:
         return str(token)
 
     def __len__(self) -> int:
-        return self.backend.get_vocab_size()
+        return self._backend.get_vocab_size()
 
     def __repr__(self) -> str:
         return (
@@ -109,11 +119,11 @@ class Vocabulary:
     @property
     def vocab_size(self) -> int:
         """Number of tokens of the BPE. `len(tokenizer)` includes those that were added later."""
-        return self.backend.get_vocab_size(with_added_tokens=False)
+        return self._backend.get_vocab_size(with_added_tokens=False)
 
     @property
     def vocab(self) -> dict[str, int]:
-        return self.backend.get_vocab()
+        return self._backend.get_vocab()
 
     def get_vocab(self) -> dict[str, int]:
         return self.vocab
@@ -121,7 +131,7 @@ class Vocabulary:
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
         """Tokens that are split off before the BPE merges: id → token, by id."""
-        return dict(sorted(self.backend.get_added_tokens_decoder().items()))
+        return dict(sorted(self._backend.get_added_tokens_decoder().items()))
 
     @property
     def added_tokens_encoder(self) -> dict[str, int]:
@@ -145,7 +155,7 @@ class Vocabulary:
 
     def token_to_id(self, token: str) -> int | None:
         """Returns the id of a token such as "<end_of_turn>"; None for an unknown token."""
-        return self.backend.token_to_id(token)
+        return self._backend.token_to_id(token)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """Returns the id of a token, or a list of ids. An unknown token has the id of <unk>."""
@@ -160,12 +170,12 @@ class Vocabulary:
         """Returns the token of an id, or a list of tokens; None for an id outside the vocabulary.
         `skip_special_tokens` leaves out `all_special_ids` from a list."""
         if isinstance(ids, int):
-            return self.backend.id_to_token(ids)
+            return self._backend.id_to_token(ids)
         skip = set(self.all_special_ids if skip_special_tokens else ())
-        return [self.backend.id_to_token(i) for i in map(int, ids) if i not in skip]
+        return [self._backend.id_to_token(i) for i in map(int, ids) if i not in skip]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self.backend.decoder.decode(tokens)
+        return self._backend.decoder.decode(tokens)
 
     def get_special_tokens_mask(
         self,
@@ -188,7 +198,7 @@ class Vocabulary:
         tokens = new_tokens if isinstance(new_tokens, list | tuple) else [new_tokens]
         for token in tokens:
             _check_token("a token", token)
-        add = self.backend.add_special_tokens if special_tokens else self.backend.add_tokens
+        add = self._backend.add_special_tokens if special_tokens else self._backend.add_tokens
         return add([token for token in tokens if token])
 
     def add_special_tokens(

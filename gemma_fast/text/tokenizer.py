@@ -24,7 +24,8 @@ from gemma_fast.compat import download_options
 from gemma_fast.text.chat import GemmaTurns
 from gemma_fast.text.chat_encoder import ChatEncoder
 from gemma_fast.text.gguf_settings import gguf_settings
-from gemma_fast.text.gguf_vocab import MAX_ADDED, gguf_backend
+from gemma_fast.text.gguf_vocab import MAX_ADDED, gguf_vocabulary
+from gemma_fast.text.scored_merges import ScoredMerges
 from gemma_fast.text.settings import (
     GENERIC,
     NO_MAX_LENGTH,
@@ -72,12 +73,14 @@ class Tokenizer(ChatEncoder):
         backend: Backend,
         source: str,
         *,
+        merges: ScoredMerges | None = None,
         model_type: str = "",
         settings: Mapping[str, Any] | None = None,
         template_source: str | None = None,
     ):
-        """Changes `backend` in place. Error messages contain `source`. `model_type` is the field of
-        config.json, `settings` are those of settings.py or gguf_settings.py.
+        """Changes `backend` in place. Error messages contain `source`. `merges` are those that the
+        model of `backend` still lacks, `model_type` is the field of config.json, `settings` are
+        those of settings.py or gguf_settings.py.
 
         Raises ValueError if `backend` is not a BPE with Gemma's core tokens.
         """
@@ -87,7 +90,8 @@ class Tokenizer(ChatEncoder):
         if not isinstance(backend.model, models.BPE) or missing:
             raise ValueError(f"{source} is not a Gemma tokenizer: it lacks {missing or 'BPE'}")
         self._named, self._extra = {}, []
-        self.backend, self.source, self.name_or_path = backend, source, source
+        self._backend, self._merges = backend, merges
+        self.source, self.name_or_path = source, source
         self.init_kwargs = dict(settings or {})
         settings = dict(settings or {})
         add_settings_of(backend, settings)
@@ -133,16 +137,17 @@ class Tokenizer(ChatEncoder):
             from gemma_fast.checkpoint.gguf_reader import GGUFFile  # needs the extra `gguf`
 
             metadata = GGUFFile(path).metadata
-            backend = gguf_backend(metadata, str(path))
+            backend, merges = gguf_vocabulary(metadata, str(path))
             return cls(
                 backend,
                 str(path),
+                merges=merges,
                 model_type=str(metadata.get("general.architecture") or ""),
                 settings=gguf_settings(metadata, backend, str(path)) | given,
                 template_source=CALL_TEMPLATE if "chat_template" in given else None,
             )
         config = read_json(path / "config.json") if (path / "config.json").exists() else {}
-        file, backend = load_vocabulary(path)
+        file, backend, merges = load_vocabulary(path)
         settings = read_settings(path, others)
         if settings.get("tokenizer_class") in GENERIC:
             check_pipeline(backend, file)
@@ -158,6 +163,7 @@ class Tokenizer(ChatEncoder):
         tokenizer = cls(
             backend,
             str(file),
+            merges=merges,
             model_type=str(config.get("model_type") or ""),
             settings=settings,
             template_source=template_source,
@@ -167,9 +173,9 @@ class Tokenizer(ChatEncoder):
 
     def _set_tokens(self, settings: Mapping[str, Any]) -> None:
         """Adds the tokens of `settings` that the vocabulary lacks, and names them."""
-        known = {repr(token) for token in self.backend.get_added_tokens_decoder().values()}
+        known = {repr(token) for token in self._backend.get_added_tokens_decoder().values()}
         decoder = settings.get("added_tokens_decoder", {})
-        self.backend.add_tokens([token for token in decoder.values() if repr(token) not in known])
+        self._backend.add_tokens([token for token in decoder.values() if repr(token) not in known])
         for i, token in decoder.items():
             if self.token_to_id(token.content) != i:
                 warnings.warn(
@@ -186,7 +192,7 @@ class Tokenizer(ChatEncoder):
         }
         defaults = {k: v for k, v in DEFAULTS.items() if self.token_to_id(v) is not None}
         named = {**defaults, **own, **specific}
-        added = {t.content: t for t in self.backend.get_added_tokens_decoder().values()}
+        added = {t.content: t for t in self._backend.get_added_tokens_decoder().values()}
         missing = [
             token for token in (*named.values(), *extra) if token and str(token) not in added
         ]
@@ -201,7 +207,7 @@ class Tokenizer(ChatEncoder):
                 f"{self.source}: the file and its settings add {len(added) + len(missing)} tokens;"
                 f" the limit is {MAX_ADDED}"
             )
-        self.backend.add_special_tokens(missing)
+        self._backend.add_special_tokens(missing)
         for name, token in named.items():
             self._set_named(name, token)
         self._extra = [str(token) for token in extra]
@@ -219,7 +225,7 @@ class Tokenizer(ChatEncoder):
 
     @property
     def decoder(self) -> Any:
-        return self.backend.decoder
+        return self._backend.decoder
 
 
 AutoTokenizer = GemmaTokenizer = Tokenizer

@@ -12,7 +12,8 @@ from tokenizers import decoders, normalizers
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from gemma_fast.text.gguf_vocab import MAX_ADDED, NEWLINES
-from gemma_fast.text.sentencepiece_vocab import sentencepiece_backend
+from gemma_fast.text.scored_merges import ScoredMerges
+from gemma_fast.text.sentencepiece_vocab import sentencepiece_vocabulary
 
 MAX_BYTES = 128 << 20  # of tokenizer.json; Gemma 3's takes 33 MB
 # Normalizer and decoder are the same for every Gemma.
@@ -21,11 +22,12 @@ NEWLINE_PATTERNS = (r"\n+|[^\n]+", r"[^\n]+|\n+", r"[^\n]+|[\n]+", r"\n+")
 DECODER = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
 
 
-def load_vocabulary(directory: Path) -> tuple[Path, Backend]:
-    """Returns the file that contains the vocabulary, and the tokenizer that it describes."""
+def load_vocabulary(directory: Path) -> tuple[Path, Backend, ScoredMerges | None]:
+    """Returns the file that contains the vocabulary, the tokenizer that it describes, and the
+    merges that its model still lacks."""
     file, model = directory / "tokenizer.json", directory / "tokenizer.model"
     if not file.is_file() and model.is_file():
-        return model, sentencepiece_backend(model)
+        return model, *sentencepiece_vocabulary(model)
     if not file.is_file():
         raise FileNotFoundError(
             f"{directory} has no {file.name} and no {model.name}: pass the directory of a model"
@@ -38,7 +40,7 @@ def load_vocabulary(directory: Path) -> tuple[Path, Backend]:
         raise ValueError(f"{file} is not a readable tokenizer: {error}") from error
     if (count := len(backend.get_added_tokens_decoder())) > MAX_ADDED:
         raise ValueError(f"{file}: added_tokens has {count} tokens; the limit is {MAX_ADDED}")
-    return file, backend
+    return file, backend, None
 
 
 def check_pipeline(backend: Backend, file: Path) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
@@ -69,7 +70,8 @@ class Replay:
         return self._result
 
     def _record(self, function: Callable[..., Result], inputs: Sequence[Tensor | None]) -> Result:
-        copies = [None if x is None else x.clone() for x in inputs]
+        with torch.inference_mode(False):  # else the copies cannot be changed outside that mode
+            copies = [None if x is None else torch.empty_like(x).copy_(x) for x in inputs]
         assert recorder.calls is None, "recordings cannot be nested"
         recorder.calls, recorder.tensors, recorder.missed = [], [], False
         try:

@@ -15,6 +15,9 @@ def test_cases_are_named_as_in_llama_bench():
     assert names[3:] == ["pp512 @ d4096", "pp8192 @ d4096", "tg128 @ d4096"]
     assert len(found) == 12 and {case.batch for case in found} == {1, 4}
     assert [case.name for case in cases([0], [4], [0], [1])] == ["tg4"]
+    own = cases([512], [32, (64, 512), (0, 5)], [0, 8], [1])  # a count with a depth of its own
+    names = ["pp512", "tg32", "pp512 @ d8", "tg32 @ d8", "tg64 @ d512"]
+    assert [case.name for case in own] == names
     assert [case.room for case in cases([8], [4], [0, 5], [1])] == [8, 1 + 4, 5 + 8, 5 + 4]
 
 

@@ -163,7 +163,7 @@ gpu.main(["--out", sys.argv[1]])
 def test_summary_of_packed_weights_states_the_speed_beside_bfloat16(tmp_path):
     folder = tmp_path / "decode-int4"
     folder.mkdir()
-    rates = {gpu.OURS: 270.0, gpu.UNPACKED_16: 100.0, "eager": None}
+    rates = {gpu.OURS: 270.0, gpu.UNPACKED: 100.0, "eager": None}
     rows = [
         {"provider": name, "status": "ok"} | ({"tokens_per_s": rate} if rate else {})
         for name, rate in rates.items()

@@ -15,13 +15,20 @@ from torch._dynamo.utils import counters
 
 from gemma_fast.benchmarks.measure import timing
 from gemma_fast.benchmarks.measure.machine import Roof
-from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, WITHOUT_GRAPHS, serious
+from gemma_fast.benchmarks.measure.outcome import (
+    EAGER,
+    NOT_MEASURED,
+    OURS,
+    WITHOUT_GRAPHS,
+    Wrong,
+    serious,
+)
 from gemma_fast.benchmarks.model import eager
 from gemma_fast.benchmarks.model.cases import TINY, Case, find
 from gemma_fast.benchmarks.model.eager import Eager
 from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import BESIDE_PACKED, PROVIDERS
-from gemma_fast.benchmarks.model.race import run
+from gemma_fast.benchmarks.model.race import groups, run
 from gemma_fast.benchmarks.options import bench
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.reference import Reference
@@ -113,7 +120,8 @@ def judged(monkeypatch, dtype, providers, case=TG2, config=TINY):
         monkeypatch.setitem(PROVIDERS, name, load)
     checkpoint = RandomCheckpoint(config)
     judge = Judge(checkpoint, dtype, CPU)
-    found = list(run(checkpoint, [case], CPU, dtype, ROOF, 1, list(providers), judge))
+    order = groups(checkpoint.config, list(providers), [dtype], CPU)
+    found = list(run(checkpoint, [case], CPU, order, ROOF, 1, judge))
     assert all(bool(r.seconds) == r.status.startswith("ok") for r in found)
     assert serious(found) == any(r.status.startswith("wrong") for r in found)
     return {r.provider: r.status for r in found}
@@ -251,6 +259,25 @@ def test_reference_keeps_the_given_dtype_if_float32_does_not_fit(monkeypatch):
     assert judge.reference.weights["model.norm.weight"].dtype == BF16
 
 
+def test_one_judge_checks_several_dtypes():
+    """The reference keeps float32's weights, and transformers' error counts in its dtype only."""
+    checkpoint = RandomCheckpoint(TINY)
+    judge, names = Judge(checkpoint, BF16, CPU, FP32), ["transformers (sdpa)", OURS]
+    order = groups(TINY, names, [BF16, FP32], CPU)
+    found = list(run(checkpoint, [TG2], CPU, order, None, 1, judge))
+    assert [(r.dtype, r.status) for r in found] == [
+        (dtype, NOT_MEASURED) for _ in names for dtype in ("bfloat16", "float32")
+    ]
+    assert max(r.error for r in found if r.dtype == "float32") < 1e-4
+    assert [(dtype, len(errors)) for (dtype, *_), errors in judge.errors.items()] == [(BF16, 1)]
+    assert judge.about.endswith("gemma_fast's error was compared to transformers'.")
+    judge.errors[BF16, 1, 0][:] = [1e-9]
+    provider = PROVIDERS[OURS](checkpoint, BF16, CPU)
+    provider.start(1, judge.room(TG2), TG2.kind)
+    with pytest.raises(Wrong, match="transformers' is 1e-09"):
+        judge.check(OURS, provider, TG2, BF16)
+
+
 def test_exit_status_is_1_if_a_result_is_wrong(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(PROVIDERS, OURS, provider(without_rotary))
@@ -267,7 +294,8 @@ def test_every_provider_returns_the_tokens_of_the_reference(name, monkeypatch):
     checkpoint = RandomCheckpoint(replace(CONFIGS[name], max_position_embeddings=1024))
     judge = Judge(checkpoint, FP32, CPU)
     names = [name for name in PROVIDERS if name not in BESIDE_PACKED]
-    found = run(checkpoint, [Case("tg", 4, batch=2)], CPU, FP32, None, 1, names, judge)
+    order = groups(checkpoint.config, names, [FP32], CPU)
+    found = run(checkpoint, [Case("tg", 4, batch=2)], CPU, order, None, 1, judge)
     statuses = {r.provider: r.status for r in found}
     assert list(statuses) == names
     if name == "gemma2-gqa":

@@ -1,4 +1,4 @@
-"""Tests the model benchmark: its formulas for rates, its errors and its reports.
+"""Tests the model benchmark: its formulas for rates, its errors, and that repeats take turns.
 Also runs every provider (implementation of the model) on a CPU."""
 
 import json
@@ -13,15 +13,12 @@ from click.testing import CliRunner
 from gemma_fast import cli
 from gemma_fast.benchmarks.measure import machine, timing
 from gemma_fast.benchmarks.measure.machine import Roof
-from gemma_fast.benchmarks.measure.outcome import EAGER, OURS, WITHOUT_GRAPHS
-from gemma_fast.benchmarks.measure.plots import model_plots, write_plots
-from gemma_fast.benchmarks.measure.report import model_report
-from gemma_fast.benchmarks.model import eager
-from gemma_fast.benchmarks.model import race as bench_model
+from gemma_fast.benchmarks.measure.outcome import EAGER, LLAMA_CPP, OURS
+from gemma_fast.benchmarks.model import attempt, eager, race
 from gemma_fast.benchmarks.model.cases import Case, find
 from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import BESIDE_PACKED, PROVIDERS, RINGS, STATIC
-from gemma_fast.benchmarks.model.race import ModelResult, percentile
+from gemma_fast.benchmarks.model.result import ModelResult, percentile
 from gemma_fast.benchmarks.options import bench
 from gemma_fast.presets import PRESETS
 
@@ -31,15 +28,18 @@ TIMED = {"samples_s", "token_samples_s", "tokens_per_s", "tokens_per_s_sd"}
 
 
 def result(case, provider, seconds=(), status="ok", token_seconds=()):
-    return ModelResult(case, provider, status, case.work(GEMMA, 2), 0.03, seconds, token_seconds)
+    work = case.work(GEMMA, 2)
+    return ModelResult(case, provider, "bfloat16", status, work, 0.03, seconds, token_seconds)
 
 
 def test_throughput_latency_and_mfu_follow_from_the_times():
     case = Case("tg", 100, depth=512, batch=2)
     steps = (0.002,) * 98 + (0.003, 0.004)
     x = result(case, OURS, (0.2, 0.25), token_seconds=steps).figures(ROOF)
-    assert x["tokens_per_s"] == pytest.approx(200 / 0.225)  # 0.225 s is the mean time
+    assert x["tokens_per_s"] == pytest.approx(200 / 0.225)  # 0.225 s is the median time
     assert x["tokens_per_s_sd"] == pytest.approx(100 * 2**0.5)
+    stalled = result(case, OURS, (0.2, 0.25, 9.0), token_seconds=steps).figures(ROOF)
+    assert stalled["tokens_per_s"] == pytest.approx(200 / 0.25)
     assert x["token_p50_s"] == 0.002 and 0.003 <= x["token_p99_s"] < 0.004
     held = 2 * 18_432 * sum(range(513, 613)) / 100
     assert x["bytes_per_token"] == pytest.approx((5_012_344_832 + held) / 2)
@@ -52,59 +52,14 @@ def test_throughput_latency_and_mfu_follow_from_the_times():
     assert percentile([3.0], 99) == 3.0
 
 
-STAMP = {
-    "gpu": "GPU", "cpu": None, "driver": "580", "cuda": "13.0", "cudnn": 9, "torch": "2.13",
-    "triton": "3.7", "python": "3.12", "rivals": {"transformers": "5.23"}, "dtype": "bfloat16",
-    "commit": "abc", "date": "2026-11-21",
-}  # fmt: skip
-ABOUT = {
-    "model": "gemma-2b", "params": GEMMA.num_parameters, "dtype": "bfloat16",
-    "size_bytes": 2 * GEMMA.num_parameters, "checked": "Checked against the reference in float32.",
-}  # fmt: skip
-
-
-def test_results_are_written_as_files_and_plots(tmp_path):
-    read, write, deep = Case("pp", 512), Case("tg", 128), Case("tg", 128, depth=4096)
-    steps = (0.0025,) * 128
-    results = [
-        result(read, EAGER, (0.02, 0.02)), result(write, EAGER, (1.28, 1.28), token_seconds=steps),
-        result(write, "transformers (sdpa)", status="not installed: No module named 'x'"),
-        result(read, OURS, (0.01, 0.01)), result(write, OURS, (0.32, 0.32), token_seconds=steps),
-        result(deep, OURS, (0.32, 0.32), token_seconds=steps),
-    ]  # fmt: skip
-    results[4] = replace(results[4], peak_bytes=5_300_000_000)
-    results.append(replace(result(deep, STATIC, (0.64,), WITHOUT_GRAPHS), token_seconds=steps))
-    report = model_report(STAMP, ROOF, results, ABOUT)
-    report.write(tmp_path)
-    text = (tmp_path / "results.md").read_text()
-    start = "| gemma-2b | 5.01 GB | 2.51 B | GPU | "
-    assert (
-        f"{start}gemma_fast | pp512 | 51200.00 ± 0.00 | 10 ms | – | 9.81 MB | – "
-        "| 20.5% MFU | 2.00 |"
-    ) in text
-    assert (
-        f"{start}gemma_fast | tg128 | 400.00 ± 0.00 | – | 2.5 ms / 2.5 ms | 5.01 GB | 5.30 GB "
-        "| 100.3% MBU | 4.00 |"
-    ) in text
-    assert "| transformers (sdpa) | tg128 | not installed: No module named 'x' |" in text
-    assert text.endswith("\\* Inductor skipped CUDA graphs.\n")
-    assert "copy 2000 GB/s" in text and "commit abc" in text and "batch |" not in text
-    order = [line.split(" | ")[4:6] for line in text.splitlines() if line.startswith(start)]
-    assert order == [
-        [EAGER, "pp512"], [OURS, "pp512"],
-        [EAGER, "tg128"], ["transformers (sdpa)", "tg128"], [OURS, "tg128"],
-        [OURS, "tg128 @ d4096"], [f"{STATIC} \\*", "tg128 @ d4096"],
-    ]  # fmt: skip
-    saved = json.loads((tmp_path / "results.json").read_text())
-    assert saved["stamp"] == STAMP and saved["roof"] == ROOF._asdict()
-    ours = saved["results"][4]
-    assert ours["samples_s"] == [0.32, 0.32] and ours["token_samples_s"] == [*steps]
-    assert ours["x_eager"] == pytest.approx(4) and ours["peak_memory_bytes"] == 5_300_000_000
-    assert not TIMED & saved["results"][3].keys()
-    write_plots(model_plots, tmp_path, ROOF, results, "GPU")
-    for name in ("speed.png", "depth.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "batch.png").exists()
+def test_share_of_the_matmul_is_of_the_result_s_dtype():
+    several = Roof(2e12, 1e15, {"float32": 1e15, "bfloat16": 4e15})
+    half = result(Case("pp", 512), OURS, (0.01,))
+    shares = [
+        x.figures(several)["mfu"]
+        for x in (half, replace(half, dtype="float32"), replace(half, dtype=None))
+    ]
+    assert shares[1] == 4 * shares[0] and shares[2] == shares[0]  # no dtype: the fastest matmul
 
 
 @pytest.fixture
@@ -154,7 +109,7 @@ def test_command_measures_every_provider_on_a_cpu(tmp_path, monkeypatch):
 def test_without_the_model_option_nothing_is_measured_on_a_cpu():
     done = CliRunner().invoke(bench, ["-p", "4,4", "-n", "0", "--only", EAGER])
     assert done.exit_code == 0, done.output
-    assert "| eager | pp4 | ok, not measured |" in done.stdout
+    assert "| pp4 | eager | float32 | ok, not measured |" in done.stdout
     assert done.stdout.count("ok, not measured") == 1
     assert "nothing was measured" in done.stdout
 
@@ -167,8 +122,9 @@ def test_case_longer_than_the_context_is_listed_and_other_cases_run():
         done = CliRunner().invoke(bench, options)
     assert done.exit_code == 0, done.output
     for name in (EAGER, OURS):
-        long = f"| {name} | pp16384 @ d8 | cannot: 16392 tokens exceed the context of 16384 |"
-        assert long in done.stdout and f"| {name} | pp8 @ d8 | ok, not measured |" in done.stdout
+        long = "cannot: 16392 tokens exceed the context of 16384"
+        assert f"| pp16384 @ d8 | {name} | float32 | {long} |" in done.stdout
+        assert f"| pp8 @ d8 | {name} | float32 | ok, not measured |" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -184,15 +140,96 @@ def test_no_case_to_run_is_a_usage_error(options, complaint):
     assert done.exit_code == 2 and complaint in done.output
 
 
+class Recording:
+    """A provider that records the names of the methods that are called."""
+
+    def __init__(self, name, calls):
+        self.name, self.calls = name, calls
+
+    def __getattr__(self, method):
+        def call(*_, **__):
+            self.calls.append((self.name, method))
+            if self.calls.count(("breaks", "step")) == 7 and self.name == "breaks":
+                raise RuntimeError("breaks later")  # in the first step of the third repeat
+            return {} if method in ("memory", "sizes") else None
+
+        return call
+
+
+def recorded(monkeypatch, device, free=1e12):
+    """Runs three providers three times in one case. Returns calls after the checks, and results."""
+    calls = []
+    for name in ("one", "two", "breaks"):
+        made = Recording(name, calls)
+        monkeypatch.setitem(PROVIDERS, name, lambda *_, made=made: made)
+    monkeypatch.setattr(race, "free_bytes", lambda _: free)
+    monkeypatch.setattr(Judge, "check", lambda *_: calls.append(("", "check")) or 0.0)
+    monkeypatch.setattr(timing, "ENOUGH", 0)
+    checkpoint, dtypes = find("tiny"), [torch.float32]
+    groups = race.groups(checkpoint.config, ["one", "two", "breaks"], dtypes, device)
+    judge = Judge(checkpoint, torch.float32, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    found = list(race.run(checkpoint, [Case("tg", 2, depth=3)], cpu, groups, ROOF, 3, judge))
+    return groups, calls, found
+
+
+def test_repeats_of_the_providers_take_turns_after_all_were_checked(monkeypatch):
+    groups, calls, found = recorded(monkeypatch, torch.device("cpu"))
+    assert [name for name, _ in groups[0]] == ["one", "two", "breaks"] and len(groups) == 1
+    last_check = max(i for i, call in enumerate(calls) if call[1] == "check")
+    assert [x for x in calls[:last_check] if x[1] in ("prefill", "step")] == []
+    turns = [name for name, method in calls if method == "prefill"]
+    assert turns == ["one", "two", "breaks"] * 4 + ["one", "two"]  # warm-up, 3 repeats, tokens
+    steps = [name for name, method in calls if method == "step"]
+    assert steps[:6] == ["one"] * 2 + ["two"] * 2 + ["breaks"] * 2
+    assert [x.status for x in found] == ["ok", "ok", "failed: breaks later"]
+    assert [len(x.seconds) for x in found] == [3, 3, 0]
+
+
+@pytest.mark.parametrize(("device", "free"), [("cuda", 1e12), ("cpu", 1e5)])
+def test_one_provider_at_a_time_on_a_gpu_or_in_little_memory(device, free, monkeypatch):
+    groups, calls, _ = recorded(monkeypatch, torch.device(device), free)
+    assert [len(group) for group in groups] == [1, 1, 1]
+    turns = [name for name, method in calls if method == "prefill"]
+    assert turns == ["one"] * 5 + ["two"] * 5 + ["breaks"] * 4
+
+
+def test_llama_cpp_runs_once_beside_several_dtypes():
+    dtypes = [torch.float32, torch.bfloat16]
+    (group,) = race.groups(find("tiny").config, [LLAMA_CPP, OURS], dtypes, torch.device("cpu"))
+    assert group == [(OURS, dtypes[0]), (OURS, dtypes[1]), (LLAMA_CPP, torch.bfloat16)]
+
+
+@pytest.mark.usefixtures("roof")
+def test_several_dtypes_stand_side_by_side(monkeypatch):
+    monkeypatch.setattr(timing, "ENOUGH", 0)
+    names = ["--only", "transformers (sdpa)", "--only", OURS]
+    options = ["-p", "8", "-n", "2@5", "-r", "1", "-o", "json", "--dtype", "float32,bfloat16"]
+    done = CliRunner().invoke(bench, ["--model", "tiny", *options, *names])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    rows = {(x["test"], x["provider"], x["dtype"]): x for x in found["results"]}
+    assert len(rows) == 8 and {x["status"] for x in rows.values()} == {"ok"}
+    assert found["stamp"]["dtype"] == "float32, bfloat16"
+    assert found["checked"].endswith("Order: repeats of all providers take turns.")
+    wide, half = (rows["tg2 @ d5", OURS, x] for x in ("float32", "bfloat16"))
+    rival = rows["tg2 @ d5", "transformers (sdpa)", "float32"]
+    assert half["error"] > 100 * wide["error"]
+    for row in (wide, half):
+        key = "x_transformers" if row is wide else "x_transformers_float32"
+        assert row[key] == pytest.approx(row["tokens_per_s"] / rival["tokens_per_s"])
+
+
 def test_cuda_fault_is_listed_and_the_run_continues(monkeypatch):
     """After a CUDA fault every CUDA call raises. The run must list failures and end normally."""
 
     def fault(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(bench_model, "clear", fault)
-    where = torch.device("cpu"), torch.float32, None, 1, [EAGER, OURS], None
-    found = list(bench_model.run(find("tiny"), [Case("tg", 1)], *where))
+    monkeypatch.setattr(attempt, "clear", fault)
+    groups = [[(EAGER, torch.float32)], [(OURS, torch.float32)]]
+    where = torch.device("cpu"), groups, None, 1, None
+    found = list(race.run(find("tiny"), [Case("tg", 1)], *where))
     assert len(found) == 2 and all(r.status.startswith("failed: CUDA error") for r in found)
     monkeypatch.setattr(machine, "measure_roof", fault)
     machine.measure_again(head := {}, torch.device("cpu"), torch.float32)
@@ -206,5 +243,5 @@ def test_commit_of_another_repository_is_not_reported(tmp_path):
 
 
 def test_step_seconds_returns_a_time_for_each_step():
-    times = bench_model.step_seconds(lambda: torch.zeros(1), 5, cuda=False)
+    times = attempt.step_seconds(lambda: torch.zeros(1), 5, cuda=False)
     assert len(times) == 5 and min(times) > 0

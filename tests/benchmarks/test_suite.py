@@ -195,7 +195,7 @@ def test_results_are_written_as_files_and_plots(tmp_path):
 
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["stamp"] == stamp
-    assert saved["roof"] == {"copy": 2e12, "product": 1e15}
+    assert saved["roof"] == ROOF._asdict()
     assert [x["provider"] for x in saved["results"]] == [r.provider for r in results]
     assert saved["results"][1]["x_eager"] == pytest.approx(2)
     assert saved["results"][2]["graph"] is False

@@ -2,7 +2,6 @@
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import chain, repeat
 from types import SimpleNamespace
 
@@ -137,7 +136,7 @@ def test_settling_takes_at_least_two_calls_and_a_tenth_of_a_second(rounds):
 
 
 def test_short_calls_are_repeated_until_they_take_a_fifth_of_a_second(rounds):
-    five = partial(timing.repeated, repeats=5)
+    five = lambda once: timing.interleaved([once], repeats=5)  # noqa: E731
     assert rounds(five, repeat(1.0)) == 5
     assert rounds(five, repeat(2**-6)) == 13  # 13 calls take 0.203 s
     assert rounds(five, repeat(0.0625)) == 5
@@ -146,4 +145,19 @@ def test_short_calls_are_repeated_until_they_take_a_fifth_of_a_second(rounds):
 def test_short_calls_are_not_repeated_for_more_than_two_seconds(monkeypatch):
     now = iter(range(100))
     monkeypatch.setattr(timing, "clock", lambda: next(now))
-    assert len(timing.repeated(lambda: 1e-3, 2)) == 3
+    assert timing.interleaved([lambda: 1e-3], 2) == [[1e-3] * 3]
+
+
+def test_calls_take_turns_until_each_has_enough_repeats():
+    order = []
+
+    def call(name, seconds):
+        return lambda: order.append(name) or next(seconds)
+
+    calls = [
+        call("long", repeat(1.0)), call("short", repeat(0.09)),
+        call("fails", iter([1.0, None])),  # not called again after None
+    ]  # fmt: skip
+    found = timing.interleaved(calls, 2)
+    assert found == [[1.0] * 2, [0.09] * 3, [1.0]]
+    assert order == ["long", "short", "fails", "long", "short", "fails", "short"]

@@ -101,9 +101,9 @@ def test_prefill_in_chunks_gives_the_same_tokens(twins, monkeypatch):
     expected = twins.model.generate(ids, **options)
     sizes, hidden_states = [], twins.model.hidden_states
 
-    def spy(ids, cache, keep):
+    def spy(ids, *args, **kwargs):
         sizes.append(ids.shape[1])
-        return hidden_states(ids, cache, keep)
+        return hidden_states(ids, *args, **kwargs)
 
     monkeypatch.setattr(twins.model, "hidden_states", spy)
     monkeypatch.setattr(decoder, "PREFILL_CHUNK", 14)  # 7 tokens for each of the two rows

@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 PAGES = [x for x in (README, CONTRIBUTING) if x.exists()] + sorted((ROOT / "docs").rglob("*.md"))
 NOTEBOOK = ROOT / "docs/walkthrough.ipynb"
-RESULTS = ROOT / "benchmarks/results/cpu-amd-epyc/results.json"
 MARKER = re.compile(r"<!-- *(not run|slow)(?:: *(.*?))? *-->")
 FENCE = re.compile(r"^( *)```(\w*)$")
 TIMEOUT = 600  # seconds
@@ -209,21 +208,3 @@ def test_readme_is_short():
     lines = README.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150
     assert not [line for line in lines if len(line) > 120]
-
-
-def test_numbers_equal_the_benchmark_results():
-    """Checks the alternative text of the README's picture, and the table in docs/benchmarks.md."""
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["results"]
-    figures = {(x["test"], x["provider"]): x for x in rows}
-    providers = ("eager", "transformers (sdpa)", "gemma_fast")
-    read = [figures["pp512", name] for name in providers]
-    written = [figures["tg32 @ d512", name] for name in providers]
-    rates = [[f"{x['tokens_per_s']:.0f}" for x in read]]
-    rates += [[f"{x['tokens_per_s']:.1f}" for x in written]]
-    shares = [[f"{100 * x['mfu']:.0f}" for x in read], [f"{100 * x['mbu']:.0f}" for x in written]]
-    readme = " ".join(README.read_text(encoding="utf-8").split())
-    for (a, b, c), (d, e, f) in zip(rates, shares, strict=True):
-        assert f"{a}, {b} and {c} ({d}, {e} and {f} % of the roof)" in readme
-    table = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    for cells in zip(rates[0], shares[0], rates[1], shares[1], strict=True):
-        assert "| {} t/s | {} % | {} t/s | {} % |".format(*cells) in table
