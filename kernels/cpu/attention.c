@@ -7,7 +7,8 @@ so that results do not depend on the number of threads. */
 
 #include "rotary.h"
 
-#define BLOCK 128
+#define BLOCK 128 /* keys */
+#define HEADS 4   /* query heads that share the loads of keys and values */
 
 typedef struct {
     const void *qkv;       /* [b, n * m + new heads, dim], contiguous */
@@ -21,24 +22,25 @@ typedef struct {
     int new_keys, new_values; /* whether qkv has the token's keys; and its values */
 } decode_t;
 
-/* Scores of `count` keys from position `first` on, for m queries :: [m, dim]. */
-INLINE void block_scores(
+/* Scores of `count` keys from position `first` on, for `heads` ≤ HEADS queries :: [heads, dim]. */
+INLINE void head_scores(
     const decode_t *a, int dtype, int64_t ring, int64_t dim, int64_t first, int64_t count,
-    const float *queries, float *scores
+    int heads, const float *queries, float *scores
 ) {
-    float key[dim];
-    for (int64_t k = 0; k < count; k++) {
-        int64_t start = ring + (first + k) % a->slots * a->slot_stride;
-        widen(a->keys, dtype, start, dim, key);
-        for (int64_t m = 0; m < a->m; m++) {
-            const float *query = queries + m * dim;
-            floats total = {0};
-            int64_t i = 0;
-            for (; i + LANES <= dim; i += LANES) total += load_f32(query + i) * load_f32(key + i);
-            float score = sum(total);
-            for (; i < dim; i++) score += query[i] * key[i];
+    int64_t slot = first % a->slots;
+    for (int64_t k = 0; k < count; k++, slot = slot + 1 == a->slots ? 0 : slot + 1) {
+        int64_t start = ring + slot * a->slot_stride, i = 0;
+        floats totals[HEADS] = {{0}};
+        for (; i + LANES <= dim; i += LANES) {
+            floats key = load(a->keys, dtype, start + i);
+            for (int h = 0; h < heads; h++) totals[h] += key * load_f32(queries + h * dim + i);
+        }
+        for (int h = 0; h < heads; h++) {
+            float score = sum(totals[h]);
+            for (int64_t j = i; j < dim; j++)
+                score += load_one(a->keys, dtype, start + j) * queries[h * dim + j];
             score *= a->scale;
-            scores[m * BLOCK + k] = a->softcap ? a->softcap * tanhf(score / a->softcap) : score;
+            scores[h * BLOCK + k] = a->softcap ? a->softcap * tanhf(score / a->softcap) : score;
         }
     }
 }
@@ -53,32 +55,72 @@ static void block_softmax(float *scores, int64_t count, float *top, float *total
     *top = highest, *total = all;
 }
 
-/* out :: [m, dim] = weights :: [m, BLOCK] @ values of the block. */
-INLINE void block_values(
+/* out :: [heads, dim] = weights :: [heads, BLOCK] @ values of `count` keys, heads ≤ HEADS. */
+INLINE void head_values(
     const decode_t *a, int dtype, int64_t ring, int64_t dim, int64_t first, int64_t count,
-    const float *weights, float *out
+    int heads, const float *weights, float *out
 ) {
-    float value[dim];
-    memset(out, 0, a->m * dim * sizeof *out);
-    for (int64_t k = 0; k < count; k++) {
-        int64_t start = ring + (first + k) % a->slots * a->slot_stride;
-        widen(a->values, dtype, start, dim, value);
-        for (int64_t m = 0; m < a->m; m++) {
-            float weight = weights[m * BLOCK + k], *to = out + m * dim;
-            for (int64_t i = 0; i < dim; i++) to[i] += weight * value[i];
+    int64_t wrap = min(count, a->slots - first % a->slots); /* keys before the end of the ring */
+    int64_t start = ring + first % a->slots * a->slot_stride, i = 0;
+    for (; i + 2 * LANES <= dim; i += 2 * LANES) { /* sums of two vectors stay in registers */
+        floats totals[HEADS][2] = {{{0}}};
+        for (int64_t k = 0; k < count; k++) {
+            int64_t at = (k < wrap ? start : start - a->slots * a->slot_stride) + k * a->slot_stride;
+            floats x = load(a->values, dtype, at + i), y = load(a->values, dtype, at + i + LANES);
+            for (int h = 0; h < heads; h++) {
+                totals[h][0] += x * weights[h * BLOCK + k];
+                totals[h][1] += y * weights[h * BLOCK + k];
+            }
         }
+        for (int h = 0; h < heads; h++) memcpy(out + h * dim + i, totals[h], sizeof totals[h]);
     }
+    for (; i < dim; i++)
+        for (int h = 0; h < heads; h++) {
+            float total = 0;
+            for (int64_t k = 0; k < count; k++) {
+                int64_t at = (k < wrap ? start : start - a->slots * a->slot_stride);
+                total += weights[h * BLOCK + k]
+                    * load_one(a->values, dtype, at + k * a->slot_stride + i);
+            }
+            out[h * dim + i] = total;
+        }
 }
 
+INLINE void head_block(
+    const decode_t *a, int dtype, int64_t ring, int64_t dim, int64_t first, int64_t count,
+    int heads, const float *queries, float *out, float *tops, float *totals
+) {
+    float scores[HEADS * BLOCK];
+    head_scores(a, dtype, ring, dim, first, count, heads, queries, scores);
+    for (int h = 0; h < heads; h++)
+        block_softmax(scores + h * BLOCK, count, tops + h, totals + h);
+    head_values(a, dtype, ring, dim, first, count, heads, scores, out);
+}
+
+INLINE void block_as(
+    const decode_t *a, int dtype, int64_t ring, int64_t dim, int64_t first, int64_t count,
+    const float *queries, float *out, float *tops, float *totals
+) {
+    int64_t m = 0;
+    for (; m + HEADS <= a->m; m += HEADS)
+        head_block(a, dtype, ring, dim, first, count, HEADS, queries + m * dim, out + m * dim,
+                   tops + m, totals + m);
+    for (; m < a->m; m++)
+        head_block(a, dtype, ring, dim, first, count, 1, queries + m * dim, out + m * dim,
+                   tops + m, totals + m);
+}
+
+/* Results of `count` keys from position `first` on, for all query heads of a kv head. */
 static void block_of(
     const decode_t *a, int dtype, int64_t ring, int64_t dim, int64_t first, int64_t count,
     const float *queries, float *out, float *tops, float *totals
 ) {
-    float scores[a->m * BLOCK];
-    block_scores(a, dtype, ring, dim, first, count, queries, scores);
-    for (int64_t m = 0; m < a->m; m++)
-        block_softmax(scores + m * BLOCK, count, tops + m, totals + m);
-    block_values(a, dtype, ring, dim, first, count, scores, out);
+    if (dtype == F32)
+        block_as(a, F32, ring, dim, first, count, queries, out, tops, totals);
+    else if (dtype == BF16)
+        block_as(a, BF16, ring, dim, first, count, queries, out, tops, totals);
+    else
+        block_as(a, F16, ring, dim, first, count, queries, out, tops, totals);
 }
 
 /* Writes the new token's key and value of a kv head to the ring. */
