@@ -47,6 +47,8 @@ setup(
     # Listed by hand, because find_packages() skips folders without __init__.py.
     packages=["gemma_fast"] + [f"gemma_fast.{room}" for room in ROOMS],
     package_data={
+        # C, because Triton has no backend for CPUs. Compiled at the first use, if there is gcc.
+        "gemma_fast.kernels.cpu": ["*.c", "*.h"],
         "gemma_fast.benchmarks.verify": ["texts/*.txt"],
         "gemma_fast.walkthrough": ["templates/*"],
     },

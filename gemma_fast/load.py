@@ -39,8 +39,8 @@ def load_model(
     """Returns a model of class `cls` with the checkpoint's config and weights.
 
     cls      a subclass of Gemma without parameters of its own
-    dtype    "auto": the checkpoint's; for GGUF bf16 on a GPU, and on a CPU with kernels for its
-             packed weights, else float32
+    dtype    "auto": the checkpoint's; for GGUF bf16 on a GPU, else float32. For packed weights on a
+             CPU that has kernels for them and multiplies bf16: bf16
     device   None: the device of the checkpoint's tensors if they are in memory; otherwise the GPU
              if there is one, else the CPU
     on_host  keep the table of per-layer embeddings (Gemma 4) in pinned host memory, from which a

@@ -1,4 +1,4 @@
 """Generates token ids: requests, sampling, stopping, decoders, and the loop of generate().
 
-May import: config, memory, compat, model.
+May import: config, kernels.cpu, memory, compat, model.
 """

@@ -1,4 +1,4 @@
-"""Chooses which weights of a model stay packed, and in which packing, layout and dtype."""
+"""Chooses which weights of a model stay packed, and in which packing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pack_weights(
     model   on the meta device; its dtype is the one that is computed in
     device  where the weights will be
     source  names the checkpoint in warnings: that a weight is unpacked because only some of its
-            parts are packed, and that a CPU unpacks weights in each call
+            parts are packed, and that a CPU without kernels unpacks weights in each call
     """
     packed: dict[str, PackedWeight] = {}
     mixed = []  # for each weight of which only some parts are packed: a part that is, one that not

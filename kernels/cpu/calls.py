@@ -77,6 +77,13 @@ def _contiguous(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Returns x :: [rows, dim]."""
+    rows = x.reshape(-1, x.shape[-1])
+    recorder.missed |= rows.data_ptr() != x.data_ptr()  # as in _contiguous
+    return rows
+
+
 def _weight_args(weight: Weight) -> WeightArgs:
     data, scale, minimum = weight
     out, dim = weight.shape
@@ -105,7 +112,7 @@ def matvec(
     if residual is not None:
         residual = _contiguous(residual)
     if up is not None:
-        up = up.reshape(-1, out_dim)
+        up = _rows(up)
     norm = _norm_args(
         x, residual, norm_weight, post_norm_weight, layer_scalar, eps, offset,
         norm_weight is not None,
@@ -157,7 +164,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """Returns gelu(gate) * up."""
     dim = gate.shape[-1]
     y = torch.empty(gate.shape, dtype=gate.dtype)
-    gate, up = gate.reshape(-1, dim), up.reshape(-1, dim)  # [rows, dim]
+    gate, up = _rows(gate), _rows(up)
     _call(
         "geglu", _pointer(gate), _pointer(up), DTYPES[gate.dtype], len(gate), dim,
         gate.stride(0), up.stride(0), _pointer(y), _threads(y.numel()),

@@ -31,8 +31,8 @@ def library() -> ctypes.CDLL | None:
     compiler, directory = shutil.which(os.environ.get("CC", "gcc")), private_directory()
     if compiler is None or directory is None:
         return None
-    path = directory / f"kernels-{_digest(compiler)}.so"
     try:
+        path = directory / f"kernels-{_digest(compiler)}.so"
         if not path.exists():
             _compile(compiler, path)
         return ctypes.CDLL(str(path))

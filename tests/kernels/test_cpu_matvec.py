@@ -181,8 +181,6 @@ def test_tensors_on_another_device_are_refused():
     x, weight = torch.randn(2, 8), torch.randn(6, 8)
     with pytest.raises(AssertionError, match="a tensor is on meta, and others are on a CPU"):
         calls.matvec(x, Weight(weight), norm_weight=torch.empty(8, device="meta"))
-    with pytest.raises(AssertionError, match="x is on cpu, the weight on meta"):
-        linear(x, weight.to("meta"))
 
 
 @pytest.mark.parametrize("rows", [1, 5], ids="rows {}".format)

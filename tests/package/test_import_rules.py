@@ -24,7 +24,7 @@ RULES = {
     "text": "compat, checkpoint.hub, checkpoint.gguf_reader",
     "model": "config, kernels",
     "reference_steps": "config", "reference": "config, checkpoint, reference_steps",
-    "engine": "config, memory, compat, model",
+    "engine": "config, kernels.cpu, memory, compat, model",
     "load": "config, kernels, memory, checkpoint, model",
     "causal_lm": "config, compat, checkpoint, model, engine, load",
     "lm_scoring": "causal_lm, text",

@@ -18,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from gemma_fast.benchmarks.measure.outcome import OURS
+from gemma_fast.kernels.cpu.library import library
 
 ROOT = Path(__file__).resolve().parents[2]
 FOR_THE_CLONE = ("test_kernels.py", "conftest.py")  # pytest files of benchmarks/: not packaged
@@ -34,13 +35,19 @@ PACKAGES = {
 SOURCES = {
     f"{folder}/{path.name}": path.read_bytes()
     for folder in PACKAGES
-    for path in (ROOT / folder).glob("*.py")
-    if path.name not in FOR_THE_CLONE
+    for path in (ROOT / folder).iterdir()
+    if path.suffix in (".py", ".c", ".h") and path.name not in FOR_THE_CLONE
 }
 for folder in ("benchmarks/verify/texts", "walkthrough/templates"):  # files that are no modules
     for path in (ROOT / "gemma_fast" / folder).iterdir():
         SOURCES[f"gemma_fast/{folder}/{path.name}"] = path.read_bytes()
 PRINT_KERNEL_FILE = "import gemma_fast.kernels.rmsnorm as module; print(module.__file__)"
+RUN_C = """
+import torch
+from gemma_fast.kernels.cpu.library import library
+from gemma_fast.kernels.geglu import geglu
+print(library().__class__.__name__, geglu(torch.ones(2), torch.ones(2)).sum().item())
+"""
 
 
 def python(*args, cwd: Path = ROOT) -> str:
@@ -85,12 +92,17 @@ def test_sdist_contains_the_sources_as_files(dist):
 
 
 @pytest.mark.slow
-def test_wheel_can_be_installed(dist, tmp_path):
+def test_wheel_can_be_installed(dist, tmp_path, monkeypatch):
     wheel = next(dist.glob("*.whl"))
     python("-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path, wheel)
     file = Path(python("-c", PRINT_KERNEL_FILE, cwd=tmp_path))
     assert file.parent == tmp_path / "gemma_fast/kernels"
     assert OURS in python("-m", "gemma_fast.benchmarks", "--list", cwd=tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kind, result = python("-c", RUN_C, cwd=tmp_path).split()
+    assert kind == ("CDLL" if library() else "NoneType")
+    assert float(result) == pytest.approx(2 * 0.841192, abs=1e-5)
 
 
 def test_benchmarks_run_from_the_clone_under_one_import_name():
