@@ -108,8 +108,6 @@ class _Errors(click.Group):
             if "out of memory" not in str(error):
                 raise
             raise click.ClickException(str(error)) from error
-        finally:
-            gc.unfreeze()
 
 
 @click.group(cls=_Errors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -372,7 +370,7 @@ def _load(
             path.result(), dtype=dtype, device=device, quantize=quantize
         )
     finally:
-        gc.freeze()  # until the command ends
+        gc.freeze()  # later collections, and the one at exit, skip these objects
         gc.enable()
     if gemma.device.type == "cuda":
         _warm_up(gemma)

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -75,9 +75,9 @@ def load_model(
     on_host = device.type == "cuda" and (on_host or fits_without_table(empty, free_bytes(device)))
     with _allocation(checkpoint, empty, dtype, device):
         new = {
-            name: torch.empty_like(weight, device="cpu", pin_memory=True)
+            name: allocate(weight, device="cpu", pin_memory=True)
             if on_host and _is_table(name)
-            else torch.empty_like(weight, device=device)
+            else allocate(weight, device=device)
             for name, weight in empty.items()
         }
     model.load_state_dict(shared | new, assign=True)
@@ -134,6 +134,11 @@ def fits_without_table(weights: Mapping[str, Tensor], free: float) -> bool:
     return size - table <= free < size
 
 
+def allocate(weight: Tensor, **where: Any) -> Tensor:
+    """Returns an empty tensor like a meta tensor. torch.empty_like takes 0.3 s to import sympy."""
+    return torch.empty(weight.shape, dtype=weight.dtype, **where)
+
+
 def _allocation(
     checkpoint: Checkpoint, empty: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> AbstractContextManager[None]:
@@ -171,9 +176,22 @@ def _copy(
         for start in range(0, rows, step):
             packed_rows = checkpoint.packed_rows(tensor, start, min(start + step, rows))
             try:
-                weight.write(row + start, packed_rows)
+                with _one_thread():
+                    weight.write(row + start, packed_rows)
             except ValueError as error:
                 raise ValueError(f"{checkpoint.path}: tensor {tensor}: {error}") from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Runs PyTorch's ops on this thread. Short ops, limited by memory, take as long on several, and
+    ten times as long if other processes need the cores: threads wait for each other after each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _track(names: Iterable[str], label: str) -> Iterator[str]:

@@ -151,27 +151,28 @@ class PackedWeight(nn.Module):
         if packing.minimum and minimum is None:
             shift = 8 if packing.bits == 4 else 0
             values, minimum = values + shift, scale * -shift
-        self.scale[start:stop] = self._narrowed(scale)
+        self._write_factors(self.scale[start:stop], scale)
         if self.minimum is not None and minimum is not None:
-            self.minimum[start:stop] = self._narrowed(minimum)
+            self._write_factors(self.minimum[start:stop], minimum)
         if packing.bits == 4:
-            nibbles = (values if packing.minimum else values + 8).to(torch.uint8)
-            assert not (nibbles >> 4).any(), "a value does not fit in 4 bits"
+            nibbles = (values if packing.minimum else values + 8).view(torch.uint8)
+            assert not nibbles.numel() or nibbles.max() < 16, "a value does not fit in 4 bits"
             low, high = nibbles.unflatten(1, (-1, 2, 16)).unbind(2)  # [rows, dim / 32, 16]
             values = (low | high << 4).flatten(1)  # [rows, dim / 2]
         self.data[start:stop] = values
 
-    def _narrowed(self, factors: Tensor) -> Tensor:
-        """Returns the factors in the packing's dtype, for each of this weight's groups."""
+    def _write_factors(self, rows: Tensor, factors: Tensor) -> None:
+        """Writes the factors in the packing's dtype, for each of this weight's groups."""
         narrow = factors.to(self.packing.scale)
-        if not narrow.isfinite().all():
+        # The least and the largest number are NaN if there is one. isfinite takes more time.
+        if narrow.numel() and not all(x.isfinite() for x in narrow.aminmax()):
             name = str(self.packing.scale).removeprefix("torch.")
             raise ValueError(
                 f"a scale of {factors.abs().max().item():.3g} does not fit {name}: load the model"
                 " with quantize='none'"
             )
-        groups = self.shape[1] // self.packing.group
-        return narrow.repeat_interleave(groups // factors.shape[1], dim=1)
+        spread = rows.unflatten(1, (factors.shape[1], -1))  # [rows, factors, groups of each]
+        spread.copy_(narrow.unsqueeze(2))
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
         for name, x in self.named_parameters(recurse=False):

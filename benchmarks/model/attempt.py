@@ -39,6 +39,8 @@ class Loaded:
         self.label = label(name, self.shown)
         self.provider: Provider | None = None
         self.sizes, self.status = NO_SIZES, "ok"
+        # Errors that the judge has found, by batch size, room and length of the prefix.
+        self.errors: dict[tuple[int, int, int], float] = {}
         try:
             clear()
             self.reserved = torch.cuda.memory_reserved() if device.type == "cuda" else 0
@@ -87,11 +89,15 @@ class Attempt:
         return output
 
     def check(self, judge: Judge) -> None:
-        """Raises Wrong if the provider's tokens or logits are wrong."""
-        room = max(judge.room(self.case), self.case.room)
-        self.provider.start(self.case.batch, room, self.case.kind)
-        found = judge.check(self.loaded.name, self.provider, self.case, self.loaded.dtype)
-        self.result = replace(self.result, error=found)
+        """Raises Wrong if the provider's tokens or logits are wrong. A check that an earlier case
+        has passed, with the same room and prefix, is not repeated."""
+        case, errors = self.case, self.loaded.errors
+        room = max(judge.room(case), case.room)
+        self.provider.start(case.batch, room, case.kind)
+        key = case.batch, room, judge.prefix(case)
+        if key not in errors:
+            errors[key] = judge.check(self.loaded.name, self.provider, case, self.loaded.dtype)
+        self.result = replace(self.result, error=errors[key])
 
     def warm_up(self, vocab_size: int) -> None:
         case, generator = self.case, torch.Generator().manual_seed(1)

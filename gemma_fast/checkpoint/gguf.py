@@ -18,7 +18,13 @@ from gemma_fast.checkpoint.config_gguf import config_from_gguf, generation_from_
 from gemma_fast.checkpoint.gemma4_gguf import ROPE_FACTORS, with_tensors
 from gemma_fast.checkpoint.gguf_blocks import FORMATS, read_blocks
 from gemma_fast.checkpoint.gguf_reader import GGMLQuantizationType as Type
-from gemma_fast.checkpoint.gguf_reader import GGUFFile, ReaderTensor, read_rows, stored_rows
+from gemma_fast.checkpoint.gguf_reader import (
+    GGUFFile,
+    ReaderTensor,
+    open_gguf,
+    read_rows,
+    stored_rows,
+)
 from gemma_fast.checkpoint.hub import GGUF_PART
 from gemma_fast.kernels.packed import PackedRows, Packing
 
@@ -74,7 +80,7 @@ class GGUFCheckpoint(FileCheckpoint):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        first = GGUFFile(path)
+        first = open_gguf(path)
         self.config = parse_content(path, config_from_gguf, first.metadata)
         self.generation_config = parse_content(path, generation_from_gguf, first.metadata)
         if self.generation_config:  # `generate` takes no option of the config if this has one

@@ -9,6 +9,7 @@ import os
 import struct
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -127,6 +128,20 @@ class GGUFFile(GGUFReader):
                 f" into the file's {len(self.data)} bytes"
             )
         return field
+
+
+_files: WeakValueDictionary[tuple[Any, ...], GGUFFile] = WeakValueDictionary()
+
+
+def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
+    """Returns the parsed file. As long as that is in use, a file that has not changed is not parsed
+    again. Raises ValueError for a malformed file."""
+    status = os.stat(path)
+    key = os.fspath(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    file = _files.get(key)
+    if file is None:
+        file = _files[key] = GGUFFile(path)
+    return file
 
 
 def read_rows(path: Path, tensor: ReaderTensor, start: int, stop: int) -> np.ndarray:

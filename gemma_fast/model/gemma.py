@@ -150,9 +150,9 @@ class Gemma(nn.Module):
 
         Adds the t tokens to the cache, in which the caller must have reserved room for them.
 
-        keep  number of last tokens that the caller needs; None: all. Layers that read an earlier
-              layer's K and V compute only these, and the returned stream has at least these; with
-              0 such layers are skipped, and the returned stream has no meaning
+        keep  number of last tokens that the caller needs; None: all. The last layer with K and V of
+              its own, and the layers after it, compute only these after its K and V; the returned
+              stream has only these, and with 0 it has no meaning
         replay  runs the layers, and repeats their C calls in later calls; all calls must have the
               same cache and the same number of rows and tokens. None: the layers run
         """
@@ -175,9 +175,13 @@ class Gemma(nn.Module):
         context = Context(cache, cache.next_position, cache.angles_of(t), per_layer, {})
         own = self.config.num_hidden_layers - self.config.num_kv_shared_layers
         for i, layer in enumerate(self.layers[: None if keep else own]):
-            if i == own and keep < t:
-                stream, context = stream.last(keep), context.last(keep, t)
-            stream = layer(stream, context)
+            if i < own - 1:
+                stream = layer(stream, context)
+                continue
+            # The next layers read this layer's stream only for the last tokens.
+            stream = layer(stream, context, keep)
+            if i == own - 1 and 0 < keep < t:
+                context = context.last(keep, t)
         return stream
 
     def per_layer(self, ids: Tensor, embeddings: Tensor) -> Tensor | None:

@@ -141,13 +141,23 @@ class Layer(nn.Module):
                 weight = frozen(rows, *shapes[self.parts[name][0]][1:])
             self.register_parameter(name, weight)
 
-    def forward(self, stream: Residual, context: Context) -> Residual:
-        """Returns the residual stream after this layer. Writes the tokens' K and V to the cache."""
+    def forward(self, stream: Residual, context: Context, keep: int | None = None) -> Residual:
+        """Returns the residual stream after this layer. Writes the tokens' K and V to the cache.
+
+        keep  number of last tokens for which the stream is computed; None: all
+        """
+        t = stream.x.shape[1]
+        keep = t if keep is None else keep
         qkv, residual = norm_linear(
             stream.x, stream.residual, self.input_layernorm, stream.post_norm, self.qkv_proj,
             layer_scalar=stream.layer_scalar, pdl=True, **self.norms,
         )  # fmt: skip
-        x = linear(self.attend(qkv, context), self.o_proj, pdl=True)
+        attended = self.attend(qkv, context, keep)
+        if not keep:
+            return stream
+        if keep < t:
+            residual, context = residual[:, t - keep :], context.last(keep, t)
+        x = linear(attended, self.o_proj, pdl=True)
         x, residual = norm_linear(
             x, residual, self.pre_feedforward_layernorm, self.post_attention_layernorm,
             self.gate_up_proj, geglu=True, pdl=True, **self.norms,
@@ -163,19 +173,19 @@ class Layer(nn.Module):
             post_norm = self.post_per_layer_input_norm
         return Residual(x, residual, post_norm, self.layer_scalar)
 
-    def attend(self, qkv: Tensor, context: Context) -> Tensor:
+    def attend(self, qkv: Tensor, context: Context, keep: int) -> Tensor:
         """Writes the K and V in qkv :: [b, t, heads * d] to the cache, and returns attention's
-        output :: [b, t, n * m * d]."""
+        output for the last tokens :: [b, keep, n * m * d]."""
         config, shape, cache = self.config, self.shape, context.cache
         (b, t, _), d, heads = qkv.shape, shape.head_dim, config.num_attention_heads
-        n, shares = shape.num_key_value_heads, shape.kv_layer != self.index
+        shares = shape.kv_layer != self.index
         options: dict[str, Any] = {
             "scale": config.query_pre_attn_scalar**-0.5, "window": shape.window,
             "softcap": config.attn_logit_softcapping, **self.norms,
         }  # fmt: skip
-        cos, sin = context.angles[shape.kind]
         qkv = qkv.view(b, t, -1, d)  # [b, t, heads, d]
         if t == 1:
+            cos, sin = context.angles[shape.kind]
             out = decode_attention(
                 qkv.squeeze(1), cache.keys[shape.kv_layer], cache.values[shape.kv_layer], cos, sin,
                 context.query_offset, cache.counter, self.q_norm, self.k_norm, pdl=True,
@@ -183,21 +193,37 @@ class Layer(nn.Module):
                 **options,
             )  # fmt: skip
             return out.view(b, 1, heads * d)
-        if shares:
-            q, (keys, values) = qkv, context.rings[shape.kv_layer]
-        else:
-            q, k, v = qkv[:, :, :heads], qkv[:, :, heads : heads + n], qkv[:, :, -n:]
-            keys, values = cache.rings(self.index, t)
-            rotary_write(
-                k, v, keys, values, cos, sin, context.query_offset, self.k_norm,
-                v_norm=config.v_norm, **self.norms,
+        keys, values = context.rings[shape.kv_layer] if shares else self.write(qkv, context)
+        q = qkv[:, t - keep :, :heads]  # [b, keep, heads, d]
+        context = context.last(keep, t) if 0 < keep < t else context
+        cos, sin = context.angles[shape.kind]
+        if keep == 1:
+            out = decode_attention(
+                q.squeeze(1), keys, values, cos, sin, context.query_offset, cache.counter,
+                self.q_norm, heads="q", **options,
             )  # fmt: skip
-        out = attention(q, keys, values, cos, sin, context.query_offset, self.q_norm, **options)
-        if not shares:
-            cache.keep(self.index, keys, values, t)
+        elif keep:
+            out = attention(q, keys, values, cos, sin, context.query_offset, self.q_norm, **options)
+        else:
+            out = q
+        return out.reshape(b, keep, heads * d)
+
+    def write(self, qkv: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Writes the K and V in qkv :: [b, t, heads, d] to the cache. Returns rings that contain
+        them and all earlier tokens that they see."""
+        t, heads = qkv.shape[1], self.config.num_attention_heads
+        n, cache = self.shape.num_key_value_heads, context.cache
+        cos, sin = context.angles[self.shape.kind]
+        k, v = qkv[:, :, heads : heads + n], qkv[:, :, -n:]
+        keys, values = cache.rings(self.index, t)
+        rotary_write(
+            k, v, keys, values, cos, sin, context.query_offset, self.k_norm,
+            v_norm=self.config.v_norm, **self.norms,
+        )  # fmt: skip
+        cache.keep(self.index, keys, values, t)
         if self.kv_is_read:
             context.rings[self.index] = keys, values
-        return out.view(b, t, heads * d)
+        return keys, values
 
 
 def frozen(*shape: int) -> nn.Parameter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
@@ -30,7 +31,10 @@ class ScoredMerges:
     vocab   piece → id, in the order of the ids
     scores  score of each piece, by id; a user-defined piece has the highest of all instead
     types   type of each piece, by id; only normal and user-defined pieces have merges
+    file    the vocabulary's file, which is not parsed again for the weights as long as it is in use
     """
+
+    file: Any = None
 
     def __init__(
         self, vocab: dict[str, int], scores: Sequence[float], types: Sequence[int]
@@ -38,6 +42,9 @@ class ScoredMerges:
         self.vocab, self.scores, self.types = vocab, scores, types
         self._longest = max(map(len, vocab))
         self._parts_left = MAX_PARTS
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"file": None}
 
     def model(self) -> BPE:
         """Returns the model with all merges."""

@@ -134,10 +134,13 @@ class Tokenizer(ChatEncoder):
         given = check_settings(others, "from_pretrained()", call=True)
         path = resolve(name_or_path, FILES, download_options(others))
         if path.is_file():
-            from gemma_fast.checkpoint.gguf_reader import GGUFFile  # needs the extra `gguf`
+            from gemma_fast.checkpoint.gguf_reader import open_gguf  # needs the extra `gguf`
 
-            metadata = GGUFFile(path).metadata
+            gguf = open_gguf(path)
+            metadata = gguf.metadata
             backend, merges = gguf_vocabulary(metadata, str(path))
+            if merges is not None:
+                merges.file = gguf
             return cls(
                 backend,
                 str(path),

@@ -194,6 +194,16 @@ def test_one_provider_at_a_time_on_a_gpu_or_in_little_memory(device, free, monke
     assert turns == ["one"] * 5 + ["two"] * 5 + ["breaks"] * 4
 
 
+def test_cases_with_the_same_check_are_checked_once(monkeypatch):
+    checked = []
+    monkeypatch.setattr(Judge, "check", lambda *given: checked.append(given[3].name) or 0.5)
+    checkpoint, kind, cpu = find("tiny"), torch.float32, torch.device("cpu")
+    tests = [Case("pp", 9), Case("tg", 2, depth=9), Case("tg", 2, depth=9, batch=2), Case("tg", 2)]
+    judge = Judge(checkpoint, kind, cpu)
+    found = list(race.run(checkpoint, tests, cpu, [[(OURS, kind)]], None, 1, judge))
+    assert checked == ["pp9", "tg2 @ d9", "tg2"] and {x.error for x in found} == {0.5}
+
+
 def test_llama_cpp_runs_once_beside_several_dtypes():
     dtypes = [torch.float32, torch.bfloat16]
     (group,) = race.groups(find("tiny").config, [LLAMA_CPP, OURS], dtypes, torch.device("cpu"))

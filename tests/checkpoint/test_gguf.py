@@ -1,6 +1,7 @@
 """Checks that valid GGUF files are read: files of each family, every type that can be
 dequantized, and metadata of every type."""
 
+import gc
 import sys
 
 import gguf
@@ -14,7 +15,8 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor
 
 from gemma_fast.checkpoint import gguf as gguf_checkpoint
-from gemma_fast.checkpoint.gguf_reader import GGUFFile
+from gemma_fast.checkpoint import gguf_reader
+from gemma_fast.checkpoint.gguf_reader import GGUFFile, open_gguf
 from gemma_fast.checkpoint.open import open_checkpoint
 
 NOT_FLOAT = (Type.I8, Type.I16, Type.I32, Type.I64)
@@ -147,3 +149,19 @@ def test_demo_weights_are_read(demo_gguf):
     k_proj = read(checkpoint, "model.layers.17.self_attn.k_proj.weight", torch.bfloat16)
     assert k_proj.isfinite().all()
     assert 0.01 < k_proj.float().std() < 0.1
+
+
+def test_file_in_use_is_parsed_once(tmp_path):
+    path, other = tmp_path / "model.gguf", tmp_path / "other.gguf"
+    write_gguf(path, "gemma")
+    file = open_gguf(path)
+    assert open_gguf(str(path)) is file
+    write_gguf(other, "gemma3")
+    other.replace(path)
+    changed = open_gguf(path)
+    assert changed.metadata["general.architecture"] == "gemma3"
+    assert file.metadata["general.architecture"] == "gemma"
+    assert open_gguf(path) is changed
+    del file, changed
+    gc.collect()
+    assert not [file for file in gguf_reader._files.values() if file.path == path]

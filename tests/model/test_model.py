@@ -11,6 +11,7 @@ from tiny_models import CONFIGS, close, left_padded, random_model
 
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.config import SLIDING
+from gemma_fast.model import layer as layer_module
 from gemma_fast.model.cache import KVCache
 
 
@@ -93,6 +94,20 @@ def test_reference_with_a_cache_equals_one_forward(twins):
         past = out.past_key_values
         rows.append(out.logits)
     close(torch.cat(rows, dim=1)[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("twins", ["gemma-mqa", "gemma3-gqa"], indirect=True)
+@pytest.mark.parametrize(("keep", "tokens"), [(0, 20), (1, 1), (3, 3), (50, 20)])
+def test_the_last_layer_computes_the_kept_tokens(twins, keep, tokens, monkeypatch):
+    """After its keys and values. Each layer calls `linear` for o_proj and down_proj."""
+    found, real = [], layer_module.linear
+    monkeypatch.setattr(
+        layer_module,
+        "linear",
+        lambda x, *args, **kw: (found.append(x.shape[1]), real(x, *args, **kw))[1],
+    )
+    twins.model(twins.prompt(2, 20), logits_to_keep=keep)
+    assert found == 2 * (twins.config.num_hidden_layers - 1) * [20] + 2 * [tokens]
 
 
 def test_logits_to_keep_and_use_cache_are_respected(twins):

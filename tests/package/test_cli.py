@@ -1,5 +1,6 @@
 """Tests the command line `gemma-fast`, mostly with the demo weights."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def load_once():
         on_cpu.cache_clear = load.cache_clear  # type: ignore[attr-defined]
         patch.setattr(cli, "_load", on_cpu)
         yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,19 @@
 """Tests how weights are allocated, read and converted, and which models are refused."""
 
+import io
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
+from packed_checkpoints import PackedCheckpoint
 from tiny_models import CONFIGS, random_transformers_model
 
+from gemma_fast import load
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.checkpoint.transformers import TransformersCheckpoint
+from gemma_fast.kernels.packed import PackedWeight
 from gemma_fast.load import PER_LAYER, fits_without_table, load_model, refuse_head_dim
 
 CPU = torch.device("cpu")
@@ -16,7 +23,7 @@ def test_out_of_memory_for_weights_is_reported(monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(torch, "empty_like", full)
+    monkeypatch.setattr(load, "allocate", full)
     checkpoint = RandomCheckpoint(CONFIGS["gemma-mqa"], name="gemma")
     with pytest.raises(torch.OutOfMemoryError, match=r"out of memory: gemma in float32 takes 0\."):
         GemmaForCausalLM.from_checkpoint(checkpoint, dtype="float32", device="cpu")
@@ -27,13 +34,13 @@ def test_out_of_memory_for_copies_of_fused_weights_is_reported(monkeypatch):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
     source = random_transformers_model(CONFIGS["gemma-mqa"])
-    monkeypatch.setattr(torch, "empty_like", full)
+    monkeypatch.setattr(load, "allocate", full)
     with pytest.raises(torch.OutOfMemoryError, match="memory: the copies of fused weights on cpu"):
         GemmaForCausalLM.from_transformers(source)
 
 
 def test_all_weights_are_allocated_before_the_first_tensor_is_read(monkeypatch):
-    done, empty_like = [], torch.empty_like
+    done, allocate_one = [], load.allocate
 
     class Watched(RandomCheckpoint):
         def _read(self, name, out):
@@ -41,9 +48,9 @@ def test_all_weights_are_allocated_before_the_first_tensor_is_read(monkeypatch):
 
     def allocate(*args, **kwargs):
         done.append("allocate")
-        return empty_like(*args, **kwargs)
+        return allocate_one(*args, **kwargs)
 
-    monkeypatch.setattr(torch, "empty_like", allocate)
+    monkeypatch.setattr(load, "allocate", allocate)
     config = CONFIGS["gemma3-gqa"]
     model = load_model(GemmaForCausalLM, Watched(config), "float32", CPU)
     weights = len(list(model.parameters()))
@@ -116,3 +123,39 @@ def test_model_reads_per_layer_embeddings_from_host_memory():
     assert torch.equal(*tokens)
     assert on_host.to("cuda", torch.bfloat16).embed_tokens_per_layer.is_pinned()
     assert on_host.embed_tokens_per_layer.dtype == torch.bfloat16
+
+
+def test_packed_weights_are_written_on_one_thread(monkeypatch):
+    """With more, loading took ten times as long while other processes ran."""
+    threads, write = [], PackedWeight.write
+
+    def watched(*args):
+        threads.append(torch.get_num_threads())
+        write(*args)
+
+    monkeypatch.setattr(PackedWeight, "write", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        config = replace(CONFIGS["gemma3-gqa"], intermediate_size=96)
+        checkpoint = PackedCheckpoint(config, "int8-g16")
+        load_model(GemmaForCausalLM, checkpoint, "float32", CPU)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(threads) == {1}
+
+
+def test_progress_is_shown_after_a_second_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    names = list("abcdef")
+    for start, shown in ((0.0, False), (-2.0, True)):
+        stderr, clock = Terminal(), iter([start, *(i / 10 for i in range(100))])
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setattr(load.time, "perf_counter", lambda clock=clock: next(clock))
+        assert list(load._track(names, "Reading a.gguf")) == names
+        monkeypatch.undo()
+        assert ("Reading a.gguf" in stderr.getvalue()) == shown

@@ -4,6 +4,7 @@ after that."""
 import copy
 import pickle
 import random
+import threading
 
 import pytest
 from tiny_tokenizer import TEXTS, gguf_metadata, random_text
@@ -143,6 +144,7 @@ def test_merges_of_equal_scores_keep_their_order():
 
 
 def test_a_copy_is_independent(tiny):
+    tiny._merges.file = threading.Lock()  # cannot be copied
     for other in (copy.deepcopy(tiny), pickle.loads(pickle.dumps(tiny))):
         assert other.encode("hello") == tiny.encode("hello")
         assert [token.value for token in other.backend.model.tokenize("hello")] == ["hello"]
