@@ -98,6 +98,15 @@ def test_extreme_rows_of_norms(build):
     check_norm(y[[0, 1, 2, 5]], x[[0, 1, 2, 5]], torch.zeros(37))
 
 
+@DTYPE
+def test_nan_of_all_bits_stays_nan(dtype, build):
+    """Its bits would overflow if they were rounded as those of numbers."""
+    for bits in (-1, 0x7FFFFFFF):
+        weight = torch.full((37,), bits, dtype=torch.int32).view(torch.float32)
+        for offset in (0.0, 1.0):
+            assert rms_norm(torch.ones(2, 37, dtype=dtype), weight, offset=offset).isnan().all()
+
+
 @pytest.mark.parametrize("wrong", ["weight", "residual", "dtype"])
 def test_tensors_that_do_not_fit_are_refused(wrong):
     """They would be read past their ends."""
