@@ -80,8 +80,8 @@ from gemma_fast.kernels._ring import (
     visible_keys,
 )
 from gemma_fast.kernels._triton import TensorDescriptor, tl, triton
-from gemma_fast.kernels.cpu import calls
-from gemma_fast.kernels.cpu.attention import attention as cpu_attention
+from gemma_fast.kernels.cpu import attention as cpu_attention
+from gemma_fast.kernels.cpu.calls import runs_c
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config, runs_triton
 from gemma_fast.kernels.rmsnorm import rms_norm_reference
 from gemma_fast.kernels.rotary import Rotary, rotate, rotate_rows
@@ -322,13 +322,14 @@ def attention(
         return out
     if not runs_triton(q):
         options: dict[str, Any] = {
-            "scale": scale, "left_padding": left_padding, "window": window, "eps": eps,
-            "offset": offset,
+            "scale": scale, "left_padding": left_padding, "window": window, "softcap": softcap,
+            "eps": eps, "offset": offset,
         }  # fmt: skip
         inputs = q, keys, values, cos, sin, query_offset, norm_weight
-        if calls.runs_c(q) and softcap is None and q.stride(3) == 1:
-            return cpu_attention(*inputs, **options)
-        return attention_reference(*inputs, softcap=softcap, **options)
+        contiguous = q.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()
+        if runs_c(q) and contiguous:
+            return cpu_attention.attention(*inputs, **options)
+        return attention_reference(*inputs, **options)
 
     assert d in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}: {d=}"
     assert q.stride(3) == keys.stride(3) == 1 and keys.stride() == values.stride()

@@ -89,7 +89,8 @@ from gemma_fast.kernels._split_kv import (
 )
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.attention import attention_reference
-from gemma_fast.kernels.cpu import calls
+from gemma_fast.kernels.cpu import attention as cpu_attention
+from gemma_fast.kernels.cpu.calls import runs_c
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.rotary import rotary_write_reference
 
@@ -286,8 +287,8 @@ def decode_attention(
         "softcap": softcap, "eps": eps,
     }  # fmt: skip
     if not runs_triton(qkv):
-        if calls.runs_c(qkv) and keys.stride() == values.stride() and keys.stride(3) == 1:
-            return calls.decode_attention(
+        if runs_c(qkv) and keys.stride() == values.stride() and keys.stride(3) == 1:
+            return cpu_attention.decode_attention(
                 qkv, keys, values, cos, sin, position, q_norm, k_norm, queries=queries, **options
             )
         used = min(max(int(position.max()) + 1, 1), slots)  # slots from here on are unused

@@ -61,7 +61,7 @@ def reads(weight: Weight) -> bool:
     return all(part is None or part.is_contiguous() for part in weight)
 
 
-def _pointer(x: Tensor | None) -> int | None:
+def pointer(x: Tensor | None) -> int | None:
     if x is None:
         return None
     assert x.is_cpu, f"a tensor is on {x.device}, and others are on a CPU"
@@ -70,7 +70,7 @@ def _pointer(x: Tensor | None) -> int | None:
     return x.data_ptr()
 
 
-def _contiguous(x: Tensor) -> Tensor:
+def contiguous(x: Tensor) -> Tensor:
     if x.is_contiguous():
         return x
     recorder.missed = True  # a repeated call would not copy
@@ -88,7 +88,7 @@ def _weight_args(weight: Weight) -> WeightArgs:
     data, scale, minimum = weight
     out, dim = weight.shape
     return WeightArgs(
-        _pointer(data), _pointer(scale), _pointer(minimum), out, dim, weight.group,
+        pointer(data), pointer(scale), pointer(minimum), out, dim, weight.group,
         DTYPES[data.dtype], 0 if scale is None else DTYPES[scale.dtype],
     )  # fmt: skip
 
@@ -105,24 +105,24 @@ def matvec(
     """
     (out_dim, dim), shape = weight.shape, x.shape
     rows, out_dim = x.numel() // dim, out_dim // (1 + geglu)
-    x = _contiguous(x)
+    x = contiguous(x)
     normed = norm_weight is not None or post_norm_weight is not None
     y = torch.empty(*shape[:-1], out_dim, dtype=out_dtype or x.dtype)
     h = torch.empty_like(x) if normed else None
     if residual is not None:
-        residual = _contiguous(residual)
+        residual = contiguous(residual)
     if up is not None:
         up = _rows(up)
     norm = _norm_args(
         x, residual, norm_weight, post_norm_weight, layer_scalar, eps, offset,
         norm_weight is not None,
     )  # fmt: skip
-    failed = _call(
-        "matvec", byref(norm), byref(_weight_args(weight)), rows, _pointer(h), _pointer(up),
-        0 if up is None else up.stride(0), geglu, _pointer(y), DTYPES[y.dtype],
+    failed = call(
+        "matvec", byref(norm), byref(_weight_args(weight)), rows, pointer(h), pointer(up),
+        0 if up is None else up.stride(0), geglu, pointer(y), DTYPES[y.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
-    _check(failed)
+    check(failed)
     return y, h
 
 
@@ -131,8 +131,8 @@ def _norm_args(
     layer_scalar: Tensor | None, eps: float, offset: float, normalizes: bool,
 ) -> NormArgs:  # fmt: skip
     return NormArgs(
-        _pointer(x), _pointer(residual), _pointer(weight), _pointer(post_weight),
-        _pointer(layer_scalar), DTYPES[x.dtype], 0 if weight is None else DTYPES[weight.dtype],
+        pointer(x), pointer(residual), pointer(weight), pointer(post_weight),
+        pointer(layer_scalar), DTYPES[x.dtype], 0 if weight is None else DTYPES[weight.dtype],
         0 if post_weight is None else DTYPES[post_weight.dtype], normalizes, eps, offset,
         x.shape[-1],
     )  # fmt: skip
@@ -147,16 +147,16 @@ def norm(
 
     normalizes: False: y is h
     """
-    x = _contiguous(x)
+    x = contiguous(x)
     weight, residual, post_weight = (
-        None if part is None else _contiguous(part) for part in (weight, residual, post_weight)
+        None if part is None else contiguous(part) for part in (weight, residual, post_weight)
     )
     y, h = torch.empty_like(x), None
     if normalizes and residual is not None:
         h = torch.empty_like(x)
     args = _norm_args(x, residual, weight, post_weight, layer_scalar, eps, offset, normalizes)
     rows = x.numel() // x.shape[-1]
-    _check(_call("norm", byref(args), rows, _pointer(h), _pointer(y), _threads(x.numel())))
+    check(call("norm", byref(args), rows, pointer(h), pointer(y), threads(x.numel())))
     return y, h
 
 
@@ -165,9 +165,9 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     dim = gate.shape[-1]
     y = torch.empty(gate.shape, dtype=gate.dtype)
     gate, up = _rows(gate), _rows(up)
-    _call(
-        "geglu", _pointer(gate), _pointer(up), DTYPES[gate.dtype], len(gate), dim,
-        gate.stride(0), up.stride(0), _pointer(y), _threads(y.numel()),
+    call(
+        "geglu", pointer(gate), pointer(up), DTYPES[gate.dtype], len(gate), dim,
+        gate.stride(0), up.stride(0), pointer(y), threads(y.numel()),
     )  # fmt: skip
     return y
 
@@ -181,12 +181,12 @@ class HeadArgs(ctypes.Structure):
     )  # fmt: skip
 
 
-def _head_args(
+def head_args(
     x: Tensor, weight: Tensor | None, eps: float, offset: float, normed: bool | None = None
 ) -> HeadArgs:
     normed = weight is not None if normed is None else normed
     norm_dtype = 0 if weight is None else DTYPES[weight.dtype]
-    return HeadArgs(_pointer(weight), DTYPES[x.dtype], norm_dtype, normed, eps, offset, x.shape[-1])
+    return HeadArgs(pointer(weight), DTYPES[x.dtype], norm_dtype, normed, eps, offset, x.shape[-1])
 
 
 def rotary(
@@ -202,47 +202,14 @@ def rotary(
     b, t, heads, _ = x.shape
     slots = out.shape[2]
     cos, sin, weight, query_offset = (
-        None if part is None else _contiguous(part) for part in (cos, sin, weight, query_offset)
+        None if part is None else contiguous(part) for part in (cos, sin, weight, query_offset)
     )
-    args = _head_args(x, weight, eps, offset, normed)
-    _call(
-        "rotary", byref(args), _pointer(x), _strides(x), _pointer(cos), _pointer(sin), b, t,
-        heads, max(t - slots, 0), _pointer(query_offset), _pointer(out), _strides(out),
-        0 if query_offset is None else slots, _threads(x.numel()),
+    args = head_args(x, weight, eps, offset, normed)
+    call(
+        "rotary", byref(args), pointer(x), strides(x), pointer(cos), pointer(sin), b, t,
+        heads, max(t - slots, 0), pointer(query_offset), pointer(out), strides(out),
+        0 if query_offset is None else slots, threads(x.numel()),
     )  # fmt: skip
-
-
-class DecodeArgs(ctypes.Structure):
-    """decode_t of attention.c."""
-
-    _fields_ = (
-        ("qkv", c_void_p), ("keys", c_void_p), ("values", c_void_p), ("cos", c_void_p),
-        ("sin", c_void_p), ("position", c_void_p), ("out", c_void_p), ("b", c_int64),
-        ("n", c_int64), ("m", c_int64), ("slots", c_int64), ("window", c_int64),
-        ("batch_stride", c_int64), ("head_stride", c_int64), ("slot_stride", c_int64),
-        ("scale", c_float), ("softcap", c_float), ("new_keys", c_int), ("new_values", c_int),
-    )  # fmt: skip
-
-
-def decode_attention(
-    qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, position: Tensor,
-    q_norm: Tensor | None, k_norm: Tensor | None, *, queries: int, scale: float, heads: str,
-    v_norm: bool, offset: float, window: int | None, softcap: float | None, eps: float,
-) -> Tensor:  # fmt: skip
-    """As the op of this name, for `queries` query heads."""
-    (b, _, d), (n, slots) = qkv.shape, keys.shape[1:3]
-    qkv, cos, sin, position = map(_contiguous, (qkv, cos, sin, position))
-    out = torch.empty(b, queries, d, dtype=qkv.dtype)
-    args = DecodeArgs(
-        _pointer(qkv), _pointer(keys), _pointer(values), _pointer(cos), _pointer(sin),
-        _pointer(position), _pointer(out), b, n, queries // n, slots, window or 0,
-        *keys.stride()[:3], scale, softcap or 0.0, "k" in heads, "v" in heads,
-    )  # fmt: skip
-    query, key = (_head_args(qkv, weight, eps, offset) for weight in (q_norm, k_norm))
-    value = _head_args(qkv, None, eps, offset, v_norm)
-    threads = torch.get_num_threads()
-    _check(_call("decode_attention", byref(args), byref(query), byref(key), byref(value), threads))
-    return out
 
 
 def unpack(weight: Weight, start: int, stop: int, out: Tensor) -> Tensor:
@@ -250,23 +217,23 @@ def unpack(weight: Weight, start: int, stop: int, out: Tensor) -> Tensor:
     as a view of it :: [stop - start, dim]."""
     shape = stop - start, weight.shape[1]
     rows = out[: shape[0] * shape[1]].view(shape)
-    _call(
-        "unpack", byref(_weight_args(weight)), start, stop, _pointer(rows), DTYPES[out.dtype],
-        _threads(rows.numel()),
+    call(
+        "unpack", byref(_weight_args(weight)), start, stop, pointer(rows), DTYPES[out.dtype],
+        threads(rows.numel()),
     )  # fmt: skip
     return rows
 
 
-def _strides(x: Tensor) -> Any:
+def strides(x: Tensor) -> Any:
     return (c_int64 * 3)(*x.stride()[:3])
 
 
-def _threads(elements: int) -> int:
+def threads(elements: int) -> int:
     """Returns the number of threads for elementwise work: one if there is little."""
     return 1 if elements < PARALLEL else torch.get_num_threads()
 
 
-def _check(failed: int) -> None:
+def check(failed: int) -> None:
     if failed:
         raise MemoryError("no memory for intermediate results of a CPU kernel")
 
@@ -283,8 +250,9 @@ ARGUMENTS = {
         c_int64, c_int64, c_void_p, c_void_p, POINTER(c_int64), c_int64, c_int,
     ),
     "decode_attention": (
-        POINTER(DecodeArgs), POINTER(HeadArgs), POINTER(HeadArgs), POINTER(HeadArgs), c_int,
+        c_void_p, POINTER(HeadArgs), POINTER(HeadArgs), POINTER(HeadArgs), c_int,
     ),
+    "prompt_attention": (c_void_p, c_int),
     "unpack": (POINTER(WeightArgs), c_int64, c_int64, c_void_p, c_int, c_int),
 }  # fmt: skip
 
@@ -296,7 +264,7 @@ def _function(name: str) -> Any:
     return function
 
 
-def _call(name: str, *args: Any) -> int:
+def call(name: str, *args: Any) -> int:
     function = _function(name)
     if recorder.calls is not None:
         recorder.calls.append((function, args))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from c_kernels import without_c
 from certificate_lines import BF16, CPU, FP32, Loud, failed
 from checkpoints import write_gguf
 from click.testing import CliRunner
@@ -143,5 +144,6 @@ def test_packed_kernel_checks_pass_and_detect_a_wrong_scale(monkeypatch):
     assert not failed(check) and len(check) == 2 * len(packed_matvec.CHECKS)
     unpack = Weight.unpack
     monkeypatch.setattr(Weight, "unpack", lambda self, dtype: unpack(self, dtype) * 1.001)
-    check = verify_kernels.check_kernels(CPU, [FP32], margins.CPU_PATH)
+    with without_c():  # so that the references run, which unpack the weight
+        check = list(verify_kernels.check_kernels(CPU, [FP32], margins.CPU_PATH))
     assert failed(check) == {x.name for x in packed_matvec.CHECKS}
