@@ -137,12 +137,12 @@ static float softmax_step(
     float highest = *top, all = 0;
     for (int64_t i = 0; i < begin; i++) scores[i] = 0;
     for (int64_t i = end; i < KEYS; i++) scores[i] = 0;
+    if (begin == end) return 1;
     for (int64_t i = begin; i < end; i++) scores[i] *= scale;
     for (int64_t i = begin; softcap && i < end; i++) /* softcap * tanh(score / softcap) */
         scores[i] = softcap * (1 - 2 / (1 + exponential(2 / softcap * scores[i])));
 #pragma omp simd reduction(max : highest)
     for (int64_t i = begin; i < end; i++) highest = scores[i] > highest ? scores[i] : highest;
-    if (highest == -INFINITY) return 1; /* the query has not seen a key */
 #pragma omp simd reduction(+ : all)
     for (int64_t i = begin; i < end; i++) {
         scores[i] = exponential(scores[i] - highest);
