@@ -56,15 +56,16 @@ INLINE floats multiply(floats sum, uint32_t a, floats b, int pairs) {
 }
 #endif
 
-/* c :: [ROWS, panels * PANEL] (+)= a :: [ROWS, depth] @ b :: [panels][depth][PANEL]. DEPTH items of
-   a panel at a time fit in the first cache, from which all rows read them. */
+/* c :: [rows, panels * PANEL] (+)= a :: [rows, depth] @ b :: [panels][depth][PANEL]. DEPTH items of
+   a panel at a time fit in the first cache, from which all rows read them. The last rows, up to a
+   multiple of TILE, are computed, too. */
 INLINE void matmul_as(
     int pairs, const item_t *a, int64_t a_stride, const item_t *b, int64_t depth,
-    int64_t panels, float *c, int64_t c_stride, int add
+    int64_t panels, float *c, int64_t c_stride, int64_t rows, int add
 ) {
     for (int64_t p = 0; p < panels; p++)
         for (int64_t start = 0; start < depth; start += DEPTH)
-            for (int64_t row = 0; row < ROWS; row += TILE) {
+            for (int64_t row = 0; row < rows; row += TILE) {
                 const float *panel = (const float *)b + p * depth * PANEL;
                 floats sums[TILE][VECTORS];
                 float *to = c + row * c_stride + p * PANEL;
@@ -85,12 +86,12 @@ INLINE void matmul_as(
 
 static void matmul(
     int pairs, const item_t *a, int64_t a_stride, const item_t *b, int64_t depth,
-    int64_t panels, float *c, int64_t c_stride, int add
+    int64_t panels, float *c, int64_t c_stride, int64_t rows, int add
 ) {
     if (pairs == 2)
-        matmul_as(MAX_PAIRS, a, a_stride, b, depth, panels, c, c_stride, add);
+        matmul_as(MAX_PAIRS, a, a_stride, b, depth, panels, c, c_stride, rows, add);
     else
-        matmul_as(1, a, a_stride, b, depth, panels, c, c_stride, add);
+        matmul_as(1, a, a_stride, b, depth, panels, c, c_stride, rows, add);
 }
 
 /* Copies n elements of p to 32-bit items; pads with zeros up to `items`. */
@@ -164,8 +165,7 @@ static void query_block(
     float tops[ROWS], totals[ROWS];
     float *scores = scratch, *out = scores + ROWS * KEYS;
     item_t *q = (item_t *)(out + ROWS * k->width), *weights = q + ROWS * k->depth;
-    memset(out, 0, ROWS * k->width * sizeof *out);
-    memset(q, 0, ROWS * k->depth * sizeof *q);
+    memset(out, 0, (char *)(weights + ROWS * KEYS / k->pairs) - (char *)out);
     for (int64_t r = 0; r < ROWS; r++) tops[r] = -INFINITY, totals[r] = 0;
     for (int64_t r = 0; r < rows; r++) {
         int64_t start = ((batch * a->n * a->m + head) * a->t + first + r) * a->dim;
@@ -176,7 +176,7 @@ static void query_block(
     for (int64_t block = begin / KEYS; block * KEYS < position + rows; block++) {
         const item_t *keys = k->keys + block * KEYS * k->depth;
         const item_t *values = k->values + block * KEYS / k->pairs * k->width;
-        matmul(k->pairs, q, k->depth, keys, k->depth, KEYS / PANEL, scores, KEYS, 0);
+        matmul(k->pairs, q, k->depth, keys, k->depth, KEYS / PANEL, scores, KEYS, rows, 0);
         for (int64_t r = 0; r < rows; r++) {
             int64_t end = position + r + 1 - block * KEYS;
             int64_t from = a->window ? max(end - a->window, 0) : 0;
@@ -189,7 +189,7 @@ static void query_block(
             narrow(row, KEYS, weights, k->pairs == 2 ? BF16 : F32, r * KEYS);
         }
         matmul(k->pairs, weights, KEYS / k->pairs, values, KEYS / k->pairs, k->width / PANEL, out,
-               k->width, 1);
+               k->width, rows, 1);
     }
     for (int64_t r = 0; r < rows; r++) {
         float *row = out + r * k->width;
