@@ -1,6 +1,5 @@
-"""Compares decode_attention and attention on a CPU, in all dtypes, with a plain fp64 softmax."""
+"""Compares decode_attention on a CPU, in all dtypes, with a plain fp64 softmax."""
 
-import attention_cases
 import decode_cases
 import pytest
 import torch
@@ -25,12 +24,6 @@ def build(request):
 def test_decode_attention_equals_fp64_softmax(case, dtype, build, poison_outputs, monkeypatch):
     monkeypatch.setattr(decode_file, "decode_attention_reference", None)
     Case("cpu", dtype, **CASES[case]).check()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", attention_cases.CASES)
-def test_attention_of_a_prompt_equals_fp64_softmax(case, dtype, poison_outputs):
-    attention_cases.check("cpu", dtype, **attention_cases.CASES[case])
 
 
 # Block ends of the C kernel, which has blocks of 128 keys, and rings that end inside a block.
