@@ -1,6 +1,5 @@
 """Compares decode_attention and attention on a CPU, in all dtypes, with a plain fp64 softmax."""
 
-import attention_cases
 import decode_cases
 import pytest
 import torch
@@ -27,12 +26,6 @@ def build(request):
 def test_decode_attention_equals_fp64_softmax(case, dtype, build, poison_outputs, monkeypatch):
     monkeypatch.setattr(decode_file, "decode_attention_reference", None)
     Case("cpu", dtype, **CASES[case]).check()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", attention_cases.CASES)
-def test_attention_of_a_prompt_equals_fp64_softmax(case, dtype, build, poison_outputs):
-    attention_cases.check("cpu", dtype, **attention_cases.CASES[case])
 
 
 # Block ends of the C kernel, which has blocks of 128 keys, and rings that end inside a block.
@@ -97,15 +90,6 @@ def prompt(dtype=torch.float32):
 OPTIONS = {
     "scale": 0.3, "window": 170, "left_padding": torch.tensor([20, 0, 0], dtype=torch.int32),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_prompts_do_not_depend_on_the_number_of_threads(dtype, build):
-    given, found = prompt(dtype), []
-    for count in (1, 2, 3):
-        with threads(count):
-            found.append(attention(*given, **OPTIONS))
-    assert same_bits(*found) and found[0].isfinite().all()
 
 
 @pytest.mark.parametrize("index", range(7), ids=["q", "k", "v", "cos", "sin", "offset", "norm"])
