@@ -40,6 +40,12 @@ class Recorder(threading.local):
 recorder = Recorder()
 
 
+def run_c(function: Callable[..., Any], args: Sequence[Any]) -> None:
+    """Calls a C function. Raises MemoryError if it finds no memory for intermediate results."""
+    if function(*args):
+        raise MemoryError("no memory for intermediate results of a CPU kernel")
+
+
 class Replay:
     """Calls a function, and records its C calls the first time. Later calls repeat these.
 
@@ -53,6 +59,7 @@ class Replay:
         self._inputs: Sequence[Tensor | None] = ()
         self._result: Any = None
         self._tensors: list[Tensor] = []
+        self._threads = 0  # which the calls use
         self._repeats = True
 
     def __call__(self, function: Callable[..., Result], *inputs: Tensor | None) -> Result:
@@ -60,13 +67,13 @@ class Replay:
         overwrites the result."""
         if not self._repeats:
             return function(*inputs)
-        if self._calls is None:
+        if self._calls is None or self._threads != torch.get_num_threads():
             return self._record(function, inputs)
         for own, x in zip(self._inputs, inputs, strict=True):
             if own is not None and x is not None:
                 own.copy_(x)
         for call, args in self._calls:
-            call(*args)
+            run_c(call, args)
         return self._result
 
     def _record(self, function: Callable[..., Result], inputs: Sequence[Tensor | None]) -> Result:
@@ -80,6 +87,7 @@ class Replay:
             if self._repeats:
                 self._calls, self._tensors = recorder.calls, recorder.tensors
                 self._inputs, self._result = copies, result
+                self._threads = torch.get_num_threads()
         finally:
             recorder.calls = recorder.tensors = None
         return result
