@@ -27,11 +27,14 @@ typedef struct {
     int dtype;
 } prompt_t;
 
+/* A float or a pair. The same memory is written as floats or halves. */
+typedef uint32_t item_t __attribute__((may_alias));
+
 typedef struct {
     int pairs;                             /* 2: items are pairs of bf16 numbers; 1: floats */
     int64_t oldest, count;                 /* positions that the keys have, and their number */
     int64_t depth, width;                  /* items of a query; columns of the values, padded */
-    const uint32_t *keys, *values, *q;
+    const item_t *keys, *values;
 } packed_t;
 
 #ifdef __AVX512BF16__
@@ -53,15 +56,16 @@ INLINE floats multiply(floats sum, uint32_t a, floats b, int pairs) {
 }
 #endif
 
-/* c :: [ROWS, panels * PANEL] (+)= a :: [ROWS, depth] @ b :: [panels][depth][PANEL]. DEPTH items of
-   a panel at a time fit in the first cache, from which all rows read them. */
+/* c :: [rows, panels * PANEL] (+)= a :: [rows, depth] @ b :: [panels][depth][PANEL]. DEPTH items of
+   a panel at a time fit in the first cache, from which all rows read them. The last rows, up to a
+   multiple of TILE, are computed, too. */
 INLINE void matmul_as(
-    int pairs, const uint32_t *a, int64_t a_stride, const uint32_t *b, int64_t depth,
-    int64_t panels, float *c, int64_t c_stride, int add
+    int pairs, const item_t *a, int64_t a_stride, const item_t *b, int64_t depth,
+    int64_t panels, float *c, int64_t c_stride, int64_t rows, int add
 ) {
     for (int64_t p = 0; p < panels; p++)
         for (int64_t start = 0; start < depth; start += DEPTH)
-            for (int64_t row = 0; row < ROWS; row += TILE) {
+            for (int64_t row = 0; row < rows; row += TILE) {
                 const float *panel = (const float *)b + p * depth * PANEL;
                 floats sums[TILE][VECTORS];
                 float *to = c + row * c_stride + p * PANEL;
@@ -81,18 +85,18 @@ INLINE void matmul_as(
 }
 
 static void matmul(
-    int pairs, const uint32_t *a, int64_t a_stride, const uint32_t *b, int64_t depth,
-    int64_t panels, float *c, int64_t c_stride, int add
+    int pairs, const item_t *a, int64_t a_stride, const item_t *b, int64_t depth,
+    int64_t panels, float *c, int64_t c_stride, int64_t rows, int add
 ) {
     if (pairs == 2)
-        matmul_as(MAX_PAIRS, a, a_stride, b, depth, panels, c, c_stride, add);
+        matmul_as(MAX_PAIRS, a, a_stride, b, depth, panels, c, c_stride, rows, add);
     else
-        matmul_as(1, a, a_stride, b, depth, panels, c, c_stride, add);
+        matmul_as(1, a, a_stride, b, depth, panels, c, c_stride, rows, add);
 }
 
 /* Copies n elements of p to 32-bit items; pads with zeros up to `items`. */
 static void copy_items(
-    const void *p, int dtype, int64_t start, int64_t n, int pairs, int64_t items, uint32_t *to
+    const void *p, int dtype, int64_t start, int64_t n, int pairs, int64_t items, item_t *to
 ) {
     memset(to, 0, items * sizeof *to);
     if (pairs == 2)
@@ -103,10 +107,10 @@ static void copy_items(
 
 /* Copies keys and values of a block to panels: keys transposed, values in pairs of keys. */
 static void pack_block(
-    const prompt_t *a, const packed_t *k, int64_t ring, int64_t block, uint32_t *keys,
-    uint32_t *values
+    const prompt_t *a, const packed_t *k, int64_t ring, int64_t block, item_t *keys,
+    item_t *values
 ) {
-    uint32_t row[k->depth + k->width], *value = row + k->depth;
+    item_t row[k->depth + k->width], *value = row + k->depth;
     memset(keys, 0, KEYS * k->depth * sizeof *keys);
     memset(values, 0, KEYS / k->pairs * k->width * sizeof *values);
     for (int64_t i = 0; i < KEYS && block * KEYS + i < k->count; i++) {
@@ -137,12 +141,12 @@ static float softmax_step(
     float highest = *top, all = 0;
     for (int64_t i = 0; i < begin; i++) scores[i] = 0;
     for (int64_t i = end; i < KEYS; i++) scores[i] = 0;
+    if (begin == end) return 1;
     for (int64_t i = begin; i < end; i++) scores[i] *= scale;
     for (int64_t i = begin; softcap && i < end; i++) /* softcap * tanh(score / softcap) */
         scores[i] = softcap * (1 - 2 / (1 + exponential(2 / softcap * scores[i])));
 #pragma omp simd reduction(max : highest)
     for (int64_t i = begin; i < end; i++) highest = scores[i] > highest ? scores[i] : highest;
-    if (highest == -INFINITY) return 1; /* the query has not seen a key */
 #pragma omp simd reduction(+ : all)
     for (int64_t i = begin; i < end; i++) {
         scores[i] = exponential(scores[i] - highest);
@@ -160,9 +164,8 @@ static void query_block(
 ) {
     float tops[ROWS], totals[ROWS];
     float *scores = scratch, *out = scores + ROWS * KEYS;
-    uint32_t *q = (uint32_t *)(out + ROWS * k->width), *weights = q + ROWS * k->depth;
-    memset(out, 0, ROWS * k->width * sizeof *out);
-    memset(q, 0, ROWS * k->depth * sizeof *q);
+    item_t *q = (item_t *)(out + ROWS * k->width), *weights = q + ROWS * k->depth;
+    memset(out, 0, (char *)(weights + ROWS * KEYS / k->pairs) - (char *)out);
     for (int64_t r = 0; r < ROWS; r++) tops[r] = -INFINITY, totals[r] = 0;
     for (int64_t r = 0; r < rows; r++) {
         int64_t start = ((batch * a->n * a->m + head) * a->t + first + r) * a->dim;
@@ -171,9 +174,9 @@ static void query_block(
     int64_t position = a->query_offset[batch] + first - k->oldest; /* of the first query */
     int64_t begin = a->window ? max(position - a->window + 1, 0) : 0;
     for (int64_t block = begin / KEYS; block * KEYS < position + rows; block++) {
-        const uint32_t *keys = k->keys + block * KEYS * k->depth;
-        const uint32_t *values = k->values + block * KEYS / k->pairs * k->width;
-        matmul(k->pairs, q, k->depth, keys, k->depth, KEYS / PANEL, scores, KEYS, 0);
+        const item_t *keys = k->keys + block * KEYS * k->depth;
+        const item_t *values = k->values + block * KEYS / k->pairs * k->width;
+        matmul(k->pairs, q, k->depth, keys, k->depth, KEYS / PANEL, scores, KEYS, rows, 0);
         for (int64_t r = 0; r < rows; r++) {
             int64_t end = position + r + 1 - block * KEYS;
             int64_t from = a->window ? max(end - a->window, 0) : 0;
@@ -186,7 +189,7 @@ static void query_block(
             narrow(row, KEYS, weights, k->pairs == 2 ? BF16 : F32, r * KEYS);
         }
         matmul(k->pairs, weights, KEYS / k->pairs, values, KEYS / k->pairs, k->width / PANEL, out,
-               k->width, 1);
+               k->width, rows, 1);
     }
     for (int64_t r = 0; r < rows; r++) {
         float *row = out + r * k->width;
@@ -218,12 +221,12 @@ int prompt_attention(const prompt_t *a, int threads) {
     int64_t keys = KEYS * sizes.depth, values = KEYS / sizes.pairs * sizes.width; /* of a block */
     int64_t own = ROWS * (2 * KEYS + sizes.width + sizes.depth); /* scratch of a thread */
     int64_t items = a->b * a->n * blocks;
-    uint32_t *all = malloc((items * (keys + values) + threads * own) * sizeof *all);
+    item_t *all = malloc((items * (keys + values) + threads * own) * sizeof *all);
     if (!all) return 1;
-    uint32_t *all_values = all + items * keys, *scratch = all_values + items * values;
+    item_t *all_values = all + items * keys, *scratch = all_values + items * values;
 #pragma omp parallel num_threads(threads)
     {
-        uint32_t *mine;
+        item_t *mine;
 #pragma omp critical
         {
             mine = scratch;
