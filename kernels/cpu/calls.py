@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemma_fast.kernels._triton import knobs
 from gemma_fast.kernels.cpu.library import library
-from gemma_fast.kernels.cpu.replay import recorder, run_c
+from gemma_fast.kernels.cpu.replay import recorder, run_calls
 from gemma_fast.kernels.packed import Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
@@ -250,23 +250,21 @@ ARGUMENTS = {
     "unpack": (POINTER(WeightArgs), c_int64, c_int64, c_void_p, c_int, c_int),
 }  # fmt: skip
 
-
-# Functions that allocate nothing, and return nothing.
-VOID = "geglu", "rotary", "unpack"
+NO_RESULT = "geglu", "rotary", "unpack"  # functions that cannot fail
 
 
 @functools.cache
 def _function(name: str) -> Any:
     function = getattr(library(), name)
     function.argtypes = ARGUMENTS[name]
-    if name in VOID:
+    if name in NO_RESULT:
         function.restype = None
     return function
 
 
 def call(name: str, *args: Any) -> None:
-    """Calls a C function. Raises MemoryError if it finds no memory for intermediate results."""
+    """Calls a C function, and records the call. Raises MemoryError if it returns nonzero."""
     function = _function(name)
     if recorder.calls is not None:
         recorder.calls.append((function, args))
-    run_c(function, args)
+    run_calls([(function, args)])

@@ -11,7 +11,10 @@ from gemma_fast import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.engine.decoder import Decoder
 from gemma_fast.engine.sampling import Sampling
+from gemma_fast.kernels.cpu import calls
 from gemma_fast.kernels.cpu.calls import MAX_ROWS
+from gemma_fast.kernels.cpu.replay import Replay
+from gemma_fast.kernels.matvec import linear
 
 pytestmark = needs_c
 CONFIG = replace(CONFIGS["gemma3-gqa"], hidden_size=64, intermediate_size=96)
@@ -32,3 +35,31 @@ def test_repeated_steps_have_the_logits_of_steps_that_run(batch, quantize):
             decoder.step()
         found.append(torch.stack([raw for raw, _ in logits]))
     assert found[0].numel() and torch.equal(*found)
+
+
+def test_a_new_number_of_threads_has_an_effect():
+    threads, x, used = torch.get_num_threads(), torch.ones(1, 64), []
+    weight = torch.ones(2048, 64)
+
+    def function(x):
+        used.append(torch.get_num_threads())
+        return linear(x, weight)
+
+    replay = Replay()
+    try:
+        for count in (1, 1, 3, 3, 1):
+            torch.set_num_threads(count)
+            assert torch.equal(replay(function, x), linear(x, weight))
+    finally:
+        torch.set_num_threads(threads)
+    assert used == [1, 3, 1]
+
+
+def test_a_repeated_call_that_fails_raises(monkeypatch):
+    replay, x, failing = Replay(), torch.ones(1, 64), lambda *_: int(len(made) > 1)
+    made = []
+    monkeypatch.setattr(calls, "_function", lambda name: made.append(name) or failing)
+    replay(lambda x: linear(x, x), x)
+    made.append("repeated")
+    with pytest.raises(MemoryError):
+        replay(lambda x: linear(x, x), x)
