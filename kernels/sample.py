@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gemma_fast.kernels._op import op
 from gemma_fast.kernels._triton import tl, triton
+from gemma_fast.kernels.cpu import calls
 from gemma_fast.kernels.launch import launch_config, runs_triton
 
 PARTIALS = 512  # partial results that a warp compares at a time: 16 per thread
@@ -192,7 +193,11 @@ def sample_token(
     rows, vocab = logits.shape
     check_sampling(rows, position, token, counter, temperature, seed)
     if not runs_triton(logits):
-        token.copy_(sample_token_reference(logits, position, temperature, seed))
+        greedy = temperature is None and logits.dtype == torch.float32 and logits.is_contiguous()
+        if greedy and calls.runs_c(logits):
+            calls.best_token(logits, token)
+        else:
+            token.copy_(sample_token_reference(logits, position, temperature, seed))
         return
     config = launch_config("sample_token", {"BLOCK_N": 1024, "num_warps": 4})
     logits, programs = logits.contiguous(), triton.cdiv(vocab, config["BLOCK_N"])

@@ -171,6 +171,12 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
+def best_token(logits: Tensor, token: Tensor) -> None:
+    """Writes the most likely token of each row of logits :: [b, vocab], fp32, contiguous; see
+    sample.py."""
+    call("best_token", pointer(logits), *logits.shape, pointer(token))
+
+
 class HeadArgs(ctypes.Structure):
     """head_t of rotary.h."""
 
@@ -247,10 +253,11 @@ ARGUMENTS = {
         c_void_p, POINTER(HeadArgs), POINTER(HeadArgs), POINTER(HeadArgs), c_int,
     ),
     "prompt_attention": (c_void_p, c_int),
+    "best_token": (c_void_p, c_int64, c_int64, c_void_p),
     "unpack": (POINTER(WeightArgs), c_int64, c_int64, c_void_p, c_int, c_int),
 }  # fmt: skip
 
-NO_RESULT = "geglu", "rotary", "unpack"  # functions that cannot fail
+NO_RESULT = "geglu", "rotary", "best_token", "unpack"  # functions that cannot fail
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-/* Ops of prompts that read each row once: norms, GeGLU, rotary embedding; unpacking of weights. */
+/* Ops that read each row once: norms, GeGLU, rotary embedding, unpacking of weights, argmax. */
 #include <stdlib.h>
 
 #include "norm.h"
@@ -72,5 +72,22 @@ void unpack(const weight_t *w, int64_t start, int64_t stop, void *out, int dtype
         float unpacked[w->dim];
         unpack_row(w, row, unpacked);
         narrow(unpacked, w->dim, out, dtype, to);
+    }
+}
+
+/* token :: [rows]: the index of the largest logit of each row :: [rows, vocab], the lowest if
+   several are largest; -1 if it is not finite, or if one is NaN. */
+void best_token(const float *logits, int64_t rows, int64_t vocab, int64_t *token) {
+    for (int64_t row = 0; row < rows; row++, logits += vocab) {
+        float top = -INFINITY;
+        int nan = 0;
+#pragma omp simd reduction(max : top) reduction(| : nan)
+        for (int64_t i = 0; i < vocab; i++) {
+            top = logits[i] > top ? logits[i] : top;
+            nan |= logits[i] != logits[i];
+        }
+        int64_t best = 0;
+        while (best < vocab && logits[best] != top) best++;
+        token[row] = nan || top == INFINITY || top == -INFINITY ? -1 : best;
     }
 }
