@@ -64,7 +64,8 @@ class GemmaForCausalLM(Gemma):
         """Loads a model from a directory of safetensors, a .gguf file or a hub id.
 
         dtype        type of norms and activations, and of weights that are not packed. None or
-                     "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on the CPU
+                     "auto": the checkpoint's; for GGUF bf16 on a GPU, float32 on a CPU, but bf16
+                     for packed weights on a CPU with instructions for bf16, see load.py
         device       None: the GPU if there is one, else the CPU
         device_map   transformers' way to pass the device: "auto", a device, or {"": device}; with
                      "model.embed_tokens_per_layer": "cpu" in the dict, the table of Gemma 4's

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -185,7 +186,13 @@ def _copy(
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Runs PyTorch's ops on this thread. Short ops, limited by memory, take as long on several, and
-    ten times as long if other processes need the cores: threads wait for each other after each."""
+    ten times as long if other processes need the cores: threads wait for each other after each.
+
+    Does nothing if the program has other threads: those that begin to use PyTorch in this time, or
+    load a model, too, would keep the setting."""
+    if threading.active_count() > 1:
+        yield
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -3,8 +3,8 @@
     token ids → embed → layers (attention, MLP) → final norm → logits → next token
 
 The op of each norm also computes the residual addition before it. On a GPU the ops run Triton
-kernels, or cuBLAS for matmuls with many rows. On a CPU they run their PyTorch references, unless
-Triton's interpreter is on.
+kernels, or cuBLAS for matmuls with many rows. On a CPU they run the C kernels of kernels/cpu/, or
+their PyTorch references if these cannot be compiled.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def contiguous(x: Tensor) -> Tensor:
 def _rows(x: Tensor) -> Tensor:
     """Returns x :: [rows, dim]."""
     rows = x.reshape(-1, x.shape[-1])
-    recorder.missed |= rows.data_ptr() != x.data_ptr()  # as in _contiguous
+    recorder.missed |= rows.data_ptr() != x.data_ptr()  # as in contiguous
     return rows
 
 

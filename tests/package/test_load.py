@@ -2,6 +2,7 @@
 
 import io
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -159,3 +160,21 @@ def test_progress_is_shown_after_a_second_on_a_terminal(monkeypatch):
         assert list(load._track(names, "Reading a.gguf")) == names
         monkeypatch.undo()
         assert ("Reading a.gguf" in stderr.getvalue()) == shown
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["alone", "other threads"])
+def test_loading_sets_the_number_of_threads_only_if_no_thread_can_keep_it(others):
+    """A thread begins with the number that any thread has set last."""
+    done, before = threading.Event(), torch.get_num_threads()
+    thread = threading.Thread(target=done.wait)
+    if others:
+        thread.start()
+    try:
+        torch.set_num_threads(2)
+        alone = threading.active_count() == 1
+        with load._one_thread():
+            assert torch.get_num_threads() == (1 if alone else 2)
+        assert torch.get_num_threads() == 2 and not (alone and others)
+    finally:
+        torch.set_num_threads(before)
+        done.set()
