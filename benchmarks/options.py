@@ -49,7 +49,7 @@ def counts(*names: str, default: int, least: int, help: str, own_depth: bool = F
     def read(text: str) -> int | tuple[int, ...]:
         parts = text.split("@") if own_depth else [text]
         if len(parts) > 2 or not all(x.strip().isdecimal() for x in parts):
-            raise ValueError(f"{text!r} is not whole numbers separated by commas")
+            raise ValueError(f"{text!r} is not a whole number")
         found = [int(x) for x in parts]
         if found[0] < least:
             raise ValueError(f"{found[0]} is less than {least}")

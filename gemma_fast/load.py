@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.checkpoint.base import Checkpoint, on_cpu
 from gemma_fast.checkpoint.rounded import with_quantize
 from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.packed import PackedWeight
@@ -81,7 +81,7 @@ def load_model(
             for name, weight in empty.items()
         }
     model.load_state_dict(shared | new, assign=True)
-    with torch.device("cpu"):  # readers of files need it, and the caller may have another default
+    with on_cpu():
         _copy(checkpoint, new, packed, parts)
     return model
 

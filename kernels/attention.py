@@ -6,8 +6,7 @@
 q            :: [b, t, heads, d], bf16 | fp16 | fp32, not rotated; a view of the qkv projection is
                 fine
 keys, values :: [b, n, slots, d], q.dtype, K rotated: a ring buffer, slot `p % slots` holds position
-                p. The newest position is that of the last query. Unused slots hold numbers below
-                1e18, whose scores are finite, too.
+                p. The newest position is that of the last query. Unused slots hold finite numbers.
 cos, sin     :: [b, t, d / 2], fp32, of the queries' positions; None: q is rotated already
 query_offset :: [b], int32: position of each row's query 0; query i has position query_offset + i
 left_padding :: [b], int32: positions below it are padding, and their output is 0; None: below zero

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,13 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PER_LAYER_EMBEDDING = "model.embed_tokens_per_layer.weight"
 ROWS = 4096  # rows of the head and the embedding that are compared at once
 T = TypeVar("T")
+
+
+def on_cpu() -> AbstractContextManager[Any]:
+    """Returns a context in which PyTorch allocates on the CPU, which readers of files need. It is
+    empty if the CPU is the caller's default already: torch.device's context slows each call."""
+    on_cpu = torch.get_default_device().type == "cpu"
+    return nullcontext() if on_cpu else torch.device("cpu")
 
 
 class Checkpoint(ABC):

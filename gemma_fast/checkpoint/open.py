@@ -6,9 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from gemma_fast.checkpoint.base import Checkpoint, FileCheckpoint
+from gemma_fast.checkpoint.base import Checkpoint, FileCheckpoint, on_cpu
 from gemma_fast.checkpoint.hub import resolve
 from gemma_fast.checkpoint.safetensors import SafetensorsCheckpoint
 
@@ -25,7 +23,7 @@ def open_checkpoint(
     """
     path = resolve(name_or_path, download=download)
     checkpoint: FileCheckpoint
-    with torch.device("cpu"):  # the caller may have another default
+    with on_cpu():
         if path.is_dir():
             checkpoint = SafetensorsCheckpoint(path)
         else:

@@ -9,7 +9,6 @@ from torch import Tensor
 from gemma_fast.kernels.cpu.calls import (
     DTYPES,
     call,
-    check,
     contiguous,
     head_args,
     pointer,
@@ -58,7 +57,7 @@ def decode_attention(
     query, key = (head_args(qkv, weight, eps, offset) for weight in (q_norm, k_norm))
     value = head_args(qkv, None, eps, offset, v_norm)
     threads = torch.get_num_threads()
-    check(call("decode_attention", byref(args), byref(query), byref(key), byref(value), threads))
+    call("decode_attention", byref(args), byref(query), byref(key), byref(value), threads)
     return out
 
 
@@ -81,5 +80,5 @@ def attention(
         pointer(left_padding), pointer(out), b, n, heads // n, t, d, slots, window or 0,
         *keys.stride()[:3], scale, softcap or 0.0, DTYPES[q.dtype],
     )  # fmt: skip
-    check(call("prompt_attention", byref(args), torch.get_num_threads()))
+    call("prompt_attention", byref(args), torch.get_num_threads())
     return out

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemma_fast.kernels._triton import knobs
 from gemma_fast.kernels.cpu.library import library
-from gemma_fast.kernels.cpu.replay import recorder
+from gemma_fast.kernels.cpu.replay import recorder, run_calls
 from gemma_fast.kernels.packed import Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
@@ -117,12 +117,11 @@ def matvec(
         x, residual, norm_weight, post_norm_weight, layer_scalar, eps, offset,
         norm_weight is not None,
     )  # fmt: skip
-    failed = call(
+    call(
         "matvec", byref(norm), byref(_weight_args(weight)), rows, pointer(h), pointer(up),
         0 if up is None else up.stride(0), geglu, pointer(y), DTYPES[y.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
-    check(failed)
     return y, h
 
 
@@ -156,7 +155,7 @@ def norm(
         h = torch.empty_like(x)
     args = _norm_args(x, residual, weight, post_weight, layer_scalar, eps, offset, normalizes)
     rows = x.numel() // x.shape[-1]
-    check(call("norm", byref(args), rows, pointer(h), pointer(y), threads(x.numel())))
+    call("norm", byref(args), rows, pointer(h), pointer(y), threads(x.numel()))
     return y, h
 
 
@@ -233,11 +232,6 @@ def threads(elements: int) -> int:
     return 1 if elements < PARALLEL else torch.get_num_threads()
 
 
-def check(failed: int) -> None:
-    if failed:
-        raise MemoryError("no memory for intermediate results of a CPU kernel")
-
-
 ARGUMENTS = {
     "matvec": (
         POINTER(NormArgs), POINTER(WeightArgs), c_int64, c_void_p, c_void_p, c_int64, c_int,
@@ -256,17 +250,21 @@ ARGUMENTS = {
     "unpack": (POINTER(WeightArgs), c_int64, c_int64, c_void_p, c_int, c_int),
 }  # fmt: skip
 
+NO_RESULT = "geglu", "rotary", "unpack"  # functions that cannot fail
+
 
 @functools.cache
 def _function(name: str) -> Any:
     function = getattr(library(), name)
     function.argtypes = ARGUMENTS[name]
+    if name in NO_RESULT:
+        function.restype = None
     return function
 
 
-def call(name: str, *args: Any) -> int:
+def call(name: str, *args: Any) -> None:
+    """Calls a C function, and records the call. Raises MemoryError if it returns nonzero."""
     function = _function(name)
     if recorder.calls is not None:
         recorder.calls.append((function, args))
-    failed: int = function(*args)
-    return failed
+    run_calls([(function, args)])

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -23,27 +24,35 @@ FOLDER = Path(__file__).parent
 FLAGS = (
     "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared",
 )  # fmt: skip
+DIGEST = hashlib.sha256().digest_size
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Returns the compiled kernels, or None if there is no compiler or no private directory."""
-    compiler, directory = shutil.which(os.environ.get("CC", "gcc")), private_directory()
-    if compiler is None or directory is None:
+    compiler, directory = _compiler(), private_directory()
+    if not compiler or directory is None:
         return None
     try:
         path = directory / f"kernels-{_digest(compiler)}.so"
-        if not path.exists():
+        if not _is_whole(path):
             _compile(compiler, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _digest(compiler: str) -> str:
+def _compiler() -> list[str]:
+    """Returns the command $CC, which may have arguments ("ccache gcc"), by default gcc. Returns []
+    if it is not installed."""
+    command = shlex.split(os.environ.get("CC", "")) or ["gcc"]
+    return command if shutil.which(command[0]) else []
+
+
+def _digest(compiler: list[str]) -> str:
     """Returns a digest of all that the compiled kernels depend on."""
-    version = subprocess.run([compiler, "-v"], capture_output=True, check=True).stderr
-    parts = [version, repr(FLAGS).encode(), _processor()]
+    version = subprocess.run([*compiler, "-v"], capture_output=True, check=True).stderr
+    parts = [version, repr((compiler, FLAGS)).encode(), _processor()]
     parts += [path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]"))]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
@@ -58,10 +67,20 @@ def _processor() -> bytes:
     return b"\n".join(x for x in lines if x.startswith((b"model", b"flags", b"Features", b"CPU")))
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _is_whole(path: Path) -> bool:
+    """Whether the file is as _compile wrote it: loading a truncated library ends the process."""
+    content = path.read_bytes() if path.exists() else b""
+    return content[-DIGEST:] == hashlib.sha256(content[:-DIGEST]).digest()
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    """Writes the library, and a digest of it after its end, where the loader does not read."""
     sources = [str(source) for source in sorted(FOLDER.glob("*.c"))]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         new = Path(folder) / path.name
-        command = [compiler, *FLAGS, *sources, "-o", str(new), "-lm"]
+        command = [*compiler, *FLAGS, *sources, "-o", str(new), "-lm"]
         subprocess.run(command, capture_output=True, check=True)
+        digest = hashlib.sha256(new.read_bytes()).digest()
+        with new.open("ab") as file:
+            file.write(digest)
         new.replace(path)  # another process may do the same

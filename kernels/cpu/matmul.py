@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_fast.kernels.cpu.calls import unpack
+from gemma_fast.kernels.cpu.replay import recorder
 from gemma_fast.kernels.packed import Weight
 
 Linear = Callable[[Tensor, Tensor], Tensor]
@@ -24,6 +25,7 @@ ELEMENTS = 1 << 22  # of a packed weight that are unpacked at once
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Returns x @ weightᵀ, x :: [rows, dim], both in one dtype."""
+    recorder.missed = True  # a repeated C call that unpacks the weight would not compute this
     return fastest_fp32()(x, weight) if x.dtype == torch.float32 else F.linear(x, weight)
 
 
@@ -43,7 +45,7 @@ def packed_linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 class _Scratch(threading.local):
-    memory = torch.empty(0)
+    memory = torch.empty(0, dtype=torch.float32)
 
 
 _thread = _Scratch()
@@ -52,7 +54,7 @@ _thread = _Scratch()
 def _scratch(elements: int, dtype: torch.dtype) -> Tensor:
     """Returns this thread's memory for unpacked weights :: [at least elements]."""
     if _thread.memory.numel() < elements:
-        _thread.memory = torch.empty(elements)
+        _thread.memory = torch.empty(elements, dtype=torch.float32)
     return _thread.memory.view(dtype)
 
 
@@ -65,7 +67,8 @@ def fastest_fp32() -> Linear:
     """Returns the fastest function for float32, by a measurement of about 20 ms."""
     if not torch.backends.mkldnn.is_available():
         return F.linear
-    x, weight = torch.randn(ROWS, DIM), torch.randn(OUT, DIM)
+    # Not random: a caller's random numbers must not depend on this measurement.
+    x, weight = (torch.ones(rows, DIM, dtype=torch.float32) for rows in (ROWS, OUT))
     candidates: tuple[Linear, ...] = _onednn, F.linear
     return min(candidates, key=lambda function: _seconds(function, x, weight))
 

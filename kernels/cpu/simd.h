@@ -89,6 +89,24 @@ INLINE floats load_nibbles(const uint8_t *p, int high, int shift) {
 }
 #endif
 
+/* gcc before version 12 does not have _Float16 on x86. */
+#if defined(__F16C__)
+INLINE float from_f16(uint16_t x) { return _cvtsh_ss(x); }
+INLINE uint16_t to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+INLINE float from_f16(uint16_t half) {
+    _Float16 x;
+    memcpy(&x, &half, sizeof x);
+    return x;
+}
+INLINE uint16_t to_f16(float x) {
+    _Float16 narrow = (_Float16)x;
+    uint16_t half;
+    memcpy(&half, &narrow, sizeof half);
+    return half;
+}
+#endif
+
 /* LANES elements of p from element i on; dtype is one of the three floats. */
 INLINE floats load(const void *p, int dtype, int64_t i) {
     if (dtype == F32) return load_f32((const float *)p + i);
@@ -111,9 +129,7 @@ INLINE float load_one(const void *p, int dtype, int64_t i) {
         memcpy(&x, &bits, sizeof x);
         return x;
     }
-    _Float16 x;
-    memcpy(&x, &half, sizeof x);
-    return x;
+    return from_f16(half);
 }
 
 INLINE uint16_t to_bf16(float x) { /* rounds to nearest even */
@@ -149,7 +165,7 @@ static inline void narrow(const float *from, int64_t n, void *p, int dtype, int6
     else if (dtype == BF16)
         for (int64_t i = 0; i < n; i++) ((uint16_t *)p)[start + i] = to_bf16(from[i]);
     else
-        for (int64_t i = 0; i < n; i++) ((_Float16 *)p)[start + i] = (_Float16)from[i];
+        for (int64_t i = 0; i < n; i++) ((uint16_t *)p)[start + i] = to_f16(from[i]);
 }
 
 /* Rounds n floats in place to the values that dtype has. */
@@ -160,7 +176,7 @@ static inline void round_to(float *x, int64_t n, int dtype) {
             x[i] = load_one(&half, BF16, 0);
         }
     else if (dtype == F16)
-        for (int64_t i = 0; i < n; i++) x[i] = (float)(_Float16)x[i];
+        for (int64_t i = 0; i < n; i++) x[i] = from_f16(to_f16(x[i]));
 }
 
 /* exp(x), to 2e-7 of it (Cephes' expf). The compiler can vectorize loops that call it. */

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 import transformers
+from c_kernels import without_c
 from hf_models import logits, prompt
 from quantized_linears import linears, tiny_model
 from tiny_models import close
@@ -102,10 +103,12 @@ def test_other_schemes_of_compressed_tensors_stay(scheme, tmp_path):
     lines = lines_of(model)
     assert len(lines) == len(linears(model)) and {x.path for x in lines} == {"transformers"}
     assert all(LEFT[scheme] in line.why for line in lines), lines[0].why
+    with without_c():  # another order of sums changes which 8 bits activations are rounded to
+        found = logits(model, ids)
     if dtype == torch.float32:
-        close(logits(model, ids), expected)
+        close(found, expected)
     else:
-        assert (logits(model, ids) - expected).abs().max() < 0.1
+        assert (found - expected).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("first", ["called", "accelerated"])
@@ -113,7 +116,8 @@ def test_unpacked_model_of_compressed_tensors_is_accelerated_and_restored(first,
     """Unpacking replaces the forward of all modules that have parameters."""
     (model, plain), ids = compressed("w4a16-g32", tmp_path), prompt()
     expected = logits(plain, ids)
-    for act in (lambda m: logits(m, ids), accelerate)[:: 1 if first == "called" else -1]:
+    acts = lambda m: logits(m, ids), lambda m: accelerate(m, linear=False)
+    for act in acts if first == "called" else acts[::-1]:
         act(model)
     close(logits(model, ids), expected)
     ours = {line.part for line in explain(model) if line.path == "reference"}

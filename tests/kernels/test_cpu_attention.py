@@ -1,4 +1,4 @@
-"""Compares decode_attention on a CPU, in all dtypes, with a plain fp64 softmax."""
+"""Compares decode_attention and attention on a CPU, in all dtypes, with a plain fp64 softmax."""
 
 import decode_cases
 import pytest
@@ -7,8 +7,10 @@ from attention_mistakes import OF_GEMMA_4, OF_ROTATION, OF_SOFTMAX
 from c_kernels import BUILDS, built_for, needs_c
 from cpu_tensors import DTYPES, same_bits, threads, unaligned
 from decode_cases import CASES, Case
+from oracles import angles
 
 import gemma_fast.kernels.decode_attention as decode_file
+from gemma_fast.kernels.attention import attention
 
 pytestmark = needs_c
 
@@ -75,6 +77,34 @@ def test_unaligned_tensors_give_the_result_of_aligned_ones(dtype, build):
         setattr(case, name, unaligned(getattr(case, name)))
     case.norms = [unaligned(x) for x in case.norms]
     assert torch.equal(case.run(), expected)
+
+
+def prompt(dtype=torch.float32):
+    """Returns arguments of attention: 3 rows of 150 tokens, 6 query heads and 2 kv heads, of which
+    one row is padded, and one is in a ring that has wrapped."""
+    q, rings = torch.randn(3, 150, 6, 64).to(dtype), torch.randn(2, 3, 2, 300, 64).to(dtype)
+    start = torch.tensor([0, 40, 500], dtype=torch.int32)
+    return [q, *rings, *angles(start, 150, 64), start, torch.randn(64)]
+
+
+OPTIONS = {
+    "scale": 0.3, "window": 170, "left_padding": torch.tensor([20, 0, 0], dtype=torch.int32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(7), ids=["q", "k", "v", "cos", "sin", "offset", "norm"])
+def test_strided_or_unaligned_tensors_of_prompts(index, build):
+    """Every second number of a tensor, where the op takes it, and a tensor at an odd address."""
+    given = prompt()
+    expected = attention(*given, **OPTIONS)
+    changes = [unaligned] if index in (3, 4, 5) else [unaligned, _spread]
+    for change in changes:
+        changed = [change(x) if i == index else x for i, x in enumerate(given)]
+        torch.testing.assert_close(attention(*changed, **OPTIONS), expected, rtol=1e-4, atol=1e-5)
+
+
+def _spread(x: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(2, -1)[..., ::2]
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:

@@ -118,10 +118,22 @@ def test_a_read_only_cache_can_be_read_but_not_written(cache, monkeypatch):
 
 
 @needs_c
-def test_a_damaged_file_in_the_cache_is_not_loaded(cache):
-    cache.mkdir(mode=0o700)
-    (cache / f"kernels-{library_file._digest(gcc())}.so").write_bytes(b"damaged")
-    assert library() is None
+@pytest.mark.parametrize("kept", [0, 1, 100, 5_000, -5_000, -1])
+def test_a_truncated_file_in_the_cache_is_compiled_again(kept, cache):
+    """Loading it would end the process, because code is mapped from after the file's end."""
+    assert library() is not None
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    file.unlink()  # its memory is mapped by this process
+    file.write_bytes(whole[:kept])
+    assert library() is not None
+    assert library_file._is_whole(file)
+
+
+@needs_c
+def test_the_compiler_may_have_arguments(cache, monkeypatch):
+    monkeypatch.setenv("CC", f"env LANG=C '{gcc()}'")
+    assert library() is not None
 
 
 PROGRAM = """

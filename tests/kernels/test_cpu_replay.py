@@ -59,6 +59,29 @@ def test_the_function_is_called_once(rows):
     assert Steps(layer()).check((rows, 64), (rows, 64)) == 1
 
 
+def test_another_number_of_threads_records_again():
+    steps, threads = Steps(layer()), torch.get_num_threads()
+    try:
+        assert steps.check((2, 64), (2, 64)) == 1
+        torch.set_num_threads(threads + 1)
+        assert steps.check((2, 64), (2, 64)) == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_repeated_call_that_fails_raises():
+    replay, fails = Replay(), [0]
+
+    def function(x):
+        recorder.calls.append((lambda: fails[0], ()))
+        return x
+
+    replay(function, torch.randn(1))
+    fails[0] = 1
+    with pytest.raises(MemoryError, match="intermediate results"):
+        replay(function, torch.randn(1))
+
+
 def test_intermediate_results_are_kept():
     """Later allocations must not reuse their memory."""
     steps = Steps(layer())

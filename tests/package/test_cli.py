@@ -125,7 +125,7 @@ def test_chat_keeps_the_conversation(demo):
         (("generate", "a", "-n", "40000"), "do not fit the model's context of 32768"),
         (("generate", "a", "--temperature", "-1"), "temperature=-1.0 is out of range"),
         (("write", "a"), "No such command 'write'"),
-        (("bench", "-p", "8,x"), "'8,x' is not whole numbers"),
+        (("bench", "-p", "8,x"), "'x' is not a whole number"),
         (("bench", "-b", "0"), "0 is less than 1"),
         (("bench", "--only", "vllm"), "no provider vllm: choose from eager, transformers"),
         (("bench", "-d", "40000"), "no test fits the context of"),

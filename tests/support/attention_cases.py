@@ -50,8 +50,8 @@ def check(
     heads, of_norm = n * m, (1e-6, offset, v_norm)
     q = torch.randn(b, t, 3 * heads, d, device=device).to(dtype)[:, :, heads : 2 * heads]
 
-    # Attention multiplies unwritten slots by 0, so they may hold large numbers.
-    shape, unwritten = (2, b, slots, n, d), min(torch.finfo(dtype).max, 1e18)
+    # Attention multiplies unwritten slots by 0, so they may hold any finite number.
+    shape, unwritten = (2, b, slots, n, d), torch.finfo(dtype).max
     keys, values = torch.full(shape, unwritten, dtype=dtype, device=device).transpose(2, 3)
     for row, before in enumerate(past):
         for begin in range(0, max(before, 0), max(slots, 1)):
