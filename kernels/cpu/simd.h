@@ -191,7 +191,7 @@ INLINE float exponential(float x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1;
-    int32_t bits = ((int32_t)n + 127) << 23; /* 2^n */
+    uint32_t bits = ((uint32_t)(int32_t)n + 127) << 23; /* 2^n */
     float power;
     memcpy(&power, &bits, sizeof power);
     return y * power;
