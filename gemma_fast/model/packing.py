@@ -77,8 +77,8 @@ def _warn_of_slow(model: Gemma, packed: Mapping[str, PackedWeight], source: str)
     slow = sum(weight.numel() for name, weight in packed.items() if _in_matmul(model, name))
     if slow >= SLOW and library() is None:
         warnings.warn(
-            f"{source}: without gcc, which compiles kernels for this CPU, packed weights are"
-            " unpacked again for each token. Install gcc, or use quantize='none', which is faster,"
-            f" but needs {slow * model.dtype.itemsize / 1e9:.1f} GB for them",
+            f"{source}: without the kernels for this CPU, packed weights are unpacked again for"
+            " each token: quantize='none' is faster, but needs"
+            f" {slow * model.dtype.itemsize / 1e9:.1f} GB for them",
             stacklevel=4,
         )

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 from gemma_fast.kernels.cpu.private_cache import private_directory
@@ -29,16 +30,26 @@ DIGEST = hashlib.sha256().digest_size
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Returns the compiled kernels, or None if there is no compiler or no private directory."""
+    """Returns the compiled kernels. Returns None, and warns of the reason, if there is no compiler
+    or no private directory."""
     compiler, directory = _compiler(), private_directory()
-    if not compiler or directory is None:
-        return None
     try:
+        if not compiler:
+            raise OSError(f"{os.environ.get('CC') or 'gcc'} is not installed")
+        if directory is None:
+            raise OSError("there is no cache folder that only this user can write")
         path = directory / f"kernels-{_digest(compiler)}.so"
         if not _is_whole(path):
             _compile(compiler, path)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or b""
+        lines = output.decode(errors="replace").splitlines()[:3]
+        warnings.warn(
+            "the kernels for this CPU are off, so PyTorch's slower ops run; see docs/kernels.md,"
+            f" On a CPU: {' '.join([str(error), *lines])}",
+            stacklevel=2,
+        )
         return None
 
 

@@ -79,6 +79,7 @@ def test_another_library_is_compiled_if_what_it_depends_on_changes(
     assert len(list(cache.glob("kernels-*.so"))) == 2
 
 
+OFF = "the kernels for this CPU are off"
 BROKEN = {
     "cannot be started": "exit 127",
     "fails": '[ "$1" = -v ] || { echo error >&2; exit 1; }',
@@ -91,20 +92,23 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_without_a_working_compiler_there_is_no_library(what, cache, tmp_path, monkeypatch):
     monkeypatch.setenv("CC", script(tmp_path, BROKEN[what]))
-    assert library() is None
+    with pytest.warns(UserWarning, match=OFF):
+        assert library() is None
     assert not [file for file in cache.iterdir() if file.is_dir()], "a temporary folder is left"
 
 
 @pytest.mark.parametrize("name", ["CC", "PATH"])
 def test_without_a_compiler_there_is_no_library(name, cache, monkeypatch):
     monkeypatch.setenv(name, "/nonexistent")
-    assert library() is None
+    with pytest.warns(UserWarning, match=r"kernels for this CPU are off, .* is not installed"):
+        assert library() is None
 
 
 def test_without_a_private_directory_there_is_no_library(cache, monkeypatch):
     cache.mkdir(mode=0o777)
     cache.chmod(0o777)
-    assert private_cache.private_directory() is None and library() is None
+    with pytest.warns(UserWarning, match=r"are off, .* no cache folder that only this user"):
+        assert private_cache.private_directory() is None and library() is None
 
 
 @needs_c
@@ -114,7 +118,8 @@ def test_a_read_only_cache_can_be_read_but_not_written(cache, monkeypatch):
     cache.chmod(0o500)
     assert library() is not None
     monkeypatch.setattr(library_file, "FLAGS", (*library_file.FLAGS, "-g"))
-    assert library() is None
+    with pytest.warns(UserWarning, match=OFF):
+        assert library() is None
 
 
 @needs_c

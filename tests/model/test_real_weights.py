@@ -14,7 +14,7 @@ from gemma_fast.text.tokenizer import Tokenizer
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:.*packed weights in float32 are unpacked again"),
+    pytest.mark.filterwarnings("ignore:.*packed weights are unpacked again"),
 ]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
