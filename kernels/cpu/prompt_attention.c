@@ -152,7 +152,7 @@ static float softmax_step(
         scores[i] = exponential(scores[i] - highest);
         all += scores[i];
     }
-    float factor = *top == -INFINITY ? 0 : exponential(*top - highest);
+    float factor = exponential(*top - highest); /* before any key, the sums are 0 */
     *total = *total * factor + all, *top = highest;
     return factor;
 }

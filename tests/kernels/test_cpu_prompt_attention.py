@@ -125,6 +125,7 @@ CASES = {
         f"window {window}": {"t": 200, "past": (0, 129), "window": window, "m": 2}
         for window in (1, 5, 64, 100, 128, 500)
     },
+    "window from the last key of a block": {"t": 200, "window": 66},
     "soft cap": {"t": 140, "softcap": 1.5},
     "soft cap of Gemma 2": {"t": 140, "softcap": 50.0},
     "rotation": {"t": 70, "past": (5, 0), "rotate": True},
