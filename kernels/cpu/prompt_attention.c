@@ -4,8 +4,10 @@ Keys and values are first copied into the order in which matmuls read them. A th
 ROWS queries of a head at a time: for each block of KEYS keys scores, one step of the running
 softmax, and values. Blocks that no query of the thread sees are skipped.
 
-Both matmuls multiply items of 32 bits: floats, or pairs of neighboring bf16 numbers, for which some
-processors have an instruction. The right operand consists of panels of PANEL columns, [k][PANEL]. */
+Both matmuls multiply items of 32 bits: floats, or for scores pairs of neighboring bf16 numbers, for
+which some processors have an instruction. (Weights of the values are not rounded to bf16: that gave
+some tokens of Gemma 3 270M other logits, by up to 7.) The right operand consists of panels of PANEL
+columns, [k][PANEL]. */
 #include <stdlib.h>
 
 #include "simd.h"
@@ -31,7 +33,7 @@ typedef struct {
 typedef uint32_t item_t __attribute__((may_alias));
 
 typedef struct {
-    int pairs;                             /* 2: items are pairs of bf16 numbers; 1: floats */
+    int pairs;                             /* 2: items of q, keys are pairs of bf16; 1: floats */
     int64_t oldest, count;                 /* positions that the keys have, and their number */
     int64_t depth, width;                  /* items of a query; columns of the values, padded */
     const item_t *keys, *values;
@@ -105,31 +107,23 @@ static void copy_items(
         widen(p, dtype, start, n, (float *)to);
 }
 
-/* Copies keys and values of a block to panels: keys transposed, values in pairs of keys. */
+/* Copies keys and values of a block to panels, keys transposed. */
 static void pack_block(
     const prompt_t *a, const packed_t *k, int64_t ring, int64_t block, item_t *keys,
     item_t *values
 ) {
     item_t row[k->depth + k->width], *value = row + k->depth;
     memset(keys, 0, KEYS * k->depth * sizeof *keys);
-    memset(values, 0, KEYS / k->pairs * k->width * sizeof *values);
+    memset(values, 0, KEYS * k->width * sizeof *values);
     for (int64_t i = 0; i < KEYS && block * KEYS + i < k->count; i++) {
         int64_t position = k->oldest + block * KEYS + i;
         int64_t start = ring + position % a->slots * a->slot_stride;
         copy_items(a->keys, a->dtype, start, a->dim, k->pairs, k->depth, row);
         for (int64_t d = 0; d < k->depth; d++)
             keys[i / PANEL * PANEL * k->depth + d * PANEL + i % PANEL] = row[d];
-        int64_t depth = KEYS / k->pairs;
-        if (k->pairs == 1) {
-            copy_items(a->values, a->dtype, start, a->dim, 1, k->width, value);
-            for (int64_t d = 0; d < k->width; d += PANEL)
-                memcpy(values + d * depth + i * PANEL, value + d, PANEL * sizeof *value);
-            continue;
-        }
-        for (int64_t d = 0; d < a->dim; d++) {
-            uint32_t half = ((const uint16_t *)a->values)[start + d];
-            values[d / PANEL * PANEL * depth + i / 2 * PANEL + d % PANEL] |= half << i % 2 * 16;
-        }
+        copy_items(a->values, a->dtype, start, a->dim, 1, k->width, value);
+        for (int64_t d = 0; d < k->width; d += PANEL)
+            memcpy(values + d * KEYS + i * PANEL, value + d, PANEL * sizeof *value);
     }
 }
 
@@ -164,8 +158,8 @@ static void query_block(
 ) {
     float tops[ROWS], totals[ROWS];
     float *scores = scratch, *out = scores + ROWS * KEYS;
-    item_t *q = (item_t *)(out + ROWS * k->width), *weights = q + ROWS * k->depth;
-    memset(out, 0, (char *)(weights + ROWS * KEYS / k->pairs) - (char *)out);
+    item_t *q = (item_t *)(out + ROWS * k->width);
+    memset(out, 0, ROWS * (k->width + k->depth) * sizeof *out);
     for (int64_t r = 0; r < ROWS; r++) tops[r] = -INFINITY, totals[r] = 0;
     for (int64_t r = 0; r < rows; r++) {
         int64_t start = ((batch * a->n * a->m + head) * a->t + first + r) * a->dim;
@@ -175,7 +169,7 @@ static void query_block(
     int64_t begin = a->window ? max(position - a->window + 1, 0) : 0;
     for (int64_t block = begin / KEYS; block * KEYS < position + rows; block++) {
         const item_t *keys = k->keys + block * KEYS * k->depth;
-        const item_t *values = k->values + block * KEYS / k->pairs * k->width;
+        const item_t *values = k->values + block * KEYS * k->width;
         matmul(k->pairs, q, k->depth, keys, k->depth, KEYS / PANEL, scores, KEYS, rows, 0);
         for (int64_t r = 0; r < rows; r++) {
             int64_t end = position + r + 1 - block * KEYS;
@@ -186,10 +180,8 @@ static void query_block(
                 row, min(from, end), end, a->scale, a->softcap, tops + r, totals + r
             );
             for (int64_t d = 0; factor != 1 && d < k->width; d++) sums[d] *= factor;
-            narrow(row, KEYS, weights, k->pairs == 2 ? BF16 : F32, r * KEYS);
         }
-        matmul(k->pairs, weights, KEYS / k->pairs, values, KEYS / k->pairs, k->width / PANEL, out,
-               k->width, rows, 1);
+        matmul(1, (item_t *)scores, KEYS, values, KEYS, k->width / PANEL, out, k->width, rows, 1);
     }
     for (int64_t r = 0; r < rows; r++) {
         float *row = out + r * k->width;
@@ -218,8 +210,8 @@ int prompt_attention(const prompt_t *a, int threads) {
     int64_t blocks = 0, tiles = (a->t + ROWS - 1) / ROWS;
     for (int64_t batch = 0; batch < a->b; batch++)
         blocks = max(blocks, (packed_of(a, batch).count + KEYS - 1) / KEYS);
-    int64_t keys = KEYS * sizes.depth, values = KEYS / sizes.pairs * sizes.width; /* of a block */
-    int64_t own = ROWS * (2 * KEYS + sizes.width + sizes.depth); /* scratch of a thread */
+    int64_t keys = KEYS * sizes.depth, values = KEYS * sizes.width; /* of a block */
+    int64_t own = ROWS * (KEYS + sizes.width + sizes.depth); /* scratch of a thread */
     int64_t items = a->b * a->n * blocks;
     item_t *all = malloc((items * (keys + values) + threads * own) * sizeof *all);
     if (!all) return 1;
