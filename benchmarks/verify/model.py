@@ -185,7 +185,8 @@ def closeness(logits: Tensor, truth: Tensor, ids: Tensor) -> Figures:
     """Compares logits with truth, both [t, vocab], for the text ids :: [t].
 
     Returns KL mean and max, |Δ logit| mean and max, top-1 agreement and perplexity change: the
-    first six figures of LINES.
+    first six figures of LINES. Top-1 agreement counts tokens that are the truth's best, or tie with
+    it in the dtype of logits.
     """
     columns = []
     for rows in torch.arange(len(ids), device=ids.device).split(CHUNK):
@@ -194,7 +195,10 @@ def closeness(logits: Tensor, truth: Tensor, ids: Tensor) -> Figures:
         kl = shift - (true.softmax(-1) * delta).sum(-1)
         target = ids.roll(-1)[rows, None]
         surprise = shift - delta.gather(1, target)[:, 0]  # loss minus the truth's loss
-        alike = (ours.argmax(-1) == true.argmax(-1)).double()
+        best, choice = true.amax(-1), ours.argmax(-1, keepdim=True)
+        # Rounding two exact logits to their dtype can swap them if they differ by this much.
+        tie = torch.finfo(logits.dtype).eps * best.abs()
+        alike = (best - true.gather(1, choice)[:, 0] <= tie).double()
         delta = delta.abs()
         columns.append(torch.stack((kl, delta.mean(-1), delta.amax(-1), alike, surprise)))
     kl, mean, largest, alike, surprise = torch.cat(columns, dim=1)
