@@ -1,7 +1,7 @@
 """Matmuls with many rows: the library that this processor runs fastest.
 
-PyTorch has two for float32. F.linear calls MKL, which takes 1.3 to 2.6 times as long as oneDNN on
-an AMD EPYC, and 0.8 times as long on a Xeon (benchmarks/LOG.md). So both are measured.
+PyTorch has two for float32. F.linear calls MKL, which is slower than oneDNN on an AMD EPYC
+(benchmarks/LOG.md), and faster on a Xeon with AMX. So both are measured.
 """
 
 import functools

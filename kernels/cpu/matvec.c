@@ -1,7 +1,7 @@
 /* norm_linear and linear of matvec.py for few rows: norm, weight × rows, GeGLU.
 
 The weight is read once, in order: a thread multiplies one row of it after another. (Several rows at
-a time share the loads of x, but their short streams defeat the processor's prefetcher: 15 to 18
+a time share the loads of x, but their short streams defeat the processor's prefetcher: 17 to 18
 instead of 12 ms for a bf16 weight of 262144 × 640, on an AMD EPYC.) With several rows of x, a row
 of the weight is unpacked to floats first. */
 #include <stdlib.h>

@@ -127,7 +127,7 @@ static void pack_block(
     }
 }
 
-/* One step of the running softmax of a query: scores of `count` keys → weights, which are 0
+/* One step of the running softmax of a query: scores of KEYS keys → weights, which are 0
    outside of begin … end - 1. Returns the factor of the sums so far. */
 static float softmax_step(
     float *scores, int64_t begin, int64_t end, float scale, float softcap, float *top, float *total
