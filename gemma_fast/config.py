@@ -65,6 +65,10 @@ SHAPES = (
 )  # fmt: skip
 
 
+# Tensors of a layer whose names do not end in ".weight".
+NO_SUFFIX = ("layer_scalar", "router.scale", "router.per_expert_scale")
+
+
 class LayerShape(NamedTuple):
     """Shape of one layer: window, heads, MLP, and the layer whose keys and values it reads."""
 
@@ -89,6 +93,7 @@ class GemmaConfig:
     of 1 + weight (`norm_offset`), values are normalized (`v_norm`), and each layer multiplies the
     residual stream by a number. Its small models have layers that read an earlier layer's keys and
     values (`num_kv_shared_layers`), and embeddings for each layer (`hidden_size_per_layer_input`).
+    The 26B-A4B has a mixture of experts beside the MLP of each layer (`num_experts`).
     """
 
     model_type: str  # "gemma" | "gemma2" | "gemma3" | "gemma4"
@@ -116,6 +121,9 @@ class GemmaConfig:
     use_double_wide_mlp: bool = False  # the MLP of these layers has twice intermediate_size
     hidden_size_per_layer_input: int = 0  # width of the per-layer embeddings; 0: none
     vocab_size_per_layer_input: int | None = None  # their number; None: vocab_size
+    num_experts: int = 0  # experts of each layer; 0: no mixture of experts
+    top_k_experts: int = 0  # experts that a token uses on each layer
+    moe_intermediate_size: int = 0  # width of an expert
     tie_word_embeddings: bool = True  # False: the output projection has a weight of its own
     bos_token_id: int = 2
     eos_token_id: int | tuple[int, ...] = 1  # (): no token ends a text
@@ -193,7 +201,10 @@ class GemmaConfig:
         return _layers(self)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns name → shape of the checkpoint's tensors, in the order in which they are used."""
+        """Returns name → shape of the checkpoint's tensors, in the order in which they are used.
+
+        Each expert's matrices are tensors of their own, as in quantized files.
+        """
         hidden, width = self.hidden_size, self.hidden_size_per_layer_input
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab_size, hidden)
@@ -206,14 +217,15 @@ class GemmaConfig:
                 "model.per_layer_projection_norm.weight": (width,),
             }
         for i in range(self.num_hidden_layers):
-            layer = self._layer_tensor_shapes(i)
+            layer = self.layer_tensor_shapes(i)
             shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
         shapes["model.norm.weight"] = (hidden,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes
 
-    def _layer_tensor_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+    def layer_tensor_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+        """Returns name → shape of the tensors of layer i, without the prefix "model.layers.i."."""
         layer, hidden, width = self.layers[i], self.hidden_size, self.hidden_size_per_layer_input
         ffn, d = layer.intermediate_size, layer.head_dim
         q, kv = self.num_attention_heads * d, layer.num_key_value_heads * d
@@ -243,8 +255,28 @@ class GemmaConfig:
         if layer.kv_layer != i:
             for name in ("k_proj", "v_proj", "k_norm"):
                 shapes.pop(f"self_attn.{name}", None)
-        shapes = {f"{name}.weight": shape for name, shape in shapes.items()}
-        return shapes | ({"layer_scalar": (1,)} if self.model_type == "gemma4" else {})
+        if self.num_experts:
+            shapes |= self._expert_tensor_shapes()
+        if self.model_type == "gemma4":
+            shapes["layer_scalar"] = (1,)
+        return {
+            name if name in NO_SUFFIX else f"{name}.weight": shape for name, shape in shapes.items()
+        }
+
+    def _expert_tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        hidden, ffn, experts = self.hidden_size, self.moe_intermediate_size, self.num_experts
+        shapes: dict[str, tuple[int, ...]] = {
+            "pre_feedforward_layernorm_2": (hidden,),
+            "post_feedforward_layernorm_1": (hidden,),
+            "post_feedforward_layernorm_2": (hidden,),
+            "router.proj": (experts, hidden),
+            "router.scale": (hidden,),
+            "router.per_expert_scale": (experts,),
+        }
+        for i in range(experts):
+            shapes |= {f"experts.{i}.{name}_proj": (ffn, hidden) for name in ("gate", "up")}
+            shapes[f"experts.{i}.down_proj"] = hidden, ffn
+        return shapes
 
     @property
     def num_parameters(self) -> int:

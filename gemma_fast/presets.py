@@ -47,6 +47,10 @@ PRESETS = {
     "gemma-4-12b": _preset(
         "gemma4", 262_144, 3840, 48, 16, 8, 256, 15360, num_global_key_value_heads=1, **_LARGE
     ),
+    "gemma-4-26b-a4b": _preset(
+        "gemma4", 262_144, 2816, 30, 16, 8, 256, 2112, num_global_key_value_heads=2,
+        num_experts=128, top_k_experts=8, moe_intermediate_size=704, **_LARGE,
+    ),
     "gemma-4-31b": _preset(
         "gemma4", 262_144, 5376, 60, 32, 16, 256, 21504, num_global_key_value_heads=4, **_LARGE
     ),

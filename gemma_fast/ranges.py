@@ -19,6 +19,9 @@ INT_RANGES = {
     "hidden_size_per_layer_input": (0, 1 << 13),
     "vocab_size_per_layer_input": (1, 1 << 20),
     "intermediate_size": (1, 1 << 18),
+    "num_experts": (0, 1024),
+    "top_k_experts": (0, 64),
+    "moe_intermediate_size": (0, 1 << 16),
     "max_position_embeddings": (1, 1 << 24),
     "sliding_window": (1, 1 << 24),
     "sliding_window_pattern": (1, 512),
@@ -78,6 +81,15 @@ def _check_shapes(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={values[name]!r} is odd: rotary embedding needs pairs")
     if (rows := values["vocab_size_per_layer_input"]) is not None and rows < vocab:
         raise ValueError(f"vocab_size_per_layer_input={rows!r} is below vocab_size={vocab!r}")
+    experts, top, width = (
+        values[name] for name in ("num_experts", "top_k_experts", "moe_intermediate_size")
+    )
+    if experts and (values["model_type"] != "gemma4" or not 0 < top <= experts or not width):
+        raise ValueError(
+            f"num_experts={experts!r} with top_k_experts={top!r} and"
+            f" moe_intermediate_size={width!r}: a mixture of experts needs model_type gemma4, a"
+            " width, and from 1 to num_experts experts for each token"
+        )
 
 
 def check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:

@@ -24,6 +24,7 @@ from gemma_fast.reference_steps import (
     attention_scores,
     attention_weights,
     cap,
+    choose_experts,
     embed,
     geglu,
     per_layer_inputs,
@@ -147,6 +148,9 @@ class Reference:
 
         x = self.norm(hiddens, f"{name}.{before_mlp}")
         x = self.mlp(f"{name}.mlp", x)
+        if self.config.num_experts:
+            x = self.norm(x, f"{name}.post_feedforward_layernorm_1")
+            x = x + self.experts(name, hiddens)
         if self.config.post_norms:
             x = self.norm(x, f"{name}.post_feedforward_layernorm")
         x = self.observe(f"{name}.mlp", x)
@@ -207,6 +211,32 @@ class Reference:
         gate, up = (self.project(x, f"{name}.{p}_proj") for p in ("gate", "up"))
         x = self.observe(f"{name}.geglu", geglu(gate, up))
         return self.project(x, f"{name}.down_proj")
+
+    def experts(self, name: str, hiddens: Tensor) -> Tensor:
+        """Returns the normalized output of the mixture of experts :: [b, t, hidden], which is added
+        to that of the MLP. name: that of the layer."""
+        flat = hiddens.flatten(0, 1)  # [b * t, hidden]
+        chosen, weights = self.route(f"{name}.router", flat)
+        x = self.norm(flat, f"{name}.pre_feedforward_layernorm_2")
+        out = torch.zeros_like(x)
+        for i in chosen.unique().tolist():
+            token, place = torch.where(chosen == i)
+            y = self.mlp(f"{name}.experts.{i}", x[token])
+            out.index_add_(0, token, (y * weights[token, place, None]).to(out.dtype))
+        out = self.observe(f"{name}.experts", out.view_as(hiddens))
+        return self.norm(out, f"{name}.post_feedforward_layernorm_2")
+
+    def route(self, name: str, hiddens: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the experts of each token, and their weights :: [b * t, top_k].
+
+        hiddens :: [b * t, hidden]
+        """
+        x = self.norm(hiddens, f"{name}.norm") * self.weights[f"{name}.scale"]
+        scores = self.project(x * hiddens.shape[-1] ** -0.5, f"{name}.proj")
+        scale = self.weights[f"{name}.per_expert_scale"]
+        chosen, weights = choose_experts(scores, scale, self.config.top_k_experts)
+        self.observe(f"{name}.weights", weights)
+        return self.observe(f"{name}.chosen", chosen), weights
 
     def per_layer_inputs(self, input_ids: Tensor, hiddens: Tensor) -> Tensor | None:
         """Returns each layer's input of `add_per_layer` :: [b, t, layers, p], or None if the model

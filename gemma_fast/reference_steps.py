@@ -128,6 +128,16 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
+def choose_experts(scores: Tensor, scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Returns the top_k experts of largest probability, and their weights :: [tokens, top_k].
+
+    The weights of a token's experts are probabilities divided by their sum, times each expert's
+    scale. scores :: [tokens, experts]; scale :: [experts]
+    """
+    weights, chosen = wide(scores).softmax(-1).topk(top_k)
+    return chosen, weights / weights.sum(-1, keepdim=True) * scale[chosen]
+
+
 def per_layer_inputs(embedded: Tensor, projected: Tensor) -> Tensor:
     """Returns the inputs of the layers' gates: (embedded + projected) / sqrt(2) :: [b, t, L, p].
 

@@ -26,9 +26,9 @@ def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable
     mutates_args  names of the tensors that are written in place
 
     The op runs on the GPU of its first tensor. torch.compile treats it as opaque. (A `triton_op`
-    would not be, but costs 8 µs a call instead of 4, and imports the compiler.) A PackedWeight is
-    passed as its data, with `weight_scale` and `weight_minimum`. Raises ValueError if a tensor
-    needs a gradient, backward or forward.
+    would not be, but costs 8 µs a call instead of 4, and imports the compiler.) A PackedWeight for
+    the parameter `weight` is passed as its data, with `weight_scale` and `weight_minimum`. Raises
+    ValueError if a tensor needs a gradient, backward or forward.
     """
 
     def register(launcher: F) -> F:
@@ -67,7 +67,8 @@ def op(fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Callable
                 if isinstance(arg, PackedWeight):
                     data, scale, minimum = arg.weight
                     args = *args[:i], data, *args[i + 1 :]
-                    kwargs |= {"weight_scale": scale, "weight_minimum": minimum}
+                    name = names[i]
+                    kwargs |= {f"{name}_scale": scale, f"{name}_minimum": minimum}
             return overload(*args, **kwargs)
 
         return call  # type: ignore[return-value]

@@ -70,6 +70,8 @@ class Weight(NamedTuple):
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """Returns the weight :: [out, dim], computed in fp32 and rounded once."""
+        if self.scale is None:
+            return self.data.to(dtype)
         weight = self.values().float().view(*self.scale.shape, self.group)
         weight *= self.scale.float().unsqueeze(-1)  # [out, dim / group, group]
         if self.minimum is not None:

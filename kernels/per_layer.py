@@ -101,8 +101,8 @@ def _fake(
 @op(fake=_fake)
 def per_layer_inputs(
     projected: Tensor, ids: Tensor, table: Tensor, norm_weight: Tensor, *, scale: float,
-    eps: float = 1e-6, offset: float = 1.0, weight_scale: Tensor | None = None,
-    weight_minimum: Tensor | None = None, pdl: bool = False,
+    eps: float = 1e-6, offset: float = 1.0, table_scale: Tensor | None = None,
+    table_minimum: Tensor | None = None, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     """Returns the per-layer inputs, contiguous. Runs the reference where Triton does not run.
 
@@ -111,9 +111,9 @@ def per_layer_inputs(
     """
     p, dim = norm_weight.shape[0], projected.shape[-1]
     assert ids.dtype == torch.int64 and ids.shape == projected.shape[:-1], f"{ids.shape=}"
-    packed = Weight(table, weight_scale, weight_minimum)
+    packed = Weight(table, table_scale, table_minimum)
     assert packed.shape[1] == dim and dim % p == 0, f"{packed.shape=}, {projected.shape=}, {p=}"
-    assert weight_scale is not None or table.dtype == projected.dtype, f"{table.dtype=}"
+    assert table_scale is not None or table.dtype == projected.dtype, f"{table.dtype=}"
     if not runs_triton(projected):
         return per_layer_inputs_reference(
             projected, ids, packed, norm_weight, scale, eps, offset

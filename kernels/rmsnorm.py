@@ -1,15 +1,16 @@
 """RMSNorm in one pass: each row is read once, normalized in fp32 and written once.
 
     rms_norm      y = x / sqrt(mean(x², axis=-1) + eps) * (offset + weight)
-    add_norm      h = residual + rms_norm(x, post_weight)
+    add_norm      h = residual + rms_norm(x, post_weight); with residual_weight
+                  h = rms_norm(residual, residual_weight) + rms_norm(x, post_weight)
     add_rms_norm  h = residual + x, or from Gemma 2 on add_norm; in Gemma 4 h = layer_scalar * h
                   y = rms_norm(h, weight)
 
-x, residual         :: [..., dim], bf16 | fp16 | fp32
-weight, post_weight :: [dim], any float; rms_norm without weight multiplies by nothing
-offset              1 for Gemma 1 to 3, whose checkpoints store w - 1; 0 for Gemma 4
-layer_scalar        :: [1], x.dtype
-y, h                :: [..., dim], x.dtype
+x, residual     :: [..., dim], bf16 | fp16 | fp32
+…weight         :: [dim], any float; rms_norm without weight multiplies by nothing
+offset          1 for Gemma 1 to 3, whose checkpoints store w - 1; 0 for Gemma 4
+layer_scalar    :: [1], x.dtype
+y, h            :: [..., dim], x.dtype
 
 Gemma scales in fp32 and rounds once, at the store. (Llama rounds before it scales.) The post-norm's
 result, the sum h and its product with layer_scalar are rounded to x.dtype, as in separate steps.
@@ -37,8 +38,11 @@ def rms_norm_reference(
 
 
 def add_norm_reference(
-    x: Tensor, residual: Tensor, post_weight: Tensor, eps: float = 1e-6, offset: float = 1.0
-) -> Tensor:
+    x: Tensor, residual: Tensor, post_weight: Tensor, eps: float = 1e-6, offset: float = 1.0,
+    residual_weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if residual_weight is not None:
+        residual = rms_norm_reference(residual, residual_weight, eps, offset)
     return residual + rms_norm_reference(x, post_weight, eps, offset)
 
 
@@ -79,6 +83,7 @@ def _rms_norm_kernel(
     weight_ptr,  # [DIM] | None
     post_weight_ptr,  # [DIM] | None
     layer_scalar_ptr,  # [1] | None
+    residual_weight_ptr,  # [DIM] | None
     out_ptr,  # [rows, DIM], contiguous | None: only h is computed
     h_ptr,  # [rows, DIM], contiguous | None
     x_row_stride,
@@ -99,6 +104,10 @@ def _rms_norm_kernel(
         if post_weight_ptr is not None:
             x = _normalize(x, post_weight_ptr, cols, mask, EPS, OFFSET, DIM)
             x = x.to(dtype).to(tl.float32)
+        if residual_weight_ptr is not None:
+            residual = residual.to(tl.float32)
+            residual = _normalize(residual, residual_weight_ptr, cols, mask, EPS, OFFSET, DIM)
+            residual = residual.to(dtype)
         h = (x + residual.to(tl.float32)).to(dtype)
         if layer_scalar_ptr is not None:
             h = (h.to(tl.float32) * tl.load(layer_scalar_ptr).to(tl.float32)).to(dtype)
@@ -119,14 +128,16 @@ class _Weights(NamedTuple):
     norm: Tensor | None
     post_norm: Tensor | None = None
     layer_scalar: Tensor | None = None
+    residual: Tensor | None = None
 
 
 def _check(
     x: Tensor, weight: Tensor | None, residual: Tensor | None = None,
     post_weight: Tensor | None = None, layer_scalar: Tensor | None = None,
+    residual_weight: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Asserts that shapes and dtypes fit together."""
-    for w in (weight, post_weight):
+    for w in (weight, post_weight, residual_weight):
         assert w is None or w.shape == x.shape[-1:], (
             f"weight {tuple(w.shape)} does not fit x {tuple(x.shape)}"
         )
@@ -144,7 +155,7 @@ def _launch(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Returns (y, h): y if `normalizes`, h if there is a residual."""
     dim = x.shape[-1]
-    assert all(w is None or w.stride(0) == 1 for w in weights[:2]), "weights must be contiguous"
+    assert all(w is None or w.stride(0) == 1 for w in weights), "weights must be contiguous"
     assert x.stride(-1) == 1 and (residual is None or residual.stride(-1) == 1), (
         "rows must be contiguous"
     )
@@ -185,17 +196,23 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float 
 
 @op(fake=lambda x, *_, **__: _like(x))
 def add_norm(
-    x: Tensor, residual: Tensor, post_weight: Tensor, eps: float = 1e-6, offset: float = 1.0
-) -> Tensor:
-    """Adds x, normalized, to the residual. Returns h. Runs the reference where Triton does not
-    run."""
-    _check(x, None, residual, post_weight)
+    x: Tensor, residual: Tensor, post_weight: Tensor, eps: float = 1e-6, offset: float = 1.0,
+    residual_weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Adds x, normalized, to the residual, which is normalized if residual_weight is given. Returns
+    h. Runs the reference where Triton does not run."""
+    _check(x, None, residual, post_weight, None, residual_weight)
     if not runs_triton(x):
         if calls.runs_c(x):
+            if residual_weight is not None:
+                residual = calls.norm(residual, residual_weight, eps=eps, offset=offset)[0]
             parts = None, residual, post_weight
             return calls.norm(x, *parts, eps=eps, offset=offset, normalizes=False)[0]
-        return add_norm_reference(x, residual, post_weight, eps, offset).contiguous()
-    _, h = _launch(x, residual, _Weights(None, post_weight), eps, offset, normalizes=False)
+        return add_norm_reference(
+            x, residual, post_weight, eps, offset, residual_weight
+        ).contiguous()
+    weights = _Weights(None, post_weight, residual=residual_weight)
+    _, h = _launch(x, residual, weights, eps, offset, normalizes=False)
     assert h is not None
     return h
 

@@ -5,10 +5,13 @@ A mistake of gemma_fast's reader is in this model, too. verify/truth.py does not
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.config import FULL, SLIDING, GemmaConfig, RopeParameters
@@ -26,6 +29,8 @@ FIELDS_OF_GEMMA_4 = (
     "final_logit_softcapping", "num_global_key_value_heads", "attention_k_eq_v",
     "num_kv_shared_layers", "use_double_wide_mlp", "hidden_size_per_layer_input",
 )  # fmt: skip
+FIELDS_OF_EXPERTS = ("num_experts", "top_k_experts", "moe_intermediate_size")
+EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def transformers_config(config: GemmaConfig) -> transformers.PreTrainedConfig:
@@ -57,6 +62,10 @@ def _gemma4_config(config: GemmaConfig, same: dict[str, Any]) -> transformers.Pr
         "vocab_size_per_layer_input": config.vocab_size_per_layer_input or config.vocab_size,
         "sliding_window": config.sliding_window or 1,  # None: no layer has a window
     }
+    if config.num_experts:
+        same |= {"enable_moe_block": True} | {
+            name: getattr(config, name) for name in FIELDS_OF_EXPERTS
+        }
     return transformers.Gemma4TextConfig(**same | {"layer_types": list(config.layer_types)})
 
 
@@ -83,5 +92,17 @@ def transformers_model(
         )
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())  # layer_scalar: a buffer
     for name in checkpoint.shapes:
-        checkpoint.copy(name, tensors[name])
+        checkpoint.copy(name, find_tensor(tensors, name))
     return model.eval().requires_grad_(False)
+
+
+def find_tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Returns the tensor of transformers' model that a name of a checkpoint stands for. In the
+    model, an expert's matrices are parts of the tensors of all experts."""
+    match = EXPERT.fullmatch(name)
+    if match is None:
+        return tensors[name]
+    experts, index, part = match.groups()
+    if part == "down":
+        return tensors[f"{experts}.down_proj"][int(index)]
+    return tensors[f"{experts}.gate_up_proj"][int(index)].chunk(2)[part == "up"]

@@ -20,11 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gemma_fast.config import GemmaConfig
+from gemma_fast.config import NO_SUFFIX, GemmaConfig
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.decode_attention import decode_attention
+from gemma_fast.kernels.experts import experts
 from gemma_fast.kernels.matvec import linear, norm_linear
+from gemma_fast.kernels.rmsnorm import add_norm
 from gemma_fast.kernels.rotary import rotary_write
+from gemma_fast.kernels.router import norm_router
 from gemma_fast.model.cache import KVCache
 from gemma_fast.model.rope import Tables
 
@@ -44,6 +47,12 @@ LAYER_WEIGHTS = {
     "per_layer_projection": ["per_layer_projection"],
     "post_per_layer_input_norm": ["post_per_layer_input_norm"],
     "layer_scalar": ["layer_scalar"],
+    "router_proj": ["router.proj"],
+    "router_scale": ["router.scale"],
+    "per_expert_scale": ["router.per_expert_scale"],
+    "pre_feedforward_layernorm_2": ["pre_feedforward_layernorm_2"],
+    "post_feedforward_layernorm_1": ["post_feedforward_layernorm_1"],
+    "post_feedforward_layernorm_2": ["post_feedforward_layernorm_2"],
 }
 # Gemma 1 has only two norms per layer. In its checkpoints, post_attention_layernorm is the name of
 # the norm before the MLP.
@@ -51,6 +60,19 @@ GEMMA1_WEIGHTS = {
     "post_attention_layernorm": [],
     "pre_feedforward_layernorm": ["post_attention_layernorm"],
 }
+
+
+def layer_weights(config: GemmaConfig) -> dict[str, list[str]]:
+    """Returns weight of a layer → the checkpoint's tensors that are stacked in it, if they exist.
+    Those of all experts are one matrix: gate and up of expert 0, of expert 1, …"""
+    experts = [f"experts.{i}" for i in range(config.num_experts)]
+    gate_up = [f"{expert}.{part}_proj" for expert in experts for part in ("gate", "up")]
+    return {
+        **LAYER_WEIGHTS,
+        **({} if config.post_norms else GEMMA1_WEIGHTS),
+        "experts_gate_up_proj": gate_up,
+        "experts_down_proj": [f"{expert}.down_proj" for expert in experts],
+    }
 
 
 class Residual(NamedTuple):
@@ -123,22 +145,30 @@ class Layer(nn.Module):
     per_layer_projection: Tensor | None
     post_per_layer_input_norm: Tensor | None
     layer_scalar: Tensor | None
+    router_proj: Tensor | None
+    router_scale: Tensor | None
+    per_expert_scale: Tensor | None
+    pre_feedforward_layernorm_2: Tensor | None
+    post_feedforward_layernorm_1: Tensor | None
+    post_feedforward_layernorm_2: Tensor | None
+    experts_gate_up_proj: Tensor | None
+    experts_down_proj: Tensor | None
 
     def __init__(self, config: GemmaConfig, index: int) -> None:
         super().__init__()
         self.config, self.index, self.shape = config, index, config.layers[index]
         self.norms: dict[str, Any] = {"eps": config.rms_norm_eps, "offset": config.norm_offset}
         self.kv_is_read = any(x.kv_layer == index for x in config.layers[index + 1 :])
-        shapes = config.tensor_shapes()
+        shapes = config.layer_tensor_shapes(index)
         self.parts: dict[str, list[str]] = {}
-        for name, parts in (LAYER_WEIGHTS | ({} if config.post_norms else GEMMA1_WEIGHTS)).items():
-            suffix = "" if name == "layer_scalar" else ".weight"
-            tensors = [f"model.layers.{index}.{part}{suffix}" for part in parts]
-            self.parts[name] = [tensor for tensor in tensors if tensor in shapes]
+        for name, parts in layer_weights(config).items():
+            tensors = [part if part in NO_SUFFIX else f"{part}.weight" for part in parts]
+            tensors = [tensor for tensor in tensors if tensor in shapes]
             weight = None
-            if self.parts[name]:
-                rows = sum(shapes[tensor][0] for tensor in self.parts[name])
-                weight = frozen(rows, *shapes[self.parts[name][0]][1:])
+            if tensors:
+                rows = sum(shapes[tensor][0] for tensor in tensors)
+                weight = frozen(rows, *shapes[tensors[0]][1:])
+            self.parts[name] = [f"model.layers.{index}.{tensor}" for tensor in tensors]
             self.register_parameter(name, weight)
 
     def forward(self, stream: Residual, context: Context, keep: int | None = None) -> Residual:
@@ -158,11 +188,8 @@ class Layer(nn.Module):
         if keep < t:
             residual, context = residual[:, t - keep :], context.last(keep, t)
         x = linear(attended, self.o_proj, pdl=True)
-        x, residual = norm_linear(
-            x, residual, self.pre_feedforward_layernorm, self.post_attention_layernorm,
-            self.gate_up_proj, geglu=True, pdl=True, **self.norms,
-        )  # fmt: skip
-        x, post_norm = linear(x, self.down_proj, pdl=True), self.post_feedforward_layernorm
+        x, residual = self.feed_forward(x, residual, context.cache.counter)
+        post_norm = self.post_feedforward_layernorm
         if self.per_layer_input_gate is not None:
             assert context.per_layer is not None and self.per_layer_projection is not None
             x, residual = norm_linear(
@@ -172,6 +199,36 @@ class Layer(nn.Module):
             x = linear(x, self.per_layer_projection, pdl=True)
             post_norm = self.post_per_layer_input_norm
         return Residual(x, residual, post_norm, self.layer_scalar)
+
+    def feed_forward(self, x: Tensor, residual: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the output of the MLP, or of the MLP and the experts, and the residual stream
+        that it is added to. x: output of the attention, not yet added to `residual`."""
+        if self.router_proj is None:
+            x, residual = norm_linear(
+                x, residual, self.pre_feedforward_layernorm, self.post_attention_layernorm,
+                self.gate_up_proj, geglu=True, pdl=True, **self.norms,
+            )  # fmt: skip
+            return linear(x, self.down_proj, pdl=True), residual
+        assert self.post_attention_layernorm is not None
+        assert self.pre_feedforward_layernorm_2 is not None
+        assert self.router_scale is not None and self.per_expert_scale is not None
+        assert self.experts_gate_up_proj is not None and self.experts_down_proj is not None
+        assert self.post_feedforward_layernorm_2 is not None
+        residual, dense, x, chosen, weights = norm_router(
+            x, residual, self.post_attention_layernorm, self.pre_feedforward_layernorm,
+            self.gate_up_proj, self.pre_feedforward_layernorm_2, self.router_scale,
+            self.router_proj, self.per_expert_scale, counter, top_k=self.config.top_k_experts,
+            pdl=True, **self.norms,
+        )  # fmt: skip
+        x, dense = experts(
+            x, self.experts_gate_up_proj, self.experts_down_proj, chosen, weights, dense,
+            self.down_proj, pdl=True,
+        )  # fmt: skip
+        x = add_norm(
+            x, dense, self.post_feedforward_layernorm_2,
+            residual_weight=self.post_feedforward_layernorm_1, **self.norms,
+        )  # fmt: skip
+        return x, residual
 
     def attend(self, qkv: Tensor, context: Context, keep: int) -> Tensor:
         """Writes the K and V in qkv :: [b, t, heads * d] to the cache, and returns attention's

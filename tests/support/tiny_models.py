@@ -57,6 +57,14 @@ CONFIGS = {
     "gemma4-k-eq-v": replace(_GEMMA4, attention_k_eq_v=True, num_global_key_value_heads=1),
     "gemma4-shared": replace(_GEMMA4, **_SHARING),
     "gemma4-per-layer": replace(_GEMMA4, hidden_size_per_layer_input=16),
+    "gemma4-experts": replace(
+        _GEMMA4,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        num_experts=6,
+        top_k_experts=3,
+        moe_intermediate_size=40,
+    ),
     "gemma4-all": replace(
         _GEMMA4,
         attention_k_eq_v=True,
@@ -143,9 +151,10 @@ def randomize(hf: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     generator = torch.Generator().manual_seed(1)
     gemma4 = hf.config.model_type.startswith("gemma4")
     for name, weight in hf.named_parameters():
-        std = 0.5 if "norm" in name else 1.5 / weight.shape[-1] ** 0.5
+        factor = "norm" in name or name.endswith("scale")  # scales: of a router
+        std = 0.5 if factor else 1.5 / weight.shape[-1] ** 0.5
         weight.data.normal_(std=std, generator=generator)
-        if gemma4 and "norm" in name:  # norms multiply by the weight, not by 1 + weight
+        if gemma4 and factor:  # norms multiply by the weight, not by 1 + weight
             weight.data += 1
         if gemma4 and name.endswith(("q_norm.weight", "k_norm.weight")):
             weight.data *= 0.5  # scores of about 10, as tolerances.py assumes

@@ -1,0 +1,86 @@
+"""The chosen experts of a mixture of experts, and beside them the end of the dense MLP.
+
+    y       = sum over i of weight[i] * expert(chosen[i])
+    expert  = (gelu(gate) * up) @ downᵀ, with gate and up the halves of x @ gate_upᵀ
+    dense_y = dense @ dense_down_projᵀ
+
+x               :: [..., dim], bf16 | fp16 | fp32: the experts' input
+gate_up_proj    :: [experts * 2 * width, dim], x.dtype, or packed (packed.py); for each expert,
+                   gate then up
+down_proj       :: [experts * dim, width], x.dtype, or packed
+chosen          :: [..., top_k], int32, each from 0 to experts - 1; weight :: [..., top_k], fp32
+dense           :: [..., ffn], x.dtype, or None
+dense_down_proj :: [dim, ffn], x.dtype, or packed, or None
+y, dense_y      :: [..., dim], x.dtype
+
+gelu(gate) * up is rounded to x.dtype. Sums over the experts are in fp32, in the order of `chosen`.
+Bound by memory for few rows: bytes = those of the chosen experts. Walk-through step: MLP.
+"""
+
+import torch
+from torch import Tensor
+
+from gemma_fast.kernels._op import op
+from gemma_fast.kernels.cpu.replay import recorder
+from gemma_fast.kernels.geglu import geglu_reference
+from gemma_fast.kernels.matvec import linear
+from gemma_fast.kernels.packed import Weight
+
+
+def experts_reference(
+    x: Tensor, gate_up_proj: Weight, down_proj: Weight, chosen: Tensor, weight: Tensor
+) -> Tensor:
+    """Computes one expert after another, for the rows that chose it."""
+    dim, top_k = x.shape[-1], chosen.shape[-1]
+    count = down_proj.shape[0] // dim
+    rows, slots = x.reshape(-1, dim).float(), chosen.reshape(-1, top_k)
+    y = torch.zeros(len(rows), top_k, dim, device=x.device)
+    for index in slots.unique().tolist():
+        row, slot = (slots == index).nonzero(as_tuple=True)
+        gate_up, down = (
+            expert(w, index, count).unpack(torch.float32) for w in (gate_up_proj, down_proj)
+        )
+        hidden = geglu_reference(*(rows[row] @ gate_up.T).chunk(2, dim=-1)).to(x.dtype)
+        y[row, slot] = hidden.float() @ down.T
+    y *= weight.reshape(-1, top_k, 1)
+    return y.sum(1).to(x.dtype).view(x.shape)
+
+
+def expert(weight: Weight, index: int, count: int) -> Weight:
+    """Returns the matrix of one of `count` experts."""
+    rows = weight.shape[0] // count
+    return weight.rows(index * rows, (index + 1) * rows)
+
+
+def _fake(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, chosen: Tensor, weight: Tensor,
+    dense: Tensor | None = None, *_: object, **__: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape), x.new_empty(x.shape if dense is not None else 0)
+
+
+@op(fake=_fake)
+def experts(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, chosen: Tensor, weight: Tensor,
+    dense: Tensor | None = None, dense_down_proj: Tensor | None = None, *,
+    gate_up_proj_scale: Tensor | None = None, gate_up_proj_minimum: Tensor | None = None,
+    down_proj_scale: Tensor | None = None, down_proj_minimum: Tensor | None = None,
+    dense_down_proj_scale: Tensor | None = None, dense_down_proj_minimum: Tensor | None = None,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns (y, dense_y), as defined above; without dense, an empty dense_y.
+
+    gate_up_proj, down_proj, dense_down_proj: tensors or PackedWeights (which set …_scale and
+    …_minimum)
+    pdl: as in `linear`, see matvec.py
+    """
+    gate_up = Weight(gate_up_proj, gate_up_proj_scale, gate_up_proj_minimum)
+    down = Weight(down_proj, down_proj_scale, down_proj_minimum)
+    dense_y = x.new_empty(0)
+    if dense is not None and dense_down_proj is not None:
+        dense_y = linear(
+            dense, dense_down_proj, weight_scale=dense_down_proj_scale,
+            weight_minimum=dense_down_proj_minimum, pdl=pdl,
+        )  # fmt: skip
+    recorder.missed = True  # the reference is not a C call
+    return experts_reference(x, gate_up, down, chosen, weight), dense_y
