@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gemma_fast.kernels._gemv import add_products
 from gemma_fast.kernels._matmul_input import MatmulInput
-from gemma_fast.kernels._matvec_block import matvec_block
+from gemma_fast.kernels._matvec_block import matvec_block, row_block
 from gemma_fast.kernels._op import wait_for_previous_kernel
 from gemma_fast.kernels._skinny import default_config as skinny_config
 from gemma_fast.kernels._triton import tl, triton
@@ -133,9 +133,10 @@ def _experts_down_kernel(
     TOP_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    BLOCK_N: tl.constexpr = SPEC.block_n
     COLS: tl.constexpr = SPEC.block_k // unit_of(weight.data.dtype.element_ty)
-    row, block = tl.program_id(0) % rows, tl.program_id(0) // rows
-    n = block * SPEC.block_n + tl.arange(0, SPEC.block_n)  # [block_n]
+    row = tl.program_id(0) % rows
+    n = tl.program_id(0) // rows * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     chosen_ptr, weight_ptr = routed.chosen + row * TOP_K, routed.weight + row * TOP_K
     hidden_ptr += row * (TOP_K * SPEC.dim)
     # The router has written `chosen` before this kernel starts: the kernel between them has waited
@@ -143,23 +144,14 @@ def _experts_down_kernel(
     first_block = _load_slots(weight, chosen_ptr, n % SPEC.out, 0, SPEC, TOP_K)
     wait_for_previous_kernel(PDL)
     first_x = _load_weighted(hidden_ptr, weight_ptr, 0, SPEC, TOP_K)  # [1, block_k]
-    sums = tl.zeros([SPEC.block_n, COLS], tl.float32)
+    sums = tl.zeros([BLOCK_N, COLS], tl.float32)
     for k in tl.range(SPEC.block_k, TOP_K * SPEC.dim, SPEC.block_k, num_stages=SPEC.stages):
         x = _load_weighted(hidden_ptr, weight_ptr, k, SPEC, TOP_K)  # [1, block_k]
         block = _load_slots(weight, chosen_ptr, n % SPEC.out, k, SPEC, TOP_K)
-        sums = add_products(sums, block, weight, x)  # [block_n, COLS]
+        sums = add_products(sums, block, weight, x)  # [BLOCK_N, COLS]
     # The block in registers comes last, as in _gemv.py.
     sums = add_products(sums, first_block, weight, first_x)
     tl.store(y_ptr + row * SPEC.out + n, tl.sum(sums, axis=1), mask=n < SPEC.out)
-
-
-def row_block(weight: Weight) -> dict[str, int]:
-    """Returns rows and columns of the blocks in which a weight is multiplied by one row: at most a
-    quarter of a row's columns are masked in the last block, if blocks of 512 bytes allow that. A
-    thread of 128 loads at least 64 bytes."""
-    dim, line = weight.shape[1], weight.data[:1].nbytes  # bytes of a row
-    block = next((x for x in (2048, 1024) if -line % x <= line / 4), 512)
-    return {"BLOCK_N": 16 if block == 512 else 8, "BLOCK_K": block * dim // line, "STAGES": 4}
 
 
 def gate_up_config(
