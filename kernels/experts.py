@@ -53,6 +53,10 @@ def expert(weight: Weight, index: int, count: int) -> Weight:
     return weight.rows(index * rows, (index + 1) * rows)
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
 def _check(
     x: Tensor, gate_up: Weight, down: Weight, chosen: Tensor, weight: Tensor,
     dense: Tensor | None, dense_down: Weight | None,
@@ -102,13 +106,11 @@ def experts(
     _check(x, gate_up, down, chosen, weight, dense, dense_down)
     dense_y = x.new_empty(0)
     if is_matvec(x, gate_up):
-        flat = [
-            None if z is None else z.reshape(-1, z.shape[-1]).contiguous()
-            for z in (x, chosen, weight, dense)
-        ]
-        routed = Routed(*flat[1:3])
-        y, dense_y = expert_matvec(flat[0], gate_up, down, routed, flat[3], dense_down, pdl)
-        return y.view(x.shape), dense_y if dense is None else dense_y.view(x.shape)
+        assert down.data.is_contiguous() and down.shape[1] >= 16, f"{down.shape=}"
+        routed = Routed(_rows(chosen), _rows(weight))
+        dense_rows = None if dense is None else _rows(dense)
+        y, dense_rows = expert_matvec(_rows(x), gate_up, down, routed, dense_rows, dense_down, pdl)
+        return y.view(x.shape), dense_y if dense_rows is None else dense_rows.view(x.shape)
     if dense is not None and dense_down_proj is not None:
         dense_y = linear(
             dense, dense_down_proj, weight_scale=dense_down_proj_scale,
