@@ -7,8 +7,8 @@ Shapes and dtypes are in experts.py. A pair is a row of x and one of its top_k s
 
     order  = the pairs, sorted by expert                   :: [pairs]
     hidden = gelu(gate) * up of each pair, in this order   :: [pairs, width]
-    terms  = weight * (hidden @ downᵀ), in x's order       :: [rows, top_k, dim]
-    y      = sum over the slots, by PyTorch
+    terms  = hidden @ downᵀ, in the order of x             :: [rows, top_k, dim]
+    y      = sum over the slots of weight * terms          :: [rows, dim]
 
 A tile of a matmul has rows of one expert. So no row is dropped or padded, however the router
 distributes them. hidden and terms are rounded to x.dtype: terms in fp32 would double the bytes that
@@ -132,7 +132,6 @@ def _grouped_down_kernel(
     weight,  # Weight [EXPERTS * DIM, WIDTH]
     order_ptr,  # [rows * TOP_K]
     first_ptr,  # [EXPERTS + 1]
-    factor_ptr,  # [rows * TOP_K], fp32: multiplies each pair's result
     out_ptr,  # [rows * TOP_K, DIM], contiguous, not in order
     EXPERTS: tl.constexpr,
     DIM: tl.constexpr,
@@ -158,9 +157,27 @@ def _grouped_down_kernel(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     y = prompt_matmul(weight, row, hidden_ptr, WIDTH, GROUP, BLOCK_K, dtype)  # [BLOCK_N, BLOCK_M]
     pair = tl.load(order_ptr + position, mask=mask, other=0)  # [BLOCK_M]
-    y *= tl.load(factor_ptr + pair, mask=mask, other=0.0)[None, :]
     out = out_ptr + pair.to(tl.int64)[None, :] * DIM + col[:, None]  # [BLOCK_N, BLOCK_M]
     tl.store(out, y, mask=mask[None, :] & (col < DIM)[:, None])
+
+
+@triton.jit
+def _weighted_sum_kernel(
+    terms_ptr,  # [rows, TOP_K, DIM], contiguous
+    weight_ptr,  # [rows, TOP_K], contiguous
+    out_ptr,  # [rows, DIM], contiguous
+    TOP_K: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    out = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(TOP_K):
+        pair = row * TOP_K + i
+        term = tl.load(terms_ptr + pair * DIM + col, mask=col < DIM, other=0.0)  # [BLOCK]
+        out += tl.load(weight_ptr + pair) * term.to(tl.float32)
+    tl.store(out_ptr + row * DIM + col, out, mask=col < DIM)
 
 
 def default_config(rows: int, weight: Weight, itemsize: int, gpu: Gpu) -> dict[str, int]:
@@ -223,6 +240,7 @@ def grouped_experts(
     pairs = len(flat) * top_k
     hidden = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
     terms = torch.empty((pairs, dim), dtype=x.dtype, device=x.device)
+    out = torch.empty((len(flat), dim), dtype=x.dtype, device=x.device)
     if pairs:
         order, first = _sort_pairs(chosen.reshape(-1).contiguous(), experts)
         grid, config = _tiling("grouped_gate_up", pairs, experts, gate_up, x)
@@ -232,7 +250,12 @@ def grouped_experts(
         )  # fmt: skip
         grid, config = _tiling("grouped_down", pairs, experts, down, x)
         _grouped_down_kernel[grid](
-            hidden, down, order, first, weight.reshape(-1).contiguous(), terms, EXPERTS=experts,
-            DIM=dim, WIDTH=width, GROUP=down.group, **config,
+            hidden, down, order, first, terms, EXPERTS=experts, DIM=dim, WIDTH=width,
+            GROUP=down.group, **config,
         )  # fmt: skip
-    return terms.view(-1, top_k, dim).sum(1).view(x.shape)
+        block = min(triton.next_power_of_2(dim), 1024)
+        config = launch_config("weighted_sum", {"BLOCK": block, "num_warps": max(block // 256, 1)})
+        _weighted_sum_kernel[(len(flat), triton.cdiv(dim, block))](
+            terms, weight.contiguous(), out, TOP_K=top_k, DIM=dim, **config
+        )
+    return out.view(x.shape)
