@@ -28,6 +28,8 @@ from gemma_fast.kernels._op import op
 from gemma_fast.kernels._routing import Router, RouterSpec, _norm_router_kernel, _router_kernel
 from gemma_fast.kernels._skinny import MAX_ROWS
 from gemma_fast.kernels._triton import triton
+from gemma_fast.kernels.cpu import calls
+from gemma_fast.kernels.cpu import experts as cpu
 from gemma_fast.kernels.cpu.replay import recorder
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.matvec import check_matmul, is_matvec, norm_linear
@@ -161,6 +163,9 @@ def norm_router(
         offset=offset, weight_scale=gate_up_proj_scale, weight_minimum=gate_up_proj_minimum,
         pdl=pdl,
     )  # fmt: skip
+    if calls.runs_c(x):
+        factors = expert_norm_weight, router_scale, router_proj, per_expert_scale
+        return h, dense, *cpu.route(h, *factors, top_k=top_k, eps=eps, offset=offset)
     expert_input = rms_norm(h, expert_norm_weight, eps, offset)
     if runs_triton(x):
         flat = h.view(-1, dim)  # [rows, dim]
