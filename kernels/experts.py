@@ -21,8 +21,11 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import op
+from gemma_fast.kernels._skinny import MAX_ROWS
 from gemma_fast.kernels.cpu.replay import recorder
 from gemma_fast.kernels.geglu import geglu_reference
+from gemma_fast.kernels.grouped_experts import grouped_experts
+from gemma_fast.kernels.launch import runs_triton
 from gemma_fast.kernels.matvec import linear
 from gemma_fast.kernels.packed import Weight
 
@@ -82,5 +85,7 @@ def experts(
             dense, dense_down_proj, weight_scale=dense_down_proj_scale,
             weight_minimum=dense_down_proj_minimum, pdl=pdl,
         )  # fmt: skip
+    if runs_triton(x) and x.shape[:-1].numel() > MAX_ROWS:
+        return grouped_experts(x, gate_up, down, chosen, weight), dense_y
     recorder.missed = True  # the reference is not a C call
     return experts_reference(x, gate_up, down, chosen, weight), dense_y
