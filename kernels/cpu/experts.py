@@ -8,7 +8,6 @@ from torch import Tensor
 
 from gemma_fast.kernels.cpu.calls import (
     DTYPES,
-    MAX_ROWS,
     call,
     contiguous,
     pointer,
@@ -58,9 +57,7 @@ def route(
     return inputs, chosen, weight
 
 
-def few_rows(
-    x: Tensor, gate_up: Weight, down: Weight, chosen: Tensor, weight: Tensor
-) -> Tensor:
+def few_rows(x: Tensor, gate_up: Weight, down: Weight, chosen: Tensor, weight: Tensor) -> Tensor:
     """Returns y of experts.py."""
     x, chosen, weight = map(contiguous, (x, chosen, weight))
     y, top_k = torch.empty_like(x), chosen.shape[-1]
