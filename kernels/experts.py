@@ -85,6 +85,6 @@ def experts(
             weight_minimum=dense_down_proj_minimum, pdl=pdl,
         )  # fmt: skip
     if calls.runs_c(x) and calls.reads(gate_up) and calls.reads(down):
-        return cpu.few_rows(x, gate_up, down, chosen, weight), dense_y
+        return cpu.experts(x, gate_up, down, chosen, weight), dense_y
     recorder.missed = True  # the reference is not a C call
     return experts_reference(x, gate_up, down, chosen, weight), dense_y

@@ -8,12 +8,19 @@ from torch import Tensor
 
 from gemma_fast.kernels.cpu.calls import (
     DTYPES,
+    MAX_ROWS,
     call,
     contiguous,
+    geglu,
     pointer,
     weight_args,
 )
+from gemma_fast.kernels.cpu.matmul import linear, packed_linear
 from gemma_fast.kernels.packed import Weight
+
+# With more rows for each expert, unpacking its weights and a library's matmul take less time.
+FEW = 3
+ROWS = 4096  # at once, because each row has top_k results of experts
 
 
 class RouterArgs(ctypes.Structure):
@@ -32,7 +39,7 @@ class ExpertsArgs(ctypes.Structure):
 
     _fields_ = (
         ("x", c_void_p), ("chosen", c_void_p), ("weight", c_void_p), ("y", c_void_p),
-        ("rows", c_int64), ("top_k", c_int64), ("experts", c_int64), ("dtype", c_int),
+        ("rows", c_int64), ("top_k", c_int64), ("dtype", c_int),
     )  # fmt: skip
 
 
@@ -57,15 +64,66 @@ def route(
     return inputs, chosen, weight
 
 
-def few_rows(x: Tensor, gate_up: Weight, down: Weight, chosen: Tensor, weight: Tensor) -> Tensor:
+def experts(x: Tensor, gate_up: Weight, down: Weight, chosen: Tensor, weight: Tensor) -> Tensor:
     """Returns y of experts.py."""
+    assert chosen.dtype == torch.int32 and weight.dtype == torch.float32
+    dim, top_k = x.shape[-1], chosen.shape[-1]
+    rows, slots = x.reshape(-1, dim), chosen.reshape(-1, top_k)
+    count = down.shape[0] // dim
+    if len(rows) <= MAX_ROWS or slots.numel() <= FEW * count:
+        return _few_rows(x, gate_up, down, chosen, weight)
+    parts = (part.split(ROWS) for part in (rows, slots, weight.reshape(-1, top_k)))
+    return torch.cat([_many_rows(*part, gate_up, down) for part in zip(*parts, strict=True)]).view(
+        x.shape
+    )
+
+
+def _few_rows(x: Tensor, gate_up: Weight, down: Weight, chosen: Tensor, weight: Tensor) -> Tensor:
     x, chosen, weight = map(contiguous, (x, chosen, weight))
-    y, top_k = torch.empty_like(x), chosen.shape[-1]
-    rows, dim = x.numel() // x.shape[-1], x.shape[-1]
-    args = ExpertsArgs(
-        pointer(x), pointer(chosen), pointer(weight), pointer(y), rows, top_k,
-        down.shape[0] // dim, DTYPES[x.dtype],
-    )  # fmt: skip
+    y = torch.empty_like(x)
+    args = _experts_args(x, chosen, weight, y)
     weights = byref(weight_args(gate_up)), byref(weight_args(down))
     call("experts", byref(args), *weights, torch.get_num_threads())
     return y
+
+
+def _many_rows(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+    """Computes one expert after another, for the rows that chose it.
+
+    Rounds to x.dtype: packed weights, gate and up, gelu(gate) * up, and each expert's result.
+    """
+    dim, top_k = x.shape[-1], chosen.shape[-1]
+    pairs, count = chosen.flatten(), down.shape[0] // dim
+    order = pairs.argsort(stable=True)  # a pair is a row and a slot
+    row, place = order // top_k, torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    terms, start = torch.empty(len(order), dim, dtype=x.dtype), 0  # in the order of `order`
+    for index, size in enumerate(pairs.bincount(minlength=count).tolist()):
+        if size:
+            stop = start + size
+            hidden = _linear(x[row[start:stop]], _expert(gate_up, index, count))
+            hidden = geglu(*hidden.chunk(2, dim=-1))
+            terms[start:stop] = _linear(hidden, _expert(down, index, count))
+            start = stop
+    x, chosen, weight = map(contiguous, (x, chosen, weight))
+    y = torch.empty_like(x)
+    args = byref(_experts_args(x, chosen, weight, y))
+    call("sum_terms", args, pointer(terms), pointer(place), dim, torch.get_num_threads())
+    return y
+
+
+def _experts_args(x: Tensor, chosen: Tensor, weight: Tensor, y: Tensor) -> ExpertsArgs:
+    dim, top_k = x.shape[-1], chosen.shape[-1]
+    return ExpertsArgs(
+        pointer(x), pointer(chosen), pointer(weight), pointer(y), x.numel() // dim, top_k,
+        DTYPES[x.dtype],
+    )  # fmt: skip
+
+
+def _expert(weight: Weight, index: int, count: int) -> Weight:
+    rows = weight.shape[0] // count
+    return weight.rows(index * rows, (index + 1) * rows)
+
+
+def _linear(x: Tensor, weight: Weight) -> Tensor:
+    return packed_linear(x, weight) if weight.scale is not None else linear(x, weight.data)
