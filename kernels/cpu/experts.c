@@ -89,7 +89,8 @@ static void weighted_sums(
 /* Returns nonzero if memory ran out; then nothing is written. */
 int experts(const experts_t *a, const weight_t *gate_up, const weight_t *down, int threads) {
     int64_t dim = gate_up->dim, width = down->dim, pairs = a->rows * a->top_k;
-    int64_t experts = down->out / dim; /* experts */
+    int64_t experts = down->out / dim;
+    if (!pairs) return 0;
     int64_t *start = malloc((experts + 1 + 2 * pairs) * sizeof *start + pairs * sizeof(group_t));
     if (!start) return 1;
     int64_t *order = start + experts + 1, *place = order + pairs;
