@@ -20,7 +20,6 @@ from gemma_fast.kernels.packed import Weight
 
 # With more rows for each expert, unpacking its weights and a library's matmul take less time.
 FEW = 3
-ROWS = 4096  # at once, because each row has top_k results of experts
 
 
 class RouterArgs(ctypes.Structure):
@@ -68,56 +67,43 @@ def experts(x: Tensor, gate_up: Weight, down: Weight, chosen: Tensor, weight: Te
     """Returns y of experts.py."""
     assert chosen.dtype == torch.int32 and weight.dtype == torch.float32
     dim, top_k = x.shape[-1], chosen.shape[-1]
-    rows, slots = x.reshape(-1, dim), chosen.reshape(-1, top_k)
-    count = down.shape[0] // dim
-    if len(rows) <= MAX_ROWS or slots.numel() <= FEW * count:
-        return _few_rows(x, gate_up, down, chosen, weight)
-    parts = (part.split(ROWS) for part in (rows, slots, weight.reshape(-1, top_k)))
-    return torch.cat([_many_rows(*part, gate_up, down) for part in zip(*parts, strict=True)]).view(
-        x.shape
-    )
-
-
-def _few_rows(x: Tensor, gate_up: Weight, down: Weight, chosen: Tensor, weight: Tensor) -> Tensor:
+    rows, count = x.numel() // dim, down.shape[0] // dim
+    few = rows <= MAX_ROWS or rows * top_k <= FEW * count
     x, chosen, weight = map(contiguous, (x, chosen, weight))
     y = torch.empty_like(x)
-    args = _experts_args(x, chosen, weight, y)
-    weights = byref(weight_args(gate_up)), byref(weight_args(down))
-    call("experts", byref(args), *weights, torch.get_num_threads())
+    args = ExpertsArgs(
+        pointer(x), pointer(chosen), pointer(weight), pointer(y), rows, top_k, DTYPES[x.dtype]
+    )  # fmt: skip
+    threads = torch.get_num_threads()
+    if few:
+        weights = byref(weight_args(gate_up)), byref(weight_args(down))
+        call("experts", byref(args), *weights, threads)
+        return y
+    terms, place = _terms(x.view(rows, dim), chosen.view(rows, top_k), gate_up, down)
+    call("sum_terms", byref(args), pointer(terms), pointer(place), dim, threads)
     return y
 
 
-def _many_rows(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Weight, down: Weight) -> Tensor:
-    """Computes one expert after another, for the rows that chose it.
+def _terms(x: Tensor, chosen: Tensor, gate_up: Weight, down: Weight) -> tuple[Tensor, Tensor]:
+    """Returns the results of the chosen experts, sorted by expert :: [pairs, dim], and for each
+    pair of a row and a slot its place among them :: [pairs]. Computes one expert after another.
 
-    Rounds to x.dtype: packed weights, gate and up, gelu(gate) * up, and each expert's result.
+    Rounds to x.dtype: packed weights, gate and up, gelu(gate) * up, and the results.
     """
-    dim, top_k = x.shape[-1], chosen.shape[-1]
-    pairs, count = chosen.flatten(), down.shape[0] // dim
-    order = pairs.argsort(stable=True)  # a pair is a row and a slot
-    row, place = order // top_k, torch.empty_like(order)
-    place[order] = torch.arange(len(order))
-    terms, start = torch.empty(len(order), dim, dtype=x.dtype), 0  # in the order of `order`
-    for index, size in enumerate(pairs.bincount(minlength=count).tolist()):
+    (rows, dim), top_k, count = x.shape, chosen.shape[1], down.shape[0] // x.shape[1]
+    pairs = rows * top_k
+    order = chosen.flatten().argsort(stable=True)  # [pairs]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(pairs)
+    terms, row, start = torch.empty(pairs, dim, dtype=x.dtype), order // top_k, 0
+    for index, size in enumerate(chosen.flatten().bincount(minlength=count).tolist()):
         if size:
             stop = start + size
             hidden = _linear(x[row[start:stop]], _expert(gate_up, index, count))
             hidden = geglu(*hidden.chunk(2, dim=-1))
             terms[start:stop] = _linear(hidden, _expert(down, index, count))
             start = stop
-    x, chosen, weight = map(contiguous, (x, chosen, weight))
-    y = torch.empty_like(x)
-    args = byref(_experts_args(x, chosen, weight, y))
-    call("sum_terms", args, pointer(terms), pointer(place), dim, torch.get_num_threads())
-    return y
-
-
-def _experts_args(x: Tensor, chosen: Tensor, weight: Tensor, y: Tensor) -> ExpertsArgs:
-    dim, top_k = x.shape[-1], chosen.shape[-1]
-    return ExpertsArgs(
-        pointer(x), pointer(chosen), pointer(weight), pointer(y), x.numel() // dim, top_k,
-        DTYPES[x.dtype],
-    )  # fmt: skip
+    return terms, place
 
 
 def _expert(weight: Weight, index: int, count: int) -> Weight:
