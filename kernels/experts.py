@@ -83,6 +83,11 @@ def _fake(
     return x.new_empty(x.shape), x.new_empty(x.shape if dense is not None else 0)
 
 
+def _flat(x: Tensor) -> Tensor:
+    """Returns x :: [rows, columns], contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
 @op(fake=_fake)
 def experts(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, chosen: Tensor, weight: Tensor,
@@ -106,12 +111,11 @@ def experts(
     _check(x, gate_up, down, chosen, weight, dense, dense_down)
     dense_y = x.new_empty(0)
     if is_matvec(x, gate_up):
-        flat = [
-            None if z is None else z.reshape(-1, z.shape[-1]).contiguous()
-            for z in (x, chosen, weight, dense)
-        ]
-        routed = Routed(*flat[1:3])
-        y, dense_y = expert_matvec(flat[0], gate_up, down, routed, flat[3], dense_down, pdl)
+        routed, dense = (
+            Routed(_flat(chosen), _flat(weight)),
+            None if dense is None else _flat(dense),
+        )
+        y, dense_y = expert_matvec(_flat(x), gate_up, down, routed, dense, dense_down, pdl)
         return y.view(x.shape), dense_y if dense is None else dense_y.view(x.shape)
     if dense is not None and dense_down_proj is not None:
         dense_y = linear(
@@ -119,7 +123,7 @@ def experts(
             weight_minimum=dense_down_proj_minimum, pdl=pdl,
         )  # fmt: skip
     if calls.runs_c(x) and calls.reads(gate_up) and calls.reads(down):
-        return cpu.few_rows(x, gate_up, down, chosen, weight), dense_y
+        return cpu.experts(x, gate_up, down, chosen, weight), dense_y
     if runs_triton(x):
         return grouped_experts(x, gate_up, down, chosen, weight), dense_y
     recorder.missed = True  # the reference is not a C call
