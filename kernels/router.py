@@ -44,8 +44,14 @@ def router_reference(
     h: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tensor, top_k: int, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """Returns (chosen, weight) :: [..., top_k]."""
+    logits = router_logits_reference(h, scale, proj, eps)
+    return choose_experts_reference(logits, per_expert_scale, top_k)
+
+
+def router_logits_reference(h: Tensor, scale: Tensor, proj: Tensor, eps: float) -> Tensor:
+    """Returns the router's logits :: [..., experts], fp32."""
     x = rms_norm_in_fp32(h, eps) * scale.float() * h.shape[-1] ** -0.5
-    return choose_experts_reference(x @ proj.float().T, per_expert_scale, top_k)
+    return x @ proj.float().T
 
 
 def rms_norm_in_fp32(h: Tensor, eps: float) -> Tensor:
@@ -90,3 +96,27 @@ def norm_router(
     inputs = rms_norm(h, expert_norm_weight, eps, offset)
     chosen, weight = router_reference(h, router_scale, router_proj, per_expert_scale, top_k, eps)
     return h, dense, inputs, chosen, weight
+
+
+def _fake_route(
+    h: Tensor, router_scale: Tensor, router_proj: Tensor, per_expert_scale: Tensor, *, top_k: int,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    p = h.new_empty(*h.shape[:-1], router_proj.shape[0], dtype=torch.float32)
+    chosen = h.new_empty(*h.shape[:-1], top_k, dtype=torch.int32)
+    return p, chosen, h.new_empty(chosen.shape, dtype=torch.float32)
+
+
+@op(fake=_fake_route)
+def route(
+    h: Tensor, router_scale: Tensor, router_proj: Tensor, per_expert_scale: Tensor, *, top_k: int,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns (p, chosen, weight), as defined above: the router alone. p :: [..., experts], fp32"""
+    assert 0 < top_k <= router_proj.shape[0] == per_expert_scale.shape[0], f"{top_k=}"
+    assert router_proj.shape[1:] == router_scale.shape == h.shape[-1:], f"{router_proj.shape=}"
+    assert router_proj.dtype == h.dtype
+    recorder.missed = True  # the reference is not a C call
+    logits = router_logits_reference(h, router_scale, router_proj, eps)
+    chosen, weight = choose_experts_reference(logits, per_expert_scale, top_k)
+    return logits.softmax(-1), chosen, weight

@@ -118,6 +118,11 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=TOLERANCE * size, rtol=0)
 
 
+def typical_error(logits: Tensor, exact: Tensor) -> Tensor:
+    """Returns the RMS error of a token's logits: the median over the tokens."""
+    return (logits.float() - exact).square().mean(-1).sqrt().median()
+
+
 def left_padded(twins: Twins, counts: list[int]):
     """Returns prompts of these lengths, and their left-padded batch (ids and attention mask)."""
     prompts = [twins.prompt(1, count, seed=count) for count in counts]
