@@ -38,7 +38,7 @@ def _packed_values(words, weight):
 
 
 @triton.jit
-def _add_products(sums, block, weight, x):
+def add_products(sums, block, weight, x):
     """Adds block [BLOCK_N, BLOCK_K] of the weight * x [1, BLOCK_K] to sums [BLOCK_N, COLS]. Each
     sum adds up neighboring columns that one thread holds."""
     if weight.scale is None:
@@ -83,10 +83,10 @@ def gemv(
         # [1, BLOCK_K]
         x = load_input(inputs, scales, h_ptr, rows, k, OFFSET, DIM, 1, BLOCK_K)
         block = load_weight(weight, weight_row, k, DIM, GROUP, BLOCK_K)
-        sums = _add_products(sums, block, weight, x)
+        sums = add_products(sums, block, weight, x)
     # The block in registers comes last: the loop's loads are then issued before it is used.
     # [BLOCK_N, 1]
-    return tl.sum(_add_products(sums, first_block, weight, first_x), axis=1, keep_dims=True)
+    return tl.sum(add_products(sums, first_block, weight, first_x), axis=1, keep_dims=True)
 
 
 def default_config(weight: Weight, itemsize: int) -> dict[str, int]:

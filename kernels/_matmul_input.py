@@ -28,7 +28,7 @@ class Scales(NamedTuple):
 
 
 @triton.jit
-def _load_h(inputs, scales, row, col, mask, OFFSET: tl.constexpr, DIM: tl.constexpr):
+def load_h(inputs, scales, row, col, mask, OFFSET: tl.constexpr, DIM: tl.constexpr):
     """Computes h at row :: [BLOCK_B, 1] and col :: [1, cols], rounded to x's dtype. Returns it in
     fp32, [BLOCK_B, cols]."""
     dtype = inputs.x.dtype.element_ty
@@ -72,7 +72,7 @@ def norm_scales(
     if inputs.norm_weight is not None:
         for k in range(0, DIM, BLOCK):
             mask = (row < rows) & (k + offset < DIM)  # [BLOCK_B, BLOCK]
-            h = _load_h(inputs, scales, row, k + offset, mask, OFFSET, DIM)  # [BLOCK_B, BLOCK]
+            h = load_h(inputs, scales, row, k + offset, mask, OFFSET, DIM)  # [BLOCK_B, BLOCK]
             scale += tl.sum(h * h, axis=1, keep_dims=True)  # [BLOCK_B, 1]
             if h_ptr is not None:
                 tl.store(h_ptr + row * DIM + k + offset, h, mask=mask & stores_h)
@@ -92,12 +92,12 @@ def load_input(
     col = k + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
     mask = (row < rows) & (col < DIM)  # [BLOCK_B, BLOCK_K]
     if inputs.norm_weight is not None:
-        h = _load_h(inputs, scales, row, col, mask, OFFSET, DIM)  # [BLOCK_B, BLOCK_K]
+        h = load_h(inputs, scales, row, col, mask, OFFSET, DIM)  # [BLOCK_B, BLOCK_K]
         norm_weight = tl.load(inputs.norm_weight + col, mask=col < DIM, other=0.0).to(tl.float32)
         return (h * scales.norm * add_offset(norm_weight, OFFSET)).to(dtype)
     elif inputs.post_norm_weight is not None:
         # [BLOCK_B, BLOCK_K]
-        h = _load_h(inputs, scales, row, col, mask, OFFSET, DIM).to(dtype)
+        h = load_h(inputs, scales, row, col, mask, OFFSET, DIM).to(dtype)
         tl.store(h_ptr + row * DIM + col, h, mask=mask & (tl.program_id(0) == 0))
         return h
     else:

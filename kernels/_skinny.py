@@ -7,20 +7,13 @@ the columns, and the parts are added up at the end.
 """
 
 from gemma_fast.kernels._matmul_input import load_input
+from gemma_fast.kernels._prefetch import prefetch
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels._weight import by_unit, load_weight, unit_of
 from gemma_fast.kernels.packed import Weight
 
 MAX_ROWS = 8
 PARTS = tl.constexpr(4)  # of the columns of a packed block: one for each warp
-
-
-@triton.jit
-def _prefetch(pointer):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointer],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -41,11 +34,11 @@ def prefetch_weight(
     row = weight_row.to(tl.int64)[:, None]  # [BLOCK_N, 1]
     # [1, BLOCK_K / PACKED / LINE]
     col = tl.minimum(tl.arange(0, BLOCK_K // PACKED // LINE) * LINE, END - 1)[None, :]
-    _prefetch(weight.data + row * END + col)  # [BLOCK_N, BLOCK_K / PACKED / LINE]
+    prefetch(weight.data + row * END + col)  # [BLOCK_N, BLOCK_K / PACKED / LINE]
     if weight.scale is not None:
-        _prefetch(weight.scale + row * (DIM // GROUP))
+        prefetch(weight.scale + row * (DIM // GROUP))
     if weight.minimum is not None:
-        _prefetch(weight.minimum + row * (DIM // GROUP))
+        prefetch(weight.minimum + row * (DIM // GROUP))
 
 
 @triton.jit

@@ -4,14 +4,35 @@ A unit is what a thread loads of a packed weight at a time: 16 bytes, which have
 bits and 32 in 4 bits. The columns of a unit are in one group, so they share a scale.
 """
 
+from typing import Any, NamedTuple
+
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.packed import Weight
+
+
+class Seam(NamedTuple):
+    """A column of a block at which the block's rows continue in other rows of the weight, and what
+    is added to the rows' numbers before that column and from it on. Columns are counted on, as if
+    the next row of the weight followed."""
+
+    column: Any  # a multiple of the weight's group
+    before: Any
+    after: Any
 
 
 @triton.constexpr_function
 def unit_of(dtype):
     """Returns the columns in 16 bytes of a weight's data of this dtype."""
     return 32 if dtype == tl.uint8 else 128 // dtype.primitive_bitwidth
+
+
+@triton.jit
+def row_at(row, seam, col):
+    """Returns the row of the weight, for row :: [BLOCK_N, 1] and col :: [1, cols]."""
+    if seam is None:
+        return row
+    else:
+        return row + tl.where(col < seam.column, seam.before, seam.after)  # [BLOCK_N, cols]
 
 
 @triton.jit
@@ -22,35 +43,41 @@ def load_weight(
     DIM: tl.constexpr,
     GROUP: tl.constexpr,  # columns that share a scale; 0: not packed
     BLOCK_K: tl.constexpr,
+    seam=None,  # Seam | None: the block ends with the row
+    END: tl.constexpr = None,  # end of the columns, with a seam
 ):
     """Loads columns k … k + BLOCK_K - 1 of rows of the weight: [BLOCK_N, BLOCK_K]. Of a packed
     weight, returns a Weight of values: data, int32 words of units :: [BLOCK_N, UNITS, 4], scale and
     minimum :: [BLOCK_N, groups], see by_unit."""
+    LAST: tl.constexpr = DIM if END is None else END
     row = row.to(tl.int64)[:, None]  # [BLOCK_N, 1]
     if weight.scale is None:
         col = k + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
-        pointer = weight.data + row * DIM + col  # [BLOCK_N, BLOCK_K]
-        if DIM % BLOCK_K == 0:
+        pointer = weight.data + row_at(row, seam, col) * DIM + col  # [BLOCK_N, BLOCK_K]
+        if LAST % BLOCK_K == 0:
             return tl.load(pointer, eviction_policy="evict_first")  # [BLOCK_N, BLOCK_K]
         else:
-            return tl.load(pointer, mask=col < DIM, other=0.0, eviction_policy="evict_first")
+            return tl.load(pointer, mask=col < LAST, other=0.0, eviction_policy="evict_first")
     else:
         UNIT: tl.constexpr = unit_of(weight.data.dtype.element_ty)
         unit = k // UNIT + tl.arange(0, BLOCK_K // UNIT)[None, :]  # [1, UNITS]
-        mask = unit < DIM // UNIT  # [1, UNITS]
-        word = row * (DIM // UNIT * 4) + unit * 4  # [BLOCK_N, UNITS]
+        mask = unit < LAST // UNIT  # [1, UNITS]
+        # [BLOCK_N, UNITS]
+        word = row_at(row, seam, unit * UNIT) * (DIM // UNIT * 4) + unit * 4
         word = word[:, :, None] + tl.arange(0, 4)[None, None, :]  # [BLOCK_N, UNITS, 4]
         words = tl.load(
             weight.data.to(tl.pointer_type(tl.int32)) + word, mask=mask[:, :, None], other=0,
             eviction_policy="evict_first",
         )  # fmt: skip
-        if GROUP == DIM:
+        if GROUP == DIM and seam is None:
             group, mask = row, row >= 0  # [BLOCK_N, 1]
         elif BLOCK_K % GROUP == 0:
             group = k // GROUP + tl.arange(0, BLOCK_K // GROUP)[None, :]  # [1, BLOCK_K / GROUP]
-            group, mask = row * (DIM // GROUP) + group, group < DIM // GROUP
+            mask = group < LAST // GROUP
+            group = row_at(row, seam, group * GROUP) * (DIM // GROUP) + group
         else:
-            group = row * (DIM // GROUP) + unit // (GROUP // UNIT)  # [BLOCK_N, UNITS]
+            # [BLOCK_N, UNITS]
+            group = row_at(row, seam, unit * UNIT) * (DIM // GROUP) + unit // (GROUP // UNIT)
         scale = tl.load(weight.scale + group, mask=mask, other=0.0)
         minimum = scale  # not used; Triton 3.6 cannot return None in a tuple
         if weight.minimum is not None:

@@ -27,16 +27,14 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._gemv import default_config as gemv_config
-from gemma_fast.kernels._gemv import gemv
-from gemma_fast.kernels._matmul_input import MatmulInput, Scales, norm_scales
-from gemma_fast.kernels._op import op, wait_for_previous_kernel
-from gemma_fast.kernels._skinny import MAX_ROWS, prefetch_weight, skinny_matmul
+from gemma_fast.kernels._matmul_input import MatmulInput
+from gemma_fast.kernels._matvec_block import matvec_block
+from gemma_fast.kernels._op import op
+from gemma_fast.kernels._skinny import MAX_ROWS
 from gemma_fast.kernels._skinny import default_config as skinny_config
 from gemma_fast.kernels._triton import tl, triton
-from gemma_fast.kernels._weight import load_weight
 from gemma_fast.kernels.cpu import calls
 from gemma_fast.kernels.geglu import geglu as geglu_of
-from gemma_fast.kernels.geglu import geglu_in_fp32
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.packed import Weight
 from gemma_fast.kernels.packed_linear import packed_linear, torch_linear
@@ -64,42 +62,10 @@ def _matvec_kernel(
     STAGES: tl.constexpr,  # blocks in flight at once
     PDL: tl.constexpr,
 ):
-    COLS: tl.constexpr = BLOCK_N // 2 if GEGLU else BLOCK_N  # columns of the output
-    program, n = tl.program_id(0), tl.arange(0, BLOCK_N)  # n :: [BLOCK_N]
-    weight_row = (program * COLS + n % COLS) % OUT + n // COLS * OUT  # [BLOCK_N]
-    if BLOCK_B == 1:
-        first_block = load_weight(weight, weight_row, 0, DIM, GROUP, BLOCK_K)
-    elif PDL:
-        prefetch_weight(weight, weight_row, DIM, GROUP, BLOCK_K)
-    wait_for_previous_kernel(PDL)
-    if up_ptr is not None:  # before the matmul, which hides the latency
-        col = program * COLS + tl.arange(0, COLS)[:, None]  # [COLS, 1]
-        row = tl.arange(0, BLOCK_B)[None, :]  # [1, BLOCK_B]
-        up = up_ptr + row * up_row_stride + col  # [COLS, BLOCK_B]
-        up = tl.load(up, mask=(col < OUT) & (row < rows), other=0.0)
-    scales = Scales(0.0, 0.0, 0.0)
-    if inputs.norm_weight is not None or inputs.post_norm_weight is not None:
-        scales = norm_scales(inputs, h_ptr, rows, program == 0, EPS, OFFSET, DIM, BLOCK_B, BLOCK_K)
-    if BLOCK_B == 1:
-        # [BLOCK_N, 1]
-        out = gemv(
-            first_block, None, weight, weight_row, inputs, scales, h_ptr, rows,
-            OFFSET, DIM, GROUP, BLOCK_K, STAGES,
-        )  # fmt: skip
-    else:
-        # [BLOCK_N, BLOCK_B]
-        out = skinny_matmul(
-            weight, weight_row, inputs, scales, h_ptr, rows,
-            OFFSET, DIM, GROUP, BLOCK_B, BLOCK_K, STAGES,
-        )  # fmt: skip
-    if GEGLU:
-        gate, up = out.reshape([2, COLS, BLOCK_B]).permute(1, 2, 0).split()  # [COLS, BLOCK_B]
-        out = geglu_in_fp32(gate, up)  # [COLS, BLOCK_B]
-    elif up_ptr is not None:
-        out = geglu_in_fp32(out, up.to(tl.float32))
-    col = program * COLS + tl.arange(0, COLS)[:, None]  # [COLS, 1]
-    row = tl.arange(0, BLOCK_B)[None, :]  # [1, BLOCK_B]
-    tl.store(out_ptr + row * OUT + col, out, mask=(col < OUT) & (row < rows))
+    matvec_block(
+        tl.program_id(0), inputs, weight, None, out_ptr, h_ptr, up_ptr, up_row_stride, rows,
+        EPS, OFFSET, DIM, OUT, GROUP, GEGLU, BLOCK_B, BLOCK_N, BLOCK_K, STAGES, PDL,
+    )  # fmt: skip
 
 
 def default_config(rows: int, weight: Weight, itemsize: int) -> dict[str, int]:

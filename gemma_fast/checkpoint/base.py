@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gemma_fast.checkpoint.experts import ExpertRows, expert_rows, stored_shape
 from gemma_fast.checkpoint.names import is_unused
 from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.packed import PackedRows, Packing
@@ -103,7 +104,14 @@ class FileCheckpoint(Checkpoint):
         self.stored: dict[str, Any] = {}
 
     def add(self, name: str, shape: tuple[int, ...], file: Path, stored: Any) -> None:
-        """Adds a tensor. Raises ValueError if there is already a tensor of this name."""
+        """Adds a tensor. Splits a tensor with matrices of all experts. Raises ValueError if that
+        has another shape than the config requires, or if there is already a tensor of the name."""
+        if (required := stored_shape(name, self.config)) is not None:
+            if shape != required:
+                raise ValueError(_misshapen(file, stored.name, shape, required))
+            for rows in expert_rows(name, self.config):
+                self.add(rows.name, rows.shape, file, self._split(stored, rows))
+            return
         if name in self.files:
             raise ValueError(f"{file}: tensor {name} is in {self.files[name]} as well")
         self.shapes[name], self.files[name], self.stored[name] = shape, file, stored
@@ -122,10 +130,7 @@ class FileCheckpoint(Checkpoint):
                     f"{self.path}: tensor {name} is missing: download or convert the model again"
                 )
             if self.shapes[name] != shape:
-                raise ValueError(
-                    f"{self.files[name]}: tensor {name} has shape {self.shapes[name]},"
-                    f" but the config requires {shape}: download or convert the model again"
-                )
+                raise ValueError(_misshapen(self.files[name], name, self.shapes[name], shape))
         for name in self.shapes:
             if name not in expected:
                 raise ValueError(
@@ -135,6 +140,10 @@ class FileCheckpoint(Checkpoint):
 
     def rows(self, name: str, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         return self._rows(name, start, stop).to(device)
+
+    @abstractmethod
+    def _split(self, stored: Any, rows: ExpertRows) -> Any:
+        """Returns what the subclass needs to read one expert's matrix in a stored tensor."""
 
     @abstractmethod
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -165,6 +174,13 @@ class FileCheckpoint(Checkpoint):
     def _drop(self, name: str) -> None:
         for table in (self.shapes, self.files, self.stored):
             del table[name]
+
+
+def _misshapen(file: Path, name: str, shape: tuple[int, ...], required: tuple[int, ...]) -> str:
+    return (
+        f"{file}: tensor {name} has shape {shape}, but the config requires {required}: download or"
+        " convert the model again"
+    )
 
 
 def parse_content(path: Path, parse: Callable[[dict[str, Any]], T], content: dict[str, Any]) -> T:

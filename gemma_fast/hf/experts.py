@@ -20,12 +20,13 @@ def why_not_router(module: Any, dtype: torch.dtype | None = None) -> str | None:
     proj = module.proj
     if type(proj) is not nn.Linear or is_quantized(proj) or "forward" in vars(proj):
         return f"its proj is a {type(proj).__name__} that is not a plain torch.nn.Linear"
-    if type(proj.weight) is not nn.Parameter or proj.bias is not None:
-        return f"its proj has a bias, or a weight of type {type(proj.weight).__name__}"
+    weight = proj.weight
+    if type(weight) is not nn.Parameter or not weight.is_contiguous() or proj.bias is not None:
+        return f"its proj has a bias, or a {type(weight).__name__} that is not plain and contiguous"
     if has_hooks(proj) or has_hooks(module.norm):
         return "its proj or norm has hooks, and the kernel does not call these modules"
-    if dtype not in (None, proj.weight.dtype):
-        return f"its proj is {proj.weight.dtype}, but x is {dtype}"
+    if dtype not in (None, weight.dtype):
+        return f"its proj is {weight.dtype}, but x is {dtype}"
     return None
 
 

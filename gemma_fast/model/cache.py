@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.config import GemmaConfig, LayerShape
+from gemma_fast.kernels.matvec import MAX_ROWS
 from gemma_fast.model.padding import check_position_ids, check_shape, left_padding
 from gemma_fast.model.rope import Rope
 
@@ -41,7 +42,8 @@ class KVCache:
     next_position :: [b], int32: position of each row's next token; negative while a row is still in
                      its left padding
     angles        :: layer type → cos, sin :: [≥ max_length, d / 2], fp32, see rope.py
-    counter       :: [≥ b * n] for all n, int32, zeros: kernels count their finished programs here
+    counter       :: [≥ b * n for all n, ≥ MAX_ROWS], int32, zeros: kernels count their finished
+                     programs here
 
     All these tensors are on the device. If the cache is full, `reserve` doubles its length, up to
     the model's context; with grows=False it raises ValueError instead. All caches of a model share
@@ -68,7 +70,7 @@ class KVCache:
             [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes] for _ in "kv"
         )
         self.next_position = torch.zeros(batch, dtype=torch.int32, device=device)
-        counters = max(batch * n for _, n, _, _ in shapes)
+        counters = max(MAX_ROWS, *(batch * n for _, n, _, _ in shapes))
         self.counter = torch.zeros(counters, dtype=torch.int32, device=device)
         self._rows = [_Row() for _ in range(batch)]
         self._allocate(max_length)

@@ -192,12 +192,3 @@ def test_bad_layer_scalars_in_memory_are_refused():
     del layer.layer_scalar
     with pytest.raises(ValueError, match=r"layers\.3\.layer_scalar is missing"):
         TransformersCheckpoint(source)
-
-
-def test_a_mixture_of_experts_in_memory_is_refused():
-    config = random_transformers_model(CONFIGS["gemma4-per-layer"]).config.to_dict()
-    config |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
-    config = transformers.Gemma4TextConfig.from_dict(config | {"moe_intermediate_size": 8})
-    source = transformers.Gemma4ForCausalLM(config)
-    with pytest.raises(ValueError, match=r"Gemma4ForCausalLM: enable_moe_block=True.*26B-A4B"):
-        GemmaForCausalLM.from_transformers(source)

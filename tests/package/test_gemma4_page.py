@@ -34,6 +34,8 @@ def column(name: str) -> list[str]:
         str(config.num_attention_heads),
         f"{window[0].num_key_value_heads} / {full[0].num_key_value_heads}",
         ", ".join(map(str, widths)),
+        f"{config.num_experts} × {config.moe_intermediate_size}" if config.num_experts else "0",
+        str(config.top_k_experts),
         str(config.sliding_window),
         str(config.max_position_embeddings),
         f"{config.num_parameters / 1e9:.2f} B",
@@ -68,5 +70,6 @@ def test_savings_are_those_of_the_configs():
         values.append(f"{BF16 * v_proj * config.hidden_size / 1e6:.0f} MB")
         updates.append(f"{bytes_of_a_token(config, 0).get('per-layer embeddings', 0) / 1e6:.0f} MB")
     assert f"saves {shares[0]} and {shares[1]} of the KV cache" in text
-    assert f"saves `v_proj`: {values[2]} of 12B, {values[3]} of 31B" in text
+    large = f"{values[2]} of 12B, {values[3]} of 26B-A4B, {values[4]} of 31B"
+    assert f"saves `v_proj`: {large}" in text
     assert f"with W, {updates[0]} and {updates[1]} of weights per token" in text

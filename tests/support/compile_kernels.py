@@ -38,6 +38,7 @@ from gemma_launches import (
     WHOLE,
     launch_all,
     launch_gemma_4,
+    launch_grouped_experts,
     launch_packed,
     launch_packed_prompts,
     launches,
@@ -173,6 +174,7 @@ def main(capability: int, describe: Callable[..., str], only_first: bool) -> Non
             launch_all(dtype, prompts)
             launch_gemma_4(dtype, layers)
             launch_packed_prompts(dtype)
+            launch_grouped_experts(dtype)
         launch_packed(torch.float16, PACKED + MORE_PACKED * whole)
     different, first = {}, {}
     for i, (kernel, args, kwargs) in enumerate(launches):
