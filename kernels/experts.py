@@ -21,10 +21,13 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._op import op
+from gemma_fast.kernels._skinny import MAX_ROWS
 from gemma_fast.kernels.cpu import calls
 from gemma_fast.kernels.cpu import experts as cpu
 from gemma_fast.kernels.cpu.replay import recorder
 from gemma_fast.kernels.geglu import geglu_reference
+from gemma_fast.kernels.grouped_experts import grouped_experts
+from gemma_fast.kernels.launch import runs_triton
 from gemma_fast.kernels.matvec import linear
 from gemma_fast.kernels.packed import Weight
 
@@ -86,5 +89,7 @@ def experts(
         )  # fmt: skip
     if calls.runs_c(x) and calls.reads(gate_up) and calls.reads(down):
         return cpu.few_rows(x, gate_up, down, chosen, weight), dense_y
+    if runs_triton(x) and x.shape[:-1].numel() > MAX_ROWS:
+        return grouped_experts(x, gate_up, down, chosen, weight), dense_y
     recorder.missed = True  # the reference is not a C call
     return experts_reference(x, gate_up, down, chosen, weight), dense_y

@@ -21,68 +21,12 @@ those of the chosen experts. Walk-through step: MLP.
 import torch
 from torch import Tensor
 
+from gemma_fast.kernels._expert_tiles import expert_tile, sort_pairs, tile_rows
 from gemma_fast.kernels._prompt_matmul import fitting_block, prompt_matmul
-from gemma_fast.kernels._tiles import tile_at
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.geglu import geglu_in_fp32
 from gemma_fast.kernels.launch import Gpu, gpu, launch_config
 from gemma_fast.kernels.packed import Weight
-
-
-@triton.jit(do_not_specialize=["pairs"])
-def _sort_pairs_kernel(
-    chosen_ptr,  # [pairs], contiguous
-    order_ptr,  # [pairs]
-    first_ptr,  # [experts + 1]: position in order of each expert's first pair
-    pairs,
-    BLOCK: tl.constexpr,
-):
-    """A program writes the pairs of one expert, in order. The last one has no pairs, only a first
-    position."""
-    expert = tl.program_id(0)
-    before = tl.zeros([BLOCK], tl.int32)
-    for i in range(0, pairs, BLOCK):
-        pair = i + tl.arange(0, BLOCK)  # [BLOCK]
-        chosen = tl.load(chosen_ptr + pair, mask=pair < pairs, other=expert)  # [BLOCK]
-        before += (chosen < expert).to(tl.int32)
-    position = tl.sum(before)
-    tl.store(first_ptr + expert, position)
-    for i in range(0, pairs, BLOCK):
-        pair = i + tl.arange(0, BLOCK)  # [BLOCK]
-        chosen = tl.load(chosen_ptr + pair, mask=pair < pairs, other=-1)  # [BLOCK]
-        own = (chosen == expert).to(tl.int32)  # [BLOCK]
-        tl.store(order_ptr + position + tl.cumsum(own) - 1, pair, mask=own != 0)
-        position += tl.sum(own)
-
-
-@triton.jit
-def _tile_of_program(first_ptr, tiles_n, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Returns the expert of this program's tile, and the tile's number among those of the expert.
-    Tiles are numbered expert by expert. A program that has no tile gets an expert >= EXPERTS."""
-    index = tl.arange(0, triton.next_power_of_2(EXPERTS))  # [experts]
-    first = tl.load(first_ptr + index, mask=index < EXPERTS, other=0)  # [experts]
-    end = tl.load(first_ptr + index + 1, mask=index < EXPERTS, other=0)
-    # Number of tiles up to the end of each expert.
-    tiles = tl.cumsum(tl.cdiv(end - first, BLOCK_M) * tiles_n)  # [experts]
-    before = tiles <= tl.program_id(0)  # [experts]
-    return tl.sum(before.to(tl.int32)), tl.program_id(0) - tl.max(tl.where(before, tiles, 0))
-
-
-@triton.jit
-def _positions_and_columns(
-    first_ptr,
-    expert,
-    tile,
-    tiles_n,
-    BLOCK_M: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """Returns a tile's positions in order, [BLOCK_M], which of them the expert has, and the tile's
-    columns, counted in tiles."""
-    first, end = tl.load(first_ptr + expert), tl.load(first_ptr + expert + 1)
-    tile_m, tile_n = tile_at(tile, tl.cdiv(end - first, BLOCK_M), tiles_n, GROUP_M)
-    position = first + tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    return position, position < end, tile_n
 
 
 @triton.jit
@@ -103,12 +47,10 @@ def _grouped_gate_up_kernel(
     GROUP_M: tl.constexpr,  # tiles of rows that share weights in the L2 cache
 ):
     tiles_n: tl.constexpr = (2 * WIDTH + BLOCK_N - 1) // BLOCK_N
-    expert, tile = _tile_of_program(first_ptr, tiles_n, EXPERTS, BLOCK_M)
+    expert, tile = expert_tile(first_ptr, tiles_n, EXPERTS, BLOCK_M)
     if expert >= EXPERTS:
         return
-    position, mask, tile_n = _positions_and_columns(
-        first_ptr, expert, tile, tiles_n, BLOCK_M, GROUP_M
-    )
+    position, mask, tile_n = tile_rows(first_ptr, expert, tile, tiles_n, BLOCK_M, GROUP_M)
     x_row = tl.load(order_ptr + position, mask=mask, other=0) // TOP_K  # [BLOCK_M]
     x_ptr += x_row.to(tl.int64)[:, None] * DIM  # [BLOCK_M, 1]
     # Gate and up alternate every 8 rows: in the tensor cores' layout, a thread then has both.
@@ -143,12 +85,10 @@ def _grouped_down_kernel(
     GROUP_M: tl.constexpr,  # tiles of rows that share weights in the L2 cache
 ):
     tiles_n: tl.constexpr = (DIM + BLOCK_N - 1) // BLOCK_N
-    expert, tile = _tile_of_program(first_ptr, tiles_n, EXPERTS, BLOCK_M)
+    expert, tile = expert_tile(first_ptr, tiles_n, EXPERTS, BLOCK_M)
     if expert >= EXPERTS:
         return
-    position, mask, tile_n = _positions_and_columns(
-        first_ptr, expert, tile, tiles_n, BLOCK_M, GROUP_M
-    )
+    position, mask, tile_n = tile_rows(first_ptr, expert, tile, tiles_n, BLOCK_M, GROUP_M)
     # A position past the expert's last reads row 0, and its result is not stored.
     hidden_ptr += tl.where(mask, position, 0).to(tl.int64)[:, None] * WIDTH  # [BLOCK_M, 1]
     col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -181,34 +121,26 @@ def _weighted_sum_kernel(
 
 
 def default_config(rows: int, weight: Weight, itemsize: int, gpu: Gpu) -> dict[str, int]:
-    """Returns the launch config for a mean number of rows per expert: operands fit in shared
-    memory, and no register is spilled."""
-    large = gpu.shared_memory > 160_000 and itemsize == 2
-    # Most experts have up to 1.5 times the mean: their weights are then loaded once.
-    block_m = triton.next_power_of_2(rows + rows // 2)
-    block_m = min(max(block_m, 16), 32 if itemsize == 4 else 128)
-    block_n, block_k = 64 if itemsize == 4 else 128, 64 if large else 32
-    if block_m <= 32 and itemsize == 2:  # bound by memory: more bytes of a row are in flight
-        block_n, block_k = 64, 128 if large else 64
-    stages = 3 if large and block_m > 32 else 4
-    size = weight.data.element_size()
+    """Returns the launch config of a matmul for a mean number of rows per expert: operands fit in
+    shared memory, and no register is spilled. On Hopper, two programs fit in a multiprocessor, so
+    that one computes while the other searches its rows or stores its result."""
+    large = gpu.shared_memory > 200_000 and itemsize == 2
+    # Most experts have up to 1.5 times the mean: one tile loads their weights once.
+    block_m = max(triton.next_power_of_2(rows + rows // 2), 16)
+    block_m = min(block_m, 32 if itemsize == 4 else 128)
+    few = block_m <= 32  # bound by memory: narrow and long tiles have more bytes in flight
+    stages, size = 3 if large and not few else 4, weight.data.element_size()
+    block_n, block_k = 64 if few else 128, 64
+    if few and large:
+        block_k = 128
+    elif (block_m == 128 and not large) or size == 4:  # registers would be spilled
+        block_k = 32
     while stages * block_k * (block_m * itemsize + block_n * size) > gpu.shared_memory:
         block_k //= 2
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8,
-        "num_warps": 8 if block_n == 128 else 4, "num_stages": stages,
+        "num_warps": 4 if few else 8, "num_stages": stages,
     }  # fmt: skip
-
-
-def _sort_pairs(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Sorts the pairs by expert, and by number. Returns (order, first), see _sort_pairs_kernel."""
-    pairs = chosen.numel()
-    order = torch.empty(pairs, dtype=torch.int32, device=chosen.device)
-    first = torch.empty(experts + 1, dtype=torch.int32, device=chosen.device)
-    block = min(triton.next_power_of_2(pairs), 2048)
-    config = launch_config("sort_pairs", {"BLOCK": block, "num_warps": max(block // 256, 1)})
-    _sort_pairs_kernel[(experts + 1,)](chosen, order, first, pairs, **config)
-    return order, first
 
 
 def _tiling(
@@ -242,7 +174,7 @@ def grouped_experts(
     terms = torch.empty((pairs, dim), dtype=x.dtype, device=x.device)
     out = torch.empty((len(flat), dim), dtype=x.dtype, device=x.device)
     if pairs:
-        order, first = _sort_pairs(chosen.reshape(-1).contiguous(), experts)
+        order, first = sort_pairs(chosen.reshape(-1).contiguous(), experts)
         grid, config = _tiling("grouped_gate_up", pairs, experts, gate_up, x)
         _grouped_gate_up_kernel[grid](
             flat, gate_up, order, first, hidden, EXPERTS=experts, TOP_K=top_k, WIDTH=width,

@@ -11,9 +11,10 @@ at a time, directly into the model's memory.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,24 @@ def on_cpu() -> AbstractContextManager[Any]:
     empty if the CPU is the caller's default already: torch.device's context slows each call."""
     on_cpu = torch.get_default_device().type == "cpu"
     return nullcontext() if on_cpu else torch.device("cpu")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs PyTorch's ops on this thread. Short ops, limited by memory, take as long on several, and
+    ten times as long if other processes need the cores: threads wait for each other after each.
+
+    Does nothing if the program has other threads: those that begin to use PyTorch in this time, or
+    load a model, too, would keep the setting."""
+    if threading.active_count() > 1:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Checkpoint(ABC):

@@ -45,13 +45,13 @@ DOWNLOAD = "download or convert the model again"
 
 
 class Part(NamedTuple):
-    """A tensor of a safetensors file, or one expert's rows of a tensor [experts, rows, dim]."""
+    """A tensor of a safetensors file, or one expert's rows in a tensor [experts, rows, dim]."""
 
     file: Path
     name: str  # in the file
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it
-    expert: tuple[int, int] | None = None  # index of the expert and first of its rows
+    offset: int  # of its first byte in the file
 
     def error(self, problem: str) -> ValueError:
         return ValueError(f"{self.file}: tensor {self.name} {problem}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fast.checkpoint.base import EMBEDDING, HEAD, FileCheckpoint, parse_content
+from gemma_fast.checkpoint.base import EMBEDDING, HEAD, FileCheckpoint, one_thread, parse_content
 from gemma_fast.checkpoint.compressed import find_weights, warn_of_computed, warn_of_unpacked
 from gemma_fast.checkpoint.compressed_weight import CompressedWeight, Part
 from gemma_fast.checkpoint.config_json import config_from_json, dtype_name
@@ -26,7 +27,7 @@ from gemma_fast.checkpoint.quantization_config import (
     refusal,
     without_quantization,
 )  # fmt: skip
-from gemma_fast.checkpoint.safetensors_reader import SafetensorsReader
+from gemma_fast.checkpoint.safetensors_reader import TYPES, read_header, read_rows
 from gemma_fast.kernels.packed import PackedRows, Packing
 
 INDEX = "model.safetensors.index.json"
@@ -59,10 +60,9 @@ class SafetensorsCheckpoint(FileCheckpoint):
         )
         self.generation_config = read_json(generation_file) if generation_file.is_file() else {}
 
-        self.reader = SafetensorsReader()
         found: list[str] = []
         for file, listed in _shards(path).items():
-            parts = self.reader.header(file)
+            parts = read_header(file)
             if absent := sorted(listed - {part.name for part in parts}):
                 raise ValueError(
                     f"{file}: tensor {absent[0]} is missing, but {INDEX} lists it: download it"
@@ -99,7 +99,7 @@ class SafetensorsCheckpoint(FileCheckpoint):
         for name, part in parts.items():
             if method := other_method(name):
                 raise refusal(f"{part.file}: tensor {part.name} of {method}", method)
-        weights, used = find_weights(parts, self.quantization, self.reader.rows)
+        weights, used = find_weights(parts, self.quantization, read_rows)
         for name in used:
             self._drop(name)
         for name, weight in weights.items():
@@ -111,17 +111,23 @@ class SafetensorsCheckpoint(FileCheckpoint):
     def _split(self, stored: Part, rows: ExpertRows) -> Part:
         if stored.dtype not in DTYPES:
             raise _unsupported(stored)
-        return stored._replace(shape=rows.shape, expert=(rows.expert, rows.start))
+        _, height, columns = stored.shape
+        row = rows.expert * height + rows.start
+        offset = stored.offset + row * columns * TYPES[stored.dtype].itemsize
+        return stored._replace(shape=rows.shape, offset=offset)
 
     def _read(self, name: str, out: Tensor) -> None:
         step = max(ELEMENTS // math.prod(out.shape[1:]), 1)
+        stored = isinstance(self.stored[name], Part)
         for start in range(0, len(out), step):
-            out[start : start + step] = self._rows(name, start, start + step)
+            rows = self._rows(name, start, start + step)
+            with one_thread() if stored else nullcontext():
+                out[start : start + step] = rows
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         weight = self.stored[name]
         if isinstance(weight, Part):
-            return self.reader.rows(weight, start, stop)
+            return read_rows(weight, start, stop)
         return weight.unpacked_rows(start, stop)
 
 

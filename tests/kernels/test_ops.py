@@ -66,7 +66,7 @@ def tensors() -> dict[str, torch.Tensor | None]:
         "cos_table": torch.randn(SLOTS, D // 2),
         "sin_table": torch.randn(SLOTS, D // 2),
         "k_norm": torch.randn(D),
-        "counter": torch.zeros(B * N, dtype=torch.int32),
+        "counter": torch.zeros(B * T, dtype=torch.int32),
         "token": torch.zeros(B, dtype=torch.int64),
         "temperature": torch.ones(B),
         "seed": torch.ones(B, dtype=torch.int64),
