@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint, on_cpu, one_thread
+from gemma_fast.checkpoint.experts import ROUTER
 from gemma_fast.checkpoint.rounded import with_quantize
 from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.packed import PackedWeight
@@ -97,7 +98,10 @@ def model_dtype(
 
 
 def _packings(checkpoint: Checkpoint) -> Packings:
-    return {name: checkpoint.packing(name) for name in checkpoint.shapes}
+    return {
+        name: None if name.endswith(ROUTER) else checkpoint.packing(name)
+        for name in checkpoint.shapes
+    }
 
 
 def _is_table(name: str) -> bool:

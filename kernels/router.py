@@ -24,16 +24,17 @@ import torch
 from torch import Tensor
 
 from gemma_fast.kernels._matmul_input import MatmulInput
+from gemma_fast.kernels._matvec_block import row_block
 from gemma_fast.kernels._op import op
 from gemma_fast.kernels._routing import Router, RouterSpec, _norm_router_kernel, _router_kernel
 from gemma_fast.kernels._skinny import MAX_ROWS
+from gemma_fast.kernels._skinny import default_config as skinny_config
 from gemma_fast.kernels._triton import triton
 from gemma_fast.kernels.cpu import calls
 from gemma_fast.kernels.cpu import experts as cpu
 from gemma_fast.kernels.cpu.replay import recorder
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.matvec import check_matmul, is_matvec, norm_linear
-from gemma_fast.kernels.matvec import default_config as matvec_config
 from gemma_fast.kernels.packed import Weight
 from gemma_fast.kernels.rmsnorm import rms_norm
 
@@ -72,7 +73,9 @@ def rms_norm_in_fp32(h: Tensor, eps: float) -> Tensor:
 def default_config(rows: int, weight: Weight, itemsize: int) -> dict[str, int]:
     """Returns the launch config for up to MAX_ROWS rows. Each of the first programs computes the
     logits of one row; with several rows, it has more experts, so that it reads x less often."""
-    return {"BLOCK_E": 2 if rows == 1 else 4, **matvec_config(rows, weight, itemsize)}
+    if rows == 1:
+        return {"BLOCK_E": 2, "BLOCK_B": 1, **row_block(weight), "num_warps": 4}
+    return {"BLOCK_E": 4, **skinny_config(weight, itemsize)}
 
 
 def _new_router(

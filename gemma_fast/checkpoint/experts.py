@@ -22,7 +22,7 @@ STACKED = {
     "gate_up_proj": ("gate_proj", "up_proj"), "gate_proj": ("gate_proj",),
     "up_proj": ("up_proj",), "down_proj": ("down_proj",),
 }  # fmt: skip
-ROUTER = ".router.proj.weight"  # end of the name of a matrix that is used in full precision
+ROUTER = ".router.proj.weight"  # end of the name of a matrix that is never packed
 _STORED = re.compile(rf"model\.layers\.(?:0|[1-9]\d*)\.experts\.({'|'.join(STACKED)})", re.ASCII)
 
 

@@ -255,11 +255,12 @@ ARGUMENTS = {
     "prompt_attention": (c_void_p, c_int),
     "route": (c_void_p, POINTER(WeightArgs), c_int64, c_int),
     "experts": (c_void_p, POINTER(WeightArgs), POINTER(WeightArgs), c_int),
+    "sum_terms": (c_void_p, c_void_p, c_void_p, c_int64, c_int),
     "best_token": (c_void_p, c_int64, c_int64, c_void_p),
     "unpack": (POINTER(WeightArgs), c_int64, c_int64, c_void_p, c_int, c_int),
 }  # fmt: skip
 
-NO_RESULT = "geglu", "rotary", "best_token", "unpack"  # functions that cannot fail
+NO_RESULT = "geglu", "rotary", "best_token", "unpack", "sum_terms"  # functions that cannot fail
 
 
 @functools.cache

@@ -25,21 +25,30 @@ INLINE float dot_floats(const void *weight, int dtype, int64_t start, int64_t di
     return y;
 }
 
-/* The packed weight's row at `data`, times x. */
+INLINE floats group_product(
+    const int8_t *data, int bits, int64_t start, int64_t group, int shift, const float *x
+) {
+    floats product = {0};
+    prefetch(data + start * bits / 8);
+    for (int64_t i = start; i < start + group; i += UNIT(bits))
+        for (int j = 0; j < UNIT(bits); j += LANES)
+            product += load_packed(data, bits, i, j, shift) * load_f32(x + i + j);
+    return product;
+}
+
+/* The packed weight's row at `data`, times x. Two sums, because one waits for each addition. */
 INLINE float dot_packed(
     const int8_t *data, int bits, int64_t dim, int64_t group, int shift, const float *scale,
     const float *x
 ) {
-    floats total = {0};
-    for (int64_t start = 0, g = 0; start < dim; start += group, g++) {
-        floats part = {0};
-        prefetch(data + start * bits / 8);
-        for (int64_t i = start; i < start + group; i += UNIT(bits))
-            for (int j = 0; j < UNIT(bits); j += LANES)
-                part += load_packed(data, bits, i, j, shift) * load_f32(x + i + j);
-        total += part * scale[g];
+    floats even = {0}, odd = {0};
+    int64_t groups = dim / group, g = 0;
+    for (; g + 2 <= groups; g += 2) {
+        even += group_product(data, bits, g * group, group, shift, x) * scale[g];
+        odd += group_product(data, bits, (g + 1) * group, group, shift, x) * scale[g + 1];
     }
-    return sum(total);
+    if (g < groups) even += group_product(data, bits, g * group, group, shift, x) * scale[g];
+    return sum(even + odd);
 }
 
 /* Row `row` of the weight, times x. group_sums: sums of x's groups, if the weight has minima. */
@@ -68,6 +77,27 @@ static inline float dot(const weight_t *w, int64_t row, const float *x, const fl
     return y;
 }
 
+#define SUMS 8 /* vectors that are summed at once: each addition waits for the one before */
+
+/* A row of floats times each of `rows` vectors x[…] :: [dim]; rows divides SUMS. */
+INLINE void dots_of(
+    const float *weight, int64_t dim, const float *const *x, int rows, float *y, int64_t stride
+) {
+    floats totals[SUMS] = {{0}};
+    int64_t i = 0, step = SUMS / rows * LANES;
+    for (; i + step <= dim; i += step)
+        for (int k = 0; k < SUMS; k++) {
+            int64_t col = i + k / rows * LANES;
+            totals[k] += load_f32(weight + col) * load_f32(x[k % rows] + col);
+        }
+    for (int r = 0; r < rows; r++) {
+        for (int k = r + rows; k < SUMS; k += rows) totals[r] += totals[k];
+        float result = sum(totals[r]);
+        for (int64_t col = i; col < dim; col++) result += weight[col] * x[r][col];
+        y[r * stride] = result;
+    }
+}
+
 /* Row `row` of the weight times each of `rows` vectors x[…] :: [dim]. y has the results, `stride`
    apart. */
 static inline void dots(
@@ -79,22 +109,11 @@ static inline void dots(
         return;
     }
     unpack_row(w, row, unpacked);
-    int64_t dim = w->dim, r = 0;
-    for (; r + 4 <= rows; r += 4) {
-        const float *four[4] = {x[r], x[r + 1], x[r + 2], x[r + 3]};
-        floats total[4] = {{0}};
-        int64_t i = 0;
-        for (; i + LANES <= dim; i += LANES) {
-            floats weight = load_f32(unpacked + i);
-            for (int j = 0; j < 4; j++) total[j] += weight * load_f32(four[j] + i);
-        }
-        for (int j = 0; j < 4; j++) {
-            float result = sum(total[j]);
-            for (int64_t k = i; k < dim; k++) result += unpacked[k] * four[j][k];
-            y[(r + j) * stride] = result;
-        }
-    }
-    for (; r < rows; r++) y[r * stride] = dot_floats(unpacked, F32, 0, dim, x[r]);
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8) dots_of(unpacked, w->dim, x + r, 8, y + r * stride, stride);
+    for (; r + 4 <= rows; r += 4) dots_of(unpacked, w->dim, x + r, 4, y + r * stride, stride);
+    for (; r + 2 <= rows; r += 2) dots_of(unpacked, w->dim, x + r, 2, y + r * stride, stride);
+    if (r < rows) dots_of(unpacked, w->dim, x + r, 1, y + r * stride, stride);
 }
 
 static inline void sum_groups(const float *x, int64_t groups, int64_t group, float *sums) {

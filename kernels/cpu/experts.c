@@ -14,7 +14,7 @@ typedef struct {
     const int32_t *chosen; /* [rows, top_k] */
     const float *weight;   /* [rows, top_k] */
     void *y;               /* [rows, dim] */
-    int64_t rows, top_k, experts;
+    int64_t rows, top_k;
     int dtype;             /* of x and y */
 } experts_t;
 
@@ -25,12 +25,13 @@ typedef struct {
 /* Sorts the pairs by expert. order[i] is the i-th pair, and place[order[i]] is i. Returns the number
    of groups, which have pairs of one expert. start :: [experts + 1] is scratch. */
 static int64_t sort_pairs(
-    const experts_t *a, int64_t *start, int64_t *order, int64_t *place, group_t *groups
+    const experts_t *a, int64_t experts, int64_t *start, int64_t *order, int64_t *place,
+    group_t *groups
 ) {
     int64_t pairs = a->rows * a->top_k, count = 0;
-    memset(start, 0, (a->experts + 1) * sizeof *start);
+    memset(start, 0, (experts + 1) * sizeof *start);
     for (int64_t p = 0; p < pairs; p++) start[a->chosen[p] + 1]++;
-    for (int64_t e = 0; e < a->experts; e++) {
+    for (int64_t e = 0; e < experts; e++) {
         int64_t end = start[e] + start[e + 1];
         for (int64_t i = start[e]; i < end; i += GROUP)
             groups[count++] = (group_t){e, i, min(GROUP, end - i)};
@@ -88,12 +89,14 @@ static void weighted_sums(
 /* Returns nonzero if memory ran out; then nothing is written. */
 int experts(const experts_t *a, const weight_t *gate_up, const weight_t *down, int threads) {
     int64_t dim = gate_up->dim, width = down->dim, pairs = a->rows * a->top_k;
-    int64_t *start = malloc((a->experts + 1 + 2 * pairs) * sizeof *start + pairs * sizeof(group_t));
+    int64_t experts = down->out / dim;
+    if (!pairs) return 0;
+    int64_t *start = malloc((experts + 1 + 2 * pairs) * sizeof *start + pairs * sizeof(group_t));
     if (!start) return 1;
-    int64_t *order = start + a->experts + 1, *place = order + pairs;
+    int64_t *order = start + experts + 1, *place = order + pairs;
     group_t *groups = (group_t *)(place + pairs);
-    int64_t count = sort_pairs(a, start, order, place, groups);
-    if (count * (weight_bytes(gate_up) + weight_bytes(down)) < SMALL * a->experts) threads = 1;
+    int64_t count = sort_pairs(a, experts, start, order, place, groups);
+    if (count * (weight_bytes(gate_up) + weight_bytes(down)) < SMALL * experts) threads = 1;
     int64_t chunk = chunk_of(gate_up, width, count * width, threads);
     int64_t down_chunk = min(chunk_of(down, dim, dim * count, threads), PRODUCTS / pairs + 1);
     down_chunk = min(down_chunk, dim / (4 * threads) + 1);
@@ -151,4 +154,21 @@ int experts(const experts_t *a, const weight_t *gate_up, const weight_t *down, i
     }
     free(start), free(x), free(rows);
     return 0;
+}
+
+/* y: the sums over the slots of weight * terms, in the order of `chosen`. terms :: [pairs, dim],
+   dtype of y; place[p] is the row of terms of pair p. */
+void sum_terms(
+    const experts_t *a, const void *terms, const int64_t *place, int64_t dim, int threads
+) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t r = 0; r < a->rows; r++) {
+        float total[dim], term[dim];
+        memset(total, 0, dim * sizeof *total);
+        for (int64_t p = r * a->top_k; p < (r + 1) * a->top_k; p++) {
+            widen(terms, a->dtype, place[p] * dim, dim, term);
+            for (int64_t i = 0; i < dim; i++) total[i] += a->weight[p] * term[i];
+        }
+        narrow(total, dim, a->y, a->dtype, r * dim);
+    }
 }

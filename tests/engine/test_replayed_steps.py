@@ -37,6 +37,30 @@ def test_repeated_steps_have_the_logits_of_steps_that_run(batch, quantize):
     assert found[0].numel() and torch.equal(*found)
 
 
+@pytest.mark.parametrize("batch", [1, MAX_ROWS], ids="batch {}".format)
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_steps_of_a_mixture_of_experts_are_repeated(batch, quantize):
+    """And give the tokens of steps that run. Each step chooses its experts anew."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64}
+    config = replace(CONFIGS["gemma4-experts"], **sizes)
+    model = GemmaForCausalLM.from_checkpoint(RandomCheckpoint(config), quantize=quantize)
+    ids = torch.randint(3, config.vocab_size, (batch, 5), generator=torch.Generator())
+    tokens = []
+    for replays in (True, False):
+        decoder = Decoder(model, batch, 20)
+        replay = decoder._replay
+        decoder._replay = replay if replays else None
+        decoder.prefill(ids, texts=[Sampling()] * batch)
+        tokens.append([])
+        for _ in range(8):
+            decoder.step()
+            tokens[-1].append(decoder.token.clone())
+        if replays:
+            assert replay._calls, "an op made no C call"
+    assert torch.equal(*map(torch.stack, tokens))
+    assert len({str(x.tolist()) for x in tokens[0]}) > 1
+
+
 def test_a_new_number_of_threads_has_an_effect():
     threads, x, used = torch.get_num_threads(), torch.ones(1, 64), []
     weight = torch.ones(2048, 64)

@@ -75,6 +75,21 @@ def stacked(tensors: dict[str, Tensor], separate: bool = False) -> dict[str, Ten
     return found
 
 
+def unstacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors with one for each matrix of an expert: the inverse of `stacked`."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        prefix, _, part = name.rpartition(".")
+        if not prefix.endswith(".experts"):
+            found[name] = tensor
+            continue
+        parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+        for i, expert in enumerate(tensor):
+            matrices = zip(parts, expert.chunk(len(parts)), strict=True)
+            found |= {f"{prefix}.{i}.{part}.weight": matrix for part, matrix in matrices}
+    return found
+
+
 def write_safetensors(
     path: Path, family: str = "gemma3", tensors: dict[str, Tensor] | None = None, **sizes: Any
 ) -> dict[str, Tensor]:
@@ -128,16 +143,17 @@ def write_gguf(
     write_metadata(writer, config)
     for key, value in (keys or {}).items():
         writer.add_uint16(key, value)
+    written: dict[str, tuple[np.ndarray, Type | None] | None] = {}
     for name, tensor in stacked(tensors, separate).items():
-        norm = tensor.dim() == 1
         factor = (tensor.float() + config.norm_offset).numpy()
-        data, kind = (factor, Type.F32) if norm else quantize(tensor)
-        data, kind = (stored or {}).get(name, (data, kind))
-        writer.add_tensor(gguf_name(names, name), data, raw_dtype=kind)
+        default = (factor, Type.F32) if tensor.dim() == 1 else quantize(tensor)
+        written[gguf_name(names, name)] = (stored or {}).get(name, default)
     factors = {"rope_freqs.weight": rope_factors(config)} if family == "gemma4" else {}
     for stored_name, data in (factors | (extra or {})).items():
-        if data is not None:
-            writer.add_tensor(stored_name, data)
+        written[stored_name] = None if data is None else (data, None)
+    for stored_name, content in written.items():
+        if content is not None:
+            writer.add_tensor(stored_name, content[0], raw_dtype=content[1])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
