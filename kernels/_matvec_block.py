@@ -8,6 +8,7 @@ from gemma_fast.kernels._skinny import prefetch_weight, skinny_matmul
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels._weight import load_weight
 from gemma_fast.kernels.geglu import geglu_in_fp32
+from gemma_fast.kernels.packed import Weight
 
 
 @triton.jit
@@ -73,3 +74,12 @@ def matvec_block(
     col = program * COLS + tl.arange(0, COLS)[:, None]  # [COLS, 1]
     row = tl.arange(0, BLOCK_B)[None, :]  # [1, BLOCK_B]
     tl.store(out_ptr + row * OUT + col, out, mask=(col < OUT) & (row < rows))
+
+
+def row_block(weight: Weight) -> dict[str, int]:
+    """Returns rows and columns of the blocks in which a weight is multiplied by one row: at most a
+    quarter of a row's columns are masked in the last block, if blocks of 512 bytes allow that. A
+    thread of 128 loads at least 64 bytes."""
+    dim, line = weight.shape[1], weight.data[:1].nbytes  # bytes of a row
+    block = next((x for x in (2048, 1024) if -line % x <= line / 4), 512)
+    return {"BLOCK_N": 16 if block == 512 else 8, "BLOCK_K": block * dim // line, "STAGES": 4}

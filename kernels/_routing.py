@@ -43,9 +43,9 @@ def choose_experts(router, row, SPEC: tl.constexpr):
     p = p / tl.sum(p, axis=0)
     # An expert's rank is the number of experts before it. NaN counts as 0, so that ranks differ.
     order = tl.where(p == p, p, 0.0)  # [BLOCK]
-    larger = order[None, :] > order[:, None]  # [BLOCK, BLOCK]
-    equal = (order[None, :] == order[:, None]) & (expert[None, :] < expert[:, None])
-    rank = tl.sum((larger | equal).to(tl.int32), axis=1)  # [BLOCK]
+    larger = order[:, None] > order[None, :]  # [BLOCK, BLOCK]
+    equal = (order[:, None] == order[None, :]) & (expert[:, None] < expert[None, :])
+    rank = tl.sum((larger | equal).to(tl.int32), axis=0)  # [BLOCK]
     is_chosen = (rank < SPEC.top_k) & mask
     total = tl.sum(tl.where(is_chosen, p, 0.0), axis=0)
     weight = p / total * per_expert_scale.to(tl.float32)  # [BLOCK]

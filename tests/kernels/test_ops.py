@@ -20,7 +20,7 @@ from gemma_fast.kernels.matvec import linear, norm_linear
 from gemma_fast.kernels.per_layer import per_layer_inputs
 from gemma_fast.kernels.rmsnorm import add_norm, add_rms_norm, rms_norm
 from gemma_fast.kernels.rotary import rotary_write
-from gemma_fast.kernels.router import norm_router
+from gemma_fast.kernels.router import norm_router, route
 from gemma_fast.kernels.sample import sample_token
 
 B, T, N, M, D, SLOTS = 2, 5, 2, 2, 32, 16
@@ -152,6 +152,7 @@ OPS = [
         {"up": "up"},
     ),
     (norm_router, NORM_ROUTER, {"top_k": 2}),
+    (route, ("x", "norm_weight", "router_proj", "per_expert_scale"), {"top_k": 2}),
     (experts, WITH_DENSE, {}),
     (experts, EXPERTS, {}),
     (per_layer_inputs, PER_LAYER, {"scale": 0.2}),

@@ -32,11 +32,14 @@ from gemma_launches import (
     GPUS,
     MORE_GEMMA_4,
     MORE_PACKED,
+    MORE_PACKED_EXPERTS,
     MORE_PROMPTS,
     PACKED,
+    PACKED_EXPERTS,
     PROMPTS,
     WHOLE,
     launch_all,
+    launch_experts,
     launch_gemma_4,
     launch_grouped_experts,
     launch_packed,
@@ -176,6 +179,9 @@ def main(capability: int, describe: Callable[..., str], only_first: bool) -> Non
             launch_packed_prompts(dtype)
             launch_grouped_experts(dtype)
         launch_packed(torch.float16, PACKED + MORE_PACKED * whole)
+        launch_experts(torch.float16, PACKED_EXPERTS + MORE_PACKED_EXPERTS * whole)
+        if whole:
+            launch_experts(torch.float32, PACKED_EXPERTS[:2])
     different, first = {}, {}
     for i, (kernel, args, kwargs) in enumerate(launches):
         different[repr((kernel.__name__, [type_of(a) for a in args], kwargs))] = i

@@ -25,6 +25,7 @@ from gemma_fast.kernels import (
     attention,
     decode_attention,
     embed,
+    experts,
     geglu,
     grouped_experts,
     lm_head,
@@ -33,6 +34,7 @@ from gemma_fast.kernels import (
     per_layer,
     rmsnorm,
     rotary,
+    router,
     sample,
 )
 from gemma_fast.kernels.launch import Gpu
@@ -96,6 +98,21 @@ MORE_PACKED = (
     (E4B, Packing(8, 32, False, torch.float16), 1),
     ("gemma-3-270m", Packing(4, 128, False, torch.bfloat16), 8),
     (GEMMA_4_31B, Packing(4, 32, True, torch.float16), 1),  # widest rows
+)
+A4B = 2816, 2112, 128, 704, 8  # Gemma 4 26B-A4B: hidden, dense MLP, experts, their width, top k
+# Packings of the experts' gate and up, of their down, and of the dense MLP; rows of x. GGUF mixes.
+PACKED_EXPERTS = (
+    ((None,) * 3, 1),
+    ((None,) * 3, 8),
+    ((Packing(4, 32, False, torch.float16),) * 3, 1),
+    ((Packing(4, 32, True, torch.float16), *(Packing(8, 32, True, torch.float16),) * 2), 8),
+)
+MORE_PACKED_EXPERTS = (
+    ((Packing(4, 32, False, torch.float16),) * 3, 8),
+    ((Packing(4, 32, True, torch.float16), *(Packing(8, 32, True, torch.float16),) * 2), 1),
+    ((Packing(8, 16, True, torch.float16),) * 3, 1),
+    ((Packing(8, 32, False, torch.float16),) * 3, 8),
+    ((Packing(4, 64, True, torch.bfloat16), Packing(8, 704, False, torch.bfloat16), None), 1),
 )
 MODULES = [
     import_module(f"gemma_fast.kernels.{file.stem}")
@@ -247,6 +264,36 @@ def launch_gemma_4_step(
         x[:, 0], x[:, 0], norm, norm, vocab, torch.zeros(batch, dtype=torch.int32), ids[:, 0],
         torch.zeros(128, dtype=torch.int32), softcap=30.0, **scaled,
     )  # fmt: skip
+
+
+def launch_experts(dtype: torch.dtype, steps: Sequence[tuple]) -> None:
+    """Calls the ops of a mixture of experts for decode steps, and the router for a prompt."""
+    dim, ffn, count, width, top_k = A4B
+    memory = torch.empty(count * 2 * width * dim, dtype=dtype)  # never written
+
+    def blank(*shape: int) -> Tensor:
+        return memory[: math.prod(shape)].view(shape)
+
+    def weight(packing: Packing | None, out: int, columns: int) -> Any:
+        return blank(out, columns) if packing is None else blank_packed((out, columns), packing)
+
+    options: dict[str, Any] = {"top_k": top_k, "offset": 0.0, "pdl": True}
+    counter, norm = torch.zeros(8, dtype=torch.int32), blank(dim)
+    for (gate_up, down, dense), batch in (*steps, ((None,) * 3, 100)):
+        x = blank(batch, 1, dim)
+        _, hidden, x, chosen, weights = router.norm_router(
+            x, x, norm, norm, weight(dense, 2 * ffn, dim), norm, norm, blank(count, dim),
+            blank(count), counter, **options,
+        )  # fmt: skip
+        if batch > 8:
+            continue
+        parts = (
+            weight(gate_up, count * 2 * width, dim), weight(down, count * dim, width), chosen,
+            weights,
+        )  # fmt: skip
+        experts.experts(x, *parts, hidden, weight(dense, dim, ffn), pdl=True)
+        experts.experts(x, *parts, pdl=True)
+        rmsnorm.add_norm(x, x, norm, offset=0.0, residual_weight=norm)
 
 
 def launch_prompts(
