@@ -115,16 +115,18 @@ def pass_work(
 
     itemsize: bytes of a number in the cache, and of a weight that is not in `sizes`
 
-    Each weight is read once and takes 2 FLOPs per new token, except that of the output projection,
-    which takes FLOPs only for the last token's logits. The lookup of embeddings is not counted, but
-    that of per-layer embeddings is: it is a row of all layers' width. Attention takes 4 FLOPs per
-    layer, query head, channel and visible (query, key) pair. Old keys and values that a new token
-    sees are read once; new keys and values that a later token may see are written once. A layer
-    that reads an earlier layer's keys and values writes none. It computes the last token only, and
-    reads the keys and values that this token sees.
+    Each weight is read once and takes 2 FLOPs per new token, with two exceptions. The output
+    projection takes FLOPs only for the last token's logits. Of the experts, `experts_read` are
+    read, and a token takes the FLOPs of its own.
+
+    The lookup of embeddings is not counted, but that of per-layer embeddings is: it is a row of all
+    layers' width. Attention takes 4 FLOPs per layer, query head, channel and visible (query, key)
+    pair. Old keys and values that a new token sees are read once; new keys and values that a later
+    token may see are written once. A layer that reads an earlier layer's keys and values writes
+    none. It computes the last token only, and reads the keys and values that this token sees.
     """
     computed = [tokens if x.kv_layer == i else 1 for i, x in enumerate(config.layers)]
-    size, flops = weights_work(config, itemsize, tokens, computed, sizes)
+    size, flops = weights_work(config, itemsize, batch, tokens, computed, sizes)
     gathered = batch * config.hidden_size_per_layer_input * sum(computed)
     size += gathered * sizes.get(PER_LAYER_EMBEDDING, itemsize)
     elements, end = 0, depth + tokens
@@ -138,15 +140,17 @@ def pass_work(
 
 
 def weights_work(
-    config: GemmaConfig, itemsize: int, tokens: int, computed: Sequence[int], sizes: Sizes
-) -> tuple[float, int]:
+    config: GemmaConfig, itemsize: int, batch: int, tokens: int, computed: Sequence[int],
+    sizes: Sizes,
+) -> tuple[float, float]:  # fmt: skip
     """Returns the bytes of the weights that a pass reads, and the FLOPs of one sequence.
 
     computed: the number of new tokens that each layer computes
     """
-    size, flops = 0.0, 0
+    size, flops = 0.0, 0.0
     for name, shape in config.tensor_shapes().items():
         parts = [tokens]  # for equal parts of the weight, the tokens that are multiplied by it
+        read = used = 1.0  # shares of the experts: that the batch reads, that a token uses
         if name == (EMBEDDING if config.tie_word_embeddings else HEAD):
             parts = [1]
         elif name in (EMBEDDING, PER_LAYER_EMBEDDING):
@@ -155,10 +159,24 @@ def weights_work(
             parts = [*computed]
         elif layer := re.match(r"model\.layers\.(\d+)\.", name):
             parts = [computed[int(layer[1])]]
+            if ".experts." in name:
+                read = experts_read(config, batch * parts[0]) / config.num_experts
+                used = config.top_k_experts / config.num_experts
         part = math.prod(shape) // max(len(parts), 1)
-        size += part * len(parts) * sizes.get(name, itemsize)
-        flops += 2 * part * sum(parts)
+        size += part * len(parts) * sizes.get(name, itemsize) * read
+        flops += 2 * part * sum(parts) * used
     return size, flops
+
+
+def experts_read(config: GemmaConfig, tokens: int) -> float:
+    """Returns the expected number of a layer's experts that `tokens` tokens choose together:
+
+        E * (1 - (1 - k / E)^tokens)
+
+    if each token chooses any k = top_k_experts of the E = num_experts with the same probability.
+    """
+    experts, top_k = config.num_experts, config.top_k_experts
+    return experts * (1 - (1 - top_k / experts) ** tokens)
 
 
 def weights_bytes(config: GemmaConfig, itemsize: int, sizes: Sizes) -> float:
