@@ -46,7 +46,7 @@ ABOUT = {
 
 def test_report_on_a_mixture_of_experts_tells_the_active_parameters():
     """Reports of other models do not mention them."""
-    results = [result(Case("tg", 128), OURS, (0.32,))]
+    results = [result(Case("tg", 128), OURS, (0.32, 0.32), token_seconds=(0.0025,) * 128)]
     mixture = ABOUT | {"active_params": 1_500_000_000}
     text = model_report(STAMP, ROOF, results, mixture).markdown
     assert "gemma-2b, 2.51 B parameters, 1.50 B active:" in text and "a mixture of experts" in text
