@@ -44,8 +44,7 @@ def sort_pairs(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     pairs = chosen.numel()
     order = torch.empty(pairs, dtype=torch.int32, device=chosen.device)
     first = torch.empty(experts + 1, dtype=torch.int32, device=chosen.device)
-    block = min(triton.next_power_of_2(pairs), 2048)
-    config = launch_config("sort_pairs", {"BLOCK": block, "num_warps": max(block // 256, 1)})
+    config = launch_config("sort_pairs", {"BLOCK": 1024, "num_warps": 4})  # one for all lengths
     _sort_pairs_kernel[(experts + 1,)](chosen, order, first, pairs, **config)
     return order, first
 

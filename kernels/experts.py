@@ -111,12 +111,10 @@ def experts(
     _check(x, gate_up, down, chosen, weight, dense, dense_down)
     dense_y = x.new_empty(0)
     if is_matvec(x, gate_up):
-        routed, dense = (
-            Routed(_flat(chosen), _flat(weight)),
-            None if dense is None else _flat(dense),
-        )
-        y, dense_y = expert_matvec(_flat(x), gate_up, down, routed, dense, dense_down, pdl)
-        return y.view(x.shape), dense_y if dense is None else dense_y.view(x.shape)
+        routed = Routed(_flat(chosen), _flat(weight))
+        dense = None if dense is None else _flat(dense)
+        y, found = expert_matvec(_flat(x), gate_up, down, routed, dense, dense_down, pdl)
+        return y.view(x.shape), dense_y if found is None else found.view(x.shape)
     if dense is not None and dense_down_proj is not None:
         dense_y = linear(
             dense, dense_down_proj, weight_scale=dense_down_proj_scale,

@@ -29,7 +29,8 @@ from gemma_fast.kernels.launch import Gpu, as_on
 )  # fmt: skip
 def test_a_step_takes_five_launches_per_layer_plus_three(config, batch):
     """With per-layer embeddings, it takes seven per layer plus five; with experts, seven per layer
-    plus three. Also checks that prompts of other lengths compile no further kernels."""
+    plus three. Also checks that prompts of other lengths compile no further kernels, except those
+    of the experts."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [
@@ -46,7 +47,9 @@ def test_a_step_takes_five_launches_per_layer_plus_three(config, batch):
     experts = 2 if CONFIGS[config].num_experts else 0
     expected = layers * (5 + per_layer + experts) + 3 + per_layer
     assert len(found["step"]) == expected, found["step"]
-    assert not any(found["compiled"].values()), found["compiled"]
+    compiled = {x for kernels in found["compiled"].values() for x in kernels}
+    # The tiles of grouped matmuls depend on the length of the prompt.
+    assert not {x for x in compiled if not x.startswith("('_grouped_")}, compiled
 
 
 def check_kernels(model, ids, **options):
