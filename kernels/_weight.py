@@ -73,8 +73,9 @@ def load_weight(
             group, mask = row, row >= 0  # [BLOCK_N, 1]
         elif BLOCK_K % GROUP == 0:
             group = k // GROUP + tl.arange(0, BLOCK_K // GROUP)[None, :]  # [1, BLOCK_K / GROUP]
-            mask = group < LAST // GROUP
-            group = row_at(row, seam, group * GROUP) * (DIM // GROUP) + group
+            group, mask = (
+                row_at(row, seam, group * GROUP) * (DIM // GROUP) + group, group < LAST // GROUP
+            )  # fmt: skip
         else:
             # [BLOCK_N, UNITS]
             group = row_at(row, seam, unit * UNIT) * (DIM // GROUP) + unit // (GROUP // UNIT)

@@ -90,7 +90,8 @@ class SafetensorsCheckpoint(FileCheckpoint):
         warn_of_unpacked(self.path, weights)
 
     def packed_rows(self, name: str, start: int, stop: int) -> PackedRows:
-        return self.stored[name].packed_rows(start, stop)
+        with one_thread():
+            return self.stored[name].packed_rows(start, stop)
 
     def _join_parts(self) -> None:
         """Replaces the tensors in which a quantized weight is stored by the weight. Raises

@@ -1,4 +1,4 @@
-/* experts of experts.py for few rows.
+/* experts of experts.py for few rows, and the sum of the experts of prompts.
 
 A pair is a row of x and one of the experts that it chose. Pairs are sorted by expert, so that the
 weights of each chosen expert are read once. */
@@ -6,8 +6,8 @@ weights of each chosen expert are read once. */
 
 #include "dot.h"
 
-#define GROUP 16         /* pairs, at most, for which an expert's weights are read once */
-#define PRODUCTS 65536   /* floats: results of a thread before they are summed, at most */
+#define GROUP 16       /* pairs, at most, for which an expert's weights are read once */
+#define PRODUCTS 65536 /* floats: products of a thread before they are summed, about at most */
 
 typedef struct {
     const void *x;         /* [rows, dim] */
@@ -22,103 +22,100 @@ typedef struct {
     int64_t expert, first, count; /* pairs first … first + count - 1 of the sorted ones */
 } group_t;
 
-/* Sorts the pairs by expert. order[i] is the i-th pair, and place[order[i]] is i. Returns the number
-   of groups, which have pairs of one expert. start :: [experts + 1] is scratch. */
-static int64_t sort_pairs(
-    const experts_t *a, int64_t experts, int64_t *start, int64_t *order, int64_t *place,
-    group_t *groups
-) {
-    int64_t pairs = a->rows * a->top_k, count = 0;
-    memset(start, 0, (experts + 1) * sizeof *start);
-    for (int64_t p = 0; p < pairs; p++) start[a->chosen[p] + 1]++;
-    for (int64_t e = 0; e < experts; e++) {
-        int64_t end = start[e] + start[e + 1];
-        for (int64_t i = start[e]; i < end; i += GROUP)
-            groups[count++] = (group_t){e, i, min(GROUP, end - i)};
-        start[e + 1] = end;
+typedef struct {
+    const experts_t *args;
+    const weight_t *gate_up, *down;
+    int64_t dim, width, pairs, experts;
+    int64_t *start;                 /* [experts + 1] */
+    int64_t *order, *place;         /* order[i] is the i-th sorted pair, and place[order[i]] is i */
+    group_t *groups;                /* of pairs with one expert */
+    int64_t count;                  /* of groups */
+    float *x, *hidden;              /* [rows, dim]; [pairs, width], sorted: gelu(gate) * up */
+    float *x_sums, *hidden_sums;    /* of the columns that share a minimum */
+    int64_t x_groups, hidden_groups; /* these sums of a row; 0: the weight has no minima */
+    const float **rows, **hiddens;  /* [pairs], sorted: row of x; row of hidden */
+    int64_t chunk, down_chunk;      /* rows of a weight that a thread multiplies at a time */
+} plan_t;
+
+static void sort_pairs(plan_t *p) {
+    const int32_t *chosen = p->args->chosen;
+    memset(p->start, 0, (p->experts + 1) * sizeof *p->start);
+    for (int64_t pair = 0; pair < p->pairs; pair++) p->start[chosen[pair] + 1]++;
+    for (int64_t e = 0; e < p->experts; e++) {
+        int64_t end = p->start[e] + p->start[e + 1];
+        for (int64_t i = p->start[e]; i < end; i += GROUP)
+            p->groups[p->count++] = (group_t){e, i, min(GROUP, end - i)};
+        p->start[e + 1] = end;
     }
-    for (int64_t p = 0; p < pairs; p++) {
-        int64_t i = start[a->chosen[p]]++;
-        order[i] = p, place[p] = i;
+    for (int64_t pair = 0; pair < p->pairs; pair++) {
+        int64_t i = p->start[chosen[pair]]++;
+        p->order[i] = pair, p->place[pair] = i;
     }
-    return count;
 }
 
-/* Returns how many rows of w a thread multiplies at a time, of `rows` ≤ `all` that are read. */
+/* Rows of w that a thread multiplies at a time, of `rows`, if `all` are read. */
 static int64_t chunk_of(const weight_t *w, int64_t rows, int64_t all, int threads) {
     int64_t row_bytes = max(weight_bytes(w) / w->out, 1);
     return min(min(CHUNK, all * row_bytes / (4 * threads)) / row_bytes + 1, rows);
 }
 
-/* Columns first … first + count - 1 of gelu(gate) * up of a group's pairs, to out :: [pairs, width],
-   with values that dtype has. results :: [2, GROUP, count] is scratch. */
-static void gate_up_chunk(
-    const weight_t *w, int dtype, const group_t *g, int64_t width, int64_t first, int64_t count,
-    const float *const *x, const float *sums, float *unpacked, float *results, float *out
-) {
-    float *ups = results + GROUP * count;
-    int64_t gate = g->expert * 2 * width + first, up = gate + width;
-    for (int64_t i = 0; i < count; i++)
-        dots(w, gate + i, x, g->count, sums, unpacked, results + i, count);
-    for (int64_t i = 0; i < count; i++)
-        dots(w, up + i, x, g->count, sums, unpacked, ups + i, count);
-    for (int64_t p = 0; p < g->count; p++) {
-        float *to = out + p * width + first;
-        for (int64_t i = 0; i < count; i++)
-            to[i] = geglu_of(results[p * count + i], ups[p * count + i]);
-        round_to(to, count, dtype);
+static void widen_rows(plan_t *p) {
+    const experts_t *a = p->args;
+    for (int64_t r = 0; r < a->rows; r++) {
+        float *row = p->x + r * p->dim;
+        widen(a->x, a->dtype, r * p->dim, p->dim, row);
+        sum_groups(row, p->x_groups, p->gate_up->group, p->x_sums + r * p->x_groups);
+    }
+    for (int64_t i = 0; i < p->pairs; i++) {
+        p->rows[i] = p->x + p->order[i] / a->top_k * p->dim;
+        p->hiddens[i] = p->hidden + i * p->width;
     }
 }
 
-/* Columns first … first + count - 1 of y: the sums of the pairs' products :: [pairs, count], in the
-   order of `chosen`. total :: [count] is scratch. */
-static void weighted_sums(
-    const experts_t *a, const int64_t *place, const float *products, int64_t dim, int64_t first,
-    int64_t count, float *total
+/* Columns `first` … of `hidden` of one group, at most `chunk`, with values that dtype has.
+   results :: [2, GROUP, chunk] is scratch. */
+static void hidden_chunk(
+    const plan_t *p, const group_t *g, int64_t first, float *unpacked, float *results
 ) {
+    int64_t count = min(p->chunk, p->width - first), row = p->order[g->first] / p->args->top_k;
+    int64_t gate = g->expert * 2 * p->width + first, up = gate + p->width;
+    const float *sums = p->x_sums + row * p->x_groups, *const *x = p->rows + g->first;
+    float *ups = results + GROUP * count;
+    for (int64_t i = 0; i < count; i++)
+        dots(p->gate_up, gate + i, x, g->count, sums, unpacked, results + i, count);
+    for (int64_t i = 0; i < count; i++)
+        dots(p->gate_up, up + i, x, g->count, sums, unpacked, ups + i, count);
+    for (int64_t j = 0; j < g->count; j++) {
+        float *to = p->hidden + (g->first + j) * p->width + first;
+        for (int64_t i = 0; i < count; i++)
+            to[i] = geglu_of(results[j * count + i], ups[j * count + i]);
+        round_to(to, count, p->args->dtype);
+    }
+}
+
+/* Columns `first` … of y, at most `down_chunk`: sums over the slots, in the order of `chosen`.
+   total :: [down_chunk] and products :: [pairs, down_chunk] are scratch. */
+static void output_chunk(const plan_t *p, int64_t first, float *total, float *products) {
+    const experts_t *a = p->args;
+    int64_t count = min(p->down_chunk, p->dim - first);
+    for (const group_t *g = p->groups; g < p->groups + p->count; g++)
+        for (int64_t i = 0; i < count; i++)
+            dots(p->down, g->expert * p->dim + first + i, p->hiddens + g->first, g->count,
+                 p->hidden_sums + g->first * p->hidden_groups, total,
+                 products + g->first * count + i, count);
     for (int64_t r = 0; r < a->rows; r++) {
         memset(total, 0, count * sizeof *total);
-        for (int64_t p = r * a->top_k; p < (r + 1) * a->top_k; p++) {
-            const float *product = products + place[p] * count;
-            for (int64_t i = 0; i < count; i++) total[i] += a->weight[p] * product[i];
+        for (int64_t pair = r * a->top_k; pair < (r + 1) * a->top_k; pair++) {
+            const float *product = products + p->place[pair] * count;
+            for (int64_t i = 0; i < count; i++) total[i] += a->weight[pair] * product[i];
         }
-        narrow(total, count, a->y, a->dtype, r * dim + first);
+        narrow(total, count, a->y, a->dtype, r * p->dim + first);
     }
 }
 
-/* Returns nonzero if memory ran out; then nothing is written. */
-int experts(const experts_t *a, const weight_t *gate_up, const weight_t *down, int threads) {
-    int64_t dim = gate_up->dim, width = down->dim, pairs = a->rows * a->top_k;
-    int64_t experts = down->out / dim;
-    if (!pairs) return 0;
-    int64_t *start = malloc((experts + 1 + 2 * pairs) * sizeof *start + pairs * sizeof(group_t));
-    if (!start) return 1;
-    int64_t *order = start + experts + 1, *place = order + pairs;
-    group_t *groups = (group_t *)(place + pairs);
-    int64_t count = sort_pairs(a, experts, start, order, place, groups);
-    if (count * (weight_bytes(gate_up) + weight_bytes(down)) < SMALL * experts) threads = 1;
-    int64_t chunk = chunk_of(gate_up, width, count * width, threads);
-    int64_t down_chunk = min(chunk_of(down, dim, dim * count, threads), PRODUCTS / pairs + 1);
-    down_chunk = min(down_chunk, dim / (4 * threads) + 1);
-    int64_t x_groups = gate_up->minimum ? dim / gate_up->group : 0;
-    int64_t hidden_groups = down->minimum ? width / down->group : 0;
-    int64_t own = max(dim, width) + max(2 * GROUP * chunk, pairs * down_chunk);
-    int64_t shared = a->rows * (dim + x_groups) + pairs * (width + hidden_groups);
-    float *x = malloc((shared + threads * own) * sizeof *x);
-    const float **rows = malloc(2 * pairs * sizeof *rows), **hiddens = rows + pairs;
-    if (!x || !rows) {
-        free(start), free(x), free(rows);
-        return 1;
-    }
-    float *x_sums = x + a->rows * dim, *hidden = x_sums + a->rows * x_groups;
-    float *hidden_sums = hidden + pairs * width, *scratch = x + shared;
-    for (int64_t r = 0; r < a->rows; r++) {
-        widen(a->x, a->dtype, r * dim, dim, x + r * dim);
-        sum_groups(x + r * dim, x_groups, gate_up->group, x_sums + r * x_groups);
-    }
-    for (int64_t i = 0; i < pairs; i++)
-        rows[i] = x + order[i] / a->top_k * dim, hiddens[i] = hidden + i * width;
-    int64_t chunks = (width + chunk - 1) / chunk;
+/* scratch :: [threads, own] */
+static void run(const plan_t *p, float *scratch, int64_t own, int threads) {
+    int64_t chunks = (p->width + p->chunk - 1) / p->chunk;
 #pragma omp parallel num_threads(threads)
     {
         float *unpacked, *results;
@@ -127,37 +124,58 @@ int experts(const experts_t *a, const weight_t *gate_up, const weight_t *down, i
             unpacked = scratch;
             scratch += own;
         }
-        results = unpacked + max(dim, width);
+        results = unpacked + max(p->dim, p->width);
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < count * chunks; task++) {
-            const group_t *g = groups + task / chunks;
-            int64_t first = task % chunks * chunk, row = order[g->first] / a->top_k;
-            gate_up_chunk(gate_up, a->dtype, g, width, first, min(chunk, width - first),
-                          rows + g->first, x_sums + row * x_groups, unpacked, results,
-                          hidden + g->first * width);
-        }
-        if (hidden_groups)
+        for (int64_t i = 0; i < p->count * chunks; i++)
+            hidden_chunk(p, p->groups + i / chunks, i % chunks * p->chunk, unpacked, results);
+        if (p->hidden_groups)
 #pragma omp for
-            for (int64_t i = 0; i < pairs; i++)
-                sum_groups(hiddens[i], hidden_groups, down->group,
-                           hidden_sums + i * hidden_groups);
+            for (int64_t i = 0; i < p->pairs; i++)
+                sum_groups(p->hiddens[i], p->hidden_groups, p->down->group,
+                           p->hidden_sums + i * p->hidden_groups);
 #pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < dim; first += down_chunk) {
-            int64_t columns = min(down_chunk, dim - first);
-            for (const group_t *g = groups; g < groups + count; g++)
-                for (int64_t i = 0; i < columns; i++)
-                    dots(down, g->expert * dim + first + i, hiddens + g->first, g->count,
-                         hidden_sums + g->first * hidden_groups, unpacked,
-                         results + g->first * columns + i, columns);
-            weighted_sums(a, place, results, dim, first, columns, unpacked);
-        }
+        for (int64_t first = 0; first < p->dim; first += p->down_chunk)
+            output_chunk(p, first, unpacked, results);
     }
-    free(start), free(x), free(rows);
-    return 0;
 }
 
-/* y: the sums over the slots of weight * terms, in the order of `chosen`. terms :: [pairs, dim],
-   dtype of y; place[p] is the row of terms of pair p. */
+/* Returns nonzero if memory ran out; then nothing is written. */
+int experts(const experts_t *a, const weight_t *gate_up, const weight_t *down, int threads) {
+    plan_t p = {.args = a, .gate_up = gate_up, .down = down, .dim = gate_up->dim};
+    p.width = down->dim, p.pairs = a->rows * a->top_k, p.experts = down->out / p.dim;
+    if (!p.pairs) return 0;
+    p.start = malloc((p.experts + 1 + 2 * p.pairs) * sizeof *p.start);
+    p.groups = malloc(p.pairs * sizeof *p.groups);
+    p.rows = malloc(2 * p.pairs * sizeof *p.rows);
+    float *memory = NULL;
+    if (p.start && p.groups && p.rows) {
+        p.order = p.start + p.experts + 1, p.place = p.order + p.pairs;
+        p.hiddens = p.rows + p.pairs;
+        sort_pairs(&p);
+        int64_t bytes = p.count * (weight_bytes(gate_up) + weight_bytes(down)) / p.experts;
+        if (bytes < SMALL) threads = 1;
+        p.chunk = chunk_of(gate_up, p.width, p.count * p.width, threads);
+        p.down_chunk = min(chunk_of(down, p.dim, p.dim, threads), PRODUCTS / p.pairs + 1);
+        p.x_groups = gate_up->minimum ? p.dim / gate_up->group : 0;
+        p.hidden_groups = down->minimum ? p.width / down->group : 0;
+        int64_t own = max(2 * GROUP * p.chunk, p.pairs * p.down_chunk) + max(p.dim, p.width);
+        int64_t x_size = a->rows * p.dim, x_sums = a->rows * p.x_groups;
+        int64_t hidden_size = p.pairs * p.width, shared = x_size + x_sums + hidden_size;
+        shared += p.pairs * p.hidden_groups;
+        memory = malloc((shared + threads * own) * sizeof *memory);
+        if (memory) {
+            p.x = memory, p.x_sums = p.x + x_size;
+            p.hidden = p.x_sums + x_sums, p.hidden_sums = p.hidden + hidden_size;
+            widen_rows(&p);
+            run(&p, memory + shared, own, threads);
+        }
+    }
+    free(p.start), free(p.groups), free(p.rows), free(memory);
+    return !memory;
+}
+
+/* y: sums over the slots of weight * terms, in the order of `chosen`. terms :: [pairs, dim], dtype
+   of y; place[pair] is the pair's row of terms. */
 void sum_terms(
     const experts_t *a, const void *terms, const int64_t *place, int64_t dim, int threads
 ) {
@@ -165,9 +183,9 @@ void sum_terms(
     for (int64_t r = 0; r < a->rows; r++) {
         float total[dim], term[dim];
         memset(total, 0, dim * sizeof *total);
-        for (int64_t p = r * a->top_k; p < (r + 1) * a->top_k; p++) {
-            widen(terms, a->dtype, place[p] * dim, dim, term);
-            for (int64_t i = 0; i < dim; i++) total[i] += a->weight[p] * term[i];
+        for (int64_t pair = r * a->top_k; pair < (r + 1) * a->top_k; pair++) {
+            widen(terms, a->dtype, place[pair] * dim, dim, term);
+            for (int64_t i = 0; i < dim; i++) total[i] += a->weight[pair] * term[i];
         }
         narrow(total, dim, a->y, a->dtype, r * dim);
     }

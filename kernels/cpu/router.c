@@ -37,16 +37,16 @@ static void choose(
     const router_t *a, const float *logits, int64_t experts, int32_t *chosen, float *weight
 ) {
     unsigned char taken[experts];
-    float total = 0, nan = 0;
+    float total = 0;
+    int nan = 0;
     memset(taken, 0, experts);
-    for (int64_t e = 0; e < experts; e++)
-        if (logits[e] != logits[e]) nan = NAN;
+    for (int64_t e = 0; e < experts; e++) nan |= logits[e] != logits[e];
     for (int64_t k = 0; k < a->top_k; k++) {
         int64_t best = -1;
         for (int64_t e = 0; e < experts; e++)
             if (!taken[e] && (best < 0 || logits[e] > logits[best])) best = e;
         taken[best] = 1, chosen[k] = (int32_t)best;
-        weight[k] = expf(logits[best] - logits[chosen[0]]) + nan;
+        weight[k] = nan ? NAN : expf(logits[best] - logits[chosen[0]]);
         total += weight[k];
     }
     for (int64_t k = 0; k < a->top_k; k++)

@@ -39,13 +39,18 @@ UNIFIED = {
 
 @pytest.fixture(
     scope="module",
-    params=["Gemma4For", "Gemma4UnifiedFor", "Gemma4ForConditional", "Gemma4UnifiedForConditional"],
-)
+    params=[
+        "Gemma4For", "Gemma4UnifiedFor", "Gemma4ForConditional", "Gemma4UnifiedForConditional",
+        "Gemma4ForConditional with experts",
+    ],
+)  # fmt: skip
 def model(request) -> transformers.PreTrainedModel:
     """Returns a model of each class with random weights. The layers of "gemma4-all" share keys and
     values, and have per-layer embeddings, which the unified class does not have."""
     unified = "Unified" in request.param
-    text = random_transformers_model(CONFIGS["gemma4-k-eq-v" if unified else "gemma4-all"])
+    name = "gemma4-k-eq-v" if unified else "gemma4-all"
+    name = "gemma4-experts" if "experts" in request.param else name
+    text = random_transformers_model(CONFIGS[name])
     if request.param == "Gemma4For":
         return text
     prefix = request.param.split("For")[0]

@@ -1,6 +1,7 @@
-"""Compares the router's and the experts' results with fp64."""
+"""Makes random inputs of a router and of experts, and compares their results with fp64."""
 
 import torch
+from matvec_checks import packed_weight_of, weight_of
 from oracles import geglu_oracle, root_sum_square
 from tolerances import (
     GEGLU_ROUNDINGS,
@@ -9,6 +10,30 @@ from tolerances import (
     norm_roundings,
     rounding_error,
 )
+
+
+def router_inputs(rows, dim, ffn, count, dtype):
+    """Returns the arguments of norm_router. Logits are about 1, so that weights differ."""
+    x, residual = torch.randn(2, rows, dim).to(dtype)
+    norms = torch.rand(3, dim) + 0.5
+    proj = (3 * torch.randn(count, dim)).to(dtype)
+    scales = (torch.rand(dim) + 0.5).to(dtype), (torch.rand(count) + 0.5).to(dtype)
+    gate_up, counter = weight_of(2 * ffn, dim, dtype, "cpu"), torch.zeros(8, dtype=torch.int32)
+    return [x, residual, *norms[:2], gate_up, norms[2], scales[0], proj, scales[1], counter]
+
+
+def expert_weight(out, dim, packing, dtype):
+    """Returns a weight, and in fp64 its elements and their size; packing None: not packed."""
+    if packing is None:
+        weight = weight_of(out, dim, dtype, "cpu")
+        return weight, weight.double(), None
+    return packed_weight_of(out, dim, packing, "cpu")
+
+
+def routed(rows, count, top_k):
+    """Returns chosen and weight :: [rows, top_k]."""
+    chosen = torch.rand(rows, count).argsort()[:, :top_k].int()
+    return chosen, torch.rand(rows, top_k) + 0.1
 
 
 def normed(h, eps):
