@@ -46,15 +46,20 @@ BENCHMARKS = "-mgemma_fast.benchmarks"
 SIZES = (
     "8192 x 2", "t 2048", "t 8192, 8/1", "t 8192, n 16", "t 1, 35", "m 512", "m 4096", "geglu, b",
     "b 1, depth 2048", "b 1, depth 8192, 8/1", "16384 x 2048", "256000 x 2048, b 1",
+    "4224, b", "b 1, 8 of 128", "b 8, 64 of 128",
 )  # fmt: skip
-PROVIDERS = ("eager", "SDPA flash", "SDPA cuDNN", "torchao int4", "gemma_fast")
+PROVIDERS = (
+    "eager", "SDPA flash", "SDPA cuDNN", "torchao int4", "transformers batched_mm",
+    "transformers grouped_mm", "gemma_fast",
+)  # fmt: skip
 MODELS = ("transformers (eager)", "transformers (sdpa)", "gemma_fast")
 # Stages with packed weights: quantize → how many times as fast as bfloat16 a decode step should be.
 TARGETS = {"int8": 1.8, "int4": 2.6}
 # The stage runs these suites first, because it may run out of time.
 IMPORTANT = (
     "norm_linear", "linear", "linear_int4", "linear_int8", "decode_attention", "lm_head",
-    "attention", "linear_packed_prompt",
+    "experts", "experts_int4", "norm_router", "attention", "linear_packed_prompt",
+    "experts_prompt",
 )  # fmt: skip
 
 

@@ -282,6 +282,13 @@ class GemmaConfig:
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
+    @property
+    def num_active_parameters(self) -> int:
+        """Returns num_parameters without the experts that a token does not choose."""
+        expert = 3 * self.moe_intermediate_size * self.hidden_size
+        idle = (self.num_experts - self.top_k_experts) * self.num_hidden_layers
+        return self.num_parameters - idle * expert
+
 
 def _check_rope(name: str, rope: RopeParameters) -> None:
     if not isinstance(rope, RopeParameters) or not isinstance(rope.truncate, bool):

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from gemma_fast.checkpoint.base import Checkpoint, on_cpu
+from gemma_fast.checkpoint.base import Checkpoint, on_cpu, one_thread
+from gemma_fast.checkpoint.experts import ROUTER
 from gemma_fast.checkpoint.rounded import with_quantize
 from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.packed import PackedWeight
@@ -98,7 +98,10 @@ def model_dtype(
 
 
 def _packings(checkpoint: Checkpoint) -> Packings:
-    return {name: checkpoint.packing(name) for name in checkpoint.shapes}
+    return {
+        name: None if name.endswith(ROUTER) else checkpoint.packing(name)
+        for name in checkpoint.shapes
+    }
 
 
 def _is_table(name: str) -> bool:
@@ -177,28 +180,10 @@ def _copy(
         for start in range(0, rows, step):
             packed_rows = checkpoint.packed_rows(tensor, start, min(start + step, rows))
             try:
-                with _one_thread():
+                with one_thread():
                     weight.write(row + start, packed_rows)
             except ValueError as error:
                 raise ValueError(f"{checkpoint.path}: tensor {tensor}: {error}") from error
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Runs PyTorch's ops on this thread. Short ops, limited by memory, take as long on several, and
-    ten times as long if other processes need the cores: threads wait for each other after each.
-
-    Does nothing if the program has other threads: those that begin to use PyTorch in this time, or
-    load a model, too, would keep the setting."""
-    if threading.active_count() > 1:
-        yield
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _track(names: Iterable[str], label: str) -> Iterator[str]:

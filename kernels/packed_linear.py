@@ -7,20 +7,16 @@ x      :: [..., dim], bf16 | fp16 | fp32
 weight :: packed, see packed.py
 y      :: [..., out], x.dtype
 
-The weight is read in 8 or 4 bits. A block of it is unpacked in registers: computed in fp32 and
-rounded to x.dtype once, as `Weight.unpack` does. Sums are in fp32.
+_prompt_matmul.py computes it: the weight is read in 8 or 4 bits, and rounded to x.dtype once.
 Bound by compute for prompts: FLOPs = 2 * y.numel() * dim; by memory for few rows: bytes =
 weight.nbytes. Walk-through steps: project to Q, K, V; MLP; lm_head.
-
-The weight is the left operand, because Hopper's tensor cores can read that one from registers. Its
-columns may be in any order, if those of x are in the same order. So 4 bits are two matmuls: the low
-halves of the bytes times x's columns 0 … 15, 32 … 47, …, and the high halves times the others.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma_fast.kernels._prompt_matmul import fitting_block, prompt_matmul
 from gemma_fast.kernels._tiles import tile_at
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.cpu import matmul
@@ -51,44 +47,6 @@ def packed_linear_reference(x: Tensor, weight: Weight) -> Tensor:
     return y.view(*x.shape[:-1], out)
 
 
-@triton.jit
-def _load_factors(
-    factors,  # scale or minimum of a Weight [out, DIM / GROUP] | None
-    row,  # [BLOCK_N], int64
-    k,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Loads the factors of columns k … k + BLOCK_K - 1: [BLOCK_N, groups], or None."""
-    GROUPS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP
-    if factors is None:
-        loaded = None
-    else:
-        group = k // GROUP + tl.arange(0, GROUPS)[None, :]  # [1, groups]
-        loaded = tl.load(factors + row[:, None] * (DIM // GROUP) + group)  # [BLOCK_N, groups]
-    return loaded
-
-
-@triton.jit
-def _unpack(
-    value,  # [BLOCK_N, columns], integers
-    scale,  # [BLOCK_N, groups]; the columns of a group are neighbors
-    minimum,  # [BLOCK_N, groups] | None
-    dtype: tl.constexpr,
-):
-    """Returns the weight in dtype, [BLOCK_N, columns], computed in fp32 and rounded once."""
-    BLOCK_N: tl.constexpr = value.shape[0]
-    COLUMNS: tl.constexpr = value.shape[1]
-    GROUPS: tl.constexpr = scale.shape[1]
-    # [BLOCK_N, groups, columns of a group]
-    weight = value.to(tl.float32).reshape([BLOCK_N, GROUPS, COLUMNS // GROUPS])
-    weight *= scale.to(tl.float32)[:, :, None]
-    if minimum is not None:
-        weight += minimum.to(tl.float32)[:, :, None]
-    return weight.reshape([BLOCK_N, COLUMNS]).to(dtype)  # [BLOCK_N, columns]
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _packed_linear_kernel(
     x_ptr,  # [rows, DIM], contiguous
@@ -111,30 +69,7 @@ def _packed_linear_kernel(
     row = (n % OUT).to(tl.int64)  # [BLOCK_N]
 
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    out = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for k in range(0, DIM, BLOCK_K):
-        k = tl.multiple_of(k, BLOCK_K)
-        scale = _load_factors(weight.scale, row, k, DIM, GROUP, BLOCK_K)  # [BLOCK_N, groups]
-        minimum = _load_factors(weight.minimum, row, k, DIM, GROUP, BLOCK_K)
-        if weight.data.dtype.element_ty == tl.int8:
-            col = k + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
-            value = tl.load(weight.data + row[:, None] * DIM + col)  # [BLOCK_N, BLOCK_K]
-            x = tl.load(x_ptr + col)  # [BLOCK_M, BLOCK_K]
-            block = _unpack(value, scale, minimum, dtype)  # [BLOCK_N, BLOCK_K]
-            out = tl.dot(block, x.T, out, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-        else:
-            byte = tl.arange(0, BLOCK_K // 2)[None, :]  # [1, BLOCK_K / 2]
-            value = tl.load(weight.data + row[:, None] * (DIM // 2) + (k // 2 + byte))
-            col = k + byte // 16 * 32 + byte % 16  # [1, BLOCK_K / 2]
-            low_x = tl.load(x_ptr + col)  # [BLOCK_M, BLOCK_K / 2]
-            high_x = tl.load(x_ptr + (col + 16))
-            low, high = (value & 15).to(tl.int8), (value >> 4).to(tl.int8)  # [BLOCK_N, BLOCK_K / 2]
-            if weight.minimum is None:
-                low, high = low - 8, high - 8
-            low_block = _unpack(low, scale, minimum, dtype)
-            out = tl.dot(low_block, low_x.T, out, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-            high_block = _unpack(high, scale, minimum, dtype)
-            out = tl.dot(high_block, high_x.T, out, input_precision="ieee")
+    out = prompt_matmul(weight, row, x_ptr, DIM, GROUP, BLOCK_K, dtype)  # [BLOCK_N, BLOCK_M]
     pointer = out_ptr + m.to(tl.int64)[None, :] * OUT + n[:, None]  # [BLOCK_N, BLOCK_M]
     tl.store(pointer, out, mask=(n < OUT)[:, None] & (m < rows)[None, :])
 
@@ -159,14 +94,6 @@ def default_config(rows: int, weight: Weight, itemsize: int, gpu: Gpu) -> dict[s
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8,
         "num_warps": 8 if block_n == 128 else 4, "num_stages": stages,
     }  # fmt: skip
-
-
-def fitting_block(weight: Weight, block_k: int) -> int:
-    """Returns the largest BLOCK_K up to block_k that divides the weight's columns, and holds whole
-    groups or a part of one group."""
-    while weight.shape[1] % block_k or (weight.group % block_k and block_k % weight.group):
-        block_k //= 2
-    return block_k
 
 
 def packed_linear(x: Tensor, weight: Weight) -> Tensor:

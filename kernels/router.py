@@ -30,6 +30,8 @@ from gemma_fast.kernels._routing import Router, RouterSpec, _norm_router_kernel,
 from gemma_fast.kernels._skinny import MAX_ROWS
 from gemma_fast.kernels._skinny import default_config as skinny_config
 from gemma_fast.kernels._triton import triton
+from gemma_fast.kernels.cpu import calls
+from gemma_fast.kernels.cpu import experts as cpu
 from gemma_fast.kernels.cpu.replay import recorder
 from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 from gemma_fast.kernels.matvec import check_matmul, is_matvec, norm_linear
@@ -52,8 +54,14 @@ def router_reference(
     h: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tensor, top_k: int, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """Returns (chosen, weight) :: [..., top_k]."""
+    logits = router_logits_reference(h, scale, proj, eps)
+    return choose_experts_reference(logits, per_expert_scale, top_k)
+
+
+def router_logits_reference(h: Tensor, scale: Tensor, proj: Tensor, eps: float) -> Tensor:
+    """Returns the router's logits :: [..., experts], fp32."""
     x = rms_norm_in_fp32(h, eps) * scale.float() * h.shape[-1] ** -0.5
-    return choose_experts_reference(x @ proj.float().T, per_expert_scale, top_k)
+    return x @ proj.float().T
 
 
 def rms_norm_in_fp32(h: Tensor, eps: float) -> Tensor:
@@ -164,6 +172,9 @@ def norm_router(
         offset=offset, weight_scale=gate_up_proj_scale, weight_minimum=gate_up_proj_minimum,
         pdl=pdl,
     )  # fmt: skip
+    if calls.runs_c(x):
+        factors = expert_norm_weight, router_scale, router_proj, per_expert_scale
+        return h, dense, *cpu.route(h, *factors, top_k=top_k, eps=eps, offset=offset)
     expert_input = rms_norm(h, expert_norm_weight, eps, offset)
     if runs_triton(x):
         flat = h.view(-1, dim)  # [rows, dim]
@@ -174,3 +185,38 @@ def norm_router(
         recorder.missed = True  # the reference is not a C call
         chosen, weight = router_reference(h, *given, eps)
     return h, dense, expert_input, chosen, weight
+
+
+def _fake_route(
+    h: Tensor, router_scale: Tensor, router_proj: Tensor, per_expert_scale: Tensor, *, top_k: int,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    p = h.new_empty(*h.shape[:-1], router_proj.shape[0], dtype=torch.float32)
+    chosen = h.new_empty(*h.shape[:-1], top_k, dtype=torch.int32)
+    return p, chosen, h.new_empty(chosen.shape, dtype=torch.float32)
+
+
+@op(fake=_fake_route)
+def route(
+    h: Tensor, router_scale: Tensor, router_proj: Tensor, per_expert_scale: Tensor, *, top_k: int,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns (p, chosen, weight), as defined above: the router alone. p :: [..., experts], fp32"""
+    dim, experts = h.shape[-1], router_proj.shape[0]
+    assert 0 < top_k <= experts == per_expert_scale.shape[0], f"{top_k=}"
+    assert router_proj.shape[1:] == router_scale.shape == h.shape[-1:], f"{router_proj.shape=}"
+    assert router_proj.dtype == h.dtype and router_proj.is_contiguous()
+    assert router_scale.is_contiguous() and per_expert_scale.is_contiguous()
+    if runs_triton(h):
+        flat = h.reshape(-1, dim).contiguous()  # [rows, dim]
+        router = _new_router(flat, router_scale, router_proj, per_expert_scale, top_k)
+        _route(flat, router, RouterSpec(experts, top_k, dim, eps, 0.0))
+        p, results = router.logits.softmax(-1), (*h.shape[:-1], top_k)
+        return (
+            p.view(*h.shape[:-1], experts), router.chosen.view(results),
+            router.weight.view(results),
+        )  # fmt: skip
+    recorder.missed = True  # the reference is not a C call
+    logits = router_logits_reference(h, router_scale, router_proj, eps)
+    chosen, weight = choose_experts_reference(logits, per_expert_scale, top_k)
+    return logits.softmax(-1), chosen, weight

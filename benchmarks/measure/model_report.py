@@ -48,6 +48,10 @@ FOOTNOTE = (
     "alone can be faster than a copy. Of roof, for prefill: FLOP/s divided by those of the matmul "
     "in the same dtype (MFU)."
 )
+MIXTURE = (
+    "Bytes and FLOPs of a mixture of experts are those of the experts that the tokens choose: of "
+    "several tokens, the average number of experts if all are equally probable."
+)
 NO_GRAPHS = "\\* Inductor skipped CUDA graphs."
 
 
@@ -57,10 +61,11 @@ def model_report(
     """Returns the report on a model. Rows are sorted by test, then by provider, in the order of the
     run.
 
-    results: ModelResult; about: "model", "params" and "checked" (sentences that describe the run)
+    results: ModelResult
+    about: "model", "params", "active_params" and "checked" (sentences that describe the run)
     """
     place = list(dict.fromkeys(r.case for r in results)).index
-    same = {key: about[key] for key in ("model", "params")}
+    same = {key: about[key] for key in ("model", "params", "active_params")}
     rows = [
         {
             **same, "size_bytes": r.size_bytes, "dtype": r.dtype, "test": r.case.name,
@@ -95,11 +100,22 @@ def model_markdown(found: Mapping[str, Any]) -> str:
     rows = found["results"]
     batches = any(row["batch"] > 1 for row in rows)
     columns = {k: v for k, v in COLUMNS.items() if batches or k != "batch"}
-    parts = [f"{rows[0]['model']}, {rows[0]['params'] / 1e9:.2f} B parameters:"] if rows else []
+    parts = [_model(rows[0])] if rows else []
     parts += [table(columns, map(model_cells, rows))]
     parts += [FOOTNOTE] * (found["roof"] is not None)
+    parts += [MIXTURE] * (bool(rows) and _active(rows[0]) < rows[0]["params"])
     parts += [NO_GRAPHS] * any(row["status"] == WITHOUT_GRAPHS for row in rows)
     return markdown(found, parts)
+
+
+def _model(row: Mapping[str, Any]) -> str:
+    told = f"{row['model']}, {row['params'] / 1e9:.2f} B parameters"
+    active = _active(row)
+    return f"{told}:" if active == row["params"] else f"{told}, {active / 1e9:.2f} B active:"
+
+
+def _active(row: Mapping[str, Any]) -> int:
+    return row.get("active_params", row["params"])  # older files have only "params"
 
 
 def model_cells(row: Mapping[str, Any]) -> dict[str, str]:

@@ -91,8 +91,9 @@ class Case:
         if self.kind == PROMPT:
             return pass_work(config, itemsize, self.batch, self.depth, self.tokens, sizes)
         steps = range(self.before, self.room)
-        works = [pass_work(config, itemsize, self.batch, depth, 1, sizes) for depth in steps]
-        return Work(*map(sum, zip(*works, strict=True)))
+        weights = weights_work(config, itemsize, self.batch, 1, sizes)
+        works = [attention_work(config, itemsize, self.batch, depth, 1) for depth in steps]
+        return Work(*(sum(x, len(steps) * w) for *x, w in zip(*works, weights, strict=True)))
 
 
 def cases(
@@ -115,38 +116,42 @@ def pass_work(
 
     itemsize: bytes of a number in the cache, and of a weight that is not in `sizes`
 
-    Each weight is read once and takes 2 FLOPs per new token, except that of the output projection,
-    which takes FLOPs only for the last token's logits. The lookup of embeddings is not counted, but
-    that of per-layer embeddings is: it is a row of all layers' width. Attention takes 4 FLOPs per
-    layer, query head, channel and visible (query, key) pair. Old keys and values that a new token
-    sees are read once; new keys and values that a later token may see are written once. A layer
-    that reads an earlier layer's keys and values writes none. It computes the last token only, and
-    reads the keys and values that this token sees.
+    Each weight is read once and takes 2 FLOPs per new token, with two exceptions. The output
+    projection takes FLOPs only for the last token's logits. Of the experts, `experts_read` are
+    read, and a token takes the FLOPs of its own.
+
+    The lookup of embeddings is not counted, but that of per-layer embeddings is: it is a row of all
+    layers' width. Attention takes 4 FLOPs per layer, query head, channel and visible (query, key)
+    pair. Old keys and values that a new token sees are read once; new keys and values that a later
+    token may see are written once. A layer that reads an earlier layer's keys and values writes
+    none. It computes the last token only, and reads the keys and values that this token sees.
     """
-    computed = [tokens if x.kv_layer == i else 1 for i, x in enumerate(config.layers)]
-    size, flops = weights_work(config, itemsize, tokens, computed, sizes)
-    gathered = batch * config.hidden_size_per_layer_input * sum(computed)
-    size += gathered * sizes.get(PER_LAYER_EMBEDDING, itemsize)
-    elements, end = 0, depth + tokens
+    weights = weights_work(config, itemsize, batch, tokens, sizes)
+    attention = attention_work(config, itemsize, batch, depth, tokens)
+    return Work(weights.bytes + attention.bytes, weights.flops + attention.flops)
+
+
+def attention_work(config: GemmaConfig, itemsize: int, batch: int, depth: int, tokens: int) -> Work:
+    """Returns the part of `pass_work` that is not of weights."""
+    elements, flops, end = 0, 0, depth + tokens
     for i, layer in enumerate(config.layers):
         limit, own = layer.window or end, layer.kv_layer == i
         positions = min(depth, limit - 1) + min(tokens, limit) if own else min(end, limit)
         elements += batch * 2 * layer.num_key_value_heads * layer.head_dim * positions
-        pairs = visible_pairs(end, layer.window) - visible_pairs(end - computed[i], layer.window)
+        computed = tokens if own else 1
+        pairs = visible_pairs(end, layer.window) - visible_pairs(end - computed, layer.window)
         flops += 4 * config.num_attention_heads * layer.head_dim * pairs
-    return Work(size + elements * itemsize, batch * flops)
+    return Work(elements * itemsize, batch * flops)
 
 
-def weights_work(
-    config: GemmaConfig, itemsize: int, tokens: int, computed: Sequence[int], sizes: Sizes
-) -> tuple[float, int]:
-    """Returns the bytes of the weights that a pass reads, and the FLOPs of one sequence.
-
-    computed: the number of new tokens that each layer computes
-    """
-    size, flops = 0.0, 0
+def weights_work(config: GemmaConfig, itemsize: int, batch: int, tokens: int, sizes: Sizes) -> Work:
+    """Returns the part of `pass_work` that is of weights, with the rows of embeddings."""
+    computed = [tokens if x.kv_layer == i else 1 for i, x in enumerate(config.layers)]
+    gathered = batch * config.hidden_size_per_layer_input * sum(computed)
+    size, flops = gathered * sizes.get(PER_LAYER_EMBEDDING, itemsize), 0.0
     for name, shape in config.tensor_shapes().items():
         parts = [tokens]  # for equal parts of the weight, the tokens that are multiplied by it
+        read = used = 1.0  # shares of the experts: that the batch reads, that a token uses
         if name == (EMBEDDING if config.tie_word_embeddings else HEAD):
             parts = [1]
         elif name in (EMBEDDING, PER_LAYER_EMBEDDING):
@@ -155,10 +160,24 @@ def weights_work(
             parts = [*computed]
         elif layer := re.match(r"model\.layers\.(\d+)\.", name):
             parts = [computed[int(layer[1])]]
+            if ".experts." in name:
+                read = experts_read(config, batch * parts[0]) / config.num_experts
+                used = config.top_k_experts / config.num_experts
         part = math.prod(shape) // max(len(parts), 1)
-        size += part * len(parts) * sizes.get(name, itemsize)
-        flops += 2 * part * sum(parts)
-    return size, flops
+        size += part * len(parts) * sizes.get(name, itemsize) * read
+        flops += 2 * part * sum(parts) * used
+    return Work(size, batch * flops)
+
+
+def experts_read(config: GemmaConfig, tokens: int) -> float:
+    """Returns the expected number of a layer's experts that `tokens` tokens choose together:
+
+        E * (1 - (1 - k / E)^tokens)
+
+    if each token chooses any k = top_k_experts of the E = num_experts with the same probability.
+    """
+    experts, top_k = config.num_experts, config.top_k_experts
+    return experts * (1 - (1 - top_k / experts) ** tokens)
 
 
 def weights_bytes(config: GemmaConfig, itemsize: int, sizes: Sizes) -> float:

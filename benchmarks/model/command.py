@@ -60,7 +60,10 @@ def run_model(
     usual = [name for name in PROVIDERS if packed or name not in BESIDE_PACKED]
     roof = roof or (machine.measure_roof(device, *kinds) if model or cuda else None)
     head = machine.stamp(device, kinds, RIVALS, commit)
-    about = {"model": name, "params": checkpoint.config.num_parameters}
+    about = {
+        "model": name, "params": checkpoint.config.num_parameters,
+        "active_params": checkpoint.config.num_active_parameters,
+    }  # fmt: skip
     results = measure(
         checkpoint, tests, device, kinds, only or usual, repeats, roof, head, about, out
     )  # fmt: skip

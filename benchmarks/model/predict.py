@@ -1,23 +1,25 @@
 """Predicts the time of a decode step on an H100 from its bytes and launches. Measures nothing.
 
-python -m benchmarks.model.predict    # prints the table of docs/benchmarks.md
+python -m benchmarks.model.predict    # prints the tables of docs/benchmarks.md
 """
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import click
 
 from gemma_fast.benchmarks.measure.report import table
-from gemma_fast.benchmarks.model.cases import NO_SIZES, Sizes, pass_work
+from gemma_fast.benchmarks.model.cases import NO_SIZES, Sizes, experts_read, pass_work
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.checkpoint.rounded import RoundedCheckpoint
-from gemma_fast.config import GemmaConfig
+from gemma_fast.config import FULL, SLIDING, GemmaConfig
 from gemma_fast.presets import PRESETS
 
 MODELS = (
-    "gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-31b", "gemma-2b", "gemma-3-12b",
+    "gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b", "gemma-4-31b", "gemma-2b",
+    "gemma-3-12b",
 )  # fmt: skip
 CONTEXTS = (1024, 8192)  # tokens, the new one included
 RATE = 3.0e12  # bytes/s of an H100's memory in a large read
@@ -29,12 +31,22 @@ COLUMNS = {"model": "---", "weights": "---", "launches": "---:"} | {
     for context in CONTEXTS
     for what in ("GB", "ms", "tokens/s")
 }
+MIXTURE = "gemma-4-26b-a4b"
+PARTS = ATTENTION, DENSE, EXPERTS = "attention", "MLP and router", "experts"
+READ, ALL = "µs of the bytes", "µs"
+LAYER_COLUMNS = {"layer": "---", "weights": "---", "rows": "---"} | dict.fromkeys(
+    ("experts read", *(f"MB, {part}" for part in PARTS), READ, ALL), "---:"
+)
 
 
 def launches(config: GemmaConfig) -> int:
     """Returns the launches of a step, as docs/decoding.md lists them."""
     per_layer = bool(config.hidden_size_per_layer_input)
-    return (5 + 2 * per_layer) * config.num_hidden_layers + 3 + 2 * per_layer
+    return layer_launches(config) * config.num_hidden_layers + 3 + 2 * per_layer
+
+
+def layer_launches(config: GemmaConfig) -> int:
+    return 5 + 2 * bool(config.hidden_size_per_layer_input) + 2 * bool(config.num_experts)
 
 
 def sizes_of(config: GemmaConfig, bits: int) -> Sizes:
@@ -74,5 +86,44 @@ def prediction() -> str:
     return table(COLUMNS, rows)
 
 
+def layer_bytes(
+    config: GemmaConfig, layer: int, rows: int, experts: float, sizes: Sizes = NO_SIZES
+) -> dict[str, float]:
+    """Returns the bytes that a layer of a mixture of experts reads in a step of `rows` sequences,
+    which choose `experts` different experts. Attention reads keys and values of CONTEXTS[0] tokens.
+    """
+    found = dict.fromkeys(PARTS, 0.0)
+    for name, shape in config.layer_tensor_shapes(layer).items():
+        full = f"model.layers.{layer}.{name}"
+        part = EXPERTS if ".experts." in full else ATTENTION if "self_attn." in name else DENSE
+        share = experts / config.num_experts if part == EXPERTS else 1
+        found[part] += share * math.prod(shape) * sizes.get(full, ITEMSIZE)
+    kind = config.layers[layer]
+    seen = min(kind.window or CONTEXTS[0], CONTEXTS[0])
+    cached = 2 * kind.num_key_value_heads * kind.head_dim * seen * ITEMSIZE
+    found[ATTENTION] += rows * cached
+    return found
+
+
+def layer_prediction() -> str:
+    """Returns the table of a layer of MIXTURE, as Markdown."""
+    config, lines = PRESETS[MIXTURE], []
+    kinds = {kind: config.layer_types.index(kind) for kind in (SLIDING, FULL)}
+    cases = [(1, config.top_k_experts, "1"), (8, experts_read(config, 8), "8")]
+    cases += [(8, 8 * config.top_k_experts, "8, all different")]
+    sizes = {weights: sizes_of(config, bits) for weights, bits in BITS.items()}
+    for kind, weights in product(kinds, BITS):
+        for rows, experts, label in cases:
+            parts = layer_bytes(config, kinds[kind], rows, experts, sizes[weights])
+            read = 1e6 * sum(parts.values()) / RATE
+            lines.append(
+                {"layer": kind.partition("_")[0], "weights": weights, "rows": label}
+                | {"experts read": f"{experts:.3g}"}
+                | {f"MB, {part}": f"{size / 1e6:.1f}" for part, size in parts.items()}
+                | {READ: f"{read:.1f}", ALL: f"{read + 1e6 * layer_launches(config) * LAUNCH:.1f}"}
+            )
+    return table(LAYER_COLUMNS, lines)
+
+
 if __name__ == "__main__":
-    click.echo(prediction())
+    click.echo(f"{prediction()}\n\n{layer_prediction()}")

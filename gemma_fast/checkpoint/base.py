@@ -11,9 +11,10 @@ at a time, directly into the model's memory.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gemma_fast.checkpoint.experts import ExpertRows, expert_rows, stored_shape
 from gemma_fast.checkpoint.names import is_unused
 from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.packed import PackedRows, Packing
@@ -36,6 +38,24 @@ def on_cpu() -> AbstractContextManager[Any]:
     empty if the CPU is the caller's default already: torch.device's context slows each call."""
     on_cpu = torch.get_default_device().type == "cpu"
     return nullcontext() if on_cpu else torch.device("cpu")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs PyTorch's ops on this thread. Short ops, limited by memory, take as long on several, and
+    ten times as long if other processes need the cores: threads wait for each other after each.
+
+    Does nothing if the program has other threads: those that begin to use PyTorch in this time, or
+    load a model, too, would keep the setting."""
+    if threading.active_count() > 1:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Checkpoint(ABC):
@@ -103,7 +123,14 @@ class FileCheckpoint(Checkpoint):
         self.stored: dict[str, Any] = {}
 
     def add(self, name: str, shape: tuple[int, ...], file: Path, stored: Any) -> None:
-        """Adds a tensor. Raises ValueError if there is already a tensor of this name."""
+        """Adds a tensor. Splits a tensor with matrices of all experts. Raises ValueError if that
+        has another shape than the config requires, or if there is already a tensor of the name."""
+        if (required := stored_shape(name, self.config)) is not None:
+            if shape != required:
+                raise ValueError(_misshapen(file, stored.name, shape, required))
+            for rows in expert_rows(name, self.config):
+                self.add(rows.name, rows.shape, file, self._split(stored, rows))
+            return
         if name in self.files:
             raise ValueError(f"{file}: tensor {name} is in {self.files[name]} as well")
         self.shapes[name], self.files[name], self.stored[name] = shape, file, stored
@@ -122,10 +149,7 @@ class FileCheckpoint(Checkpoint):
                     f"{self.path}: tensor {name} is missing: download or convert the model again"
                 )
             if self.shapes[name] != shape:
-                raise ValueError(
-                    f"{self.files[name]}: tensor {name} has shape {self.shapes[name]},"
-                    f" but the config requires {shape}: download or convert the model again"
-                )
+                raise ValueError(_misshapen(self.files[name], name, self.shapes[name], shape))
         for name in self.shapes:
             if name not in expected:
                 raise ValueError(
@@ -135,6 +159,10 @@ class FileCheckpoint(Checkpoint):
 
     def rows(self, name: str, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         return self._rows(name, start, stop).to(device)
+
+    @abstractmethod
+    def _split(self, stored: Any, rows: ExpertRows) -> Any:
+        """Returns what the subclass needs to read one expert's matrix in a stored tensor."""
 
     @abstractmethod
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -165,6 +193,13 @@ class FileCheckpoint(Checkpoint):
     def _drop(self, name: str) -> None:
         for table in (self.shapes, self.files, self.stored):
             del table[name]
+
+
+def _misshapen(file: Path, name: str, shape: tuple[int, ...], required: tuple[int, ...]) -> str:
+    return (
+        f"{file}: tensor {name} has shape {shape}, but the config requires {required}: download or"
+        " convert the model again"
+    )
 
 
 def parse_content(path: Path, parse: Callable[[dict[str, Any]], T], content: dict[str, Any]) -> T:

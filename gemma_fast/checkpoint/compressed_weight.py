@@ -45,12 +45,13 @@ DOWNLOAD = "download or convert the model again"
 
 
 class Part(NamedTuple):
-    """A tensor of a safetensors file."""
+    """A tensor of a safetensors file, or one expert's rows in a tensor [experts, rows, dim]."""
 
     file: Path
     name: str  # in the file
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it
+    offset: int  # of its first byte in the file
 
     def error(self, problem: str) -> ValueError:
         return ValueError(f"{self.file}: tensor {self.name} {problem}")

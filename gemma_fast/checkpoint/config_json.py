@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from gemma_fast.checkpoint.gemma4_layers import layer_fields
+from gemma_fast.checkpoint.gemma4_layers import EXPERTS, expert_fields, layer_fields
 from gemma_fast.checkpoint.rope_fields import USE_HF, rope_of
 from gemma_fast.config import FAMILIES, SHAPES, GemmaConfig
 
@@ -36,6 +36,7 @@ APPLIED = {
     **dict.fromkeys(("global_head_dim", "num_global_key_value_heads", "per_layer_config"), GEMMA_4),
     **dict.fromkeys(("attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp"), GEMMA_4),
     **dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input"), ("gemma4",)),
+    **dict.fromkeys(("enable_moe_block", *EXPERTS), ("gemma4",)),
     "query_pre_attn_scalar": ("gemma2", "gemma3"),
     "torch_dtype": ALL,  # older name of dtype
     "text_config": MULTIMODAL,
@@ -67,11 +68,6 @@ REFUSED = (
     Refused("is_encoder_decoder", ALL, (False,), "use transformers"),
     Refused("per_layer_config", BEFORE_4, (None,), "use transformers"),
     Refused(
-        "enable_moe_block", ("gemma4",), (False,),
-        "Gemma 4's mixture of experts (26B-A4B) does not run here: use transformers' own model,"
-        " with gemma_fast.hf.accelerate(model), or llama.cpp",
-    ),
-    Refused(
         "quantization_config", ALL, (None,),
         "use a .gguf file, an unquantized checkpoint, or transformers",
     ),
@@ -87,8 +83,6 @@ IGNORED = {
     "eoa_token_id", "eoa_token_index", "eoi_token_id", "eoi_token_index", "image_token_id",
     "image_token_index", "mm_tokens_per_image", "video_token_id", "vision_config",
     "vision_soft_tokens_per_image",
-    # Read by transformers if enable_moe_block is true only.
-    "moe_intermediate_size", "num_experts", "top_k_experts",
     # Written by old releases of transformers, and by libraries for training.
     "_attn_implementation_autoset", "_name_or_path", "_sliding_window_pattern",
     "attn_implementation", "model_max_length", "unsloth_fixed", "unsloth_version",
@@ -144,7 +138,7 @@ def config_from_json(config: Mapping[str, Any], source: str = "config.json") -> 
         _check_field(name, value, family, source)
     read = {name: value for name, value in given.items() if family in APPLIED.get(name, ())}
     values = dict(zip(SHAPES, DEFAULT_SHAPES[family], strict=True)) | DEFAULTS[family]
-    for name in {f.name for f in fields(GemmaConfig)} | {"sliding_window_pattern"}:
+    for name in {f.name for f in fields(GemmaConfig)} - {*EXPERTS} | {"sliding_window_pattern"}:
         if (value := read.get(name)) is not None or (name in read and name in NULLABLE):
             values[name] = tuple(value) if isinstance(value, list) else value
     values |= _special_tokens(read, values["vocab_size"], source)
@@ -153,7 +147,7 @@ def config_from_json(config: Mapping[str, Any], source: str = "config.json") -> 
     values.setdefault("query_pre_attn_scalar", 256)
     values["model_type"] = family.removesuffix("_unified")
     if family in GEMMA_4:
-        values |= layer_fields(read, values, source)
+        values |= layer_fields(read, values, source) | expert_fields(read)
     kinds, context = values.get("layer_types", ()), values["max_position_embeddings"]
     return GemmaConfig(**values | rope_of(read, values["model_type"], context, kinds))
 

@@ -19,6 +19,11 @@ from gemma_fast.ranges import INT_RANGES, check_number
 
 ROPE_FACTORS = "rope_freqs.weight"
 STILL = 1e30  # divisor of a pair that does not rotate
+# Field of GemmaConfig → key of the mixture of experts.
+EXPERTS = {
+    "num_experts": "expert_count", "top_k_experts": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+}  # fmt: skip
 # Key of a head dim → keys that must have the same value.
 HEAD_DIMS = {
     "attention.key_length": ("attention.value_length", "rope.dimension_count"),
@@ -43,7 +48,6 @@ def layer_fields(given: dict[str, Any]) -> dict[str, Any]:
             " values"
         )
     kinds = [SLIDING if windowed else FULL for windowed in pattern]
-    given.pop("expert_feed_forward_length", None)  # without an effect, as expert_count is 0
     return {
         "layer_types": tuple(kinds),
         "num_kv_shared_layers": shared,
@@ -51,6 +55,7 @@ def layer_fields(given: dict[str, Any]) -> dict[str, Any]:
         "query_pre_attn_scalar": 1,
         **_heads(given, kinds),
         **_mlp(given, [i >= layers - shared for i in range(layers)]),
+        **_experts(given),
     }
 
 
@@ -125,6 +130,19 @@ def _mlp(given: dict[str, Any], shared: Sequence[bool]) -> dict[str, Any]:
             f" {own!r:.40}, or twice as much: use llama.cpp"
         )
     return {"intermediate_size": own, "use_double_wide_mlp": wide != own}
+
+
+def _experts(given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of the mixture of experts. Without experts, the other keys have no
+    effect."""
+    if not given.get("expert_count"):
+        for key in EXPERTS.values():
+            given.pop(key, None)
+        return {}
+    found = {name: _take(given, key) for name, key in EXPERTS.items()}
+    for name, value in found.items():
+        check_number(f"gemma4.{EXPERTS[name]}", value, 1, INT_RANGES[name][1], whole=True)
+    return found
 
 
 def _by_group(

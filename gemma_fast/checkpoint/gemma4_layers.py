@@ -1,4 +1,5 @@
-"""Converts the fields of a Gemma 4 config.json that say what differs between its layers.
+"""Converts the fields of a Gemma 4 config.json that say what differs between its layers, and those
+of its mixture of experts.
 
 The files on the hub have `global_head_dim` and `num_global_key_value_heads`. transformers 5.24
 saves `per_layer_config` instead: an object for each layer whose shape is not that of the config,
@@ -17,6 +18,7 @@ from gemma_fast.ranges import INT_RANGES, check_number
 
 SHAPE = ("head_dim", "num_key_value_heads")  # what an object of per_layer_config can change
 FULL_SHAPE = ("global_head_dim", "num_global_key_value_heads")  # the same, of full layers
+EXPERTS = "num_experts", "top_k_experts", "moe_intermediate_size"
 INDEX = re.compile(r"\d{1,3}", re.ASCII)
 
 
@@ -46,6 +48,24 @@ def layer_fields(read: Mapping[str, Any], values: Mapping[str, Any], source: str
     ):
         found["vocab_size_per_layer_input"] = None
     return found
+
+
+def expert_fields(read: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of GemmaConfig for a mixture of experts; {} if the model has none.
+
+    read: the applied fields of config.json. Without enable_moe_block, transformers ignores the
+    other fields. Raises ValueError if a field is missing or out of range.
+    """
+    enabled = read.get("enable_moe_block")
+    if not isinstance(enabled, bool | None):
+        raise ValueError(f"enable_moe_block={enabled!r:.60} must be true or false")
+    if not enabled:
+        return {}
+    for name in EXPERTS:
+        if read.get(name) is None:
+            raise ValueError(f"{name} is missing, but enable_moe_block is true")
+        check_number(name, read[name], 1, INT_RANGES[name][1], whole=True)
+    return {name: read[name] for name in EXPERTS}
 
 
 def _layer_types(values: Mapping[str, Any], source: str) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gemma_fast.checkpoint.base import FileCheckpoint, parse_content
 from gemma_fast.checkpoint.config_gguf import config_from_gguf, generation_from_gguf
+from gemma_fast.checkpoint.experts import ExpertRows
 from gemma_fast.checkpoint.gemma4_gguf import ROPE_FACTORS, with_tensors
 from gemma_fast.checkpoint.gguf_blocks import FORMATS, read_blocks
 from gemma_fast.checkpoint.gguf_reader import GGMLQuantizationType as Type
@@ -64,14 +65,27 @@ GEMMA_4_NAMES = GEMMA_3_NAMES | {
     "inp_gate": "per_layer_input_gate",
     "proj": "per_layer_projection",
     "post_norm": "post_per_layer_input_norm",
-    "layer_output_scale": "layer_scalar",
+    "ffn_gate_inp": "router.proj",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
+}
+# Gemma 4's tensors whose names in transformers do not end in ".weight".
+GEMMA_4_PARAMETERS = {
+    "layer_output_scale.weight": "layer_scalar",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+    "ffn_gate_up_exps.weight": "experts.gate_up_proj",
+    "ffn_gate_exps.weight": "experts.gate_proj",
+    "ffn_up_exps.weight": "experts.up_proj",
+    "ffn_down_exps.weight": "experts.down_proj",
 }
 LAYER_NAMES = {
     "gemma": GEMMA_1_NAMES, "gemma2": GEMMA_2_NAMES, "gemma3": GEMMA_3_NAMES,
     "gemma4": GEMMA_4_NAMES,
 }  # fmt: skip
 NOT_QUANTIZED = (Type.F32, Type.F16, Type.BF16)
-LAYER_TENSOR = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.weight")
+LAYER_TENSOR = re.compile(r"blk\.(0|[1-9]\d{0,3})\.((\w+)\.(?:weight|scale))", re.ASCII)
 
 
 class GGUFCheckpoint(FileCheckpoint):
@@ -107,10 +121,11 @@ class GGUFCheckpoint(FileCheckpoint):
         if stored_name in names:
             return names[stored_name]
         if match := LAYER_TENSOR.fullmatch(stored_name):
-            layer, part = match.groups()
-            if part in LAYER_NAMES[family]:
-                name = f"model.layers.{layer}.{LAYER_NAMES[family][part]}"
-                return name if part == "layer_output_scale" else f"{name}.weight"
+            layer, tensor, module = match.groups()
+            if family == "gemma4" and tensor in GEMMA_4_PARAMETERS:
+                return f"model.layers.{layer}.{GEMMA_4_PARAMETERS[tensor]}"
+            if tensor.endswith(".weight") and module in LAYER_NAMES[family]:
+                return f"model.layers.{layer}.{LAYER_NAMES[family][module]}.weight"
         raise ValueError(
             f"{self.path}: tensor {stored_name} is unknown: {family} has no such tensor; use"
             " llama.cpp"
@@ -163,6 +178,18 @@ class GGUFCheckpoint(FileCheckpoint):
             raise ValueError(
                 f"{path}: tensor {name}: {error}: download or convert the model again"
             ) from error
+
+    def _split(self, stored: ReaderTensor, rows: ExpertRows) -> ReaderTensor:
+        count, columns = rows.shape
+        data = stored.data[rows.expert, rows.start : rows.start + count]
+        skipped = rows.expert * stored.data.shape[1] + rows.start  # rows before
+        return stored._replace(
+            shape=np.array([columns, count], np.uint64),
+            n_elements=count * columns,
+            n_bytes=data.nbytes,
+            data_offset=stored.data_offset + skipped * data.strides[0],
+            data=data,
+        )
 
     def _read(self, name: str, out: Tensor) -> None:
         rows = torch.atleast_2d(out)

@@ -14,7 +14,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 # Name of one part of a split GGUF file: stem, number of the part, number of parts.
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.ASCII)
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
-MAX_JSON = 16 << 20  # bytes; the index of the largest Gemma takes 0.1 MB
+MAX_JSON = 16 << 20  # bytes; the index of a quantized mixture of experts takes 4 MB
 
 
 def resolve(

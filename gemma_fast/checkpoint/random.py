@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
-from gemma_fast.config import GemmaConfig
+from gemma_fast.config import NO_SUFFIX, GemmaConfig
 
+FACTORS = ("norm.weight", "norm_1.weight", "norm_2.weight", *NO_SUFFIX)  # ends of names
+# End of a name → mean of the factors. Default: 1
+MEANS = {"router.scale": 100.0, "post_feedforward_layernorm_2.weight": 0.25}
 PART = 1 << 24  # numbers that are drawn at once; another value gives other numbers
 
 
@@ -31,18 +34,22 @@ class RandomCheckpoint(Checkpoint):
         self._part = torch.empty(0)
 
     def mean(self, name: str) -> float:
-        """Returns the mean of a tensor's values: 0, except for Gemma 4's norms and layer_scalar.
+        """Returns the mean of a tensor's values: 0, except for Gemma 4's factors.
 
         Gemma 4 stores these factors themselves, and other families store factor - 1. With zeros the
         logits would be constant, so their mean is 1. Gemma 4 does not scale scores by
         head_dim^-0.5, so the norms of queries and keys do, as trained ones would. With a mean of 1,
         each query would see one key, and rounding to bfloat16 would change most of the logits.
+        Rounding also changes which experts a token uses. The router's scores have a standard
+        deviation of 2, so that experts near the limit have small weights, and the output of the
+        experts is a quarter of the MLP's.
         """
-        if not name.endswith(("norm.weight", "layer_scalar")):
+        if not name.endswith(FACTORS):
             return 0.0
-        scores = name.endswith(("q_norm.weight", "k_norm.weight"))
-        factor = self.shapes[name][0] ** -0.25 if scores else 1.0
-        return factor * (1 - self.config.norm_offset)
+        mean = next((mean for end, mean in MEANS.items() if name.endswith(end)), 1.0)
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            mean = self.shapes[name][0] ** -0.25
+        return mean * (1 - self.config.norm_offset)
 
     def rows(self, name: str, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         """Returns rows `start` to `stop` - 1 of a matrix, in float32. Reading all rows in order

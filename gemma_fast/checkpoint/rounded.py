@@ -8,7 +8,8 @@ scale in float16 per group.
     int4   q is -8 … 7, and a group has 32 columns. The scale is searched: it is the best of
            several, and then fitted to its q by least squares
 
-Only matrices are packed, not norms.
+Only matrices are packed, not norms, and not the routers of a mixture of experts: a small error can
+change which experts a token uses.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.checkpoint.base import Checkpoint
+from gemma_fast.checkpoint.experts import ROUTER
 from gemma_fast.kernels.packed import PackedRows, Packing
 
 BITS = {"int8": 8, "int4": 4, "none": 16}
@@ -73,7 +75,9 @@ class RoundedCheckpoint(Checkpoint):
         unfit = []
         for name, shape in self.shapes.items():
             stored = self.packings[name] = checkpoint.packing(name)
-            if len(shape) != 2 or (stored is not None and stored.bits <= bits):
+            if len(shape) != 2 or name.endswith(ROUTER):
+                continue
+            if stored is not None and stored.bits <= bits:
                 continue
             groups = [group for group in GROUPS[bits] if shape[1] % group == 0]
             if groups:

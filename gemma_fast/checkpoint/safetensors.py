@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gemma_fast.checkpoint.base import EMBEDDING, HEAD, FileCheckpoint, parse_content
+from gemma_fast.checkpoint.base import EMBEDDING, HEAD, FileCheckpoint, one_thread, parse_content
 from gemma_fast.checkpoint.compressed import find_weights, warn_of_computed, warn_of_unpacked
 from gemma_fast.checkpoint.compressed_weight import CompressedWeight, Part
 from gemma_fast.checkpoint.config_json import config_from_json, dtype_name
+from gemma_fast.checkpoint.experts import ExpertRows
 from gemma_fast.checkpoint.hub import read_json
 from gemma_fast.checkpoint.names import text_name, warn_of_skipped
 from gemma_fast.checkpoint.quantization_config import (
@@ -26,12 +27,13 @@ from gemma_fast.checkpoint.quantization_config import (
     refusal,
     without_quantization,
 )  # fmt: skip
+from gemma_fast.checkpoint.safetensors_reader import TYPES, read_header, read_rows
 from gemma_fast.kernels.packed import PackedRows, Packing
 
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"  # transformers applies an adapter that it finds beside a model
 MODELOPT = "hf_quant_config.json"  # names the quantization of older files of modelopt
-ELEMENTS = 1 << 22  # of a weight that are unpacked at once
+ELEMENTS = 1 << 22  # of a weight that are read at once
 SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
@@ -60,8 +62,14 @@ class SafetensorsCheckpoint(FileCheckpoint):
 
         found: list[str] = []
         for file, listed in _shards(path).items():
-            for part in _header(file, listed):
-                found.append(part.name)
+            parts = read_header(file)
+            if absent := sorted(listed - {part.name for part in parts}):
+                raise ValueError(
+                    f"{file}: tensor {absent[0]} is missing, but {INDEX} lists it: download it"
+                    " again"
+                )
+            found += [part.name for part in parts]
+            for part in parts:
                 if (name := text_name(part.name)) is not None:
                     self.add(name, part.shape, file, part)
         warn_of_skipped(path, found)
@@ -82,7 +90,8 @@ class SafetensorsCheckpoint(FileCheckpoint):
         warn_of_unpacked(self.path, weights)
 
     def packed_rows(self, name: str, start: int, stop: int) -> PackedRows:
-        return self.stored[name].packed_rows(start, stop)
+        with one_thread():
+            return self.stored[name].packed_rows(start, stop)
 
     def _join_parts(self) -> None:
         """Replaces the tensors in which a quantized weight is stored by the weight. Raises
@@ -91,34 +100,43 @@ class SafetensorsCheckpoint(FileCheckpoint):
         for name, part in parts.items():
             if method := other_method(name):
                 raise refusal(f"{part.file}: tensor {part.name} of {method}", method)
-        weights, used = find_weights(parts, self.quantization, _read_rows)
+        weights, used = find_weights(parts, self.quantization, read_rows)
         for name in used:
             self._drop(name)
         for name, weight in weights.items():
             self.add(name, weight.shape, weight.values.file, weight)
         for name, part in parts.items():
             if name not in used and part.dtype not in DTYPES:
-                raise part.error(
-                    f"has dtype {part.dtype}, which is not one of {', '.join(DTYPES)}: load the"
-                    " model with transformers, or convert the weights"
-                )
+                raise _unsupported(part)
+
+    def _split(self, stored: Part, rows: ExpertRows) -> Part:
+        if stored.dtype not in DTYPES:
+            raise _unsupported(stored)
+        _, height, columns = stored.shape
+        row = rows.expert * height + rows.start
+        offset = stored.offset + row * columns * TYPES[stored.dtype].itemsize
+        return stored._replace(shape=rows.shape, offset=offset)
 
     def _read(self, name: str, out: Tensor) -> None:
-        weight = self.stored[name]
-        if isinstance(weight, Part):
-            # Open the file for each tensor, because closing it releases the pages that were read.
-            with _open_safetensors(weight.file) as tensors:
-                out.copy_(tensors.get_tensor(weight.name))
-            return
-        step = max(ELEMENTS // weight.shape[1], 1)
-        for start in range(0, weight.shape[0], step):
-            out[start : start + step] = weight.unpacked_rows(start, start + step)
+        step = max(ELEMENTS // math.prod(out.shape[1:]), 1)
+        stored = isinstance(self.stored[name], Part)
+        for start in range(0, len(out), step):
+            rows = self._rows(name, start, start + step)
+            with one_thread() if stored else nullcontext():
+                out[start : start + step] = rows
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         weight = self.stored[name]
         if isinstance(weight, Part):
-            return _read_rows(weight, start, stop)
+            return read_rows(weight, start, stop)
         return weight.unpacked_rows(start, stop)
+
+
+def _unsupported(part: Part) -> ValueError:
+    return part.error(
+        f"has dtype {part.dtype}, which is not one of {', '.join(DTYPES)}: load the model with"
+        " transformers, or convert the weights"
+    )
 
 
 def _quantization(config_file: Path, content: dict[str, Any]) -> Quantization | None:
@@ -176,35 +194,3 @@ def _shards(path: Path) -> dict[Path, set[str]]:
                 f"{file} does not exist, but {INDEX} lists it: download it again"
             )
     return shards
-
-
-def _header(file: Path, listed: set[str]) -> Iterator[Part]:
-    """Yields the tensors of a file. Raises ValueError if a tensor in `listed` is not in it."""
-    with _open_safetensors(file) as tensors:
-        stored_names = set(tensors.keys())
-        if absent := sorted(listed - stored_names):
-            raise ValueError(
-                f"{file}: tensor {absent[0]} is missing, but {INDEX} lists it: download it again"
-            )
-        for stored_name in sorted(stored_names):
-            header = tensors.get_slice(stored_name)
-            yield Part(file, stored_name, tuple(header.get_shape()), header.get_dtype())
-
-
-def _read_rows(part: Part, start: int, stop: int) -> Tensor:
-    """Returns rows `start` to `stop` - 1 of a tensor, or the whole tensor if it has no rows."""
-    with _open_safetensors(part.file) as tensors:
-        if not part.shape:
-            return tensors.get_tensor(part.name)
-        return tensors.get_slice(part.name)[start:stop]
-
-
-@contextmanager
-def _open_safetensors(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, "pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is not a readable safetensors file: {error}; download it again"
-        ) from error

@@ -5,6 +5,7 @@ This module does not import transformers, because the model's attributes contain
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from gemma_fast.checkpoint.base import EMBEDDING, HEAD, Checkpoint
 from gemma_fast.checkpoint.config_json import config_from_json
+from gemma_fast.checkpoint.experts import expert_rows, stored_shape, stored_shapes
 from gemma_fast.checkpoint.names import text_name
 from gemma_fast.config import GemmaConfig
 
@@ -21,7 +23,7 @@ CLASSES = (
     "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Gemma4UnifiedForCausalLM",
     "Gemma4UnifiedForConditionalGeneration",
 )  # fmt: skip
-SCALAR = ".layer_scalar"
+SCALAR = ".layer_scalar"  # end of the name of a buffer
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,7 +40,7 @@ class TransformersCheckpoint(Checkpoint):
         self.path = Path(type(source).__name__)
         found = _text_weights(source)
         self.config = replace(_read_config(source), tie_word_embeddings=_is_tied(found))
-        self.tensors = _check_weights(found, self.config)
+        self.tensors = dict(_split_experts(_check_weights(found, self.config), self.config))
         self.shapes = {name: tuple(weight.shape) for name, weight in self.tensors.items()}
         embedding = self.tensors[EMBEDDING]
         self.dtype, self.device = embedding.dtype, embedding.device
@@ -90,7 +92,7 @@ def _is_tied(found: dict[str, Tensor]) -> bool:
 def _check_weights(found: dict[str, Tensor], config: GemmaConfig) -> dict[str, Tensor]:
     """Returns the parameters that the config requires, without gradients. Raises ValueError if they
     do not match the config."""
-    expected = config.tensor_shapes()
+    expected = stored_shapes(config)
     if config.tie_word_embeddings:
         found.pop(HEAD, None)
     for name in found:
@@ -113,6 +115,16 @@ def _check_weights(found: dict[str, Tensor], config: GemmaConfig) -> dict[str, T
                 f"the weights have several {what}s: {places}; move them to one with model.to(…)"
             )
     return {name: weight.detach() for name, weight in found.items()}
+
+
+def _split_experts(weights: dict[str, Tensor], config: GemmaConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yields name and weight. Weights of all experts are split into views of each expert's."""
+    for name, weight in weights.items():
+        if stored_shape(name, config) is None:
+            yield name, weight
+            continue
+        for rows in expert_rows(name, config):
+            yield rows.name, weight[rows.expert, rows.start : rows.start + rows.shape[0]]
 
 
 def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:

@@ -3,16 +3,16 @@
     from gemma_fast.hf import accelerate
     accelerate(model)                      # any transformers model with a Gemma 1 to 4 decoder
 
-After this call, the model's norms, MLPs, attention and quantized linears run on the kernels. The
-model's class, config file, weights, `generate`, caches and adapters do not change. If the kernels
-do not support a call of a module, transformers' own code runs, with one warning; `explain` lists
-these modules. On a CPU, the kernels' references in PyTorch run. Needs the extra `hf`, with
-transformers 5.17 or newer.
+After this call, the model's norms, MLPs, routers, experts, attention and quantized linears run on
+the kernels. The model's class, config file, weights, `generate`, caches and adapters do not change.
+If the kernels do not support a call of a module, transformers' own code runs, with one warning;
+`explain` lists these modules. On a CPU, the kernels' references in PyTorch run. Needs the extra
+`hf`, with transformers 5.17 or newer.
 
 swap.py inserts and removes the kernels, and reports which code runs. find.py finds the modules that
-the kernels can replace. layers.py defines the modules that replace them. packed.py reads the
-weights of quantized linears. masks.py builds masks, attention.py computes attention, and cache.py
-defines GemmaFastCache.
+the kernels can replace; experts.py has the rules for routers and experts. layers.py defines the
+modules that replace them. packed.py reads the weights of quantized linears. masks.py builds masks,
+attention.py computes attention, and cache.py defines GemmaFastCache.
 
 May import: kernels.
 """

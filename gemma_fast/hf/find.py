@@ -1,5 +1,6 @@
-"""Finds the text decoder of a transformers model, and decides which of its norms, MLPs and
-attention modules the kernels can replace. Also the quantized linears of the whole model.
+"""Finds the text decoder of a transformers model, and decides which of its norms, MLPs, routers,
+experts and attention modules the kernels can replace. Also the quantized linears of the whole
+model.
 
 Modules are recognized by their structure, and code by the module that defines it. Classes are never
 compared with imported ones, because other libraries (Liger, unsloth, kernels) replace transformers'
@@ -17,10 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gemma_fast.hf.attention import PREFIX
+from gemma_fast.hf.experts import why_not_experts, why_not_router
 from gemma_fast.hf.layers import NORM_OFFSETS, Fast, original_class
 from gemma_fast.hf.packed import has_scheme, is_quantized, why_not_packed
 
@@ -66,8 +69,10 @@ def _is_decoder(module: nn.Module) -> bool:
 
 
 def parts_of(model: nn.Module, text: PreTrainedModel) -> list[tuple[str, nn.Module, str]]:
-    """Returns name, module and part of the text decoder's parts, and of all quantized linears."""
-    of_text = set(text.modules())
+    """Returns name, module and part of the text decoder's parts, and of all quantized linears. The
+    norm of a router belongs to the router."""
+    routers = [x for x in text.modules() if part_of(x) == "router"]
+    of_text = set(text.modules()) - {x.norm for x in routers}  # type: ignore[arg-type]
     return [
         (name, module, part)
         for name, module in model.named_modules()
@@ -107,9 +112,9 @@ def _unpacked_together(
 
 
 def part_of(module: nn.Module) -> str | None:
-    """Returns "norm", "mlp", "attention" or "experts" for such a module of any library, and
-    "linear" for a linear with a quantized weight; else None. A wrapper (PEFT, torch.compile) is not
-    a part; the module inside it is."""
+    """Returns "norm", "mlp", "attention", "router" or "experts" for such a module of any library,
+    and "linear" for a linear with a quantized weight; else None. A wrapper (PEFT, torch.compile) is
+    not a part; the module inside it is."""
     if isinstance(module, Fast):
         return module.part
     if is_quantized(module):
@@ -123,16 +128,17 @@ def part_of(module: nn.Module) -> str | None:
         "weight" in module._parameters or getattr(module, "with_scale", True) is False
     ):
         return "norm"
-    if module._parameters.keys() >= {"gate_up_proj", "down_proj"}:
+    weights = module._parameters.keys()
+    if weights >= {"gate_up_proj", "down_proj"}:
         return "experts"
+    if weights >= {"scale", "per_expert_scale"} and children >= {"norm", "proj"}:
+        return "router"
     return None
 
 
 def why_not(module: nn.Module) -> str | None:
     """Returns why this part can never run on the kernels, or None if it can."""
     kind, part = original_class(type(module)), part_of(module)
-    if part == "experts":
-        return "experts are not replaced: the kernels have no mixture of experts"
     if part != "linear" and kind.__module__ not in NORM_OFFSETS:
         return f"{kind.__module__}.{kind.__qualname__} is not a class of transformers' Gemma 1 to 4"
     if hasattr(module, "_hf_hook"):
@@ -150,8 +156,15 @@ def why_not(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if part == "norm" and type(weight) not in (nn.Parameter, type(None)):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
-    if part == "mlp" and not _is_tanh_gelu(module.act_fn):
+    if part in ("mlp", "experts") and not _is_tanh_gelu(module.act_fn):
         return f"its activation is {module.act_fn}, not the GELU's tanh approximation"
+    if part == "router":
+        return why_not(module.norm) or why_not_router(module)  # type: ignore[arg-type]
+    if part == "experts":
+        chosen: Any = module.config._experts_implementation  # type: ignore[union-attr]
+        if code := _foreign_code(ALL_EXPERTS_FUNCTIONS.get(chosen)):
+            return f"the model's experts implementation {chosen!r} comes from {code}"
+        return why_not_experts(module)
     if part == "linear" and not isinstance(module, Fast):
         return why_not_packed(module)  # type: ignore[arg-type]
     return None

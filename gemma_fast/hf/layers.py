@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from gemma_fast.hf.attention import Run, falls_back, reason
 from gemma_fast.hf.cache import GemmaFastCache, Ring
+from gemma_fast.hf.experts import has_hooks, why_not_router
 from gemma_fast.hf.masks import RING_ERROR, is_bounds
 from gemma_fast.hf.packed import bits_of, pack, weight_packed
+from gemma_fast.kernels.experts import experts
 from gemma_fast.kernels.geglu import geglu
 from gemma_fast.kernels.matvec import linear
 from gemma_fast.kernels.packed import PackedWeight
 from gemma_fast.kernels.rmsnorm import rms_norm
+from gemma_fast.kernels.router import route
 
 # The modules of transformers with layers that the kernels can replace, and the number that their
 # norms add to the weight.
@@ -64,19 +67,64 @@ class FastMLP(Fast):
     checked: Any  # the activation that `accelerate` found to be the GELU's tanh approximation
 
     def forward(self, x: Tensor) -> Tensor:
-        if falls_back(self, self.part, x, reason(self, x) or self._activation()):
+        if falls_back(self, self.part, x, reason(self, x) or changed_activation(self)):
             return super().forward(x)
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
-    def _activation(self) -> str | None:
-        """Returns why act_fn must be called, or None if the kernel gives the same result."""
-        if self.act_fn is not self.checked:
-            return "act_fn was replaced after accelerate: call accelerate(model) again"
-        if getattr(self.act_fn, "_forward_hooks", None) or getattr(
-            self.act_fn, "_forward_pre_hooks", None
-        ):
-            return "act_fn has hooks, and the kernel does not call it"
-        return None
+
+class FastRouter(Fast):
+    """The router of Gemma 4's experts. The kernel also computes what its norm and its projection
+    do, but these are not rounded to the dtype of x."""
+
+    part = "router"
+    config: Any
+    eps: float
+    proj: nn.Linear
+    scale: Tensor
+    per_expert_scale: Tensor
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns p :: [tokens, experts], fp32, which transformers records as router logits; and
+        the chosen experts' weights, fp32, and their indices, int64 :: [tokens, top_k]."""
+        x = hidden_states
+        if falls_back(self, self.part, x, reason(self, x) or why_not_router(self, x.dtype)):
+            return super().forward(x)
+        p, chosen, weights = route(
+            x, self.scale, self.proj.weight, self.per_expert_scale,
+            top_k=self.config.top_k_experts, eps=self.eps,
+        )  # fmt: skip
+        return p, weights, chosen.long()
+
+
+class FastExperts(Fast):
+    """All experts of a layer. Like transformers' experts implementations, it is called with the
+    router's choice; but `accelerate` sets the class, as for other parts: transformers selects
+    experts implementations by their name in the config, and `generate` changes that name."""
+
+    part = "experts"
+    gate_up_proj: Tensor  # [experts, 2 * width, dim]
+    down_proj: Tensor  # [experts, dim, width]
+    act_fn: Any
+    checked: Any
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        x, gate_up, down = hidden_states, self.gate_up_proj, self.down_proj
+        why = reason(self, x, top_k_weights) or changed_activation(self)
+        if not gate_up.dtype == down.dtype == x.dtype:
+            why = why or f"the weights are {gate_up.dtype}, {down.dtype}, but x is {x.dtype}"
+        if falls_back(self, self.part, x, why):
+            return super().forward(x, top_k_index, top_k_weights)
+        chosen, weights = top_k_index.int(), top_k_weights.float()
+        return experts(x, gate_up.flatten(0, 1), down.flatten(0, 1), chosen, weights)[0]
+
+
+def changed_activation(module: FastMLP | FastExperts) -> str | None:
+    """Returns why act_fn must be called, or None if the kernel gives the same result."""
+    if module.act_fn is not module.checked:
+        return "act_fn was replaced after accelerate: call accelerate(model) again"
+    if has_hooks(module.act_fn):
+        return "act_fn has hooks, and the kernel does not call it"
+    return None
 
 
 class FastAttention(Fast):
@@ -155,9 +203,9 @@ class FastLinear(Fast):
 
 @functools.cache
 def fast_class(original: type[nn.Module], part: str) -> type[Fast]:
-    """Returns the subclass of `original`: a norm, MLP or attention class of transformers, or
-    torch.nn.Linear."""
-    base = next(x for x in (FastNorm, FastMLP, FastAttention, FastLinear) if x.part == part)
+    """Returns the subclass of `original`: torch.nn.Linear, or a class of transformers."""
+    bases = FastNorm, FastMLP, FastRouter, FastExperts, FastAttention, FastLinear
+    base = next(x for x in bases if x.part == part)
     attributes: dict[str, Any] = {"__module__": __name__}
     if part == "norm":
         attributes["offset"] = NORM_OFFSETS[original.__module__]
@@ -177,7 +225,7 @@ def swap_in(module: nn.Module, part: str, strict: bool) -> None:
     """Runs the module on the kernels."""
     _set_class(module, fast_class(original_class(type(module)), part))  # type: ignore[arg-type]
     module.strict = strict  # type: ignore[assignment]
-    if part == "mlp":
+    if part in ("mlp", "experts"):
         vars(module)["checked"] = module.act_fn  # not a submodule: that would list act_fn twice
     if isinstance(module, FastLinear):
         vars(module)["own_forward"] = vars(module).pop("forward", None)

@@ -25,12 +25,15 @@ def accelerate(
     norm: bool = True,
     attention: bool = True,
     mlp: bool = True,
+    router: bool = True,
+    experts: bool = True,
     linear: bool | None = None,
     strict: bool = False,
 ) -> M:
     """Runs parts of this model on the kernels. Changes the model in place, and returns it.
 
     norm, attention, mlp  parts to run on the kernels
+    router, experts       parts of a mixture of experts (Gemma 4 26B-A4B)
     linear                linears whose weight compressed-tensors or torchao has quantized. None:
                           on a GPU, and on a CPU if gcc is installed, which compiles the kernels;
                           without kernels, each call would unpack the weight
@@ -51,8 +54,11 @@ def accelerate(
     _check_devices(text)
     if linear is None:
         linear = has_kernels(next(text.parameters()))
-    wanted = {"norm": norm, "mlp": mlp, "attention": attention, "linear": linear}
-    parts = [part for part in parts_of(model, text) if part[2] in wanted]
+    wanted = {
+        "norm": norm, "mlp": mlp, "attention": attention, "router": router, "experts": experts,
+        "linear": linear,
+    }  # fmt: skip
+    parts = parts_of(model, text)
     whys = whys_not(model, text)
     left = {name: whys[x] for name, x, part in parts if wanted[part] and x in whys}
     chosen = [(x, part) for name, x, part in parts if wanted[part] and name not in left]
@@ -150,19 +156,19 @@ class FastGemma:
 
 class Line(NamedTuple):
     module: str  # "model.layers.0.mlp"
-    part: str  # "norm", "mlp", "attention", "experts" or "linear"
+    part: str  # "norm", "mlp", "attention", "router", "experts" or "linear"
     # "triton", "reference" (a CPU: C kernels or PyTorch) or "transformers" (or another library)
     path: str
     why: str
 
 
 def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Line]:
-    """Calls the model once. Returns one Line for each norm, MLP, attention and experts module, and
-    for each linear with a quantized weight, with the code path that ran and the reason. Experts
-    (Gemma 4 26B-A4B) always run transformers' code.
+    """Calls the model once. Returns one Line for each norm, MLP, attention, router and experts
+    module, and for each linear with a quantized weight, with the code path that ran and the reason.
+    The norm inside a router belongs to the router.
 
     inputs  keyword arguments of the call; default: two tokens under no_grad, as in `generate`
-    strict  raise RuntimeError if one of them, but experts, runs transformers' code
+    strict  raise RuntimeError if one of them runs transformers' code
 
     A model that was compiled with torch.compile runs uncompiled in this call.
     """
@@ -182,11 +188,7 @@ def explain(model: nn.Module, *, strict: bool = False, **inputs: Any) -> list[Li
         Line(name, part, *_run(text, module, part, whys.get(module)))
         for name, module, part in parts
     ]
-    left = [
-        f"{line.module}: {line.why}"
-        for line in lines
-        if line.path == "transformers" and line.part != "experts"
-    ]
+    left = [f"{line.module}: {line.why}" for line in lines if line.path == "transformers"]
     if strict and left:
         raise RuntimeError(
             "modules are not on the kernels, which strict=True requires: " + "; ".join(left)

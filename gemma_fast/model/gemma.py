@@ -26,8 +26,9 @@ from gemma_fast.kernels.packed import PackedWeight
 from gemma_fast.kernels.per_layer import per_layer_inputs
 from gemma_fast.kernels.sample import sample_token
 from gemma_fast.model.cache import KVCache
-from gemma_fast.model.layer import Context, Layer, Residual, frozen
+from gemma_fast.model.layer import Layer, frozen
 from gemma_fast.model.rope import Rope
+from gemma_fast.model.stream import Context, Residual
 
 
 class Sampler(Protocol):

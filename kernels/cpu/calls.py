@@ -84,7 +84,7 @@ def _rows(x: Tensor) -> Tensor:
     return rows
 
 
-def _weight_args(weight: Weight) -> WeightArgs:
+def weight_args(weight: Weight) -> WeightArgs:
     data, scale, minimum = weight
     out, dim = weight.shape
     return WeightArgs(
@@ -118,7 +118,7 @@ def matvec(
         norm_weight is not None,
     )  # fmt: skip
     call(
-        "matvec", byref(norm), byref(_weight_args(weight)), rows, pointer(h), pointer(up),
+        "matvec", byref(norm), byref(weight_args(weight)), rows, pointer(h), pointer(up),
         0 if up is None else up.stride(0), geglu, pointer(y), DTYPES[y.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
@@ -223,7 +223,7 @@ def unpack(weight: Weight, start: int, stop: int, out: Tensor) -> Tensor:
     shape = stop - start, weight.shape[1]
     rows = out[: shape[0] * shape[1]].view(shape)
     call(
-        "unpack", byref(_weight_args(weight)), start, stop, pointer(rows), DTYPES[out.dtype],
+        "unpack", byref(weight_args(weight)), start, stop, pointer(rows), DTYPES[out.dtype],
         threads(rows.numel()),
     )  # fmt: skip
     return rows
@@ -253,11 +253,14 @@ ARGUMENTS = {
         c_void_p, POINTER(HeadArgs), POINTER(HeadArgs), POINTER(HeadArgs), c_int,
     ),
     "prompt_attention": (c_void_p, c_int),
+    "route": (c_void_p, POINTER(WeightArgs), c_int64, c_int),
+    "experts": (c_void_p, POINTER(WeightArgs), POINTER(WeightArgs), c_int),
+    "sum_terms": (c_void_p, c_void_p, c_void_p, c_int64, c_int),
     "best_token": (c_void_p, c_int64, c_int64, c_void_p),
     "unpack": (POINTER(WeightArgs), c_int64, c_int64, c_void_p, c_int, c_int),
 }  # fmt: skip
 
-NO_RESULT = "geglu", "rotary", "best_token", "unpack"  # functions that cannot fail
+NO_RESULT = "geglu", "rotary", "best_token", "unpack", "sum_terms"  # functions that cannot fail
 
 
 @functools.cache

@@ -1,8 +1,10 @@
 """Tests the cases of the model benchmark, and their minimum bytes and FLOPs."""
 
+import pytest
+import torch
 from tiny_models import CONFIGS
 
-from gemma_fast.benchmarks.model.cases import TINY, Case, cases, find, pass_work
+from gemma_fast.benchmarks.model.cases import TINY, Case, cases, experts_read, find, pass_work
 from gemma_fast.presets import PRESETS
 
 GEMMA = PRESETS["gemma-2b"]
@@ -106,6 +108,45 @@ def test_bytes_of_gemma_4_e2b_equal_numbers_computed_by_hand():
     assert 2 * read == 4_559_518_278  # bytes in bf16
 
 
+def test_bytes_and_flops_of_a_mixture_of_experts_equal_numbers_computed_by_hand():
+    """5 layers with 6 experts of 3 * 40 * 48 weights. A token uses 3 of them. Two tokens use
+    6 * (1 - (1 / 2)^2) = 4.5 on average."""
+    config, expert = CONFIGS["gemma4-experts"], 3 * 40 * 48
+    others = config.num_parameters - 5 * 6 * expert
+    assert config.num_active_parameters == others + 5 * 3 * expert
+    keys_and_values = 2 * (64 * 3 * 8 + 64 * 2 * 21)  # layers see 8, 8, 21, 8 and 21 tokens
+    heads = 4 * 4 * (32 * 3 * 8 + 64 * 2 * 21)
+    for batch, experts in ((1, 3), (2, 4.5)):
+        step = pass_work(config, 4, batch, 20, 1)
+        assert step.bytes == 4 * (others + 5 * experts * expert + batch * keys_and_values)
+        assert step.flops == batch * (2 * (others + 5 * 3 * expert) + heads)
+    read = pass_work(config, 4, 1, 0, 8)  # all experts but 6 / 2^8
+    embedding = 199 * 48
+    products = 2 * (8 * (others - embedding + 5 * 3 * expert) + embedding)
+    assert read.flops == products + 4 * 4 * (32 * 3 + 64 * 2) * 36
+    positions = 8 * 2 * 64 * 3 + 8 * 2 * 64 * 2
+    assert read.bytes == 4 * (others + 5 * (6 - 6 / 2**8) * expert + positions)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 100])
+def test_number_of_experts_equals_that_of_random_choices(tokens):
+    config = PRESETS["gemma-4-26b-a4b"]
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(400, tokens, 128, generator=generator).topk(8).indices.flatten(1)
+    counts = torch.zeros(400, 128).scatter_(1, chosen, 1).sum(1)
+    error = 4 * counts.std() / 400**0.5
+    assert abs(counts.mean() - experts_read(config, tokens)) <= error + 1e-9
+    assert experts_read(config, 1) == 8
+
+
+def test_active_parameters_are_those_of_a_token():
+    config = PRESETS["gemma-4-26b-a4b"]
+    idle = 30 * 120 * 3 * 704 * 2816
+    assert config.num_parameters - config.num_active_parameters == idle
+    assert round(config.num_active_parameters / 1e9, 2) == 3.82
+    assert GEMMA.num_active_parameters == GEMMA.num_parameters
+
+
 def test_random_gemma_4_of_every_size_is_found():
-    for name in ("gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-31b"):
+    for name in ("gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b", "gemma-4-31b"):
         assert find(name).config == PRESETS[name]

@@ -62,6 +62,22 @@ def test_bytes_and_flops_equal_numbers_computed_by_hand():
     assert found == (16 * m + 2 * m + 2 * 8 * (16384 + 2048), 2 * 8 * 32 * m)
     found = work("linear_int8", "2048 x 32768, b 1, int8, a scale per row")
     assert found.bytes == 64 * m + 2 * 32768 + 2 * (2048 + 32768)
+    # An expert has 3 * 704 * 2816 weights, the dense projection 2112 * 2816. A row has x, y and the
+    # dense y, 2112 dense columns, and 8 choices of 8 bytes.
+    expert, dense, row = 3 * 704 * 2816, 2112 * 2816, 2 * (3 * 2816 + 2112) + 64
+    found = work("experts", "b 8, 64 of 128")
+    assert found == (2 * (64 * expert + dense) + 8 * row, 2 * 8 * (8 * expert + dense))
+    found = work("experts_int4", "b 1, 8 of 128")
+    assert found.bytes == (0.5 + 2 / 32) * (8 * expert + dense) + row
+    found = work("experts_prompt", "t 512, 128 of 128")
+    assert found == (256 * expert + 512 * (4 * 2816 + 64), 2 * 512 * 8 * expert)
+    # gate, up and the router's 128 rows; four norms and each expert's scale; x, the residual, h and
+    # the experts' input; 2112 columns of the dense MLP
+    found = work("norm_router", "2816 x 4224, b 8, 8 of 128")
+    weights = (4224 + 128) * 2816
+    assert found == (
+        2 * (weights + 4 * 2816 + 128 + 8 * (4 * 2816 + 2112)) + 8 * 64, 2 * 8 * weights
+    )  # fmt: skip
     found = work("gate_up_geglu", "m 512, k 2048, dim 16384")
     assert found == (2 * (m + 64 * m + 8 * m), 2 * 512 * 2048 * 32768)
 

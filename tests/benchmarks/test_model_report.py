@@ -39,9 +39,19 @@ STAMP = {
     "commit": "abc", "date": "2026-11-21",
 }  # fmt: skip
 ABOUT = {
-    "model": "gemma-2b", "params": GEMMA.num_parameters,
+    "model": "gemma-2b", "params": GEMMA.num_parameters, "active_params": GEMMA.num_parameters,
     "checked": "Checked against the reference in float32.",
 }  # fmt: skip
+
+
+def test_report_on_a_mixture_of_experts_tells_the_active_parameters():
+    """Reports of other models do not mention them."""
+    results = [result(Case("tg", 128), OURS, (0.32, 0.32), token_seconds=(0.0025,) * 128)]
+    mixture = ABOUT | {"active_params": 1_500_000_000}
+    text = model_report(STAMP, ROOF, results, mixture).markdown
+    assert "gemma-2b, 2.51 B parameters, 1.50 B active:" in text and "a mixture of experts" in text
+    text = model_report(STAMP, ROOF, results, ABOUT).markdown
+    assert "gemma-2b, 2.51 B parameters:" in text and "experts" not in text
 
 
 def test_results_are_written_as_files_and_plots(tmp_path):

@@ -35,5 +35,24 @@ def test_packed_weights_read_about_a_half_and_a_quarter_of_the_bytes(name):
         assert packed / size < {8: 0.54, 4: 0.32}[bits]
 
 
-def test_table_in_the_docs_is_the_prediction():
-    assert predict.prediction() in DOCS.read_text(encoding="utf-8")
+def test_prediction_of_a_mixture_of_experts_equals_numbers_computed_by_hand():
+    """A token of 26B-A4B chooses 8 of 128 experts. A layer with a window has 16 heads for queries,
+    8 for keys and 8 for values, of 256 channels."""
+    config, hidden = PRESETS["gemma-4-26b-a4b"], 2816
+    assert predict.launches(config) == 7 * 30 + 3
+    experts = 2 * 8 * 3 * 704 * hidden
+    assert experts == 95_158_272
+    attention = 2 * (hidden * 256 * (16 + 8 + 8 + 16) + 2 * 256)
+    dense = 2 * (3 * 2112 * hidden + 128 * hidden + hidden + 128 + 7 * hidden + 1)
+    for rows, number in ((1, 8), (8, 64)):
+        cached = rows * 2 * 8 * 256 * 1024 * 2
+        found = predict.layer_bytes(config, 0, rows, number)
+        assert found == {
+            "attention": attention + cached, "MLP and router": dense,
+            "experts": experts * number // 8,
+        }  # fmt: skip
+
+
+def test_tables_in_the_docs_are_the_predictions():
+    docs = DOCS.read_text(encoding="utf-8")
+    assert predict.prediction() in docs and predict.layer_prediction() in docs

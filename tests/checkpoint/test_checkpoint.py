@@ -10,17 +10,21 @@ import pytest
 import torch
 from checkpoints import (
     ALL_FAMILIES,
+    EXPERTS,
     assert_holds,
     config_json,
     random_tensors,
     read,
     split,
+    stacked,
     write_gguf,
     write_safetensors,
 )
 from gguf import GGMLQuantizationType as Type
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from gemma_fast.checkpoint import safetensors_reader
 from gemma_fast.checkpoint.config_json import config_from_json
 from gemma_fast.checkpoint.open import open_checkpoint
 
@@ -128,9 +132,45 @@ def test_generation_config_is_read(tmp_path):
     assert open_checkpoint(tmp_path).generation_config == {"eos_token_id": [1, 106]}
 
 
+def test_a_file_that_has_become_shorter_is_refused(tmp_path):
+    write_safetensors(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    name = max(checkpoint.stored, key=lambda name: checkpoint.stored[name].offset)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: tensor {name} cannot be read"):
+        read(checkpoint, name)
+
+
+@pytest.mark.parametrize("padding", range(8))
+def test_tensors_may_begin_at_any_byte(tmp_path, padding):
+    tensors = write_safetensors(tmp_path, tensors=random_tensors("gemma3", torch.bfloat16))
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size] + b" " * padding
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    assert_holds(open_checkpoint(tmp_path), tensors)
+
+
+def test_the_header_is_parsed_once(tmp_path, monkeypatch):
+    """With 34,000 tensors in a file, parsing it for each would take half an hour."""
+    opened = []
+
+    def watched(*args):
+        opened.append(args)
+        return safe_open(*args)
+
+    monkeypatch.setattr(safetensors_reader, "safe_open", watched)
+    tensors = write_safetensors(tmp_path, "gemma4", **EXPERTS)
+    assert_holds(open_checkpoint(tmp_path), tensors)
+    assert len(opened) == 1
+
+
 STATUS = Path("/proc/self/status")
 BIG = {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4}
 PER_LAYER = {"vocab_size_per_layer_input": 8192, "hidden_size_per_layer_input": 512}
+MANY_EXPERTS = PER_LAYER | EXPERTS | {"num_experts": 12, "moe_intermediate_size": 1024}
 LOAD = """
 import re, sys, torch
 from gemma_fast.checkpoint.open import open_checkpoint
@@ -152,10 +192,12 @@ print(status("VmHWM") - before)  # not ru_maxrss, which a child inherits from it
 @pytest.mark.skipif(
     not STATUS.is_file() or "VmHWM" not in STATUS.read_text(), reason="the system has no VmHWM"
 )
-@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("model", ["gemma3", "gemma4", "gemma4-experts"])
 @pytest.mark.parametrize("form", ["safetensors", "gguf"])
-def test_host_memory_stays_below_the_model_plus_twice_its_largest_tensor(tmp_path, form, family):
-    sizes = BIG | (PER_LAYER if family == "gemma4" else {})
+def test_host_memory_stays_below_the_model_plus_twice_its_largest_tensor(tmp_path, form, model):
+    """Tensors of all experts are larger than that. One expert is read at a time."""
+    sizes = BIG | {"gemma3": {}, "gemma4": PER_LAYER, "gemma4-experts": MANY_EXPERTS}[model]
+    family = model.removesuffix("-experts")
     shapes = config_from_json(config_json(family, **sizes)).tensor_shapes()
     tensors = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
     if form == "gguf":
@@ -163,7 +205,7 @@ def test_host_memory_stays_below_the_model_plus_twice_its_largest_tensor(tmp_pat
         write_gguf(path, family, tensors, quantize=lambda t: (t.numpy(), Type.F16), **sizes)
     else:
         path = tmp_path
-        write_safetensors(path, family, tensors, **sizes)
+        write_safetensors(path, family, stacked(tensors), **sizes)
     run = subprocess.run(
         [sys.executable, "-c", LOAD, path], capture_output=True, text=True, cwd=ROOT
     )

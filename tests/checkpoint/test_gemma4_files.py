@@ -39,13 +39,18 @@ UNIFIED = {
 
 @pytest.fixture(
     scope="module",
-    params=["Gemma4For", "Gemma4UnifiedFor", "Gemma4ForConditional", "Gemma4UnifiedForConditional"],
-)
+    params=[
+        "Gemma4For", "Gemma4UnifiedFor", "Gemma4ForConditional", "Gemma4UnifiedForConditional",
+        "Gemma4ForConditional with experts",
+    ],
+)  # fmt: skip
 def model(request) -> transformers.PreTrainedModel:
     """Returns a model of each class with random weights. The layers of "gemma4-all" share keys and
     values, and have per-layer embeddings, which the unified class does not have."""
     unified = "Unified" in request.param
-    text = random_transformers_model(CONFIGS["gemma4-k-eq-v" if unified else "gemma4-all"])
+    name = "gemma4-k-eq-v" if unified else "gemma4-all"
+    name = "gemma4-experts" if "experts" in request.param else name
+    text = random_transformers_model(CONFIGS[name])
     if request.param == "Gemma4For":
         return text
     prefix = request.param.split("For")[0]
@@ -192,12 +197,3 @@ def test_bad_layer_scalars_in_memory_are_refused():
     del layer.layer_scalar
     with pytest.raises(ValueError, match=r"layers\.3\.layer_scalar is missing"):
         TransformersCheckpoint(source)
-
-
-def test_a_mixture_of_experts_in_memory_is_refused():
-    config = random_transformers_model(CONFIGS["gemma4-per-layer"]).config.to_dict()
-    config |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
-    config = transformers.Gemma4TextConfig.from_dict(config | {"moe_intermediate_size": 8})
-    source = transformers.Gemma4ForCausalLM(config)
-    with pytest.raises(ValueError, match=r"Gemma4ForCausalLM: enable_moe_block=True.*26B-A4B"):
-        GemmaForCausalLM.from_transformers(source)

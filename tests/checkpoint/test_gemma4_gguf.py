@@ -49,6 +49,7 @@ E2B = {
     "gemma4.rope.dimension_count_swa": 256,
     "tokenizer.ggml.tokens": ["x"] * 262_144,
 }
+EXPERTS = {"expert_count": 128, "expert_used_count": 8, "expert_feed_forward_length": 704}
 QUARTER = np.array([1] * 64 + [1e30] * 192, np.float32)
 
 
@@ -72,12 +73,13 @@ def metadata_of(name: str) -> dict:
             "attention.sliding_window_pattern": [x == SLIDING for x in config.layer_types],
             "attention.shared_kv_layers": config.num_kv_shared_layers,
             "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+            **(EXPERTS if config.num_experts else {}),
         }
     )
 
 
 def test_metadata_and_tensors_of_published_files_equal_the_presets():
-    names = ("gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-31b")
+    names = ("gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b", "gemma-4-31b")
     for name, metadata in zip(names, [E2B, *map(metadata_of, names[1:])], strict=True):
         config = config_from_gguf(metadata)
         assert with_tensors(config, PRESETS[name].tensor_shapes(), QUARTER) == PRESETS[name]
@@ -95,7 +97,9 @@ def test_metadata_and_tensors_of_published_files_equal_the_presets():
         ({"attention.head_count_kv": None}, {"num_key_value_heads": 8}),
         ({"embedding_length_per_layer_input": None}, {"hidden_size_per_layer_input": 0}),
         ({"feed_forward_length": [6144] * 35}, {"use_double_wide_mlp": False}),
-        ({"expert_count": 0, "expert_feed_forward_length": 704}, {"intermediate_size": 6144}),
+        ({"expert_count": 0, "expert_feed_forward_length": 704}, {"moe_intermediate_size": 0}),
+        ({"expert_used_count": 8, "expert_feed_forward_length": 704}, {"num_experts": 0}),
+        (EXPERTS, {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}),
         (
             {"attention.head_count_kv": ([4] * 4 + [2]) * 7},
             {"num_key_value_heads": 4, "num_global_key_value_heads": 2},
@@ -120,7 +124,16 @@ def test_fields_are_read_from_gguf(change, expected):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"expert_count": 128}, "gemma4.expert_count=128 is not supported"),
+        ({"expert_count": 128}, "no gemma4.expert_used_count: convert"),
+        (EXPERTS | {"expert_used_count": None}, "no gemma4.expert_used_count"),
+        (EXPERTS | {"expert_feed_forward_length": None}, "no gemma4.expert_feed_forward_length"),
+        (EXPERTS | {"expert_count": 1025}, "gemma4.expert_count=1025 must be an integer from 1"),
+        (EXPERTS | {"expert_count": 1 << 40}, "gemma4.expert_count=1099511627776 must be"),
+        (EXPERTS | {"expert_count": "128"}, "gemma4.expert_count='128' must be"),
+        (EXPERTS | {"expert_count": [128] * 35}, r"gemma4.expert_count=\[128"),
+        (EXPERTS | {"expert_used_count": 0}, "gemma4.expert_used_count=0 must be"),
+        (EXPERTS | {"expert_used_count": 9, "expert_count": 8}, "experts=8 with top_k_experts=9"),
+        (EXPERTS | {"expert_feed_forward_length": 1 << 40}, "feed_forward_length=10995116277"),
         ({"block_count": None}, "gemma4.block_count=None"),
         ({"block_count": 10**12}, "gemma4.block_count=1000000000000"),
         ({"attention.shared_kv_layers": 35}, "shared_kv_layers=35 must be an integer from 0 to 34"),
@@ -159,7 +172,7 @@ KEYS = [
     for key in vars(part).values()
     if isinstance(key, str) and key.startswith("{arch}.")
 ]
-NO_EFFECT = (*IGNORED, "attn_logit_softcapping", "expert_feed_forward_length")
+NO_EFFECT = (*IGNORED, "attn_logit_softcapping", "expert_used_count", "expert_feed_forward_length")
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in NO_EFFECT])
@@ -268,8 +281,11 @@ def test_other_rope_factors_are_refused(tmp_path, factors):
 
 @pytest.mark.parametrize(
     "name",
-    ["blk.0.ffn_gate_inp.weight", "blk.0.layer_output_scale.bias", "per_layer_token_embd"],
-)
+    [
+        "blk.0.ffn_gate_shexp.weight", "blk.0.attn_q.scale", "blk.0.ffn_gate_up_exps.scale",
+        "blk.0.layer_output_scale.bias", "blk.0.layer_output_scale.scale", "per_layer_token_embd",
+    ],
+)  # fmt: skip
 def test_unknown_tensors_are_refused(tmp_path, name):
     extra = {name: np.ones(8, np.float32)}
     write_gguf(tmp_path / "model.gguf", "gemma4", extra=extra)

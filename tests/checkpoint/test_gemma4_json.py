@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from gemma_fast.checkpoint.config_json import config_from_json
+from gemma_fast.checkpoint.experts import stored_shapes
 from gemma_fast.config import FULL, SLIDING, GemmaConfig
 from gemma_fast.presets import PRESETS
 
@@ -22,6 +23,9 @@ TEXT = {
 }  # fmt: skip
 SHARED = {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}
 KEYS_ARE_VALUES = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+EXPERTS = {
+    "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 7,
+}  # fmt: skip
 CHANGES = [
     {},
     {"global_head_dim": 16},
@@ -80,15 +84,17 @@ def test_presets_are_read_from_the_fields_on_the_hub_and_have_transformers_tenso
         "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings",
         "sliding_window", "layer_types", "global_head_dim", "num_global_key_value_heads",
         "attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp",
-        "hidden_size_per_layer_input", "final_logit_softcapping",
+        "hidden_size_per_layer_input", "final_logit_softcapping", "num_experts", "top_k_experts",
+        "moe_intermediate_size",
     )  # fmt: skip
     text = {field: getattr(preset, field) for field in fields}
+    text["enable_moe_block"] = preset.num_experts > 0
     text |= {"layer_types": list(preset.layer_types), "model_type": f"{kind}_text"}
     assert config_from_json(text) == preset
     assert config_from_json({"model_type": kind, "text_config": text}) == preset
     theirs = transformers_class(kind, "TextConfig").from_dict(text)
     assert config_from_json(theirs.to_dict()) == preset
-    assert preset.tensor_shapes() == tensors(kind, theirs)
+    assert stored_shapes(preset) == tensors(kind, theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,7 +165,21 @@ def test_bad_objects_for_layers_are_refused(given, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"enable_moe_block": True, "num_experts": 128}, "enable_moe_block=True.*26B-A4B"),
+        ({"enable_moe_block": True}, "num_experts is missing, but enable_moe_block is true"),
+        ({"enable_moe_block": "yes"}, "enable_moe_block='yes' must be true or false"),
+        ({"enable_moe_block": 1}, "enable_moe_block=1 must be true or false"),
+        (EXPERTS | {"num_experts": None}, "num_experts is missing"),
+        (EXPERTS | {"top_k_experts": None}, "top_k_experts is missing"),
+        (EXPERTS | {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
+        (EXPERTS | {"num_experts": 0}, "num_experts=0 must be an integer from 1 to 1024"),
+        (EXPERTS | {"num_experts": 1025}, "num_experts=1025 must be"),
+        (EXPERTS | {"num_experts": 1 << 40}, "num_experts=1099511627776 must be"),
+        (EXPERTS | {"num_experts": True}, "num_experts=True must be"),
+        (EXPERTS | {"num_experts": 4.0}, r"num_experts=4\.0 must be"),
+        (EXPERTS | {"top_k_experts": 5}, "num_experts=4 with top_k_experts=5"),
+        (EXPERTS | {"top_k_experts": -1}, "top_k_experts=-1 must be"),
+        (EXPERTS | {"moe_intermediate_size": 0}, "moe_intermediate_size=0 must be"),
+        (EXPERTS | {"moe_intermediate_size": 1 << 17}, "moe_intermediate_size=131072 must be"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ({"attention_bias": True}, "attention_bias=True"),
@@ -238,7 +258,7 @@ def test_share_of_rotating_pairs_is_checked(value):
         ({"model_type": "gemma4_assistant"}, "'gemma4_assistant' is not one of"),
         (
             {"model_type": "gemma4", "text_config": TEXT | {"enable_moe_block": True}},
-            r"accelerate\(model\), or llama.cpp",
+            "num_experts is missing",
         ),
     ],
 )
@@ -247,8 +267,26 @@ def test_bad_multimodal_configs_are_refused(config, message):
         config_from_json(config)
 
 
-def test_fields_of_a_mixture_of_experts_have_no_effect_without_one(recwarn):
-    moe = {"num_experts": None, "top_k_experts": None, "moe_intermediate_size": 704}
+@pytest.mark.parametrize("enabled", [False, None, "absent"])
+def test_fields_of_a_mixture_of_experts_have_no_effect_without_one(recwarn, enabled):
+    moe = {"num_experts": None, "top_k_experts": 1 << 40, "moe_intermediate_size": 704}
+    moe |= {} if enabled == "absent" else {"enable_moe_block": enabled}
     given = {"model_type": "gemma4_text"} | TEXT
-    assert config_from_json(given | moe | {"enable_moe_block": False}) == config_from_json(given)
+    assert config_from_json(given | moe) == config_from_json(given)
     assert isinstance(config_from_json(given), GemmaConfig) and not recwarn.list
+
+
+def test_the_unified_class_has_no_mixture_of_experts():
+    given = {"model_type": "gemma4_unified_text"} | TEXT
+    assert config_from_json(given | EXPERTS) == config_from_json(given)
+
+
+@pytest.mark.parametrize("change", [{}, SHARED, KEYS_ARE_VALUES, {"num_experts": 1024}], ids=str)
+def test_experts_have_transformers_tensors(change):
+    given = {"model_type": "gemma4_text"} | TEXT | EXPERTS | change
+    config = config_from_json(given)
+    theirs = transformers.Gemma4TextConfig.from_dict(given)
+    assert stored_shapes(config) == tensors("gemma4", theirs)
+    assert config_from_json(theirs.to_dict()) == config
+    multimodal = {"model_type": "gemma4", "text_config": given}
+    assert config_from_json(multimodal) == config

@@ -17,15 +17,20 @@ from gemma_fast.kernels.cpu.replay import Replay
 from gemma_fast.kernels.matvec import linear
 
 pytestmark = needs_c
-CONFIG = replace(CONFIGS["gemma3-gqa"], hidden_size=64, intermediate_size=96)
+NAMES = "gemma3-gqa", "gemma4-experts"  # experts are chosen anew in each step
+SIZES = {"hidden_size": 64, "intermediate_size": 96}
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("batch", [1, MAX_ROWS, MAX_ROWS + 1], ids="batch {}".format)
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
-def test_repeated_steps_have_the_logits_of_steps_that_run(batch, quantize):
+def test_repeated_steps_have_the_logits_of_steps_that_run(batch, quantize, name):
     """With more than MAX_ROWS rows, C unpacks a weight, and a library multiplies with it."""
-    model = GemmaForCausalLM.from_checkpoint(RandomCheckpoint(CONFIG), quantize=quantize)
-    ids = torch.randint(3, CONFIG.vocab_size, (batch, 5), generator=torch.Generator())
+    config = replace(CONFIGS[name], **SIZES)
+    if config.num_experts:
+        config = replace(config, moe_intermediate_size=32)
+    model = GemmaForCausalLM.from_checkpoint(RandomCheckpoint(config), quantize=quantize)
+    ids = torch.randint(3, config.vocab_size, (batch, 5), generator=torch.Generator())
     found = []
     for replays in (True, False):
         decoder, logits = Decoder(model, batch, 20), []  # logits, before and after processing
@@ -33,6 +38,8 @@ def test_repeated_steps_have_the_logits_of_steps_that_run(batch, quantize):
         decoder.prefill(ids, texts=[Sampling()] * batch, record=logits)
         for _ in range(4):
             decoder.step()
+        if replays:
+            assert bool(decoder._replay._calls) == (batch <= MAX_ROWS)
         found.append(torch.stack([raw for raw, _ in logits]))
     assert found[0].numel() and torch.equal(*found)
 

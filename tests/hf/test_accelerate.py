@@ -9,13 +9,16 @@ import torch
 import transformers
 from hf_models import FAMILIES, logits, make, padded, prompt
 from marks import slow
-from tiny_models import close
+from tiny_models import close, typical_error
 from triton_interpreter import interpreter
 
 from gemma_fast import hf
 from gemma_fast.hf import accelerate, accelerated, explain, restore
 from gemma_fast.hf import attention as hf_attention
 from gemma_fast.hf import layers as hf_layers
+
+EXPERTS = ("router", "experts")
+PARTS = ("norm", "mlp", "attention", *EXPERTS)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -65,24 +68,43 @@ def test_triton_kernels_without_a_cache_give_the_same_logits_as_transformers(fam
         close(logits(model, ids, use_cache=False), expected)
 
 
-@pytest.mark.parametrize("part", ["norm", "mlp", "attention"])
+def skip_without(part, model):
+    if part in EXPERTS and not hasattr(model.config, "num_experts"):
+        pytest.skip("the model has no experts")
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_each_part_can_be_accelerated_alone(model, part):
-    ids, parts = prompt(), dict.fromkeys(("norm", "mlp", "attention"), False)
+    skip_without(part, model)
+    ids = prompt()
     expected = logits(model, ids)
-    accelerate(model, **parts | {part: True})
+    accelerate(model, **dict.fromkeys(PARTS, False) | {part: True})
     close(logits(model, ids), expected)
     ours = {line.part for line in explain(model) if line.path != "transformers"}
     assert ours == {part}
 
 
-KERNELS = [(hf_layers, "rms_norm"), (hf_layers, "geglu"), (hf_attention, "attention")]
+KERNELS = [
+    (hf_layers, "rms_norm"), (hf_layers, "geglu"), (hf_attention, "attention"),
+    (hf_layers, "route"), (hf_layers, "experts"),
+]  # fmt: skip
+
+
+def wrong(out):
+    """Returns a kernel's output, or all its outputs, with elements of the first one in other places
+    (of the experts' indices, for the router)."""
+    if not isinstance(out, tuple):
+        return out.roll(1, -1)
+    place = 1 if len(out) == 3 else 0
+    return *out[:place], out[place].roll(1, -1), *out[place + 1 :]
 
 
 @pytest.mark.parametrize(("module", "name"), KERNELS, ids=[name for _, name in KERNELS])
 def test_wrong_kernel_changes_the_logits(model, monkeypatch, module, name):
+    skip_without("router" if name == "route" else name, model)
     ids, kernel = prompt(), getattr(module, name)
     expected = logits(model, ids)
-    monkeypatch.setattr(module, name, lambda *args, **kwargs: kernel(*args, **kwargs).roll(1, -1))
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: wrong(kernel(*args, **kwargs)))
     assert (logits(accelerate(model), ids) - expected).abs().max() > 0.01
 
 
@@ -113,7 +135,7 @@ def test_restored_model_is_as_before_acceleration(model):
 
 def test_accelerating_again_replaces_the_selected_parts(model):
     accelerate(model)
-    accelerate(model, attention=False, norm=False)
+    accelerate(model, attention=False, norm=False, router=False, experts=False)
     assert model.config._attn_implementation == "eager"
     assert {line.part for line in explain(model) if line.path != "transformers"} == {"mlp"}
 
@@ -184,14 +206,15 @@ def test_unpickled_model_in_a_new_process_gives_the_same_logits(model, tmp_path)
 @pytest.mark.parametrize("first", ["accelerated", "converted"])
 def test_model_can_be_converted_to_another_dtype(model, first):
     """Accelerates before or after the conversion to bfloat16. In both cases the error must be less
-    than 1.1 times that of transformers."""
+    than 1.1 times that of transformers. Both choose other experts for some tokens than in float32:
+    the median leaves out these errors."""
     ids = prompt()
     exact = logits(model, ids)
-    theirs = (logits(copy.deepcopy(model).bfloat16(), ids) - exact).square().mean().sqrt()
+    theirs = typical_error(logits(copy.deepcopy(model).bfloat16(), ids), exact)
     ours = accelerate(model).bfloat16() if first == "accelerated" else accelerate(model.bfloat16())
     found = logits(ours, ids)
     assert found.dtype == torch.bfloat16
-    assert (found - exact).square().mean().sqrt() < 1.1 * theirs
+    assert typical_error(found, exact) < 1.1 * theirs
     restored = logits(ours.float(), ids)
     assert {line.path for line in explain(ours)} == {"reference"} and not restored.isnan().any()
 

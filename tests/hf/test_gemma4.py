@@ -1,6 +1,6 @@
 """Checks what is new in Gemma 4: K = V with fewer heads, layers that share keys and values,
-per-layer embeddings, experts. Other tests of this folder run on a model that has all but the
-experts."""
+per-layer embeddings. Other tests of this folder run on a model that has all of them, and experts.
+test_experts.py has the tests of experts."""
 
 import copy
 
@@ -155,25 +155,11 @@ def test_explain_lists_the_modules_of_each_layer():
     assert {lines[f"layers.{i}.mlp"].part for i in range(4)} == {"mlp"}
     for name in ("per_layer_projection_norm", "layers.3.post_per_layer_input_norm"):
         assert lines[name].part == "norm"
+    for part in ("router", "experts"):
+        found = [name for name, line in lines.items() if line.part == part]
+        assert found == [f"layers.{i}.{part}" for i in range(4)]
+    assert "layers.0.router.norm" not in lines  # belongs to the router
     assert all(line.path == "reference" for line in lines.values())
-
-
-def test_experts_stay_and_are_listed():
-    model, ids = make("gemma4-experts"), prompt()
-    kinds = {type(layer.experts) for layer in model.model.layers}
-    expected = logits(model, ids)
-    close(logits(accelerate(model, strict=True), ids), expected)
-    assert {type(layer.experts) for layer in model.model.layers} == kinds
-    lines = explain(model, strict=True)
-    experts = [line for line in lines if line.part == "experts"]
-    assert [line.module for line in experts] == [f"model.layers.{i}.experts" for i in range(4)]
-    assert {(line.path, line.why) for line in experts} == {
-        ("transformers", "experts are not replaced: the kernels have no mixture of experts")
-    }
-    assert {line.path for line in lines if line.part != "experts"} == {"reference"}
-    assert any(line.module == "model.layers.0.router.norm" for line in lines)
-    with pytest.raises(RuntimeError, match=r"strict=True requires: .*mlp: not accelerated"):
-        explain(accelerate(model, mlp=False), strict=True)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

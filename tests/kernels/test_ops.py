@@ -13,12 +13,14 @@ from torch.library import opcheck
 from gemma_fast.kernels.attention import attention
 from gemma_fast.kernels.decode_attention import decode_attention, split_attention
 from gemma_fast.kernels.embed import embed
+from gemma_fast.kernels.experts import experts
 from gemma_fast.kernels.geglu import gate_up_geglu, geglu
 from gemma_fast.kernels.lm_head import next_token
 from gemma_fast.kernels.matvec import linear, norm_linear
 from gemma_fast.kernels.per_layer import per_layer_inputs
 from gemma_fast.kernels.rmsnorm import add_norm, add_rms_norm, rms_norm
 from gemma_fast.kernels.rotary import rotary_write
+from gemma_fast.kernels.router import norm_router, route
 from gemma_fast.kernels.sample import sample_token
 
 B, T, N, M, D, SLOTS = 2, 5, 2, 2, 32, 16
@@ -43,9 +45,16 @@ def tensors() -> dict[str, torch.Tensor | None]:
         "post_norm_weight": torch.randn(D),
         "layer_scalar": torch.randn(1),
         "up": torch.randn(B, T, 6),
+        "dense_down": torch.randn(D, 6),
         "projected": torch.randn(B, T, 3 * D),
         "token_ids": torch.randint(7, (B, T)),
         "table": torch.randn(7, 3 * D),
+        "router_proj": torch.randn(4, D),
+        "per_expert_scale": torch.rand(4),
+        "experts_gate_up": torch.randn(4 * 2 * D, D),
+        "experts_down": torch.randn(4 * D, D),
+        "chosen": torch.randint(4, (B, T, 2), dtype=torch.int32),
+        "expert_weight": torch.rand(B, T, 2),
         "no_tensor": None,
         "rows": torch.randn(B, D),
         "residual_rows": torch.randn(B, D),
@@ -57,13 +66,15 @@ def tensors() -> dict[str, torch.Tensor | None]:
         "cos_table": torch.randn(SLOTS, D // 2),
         "sin_table": torch.randn(SLOTS, D // 2),
         "k_norm": torch.randn(D),
-        "counter": torch.zeros(B * N, dtype=torch.int32),
+        "counter": torch.zeros(B * T, dtype=torch.int32),
         "token": torch.zeros(B, dtype=torch.int64),
         "temperature": torch.ones(B),
         "seed": torch.ones(B, dtype=torch.int64),
         **packed("gate_up_proj", 6, D),
         **packed("embedding", 7, D),
         **packed("table", 7, 3 * D),
+        **packed("experts_gate_up", 4 * 2 * D, D),
+        **packed("experts_down", 4 * D, D),
     }
 
 
@@ -87,13 +98,25 @@ NEXT = ("rows", "residual_rows", "norm_weight", "post_norm_weight", "embedding",
 ROTATED = ("q", "keys", "values", "no_tensor", "no_tensor", "query_offset")
 SPLIT = ("query", "keys", "values", "query_offset", "left_padding", "counter")
 ATTENTION = ("q", "keys", "values", "cos", "sin", "query_offset", "norm_weight")
+NORM_ROUTER = (
+    "x", "residual", "post_norm_weight", "norm_weight", "gate_up_proj", "norm_weight",
+    "norm_weight", "router_proj", "per_expert_scale", "counter",
+)  # fmt: skip
+EXPERTS = ("x", "experts_gate_up", "experts_down", "chosen", "expert_weight")
+WITH_DENSE = (*EXPERTS, "up", "dense_down")
+PACKED = ("gate_up_proj", "embedding", "table", "experts_gate_up", "experts_down")
 
 
 def packed_entry(op: Callable, names: tuple[str, ...], options: dict) -> tuple:
-    """Returns an entry of OPS with a packed weight."""
-    found = next(x for x in names if x in ("gate_up_proj", "embedding", "table"))
-    factors = {f"weight{part}": f"packed_{found}{part}" for part in PARTS[1:]}
-    return op, tuple(f"packed_{x}" if x == found else x for x in names), options | factors
+    """Returns an entry of OPS with packed weights."""
+    parameters = list(inspect.signature(op).parameters)
+    factors = {
+        f"{parameter}{part}": f"packed_{name}{part}"
+        for parameter, name in zip(parameters, names, strict=False)
+        if name in PACKED
+        for part in PARTS[1:]
+    }
+    return op, tuple(f"packed_{x}" if x in PACKED else x for x in names), options | factors
 
 
 # (op, names of its arguments in tensors(), options). An option of type str is a name, too. In each
@@ -104,6 +127,7 @@ OPS = [
     (add_rms_norm, ("k", "v", "norm_weight", "norm_weight"), {"layer_scalar": "layer_scalar"}),
     (rms_norm, ("q", "no_tensor"), {"offset": 0.0}),
     (add_norm, ("k", "v", "norm_weight"), {"offset": 0.0}),
+    (add_norm, ("k", "v", "norm_weight"), {"residual_weight": "norm_weight"}),
     (geglu, ("q", "q"), {}),
     (gate_up_geglu, ("q", "gate_up_proj"), {}),
     (rotary_write, ROTARY, {}),
@@ -127,6 +151,10 @@ OPS = [
         ("x", "residual", "no_tensor", "post_norm_weight", "gate_up_proj"),
         {"up": "up"},
     ),
+    (norm_router, NORM_ROUTER, {"top_k": 2}),
+    (route, ("x", "norm_weight", "router_proj", "per_expert_scale"), {"top_k": 2}),
+    (experts, WITH_DENSE, {}),
+    (experts, EXPERTS, {}),
     (per_layer_inputs, PER_LAYER, {"scale": 0.2}),
     (embed, ("ids", "embedding"), {"scale": 2.0}),
     (decode_attention, (*DECODE, "norm_weight", "k_norm"), {"scale": 0.2}),
@@ -143,11 +171,12 @@ OPS = [
     (next_token, NEXT, {"layer_scalar": "layer_scalar", "offset": 0.0}),
     packed_entry(linear, ("x", "gate_up_proj"), {}),
     packed_entry(norm_linear, NORM_LINEAR, {"geglu": True}),
+    packed_entry(norm_router, NORM_ROUTER, {"top_k": 2}),
+    packed_entry(experts, WITH_DENSE, {}),
     packed_entry(per_layer_inputs, PER_LAYER, {"scale": 0.2}),
     packed_entry(embed, ("ids", "embedding"), {"scale": 2.0, "dtype": torch.float16}),
     packed_entry(next_token, NEXT, {"softcap": 30.0}),
 ]
-TENSOR_OPTIONS = "up", "layer_scalar", "weight_scale", "weight_minimum"
 FIRST = {op.__name__: (op, names, options) for op, names, options in reversed(OPS)}
 
 
@@ -168,8 +197,10 @@ def test_op_passes_opcheck(op, names, options, permuted, device):
     for name in ("q", "k", "v", "x", "up", "projected") if permuted else ():
         given[name] = given[name].transpose(0, 1).contiguous().transpose(0, 1)
     overload = getattr(torch.ops.gemma_fast, op.__name__).default
-    tensors_of = {key: given[options[key]] for key in TENSOR_OPTIONS if key in options}
-    opcheck(overload, tuple(given[name] for name in names), options | tensors_of)
+    options = {
+        key: given[x] if isinstance(x, str) and key != "heads" else x for key, x in options.items()
+    }
+    opcheck(overload, tuple(given[name] for name in names), options)
 
 
 @pytest.mark.parametrize(("op", "names", "options"), FIRST.values(), ids=FIRST)

@@ -21,8 +21,11 @@ PARAMETERS = {
     "gemma-4-e2b": 4_628_569_379,
     "gemma-4-e4b": 7_463_013_418,
     "gemma-4-12b": 11_907_350_320,
+    "gemma-4-26b-a4b": 25_233_141_790,
     "gemma-4-31b": 30_697_345_340,
 }
+
+EXPERTS = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -84,6 +87,12 @@ def test_norms_and_scale_depend_on_the_family():
         ({"num_global_key_value_heads": 3}, "not divisible by num_global_key_value_heads=3"),
         ({"hidden_size_per_layer_input": 1 << 14}, "hidden_size_per_layer_input=16384 must be"),
         ({"vocab_size_per_layer_input": 1000}, "vocab_size_per_layer_input=1000 is below vocab"),
+        ({"num_experts": 4}, "a mixture of experts needs"),
+        ({**EXPERTS, "top_k_experts": 0}, "from 1 to num_experts experts"),
+        ({**EXPERTS, "top_k_experts": 5}, "num_experts=4 with top_k_experts=5"),
+        ({**EXPERTS, "moe_intermediate_size": 0}, "moe_intermediate_size=0: a mixture"),
+        ({"num_experts": 1 << 20}, "num_experts=1048576 must be an integer from 0 to 1024"),
+        ({"num_experts": None}, "num_experts=None must be"),
         ({"attention_k_eq_v": None}, "attention_k_eq_v=None must be a bool"),
         ({"use_double_wide_mlp": 1}, "use_double_wide_mlp=1 must be a bool"),
         ({"full_rope": RopeParameters(1e6, "llama3")}, "full_rope: rope_type='llama3'"),
@@ -97,3 +106,9 @@ def test_norms_and_scale_depend_on_the_family():
 def test_bad_shapes_of_gemma_4_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(PRESETS["gemma-4-e2b"], **change)
+
+
+def test_only_gemma_4_has_experts():
+    assert replace(PRESETS["gemma-4-e2b"], **EXPERTS).num_experts == 4
+    with pytest.raises(ValueError, match="a mixture of experts needs model_type gemma4"):
+        replace(PRESETS["gemma-3-1b"], **EXPERTS)

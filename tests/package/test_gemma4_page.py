@@ -6,7 +6,11 @@ from pathlib import Path
 import torch
 
 from gemma_fast.checkpoint.base import PER_LAYER_EMBEDDING
+from gemma_fast.checkpoint.random import RandomCheckpoint
+from gemma_fast.checkpoint.rounded import with_quantize
 from gemma_fast.model.cache import BLOCK, KVCache
+from gemma_fast.model.gemma import Gemma
+from gemma_fast.model.packing import pack_weights
 from gemma_fast.presets import PRESETS
 from gemma_fast.walkthrough.cost import BF16, bytes_of_a_token
 
@@ -16,6 +20,16 @@ KIB, MIB = 2**10, 2**20
 
 def cache_bytes(config, tokens: int) -> int:
     return KVCache.bytes_needed(config, 1, tokens, torch.bfloat16)
+
+
+def int4_bytes(config) -> int:
+    """Returns the bytes of the weights if quantize="int4" packs them."""
+    checkpoint = with_quantize(RandomCheckpoint(config), "int4")
+    packings = {name: checkpoint.packing(name) for name in checkpoint.shapes}
+    with torch.device("meta"):
+        model = Gemma(config).bfloat16()
+        pack_weights(model, packings, torch.device("cuda"), "random weights")
+    return sum(x.nbytes for x in model.parameters())
 
 
 def column(name: str) -> list[str]:
@@ -34,10 +48,13 @@ def column(name: str) -> list[str]:
         str(config.num_attention_heads),
         f"{window[0].num_key_value_heads} / {full[0].num_key_value_heads}",
         ", ".join(map(str, widths)),
+        f"{config.num_experts} × {config.moe_intermediate_size}" if config.num_experts else "0",
+        str(config.top_k_experts),
         str(config.sliding_window),
         str(config.max_position_embeddings),
         f"{config.num_parameters / 1e9:.2f} B",
         f"{BF16 * config.num_parameters / 1e9:.2f} GB",
+        f"{int4_bytes(config) / 1e9:.2f} GB",
         f"{BF16 * table / 1e9:.2f} GB" if table else "0",
         f"{sum(bytes_of_a_token(config, 0).values()) / 1e9:.2f} GB",
         f"{per_token / KIB:g} KiB",
@@ -68,5 +85,6 @@ def test_savings_are_those_of_the_configs():
         values.append(f"{BF16 * v_proj * config.hidden_size / 1e6:.0f} MB")
         updates.append(f"{bytes_of_a_token(config, 0).get('per-layer embeddings', 0) / 1e6:.0f} MB")
     assert f"saves {shares[0]} and {shares[1]} of the KV cache" in text
-    assert f"saves `v_proj`: {values[2]} of 12B, {values[3]} of 31B" in text
+    large = f"{values[2]} of 12B, {values[3]} of 26B-A4B, {values[4]} of 31B"
+    assert f"saves `v_proj`: {large}" in text
     assert f"with W, {updates[0]} and {updates[1]} of weights per token" in text

@@ -12,6 +12,7 @@ from tiny_models import CONFIGS, random_transformers_model
 
 from gemma_fast import load
 from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.checkpoint.base import one_thread
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.checkpoint.transformers import TransformersCheckpoint
 from gemma_fast.kernels.packed import PackedWeight
@@ -173,7 +174,7 @@ def test_loading_sets_the_number_of_threads_only_if_no_thread_can_keep_it(others
     try:
         torch.set_num_threads(2)
         alone = threading.active_count() == 1
-        with load._one_thread():
+        with one_thread():
             assert torch.get_num_threads() == (1 if alone else 2)
         assert torch.get_num_threads() == 2 and not (alone and others)
     finally:

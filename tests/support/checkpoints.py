@@ -1,6 +1,7 @@
 """Writes tiny random checkpoints of each family, as safetensors or GGUF files."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ GEMMA_4 = {
 }  # fmt: skip
 
 
+# With a mixture of experts in each layer.
+EXPERTS = {
+    "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32,
+}  # fmt: skip
+EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+_proj)\.weight")
+
+
 def config_json(family: str, **sizes: Any) -> dict:
     kind = family + ("_text" if family in ("gemma3", "gemma4") else "")
     shapes = SIZES | (GEMMA_4 if family == "gemma4" else {})
@@ -48,6 +56,38 @@ def random_tensors(family: str, dtype: torch.dtype = torch.float32, **sizes: Any
         name: torch.randn(shape, generator=generator).to(dtype)
         for name, shape in config_from_json(config_json(family, **sizes)).tensor_shapes().items()
     }
+
+
+def stacked(tensors: dict[str, Tensor], separate: bool = False) -> dict[str, Tensor]:
+    """Returns the tensors as transformers saves them: the matrices of all experts of a layer are
+    one tensor for gate and up, and one for down. separate: gate and up in two, as GGUF allows"""
+    found: dict[str, Tensor] = {}
+    matrices: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        if match := EXPERT.fullmatch(name):
+            matrices.setdefault(f"{match[1]}.{match[2]}", []).append(tensor)
+        else:
+            found[name] = tensor
+    found |= {name: torch.stack(experts) for name, experts in matrices.items()}
+    for gate in [name for name in matrices if name.endswith("gate_proj") and not separate]:
+        both = found.pop(gate), found.pop(gate.replace("gate_proj", "up_proj"))
+        found[gate.replace("gate_proj", "gate_up_proj")] = torch.cat(both, dim=1)
+    return found
+
+
+def unstacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors with one for each matrix of an expert: the inverse of `stacked`."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        prefix, _, part = name.rpartition(".")
+        if not prefix.endswith(".experts"):
+            found[name] = tensor
+            continue
+        parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+        for i, expert in enumerate(tensor):
+            matrices = zip(parts, expert.chunk(len(parts)), strict=True)
+            found |= {f"{prefix}.{i}.{part}.weight": matrix for part, matrix in matrices}
+    return found
 
 
 def write_safetensors(
@@ -87,13 +127,14 @@ def write_gguf(
     stored: dict[str, tuple[np.ndarray, Type]] | None = None,
     extra: dict[str, np.ndarray | None] | None = None,
     keys: dict[str, int] | None = None,
+    separate: bool = False,
     **sizes: Any,
 ) -> dict[str, Tensor]:
     """Writes a GGUF file as llama.cpp does: the names come from the gguf package, and norm weights
     are in F32, with 1 added (except Gemma 4's). Tensors in `extra` are written under their own
     names; None: the tensor is left out. `keys` are further metadata. `stored` replaces what is
-    written for tensors, by their names in transformers. Returns the unquantized tensors by these
-    names."""
+    written for tensors, by their names in transformers, those of `stacked` for experts; there,
+    separate is explained. Returns the unquantized tensors, one for each matrix of an expert."""
     config = config_from_json(config_json(family, **sizes))
     tensors = tensors or random_tensors(family, **sizes)
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
@@ -102,24 +143,35 @@ def write_gguf(
     write_metadata(writer, config)
     for key, value in (keys or {}).items():
         writer.add_uint16(key, value)
-    for name, tensor in tensors.items():
-        norm = tensor.dim() == 1
+    written: dict[str, tuple[np.ndarray, Type | None] | None] = {}
+    for name, tensor in stacked(tensors, separate).items():
         factor = (tensor.float() + config.norm_offset).numpy()
-        data, kind = (factor, Type.F32) if norm else quantize(tensor)
-        data, kind = (stored or {}).get(name, (data, kind))
-        stored_name = names.get_name(
-            name.removesuffix(".weight") + ".weight", try_suffixes=(".weight",)
-        )
-        writer.add_tensor(stored_name, data, raw_dtype=kind)
+        default = (factor, Type.F32) if tensor.dim() == 1 else quantize(tensor)
+        written[gguf_name(names, name)] = (stored or {}).get(name, default)
     factors = {"rope_freqs.weight": rope_factors(config)} if family == "gemma4" else {}
     for stored_name, data in (factors | (extra or {})).items():
-        if data is not None:
-            writer.add_tensor(stored_name, data)
+        written[stored_name] = None if data is None else (data, None)
+    for stored_name, content in written.items():
+        if content is not None:
+            writer.add_tensor(stored_name, content[0], raw_dtype=content[1])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return tensors
+
+
+def gguf_name(names: gguf.TensorNameMap, name: str) -> str:
+    """Returns the name under which llama.cpp stores a tensor of transformers."""
+    layer, _, part = name.partition(".router.")
+    if part.endswith("scale"):  # not in the map of the gguf package
+        tensor = {"scale": "ffn_gate_inp", "per_expert_scale": "ffn_down_exps"}[part]
+        return f"blk.{layer.rpartition('.')[2]}.{tensor}.scale"
+    stored = names.get_name(name.removesuffix(".weight") + ".weight", try_suffixes=(".weight",))
+    if stored is None:  # all experts' gate_proj or up_proj
+        layer, _, part = name.partition(".experts.")
+        stored = f"blk.{layer.rpartition('.')[2]}.ffn_{part.removesuffix('_proj')}_exps.weight"
+    return stored
 
 
 def rope_factors(config: GemmaConfig) -> np.ndarray:
@@ -162,6 +214,10 @@ def write_metadata_of_layers(writer: gguf.GGUFWriter, config: GemmaConfig) -> No
     ):  # fmt: skip
         add(config.head_dim)
     writer.add_rope_freq_base_swa(1e4)
+    if config.num_experts:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.top_k_experts)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
 def read(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -41,6 +41,7 @@ from gemma_launches import (
     launch_all,
     launch_experts,
     launch_gemma_4,
+    launch_grouped_experts,
     launch_packed,
     launch_packed_prompts,
     launches,
@@ -176,6 +177,7 @@ def main(capability: int, describe: Callable[..., str], only_first: bool) -> Non
             launch_all(dtype, prompts)
             launch_gemma_4(dtype, layers)
             launch_packed_prompts(dtype)
+            launch_grouped_experts(dtype)
         launch_packed(torch.float16, PACKED + MORE_PACKED * whole)
         launch_experts(torch.float16, PACKED_EXPERTS + MORE_PACKED_EXPERTS * whole)
         if whole:

@@ -62,6 +62,25 @@ SCHEMES: dict[str, dict[str, Any]] = {
 NOT_PACKED = ("fp8-dynamic", "fp8-tensor", "fp8-block", "mxfp8a16")
 
 
+def with_linear_experts(hf: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Replaces the parameters of all experts by a Linear for each matrix of an expert, as libraries
+    do before they quantize. The model can be saved, but not run."""
+    for layer in hf.model.layers:
+        up, down = layer.experts.gate_up_proj.detach(), layer.experts.down_proj.detach()
+        layer.experts = nn.ModuleList()
+        for gate_up_proj, down_proj in zip(up, down, strict=True):
+            gate_proj, up_proj = gate_up_proj.chunk(2)
+            expert = {"gate_proj": gate_proj, "up_proj": up_proj, "down_proj": down_proj}
+            layer.experts.append(nn.ModuleDict({x: _linear(w) for x, w in expert.items()}))
+    return hf
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
+    linear.weight.data = weight.clone()
+    return linear
+
+
 def save_compressed(
     hf: transformers.PreTrainedModel,
     path: Path,

@@ -9,6 +9,8 @@ from gemma_fast.kernels.launch import Gpu
 Kernel = dict[str, Any]
 
 COMPUTE_BOUND = ("_attention_kernel", "_gate_up_geglu_kernel")
+LATENCY_BOUND = ("_sort_pairs_kernel",)
+GROUPED = ("_grouped_gate_up_kernel", "_grouped_down_kernel")
 # Maximum number of loads narrower than 16 bytes per thread, by kernel. These loads read ids,
 # positions, scalars, norm weights, scales, minimums and partial results, but no weights of
 # projections, keys or values.
@@ -20,6 +22,9 @@ NARROW_LOADS = {
     "_next_token_kernel": 64,
     "_decode_attention_kernel": 24,
     "_packed_linear_kernel": 16,
+    "_grouped_gate_up_kernel": 8,
+    "_grouped_down_kernel": 12,
+    "_weighted_sum_kernel": 8,
 }
 
 
@@ -47,7 +52,11 @@ def shared_memory(kernel: Kernel, gpu: Gpu) -> str | None:
 def two_programs(kernel: Kernel, gpu: Gpu) -> str | None:
     """On Hopper, two programs of prefill attention with BLOCK_M = 64 must fit in a multiprocessor,
     except at head_dim 512, where BLOCK_M = 64 is the largest tile that fits in registers. If the
-    shared memory of two programs of decode attention fits, their registers must fit too."""
+    shared memory of two programs of decode attention fits, their registers must fit too. Two
+    programs of a grouped matmul must fit."""
+    if gpu.capability == 90 and kernel["kernel"] in GROUPED:
+        held = fits_twice(kernel, gpu) and 2 * registers_used(kernel) <= 65_536
+        return None if held else f"{kernel['shared']} bytes, {registers_used(kernel)} registers"
     if gpu.capability != 90 or kernel["options"].get("BLOCK_M", 128) > 64:
         return None
     if not fits_twice(kernel, gpu):
@@ -55,8 +64,13 @@ def two_programs(kernel: Kernel, gpu: Gpu) -> str | None:
         return f"needs 2 * {kernel['shared']} bytes" if small else None
     if "attention" not in kernel["kernel"] or kernel["shared"] <= 65_536:
         return None
-    registers = kernel["registers"] * 32 * kernel["options"]["num_warps"]
+    registers = registers_used(kernel)
     return f"two programs use 2 * {registers} registers" if 2 * registers > 65_536 else None
+
+
+def registers_used(kernel: Kernel) -> int:
+    """Returns the number of registers of one program."""
+    return kernel["registers"] * 32 * kernel["options"]["num_warps"]
 
 
 def fits_twice(kernel: Kernel, gpu: Gpu) -> bool:
@@ -69,7 +83,8 @@ def fits_twice(kernel: Kernel, gpu: Gpu) -> bool:
 
 
 def wide_loads(kernel: Kernel, gpu: Gpu) -> str | None:
-    """Kernels that are bound by memory must load 16 bytes per thread at a time."""
+    """Kernels that are bound by memory must load 16 bytes per thread at a time. Of a packed weight
+    that is the operand of a matmul, Triton loads 8 bytes at a time."""
     narrow = NARROW_LOADS.get(kernel["kernel"], 0) + 2 * narrow_scales(kernel)
     if kernel["kernel"] == "_rotary_write_kernel":
         norm = kernel["types"]["rotary.norm_weight"] != "constexpr"
@@ -77,8 +92,9 @@ def wide_loads(kernel: Kernel, gpu: Gpu) -> str | None:
     if kernel["kernel"] == "_rms_norm_kernel":
         narrow = int(kernel["types"]["layer_scalar_ptr"] != "constexpr")
     narrow += factors(kernel)
-    held = kernel["wide_loads"] and kernel["narrow_loads"] <= narrow
-    if held or kernel["kernel"] in COMPUTE_BOUND:
+    packed = kernel["kernel"] in GROUPED and narrow_scales(kernel) > 0
+    held = (kernel["wide_loads"] or packed) and kernel["narrow_loads"] <= narrow
+    if held or kernel["kernel"] in COMPUTE_BOUND + LATENCY_BOUND:
         return None
     return f"{kernel['narrow_loads']} loads are narrower than 16 bytes"
 
@@ -144,11 +160,11 @@ def is_prompt(kernel: Kernel) -> bool:
     return matmul and kernel["options"]["BLOCK_M"] > 16 and not fp32
 
 
-def is_packed_prompt(kernel: Kernel) -> bool:
-    """Returns whether the kernel is packed_linear in bf16 or fp16, with enough rows of the weight
-    in a block for asynchronous matmuls."""
-    packed = kernel["kernel"] == "_packed_linear_kernel" and kernel["options"]["BLOCK_N"] >= 64
-    return packed and kernel["types"]["x_ptr"] != "*fp32"
+def is_weight_first(kernel: Kernel) -> bool:
+    """Returns whether the kernel is packed_linear or a grouped matmul in bf16 or fp16, with enough
+    rows of the weight in a block for asynchronous matmuls."""
+    left = kernel["kernel"] in ("_packed_linear_kernel", *GROUPED)  # operand: the weight
+    return left and kernel["options"]["BLOCK_N"] >= 64 and kernel["types"]["out_ptr"] != "*fp32"
 
 
 def is_prefill_attention(kernel: Kernel) -> bool:
@@ -158,7 +174,7 @@ def is_prefill_attention(kernel: Kernel) -> bool:
 def tensor_cores(kernel: Kernel, gpu: Gpu) -> str | None:
     """On Hopper, prefill kernels must use asynchronous matmuls (wgmma), and ptxas must not
     serialize them. Kernels with descriptors must copy tiles in hardware."""
-    if is_packed_prompt(kernel) and gpu.capability == 90:
+    if is_weight_first(kernel) and gpu.capability == 90:
         serialized = kernel["serialized"][0] if kernel["serialized"] else None
         return serialized if kernel["wgmma"] else "no wgmma"
     if not is_prompt(kernel):

@@ -27,6 +27,7 @@ from gemma_fast.kernels import (
     embed,
     experts,
     geglu,
+    grouped_experts,
     lm_head,
     matvec,
     packed_linear,
@@ -37,7 +38,7 @@ from gemma_fast.kernels import (
     sample,
 )
 from gemma_fast.kernels.launch import Gpu
-from gemma_fast.kernels.packed import PackedWeight, Packing
+from gemma_fast.kernels.packed import PackedWeight, Packing, Weight
 from gemma_fast.presets import PRESETS
 
 # Limits of an A100, A10, L4, H100, B200 and RTX 5090. The key 90 is compute capability 9.0.
@@ -369,6 +370,36 @@ def launch_packed_prompts(dtype: torch.dtype) -> None:
             blank_packed((512, 35 * PER_LAYER), packing), torch.empty(PER_LAYER, dtype=dtype),
             scale=1.0, offset=0.0, pdl=True,
         )  # fmt: skip
+
+
+# Experts of prompts, packed: rows of x, packing of gate_up_proj and of down_proj.
+PACKED_EXPERT_PROMPTS = (
+    (8192, Packing(4, 32, False, torch.float16), Packing(4, 32, False, torch.float16)),
+    (16, Packing(4, 32, False, torch.float16), Packing(4, 32, False, torch.float16)),
+    (1024, Packing(4, 32, True, torch.float16), Packing(8, 32, True, torch.float16)),
+    (300, Packing(4, 32, True, torch.float16), Packing(8, 32, False, torch.float16)),
+    (600, Packing(8, 16, True, torch.float16), Packing(8, 16, True, torch.float16)),
+    (16, Packing(8, 16, True, torch.float16), Packing(8, 16, True, torch.float16)),
+    (8192, Packing(8, 128, False, torch.float16), Packing(8, 64, False, torch.float16)),
+    (600, Packing(4, 2816, False, torch.bfloat16), Packing(4, 704, False, torch.bfloat16)),
+)
+
+
+def launch_grouped_experts(dtype: torch.dtype) -> None:
+    """Calls grouped_experts with the shapes of Gemma 4 26B-A4B. Blocks depend on the number of rows
+    per expert."""
+    count, top_k, dim, width = 128, 8, 2816, 704
+    memory = torch.empty(2 * count * width * dim, dtype=dtype)  # never written
+    shapes = (2 * count * width, dim), (count * dim, width)
+    plain = [Weight(memory[: math.prod(shape)].view(shape)) for shape in shapes]
+    packed = [
+        (rows, *(blank_packed(*x).weight for x in zip(shapes, packings, strict=True)))
+        for rows, *packings in PACKED_EXPERT_PROMPTS
+    ]
+    for rows, gate_up, down in [(rows, *plain) for rows in (16, 300, 600, 8192)] + packed:
+        x = torch.empty(rows, dim, dtype=dtype)
+        chosen, weight = torch.empty(rows, top_k, dtype=torch.int32), torch.empty(rows, top_k)
+        grouped_experts.grouped_experts(x, gate_up, down, chosen, weight)
 
 
 def launch_gemma_4(dtype: torch.dtype, layers: Sequence[tuple]) -> None:

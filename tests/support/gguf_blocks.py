@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from checkpoints import random_tensors, write_gguf
+from checkpoints import EXPERTS, random_tensors, stacked, unstacked, write_gguf
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
@@ -62,17 +62,26 @@ def write_quantized(
     family: str = "gemma3",
     kinds: dict[str, Type] | None = None,
     default: Type = Type.Q4_0,
+    experts: bool = False,
+    separate: bool = False,
 ) -> dict[str, Tensor]:
     """Writes a GGUF file whose matrices have types `default`, or others. Returns what gguf
-    dequantizes, by transformers' names. kinds  part of a name → type"""
-    sizes = WIDE_4 if family == "gemma4" else WIDE
+    dequantizes, by transformers' names, with one tensor for each matrix of an expert.
+
+    kinds: part of a name → type; experts: with a mixture of experts; separate: see `stacked`
+    """
+    sizes = (WIDE_4 if family == "gemma4" else WIDE) | (EXPERTS if experts else {})
     stored = {}
-    for i, (name, tensor) in enumerate(random_tensors(family, **sizes).items()):
+    tensors = random_tensors(family, **sizes)
+    for i, (name, tensor) in enumerate(stacked(tensors, separate).items()):
         found = [kind for part, kind in (kinds or {}).items() if part in name]
         kind = found[0] if found else default
-        if tensor.dim() == 2 and kind in FACTORS:
-            stored[name] = random_blocks(tensor.shape, kind, 0.1, seed=i), kind
-        elif tensor.dim() == 2:
+        if tensor.dim() > 1 and kind in FACTORS:
+            blocks = random_blocks(tensor.flatten(0, -2).shape, kind, 0.1, seed=i)
+            stored[name] = blocks.reshape(*tensor.shape[:-1], -1), kind
+        elif tensor.dim() > 1:
             stored[name] = quantize(tensor.numpy() * 0.1, kind), kind
-    write_gguf(path, family, stored=stored, **sizes)
-    return {name: torch.from_numpy(dequantize(*blocks)) for name, blocks in stored.items()}
+    write_gguf(path, family, tensors, stored=stored, separate=separate, **sizes)
+    return unstacked(
+        {name: torch.from_numpy(dequantize(*blocks)) for name, blocks in stored.items()}
+    )

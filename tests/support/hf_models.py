@@ -23,7 +23,7 @@ _EXPERTS = {
     "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24,
 }  # fmt: skip
 GEMMA4 = {
-    "gemma4": _K_IS_V | _SHARED,
+    "gemma4": _K_IS_V | _SHARED | _EXPERTS,
     "gemma4-k-is-v": _K_IS_V,
     "gemma4-per-layer": _GEMMA4 | _PER_LAYER,
     "gemma4-shared": _GEMMA4 | _SHARED,
@@ -51,7 +51,9 @@ def _gemma4(family, attention):
     kind = "Gemma4Unified" if family == "gemma4-unified" else "Gemma4"
     config = getattr(transformers, f"{kind}TextConfig")(**copy.deepcopy(GEMMA4[family]))
     model = getattr(transformers, f"{kind}ForCausalLM")
-    return model._from_config(config, attn_implementation=attention)
+    model = model._from_config(config, attn_implementation=attention)
+    model.config._experts_implementation = "eager"  # the truth; the default has no float64
+    return model
 
 
 def prompt(b=B, t=T, seed=0):

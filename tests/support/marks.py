@@ -14,14 +14,15 @@ def slow(*values) -> list:
 # Runs a test with all families of the fixture `twins`. Without such a mark, the nearest conftest.py
 # selects the families.
 ALL_FAMILIES = pytest.mark.parametrize("twins", list(CONFIGS), indirect=True)
-# Runs a test with three families, because the interpreter is slow. make test-all runs it with all.
-# Gemma 2 has soft caps, Gemma 3 has q and k norms, Gemma 4 has layers of several shapes.
+# Runs a test with four families, because the interpreter is slow. make test-all runs it with all.
+# Gemma 2 has soft caps, Gemma 3 q and k norms, Gemma 4 layers of several shapes, or experts.
 RICHEST_FAMILIES = pytest.mark.parametrize(
     "twins",
     [
         "gemma2-gqa",
         "gemma3-gqa",
         "gemma4-all",
+        "gemma4-experts",
         *slow("gemma-mqa", "gemma-mha", "gemma3-mqa"),
         *slow("gemma4-k-eq-v", "gemma4-shared", "gemma4-per-layer"),
     ],

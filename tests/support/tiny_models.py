@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from tolerances import logits_error
@@ -116,6 +117,18 @@ def close(actual: Tensor, expected: Tensor) -> None:
     """Asserts that two fp32 models have the same logits, except for rounding errors."""
     size = float(expected.detach().double().square().mean().sqrt())
     torch.testing.assert_close(actual, expected, atol=TOLERANCE * size, rtol=0)
+
+
+def refuse(twins: Twins, wrong: Reference) -> None:
+    """Fails unless the tolerance detects that the logits of `wrong` are wrong."""
+    ids = twins.prompt(2, 40)
+    with pytest.raises(AssertionError, match="not close"):
+        close(wrong(ids).logits, twins.model(ids).logits)
+
+
+def typical_error(logits: Tensor, exact: Tensor) -> Tensor:
+    """Returns the RMS error of a token's logits: the median over the tokens."""
+    return (logits.float() - exact).square().mean(-1).sqrt().median()
 
 
 def left_padded(twins: Twins, counts: list[int]):

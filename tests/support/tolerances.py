@@ -88,6 +88,8 @@ def logits_error(config: GemmaConfig, tokens: int) -> float:
         heads = config.num_attention_heads * layer.head_dim
         roundings += hidden + layer.head_dim + 2 * tokens + heads
         roundings += hidden + layer.intermediate_size
+        if config.num_experts:  # the router and the experts
+            roundings += 2 * hidden + config.moe_intermediate_size + config.top_k_experts
         if config.hidden_size_per_layer_input:
             roundings += hidden + config.hidden_size_per_layer_input
     return 10 * rounding_error(roundings)
