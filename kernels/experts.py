@@ -57,10 +57,6 @@ def expert(weight: Weight, index: int, count: int) -> Weight:
     return weight.rows(index * rows, (index + 1) * rows)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
 def _check(
     x: Tensor, gate_up: Weight, down: Weight, chosen: Tensor, weight: Tensor,
     dense: Tensor | None, dense_down: Weight | None,
@@ -87,6 +83,11 @@ def _fake(
     return x.new_empty(x.shape), x.new_empty(x.shape if dense is not None else 0)
 
 
+def _flat(x: Tensor) -> Tensor:
+    """Returns x :: [rows, columns], contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
 @op(fake=_fake)
 def experts(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, chosen: Tensor, weight: Tensor,
@@ -111,10 +112,10 @@ def experts(
     dense_y = x.new_empty(0)
     if is_matvec(x, gate_up):
         assert down.data.is_contiguous() and down.shape[1] >= 16, f"{down.shape=}"
-        routed = Routed(_rows(chosen), _rows(weight))
-        dense_rows = None if dense is None else _rows(dense)
-        y, dense_rows = expert_matvec(_rows(x), gate_up, down, routed, dense_rows, dense_down, pdl)
-        return y.view(x.shape), dense_y if dense_rows is None else dense_rows.view(x.shape)
+        routed = Routed(_flat(chosen), _flat(weight))
+        dense = None if dense is None else _flat(dense)
+        y, found = expert_matvec(_flat(x), gate_up, down, routed, dense, dense_down, pdl)
+        return y.view(x.shape), dense_y if found is None else found.view(x.shape)
     if dense is not None and dense_down_proj is not None:
         dense_y = linear(
             dense, dense_down_proj, weight_scale=dense_down_proj_scale,

@@ -293,7 +293,7 @@ def launch_experts(dtype: torch.dtype, steps: Sequence[tuple]) -> None:
         )  # fmt: skip
         experts.experts(x, *parts, hidden, weight(dense, dim, ffn), pdl=True)
         experts.experts(x, *parts, pdl=True)
-        rmsnorm.add_norm(x, x, norm, offset=0.0, residual_weight=norm)
+        rmsnorm.add_norm(x, x, norm, offset=0.0, residual_weight=norm, pdl=True)
 
 
 def launch_prompts(
