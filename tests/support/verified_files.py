@@ -9,7 +9,7 @@ import gguf
 import tiny_gemma4
 import torch
 import transformers
-from checkpoints import config_json, random_tensors, rope_factors
+from checkpoints import EXPERTS, config_json, gguf_name, random_tensors, rope_factors, stacked
 from tiny_models import CONFIGS, random_transformers_model
 from tiny_tokenizer import gguf_metadata, tiny_backend
 from torch import Tensor, nn
@@ -43,6 +43,9 @@ GEMMA_4_KEYS = KEYS | {
     "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "rope.dimension_count": 64,
     "rope.dimension_count_swa": 32,
 }  # fmt: skip
+
+
+EXPERTS_KEYS = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32}
 
 
 def write_directory(
@@ -104,23 +107,28 @@ def multimodal(text: GemmaConfig) -> transformers.PreTrainedModel:
 
 
 def write_gguf_file(
-    path: Path, family: str, tensors: dict[str, Tensor | None] | None = None, **keys: Any
-) -> Path:
+    path: Path, family: str, tensors: dict[str, Tensor | None] | None = None, experts: str = "",
+    **keys: Any,
+) -> Path:  # fmt: skip
     """Writes a GGUF file of 7 layers (Gemma 4: 4), with a tokenizer, with the names that llama.cpp
     uses.
 
     tensors: further tensors, under their stored names; None: the file has no such tensor
+    experts: "stacked" or "separate": a mixture of experts, gate and up in one tensor or in two
     keys: metadata below the family's name, with __ for the dot; None: without this key
     """
     gemma4 = family == "gemma4"
     vocabulary = tiny_gemma4.gguf_metadata() if gemma4 else gguf_metadata(family)
     rows = len(vocabulary["tokenizer.ggml.tokens"])
-    sizes = {"vocab_size_per_layer_input": rows} if gemma4 else {"num_hidden_layers": 7}
+    sizes: dict[str, Any] = {"num_hidden_layers": 7}
+    if gemma4:
+        sizes = {"vocab_size_per_layer_input": rows} | (EXPERTS if experts else {})
     config = config_from_json(config_json(family, vocab_size=rows, **sizes))
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, family)
-    given = (GEMMA_4_KEYS if gemma4 else KEYS) | {x.replace("__", "."): keys[x] for x in keys}
+    given = (GEMMA_4_KEYS if gemma4 else KEYS) | (EXPERTS_KEYS if experts else {})
+    given |= {x.replace("__", "."): keys[x] for x in keys}
     given = {f"{family}.{name}": value for name, value in given.items()}
     given |= vocabulary | {"tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1}
     given["tokenizer.ggml.add_space_prefix"] = False
@@ -131,9 +139,10 @@ def write_gguf_file(
         elif value is not None:
             getattr(writer, ADD[type(value)])(name, value)
     stored = {"rope_freqs.weight": torch.tensor(rope_factors(config))} if gemma4 else {}
-    for name, tensor in random_tensors(family, vocab_size=rows, **sizes).items():
+    weights = random_tensors(family, vocab_size=rows, **sizes)
+    for name, tensor in stacked(weights, experts == "separate").items():
         weight = tensor * 0.3 + (tensor.dim() == 1)  # factors: Gemma 1 to 3 have 1 less
-        stored[names.get_name(name.removesuffix(".weight")) + ".weight"] = weight
+        stored[gguf_name(names, name)] = weight
     stored["output_norm.weight"] *= SMALL
     for name, tensor in (stored | (tensors or {})).items():
         if tensor is not None:
