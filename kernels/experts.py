@@ -111,6 +111,7 @@ def experts(
     _check(x, gate_up, down, chosen, weight, dense, dense_down)
     dense_y = x.new_empty(0)
     if is_matvec(x, gate_up):
+        assert down.data.is_contiguous() and down.shape[1] >= 16, f"{down.shape=}"
         routed = Routed(_flat(chosen), _flat(weight))
         dense = None if dense is None else _flat(dense)
         y, found = expert_matvec(_flat(x), gate_up, down, routed, dense, dense_down, pdl)

@@ -23,10 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemma_fast.kernels._op import op
+from gemma_fast.kernels._op import op, wait_for_previous_kernel
+from gemma_fast.kernels._prefetch import prefetch
 from gemma_fast.kernels._triton import tl, triton
 from gemma_fast.kernels.cpu import calls
-from gemma_fast.kernels.launch import launch_config, runs_triton
+from gemma_fast.kernels.launch import gpu, launch_config, runs_triton
 
 
 def rms_norm_reference(
@@ -92,11 +93,18 @@ def _rms_norm_kernel(
     OFFSET: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,  # DIM rounded up to a power of two
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # int64: row * DIM passes 2**31 on long batches
     cols = tl.arange(0, BLOCK)  # [BLOCK]
     mask = cols < DIM
     dtype = x_ptr.dtype.element_ty
+    if PDL:
+        if post_weight_ptr is not None:
+            prefetch(post_weight_ptr + tl.minimum(cols, DIM - 1))
+        if residual_weight_ptr is not None:
+            prefetch(residual_weight_ptr + tl.minimum(cols, DIM - 1))
+    wait_for_previous_kernel(PDL)
 
     x = tl.load(x_ptr + row * x_row_stride + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     if residual_ptr is not None:
@@ -151,7 +159,7 @@ def _check(
 
 def _launch(
     x: Tensor, residual: Tensor | None, weights: _Weights, eps: float, offset: float,
-    normalizes: bool = True,
+    normalizes: bool = True, pdl: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Returns (y, h): y if `normalizes`, h if there is a residual."""
     dim = x.shape[-1]
@@ -173,6 +181,7 @@ def _launch(
         _rms_norm_kernel[(rows.shape[0],)](
             rows, residual, *weights, out, h, rows.stride(0), residual_row_stride,
             EPS=eps, OFFSET=offset, DIM=dim, **launch_config("rms_norm", default_config(dim)),
+            **gpu(x.device).pdl_options(pdl),
         )  # fmt: skip
     return None if out is None else out.view(x.shape), None if h is None else h.view(x.shape)
 
@@ -197,10 +206,13 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float 
 @op(fake=lambda x, *_, **__: _like(x))
 def add_norm(
     x: Tensor, residual: Tensor, post_weight: Tensor, eps: float = 1e-6, offset: float = 1.0,
-    residual_weight: Tensor | None = None,
+    residual_weight: Tensor | None = None, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     """Adds x, normalized, to the residual, which is normalized if residual_weight is given. Returns
-    h. Runs the reference where Triton does not run."""
+    h. Runs the reference where Triton does not run.
+
+    pdl: start while the previous kernel, which writes x or the residual, still runs.
+    """
     _check(x, None, residual, post_weight, None, residual_weight)
     if not runs_triton(x):
         if calls.runs_c(x):
@@ -212,7 +224,7 @@ def add_norm(
             x, residual, post_weight, eps, offset, residual_weight
         ).contiguous()
     weights = _Weights(None, post_weight, residual=residual_weight)
-    _, h = _launch(x, residual, weights, eps, offset, normalizes=False)
+    _, h = _launch(x, residual, weights, eps, offset, normalizes=False, pdl=pdl)
     assert h is not None
     return h
 

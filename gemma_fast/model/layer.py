@@ -172,7 +172,7 @@ class Layer(nn.Module):
         )  # fmt: skip
         x = add_norm(
             x, dense, self.post_feedforward_layernorm_2,
-            residual_weight=self.post_feedforward_layernorm_1, **self.norms,
+            residual_weight=self.post_feedforward_layernorm_1, pdl=True, **self.norms,
         )  # fmt: skip
         return x, residual
 

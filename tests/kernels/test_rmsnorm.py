@@ -1,5 +1,7 @@
 """Compares rms_norm, add_norm and add_rms_norm with fp64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from kernel_checks import DTYPES, strided
@@ -20,11 +22,15 @@ def check(out, x, weight, offset=1.0):
     assert_rounded(out, oracle(x, weight, offset=offset), norm_roundings(x.shape[-1]))
 
 
-def check_stream(h, x, residual, post_weight, offset, layer_scalar=None):
-    """Checks h = layer_scalar * (residual + rms_norm(x, post_weight))."""
+def check_stream(h, x, residual, post_weight, offset, layer_scalar=None, residual_weight=None):
+    """Checks h = layer_scalar * (residual + rms_norm(x, post_weight)), or with residual_weight
+    h = rms_norm(residual, residual_weight) + rms_norm(x, post_weight)."""
     assert h.dtype == x.dtype
     post = oracle(x, post_weight, offset=offset)
     exact, steps = residual.double() + post, 1
+    if residual_weight is not None:
+        both = oracle(residual, residual_weight, offset=offset)
+        post, exact, steps = post.abs() + both.abs(), both + post, 2
     if layer_scalar is not None:
         post, exact, steps = post * layer_scalar.double(), exact * layer_scalar.double(), 2
     assert_rounded(h, exact, norm_roundings(x.shape[-1]), size=post.abs(), steps=steps)
@@ -97,6 +103,42 @@ def test_post_norm_and_layer_scalar_equal_fp64(offset, shape, dtype, device, poi
         check(out, h, weight, offset)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("offset", [1.0, 0.0], ids="offset {}".format)
+def test_sum_of_two_norms_equals_fp64(offset, shape, dtype, device, poison_outputs):
+    x, residual = (3 * torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    post_weight, weight = (torch.randn(shape[-1], device=device).to(dtype) for _ in range(2))
+    h = add_norm(x, residual, post_weight, offset=offset, residual_weight=weight, pdl=True)
+    check_stream(h, x, residual, post_weight, offset, residual_weight=weight)
+
+
+@pytest.mark.parametrize("mistake", ["not normalized", "weights swapped", "inputs swapped"])
+def test_check_of_two_norms_detects_a_mistake(mistake, device):
+    x, residual = torch.randn(2, 4, 640, device=device)
+    post_weight, weight = torch.randn(2, 640, device=device)
+    given = x, residual, post_weight, weight
+    wrong = {
+        "not normalized": (x, residual, post_weight, None),
+        "weights swapped": (x, residual, weight, post_weight),
+        "inputs swapped": (residual, x, post_weight, weight),
+    }[mistake]
+    for (a, b, of_a, of_b), held in ((given, True), (wrong, False)):
+        h = add_norm(a, b, of_a, offset=0.0, residual_weight=of_b)
+        expectation = nullcontext() if held else pytest.raises(AssertionError, match="its bound")
+        with expectation:
+            check_stream(h, x, residual, post_weight, 0.0, residual_weight=weight)
+
+
+def test_both_norms_are_rounded_before_they_are_added(device):
+    x, residual = torch.randn(2, 64, 512, device=device, dtype=torch.float16)
+    post_weight, weight = torch.randn(2, 512, device=device)
+    h = add_norm(x, residual, post_weight, residual_weight=weight)
+    rounded = oracle(x, post_weight).half() + oracle(residual, weight).half()
+    once = (oracle(x, post_weight) + oracle(residual, weight)).half()
+    assert (h != rounded).float().mean() < 1e-3 < 1e-2 < (once != h).float().mean()
+
+
 def test_post_norm_is_rounded_before_it_is_added(device):
     x, residual = torch.randn(2, 64, 512, device=device, dtype=torch.float16)
     weight = torch.randn(512, device=device)
@@ -114,6 +156,8 @@ def test_post_norm_is_rounded_before_it_is_added(device):
 def test_strided_rows_equal_fp64(dtype, device, poison_outputs):
     x = strided((6, 64), dtype, device)
     weight = torch.randn(64, device=device)
+    h = add_norm(x, x, weight, residual_weight=weight + 1)
+    check_stream(h, x, x, weight, 1.0, residual_weight=weight + 1)
     check(rms_norm(x, weight), x, weight)
     for a, b in ((x, x), (x, x.contiguous()), (x.contiguous(), x)):
         out, _ = add_rms_norm(a, b, weight)

@@ -134,7 +134,7 @@ MISTAKES = [
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_check_detects_a_mistake(mistake):
     given, exact, _ = inputs(4, 640, 15, 12, torch.float32, "cpu")
-    x, residual, post_weight, norm_weight, gate_up, expert_norm_weight, *router = given
+    x, residual, _, norm_weight, gate_up, _, *router = given
     h, dense, expert_input, chosen, weight = run(given, 3)
     check((h, dense, expert_input, chosen, weight), given, exact)
     if mistake == "experts read the dense input":
@@ -147,7 +147,7 @@ def test_check_detects_a_mistake(mistake):
         chosen, weight, *_ = route(norm(h, norm_weight, 0.0), *router, 3)
     else:
         chosen, weight, *_ = route(h, *router, 3, mistake)
-    with pytest.raises(AssertionError, match="times its bound|other experts are chosen"):
+    with pytest.raises(AssertionError, match=r"times its bound|other experts"):
         check((h, dense, expert_input, chosen.int(), weight.float()), given, exact)
 
 
@@ -177,7 +177,7 @@ def test_a_row_of_nan_chooses_experts_in_range(bad, rows, device):
     given, exact, _ = inputs(rows, 64, 8, 21, torch.float32, device)
     given[0][0, 5] = bad
     found = run(given, 4)
-    assert ((0 <= found[3]) & (found[3] < 21)).all() and found[4][0].isnan().all()
+    assert found[3].min() >= 0 and found[3].max() < 21 and found[4][0].isnan().all()
     assert len(set(found[3][0].tolist())) == 4
     if rows > 1:
         others = [x[1:] for x in given[:2]]

@@ -293,7 +293,7 @@ def launch_experts(dtype: torch.dtype, steps: Sequence[tuple]) -> None:
         )  # fmt: skip
         experts.experts(x, *parts, hidden, weight(dense, dim, ffn), pdl=True)
         experts.experts(x, *parts, pdl=True)
-        rmsnorm.add_norm(x, x, norm, offset=0.0, residual_weight=norm)
+        rmsnorm.add_norm(x, x, norm, offset=0.0, residual_weight=norm, pdl=True)
 
 
 def launch_prompts(
@@ -373,7 +373,7 @@ def launch_packed_prompts(dtype: torch.dtype) -> None:
 
 
 # Experts of prompts, packed: rows of x, packing of gate_up_proj and of down_proj.
-PACKED_EXPERTS = (
+PACKED_EXPERT_PROMPTS = (
     (8192, Packing(4, 32, False, torch.float16), Packing(4, 32, False, torch.float16)),
     (16, Packing(4, 32, False, torch.float16), Packing(4, 32, False, torch.float16)),
     (1024, Packing(4, 32, True, torch.float16), Packing(8, 32, True, torch.float16)),
@@ -394,7 +394,7 @@ def launch_grouped_experts(dtype: torch.dtype) -> None:
     plain = [Weight(memory[: math.prod(shape)].view(shape)) for shape in shapes]
     packed = [
         (rows, *(blank_packed(*x).weight for x in zip(shapes, packings, strict=True)))
-        for rows, *packings in PACKED_EXPERTS
+        for rows, *packings in PACKED_EXPERT_PROMPTS
     ]
     for rows, gate_up, down in [(rows, *plain) for rows in (16, 300, 600, 8192)] + packed:
         x = torch.empty(rows, dim, dtype=dtype)

@@ -43,9 +43,7 @@ GEMMA_4_KEYS = KEYS | {
     "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "rope.dimension_count": 64,
     "rope.dimension_count_swa": 32,
 }  # fmt: skip
-
-
-EXPERTS_KEYS = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32}
+EXPERT_KEYS = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32}
 
 
 def write_directory(
@@ -127,7 +125,7 @@ def write_gguf_file(
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, family)
-    given = (GEMMA_4_KEYS if gemma4 else KEYS) | (EXPERTS_KEYS if experts else {})
+    given = (GEMMA_4_KEYS if gemma4 else KEYS) | (EXPERT_KEYS if experts else {})
     given |= {x.replace("__", "."): keys[x] for x in keys}
     given = {f"{family}.{name}": value for name, value in given.items()}
     given |= vocabulary | {"tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1}
