@@ -71,10 +71,10 @@ def eager(*given: Any) -> Call:
 
 def ours(*given: Any, pdl: bool = True) -> Call:
     *tensors, top_k = given
-    counter = torch.zeros(8, dtype=torch.int32, device=tensors[0].device)
+    tensors.append(torch.zeros(8, dtype=torch.int32, device=tensors[0].device))  # the counter
 
     def call() -> tuple[Tensor, ...]:
-        found = norm_router(*tensors, counter, top_k=top_k, eps=EPS, offset=0.0, pdl=pdl)
+        found = norm_router(*tensors, top_k=top_k, eps=EPS, offset=0.0, pdl=pdl)
         return *found[:3], found[4]
 
     return call

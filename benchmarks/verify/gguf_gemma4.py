@@ -1,7 +1,8 @@
 """llama.cpp's rules for GGUF files of Gemma 4: what gguf_truth.py does not read as in Gemma 1 to 3.
 
-The rules are those of src/models/gemma4.cpp. Two of them are about tensors: the divisors of the
-rotary frequencies are in rope_freqs, and layers without attn_v use their keys as values.
+The rules are those of src/models/gemma4.cpp. Some of them are about tensors: the divisors of the
+rotary frequencies are in rope_freqs, layers without attn_v use their keys as values, and gate and
+up of all experts are in one tensor or in two.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from typing import Any
 import gguf
 import numpy as np
 import transformers
+from torch import Tensor
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 FACTORS = "rope_freqs.weight"
-OPTIONAL = {"layer_scalar"}  # 1 where the file has no tensor for it
+OPTIONAL = {"layer_scalar", "per_expert_scale"}  # 1 where the file has no tensor for it
+SCALES = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
 
 
 def config_of(
@@ -58,13 +61,39 @@ def config_of(
         rms_norm_eps=keys["attention.layer_norm_rms_epsilon"],
         max_position_embeddings=keys["context_length"],
         final_logit_softcapping=keys.get("final_logit_softcapping", 30.0) or None,
-        hidden_activation="gelu_pytorch_tanh", rope_parameters={
+        hidden_activation="gelu_pytorch_tanh", **experts_of(keys), rope_parameters={
             FULL: {**rope, "rope_type": "proportional", "partial_rotary_factor": 1.0},
             SLIDING: {
                 "rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", 10_000.0)
             },
         }, **shapes, **sizes,
     )  # fmt: skip
+
+
+def experts_of(keys: Mapping[str, Any]) -> dict[str, Any]:
+    if not keys.get("expert_count"):
+        return {}
+    return {
+        "enable_moe_block": True, "num_experts": keys["expert_count"],
+        "top_k_experts": keys["expert_used_count"],
+        "moe_intermediate_size": keys["expert_feed_forward_length"],
+    }  # fmt: skip
+
+
+def stored_parts(
+    name: str, weight: Tensor, stored_name: str, tensors: Mapping[str, gguf.ReaderTensor]
+) -> dict[str, Tensor]:
+    """Returns stored tensor → the part of a weight of transformers' model that it contains.
+
+    stored_name: that of the package gguf, which does not know the scales of a router
+    """
+    layer, _, part = name.removeprefix("model.layers.").partition(".")
+    if part in SCALES:
+        return {f"blk.{layer}.{SCALES[part]}": weight}
+    if part == "experts.gate_up_proj" and stored_name not in tensors:
+        halves = zip(("gate", "up"), weight.chunk(2, dim=1), strict=True)
+        return {f"blk.{layer}.ffn_{half}_exps.weight": matrices for half, matrices in halves}
+    return {stored_name: weight}
 
 
 def read_tensors(

@@ -64,13 +64,18 @@ class GGUFTruth:
         names = gguf.get_tensor_name_map(ARCHITECTURES[family], config.num_hidden_layers)
         scalars = [x for x in model.named_buffers() if x[0].endswith(".layer_scalar")]
         for name, weight in (*model.named_parameters(), *scalars):
-            stored_name = f"{names.get_name(name.removesuffix('.weight'))}.weight"
-            if stored_name in self.tensors:
-                less = name.endswith("norm.weight") and family != "gemma4"
-                copy(self.tensors[stored_name], weight.data, less)
-            elif name.split(".")[-1] not in optional:
-                raise ValueError(f"the file has no tensor {stored_name} for {name}")
-            unused.discard(stored_name)
+            known = f"{names.get_name(name.removesuffix('.weight'))}.weight"
+            less = name.endswith("norm.weight") and family != "gemma4"
+            for stored_name, part in gguf_gemma4.stored_parts(
+                name, weight.data, known, self.tensors
+            ).items():
+                if stored_name in self.tensors:
+                    copy(self.tensors[stored_name], part, less)
+                elif name.split(".")[-1] in optional:
+                    part.fill_(1)
+                else:
+                    raise ValueError(f"the file has no tensor {stored_name} for {name}")
+                unused.discard(stored_name)
         if unused:
             raise ValueError(f"llama.cpp knows no tensor {min(unused)} in a Gemma model")
         return model.eval().requires_grad_(False)
@@ -86,15 +91,21 @@ def parts(path: Path) -> list[Path]:
 
 
 def copy(tensor: gguf.ReaderTensor, out: Tensor, less: bool) -> None:
-    """Dequantizes a tensor into `out`. less: subtract 1, because transformers' norms (except Gemma
-    4's) multiply by 1 + weight, and llama.cpp's by the stored weight."""
-    stored, rows = torch.atleast_2d(out), tensor.data.reshape(-1, tensor.data.shape[-1])
-    if stored.shape[0] != rows.shape[0]:
-        raise ValueError(f"tensor {tensor.name} has {rows.shape[0]} rows, not {stored.shape[0]}")
-    step = max(BLOCK // stored.shape[1], 1)
-    for i in range(0, len(stored), step):
-        values = torch.tensor(gguf.dequantize(rows[i : i + step], tensor.tensor_type))
-        stored[i : i + step] = values.float() - 1 if less else values
+    """Dequantizes a tensor into `out`, which may be the matrices of all experts. less: subtract 1,
+    because transformers' norms (except Gemma 4's) multiply by 1 + weight, and llama.cpp's by the
+    stored weight."""
+    matrices = out if out.ndim == 3 else [torch.atleast_2d(out)]
+    rows, count = tensor.data.reshape(-1, tensor.data.shape[-1]), sum(map(len, matrices))
+    if count != rows.shape[0]:
+        raise ValueError(f"tensor {tensor.name} has {rows.shape[0]} rows, not {count}")
+    start = 0
+    for matrix in matrices:
+        step = max(BLOCK // matrix.shape[1], 1)
+        for i in range(0, len(matrix), step):
+            block = rows[start + i : start + min(i + step, len(matrix))]
+            values = torch.tensor(gguf.dequantize(block, tensor.tensor_type))
+            matrix[i : i + step] = values.float() - 1 if less else values
+        start += len(matrix)
 
 
 def config_of(
@@ -107,7 +118,7 @@ def config_of(
             f"general.architecture {family!r} is not one of {', '.join(ARCHITECTURES)}"
         )
     keys = {name.removeprefix(f"{family}."): value for name, value in metadata.items()}
-    refuse(keys)
+    refuse(keys, {"expert_count"} if family == "gemma4" else set())
     sizes = {"vocab_size": vocab_size, "tie_word_embeddings": tie_word_embeddings}
     if family == "gemma4":
         heads = per_layer(keys, "attention.head_count")
@@ -159,9 +170,10 @@ def common_of(keys: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def refuse(keys: Mapping[str, Any]) -> None:
+def refuse(keys: Mapping[str, Any], known: set[str]) -> None:
+    """Raises ValueError for a key that has an effect, unless it is in `known`."""
     for name, neutral in REFUSED.items():
-        if keys.get(name, neutral) != neutral:
+        if name not in known and keys.get(name, neutral) != neutral:
             raise ValueError(f"transformers' Gemma has no {name} {keys[name]}")
 
 

@@ -105,7 +105,10 @@ def check_model(
             if dtype != torch.float32:
                 click.echo(f"{source.name}, {dtype}".replace("torch.", ""), err=True)
                 model = source.load(dtype=dtype, device=ids.device)
-            eager = iter((*text.figures(model, eager_greedy), None, None))
+            measured = text.figures(model, eager_greedy)
+            eager = iter((*measured, None, None))
+            half = dtype != torch.float32
+            by_experts = measured[3] if checkpoint.config.num_experts and half else 0.0  # |Δ| max
             del model  # frees its memory before the next model is loaded
             click.echo(f"{OURS}, {dtype}".replace("torch.", ""), err=True)
             gemma = GemmaForCausalLM.from_checkpoint(checkpoint, dtype=dtype, device=ids.device)
@@ -115,7 +118,9 @@ def check_model(
             del gemma
             for check, names in LINES.items():
                 pairs = {name: (next(ours), next(eager)) for name in names}
-                yield finding(MODEL, check.format(tokens=tokens), dtype, pairs)
+                yield finding(
+                    MODEL, check.format(tokens=tokens), dtype, pairs, by_experts=by_experts
+                )
 
 
 class Text:

@@ -19,7 +19,7 @@ from gemma_fast.kernels.cpu.matmul import linear, packed_linear
 from gemma_fast.kernels.packed import Weight
 
 # With more rows for each expert, unpacking its weights and a library's matmul take less time.
-FEW = 3
+FEW, FEW_PACKED = 2, 4
 
 
 class RouterArgs(ctypes.Structure):
@@ -68,14 +68,14 @@ def experts(x: Tensor, gate_up: Weight, down: Weight, chosen: Tensor, weight: Te
     assert chosen.dtype == torch.int32 and weight.dtype == torch.float32
     dim, top_k = x.shape[-1], chosen.shape[-1]
     rows, count = x.numel() // dim, down.shape[0] // dim
-    few = rows <= MAX_ROWS or rows * top_k <= FEW * count
+    few = rows * top_k <= (FEW if gate_up.scale is None else FEW_PACKED) * count
     x, chosen, weight = map(contiguous, (x, chosen, weight))
     y = torch.empty_like(x)
     args = ExpertsArgs(
         pointer(x), pointer(chosen), pointer(weight), pointer(y), rows, top_k, DTYPES[x.dtype]
     )  # fmt: skip
     threads = torch.get_num_threads()
-    if few:
+    if few or rows <= MAX_ROWS:
         weights = byref(weight_args(gate_up)), byref(weight_args(down))
         call("experts", byref(args), *weights, threads)
         return y

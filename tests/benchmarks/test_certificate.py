@@ -218,3 +218,14 @@ def test_importing_the_model_check_does_not_import_transformers():
     module = "gemma_fast.benchmarks.verify.model"
     code = f"import sys, {module}; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_limits_of_gaps_are_larger_for_a_mixture_of_experts():
+    """In 16 bits, by eager's largest |Δ logit|. Other limits are the same."""
+    pairs = {margins.GAP: (0.9, 0.0), margins.KL_MEAN: (1.0, 1.0)}
+    plain, mixture = (
+        margins.finding(margins.MODEL, "x", BF16, pairs, by_experts=extra) for extra in (0.0, 0.7)
+    )
+    assert [x.limit for x in plain.figures] == [0.25, 1.25 + 1e-5]
+    assert [x.limit for x in mixture.figures] == [0.25 + 0.7, 1.25 + 1e-5]
+    assert not plain.ok and mixture.ok

@@ -91,6 +91,7 @@ def test_largest_models_scale_queries_by_hidden_over_heads(family, layers):
         ({"attention__value_length": 16}, "attention.value_length 16"),
         ({"rope__dimension_count": 16}, "rope.dimension_count 16"),
         ({"attention__causal": False}, "attention.causal False"),
+        ({"expert_count": 8}, "expert_count 8"),
         ({"attention__head_count": [2, 4]}, "the same attention.head_count"),
         ({"rope__scaling__type": "yarn"}, "rope.scaling.type 'yarn'"),
     ],
@@ -130,7 +131,6 @@ def test_layers_of_gemma_4_have_the_shapes_in_the_metadata():
         ({"feed_forward_length": [96, 96, 192, 96]}, "feed_forward_length"),
         ({"attention__value_length_swa": 16}, "attention.value_length_swa 16"),
         ({"rope__dimension_count": 16}, "rope.dimension_count 16"),
-        ({"expert_count": 8}, "expert_count 8"),
         ({"rope__scaling__type": "yarn"}, "rope.scaling.type 'yarn'"),
     ],
 )
@@ -167,6 +167,33 @@ def test_tensors_of_gemma_4_are_used_as_stored(tmp_path):
     close(layers[1].layer_scalar, stored["blk.1.layer_output_scale.weight"])
     assert layers[2].layer_scalar == 1 and model.config.attention_k_eq_v
     assert model.config.rope_parameters[FULL]["partial_rotary_factor"] * 64 // 2 == 8
+
+
+@pytest.mark.parametrize("experts", ["stacked", "separate"])
+def test_experts_of_gemma_4_are_used_as_stored(experts, tmp_path):
+    """gate comes before up, in one tensor and in two. A missing scale of the experts is 1."""
+    path = tmp_path / "x.gguf"
+    write_gguf_file(path, "gemma4", {"blk.2.ffn_down_exps.scale": None}, experts)
+    model, file = GGUFTruth(path).model(torch.float32, "cpu"), gguf.GGUFReader(path)
+    stored = {tensor.name: torch.tensor(tensor.data) for tensor in file.tensors}
+    config, layer, close = model.config, model.model.layers[1], torch.testing.assert_close
+    assert (config.num_experts, config.top_k_experts, config.moe_intermediate_size) == (4, 2, 32)
+    gate, up = layer.experts.gate_up_proj.chunk(2, dim=1)
+    if experts == "stacked":
+        close(layer.experts.gate_up_proj, stored["blk.1.ffn_gate_up_exps.weight"])
+    else:
+        close(gate.contiguous(), stored["blk.1.ffn_gate_exps.weight"])
+        close(up.contiguous(), stored["blk.1.ffn_up_exps.weight"])
+    close(layer.experts.down_proj, stored["blk.1.ffn_down_exps.weight"])
+    close(layer.router.proj.weight, stored["blk.1.ffn_gate_inp.weight"])
+    close(layer.router.scale, stored["blk.1.ffn_gate_inp.scale"])
+    close(layer.router.per_expert_scale, stored["blk.1.ffn_down_exps.scale"])
+    close(layer.post_feedforward_layernorm_2.weight, stored["blk.1.post_ffw_norm_2.weight"])
+    assert (model.model.layers[2].router.per_expert_scale == 1).all()
+    for name in ("ffn_gate_inp.scale", "ffn_down_exps.weight", "pre_ffw_norm_2.weight"):
+        write_gguf_file(path, "gemma4", {f"blk.1.{name}": None}, experts)
+        with pytest.raises(ValueError, match=f"no tensor blk.1.{name}"):
+            GGUFTruth(path).model(torch.float32, "cpu")
 
 
 def test_output_head_of_a_file_is_used(tmp_path):

@@ -1,5 +1,6 @@
 """Tests that transformers_model carries everything of our config and checkpoint."""
 
+import re
 from dataclasses import MISSING, fields, replace
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 from checkpoints import read
 from tiny_models import CONFIGS
 
-from gemma_fast.benchmarks.model.transformers_model import transformers_config, transformers_model
+from gemma_fast.benchmarks.model.transformers_model import (
+    find_tensor,
+    transformers_config,
+    transformers_model,
+)
 from gemma_fast.checkpoint.config_json import config_from_json
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.config import FULL, SLIDING, RopeParameters
@@ -33,6 +38,7 @@ VARIANTS = {
         full_rope=RopeParameters(2e6, "proportional", 2.0, partial_rotary_factor=0.5),
         sliding_rope=RopeParameters(3e4, "linear", 2.0), **_OTHERS,
     ),
+    "experts": CONFIGS["gemma4-experts"],
 }  # fmt: skip
 
 
@@ -48,14 +54,19 @@ def test_variants_change_every_field_of_the_config():
         assert default is MISSING or any(changed), f"{name}: add it to a variant"
 
 
-@pytest.mark.parametrize("name", ["gemma3-gqa", "gemma4-all"])
+@pytest.mark.parametrize("name", ["gemma3-gqa", "gemma4-all", "gemma4-experts"])
 def test_every_weight_of_the_checkpoint_is_in_the_model(name):
-    """Also those that are no parameters: layer_scalar of Gemma 4 is a buffer."""
+    """Also those that are no parameters: layer_scalar of Gemma 4 is a buffer. The matrices of all
+    experts are in two parameters."""
     checkpoint = RandomCheckpoint(CONFIGS[name])
     state = transformers_model(checkpoint, "sdpa", torch.bfloat16, "cpu").state_dict()
-    assert state.keys() - checkpoint.shapes.keys() == {"lm_head.weight"}
+    left = {key: x.numel() for key, x in state.items() if key != "lm_head.weight"}
     for tensor in checkpoint.shapes:
-        assert torch.equal(state[tensor], read(checkpoint, tensor, torch.bfloat16)), tensor
+        found, right = find_tensor(state, tensor), read(checkpoint, tensor, torch.bfloat16)
+        assert torch.equal(found, right), tensor
+        key = re.sub(r"experts\.\d+\.(gate|up)_proj.weight", "experts.gate_up_proj", tensor)
+        left[re.sub(r"experts\.\d+\.down_proj.weight", "experts.down_proj", key)] -= right.numel()
+    assert not any(left.values())
 
 
 def test_output_head_of_its_own_is_carried():

@@ -30,7 +30,7 @@ GEMMA4_NARROW = {
     for i in (2, 3)
     for part, shape in {"gate": (96, 64), "up": (96, 64), "down": (64, 96)}.items()
 }
-GEMMA4 = ("gemma4-all", "gemma4-k-eq-v", "multimodal4")
+GEMMA4 = ("gemma4-all", "gemma4-k-eq-v", "gemma4-experts", "multimodal4")
 DELTA = "|Δ logit|, mean / max"
 IDS_AND_ENDS = "differing ids of the text / end tokens"
 
@@ -60,6 +60,17 @@ def test_correct_gguf_passes_against_llama_cpps_rules(family, tmp_path):
     reader, lines = verify(open_checkpoint(path), FP32, BF16)
     assert reader == "reading the GGUF file by llama.cpp's rules"
     assert not failed(lines) and lines[0].check == IDS_AND_ENDS
+
+
+@pytest.mark.parametrize("experts", ["stacked", "separate"])
+def test_correct_gguf_with_experts_passes_against_llama_cpps_rules(experts, tmp_path):
+    path = write_gguf_file(tmp_path / "x.gguf", "gemma4", experts=experts)
+    checkpoint = open_checkpoint(path)
+    reader, lines = verify(checkpoint)
+    assert reader == "reading the GGUF file by llama.cpp's rules"
+    assert not failed(lines)
+    checkpoint.config = replace(checkpoint.config, top_k_experts=1)
+    assert DELTA in failed(verify(checkpoint)[1])
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def tiny_experts(dtype):
 
 def steps_of(rows, count, top_k, packed=False):
     """Returns how many results are rounded to x.dtype before y."""
-    by_c = rows <= MAX_ROWS or rows * top_k <= cpu.FEW * count
+    by_c = rows <= MAX_ROWS or rows * top_k <= (cpu.FEW_PACKED if packed else cpu.FEW) * count
     return 1 if by_c else 3 + 2 * packed
 
 
@@ -83,6 +83,16 @@ def test_packed_experts_equal_fp64(packings, dtype, build, poison_outputs):
         steps = steps_of(rows, count, top_k, packed=True)
         sizes = up_size, down_size
         check_experts(y, x, exact_up, exact_down, chosen, weight, sizes, steps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_gelu_of_gate_times_up_is_rounded(dtype, build):
+    """8 and 8 + 2**-9 are 8 in 16 bits, so their difference is 0."""
+    gate_up = torch.tensor([[8, 0], [8, 0], [1, 0], [1, 2**-12]]).to(dtype)
+    down = torch.tensor([[1, -1], [1, 0]]).to(dtype)
+    for rows in (1, 5):
+        given = torch.ones(rows, 2).to(dtype), gate_up, down, torch.zeros(rows, 1).int()
+        assert experts(*given, torch.ones(rows, 1))[0].tolist() == [[0, 8]] * rows
 
 
 @DTYPE

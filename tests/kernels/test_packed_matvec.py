@@ -1,7 +1,9 @@
 """Compares linear, norm_linear and next_token with packed weights to fp64."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +22,13 @@ from matvec_checks import (
 )
 from triton_interpreter import interpreter
 
+from gemma_fast.checkpoint.base import PER_LAYER_EMBEDDING
+from gemma_fast.config import GemmaConfig
 from gemma_fast.kernels.launch import runs_triton
 from gemma_fast.kernels.lm_head import next_token
 from gemma_fast.kernels.matvec import linear, norm_linear
 from gemma_fast.kernels.packed import PackedWeight, Packing
+from gemma_fast.presets import PRESETS
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 # Packing, dims. Blocks hold the whole row, part of it, or more than it; the last dim of a line has
@@ -173,16 +178,29 @@ def on_kernels(given, b, options):
         return chosen(next_token, *given, b=b, device=device, **options).cpu()
 
 
-@pytest.mark.parametrize("model", ["gemma-2b", "gemma-4-e4b"])
+@pytest.mark.parametrize("model", ["gemma-2b", "gemma-4-e4b", "gemma-4-26b-a4b"])
 def test_a_decode_step_reads_few_bytes_of_packed_weights(model):
     script = Path(__file__).parents[1] / "support/packed_bytes.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, script, model]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     found = json.loads(run.stdout)
-    assert found["16 bits"] > 5e9  # Gemma 2B has 2.5 billion parameters
+    read = 2 * matrices_of_a_token(PRESETS[model])
+    assert read <= found["16 bits"] <= 1.001 * read
     assert 0.5 < found["int8"] / found["16 bits"] <= 0.54
     assert 0.25 < found["int4"] / found["16 bits"] <= 0.32
+
+
+def matrices_of_a_token(config: GemmaConfig) -> int:
+    """Returns how many elements of its matrices a model reads for a token: of experts, those that
+    the token uses."""
+    total = 0
+    for name, shape in config.tensor_shapes().items():
+        expert = re.search(r"\.experts\.(\d+)\.", name)
+        used = expert is None or int(expert[1]) < config.top_k_experts
+        if len(shape) == 2 and name != PER_LAYER_EMBEDDING and used:
+            total += math.prod(shape)
+    return total
 
 
 def test_a_packed_weight_of_wrong_shape_raises(device):

@@ -105,17 +105,14 @@ def multimodal(text: GemmaConfig) -> transformers.PreTrainedModel:
 
 
 def write_gguf_file(
-    path: Path,
-    family: str,
-    tensors: dict[str, Tensor | None] | None = None,
-    experts: bool = False,
+    path: Path, family: str, tensors: dict[str, Tensor | None] | None = None, experts: str = "",
     **keys: Any,
-) -> Path:
+) -> Path:  # fmt: skip
     """Writes a GGUF file of 7 layers (Gemma 4: 4), with a tokenizer, with the names that llama.cpp
     uses.
 
     tensors: further tensors, under their stored names; None: the file has no such tensor
-    experts: with a mixture of experts
+    experts: "stacked" or "separate": a mixture of experts, gate and up in one tensor or in two
     keys: metadata below the family's name, with __ for the dot; None: without this key
     """
     gemma4 = family == "gemma4"
@@ -123,14 +120,12 @@ def write_gguf_file(
     rows = len(vocabulary["tokenizer.ggml.tokens"])
     sizes: dict[str, Any] = {"num_hidden_layers": 7}
     if gemma4:
-        sizes = {"vocab_size_per_layer_input": rows}
-    sizes |= EXPERTS if experts else {}
+        sizes = {"vocab_size_per_layer_input": rows} | (EXPERTS if experts else {})
     config = config_from_json(config_json(family, vocab_size=rows, **sizes))
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, family)
-    given = GEMMA_4_KEYS if gemma4 else KEYS
-    given = given | (EXPERT_KEYS if experts else {})
+    given = (GEMMA_4_KEYS if gemma4 else KEYS) | (EXPERT_KEYS if experts else {})
     given |= {x.replace("__", "."): keys[x] for x in keys}
     given = {f"{family}.{name}": value for name, value in given.items()}
     given |= vocabulary | {"tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1}
@@ -142,7 +137,8 @@ def write_gguf_file(
         elif value is not None:
             getattr(writer, ADD[type(value)])(name, value)
     stored = {"rope_freqs.weight": torch.tensor(rope_factors(config))} if gemma4 else {}
-    for name, tensor in stacked(random_tensors(family, vocab_size=rows, **sizes)).items():
+    weights = random_tensors(family, vocab_size=rows, **sizes)
+    for name, tensor in stacked(weights, experts == "separate").items():
         weight = tensor * 0.3 + (tensor.dim() == 1)  # factors: Gemma 1 to 3 have 1 less
         stored[gguf_name(names, name)] = weight
     stored["output_norm.weight"] *= SMALL
