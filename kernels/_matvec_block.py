@@ -77,9 +77,12 @@ def matvec_block(
 
 
 def row_block(weight: Weight) -> dict[str, int]:
-    """Returns rows and columns of the blocks in which a weight is multiplied by one row: at most a
-    quarter of a row's columns are masked in the last block, if blocks of 512 bytes allow that. A
-    thread of 128 loads at least 64 bytes."""
+    """Returns rows and columns of the blocks in which a weight is multiplied by one row, and how
+    many are in flight: at most a quarter of a row's columns are masked in the last block, if blocks
+    of 512 bytes allow that. A thread of 128 loads at least 64 bytes."""
     dim, line = weight.shape[1], weight.data[:1].nbytes  # bytes of a row
     block = next((x for x in (2048, 1024) if -line % x <= line / 4), 512)
-    return {"BLOCK_N": 16 if block == 512 else 8, "BLOCK_K": block * dim // line, "STAGES": 4}
+    return {
+        "BLOCK_N": 16 if block == 512 else 8, "BLOCK_K": block * dim // line,
+        "STAGES": min(triton.cdiv(line, block), 4),
+    }  # fmt: skip

@@ -100,10 +100,11 @@ def _rms_norm_kernel(
     mask = cols < DIM
     dtype = x_ptr.dtype.element_ty
     if PDL:
+        line = tl.minimum(tl.arange(0, (BLOCK + 31) // 32) * 32, DIM - 1)  # of 128 bytes in fp32
         if post_weight_ptr is not None:
-            prefetch(post_weight_ptr + tl.minimum(cols, DIM - 1))
+            prefetch(post_weight_ptr + line)
         if residual_weight_ptr is not None:
-            prefetch(residual_weight_ptr + tl.minimum(cols, DIM - 1))
+            prefetch(residual_weight_ptr + line)
     wait_for_previous_kernel(PDL)
 
     x = tl.load(x_ptr + row * x_row_stride + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]

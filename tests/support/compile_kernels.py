@@ -47,6 +47,7 @@ from gemma_launches import (
     launches,
     record_launches,
 )
+from ptx import NARROW_LOAD, before_waits
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -67,9 +68,6 @@ TYPES = {
 }
 # Options of the compiler, not of the kernel.
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion")
-LOAD = re.compile(r"ld\.global\S* ")
-WIDE_LOAD = re.compile(r"ld\.global\S*\.v4\S* ")
-NARROW_LOAD = re.compile(r"ld\.global(?!\S*\.v4)\S* ")
 
 
 def type_of(value) -> str | tuple:
@@ -93,11 +91,12 @@ def types_by_name(kernel, args) -> dict[str, str]:
 
 
 def options_by_name(kwargs) -> dict:
-    """Returns constants and compiler options by name, and the fields of constant NamedTuples."""
+    """Returns constants and compiler options by name. A constant NamedTuple is a dict of its
+    fields, and these are options, too."""
     options = dict(kwargs)
-    for value in kwargs.values():
+    for name, value in kwargs.items():
         if isinstance(value, tuple):
-            options |= value._asdict()
+            options |= value._asdict() | {name: value._asdict()}
     return options
 
 
@@ -149,7 +148,6 @@ def report(job: tuple[int, str], capability: int) -> str:
     kernel, args, kwargs = launches[index]
     compiled = compile_launch(kernel, args, kwargs, capability)
     ptx = compiled.asm["ptx"]
-    before_wait, wait, _ = ptx.partition("griddepcontrol.wait")
     return json.dumps({
         "kernel": kernel.__name__,
         "types": types_by_name(kernel, args),
@@ -160,9 +158,7 @@ def report(job: tuple[int, str], capability: int) -> str:
             re.search(r"ld\.global[.\w:]*\.v4|cp\.async\S* .*, 0x10|cp\.async\.bulk\.tensor", ptx)
         ),
         "narrow_loads": len(NARROW_LOAD.findall(ptx)),
-        "loads_before_wait": len(LOAD.findall(before_wait)) if wait else None,
-        "prefetches_before_wait": before_wait.count("prefetch.global.L2"),
-        "wide_loads_before_wait": len(WIDE_LOAD.findall(before_wait)),
+        "before_waits": before_waits(ptx),
         "tile_copies": "cp.async.bulk.tensor" in ptx,
         "wgmma": "wgmma" in ptx,
     })  # fmt: skip

@@ -22,6 +22,10 @@ NARROW_LOADS = {
     "_next_token_kernel": 64,
     "_decode_attention_kernel": 24,
     "_packed_linear_kernel": 16,
+    "_norm_router_kernel": 8,
+    "_router_kernel": 8,
+    "_experts_gate_up_kernel": 8,
+    "_experts_down_kernel": 8,
     "_grouped_gate_up_kernel": 8,
     "_grouped_down_kernel": 12,
     "_weighted_sum_kernel": 8,
@@ -92,6 +96,9 @@ def wide_loads(kernel: Kernel, gpu: Gpu) -> str | None:
     if kernel["kernel"] == "_rms_norm_kernel":
         narrow = int(kernel["types"]["layer_scalar_ptr"] != "constexpr")
     narrow += factors(kernel)
+    if kernel["options"].get("DENSE"):
+        block_n = kernel["options"]["DENSE"]["block_n"]
+        narrow += 2 * narrow_scales(kernel, "dense_weight", block_n)
     packed = kernel["kernel"] in GROUPED and narrow_scales(kernel) > 0
     held = (kernel["wide_loads"] or packed) and kernel["narrow_loads"] <= narrow
     if held or kernel["kernel"] in COMPUTE_BOUND + LATENCY_BOUND:
@@ -111,40 +118,68 @@ def weights_before_wait(kernel: Kernel, gpu: Gpu) -> str | None:
 
     A matmul kernel must fetch weights before the wait: for one row, at least 64 bytes per thread.
     No kernel may load data before the wait that the previous kernel may write. split_attention,
-    which transformers' layers call, never waits and is not checked.
+    which transformers' layers call, never waits and is not checked. Norms of prompts do not wait.
     """
-    name, options = kernel["kernel"], kernel["options"]
+    name, options, waits = kernel["kernel"], kernel["options"], kernel["before_waits"]
     if "PDL" not in options or only_queries(kernel):
         return None
-    loads = kernel["loads_before_wait"]
-    if (loads is not None) != options["PDL"] or options["PDL"] != (gpu.capability >= 90):
-        return "waits" if loads is not None else "does not wait"
-    one_row = options.get("BLOCK_B") == 1
-    if loads is None:
-        held = True
-    elif name == "_embed_kernel":
-        held = loads == 0
-    elif name == "_decode_attention_kernel":  # may load position, cos, sin and norms, not qkv
+    if name == "_rms_norm_kernel" and not options["PDL"]:
+        return "waits" if waits else None
+    if bool(waits) != options["PDL"] or options["PDL"] != (gpu.capability >= 90):
+        return "waits" if waits else "does not wait"
+    if not waits:
+        return None
+    expected = 2 if name in ("_norm_router_kernel", "_experts_gate_up_kernel") else 1  # branches
+    if options.get("DENSE", 0) is None:
+        expected = 1
+    held = len(waits) == expected and fetches(kernel, waits)
+    return None if held else f"before the wait: {waits}"
+
+
+def fetches(kernel: Kernel, waits: list[dict[str, int]]) -> bool:
+    """Returns whether the kernel fetches before each wait what it can fetch, and nothing else."""
+    name, options, first = kernel["kernel"], kernel["options"], waits[0]
+    loads, wide = first["loads"], first["wide"]
+    if name == "_embed_kernel":
+        return loads == 0
+    if name == "_rms_norm_kernel":
+        return loads == 0 < first["prefetches"]
+    if name == "_decode_attention_kernel":  # may load position, cos, sin and norms, not qkv
         norm = kernel["types"]["rotary.q_norm"] != "constexpr"
-        held = loads <= (9 if norm else 5)
-    elif name == "_per_layer_inputs_kernel":  # loads ids, rows of the table and the norm's weight
-        wide = kernel["wide_loads_before_wait"]
+        return loads <= (9 if norm else 5)
+    if name == "_per_layer_inputs_kernel":  # loads ids, rows of the table and the norm's weight
         expected = (3, 4) if factors(kernel) else (5, 10)  # the latter in fp32
-        held = loads == kernel["narrow_loads"] + wide and wide in expected
-    elif one_row:
-        wide = kernel["wide_loads_before_wait"]
-        held = wide >= 4 and loads <= wide + narrow_scales(kernel)
-    else:  # weights are prefetched into the L2 cache
-        held = loads == 0 < kernel["prefetches_before_wait"]
-    return None if held else f"{loads} loads before the wait"
+        return loads == kernel["narrow_loads"] + wide and wide in expected
+    if name == "_experts_down_kernel":  # loads the numbers of two experts, and their weights
+        return wide > 0 and loads <= wide + narrow_scales(kernel) + 2
+    if name == "_experts_gate_up_kernel":  # the experts are not known; the dense weight is
+        *dense, chosen = waits
+        one_row = dense and options["DENSE"]["block_b"] == 1
+        scales = dense and narrow_scales(kernel, "dense_weight", options["DENSE"]["block_n"])
+        return not any(chosen.values()) and all(fetched(x, one_row, scales) for x in dense)
+    one_row, scales = options.get("BLOCK_B") == 1, narrow_scales(kernel)
+    if name == "_norm_router_kernel":  # the router's programs have one row each
+        router, *waits = waits
+        if not fetched(router, True, 0):
+            return False
+    return all(fetched(x, one_row, scales) for x in waits)
 
 
-def narrow_scales(kernel: Kernel) -> int:
+def fetched(before: dict[str, int], one_row: bool, scales: int) -> bool:
+    """Returns whether weights are loaded before the wait for one row, and prefetched into the L2
+    cache for more rows."""
+    if one_row:
+        return before["wide"] >= 4 and before["loads"] <= before["wide"] + scales
+    return before["loads"] == 0 < before["prefetches"]
+
+
+def narrow_scales(kernel: Kernel, weight: str = "weight", rows: int | None = None) -> int:
     """Returns how many loads of less than 16 bytes a thread may make for a block of a packed
     weight: one per row for its scale, and one for its minimum."""
-    factors = ("weight.scale", "weight.minimum")
+    factors = (f"{weight}.scale", f"{weight}.minimum")
     packed = sum(kernel["types"].get(name, "constexpr") != "constexpr" for name in factors)
-    return packed * kernel["options"].get("BLOCK_N", 0)
+    options = kernel["options"]
+    return packed * (rows or options.get("BLOCK_N") or options.get("block_n", 0))
 
 
 def only_queries(kernel: Kernel) -> bool:
