@@ -84,11 +84,15 @@ def transformers_model(
     checkpoint: Checkpoint, attention: str, dtype: torch.dtype, device: torch.device | str
 ) -> transformers.PreTrainedModel:
     """Returns transformers' model with the checkpoint's config and weights. It is for random
-    weights, which are in no file, and for GGUF, which transformers reads differently."""
+    weights, which are in no file, and for GGUF, which transformers reads differently.
+
+    attention: "eager" also means eager experts, without transformers' other implementations
+    """
     config = transformers_config(checkpoint.config)
+    experts = {"experts_implementation": "eager"} if attention == "eager" else {}
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, dtype=dtype
+            config, attn_implementation=attention, dtype=dtype, **experts
         )
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())  # layer_scalar: a buffer
     for name in checkpoint.shapes:

@@ -59,7 +59,7 @@ class GGUFTruth:
             optional = gguf_gemma4.OPTIONAL
         with torch.device(device):
             model = transformers.AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", dtype=dtype
+                config, attn_implementation="eager", experts_implementation="eager", dtype=dtype
             )
         names = gguf.get_tensor_name_map(ARCHITECTURES[family], config.num_hidden_layers)
         scalars = [x for x in model.named_buffers() if x[0].endswith(".layer_scalar")]

@@ -92,8 +92,9 @@ def read_directory(path: Path, dtype: torch.dtype, device: torch.device | str) -
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation="eager", local_files_only=True,
-        use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+        path, dtype=dtype, attn_implementation="eager", experts_implementation="eager",
+        local_files_only=True, use_safetensors=True, trust_remote_code=False,
+        output_loading_info=True,
     )  # fmt: skip
     model, found = loaded
     missing = [x for x in found["missing_keys"] if not any(part in x for part in NOT_TEXT)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from torch import Tensor
 
@@ -13,14 +14,15 @@ from gemma_fast.walkthrough.record import Clock
 
 REPEATS = 10
 BF16 = 2  # bytes
-PER_LAYER = "per-layer embeddings"
+PER_LAYER, ROUTER, EXPERTS = "per-layer embeddings", "router", "experts"
 LONG = 8192  # tokens of the longer context
 # Group → names of its steps, or the last part of these names.
 GROUPS = {
     "embedding": ("embed",),
     "RMSNorm": (
         "norm", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-        "post_feedforward_layernorm", "q_norm", "k_norm", "v_norm",
+        "post_feedforward_layernorm", "q_norm", "k_norm", "v_norm", "pre_feedforward_layernorm_2",
+        "post_feedforward_layernorm_1", "post_feedforward_layernorm_2",
     ),
     "projections of attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mask and rotary embedding": ("mask", "angles", "queries", "keys"),
@@ -32,17 +34,32 @@ GROUPS = {
         "per_layer_inputs", "per_layer_input_gate", "per_layer_geglu", "per_layer_projection",
         "post_per_layer_input_norm",
     ),
+    ROUTER: (),  # steps whose names contain ".router."
+    EXPERTS: (),  # steps whose names contain ".experts"
     "residual addition": (
         "attention", "mlp", "after_attention", "after_mlp", "after_per_layer", "layer_scalar",
     ),
     "output projection": ("embed_tokens", "lm_head", "logits"),
 }  # fmt: skip
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 GROUP_OF = {step: group for group, steps in GROUPS.items() for step in steps}
 
 
 def groups_of(config: GemmaConfig) -> list[str]:
     """Returns the groups whose steps the model has."""
-    return [name for name in GROUPS if name != PER_LAYER or config.hidden_size_per_layer_input]
+    lacking = set[str]()
+    if not config.hidden_size_per_layer_input:
+        lacking |= {PER_LAYER}
+    if not config.num_experts:
+        lacking |= {ROUTER, EXPERTS}
+    return [name for name in GROUPS if name not in lacking]
+
+
+def group_of(name: str) -> str:
+    """Returns the group of a step. name: of the step, or of a weight without ".weight" """
+    if ".router." in name:
+        return ROUTER
+    return EXPERTS if ".experts" in name else GROUP_OF[name.rpartition(".")[2]]
 
 
 def time_of_a_token(
@@ -64,7 +81,7 @@ def time_of_a_token(
             fastest[name] = min(seconds, fastest.get(name, seconds))
     groups = dict.fromkeys(groups_of(reference.config), 0.0)
     for name, seconds in fastest.items():
-        groups[GROUP_OF[name.rpartition(".")[2]]] += 1e3 * seconds
+        groups[group_of(name)] += 1e3 * seconds
     return groups
 
 
@@ -74,13 +91,16 @@ def long_context(config: GemmaConfig) -> int:
 
 def bytes_of_a_token(config: GemmaConfig, past: int) -> dict[str, int]:
     """Returns the bytes that a decode step must read in bf16 after `past` tokens, by group: the
-    weights once, one row of each table of embeddings, and the keys and values of the past tokens
-    that the new one sees. Activations are left out."""
+    weights once, but only those of the experts that a token uses; one row of each table of
+    embeddings; and the keys and values of the past tokens that the new one sees. Activations are
+    left out."""
     groups = dict.fromkeys(groups_of(config), 0)
     for name, shape in config.tensor_shapes().items():
-        step = name.removesuffix(".weight").rpartition(".")[2]
+        expert = EXPERT.search(name)
+        if expert and int(expert[1]) >= config.top_k_experts:
+            continue  # all experts have the same size
         read = shape[1:] if name == PER_LAYER_EMBEDDING else shape  # one row of the table
-        groups[GROUP_OF[step]] += BF16 * math.prod(read)
+        groups[group_of(name.removesuffix(".weight"))] += BF16 * math.prod(read)
     if not config.tie_word_embeddings:  # the table of the embedding is not read
         groups["output projection"] -= BF16 * config.vocab_size * config.hidden_size
     groups["embedding"] = BF16 * config.hidden_size

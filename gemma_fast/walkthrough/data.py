@@ -120,6 +120,7 @@ def _model(reference: Reference) -> dict[str, Any]:
         "layers": [layer._asdict() for layer in config.layers],
         "norm_offset": config.norm_offset,
         "parameters": config.num_parameters,
+        "active_parameters": config.num_active_parameters,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": str(weight.device),
     }

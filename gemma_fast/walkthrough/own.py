@@ -1,5 +1,5 @@
 """Charts of parts that only some models have: windows, soft caps, norms of heads and of updates,
-shared keys and values, per-layer embeddings, scalars of layers."""
+shared keys and values, per-layer embeddings, experts, scalars of layers."""
 
 from __future__ import annotations
 
@@ -126,6 +126,29 @@ def per_layer(data: Data, theme: Theme) -> Picture:
     legend_above(figure)
     alt += f" Gates above 0: {min(shares):.0f} to {max(shares):.0f} %."
     return Picture(figure, alt)
+
+
+def experts(data: Data, theme: Theme) -> Picture:
+    """Draws the weights of the experts that the last token uses: a row for each layer."""
+    found, count = data["own"]["experts"], data["model"]["config"]["num_experts"]
+    image = np.full((len(found["chosen"]), count), np.nan)  # [layers, experts]
+    for row, chosen, weights in zip(image, found["chosen"], found["weights"], strict=True):
+        row[chosen] = weights
+    figure, axes = canvas(1.2 + 0.14 * len(image))
+    shown = axes.imshow(image, cmap=theme.cmap, aspect="auto", vmin=0, interpolation="none")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(visible=False)
+    figure.colorbar(shown, ax=axes, label="weight")
+    layer, expert = divmod(int(np.nanargmax(image)), count)
+    return Picture(
+        figure,
+        f"Weights of the experts that the last token uses: {len(found['chosen'][0])} of {count} in"
+        f" each of {len(image)} layers. The largest weight is {image[layer, expert]:.2f}, of expert"
+        f" {expert} in layer {layer}.",
+    )
 
 
 def layer_scalar(data: Data, theme: Theme) -> Picture:

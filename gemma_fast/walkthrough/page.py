@@ -48,6 +48,7 @@ PICTURES: dict[str, Callable[[Data, Theme], Picture]] = {
     "post-norms": own.post_norms,
     "shared-kv": own.shared_kv,
     "per-layer": own.per_layer,
+    "experts": own.experts,
     "layer-scalar": own.layer_scalar,
     "cost": charts.cost,
 }
@@ -58,6 +59,7 @@ OWN_PICTURES = {  # pictures of some models only → keys of data["own"], of whi
     "post-norms": {"post_norms"},
     "shared-kv": {"kv_layers"},
     "per-layer": {"per_layer"},
+    "experts": {"experts"},
     "layer-scalar": {"layer_scalars"},
 }
 

@@ -71,6 +71,12 @@ def flatness(weights: Tensor, visible: Tensor) -> list[float]:
     return ((share * several).sum(-1) / several.sum().clamp(min=1)).tolist()
 
 
+def last_token(x: Tensor) -> list[Any]:
+    """Returns the row of the last token of x :: [t, k]."""
+    return x[-1].tolist()
+
+
+BEFORE_NORM = "mlp_before_norm"  # output of the MLP, or of MLP and experts
 STREAM = ("embed", "after_attention", "after_mlp", "after_per_layer", "layer_scalar")
 
 
@@ -79,9 +85,10 @@ class Recorder(Reference):
 
     measures: ClassVar[dict[str, Measure]] = {
         **dict.fromkeys((*STREAM, "attention", "mlp", "post_per_layer_input_norm"), std),
-        **dict.fromkeys(("o_proj", "down_proj", "per_layer_projection"), std),
+        **dict.fromkeys(("o_proj", "per_layer_projection"), std),
         **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "v_norm"), rms_of_all),
         "queries": pair_lengths,
+        "chosen": last_token,
         "per_layer_inputs": rms_of_layers,
         "per_layer_input_gate": share_above_0,
         "per_layer_geglu": rms_of_all,
@@ -102,6 +109,8 @@ class Recorder(Reference):
         out = super().norm(x, name)
         if name == "model.norm":
             self.seen["final_norm"] = {"before": rms(x), "after": rms(out)}
+        if name.endswith(".post_feedforward_layernorm"):
+            self.seen[name.replace("post_feedforward_layernorm", BEFORE_NORM)] = std(x)
         return out
 
     def observe(self, name: str, x: Any) -> Any:
@@ -110,7 +119,9 @@ class Recorder(Reference):
             self.seen[name] = measure(x)
         if step == "scores" and self.config.attn_logit_softcapping:
             self.seen[name] = largest(x.masked_fill(~self.visible[:, None], 0))
-        if step == "weights":
+        if name.endswith("router.weights"):
+            self.seen[name] = last_token(x)
+        if name.endswith("self_attn.weights"):
             weights, visible = x[0, :, -SHOWN:].float(), self.visible[0, -SHOWN:]
             self.seen[name.replace(step, "flatness")] = flatness(weights, visible)
             hidden = weights.masked_fill(~visible, torch.nan)

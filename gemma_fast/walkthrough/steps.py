@@ -11,12 +11,12 @@ from torch import Tensor
 
 from gemma_fast.config import SLIDING, GemmaConfig
 from gemma_fast.reference import Reference
-from gemma_fast.walkthrough.record import SHOWN, Recorder, WithoutFactor, largest
+from gemma_fast.walkthrough.record import BEFORE_NORM, SHOWN, Recorder, WithoutFactor, largest
 
-# Update of the stream → steps that compute it: the last projection, the update, the sum.
+# Update of the stream → steps that compute it: the last one before a norm, the update, the sum.
 UPDATES = {
     "attention": ("self_attn.o_proj", "attention", "after_attention"),
-    "mlp": ("mlp.down_proj", "mlp", "after_mlp"),
+    "mlp": (BEFORE_NORM, "mlp", "after_mlp"),
     "per_layer": ("per_layer_projection", "post_per_layer_input_norm", "after_per_layer"),
 }
 
@@ -120,7 +120,7 @@ def query_lengths(run: Recorder) -> list[dict[str, Any]]:
 
 def parts_of_some_models(run: Recorder, logits: Tensor) -> dict[str, Any]:
     """Returns what only some models have: windows, soft caps, norms of heads and of updates, shared
-    keys and values, per-layer embeddings, scalars of layers."""
+    keys and values, per-layer embeddings, experts, scalars of layers."""
     config, layers = run.config, _layers(run)
     own: dict[str, Any] = {}
     if SLIDING in config.layer_types:
@@ -146,6 +146,11 @@ def parts_of_some_models(run: Recorder, logits: Tensor) -> dict[str, Any]:
             "inputs": run.seen["per_layer_inputs"],
             "gated": [_of_layer(run, i, "per_layer_geglu") for i in layers],
             "open_gates": [_of_layer(run, i, "per_layer_input_gate") for i in layers],
+        }
+    if config.num_experts:
+        own["experts"] = {
+            name: [_of_layer(run, i, f"router.{name}") for i in layers]
+            for name in ("chosen", "weights")
         }
     names = [f"model.layers.{i}.layer_scalar" for i in layers]
     if scalars := [float(run.weights[name]) for name in names if name in run.weights]:

@@ -383,11 +383,13 @@ def test_a_tokenizer_without_a_special_token_scores_and_generates(tmp_path, miss
     assert found[0][1] == found[-1][1]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_scores_and_answers_of_gemma_4_are_those_of_hf(tmp_path, batch_size):
+@pytest.mark.parametrize(
+    ("family", "batch_size"), [("gemma4", 1), ("gemma4", 3), ("gemma4-experts", 3)]
+)
+def test_scores_and_answers_of_gemma_4_are_those_of_hf(tmp_path, family, batch_size):
     """`gemma4-shared` computes only the tokens whose logits are needed in its last layers. The
     scores need the logits of several tokens, in a padded batch."""
-    write_chat_checkpoint(tmp_path, "gemma4")
+    write_chat_checkpoint(tmp_path, family)
     args = {"pretrained": str(tmp_path), "dtype": "float32", "device": "cpu"}
     expected, actual = (
         lm_eval.api.registry.get_model(name)(**args, batch_size=batch_size, add_bos_token=True)

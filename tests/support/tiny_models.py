@@ -151,10 +151,13 @@ def random_model(
 
 
 def random_transformers_model(config: GemmaConfig) -> transformers.PreTrainedModel:
-    """Returns transformers' model with random weights, in eval mode, with eager attention."""
+    """Returns transformers' model with random weights, in eval mode, with eager attention and
+    experts."""
     return randomize(
         transformers.AutoModelForCausalLM.from_config(
-            transformers_config(config), attn_implementation="eager"
+            transformers_config(config),
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
     )
 

@@ -24,7 +24,8 @@ def test_bars_of_the_costs_sum_to_100_percent():
     assert len(found) == 3
     for bars in found:
         widths = [bar.get_width() for bar in bars]
-        assert widths == pytest.approx([100 * (i + 1) / 55 for i in range(len(GROUPS))])
+        total = len(GROUPS) * (len(GROUPS) + 1) / 2
+        assert widths == pytest.approx([100 * (i + 1) / total for i in range(len(GROUPS))])
 
 
 def test_update_scales_by_layer():
@@ -125,6 +126,17 @@ def test_per_layer_inputs_and_gates():
     assert lines(picture) == [([0, 1], [0.7, 0.8]), ([0, 1], [0.1, 2])]
     assert list(picture.figure.axes[1].lines[0].get_ydata()) == [25, 50]
     assert "After the gate: 0.1 to 2. Gates above 0: 25 to 50 %." in picture.alt
+
+
+def test_experts_of_the_last_token():
+    found = {"chosen": [[2, 0], [1, 3]], "weights": [[0.75, 0.5], [0.9, 0.25]]}
+    picture = own.experts(
+        {"own": {"experts": found}, "model": {"config": {"num_experts": 4}}}, LIGHT
+    )
+    image = picture.figure.axes[0].images[0].get_array().filled(NAN)
+    np.testing.assert_equal(image, [[0.5, NAN, 0.75, NAN], [NAN, 0.9, NAN, 0.25]])
+    assert "2 of 4 in each of 2 layers" in picture.alt
+    assert "The largest weight is 0.90, of expert 1 in layer 1." in picture.alt
 
 
 def test_scalars_of_the_layers():

@@ -8,7 +8,9 @@ import torch
 from gemma_fast.presets import PRESETS
 from gemma_fast.walkthrough import cost
 from gemma_fast.walkthrough.cost import (
+    EXPERTS,
     PER_LAYER,
+    ROUTER,
     bytes_of_a_token,
     groups_of,
     long_context,
@@ -35,13 +37,22 @@ def test_bytes_of_gemma_2b():
     assert found == {name: 2 * n for name, n in elements.items()}
 
 
+def test_bytes_of_experts():
+    """Gemma 4 26B-A4B: 30 layers; a token uses 8 of 128 experts of 3 * 704 * 2816 weights."""
+    found = bytes_of_a_token(PRESETS["gemma-4-26b-a4b"], past=10)
+    assert found["experts"] == 2 * 30 * 8 * 3 * 704 * 2816
+    assert found["router"] == 2 * 30 * (128 * 2816 + 2816 + 128)
+    assert found["projections of the MLP"] == 2 * 30 * 3 * 2112 * 2816
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_all_weights_are_read_once(name, tied):
-    """A step reads one row of the embedding. A tied table is read as the output projection."""
+    """A step reads one row of the embedding, and the experts of the token. A tied table is read as
+    the output projection."""
     config = replace(PRESETS[name], tie_word_embeddings=tied)
     table = config.vocab_size * config.hidden_size
-    read = config.num_parameters - (0 if tied else table) + config.hidden_size
+    read = config.num_active_parameters - (0 if tied else table) + config.hidden_size
     per_layer = config.num_hidden_layers * config.hidden_size_per_layer_input
     read -= (config.vocab_size - 1) * per_layer  # one row of the per-layer embeddings is read
     for past in (5, 5000):
@@ -67,6 +78,7 @@ def test_every_step_has_a_group(twins):
     found = time_of_a_token(twins.reference, torch.tensor([[5]]), past)
     assert [*found] == groups_of(twins.config)
     assert (PER_LAYER in found) == (twins.config.hidden_size_per_layer_input > 0)
+    assert ({ROUTER, EXPERTS} <= found.keys()) == (twins.config.num_experts > 0)
     assert all(ms > 0 for ms in found.values())
     assert [k.shape[2] for k, _ in past] == lengths
 
@@ -101,6 +113,8 @@ def test_steps_sum_to_the_whole_time(twins, monkeypatch):
             expected -= 5 - layer.k_eq_v
         expected += config.model_type == "gemma4"  # layer_scalar
         expected += 5 * (config.hidden_size_per_layer_input > 0)
+        if config.num_experts:  # router, three norms, four steps of each expert, their sum
+            expected += 4 + 3 + 4 * config.top_k_experts + 1
     expected += 3 * (config.hidden_size_per_layer_input > 0)
     assert len(clock.seconds) == expected
 
@@ -129,6 +143,16 @@ def test_groups_of_steps(twins, monkeypatch):
     if twins.config.hidden_size_per_layer_input:
         seconds |= {"per_layer_inputs": 12, "model.layers.1.post_per_layer_input_norm": 13}
         per_layer = [12 + 13]
+    experts = []
+    if twins.config.num_experts:
+        seconds |= {
+            "model.layers.0.router.proj": 14, "model.layers.1.router.weights": 15,
+            "model.layers.1.router.norm": 16, "model.layers.0.experts.2.down_proj": 17,
+            "model.layers.0.experts": 18, "model.layers.0.post_feedforward_layernorm_2": 19,
+        }  # fmt: skip
+        experts = [14 + 15 + 16, 17 + 18]
     monkeypatch.setattr(Clock, "forward", lambda self, *_, **__: self.seconds.update(seconds))
     found = time_of_a_token(twins.reference, torch.tensor([[5]]), None)
-    assert [x / 1000 for x in found.values()] == [1, 2 + 3, 4, 5 + 6, 7, 8, 9, *per_layer, 10, 11]
+    norms = 2 + 3 + (19 if experts else 0)
+    optional = (*per_layer, *experts)
+    assert [x / 1000 for x in found.values()] == [1, norms, 4, 5 + 6, 7, 8, 9, *optional, 10, 11]

@@ -24,26 +24,31 @@ OWN = {
     "gemma4-k-eq-v": GEMMA4,
     "gemma4-shared": GEMMA4 | {"shared-kv", "per-layer"},
     "gemma4-per-layer": GEMMA4 | {"per-layer"},
+    "gemma4-experts": GEMMA4 | {"experts"},
     "gemma4-all": GEMMA4 | {"shared-kv", "per-layer"},
 }
 GEMMA4_MODELS = {name for name in OWN if name.startswith("gemma4")}
 OLDER = OWN.keys() - GEMMA4_MODELS
 SHARED = {"gemma4-shared", "gemma4-all"}
 PER_LAYER = SHARED | {"gemma4-per-layer"}
-K_EQ_V = {"gemma4-k-eq-v", "gemma4-all"}
+EXPERTS = {"gemma4-experts"}
+K_EQ_V = {"gemma4-k-eq-v", "gemma4-all"} | EXPERTS
 SENTENCES = {  # what the page says → the models of which it says so
     "multiplies each channel by 1 + a learned weight": OLDER,
     "multiplies each channel by a learned weight": GEMMA4_MODELS,
     "splits the 32 channels of each query and key into 16 pairs and rotates": OLDER,
     "into 16 pairs on layers with a window and 32 pairs on full layers and": GEMMA4_MODELS,
     "On full layers, only the first 8 pairs are rotated.": GEMMA4_MODELS,
-    "adds two updates to it": OLDER | {"gemma4-k-eq-v"},
+    "adds two updates to it": OLDER | {"gemma4-k-eq-v"} | EXPERTS,
     "adds three updates to it": PER_LAYER,
     "88 channels each, gate and up (176 on the layers": SHARED,
     "2 on layers with a window, 4 on full layers, with 4 query heads": K_EQ_V,
     "Values from the projection of keys: on 2 full layers.": K_EQ_V,
     "The last 2 of the 5 layers have no projections": SHARED,
     "a second embedding with 16 channels for each of the 5 layers": PER_LAYER,
+    "each layer has 6 experts. An expert is a small MLP with 40 channels": EXPERTS,
+    "Beside the MLP there are experts.": EXPERTS,
+    " for a token), computed in": EXPERTS,
 }
 
 

@@ -21,7 +21,8 @@ from gemma_fast.walkthrough.page import file_names
 from gemma_fast.walkthrough.theme import Written
 from gemma_fast.walkthrough.write import TEMPORARY, _new_folder, write_walkthrough
 
-ABSENT = ("soft-caps", "shared-kv", "per-layer", "layer-scalar")  # pictures that Gemma 3 lacks
+# Pictures that Gemma 3 lacks.
+ABSENT = ("soft-caps", "shared-kv", "per-layer", "experts", "layer-scalar")
 GEMMA3_FILES = file_names() - {f"{name}{end}.svg" for name in ABSENT for end in ("", "-dark")}
 
 
