@@ -27,6 +27,7 @@ _ADAPTER = "merge the adapter with peft: model.merge_and_unload().save_pretraine
 _OUTPUTS = {
     "output_attentions": ((False,), "the kernels do not store attention weights"),
     "output_hidden_states": ((False,), "only logits are returned"),
+    "output_router_logits": ((False,), "only logits are returned"),
 }
 
 # Outputs of transformers' multimodal processors, which programs pass to forward() and generate().
@@ -108,6 +109,7 @@ REFUSED: Table = {
     ),
     "output_attentions": ((False,), _HF),
     "output_hidden_states": ((False,), _HF),
+    "output_router_logits": ((False,), _HF),
 }
 GENERATION_CONFIG: Table = {**REFUSED, **dict.fromkeys(APPLIED + NO_EFFECT, (ANY, ""))}
 # Options for one row of ids per prompt, whatever the generation_config of the model says.
