@@ -134,7 +134,7 @@ def _experts_down_kernel(
     PDL: tl.constexpr,
 ):
     BLOCK_N: tl.constexpr = SPEC.block_n
-    COLS: tl.constexpr = SPEC.block_k // unit_of(weight.data.dtype.element_ty)
+    COLS: tl.constexpr = max(SPEC.block_k // unit_of(weight.data.dtype.element_ty), 1)
     row = tl.program_id(0) % rows
     n = tl.program_id(0) // rows * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     chosen_ptr, weight_ptr = routed.chosen + row * TOP_K, routed.weight + row * TOP_K

@@ -193,6 +193,16 @@ def test_rows_may_be_empty(build):
     assert y.shape == (0, 48)
 
 
+@pytest.mark.parametrize("index", [-1, 6, 2**31 - 1])
+@pytest.mark.parametrize("rows", [1, 16, 100], ids="rows {}".format)
+def test_an_expert_out_of_range_raises(rows, index, build):
+    weights, _ = tiny_experts(torch.float32)
+    chosen, weight = routed(rows, 6, 3)
+    chosen[-1, 1] = index
+    with pytest.raises(AssertionError, match=str(index)):
+        experts(torch.ones(rows, 48), *weights, chosen, weight)
+
+
 @pytest.mark.parametrize("rows", [1, 16], ids="rows {}".format)
 def test_repeated_calls_choose_experts_anew(rows, build):
     given, (weights, _) = router_inputs(rows, 48, 96, 6, torch.float32), tiny_experts(torch.float32)
