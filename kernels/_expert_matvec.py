@@ -99,27 +99,32 @@ def _experts_gate_up_kernel(
 
 
 @triton.jit
-def _load_slots(weight, chosen_ptr, n, k, SPEC: tl.constexpr, TOP_K: tl.constexpr):
+def _of_slot(values, slot):
+    """Returns the value of a slot, of values :: [slots]. (Triton would copy scalars that a loop
+    loads to shared memory, with barriers in each iteration.)"""
+    return tl.sum(tl.where(tl.arange(0, values.shape[0]) == slot, values, 0), axis=0)
+
+
+@triton.jit
+def _load_slots(weight, chosen, n, k, SPEC: tl.constexpr, TOP_K: tl.constexpr):
     """Loads columns k … k + block_k - 1 of rows n of the chosen experts' matrices side by side."""
     slot = k // SPEC.dim
-    # From the L2 cache: before the wait, the L1 cache may have what an earlier kernel has read.
-    first = tl.load(chosen_ptr + slot, cache_modifier=".cg")
-    second = tl.load(chosen_ptr + tl.minimum(slot + 1, TOP_K - 1), cache_modifier=".cg")
-    seam = Seam((slot + 1) * SPEC.dim, first * SPEC.out - slot, second * SPEC.out - (slot + 1))
+    before = _of_slot(chosen, slot) * SPEC.out - slot
+    after = _of_slot(chosen, slot + 1) * SPEC.out - (slot + 1)
+    seam = Seam((slot + 1) * SPEC.dim, before, after)
     return load_weight(
         weight, n, k, SPEC.dim, SPEC.group, SPEC.block_k, seam, TOP_K * SPEC.dim
     )  # fmt: skip
 
 
 @triton.jit
-def _load_weighted(hidden_ptr, weight_ptr, k, SPEC: tl.constexpr, TOP_K: tl.constexpr):
+def _load_weighted(hidden_ptr, weights, k, SPEC: tl.constexpr, TOP_K: tl.constexpr):
     """Loads columns k … k + block_k - 1 of all slots' inputs, times their slot's weight: [1,
     block_k], fp32."""
     slot, col = k // SPEC.dim, k + tl.arange(0, SPEC.block_k)[None, :]  # col :: [1, block_k]
-    first = tl.load(weight_ptr + slot)
-    second = tl.load(weight_ptr + tl.minimum(slot + 1, TOP_K - 1))
     hidden = tl.load(hidden_ptr + col, mask=col < TOP_K * SPEC.dim, other=0.0)
-    return hidden.to(tl.float32) * tl.where(col < (slot + 1) * SPEC.dim, first, second)
+    before, after = _of_slot(weights, slot), _of_slot(weights, slot + 1)
+    return hidden.to(tl.float32) * tl.where(col < (slot + 1) * SPEC.dim, before, after)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -137,17 +142,21 @@ def _experts_down_kernel(
     COLS: tl.constexpr = max(SPEC.block_k // unit_of(weight.data.dtype.element_ty), 1)
     row = tl.program_id(0) % rows
     n = tl.program_id(0) // rows * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    chosen_ptr, weight_ptr = routed.chosen + row * TOP_K, routed.weight + row * TOP_K
+    slots = tl.arange(0, triton.next_power_of_2(TOP_K))  # [slots]
+    is_slot, place = slots < TOP_K, row * TOP_K + slots  # [slots]
     hidden_ptr += row * (TOP_K * SPEC.dim)
     # The router has written `chosen` before this kernel starts: the kernel between them has waited
-    # for the router before it let this one start.
-    first_block = _load_slots(weight, chosen_ptr, n % SPEC.out, 0, SPEC, TOP_K)
+    # for the router before it let this one start. It is read from the L2 cache (.cg), because the
+    # L1 cache may hold what an earlier kernel has read.
+    chosen = tl.load(routed.chosen + place, mask=is_slot, other=0, cache_modifier=".cg")
+    first_block = _load_slots(weight, chosen, n % SPEC.out, 0, SPEC, TOP_K)
     wait_for_previous_kernel(PDL)
-    first_x = _load_weighted(hidden_ptr, weight_ptr, 0, SPEC, TOP_K)  # [1, block_k]
+    weights = tl.load(routed.weight + place, mask=is_slot, other=0.0)  # [slots]
+    first_x = _load_weighted(hidden_ptr, weights, 0, SPEC, TOP_K)  # [1, block_k]
     sums = tl.zeros([BLOCK_N, COLS], tl.float32)
     for k in tl.range(SPEC.block_k, TOP_K * SPEC.dim, SPEC.block_k, num_stages=SPEC.stages):
-        x = _load_weighted(hidden_ptr, weight_ptr, k, SPEC, TOP_K)  # [1, block_k]
-        block = _load_slots(weight, chosen_ptr, n % SPEC.out, k, SPEC, TOP_K)
+        x = _load_weighted(hidden_ptr, weights, k, SPEC, TOP_K)  # [1, block_k]
+        block = _load_slots(weight, chosen, n % SPEC.out, k, SPEC, TOP_K)
         sums = add_products(sums, block, weight, x)  # [BLOCK_N, COLS]
     # The block in registers comes last, as in _gemv.py.
     sums = add_products(sums, first_block, weight, first_x)

@@ -13,7 +13,8 @@ dense           :: [..., ffn], x.dtype, or None
 dense_down_proj :: [dim, ffn], x.dtype, or packed, or None
 y, dense_y      :: [..., dim], x.dtype
 
-gelu(gate) * up is rounded to x.dtype. Sums over the experts are in fp32, in the order of `chosen`.
+gelu(gate) * up is rounded to x.dtype. Sums over the experts are in fp32, in an order that depends
+on the shapes only.
 Bound by memory for few rows: bytes = those of the chosen experts. Walk-through step: MLP.
 """
 

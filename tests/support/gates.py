@@ -150,8 +150,8 @@ def fetches(kernel: Kernel, waits: list[dict[str, int]]) -> bool:
     if name == "_per_layer_inputs_kernel":  # loads ids, rows of the table and the norm's weight
         expected = (3, 4) if factors(kernel) else (5, 10)  # the latter in fp32
         return loads == kernel["narrow_loads"] + wide and wide in expected
-    if name == "_experts_down_kernel":  # loads the numbers of two experts, and their weights
-        return wide > 0 and loads <= wide + narrow_scales(kernel) + 2
+    if name == "_experts_down_kernel":  # loads the chosen experts, and weights of the first
+        return wide > 0 and loads <= wide + narrow_scales(kernel) + 1
     if name == "_experts_gate_up_kernel":  # the experts are not known; the dense weight is
         *dense, chosen = waits
         one_row = dense and options["DENSE"]["block_b"] == 1
