@@ -25,6 +25,7 @@ INLINE float dot_floats(const void *weight, int dtype, int64_t start, int64_t di
     return y;
 }
 
+/* LANES sums of the values of one group times x, without the scale. */
 INLINE floats group_product(
     const int8_t *data, int bits, int64_t start, int64_t group, int shift, const float *x
 ) {

@@ -7,14 +7,14 @@
 #define BLOCK 64 /* rows at a time */
 
 typedef struct {
-    const void *h;                 /* [rows, dim] */
+    const void *h;                   /* [rows, dim] */
     const void *norm_weight, *scale; /* [dim] */
-    const void *per_expert_scale;  /* [experts] */
-    void *input;                   /* [rows, dim] */
-    int32_t *chosen;               /* [rows, top_k] */
-    float *weight;                 /* [rows, top_k] */
+    const void *per_expert_scale;    /* [experts] */
+    void *input;                     /* [rows, dim] */
+    int32_t *chosen;                 /* [rows, top_k] */
+    float *weight;                   /* [rows, top_k] */
     int64_t top_k;
-    int dtype;                     /* of h and input */
+    int dtype;                       /* of h and input */
     int norm_dtype, scale_dtype, per_expert_dtype;
     float eps, offset;
 } router_t;

@@ -26,6 +26,8 @@ def wide(config: GemmaConfig) -> GemmaConfig:
     widths = {"hidden_size": 128, "intermediate_size": 128}
     if config.hidden_size_per_layer_input:
         widths["hidden_size_per_layer_input"] = 128
+    if config.num_experts:
+        widths["moe_intermediate_size"] = 128
     return replace(config, **widths)
 
 
@@ -35,7 +37,10 @@ def build(config: GemmaConfig, kind: str) -> tuple[GemmaForCausalLM, Reference]:
     assert {p.ndim for p in model.parameters() if p.is_floating_point()} == {1, 2}
     packed = [x for x in model.modules() if isinstance(x, PackedWeight)]
     matrices = sum(len(shape) == 2 for shape in checkpoint.shapes.values())
-    fused = 2 * model.config.num_hidden_layers  # q, k and v are one weight; gate and up another
+    layers, experts = model.config.num_hidden_layers, model.config.num_experts
+    if experts:  # a layer's experts are two weights, and its router is not packed
+        matrices -= layers * (3 * experts - 2 + 1)
+    fused = 2 * layers  # q, k and v are one weight; gate and up another
     assert matrices - 2 * fused <= len(packed) < matrices
     return model, Reference.from_checkpoint(checkpoint, dtype=torch.float32, device="cpu")
 
