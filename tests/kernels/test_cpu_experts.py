@@ -28,7 +28,7 @@ SIZE = pytest.mark.parametrize("size", SIZES, ids=str)
 ROWS = [1, 2, 3, 5, 16, 17, 70]
 INT8, INT4 = Packing(8, 32, False, torch.half), Packing(4, 32, False, torch.half)
 WITH_MINIMUM = Packing(4, 64, True, torch.half), Packing(8, 16, True, torch.float32)
-# Of gate_up and down.
+# Packings of gate_up and down.
 PACKINGS = {
     "int4": (INT4, INT4), "int8": (INT8, INT8), "int4, int8": (INT4, INT8),
     "int8, int4 with minimum": (INT8, WITH_MINIMUM[0]), "minimum": WITH_MINIMUM,
