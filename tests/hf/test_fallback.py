@@ -19,6 +19,8 @@ from gemma_fast.hf import GemmaFastCache, accelerate
 from gemma_fast.hf import attention as hf_attention
 from gemma_fast.hf import masks as hf_masks
 
+ONLY_ATTENTION = dict.fromkeys(("norm", "mlp", "router", "experts"), False)
+
 
 @pytest.fixture(params=FAMILIES)
 def model(request):
@@ -30,7 +32,7 @@ def check_attention_falls_back(model, mention, **inputs):
     """Accelerates only attention. Checks that it falls back, that the reason contains `mention`,
     and that the logits are bitwise equal. Then checks that strict=True raises RuntimeError."""
     expected = model(**inputs).logits
-    accelerate(model, norm=False, mlp=False)
+    accelerate(model, **ONLY_ATTENTION)
     assert torch.equal(model(**inputs).logits, expected)
     path, reason = why(model, **inputs)["attention"]
     assert path == "transformers" and mention in reason
@@ -204,7 +206,7 @@ def test_training_mode_falls_back(model):
 def test_output_attentions_falls_back(model):
     ids = prompt()
     expected = model(ids, output_attentions=True).attentions
-    found = accelerate(model, norm=False, mlp=False)(ids, output_attentions=True).attentions
+    found = accelerate(model, **ONLY_ATTENTION)(ids, output_attentions=True).attentions
     assert len(found) == len(expected) and all(map(torch.equal, found, expected))
     reasons = why(model, input_ids=ids, output_attentions=True)
     assert "output_attentions" in reasons["attention"][1]
