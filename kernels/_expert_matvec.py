@@ -139,7 +139,7 @@ def _experts_down_kernel(
     PDL: tl.constexpr,
 ):
     BLOCK_N: tl.constexpr = SPEC.block_n
-    COLS: tl.constexpr = SPEC.block_k // unit_of(weight.data.dtype.element_ty)
+    COLS: tl.constexpr = max(SPEC.block_k // unit_of(weight.data.dtype.element_ty), 1)
     row = tl.program_id(0) % rows
     n = tl.program_id(0) // rows * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     slots = tl.arange(0, triton.next_power_of_2(TOP_K))  # [slots]

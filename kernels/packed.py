@@ -90,6 +90,11 @@ class Weight(NamedTuple):
     def rows(self, start: int, stop: int) -> Weight:
         return Weight(*(None if x is None else x[start:stop] for x in self))
 
+    def one_of(self, count: int, index: int) -> Weight:
+        """Returns the weight at `index` of the `count` weights that are stacked in this one."""
+        rows = self.data.shape[0] // count
+        return self.rows(index * rows, (index + 1) * rows)
+
 
 def take_rows(weight: Weight, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the weight's rows :: [*index.shape, dim]."""

@@ -34,8 +34,10 @@ def why_not_experts(module: Any) -> str | None:
     """Returns why the kernels cannot read the weights of these experts, or None if they can."""
     for name in ("gate_up_proj", "down_proj"):
         weight = module._parameters[name]
-        if type(weight) is not nn.Parameter or not weight.is_contiguous():
-            return f"its {name} is a {type(weight).__name__}, not a plain contiguous tensor"
+        if type(weight) is not nn.Parameter:
+            return f"its {name} is a {type(weight).__name__}, not a plain tensor"
+        if not weight.is_contiguous():
+            return f"its {name} is not contiguous"
     own, count = module.num_experts, module.config.num_experts
     if own != count or getattr(module, "_is_expert_parallel", False):
         return f"it has {own} of {count} experts, as in expert parallelism"

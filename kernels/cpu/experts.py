@@ -99,16 +99,11 @@ def _terms(x: Tensor, chosen: Tensor, gate_up: Weight, down: Weight) -> tuple[Te
     for index, size in enumerate(chosen.flatten().bincount(minlength=count).tolist()):
         if size:
             stop = start + size
-            hidden = _linear(x[row[start:stop]], _expert(gate_up, index, count))
+            hidden = _linear(x[row[start:stop]], gate_up.one_of(count, index))
             hidden = geglu(*hidden.chunk(2, dim=-1))
-            terms[start:stop] = _linear(hidden, _expert(down, index, count))
+            terms[start:stop] = _linear(hidden, down.one_of(count, index))
             start = stop
     return terms, place
-
-
-def _expert(weight: Weight, index: int, count: int) -> Weight:
-    rows = weight.shape[0] // count
-    return weight.rows(index * rows, (index + 1) * rows)
 
 
 def _linear(x: Tensor, weight: Weight) -> Tensor:

@@ -28,7 +28,7 @@ SIZE = pytest.mark.parametrize("size", SIZES, ids=str)
 ROWS = [1, 2, 3, 5, 16, 17, 70]
 INT8, INT4 = Packing(8, 32, False, torch.half), Packing(4, 32, False, torch.half)
 WITH_MINIMUM = Packing(4, 64, True, torch.half), Packing(8, 16, True, torch.float32)
-# Of gate_up and down.
+# Packings of gate_up and down.
 PACKINGS = {
     "int4": (INT4, INT4), "int8": (INT8, INT8), "int4, int8": (INT4, INT8),
     "int8, int4 with minimum": (INT8, WITH_MINIMUM[0]), "minimum": WITH_MINIMUM,
@@ -191,6 +191,16 @@ def test_rows_may_be_empty(build):
     weights, _ = tiny_experts(torch.float32)
     y, _ = experts(torch.empty(0, 48), *weights, *routed(0, 6, 3))
     assert y.shape == (0, 48)
+
+
+@pytest.mark.parametrize("index", [-1, 6, 2**31 - 1])
+@pytest.mark.parametrize("rows", [1, 16, 100], ids="rows {}".format)
+def test_an_expert_out_of_range_raises(rows, index, build):
+    weights, _ = tiny_experts(torch.float32)
+    chosen, weight = routed(rows, 6, 3)
+    chosen[-1, 1] = index
+    with pytest.raises(AssertionError, match=str(index)):
+        experts(torch.ones(rows, 48), *weights, chosen, weight)
 
 
 @pytest.mark.parametrize("rows", [1, 16], ids="rows {}".format)

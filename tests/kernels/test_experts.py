@@ -125,6 +125,14 @@ def test_experts_of_the_width_of_gemma_4_equal_fp64(dtype, device, poison_output
     check(run(*given), *given)
 
 
+@DTYPE
+@pytest.mark.parametrize("width", [1, 3])
+def test_narrow_experts_equal_fp64(width, dtype, device, poison_outputs):
+    """A row of the down projection is shorter than a thread's load of 16 bytes."""
+    given = inputs(1, (24, width, 24, 3, 2), dtype, device)
+    check(run(*given), *given)
+
+
 @pytest.mark.parametrize("rows", [1, 2, *slow(MAX_ROWS)], ids="rows {}".format)
 @pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("shape", [(192, 96, 192, 5, 3), (96, 192, 96, 3, 2)], ids=str)
