@@ -19,7 +19,8 @@ def why_not_router(module: Any, dtype: torch.dtype | None = None) -> str | None:
     same result. dtype: that of the router's input, or None if there is no input yet."""
     proj = module.proj
     if type(proj) is not nn.Linear or is_quantized(proj) or "forward" in vars(proj):
-        return f"its proj is a {type(proj).__name__} that is not a plain torch.nn.Linear"
+        kind = f"{type(proj).__module__}.{type(proj).__qualname__}"
+        return f"its proj is a {kind}, not a plain torch.nn.Linear"
     weight = proj.weight
     if type(weight) is not nn.Parameter or not weight.is_contiguous() or proj.bias is not None:
         return f"its proj has a bias, or a {type(weight).__name__} that is not plain and contiguous"

@@ -195,7 +195,5 @@ def test_a_scale_that_is_not_finite_is_refused_with_the_experts_tensor(
     stored = {name: (rows.reshape(4, 64, -1), Type.Q8_0)}
     write_gguf(path, "gemma4", stored=stored, **EXPERTS)
     named = re.escape(f"{LAYER}.experts.2.down_proj.weight")
-    with pytest.raises(
-        ValueError, match=rf"tensor {named}: .*is (not finite|NaN or infinite)|{named}"
-    ):
+    with pytest.raises(ValueError, match=rf"tensor {named}: .*(not finite|NaN or infinite)"):
         GemmaForCausalLM.from_pretrained(path, device="cpu", quantize=quantize_as)

@@ -224,6 +224,6 @@ def test_quantized_linears_stay_in_place(family):
     assert type(model.model.layers[0].mlp.gate_proj) is Linear4bit
     paths = why(model)
     if "router" in paths:
-        reason = "its proj is a Linear4bit that is not a plain torch.nn.Linear"
+        reason = f"its proj is a {__name__}.Linear4bit, not a plain torch.nn.Linear"
         assert paths.pop("router") == ("transformers", reason)
     assert {path for path, _ in paths.values()} == {"reference"}
