@@ -109,7 +109,6 @@ REFUSED: Table = {
     ),
     "output_attentions": ((False,), _HF),
     "output_hidden_states": ((False,), _HF),
-    "output_router_logits": ((False,), _HF),
 }
 GENERATION_CONFIG: Table = {**REFUSED, **dict.fromkeys(APPLIED + NO_EFFECT, (ANY, ""))}
 # Options for one row of ids per prompt, whatever the generation_config of the model says.
@@ -120,6 +119,7 @@ GENERATE: Table = {
     **_MEDIA,
     "past_key_values": ((), f"{_LOOP}, or {_HF}"),
     "cache": ((), f"{_LOOP}, or {_HF}"),
+    "output_router_logits": ((False,), _HF),
     "inputs_embeds": ((), f"pass input_ids, or {_HF}"),
     "position_ids": ((), "omit it: positions follow from attention_mask"),
     "token_type_ids": ((), "pass only input_ids and attention_mask"),

@@ -68,6 +68,8 @@ def experts(x: Tensor, gate_up: Weight, down: Weight, chosen: Tensor, weight: Te
     assert chosen.dtype == torch.int32 and weight.dtype == torch.float32
     dim, top_k = x.shape[-1], chosen.shape[-1]
     rows, count = x.numel() // dim, down.shape[0] // dim
+    low, high = map(int, chosen.aminmax()) if chosen.numel() else (0, 0)
+    assert low >= 0 and high < count, f"chosen is {low} … {high}, but {count=}"
     few = rows * top_k <= (FEW if gate_up.scale is None else FEW_PACKED) * count
     x, chosen, weight = map(contiguous, (x, chosen, weight))
     y = torch.empty_like(x)
