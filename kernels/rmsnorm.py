@@ -164,7 +164,7 @@ def _launch(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Returns (y, h): y if `normalizes`, h if there is a residual."""
     dim = x.shape[-1]
-    assert all(w is None or w.stride(0) == 1 for w in weights), "weights must be contiguous"
+    assert all(w is None or w.is_contiguous() for w in weights), "weights must be contiguous"
     assert x.stride(-1) == 1 and (residual is None or residual.stride(-1) == 1), (
         "rows must be contiguous"
     )

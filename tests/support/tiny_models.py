@@ -126,9 +126,11 @@ def refuse(twins: Twins, wrong: Reference) -> None:
         close(wrong(ids).logits, twins.model(ids).logits)
 
 
-def typical_error(logits: Tensor, exact: Tensor) -> Tensor:
-    """Returns the RMS error of a token's logits: the median over the tokens."""
-    return (logits.float() - exact).square().mean(-1).sqrt().median()
+def rounding_error(logits: Tensor, exact: Tensor, experts: bool) -> Tensor:
+    """Returns the RMS error of logits; with experts, that of each token's logits, and the median
+    over the tokens, because rounding changes which experts some of them use."""
+    squares = (logits.float() - exact).square().mean(-1)
+    return squares.sqrt().median() if experts else squares.mean().sqrt()
 
 
 def left_padded(twins: Twins, counts: list[int]):
