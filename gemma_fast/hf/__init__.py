@@ -6,7 +6,7 @@
 After this call, the model's norms, MLPs, routers, experts, attention and quantized linears run on
 the kernels. The model's class, config file, weights, `generate`, caches and adapters do not change.
 If the kernels do not support a call of a module, transformers' own code runs, with one warning;
-`explain` lists these modules. On a CPU, the kernels' references in PyTorch run. Needs the extra
+`explain` lists these modules. On a CPU, C kernels or PyTorch references run. Needs the extra
 `hf`, with transformers 5.17 or newer.
 
 swap.py inserts and removes the kernels, and reports which code runs. find.py finds the modules that
