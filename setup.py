@@ -30,7 +30,7 @@ class BuildPy(build_py):
 
 
 ROOMS = (
-    "checkpoint", "engine", "hf", "kernels", "kernels.cpu", "model", "text", "walkthrough",
+    "checkpoint", "cli", "engine", "hf", "kernels", "kernels.cpu", "model", "text", "walkthrough",
     "benchmarks", "benchmarks.kernels", "benchmarks.measure", "benchmarks.model",
     "benchmarks.verify",
 )  # fmt: skip
@@ -53,7 +53,7 @@ setup(
         "gemma_fast.walkthrough": ["templates/*"],
     },
     cmdclass={"build_py": BuildPy},
-    entry_points={"console_scripts": ["gemma-fast = gemma_fast.cli:main"]},
+    entry_points={"console_scripts": ["gemma-fast = gemma_fast.cli.commands:main"]},
     install_requires=[
         "torch>=2.11",  # tensors and torch.compile
         "triton>=3.6; sys_platform == 'linux'",  # the kernels; torch for CUDA picks the version

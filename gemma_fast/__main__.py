@@ -1,5 +1,5 @@
 """`python -m gemma_fast` runs the command `gemma-fast`, even in a clone that is not installed."""
 
-from gemma_fast.cli import main
+from gemma_fast.cli.commands import main
 
 main(prog_name="gemma-fast")

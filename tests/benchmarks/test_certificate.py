@@ -22,7 +22,7 @@ from gemma_fast.benchmarks.verify import margins
 from gemma_fast.benchmarks.verify import model as verify_model
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint
-from gemma_fast.cli import main
+from gemma_fast.cli.commands import main
 from gemma_fast.kernels import geglu as geglu_file
 from gemma_fast.model.layer import Layer
 

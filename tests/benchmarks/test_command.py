@@ -119,7 +119,7 @@ def test_errors_name_the_wrong_argument(arguments, complaint):
 def test_help_and_usage_errors_of_bench_do_not_import_torch(arguments):
     code = f"""if True:
         import atexit, sys
-        from gemma_fast.cli import main
+        from gemma_fast.cli.commands import main
         atexit.register(lambda: print('torch' in sys.modules))
         main(['bench', *{arguments}])
         """

@@ -18,7 +18,7 @@ from gemma_fast.checkpoint import rounded
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.checkpoint.rounded import RoundedCheckpoint, with_quantize
-from gemma_fast.cli import main
+from gemma_fast.cli.commands import main
 from gemma_fast.kernels.packed import Weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are not packed in")

@@ -13,7 +13,6 @@ from click.testing import CliRunner
 from gguf import GGMLQuantizationType, quants
 from tiny_models import CONFIGS
 
-from gemma_fast import cli
 from gemma_fast.benchmarks.measure import machine, timing
 from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import EAGER, LLAMA_CPP, OURS, UNPACKED, Wrong
@@ -24,6 +23,7 @@ from gemma_fast.benchmarks.model.providers import BESIDE_PACKED, PROVIDERS
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.checkpoint.rounded import RoundedCheckpoint, with_quantize
+from gemma_fast.cli import commands
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are not packed in")
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
@@ -32,7 +32,7 @@ CONFIG = CONFIGS["gemma3-gqa"]
 
 
 def bench(*arguments):
-    return CliRunner().invoke(cli.main, ["bench", "--model", "tiny", *arguments])
+    return CliRunner().invoke(commands.main, ["bench", "--model", "tiny", *arguments])
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def gguf(tmp_path):
 def test_run_without_llama_cpp_says_so_and_measures_the_others(gguf, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     options = f"--model {gguf} -p 0 -n 2 -r 1 --only {OURS} --only {LLAMA_CPP}"
-    done = CliRunner().invoke(cli.main, ["bench", *options.split()])
+    done = CliRunner().invoke(commands.main, ["bench", *options.split()])
     assert done.exit_code == 0, done.output
     (line,) = (x for x in done.stdout.splitlines() if x.startswith("| tg2 | llama.cpp |"))
     assert "| not installed: import of llama_cpp halted" in line

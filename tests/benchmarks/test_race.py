@@ -10,7 +10,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from gemma_fast import cli
 from gemma_fast.benchmarks.measure import machine, timing
 from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import EAGER, LLAMA_CPP, OURS
@@ -20,6 +19,7 @@ from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import BESIDE_PACKED, PROVIDERS, RINGS, STATIC
 from gemma_fast.benchmarks.model.result import ModelResult, percentile
 from gemma_fast.benchmarks.options import bench
+from gemma_fast.cli import commands
 from gemma_fast.presets import PRESETS
 
 ROOF = Roof(copy=2e12, product=1e15)
@@ -78,7 +78,7 @@ def test_command_measures_every_provider_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "ENOUGH", 0)
     options = "-p 8 -n 4 -d 0,5 -b 1,2 -r 2 -o json"
     arguments = ["bench", "--model", "tiny", *options.split(), "--out", str(tmp_path)]
-    done = CliRunner().invoke(cli.main, arguments)
+    done = CliRunner().invoke(commands.main, arguments)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found == json.loads((tmp_path / "results.json").read_text())

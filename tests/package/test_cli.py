@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from demo_answers import CONTINUATION, TOP_TEN
 from marks import slow
 
-from gemma_fast import cli
-from gemma_fast.cli import main
+from gemma_fast.cli import loading
+from gemma_fast.cli.commands import main
 
 
 def run(*args: str, **kwargs):
@@ -24,14 +24,14 @@ def run(*args: str, **kwargs):
 @pytest.fixture(scope="module", autouse=True)
 def load_once():
     """Loads a model once per combination of options. Defaults to the CPU."""
-    load = cache(cli._load)
+    load = cache(loading.load)
     with pytest.MonkeyPatch.context() as patch:
 
         def on_cpu(model, device, dtype, quantize):
             return load(model, device or "cpu", dtype, quantize)
 
         on_cpu.cache_clear = load.cache_clear  # type: ignore[attr-defined]
-        patch.setattr(cli, "_load", on_cpu)
+        patch.setattr(loading, "load", on_cpu)
         yield
     gc.unfreeze()
 
@@ -177,7 +177,7 @@ def test_the_checkpoint_says_where_a_text_ends(checkpoint):
     def write(*more: str, **fields) -> str:
         (checkpoint / "generation_config.json").write_text(json.dumps(fields))
         args = ("generate", "hello a", "-n", "9", "--json", "--model", str(checkpoint))
-        cli._load.cache_clear()
+        loading.load.cache_clear()
         result = run(*args, *more)
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)

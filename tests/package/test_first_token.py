@@ -37,7 +37,7 @@ def generate(demo_gguf) -> dict:
     """Returns the modules, calls and state of a process that has run `generate`."""
     return run(f"""
         import gc, json, sys
-        from gemma_fast import cli
+        from gemma_fast.cli import commands, loading
         from gemma_fast.causal_lm import GemmaForCausalLM
         from gemma_fast.checkpoint.gguf_reader import GGUFFile
 
@@ -50,15 +50,15 @@ def generate(demo_gguf) -> dict:
                 return method(*args, **options)
             setattr(cls, name, counted)
 
-        def load(*args, load=cli._load):
+        def load(*args, load=loading.load):
             loaded.extend(load(*args))
             return loaded
 
         count(GGUFFile, "__init__")
         count(GemmaForCausalLM, "generate")
-        cli._load = load
+        loading.load = load
         command = ["generate", "I want to move", "-n", "2", "--device", "cpu"]
-        cli.main([*command, "--model", {str(demo_gguf)!r}], standalone_mode=False)
+        commands.main([*command, "--model", {str(demo_gguf)!r}], standalone_mode=False)
         merges = loaded[1]._merges is not None
         frozen = gc.get_freeze_count() > 100_000 and gc.isenabled()
         print()

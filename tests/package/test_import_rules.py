@@ -34,9 +34,8 @@ RULES = {
     "benchmarks.model": EVERYTHING,
     "benchmarks.verify": EVERYTHING,
     "benchmarks": EVERYTHING,
-    "cli_stream": "compat, causal_lm, text",
     "walkthrough": "__init__, checkpoint, config, load, memory, reference, reference_steps, text",
-    "cli": "compat, causal_lm, text, demo, cli_stream, benchmarks, walkthrough",
+    "cli": "compat, causal_lm, text, demo, benchmarks, walkthrough",
     "__main__": "cli",
     "__init__": "config, presets, causal_lm, engine, model, reference, text",
 }  # fmt: skip
@@ -115,7 +114,7 @@ def test_imports_follow_the_rules(module):
     allowed = RULES[room].split(", ")
     for name in OURS[module]:
         if allowed == [EVERYTHING]:
-            commands = ("cli", "cli_stream", "__main__")
+            commands = ("cli", "__main__")
             assert room_of(name) not in commands, f"{module} imports {name}"
         elif room_of(name) != room:
             allows = any(within(name, x) for x in allowed if x)

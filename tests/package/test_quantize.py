@@ -7,10 +7,10 @@ import torch
 from chat_checkpoint import write_chat_checkpoint
 from click.testing import CliRunner
 
-from gemma_fast import cli
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.checkpoint.rounded import BITS, with_quantize
+from gemma_fast.cli import commands
 from gemma_fast.compat import QUANTIZE
 from gemma_fast.kernels.packed import PackedWeight
 from gemma_fast.reference import Reference
@@ -26,7 +26,7 @@ def path(tmp_path_factory):
 
 
 def run(*args: str):
-    return CliRunner().invoke(cli.main, args)
+    return CliRunner().invoke(commands.main, args)
 
 
 def test_commands_offer_every_value():

@@ -9,9 +9,9 @@ import torch
 from chat_checkpoint import write_chat_checkpoint
 from click.testing import CliRunner
 
-from gemma_fast import cli
 from gemma_fast.causal_lm import GemmaForCausalLM
-from gemma_fast.cli import main
+from gemma_fast.cli import loading
+from gemma_fast.cli.commands import main
 from gemma_fast.text.tokenizer import Tokenizer
 
 
@@ -141,7 +141,7 @@ class Scripted:
 def scripted_chat(tmp_path, monkeypatch, *args: str):
     """Returns the result of a chat of three turns, and the model."""
     model = Scripted(Tokenizer.from_pretrained(tiny_gemma4.write_tokenizer(tmp_path)))
-    monkeypatch.setattr(cli, "_load", lambda *_: (model, model.tokenizer))
+    monkeypatch.setattr(loading, "load", lambda *_: (model, model.tokenizer))
     return CliRunner().invoke(main, ["chat", *args], input="a\nb\nc\n"), model
 
 

@@ -12,7 +12,7 @@ import torch
 from chat_checkpoint import write_chat_checkpoint
 from click.testing import CliRunner
 
-from gemma_fast.cli import main
+from gemma_fast.cli.commands import main
 from gemma_fast.presets import PRESETS
 from gemma_fast.reference import Reference
 from gemma_fast.walkthrough import theme
