@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,14 +28,18 @@ from gemma_fast.compat import (
 )
 from gemma_fast.config import GemmaConfig
 from gemma_fast.engine.generate import generate_tokens
+from gemma_fast.engine.many import Generated, as_row, generate_many, one_request
 from gemma_fast.engine.options import UNSET, GenerationConfig, as_mapping, merge_options
 from gemma_fast.engine.outputs import CausalLMOutput, Outputs
 from gemma_fast.engine.pool import DecoderPool
 from gemma_fast.engine.processors import functions_of, processors_of
-from gemma_fast.engine.request import end_token_ids, requests_of
+from gemma_fast.engine.request import Request, end_token_ids, requests_of
+from gemma_fast.engine.scheduler import CHUNK, Scheduler
 from gemma_fast.load import PER_LAYER, load_model, pick_device, refuse_overflow
 from gemma_fast.model.cache import KVCache
 from gemma_fast.model.gemma import Gemma
+
+DEFAULT_LENGTH = 8192  # tokens of a text in generate_many(), if the requests are not a list
 
 
 class GemmaForCausalLM(Gemma):
@@ -261,6 +265,84 @@ class GemmaForCausalLM(Gemma):
             self, self.decoders, requests, tokenizer, streamer, processors, criteria, outputs.record
         )
         return outputs.of(ids)
+
+    def generate_many(
+        self,
+        requests: Iterable[Mapping[str, Any]],
+        *,
+        tokenizer: Any = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        chunk: int = CHUNK,
+        batch_invariant: bool = False,
+        prefix_ids: Sequence[int] = (),
+        **options: Any,
+    ) -> Iterator[Generated]:
+        """Continues many prompts of any lengths, up to `batch_size` at the same time. Yields an
+        `engine.many.Generated` for each request as soon as its text ends. A request that is refused
+        or fails has `error`, and the others go on.
+
+        requests         mappings of `request`'s arguments: {"input_ids": …, "max_new_tokens": 30}.
+                         A generator is read only as fast as texts end
+        tokenizer        finds stop strings, which must begin in the new text
+        batch_size       texts that are decoded at the same time; a prompt that waits takes the
+                         place of a text that has ended
+        max_length       maximum number of tokens of a text, prompt included; it sets the size of
+                         the cache. None: the longest of `requests` if it is a list, else the
+                         context, up to DEFAULT_LENGTH
+        chunk            tokens of prompts that are read between two decode steps, at most
+        batch_invariant  True: a text has the same bits whatever runs beside it, see
+                         engine/scheduler.py; slower while few texts run
+        prefix_ids       ids with which prompts may begin, for example those of a system prompt.
+                         They are computed once
+        options          for requests that do not set them
+
+        The tokens of a text do not depend on the order of the requests. With a seed, sampled tokens
+        are those of `generate` for one prompt.
+        """
+        if batch_size < 1:
+            raise ValueError(f"{batch_size=} must be at least 1")
+        read: Iterable[Request | Exception] = (
+            self._request_or_error({**options, **given}) for given in requests
+        )
+        if max_length is None and isinstance(requests, list | tuple):
+            read = [*read]
+            sizes = [len(x.ids) + x.max_new_tokens for x in read if isinstance(x, Request)]
+            max_length = max(sizes, default=1)
+        context = self.config.max_position_embeddings
+        decoder = self.decoders.take(self, batch_size, min(max_length or DEFAULT_LENGTH, context))
+        scheduler = Scheduler(
+            decoder, tokenizer, chunk=chunk, invariant=batch_invariant, prefix=prefix_ids
+        )
+        try:
+            yield from generate_many(scheduler, read)
+        finally:
+            scheduler.close()
+            self.decoders.give_back(decoder)
+
+    def request(
+        self, input_ids: Any, *, seed: int | None = None, logprobs: int | None = None,
+        **options: Any,
+    ) -> Request:  # fmt: skip
+        """Returns a request for `generate_many`'s scheduler: one prompt to continue.
+
+        input_ids  list of token ids, or a tensor [t] or [1, t]; no padding
+        seed       as in `generate`
+        logprobs   number of likeliest tokens whose log-probabilities are returned with that of each
+                   new token, up to MAX_LOGPROBS
+        options    the options of `generate` that are keywords of transformers' GenerationConfig
+
+        Raises ValueError or TypeError as `generate` does.
+        """
+        check_keywords("a request", options, GENERATE)
+        ids = self.check_ids(as_row(input_ids))
+        return one_request(ids, options, self._defaults(), seed, logprobs, self.config)
+
+    def _request_or_error(self, given: Mapping[str, Any]) -> Request | Exception:
+        try:
+            return self.request(**given)
+        except (ValueError, TypeError) as error:
+            return error
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:

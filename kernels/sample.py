@@ -1,6 +1,6 @@
 """Sampling: the most likely token, or one drawn by noise that needs no generator state.
 
-    token = argmax_v(logits_v / temperature + gumbel(seed, position, row, v))
+    token = argmax_v(logits_v / temperature + gumbel(seed, position, v))
     gumbel = -log(-log(1 - u)),  0 < u < 1
 
 logits           :: [b, vocab], bf16 | fp16 | fp32; -inf: a token that cannot be sampled
@@ -12,8 +12,8 @@ seed             :: [b], int64, given together with temperature
 
 The argmax of logits plus Gumbel noise is a sample of softmax(logits / temperature) (Maddison et
 al. 2014, A* Sampling). u is number v % 4 of Philox-4x32-10 (Salmon et al. 2011, Random123) with the
-key seed and the counter (v // 4, position, row, 0). So a token depends on its seed, row and
-position, not on earlier samples. Sums are in fp32; programs are compared in a fixed order.
+key seed and the counter (v // 4, position, 0, 0). So a token depends on its seed and position, not
+on its row and on earlier samples. Sums are in fp32; programs are compared in a fixed order.
 Bound by memory: bytes = logits.numel() * itemsize. Walk-through step: next token.
 """
 
@@ -61,10 +61,10 @@ def philox_reference(counter: tuple[Tensor, ...], key: Tensor) -> tuple[Tensor, 
 
 def gumbel_reference(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
     """Returns the Gumbel noise of seed, position :: [b]: [b, vocab], fp32."""
-    index = torch.arange(max(-(-vocab // 4), len(position)), device=position.device)
-    c0, row = index[: -(-vocab // 4)], index[: len(position), None]
+    c0 = torch.arange(-(-vocab // 4), device=position.device)
     c1 = position.long()[:, None] & 0xFFFFFFFF  # [b, 1]
-    counter, key = (c0, c1, row, torch.zeros_like(row)), seed[:, None]
+    zero = torch.zeros_like(c1)
+    counter, key = (c0, c1, zero, zero), seed[:, None]
     drawn = torch.stack(philox_reference(counter, key), dim=-1)  # [b, vocab / 4, 4]
     u = (drawn.flatten(1)[:, :vocab].float() + 0.5) * 2**-32  # [b, vocab]
     return -torch.log(-torch.log1p(-u.clamp_(max=1 - 2**-24)))
@@ -85,10 +85,10 @@ def sample_token_reference(
 
 
 @triton.jit
-def gumbel(seed, position, row, token):
-    """Returns the Gumbel noise of token :: [BLOCK_N, 1] and seed, position, row :: [1, BLOCK_B]:
+def gumbel(seed, position, token):
+    """Returns the Gumbel noise of token :: [BLOCK_N, 1] and seed, position :: [1, BLOCK_B]:
     [BLOCK_N, BLOCK_B], fp32."""
-    r0, r1, r2, r3 = tl.philox(seed, token // 4, position, row, 0)  # [BLOCK_N, BLOCK_B]
+    r0, r1, r2, r3 = tl.philox(seed, token // 4, position, 0, 0)  # [BLOCK_N, BLOCK_B]
     number = token % 4
     r = tl.where(number == 0, r0, tl.where(number == 1, r1, tl.where(number == 2, r2, r3)))
     u = r.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
@@ -111,7 +111,7 @@ def sampling_scores(logits, token, row, rows, sampling, VOCAB: tl.constexpr):
         setting = tl.minimum(row, rows - 1)  # a mask would cost more registers
         temperature = tl.load(sampling.temperature + setting)  # [1, BLOCK_B]
         seed = tl.load(sampling.seed + setting)
-        noise = gumbel(seed, position, row, token)  # [BLOCK_N, BLOCK_B]
+        noise = gumbel(seed, position, token)  # [BLOCK_N, BLOCK_B]
         noisy = logits / tl.where(temperature > 0, temperature, 1.0) + noise
         scores = tl.where(temperature > 0, noisy, logits)
     mask = (token < VOCAB) & (row < rows)

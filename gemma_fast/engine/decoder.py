@@ -3,11 +3,11 @@
     prompt → prefill → token → step → token → step → …
 
 On a GPU the step, from embedding to sampling, is captured in a CUDA graph and then replayed, so the
-host launches one graph per token. For each `graph_key` of the sampler, the first step runs without
-a graph, because it compiles kernels. The second step is captured. Everything that changes between
-replays is stored in device tensors: tokens, positions, and the sampling settings of each row. A
-step that calls a `Processor` or keeps its logits is not captured. On a CPU, the layers' C calls are
-recorded and repeated in the same way, see kernels/cpu/replay.py.
+host launches one graph per token. For each number of rows and each `graph_key` of the sampler, the
+first step runs without a graph, because it compiles kernels. The second step is captured.
+Everything that changes between replays is stored in device tensors: tokens, positions, and the
+sampling settings of each row. A step that calls a `Processor` is not captured. On a CPU, the
+layers' C calls are recorded and repeated in the same way, see kernels/cpu/replay.py.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemma_fast.engine.sampling import Processor, Record, Sampler, Sampling
+from gemma_fast.engine.sampler import Processor, Sampler
+from gemma_fast.engine.sampling import Sampling
 from gemma_fast.kernels.cpu.calls import runs_c
 from gemma_fast.kernels.cpu.replay import Replay
 from gemma_fast.memory import out_of_memory
@@ -33,8 +35,10 @@ PREFILL_CHUNK = 2048
 # Cache lengths are rounded up to a multiple of ROUND_UP tokens, so a slightly longer text does not
 # need a new cache or graph.
 ROUND_UP = 256
-MAX_GRAPHS = 8  # maximum graphs per decoder; each `graph_key` of its sampler has its own graph
+MAX_GRAPHS = 64  # of a decoder: one for each number of rows and each `graph_key` of its sampler
 _capturing = threading.Lock()
+# Logits of the model and processed logits :: [b, vocab], fp32, of each new token.
+Record = list[tuple[Tensor, Tensor]]
 
 
 class Decoder:
@@ -45,7 +49,10 @@ class Decoder:
                   or inf, or all were -inf. The newest token is not in the cache yet.
     asynchronous  True on a GPU, where `step` returns before the token is computed
     ahead         True if the next step may start before the newest token is read: on a GPU, unless
-                  the sampler calls functions of the caller or keeps logits
+                  the sampler calls functions of the caller or logits are recorded
+
+    generate() fills all rows at once: `prefill`, then `step`. The scheduler fills them one by one:
+    `open`, then `clear_row`, `read_prompt` and `read_last` for a text, and `step` for all texts.
     """
 
     def __init__(self, model: Gemma, batch: int, max_length: int) -> None:
@@ -66,9 +73,12 @@ class Decoder:
             self.sampler = Sampler(bucket, model.config.vocab_size, device)
         self.asynchronous = device.type == "cuda"
         self._rows = slice(0, batch)
-        self._warm: set[Hashable] = set()  # graph keys of steps that have run
-        self._replay = Replay() if runs_c(model.norm) else None
+        self._record: Record | None = None
+        self._caches = {bucket: self.cache}  # number of rows → cache of the first rows
+        self._warm: set[Hashable] = set()  # keys of steps that have run
+        self._replays: dict[int, Replay] | None = {} if runs_c(model.norm) else None
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None  # memory that all graphs share
         self._graph_bytes, self.capture_seconds = 0, 0.0
 
     def fits(self, model: Gemma, max_length: int) -> bool:
@@ -82,7 +92,7 @@ class Decoder:
 
     @property
     def ahead(self) -> bool:
-        return self.asynchronous and self.sampler.graph_key is not None
+        return self.asynchronous and self.sampler.graph_key is not None and self._record is None
 
     def prefill(
         self, ids: Tensor, attention_mask: Tensor | None = None, texts: Sequence[Sampling] = (),
@@ -94,14 +104,13 @@ class Decoder:
         attention_mask  [b, t], 0 for padding on the left; None: no padding
         texts           sampling settings of each row; empty: all rows are greedy
         processors      functions that change the logits of all rows; they prevent CUDA graphs
-        record          list to which the logits of each new token are appended; it prevents CUDA
-                        graphs, too
+        record          list to which the logits of each new token are appended
         """
         if len(ids) > self.cache.batch:
             raise ValueError(f"a batch of {len(ids)} does not fit a decoder for {self.cache.batch}")
-        self._rows = slice(0, len(ids))
+        self._rows, self._record = slice(0, len(ids)), record
         self.cache.clear()
-        self.sampler.set(texts, processors, record)
+        self.sampler.set(texts, processors, record is not None)
         self.extend(ids, attention_mask)
 
     def extend(self, ids: Tensor, attention_mask: Tensor | None = None) -> None:
@@ -123,43 +132,79 @@ class Decoder:
             for chunk in chunks:
                 self.model.hidden_states(chunk, cache, keep=0)
             self.model.step(last, cache, sampler)
+        self._append_record()
 
-    def step(self) -> None:
-        """Appends `token` to the rows of the cache, and samples the next token of each row."""
-        self.cache.reserve(1)
+    def open(self, invariant: bool = False) -> None:
+        """Empties the cache, pauses all rows, and makes them greedy. invariant: see Sampler."""
+        self._rows, self._record = slice(0, self.cache.batch), None
+        self.cache.clear()
+        self.cache.pause()
+        self.sampler.invariant = invariant
+        self.sampler.set([])
+
+    def clear_row(self, row: int) -> None:
+        """Empties a row, pauses it, and makes it greedy."""
+        cache = self.cache.rows(row)
+        cache.clear()
+        cache.pause()
+        self.sampler.clear_row(row)
+
+    def read_prompt(self, row: int, ids: Tensor) -> None:
+        """Appends ids :: [1, t], a part of a prompt, to a paused row, which remains paused."""
+        with self._reading(row, ids) as cache:
+            self.model.hidden_states(ids, cache, keep=0)
+            cache.pause()
+
+    def read_last(
+        self, row: int, ids: Tensor, prompt: Tensor, text: Sampling, keeps_logits: bool = False
+    ) -> None:
+        """Appends ids :: [1, t], the last part of the prompt :: [1, tokens], to a paused row, and
+        samples the first token after it. Ends the pause."""
+        self.sampler.set_row(row, text, prompt, keeps_logits)
+        with self._reading(row, ids) as cache:
+            self.model.step(ids, cache, self.sampler.rows(slice(row, row + 1)))
+
+    @contextmanager
+    def _reading(self, row: int, ids: Tensor) -> Iterator[KVCache]:
+        cache, tokens = self.cache.rows(row), ids.shape[1]
+        with self._memory_for(f"a prefill of {tokens} tokens"):
+            cache.resume()
+            cache.reserve(tokens)
+            yield cache
+
+    def move_row(self, source: int, target: int) -> None:
+        """Moves a text to an empty row."""
+        self.cache.rows(target).copy_from(self.cache.rows(source))
+        self.sampler.move_row(source, target)
+        self.clear_row(source)
+
+    def step(self, rows: int | None = None) -> None:
+        """Appends `token` to the first `rows` rows of the cache, by default to all, and samples the
+        next token of each of them. rows: a result of `bucket_of`."""
+        rows = self.cache.batch if rows is None else rows
+        self._cache_of(rows).reserve(1)
         self.sampler.follow(self.sampler.token.unsqueeze(1))
-        key = self.sampler.graph_key
-        if not self.ahead:
-            self._step()
+        key = rows, self.sampler.first_rows(rows).graph_key
+        if not self.asynchronous or key[1] is None:
+            self._step(rows)
         elif key not in self._warm:
             with self._memory_for("a decode step"):
-                self._step()
+                self._step(rows)
             self._warm.add(key)
         else:
             if key in self._graphs:
-                self.cache.count(1)
+                self._cache_of(rows).count(1)
             else:
                 if len(self._graphs) == MAX_GRAPHS:
                     del self._graphs[next(iter(self._graphs))]  # the oldest graph
-                self._graphs[key] = self._capture()
+                self._graphs[key] = self._capture(rows)
             self._graphs[key].replay()
+        self._append_record()
 
     def read(self) -> Callable[[], Tensor]:
         """Starts to copy `token` to the host. Returns a function that waits for the copy, then
         returns the copied tokens :: [b]."""
-        if not self.asynchronous:
-            token = self.token.clone()
-            return lambda: token
-        host = torch.empty(self.token.shape, dtype=torch.int64, device="cpu", pin_memory=True)
-        host.copy_(self.token, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(self.token.device))
-
-        def wait() -> Tensor:
-            done.synchronize()
-            return host
-
-        return wait
+        return copy_to_host(self.token)[0]
 
     def memory(self) -> dict[str, int]:
         """Returns the bytes on the device: "cache" (KV cache, sampler), "graph" (CUDA graphs)."""
@@ -170,12 +215,23 @@ class Decoder:
         if self.token.is_cuda:
             torch.cuda.current_stream(self.token.device).synchronize()
 
-    def _step(self) -> None:
-        ids = self.sampler.token.unsqueeze(1)
-        self.sampler.read(ids)
-        self.model.step(ids, self.cache, self.sampler, self._replay)
+    def _cache_of(self, rows: int) -> KVCache:
+        if rows not in self._caches:
+            self._caches[rows] = self.cache.rows(slice(0, rows))
+        return self._caches[rows]
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _step(self, rows: int) -> None:
+        sampler = self.sampler.first_rows(rows)
+        ids = sampler.token.unsqueeze(1)
+        sampler.read(ids)
+        replay = None if self._replays is None else self._replays.setdefault(rows, Replay())
+        self.model.step(ids, self._cache_of(rows), sampler, replay)
+
+    def _append_record(self) -> None:
+        if self._record is not None:
+            self._record.append(self.sampler.kept(self._rows))
+
+    def _capture(self, rows: int) -> torch.cuda.CUDAGraph:
         """Captures the step as a CUDA graph, which the caller must replay.
 
         The capture increases the token counts of the cache on the host, but computes no token.
@@ -195,8 +251,13 @@ class Decoder:
             # PyTorch's default capture stream is on the first device that captured a graph, which
             # may be another device.
             stream = _capture_stream(device)
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self._step()
+            # Graphs run one after another, and keep results in the cache and the sampler only, so
+            # they can share the memory of all other tensors.
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                self._step(rows)
             self._graph_bytes += max(torch.cuda.memory_reserved() - before, 0)
         self.capture_seconds += time.perf_counter() - start
         return graph
@@ -204,6 +265,25 @@ class Decoder:
     def _memory_for(self, what: str) -> AbstractContextManager[None]:
         way_out = "a smaller batch, or model.free_memory()"
         return out_of_memory(what, 0, self.token.device, way_out)
+
+
+def copy_to_host(*tensors: Tensor) -> list[Callable[[], Tensor]]:
+    """Starts to copy tensors to the host. Returns for each a function that waits for its copy, then
+    returns it. The tensors may change after this call."""
+    cuda = tensors[0].is_cuda
+    copies = [torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=cuda) for x in tensors]
+    for copy, x in zip(copies, tensors, strict=True):
+        copy.copy_(x, non_blocking=True)
+    done = torch.cuda.Event() if cuda else None
+    if done is not None:
+        done.record(torch.cuda.current_stream(tensors[0].device))
+
+    def wait(copy: Tensor) -> Tensor:
+        if done is not None:
+            done.synchronize()
+        return copy
+
+    return [functools.partial(wait, copy) for copy in copies]
 
 
 def bucket_of(batch: int) -> int:

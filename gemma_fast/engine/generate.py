@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fast.engine.decoder import Decoder
+from gemma_fast.engine.decoder import Decoder, Record
 from gemma_fast.engine.pool import DecoderPool
 from gemma_fast.engine.processors import check_methods
 from gemma_fast.engine.request import Request
-from gemma_fast.engine.sampling import Processor, Record
-from gemma_fast.engine.stopping import Criterion, Stopping
+from gemma_fast.engine.sampler import Processor
+from gemma_fast.engine.stopping import Criterion, Stopping, ended_by
 from gemma_fast.model.gemma import Gemma
 
 
@@ -42,7 +42,7 @@ def generate_tokens(
     are not finite, and torch.OutOfMemoryError if the cache does not fit.
     """
     check_methods("streamer", streamer, "put", "end")
-    stopping = Stopping(requests, tokenizer, criteria)
+    stoppings = [Stopping(request, tokenizer) for request in requests]
     ids, mask = stack_prompts(requests)
     b, t = ids.shape
     new = max(request.max_new_tokens for request in requests)
@@ -65,7 +65,11 @@ def generate_tokens(
                 decoder.token.copy_(token)
             if streamer is not None:
                 streamer.put(token)
-            finished |= stopping(ids, generated[:, :end])
+            for row in (~finished).nonzero().flatten().tolist():
+                finished[row] = stoppings[row](int(token[row])) is not None
+            if criteria:
+                text = torch.cat((ids, generated[:, :end].to(ids.device)), dim=1)
+                finished |= ended_by(criteria, text)
             if finished.all():
                 break
             refuse_padding(pad[finished & fills], model.config.vocab_size)
@@ -138,12 +142,16 @@ def refuse_not_finite(token: Tensor, tokens: int, changed: bool) -> None:
     """
     rows = (token < 0).nonzero().flatten().tolist()
     if rows:
-        cause = (
-            "options such as suppress_tokens exclude every token, or a logits_processor returned"
-            " nan or inf; if the error remains without them, "
-        )
-        raise ValueError(
-            f"the logits after {tokens} tokens are not finite, in rows {rows}: "
-            f"{cause if changed else ''}the weights "
-            "are damaged, or values overflow this dtype; try dtype='float32'"
-        )
+        raise not_finite(tokens, changed, f", in rows {rows}")
+
+
+def not_finite(tokens: int, changed: bool, where: str = "") -> ValueError:
+    """Returns the error of logits that are not finite, see refuse_not_finite."""
+    cause = (
+        "options such as suppress_tokens exclude every token, or a logits_processor returned"
+        " nan or inf; if the error remains without them, "
+    )
+    return ValueError(
+        f"the logits after {tokens} tokens are not finite{where}: {cause if changed else ''}the"
+        " weights are damaged, or values overflow this dtype; try dtype='float32'"
+    )

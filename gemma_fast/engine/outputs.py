@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gemma_fast.engine.sampling import Record
+from gemma_fast.engine.decoder import Record
 from gemma_fast.model.cache import KVCache
 
 

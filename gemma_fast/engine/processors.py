@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma_fast.engine.bias import as_int
-from gemma_fast.engine.sampling import Processor
+from gemma_fast.engine.sampler import Processor
 
 EXAMPLES = {
     "tokenizer": "Tokenizer.from_pretrained(path)",

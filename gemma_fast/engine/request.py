@@ -38,10 +38,13 @@ class Request:
     padding         number of padding ids on the left
     sampling        sampling settings
     max_new_tokens  maximum number of new tokens
-    max_time        seconds after which the texts of the call end
+    max_time        seconds after which the text ends
     eos_token_ids   tokens that end the text
-    stop_strings    strings that end the text when they appear in its generated part
+    stop_strings    strings that end the text when their last character is generated
+    stops_in_prompt  True: a stop string may begin in the prompt, as in transformers' generate()
     pad_token_id    fills the row after the text has ended; None: the row gets further tokens
+    logprobs        number of likeliest tokens whose log-probabilities are returned with that of
+                    each new token; None: no log-probabilities
     """
 
     ids: Tensor
@@ -52,6 +55,8 @@ class Request:
     eos_token_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
     pad_token_id: int | None
+    stops_in_prompt: bool = True
+    logprobs: int | None = None
 
 
 def requests_of(
@@ -62,7 +67,8 @@ def requests_of(
     config: GemmaConfig,
 ) -> list[Request]:
     """Returns a request for each row of ids :: [b, t], with left padding where mask :: [b, t] is 0;
-    with num_return_sequences=n, n successive requests for each row.
+    with num_return_sequences=n, n successive requests for each row. The noise of each request has a
+    seed of its own, see `seed_of`.
 
     options  values of compat.APPLIED, see `merge_options`
     seed     seed of the sampling noise; None: torch's global generator sets it
@@ -77,15 +83,21 @@ def requests_of(
     sampling = _sampling(options, seed, eos, ids.shape[1], config.vocab_size)
     _warn_of_minimum(ids.shape[1], new, options)
     copies = _copies(options.get("num_return_sequences", 1), len(ids), sampling)
+    rows = zip(ids, _padding(mask, ids, first, given or ()), strict=True)
     return [
         Request(
-            ids=row, padding=padding, sampling=sampling, max_new_tokens=new,
+            ids=row, padding=padding, max_new_tokens=new,
+            sampling=replace(sampling, seed=seed_of(sampling.seed, number)),
             max_time=_seconds(options), eos_token_ids=eos, stop_strings=stop,
             pad_token_id=None if given is None else first,
         )
-        for row, padding in zip(ids, _padding(mask, ids, first, given or ()), strict=True)
-        for _ in range(copies)
+        for number, (row, padding) in enumerate(row for row in rows for _ in range(copies))
     ]  # fmt: skip
+
+
+def seed_of(seed: int, number: int) -> int:
+    """Returns the seed of text `number` of a call with this seed. Text 0 has the seed itself."""
+    return (seed + number * 0x1E3779B97F4A7C15) % (1 << 63)
 
 
 def end_token_ids(options: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:

@@ -23,6 +23,9 @@ from gemma_fast.model.padding import check_position_ids, check_shape, left_paddi
 from gemma_fast.model.rope import Rope
 
 BLOCK = 128  # slots per block: a multiple of the kernels' key blocks, a divisor of Gemma's windows
+PAUSED = -(
+    1 << 30
+)  # position of paused rows; a step adds 1, so it remains negative for 2**30 steps
 
 
 @dataclass
@@ -32,6 +35,7 @@ class _Row:
     length: int = 0
     unfinished: str | None = None  # reason why K and V of the newest positions may be missing
     right_padded: bool = False
+    paused: bool = False
 
 
 class KVCache:
@@ -40,7 +44,7 @@ class KVCache:
     keys, values  :: list with one [b, n, slots, d] per layer with keys and values of its own; n, d
                      and slots are the layer's
     next_position :: [b], int32: position of each row's next token; negative while a row is still in
-                     its left padding
+                     its left padding, or paused
     angles        :: layer type → cos, sin :: [≥ max_length, d / 2], fp32, see rope.py
     counter       :: [≥ b * n for all n, ≥ MAX_ROWS], int32, zeros: kernels count their finished
                      programs here
@@ -137,7 +141,30 @@ class KVCache:
         for x in (self.next_position, *self.keys, *self.values):
             x.zero_()
         for row in self._rows:
-            row.length, row.unfinished, row.right_padded = 0, None, False
+            row.length, row.unfinished, row.right_padded, row.paused = 0, None, False, False
+
+    def pause(self) -> None:
+        """Makes forward passes treat the rows as padding, so that their tokens stay as they are."""
+        self.next_position.fill_(PAUSED)
+        for row in self._rows:
+            row.paused = True
+
+    def resume(self) -> None:
+        """Ends the pause of the rows, which must have no left padding."""
+        for i, row in enumerate(self._rows):
+            self.next_position[i] = row.length
+            row.paused = False
+
+    def copy_from(self, other: KVCache) -> None:
+        """Replaces the rows by those of another cache with the same batch and max_length."""
+        for target, source in zip(
+            (*self.keys, *self.values), (*other.keys, *other.values), strict=True
+        ):
+            used = min(_whole_blocks(other.length), source.shape[2])
+            target[:, :, :used] = source[:, :, :used]
+        self.next_position.copy_(other.next_position)
+        for row, source_row in zip(self._rows, other._rows, strict=True):
+            vars(row).update(vars(source_row))
 
     def angles_of(self, tokens: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Returns layer type → cos, sin :: [b, tokens, d / 2] of the next tokens.
@@ -203,7 +230,8 @@ class KVCache:
         """
         before = [row.unfinished for row in self._rows]
         for row in self._rows:
-            row.unfinished = row.unfinished or reason
+            if not row.paused:  # nothing is written to paused rows
+                row.unfinished = row.unfinished or reason
         yield
         for row, reason_before in zip(self._rows, before, strict=True):
             row.unfinished = reason_before
@@ -246,7 +274,8 @@ class KVCache:
         """Increases the token counts of all rows by `tokens`. The caller has already written the K
         and V of these tokens to the rings.
 
-        The counts of unused rows increase, too, so an unused row must be cleared before it is full.
+        The counts of unused rows increase unless they are paused, so an unused row must be cleared
+        before it is full.
         """
         self.next_position += tokens
         self.count(tokens)
@@ -255,7 +284,7 @@ class KVCache:
         """Adds `tokens` to the counts on the host only, because a replayed CUDA graph adds them to
         next_position."""
         for row in self._rows:
-            row.length += tokens
+            row.length += 0 if row.paused else tokens
 
     def _positions(self, first: int, last: int) -> Tensor:
         """Returns each row's positions :: [b, last - first], from next_position + first to

@@ -9,7 +9,7 @@ from marks import ALL_FAMILIES
 from tiny_models import left_padded
 
 from gemma_fast.engine import decoder
-from gemma_fast.engine.sampling import Sampler
+from gemma_fast.engine.sampler import Sampler
 
 NEVER = {"eos_token_id": []}  # no token ends a text
 

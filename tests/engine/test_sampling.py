@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from gemma_fast.engine.sampling import Sampler, Sampling
+from gemma_fast.engine.sampler import Sampler
+from gemma_fast.engine.sampling import Sampling
 from gemma_fast.kernels.sample import sample_token
 
 

@@ -1,0 +1,324 @@
+"""`Scheduler` decodes many texts at once: continuous batching over one decoder.
+
+    add → waiting → reading its prompt → running → ended
+                    └──── it has a row of the decoder ───┘
+
+    step:  waiting texts take free rows, in the order of arrival
+           → at most `chunk` tokens of prompts are read
+           → one decode step of all running texts
+           → tokens, ends; an ended text frees its row at once
+
+Texts join and leave between decode steps, so a decode step is late by the time of `chunk` prompt
+tokens at most. A prompt is read alone, in parts of `chunk` tokens counted from its start. Its
+numbers do not depend on the texts beside it.
+
+A decode step runs the first rows of the decoder, as many as `bucket_of` gives for the running
+texts; texts in higher rows move to free lower ones. A text's numbers depend on the texts beside it
+by this number alone: each kernel computes a row by itself, but kernels for one row, for few rows
+and for many rows add in different orders. With `invariant`, each step runs all rows, and all logits
+are processed, so a text has the same bits whatever runs beside it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gemma_fast.engine.decoder import Decoder, bucket_of
+from gemma_fast.engine.generate import not_finite
+from gemma_fast.engine.logprobs import TokenLogprobs, start_logprobs
+from gemma_fast.engine.request import Request
+from gemma_fast.engine.sampling import Sampling
+from gemma_fast.engine.stopping import Reason, Stopping
+from gemma_fast.model.cache import KVCache
+
+CHUNK = 512  # prompt tokens that are read between two decode steps
+
+
+class QueueFull(Exception):
+    """The queue of waiting texts is at its limit."""
+
+
+class Text:
+    """A request in a scheduler, and the tokens that it has got.
+
+    request   the request
+    ids       new tokens until now
+    logprobs  TokenLogprobs of each new token, if the request asks for them
+    reason    None until the text ends; "stop": an end token or stop string, which is in `ids`;
+              "length": max_new_tokens; "time": max_time; "cancelled"; "error"
+    error     the exception of an "error"
+    """
+
+    def __init__(self, request: Request, stopping: Stopping) -> None:
+        self.request = request
+        self.ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.reason: Reason | Literal["cancelled", "error"] | None = None
+        self.error: Exception | None = None
+        self._stopping = stopping
+        self._row: int | None = None
+        self._read = 0  # tokens of the prompt that are in the cache
+        self._sampled = 0  # new tokens that the device computes or has computed
+
+
+class _Step(NamedTuple):
+    """Tokens that the device computes: those of some texts, in rows of the decoder."""
+
+    texts: Sequence[tuple[int, Text]]  # row, text
+    token: Callable[[], Tensor]  # waits, then returns the token of each row of the decoder
+    logprobs: Callable[[], list[TokenLogprobs | None]]  # waits; of each of `texts`
+
+
+class Scheduler:
+    """Decodes texts that join and leave between decode steps. One thread calls it.
+
+    decoder    its rows are the places of texts; its cache limits their lengths
+    tokenizer  decodes new tokens to find stop strings; needed only if a request has them
+    chunk      tokens of prompts that are read between two decode steps, at most
+    queue      maximum number of waiting texts; None: no limit
+    invariant  True: the tokens of a text do not depend on the texts beside it, not even in the last
+               bit of a logit; each step runs all rows
+    prefix     token ids with which prompts may begin, for example those of a system prompt. They
+               are computed once, and copied
+    """
+
+    def __init__(
+        self, decoder: Decoder, tokenizer: Any = None, *, chunk: int = CHUNK,
+        queue: int | None = None, invariant: bool = False, prefix: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        if chunk < 1:
+            raise ValueError(f"{chunk=} must be at least 1")
+        self.decoder, self.tokenizer = decoder, tokenizer
+        self.chunk, self.queue, self.invariant = chunk, queue, invariant
+        self._rows: list[Text | None] = [None] * decoder.cache.batch
+        self._waiting: deque[Text] = deque()
+        self._reading: deque[Text] = deque()
+        self._steps: deque[_Step] = deque()  # their tokens are not on the host yet
+        self._changed: dict[Text, None] = {}  # texts that got a token or ended in this step
+        decoder.open(invariant)
+        self._prefix = [*prefix]
+        self._prefix_cache = self._compute_prefix() if self._prefix else None
+
+    @property
+    def rows(self) -> int:
+        """Number of texts that can run at the same time."""
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Number of texts that have no row yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Number of texts that have a row."""
+        return sum(text is not None for text in self._rows)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in the cache, of all texts."""
+        return sum(text._read + len(text.ids) for text in self._rows if text)
+
+    def __bool__(self) -> bool:
+        """True if there is a text that has not ended."""
+        return bool(self._waiting or self.running or self._changed)
+
+    def add(self, request: Request) -> Text:
+        """Appends a request to the queue. Raises QueueFull, and ValueError if its tokens do not fit
+        the cache, or if it has stop strings and there is no tokenizer."""
+        if self.queue is not None and self.waiting >= self.queue:
+            raise QueueFull(f"{self.waiting} texts are waiting, which is the limit")
+        prompt, room = len(request.ids), self.decoder.cache.max_length
+        if prompt + request.max_new_tokens > room:
+            raise ValueError(
+                f"a prompt of {prompt} tokens and max_new_tokens={request.max_new_tokens} do not"
+                f" fit max_length={room}"
+            )
+        text = Text(request, Stopping(request, self.tokenizer))
+        self._waiting.append(text)
+        return text
+
+    def cancel(self, text: Text) -> None:
+        """Ends a text, and frees its row. Does nothing if it has ended."""
+        self._end(text, "cancelled")
+
+    @torch.no_grad()
+    def step(self) -> list[Text]:
+        """Reads parts of prompts, and decodes one token of each running text. Returns the texts
+        that got tokens or ended. A text whose computation fails ends with "error"; the others go
+        on."""
+        for text in [x for x in (*self._waiting, *self._reading) if x._stopping.is_late()]:
+            self._end(text, "time")
+        self._admit()
+        self._read_prompts()
+        decoding = self._decode()
+        while len(self._steps) > (decoding and self.decoder.ahead):
+            self._collect(self._steps.popleft())
+        changed, self._changed = self._changed, {}
+        return [*changed]
+
+    def warm_up(self) -> None:
+        """Compiles the kernels and captures the CUDA graphs of later steps, before the first text
+        is added: those of each number of rows, for greedy, sampled and filtered tokens."""
+        assert not self, "texts are waiting or running"
+        decoder, device = self.decoder, self.decoder.token.device
+        sizes = {bucket_of(rows + 1) for rows in range(len(self._rows))}
+        lengths = [1, *(2**power for power in range(1, self.chunk.bit_length())), self.chunk]
+        for length in lengths:
+            ids = torch.zeros(1, min(length, decoder.cache.max_length), dtype=torch.long)
+            decoder.read_last(0, ids.to(device), ids.to(device), Sampling())
+            decoder.clear_row(0)
+        for top_k in (None, 0, 1):
+            decoder.sampler.set([Sampling(do_sample=top_k is not None, top_k=top_k or 0)])
+            for rows in [len(self._rows)] if self.invariant else sorted(sizes):
+                for _ in range(2):  # the second step is captured
+                    decoder.step(rows)
+        decoder.open(self.invariant)
+
+    def close(self) -> None:
+        """Cancels all texts, and waits for the device."""
+        for text in [*self._waiting, *filter(None, self._rows)]:
+            self._end(text, "cancelled")
+        self._steps.clear()
+        self.decoder.wait()
+
+    def _compute_prefix(self) -> KVCache:
+        """Returns a cache of one row with the keys and values of the prefix."""
+        room = self.decoder.cache.max_length
+        if len(self._prefix) >= room:
+            raise ValueError(f"prefix: {len(self._prefix)} tokens do not fit max_length={room}")
+        self._read_ids(0, self._prefix)
+        cache = self.decoder.model.new_cache(1, room)
+        cache.copy_from(self.decoder.cache.rows(0))
+        self.decoder.clear_row(0)
+        return cache
+
+    def _read_ids(self, row: int, ids: Sequence[int]) -> None:
+        tokens = torch.tensor([ids], device=self.decoder.token.device)
+        for part in tokens.split(self.chunk, dim=1):
+            self.decoder.read_prompt(row, part)
+
+    def _admit(self) -> None:
+        """Gives free rows to waiting texts, the lowest row to the oldest text."""
+        for row, owner in enumerate(self._rows):
+            if not self._waiting:
+                return
+            if owner is None:
+                text = self._waiting.popleft()
+                self._rows[row], text._row = text, row
+                self._reading.append(text)
+                prefix, ids = self._prefix, text.request.ids
+                if self._prefix_cache and prefix == ids[: len(prefix)].tolist() != ids.tolist():
+                    self.decoder.cache.rows(row).copy_from(self._prefix_cache)
+                    text._read = len(prefix)
+
+    def _read_prompts(self) -> None:
+        """Reads the next parts of prompts, `chunk` tokens in all at most. The oldest text's come
+        first. A prompt's last part gives its first new token."""
+        left = self.chunk
+        while self._reading:
+            text = self._reading[0]
+            prompt, row = text.request.ids, text._row
+            assert row is not None
+            part = prompt[text._read : text._read + self.chunk].unsqueeze(0)
+            if part.shape[1] > left:
+                return
+            left -= part.shape[1]
+            try:
+                self._read_part(text, row, part)
+            except (RuntimeError, MemoryError) as error:
+                self._end(text, "error", error)
+                continue
+            text._read += part.shape[1]
+            if text._read == len(prompt):
+                self._reading.popleft()
+
+    def _read_part(self, text: Text, row: int, part: Tensor) -> None:
+        request = text.request
+        if text._read + part.shape[1] < len(request.ids):
+            self.decoder.read_prompt(row, part)
+            return
+        keeps = request.logprobs is not None
+        self.decoder.read_last(row, part, request.ids.unsqueeze(0), request.sampling, keeps)
+        self._launched([(row, text)])
+
+    def _decode(self) -> bool:
+        """Starts a decode step, if a text needs one."""
+        self._compact()
+        running = [
+            (row, text)
+            for row, text in enumerate(self._rows)
+            if text and 0 < text._sampled < text.request.max_new_tokens
+        ]
+        if not running:
+            return False
+        rows = len(self._rows) if self.invariant else bucket_of(self._last_row() + 1)
+        try:
+            self.decoder.step(rows)
+        except (RuntimeError, MemoryError) as error:
+            for _, text in running:
+                self._end(text, "error", error)
+            return False
+        self._launched(running)
+        return True
+
+    def _launched(self, texts: Sequence[tuple[int, Text]]) -> None:
+        """Starts to copy the newest token of these texts to the host."""
+        for _, text in texts:
+            text._sampled += 1
+        wanted = [(row, text.request.logprobs) for row, text in texts]
+        logprobs = start_logprobs(self.decoder.sampler, wanted)
+        self._steps.append(_Step(texts, self.decoder.read(), logprobs))
+
+    def _last_row(self) -> int:
+        return max(row for row, text in enumerate(self._rows) if text)
+
+    def _compact(self) -> None:
+        """Moves texts to lower rows, if a step of fewer rows can then decode all of them."""
+        if self.invariant:
+            return
+        size = bucket_of(max(self.running, 1))
+        for source in range(size, len(self._rows)):
+            text = self._rows[source]
+            if text is not None:
+                target = self._rows.index(None)
+                self.decoder.move_row(source, target)
+                self._rows[target], self._rows[source], text._row = text, None, target
+
+    def _collect(self, step: _Step) -> None:
+        """Appends the tokens of a step to their texts."""
+        token = step.token().tolist()
+        for (row, text), logprobs in zip(step.texts, step.logprobs(), strict=True):
+            if text.reason is not None:
+                continue
+            if token[row] < 0:
+                tokens = len(text.request.ids) + len(text.ids)
+                changed = text.request.sampling.changes_logits
+                self._end(text, "error", not_finite(tokens, changed))
+                continue
+            text.ids.append(token[row])
+            if logprobs is not None:
+                text.logprobs.append(logprobs)
+            self._changed[text] = None
+            reason = text._stopping(token[row])
+            if reason is not None:
+                self._end(text, reason)
+
+    def _end(self, text: Text, reason: Any, error: Exception | None = None) -> None:
+        """Ends a text, and frees its row."""
+        if text.reason is not None:
+            return
+        text.reason, text.error = reason, error
+        self._changed[text] = None
+        for queue in (self._waiting, self._reading):
+            if text in queue:
+                queue.remove(text)
+        if text._row is not None:
+            self.decoder.clear_row(text._row)
+            self._rows[text._row] = None
+            text._row = None
