@@ -70,7 +70,7 @@ void unpack(const weight_t *w, int64_t start, int64_t stop, void *out, int dtype
     for (int64_t row = start; row < stop; row++) {
         int64_t to = (row - start) * w->dim;
         float unpacked[w->dim];
-        unpack_row(w, row, unpacked);
+        unpack_columns(w, row, 0, w->dim, unpacked);
         narrow(unpacked, w->dim, out, dtype, to);
     }
 }
