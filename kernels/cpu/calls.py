@@ -174,7 +174,8 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 def best_token(logits: Tensor, token: Tensor) -> None:
     """Writes the most likely token of each row of logits :: [b, vocab], fp32, contiguous; see
     sample.py."""
-    call("best_token", pointer(logits), *logits.shape, pointer(token))
+    count = 1 if len(logits) == 1 else threads(logits.numel())
+    call("best_token", pointer(logits), *logits.shape, pointer(token), count)
 
 
 class HeadArgs(ctypes.Structure):
@@ -256,7 +257,7 @@ ARGUMENTS = {
     "route": (c_void_p, POINTER(WeightArgs), c_int64, c_int),
     "experts": (c_void_p, POINTER(WeightArgs), POINTER(WeightArgs), c_int),
     "sum_terms": (c_void_p, c_void_p, c_void_p, c_int64, c_int),
-    "best_token": (c_void_p, c_int64, c_int64, c_void_p),
+    "best_token": (c_void_p, c_int64, c_int64, c_void_p, c_int),
     "unpack": (POINTER(WeightArgs), c_int64, c_int64, c_void_p, c_int, c_int),
 }  # fmt: skip
 

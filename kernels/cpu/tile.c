@@ -14,18 +14,21 @@ depends on its row of the weight and its row of x alone, not on the tile that co
 #define MOST 32      /* rows of x for which the weight is unpacked once */
 
 typedef struct {
-    const float *w[WIDTH];       /* n columns of rows of the weight */
-    const float *const *x;       /* [rows], from column `start` on */
-    int64_t rows, start, n;
-    int first, last;             /* of the blocks of columns */
-    floats (*sums)[WIDTH];       /* [rows]: of earlier blocks */
-    float *y;                    /* [rows, stride]: `count` results of each row */
-    int64_t count, stride;
+    const float *w[WIDTH];   /* a block of n columns, from column `start` on, of rows of the weight */
+    int64_t start, n;
+    int64_t ahead;           /* from these rows to those that the next tile reads; 0: copies */
+    const float *const *x;   /* [rows] */
+    int64_t rows;
+    int first, last;         /* of the blocks of columns */
+    floats (*sums)[WIDTH];   /* [rows]: of earlier blocks */
+    float *y;                /* [rows, stride], of which `count` columns are written */
+    int64_t stride, count;
 } tile_t;
 
-/* Adds w[k] * x[r] to the sums, for `height` rows from row r on. */
+/* Adds w[k] * x[r + j] to their sums, j < height. Writes y after the last block. */
 INLINE void tile(const tile_t *t, int64_t r, int height) {
     floats totals[HEIGHT][WIDTH] = {{{0}}}, (*sums)[WIDTH] = t->sums + r;
+    int64_t ahead = r ? 0 : t->ahead;
     const float *x[HEIGHT];
     for (int j = 0; j < height; j++) x[j] = t->x[r + j] + t->start;
     if (!t->first)
@@ -33,21 +36,26 @@ INLINE void tile(const tile_t *t, int64_t r, int height) {
             for (int k = 0; k < WIDTH; k++) totals[j][k] = sums[j][k];
     for (int64_t i = 0, n = t->n; i < n; i += LANES) {
         floats columns[WIDTH];
-        for (int k = 0; k < WIDTH; k++) columns[k] = keep(load_f32(t->w[k] + i));
+        for (int k = 0; k < WIDTH; k++) {
+            __builtin_prefetch(t->w[k] + i + ahead);
+            columns[k] = keep(load_f32(t->w[k] + i));
+        }
         for (int j = 0; j < height; j++) {
             floats row = keep(load_f32(x[j] + i));
             for (int k = 0; k < WIDTH; k++) totals[j][k] += row * columns[k];
         }
     }
     for (int j = 0; j < height; j++) {
-        if (t->last) {
-            floats *x = totals[j];
-            float results[WIDTH], *y = t->count == WIDTH ? t->y + (r + j) * t->stride : results;
-            sum_each(x[0], x[1], x[2], x[3], y);
-            if (t->count < WIDTH)
-                memcpy(t->y + (r + j) * t->stride, results, t->count * sizeof *results);
-        } else
-            for (int k = 0; k < WIDTH; k++) sums[j][k] = totals[j][k];
+        floats *total = totals[j];
+        float results[WIDTH], *y = t->y + (r + j) * t->stride;
+        if (!t->last)
+            for (int k = 0; k < WIDTH; k++) sums[j][k] = total[k];
+        else if (t->count == WIDTH)
+            sum_each(total[0], total[1], total[2], total[3], y);
+        else {
+            sum_each(total[0], total[1], total[2], total[3], results);
+            memcpy(y, results, t->count * sizeof *y);
+        }
     }
 }
 
@@ -83,18 +91,19 @@ static void tile_dots(
 ) {
     floats sums[MOST][WIDTH];
     float unpacked[WIDTH][COLUMNS] __attribute__((aligned(ALIGNMENT)));
-    tile_t t = {.x = x, .rows = rows, .sums = sums, .y = y, .count = count, .stride = stride};
+    int copies = w->dtype != F32 || w->dim % LANES;
+    tile_t t = {.ahead = copies ? 0 : WIDTH * w->dim, .x = x, .rows = rows, .sums = sums, .y = y,
+                .stride = stride, .count = count};
     for (int64_t start = 0, stop; start < w->dim; start = stop) {
         stop = block_end(w, start);
         t.start = start, t.n = padded(stop - start), t.first = !start, t.last = stop == w->dim;
         for (int64_t k = 0; k < WIDTH; k++) {
             int64_t row = first + min(k, count - 1);
+            t.w[k] = copies ? unpacked[k] : (const float *)w->data + row * w->dim + start;
+            if (!copies) continue;
             prefetch_columns(w, row + WIDTH, start, stop);
-            t.w[k] = (const float *)w->data + row * w->dim + start;
-            if (w->dtype == F32 && w->dim % LANES == 0) continue;
             unpack_columns(w, row, start, stop, unpacked[k]);
             for (int64_t i = stop - start; i < t.n; i++) unpacked[k][i] = 0;
-            t.w[k] = unpacked[k];
         }
         tiles(&t);
     }
