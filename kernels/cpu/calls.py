@@ -19,8 +19,9 @@ from gemma_fast.kernels.packed import Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 FLOATS = torch.float32, torch.bfloat16, torch.float16
-# With more rows, unpacking the weight and a library's matmul take less time.
-MAX_ROWS = 16
+# The most rows of x that C multiplies with a weight that is not packed, and with a packed one. With
+# more rows, a library's matmul takes less time (benchmarks/LOG.md).
+MAX_ROWS = {torch.float32: (64, 64), torch.bfloat16: (16, 32), torch.float16: (64, 64)}
 PARALLEL = 1 << 15  # elements from which a second thread pays
 
 
@@ -52,8 +53,14 @@ def runs_c(x: Tensor) -> bool:
 
 def is_matvec(x: Tensor, weight: Weight) -> bool:
     """Whether the C kernel for few rows computes x @ weightᵀ."""
-    few = 0 < x.numel() <= MAX_ROWS * x.shape[-1] and weight.data.numel() > 0
-    return few and reads(weight) and runs_c(x)
+    if not (x.numel() and weight.data.numel() and reads(weight) and runs_c(x)):
+        return False
+    return x.numel() <= max_rows(x.dtype, weight) * x.shape[-1]
+
+
+def max_rows(dtype: torch.dtype, weight: Weight) -> int:
+    """Returns the most rows of x, in this dtype, that C multiplies with the weight."""
+    return MAX_ROWS[dtype][weight.scale is not None]
 
 
 def reads(weight: Weight) -> bool:

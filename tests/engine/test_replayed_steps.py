@@ -12,11 +12,11 @@ from gemma_fast.checkpoint.random import RandomCheckpoint
 from gemma_fast.engine.decoder import Decoder
 from gemma_fast.engine.sampling import Sampling
 from gemma_fast.kernels.cpu import calls
-from gemma_fast.kernels.cpu.calls import MAX_ROWS
 from gemma_fast.kernels.cpu.replay import Replay
 from gemma_fast.kernels.matvec import linear
 
 pytestmark = needs_c
+MAX_ROWS = calls.MAX_ROWS[torch.float32][0]
 NAMES = "gemma3-gqa", "gemma4-experts"  # experts are chosen anew in each step
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 
