@@ -167,7 +167,8 @@ int experts(const experts_t *a, const weight_t *gate_up, const weight_t *down, i
         int64_t bytes = p.count * (weight_bytes(gate_up) + weight_bytes(down)) / p.experts;
         if (bytes < SMALL) threads = 1;
         p.chunk = chunk_of(gate_up, p.width, p.count * p.width, threads);
-        p.down_chunk = min(chunk_of(down, p.dim, p.dim, threads), PRODUCTS / p.pairs + 1);
+        int64_t most = (PRODUCTS / p.pairs / WIDTH + 1) * WIDTH;
+        p.down_chunk = min(chunk_of(down, p.dim, p.dim, threads), most);
         p.x_groups = gate_up->minimum && a->rows == 1 ? p.dim / gate_up->group : 0;
         p.hidden_groups = down->minimum && a->rows == 1 ? p.width / down->group : 0;
         p.wide_dim = padded(p.dim), p.wide_width = padded(p.width);
@@ -175,12 +176,12 @@ int experts(const experts_t *a, const weight_t *gate_up, const weight_t *down, i
         int64_t x_size = a->rows * p.wide_dim, x_sums = a->rows * p.x_groups;
         int64_t hidden_size = p.pairs * p.wide_width, shared = x_size + x_sums + hidden_size;
         shared += p.pairs * p.hidden_groups;
-        memory = malloc((shared + threads * own) * sizeof *memory);
+        memory = malloc((shared + threads * own) * sizeof *memory + ALIGNMENT);
         if (memory) {
-            p.x = memory, p.x_sums = p.x + x_size;
-            p.hidden = p.x_sums + x_sums, p.hidden_sums = p.hidden + hidden_size;
+            p.x = aligned(memory), p.hidden = p.x + x_size;
+            p.x_sums = p.hidden + hidden_size, p.hidden_sums = p.x_sums + x_sums;
             widen_rows(&p);
-            run(&p, memory + shared, own, threads);
+            run(&p, p.x + shared, own, threads);
         }
     }
     free(p.start), free(p.groups), free(p.rows), free(memory);

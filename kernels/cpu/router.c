@@ -59,9 +59,9 @@ int route(const router_t *a, const weight_t *proj, int64_t rows, int threads) {
     int64_t dim = proj->dim, wide = padded(dim), experts = proj->out, most = min(rows, BLOCK);
     int64_t chunk = (experts / (4 * threads) / WIDTH + 1) * WIDTH;
     if (most * weight_bytes(proj) < SMALL) threads = 1;
-    float *x = malloc(most * (wide + experts) * sizeof *x);
-    if (!x) return 1;
-    float *logits = x + most * wide;
+    float *memory = malloc(most * (wide + experts) * sizeof *memory + ALIGNMENT);
+    if (!memory) return 1;
+    float *x = aligned(memory), *logits = x + most * wide;
     const float *xs[BLOCK];
     for (int r = 0; r < most; r++) xs[r] = x + r * wide;
 #pragma omp parallel num_threads(threads)
@@ -82,6 +82,6 @@ int route(const router_t *a, const weight_t *proj, int64_t rows, int threads) {
                        a->weight + (first + r) * a->top_k);
         }
     }
-    free(x);
+    free(memory);
     return 0;
 }

@@ -54,7 +54,7 @@ INLINE void unpack_bits(
 ) {
     if (w->group == 32)
         unpack_groups(w, bits, has_minimum, 32, 32, row, start, stop, to);
-    else if (w->group == 16)
+    else if (bits == 8 && w->group == 16)
         unpack_groups(w, 8, has_minimum, 16, 16, row, start, stop, to);
     else
         unpack_groups(w, bits, has_minimum, w->group, min(w->group, stop - start), row, start, stop,
