@@ -30,7 +30,7 @@ class BuildPy(build_py):
 
 
 ROOMS = (
-    "checkpoint", "cli", "engine", "hf", "kernels", "kernels.cpu", "model", "text", "walkthrough",
+    "batch", "checkpoint", "cli", "engine", "hf", "kernels", "kernels.cpu", "model", "text", "walkthrough",
     "benchmarks", "benchmarks.kernels", "benchmarks.measure", "benchmarks.model",
     "benchmarks.verify",
 )  # fmt: skip

@@ -27,7 +27,8 @@ RULES = {
     "engine": "config, kernels.cpu, memory, compat, model",
     "load": "config, kernels, memory, checkpoint, model",
     "causal_lm": "config, compat, checkpoint, model, engine, load",
-    "lm_scoring": "causal_lm, text",
+    "batch": "causal_lm, compat, engine.request, text",
+    "lm_scoring": "causal_lm, text, batch.scoring",
     "lm_harness": "causal_lm, compat, text, lm_scoring",
     "benchmarks.measure": "kernels",
     "benchmarks.kernels": "benchmarks.measure, kernels, reference",
@@ -35,7 +36,7 @@ RULES = {
     "benchmarks.verify": EVERYTHING,
     "benchmarks": EVERYTHING,
     "walkthrough": "__init__, checkpoint, config, load, memory, reference, reference_steps, text",
-    "cli": "compat, causal_lm, text, demo, benchmarks, walkthrough",
+    "cli": "compat, causal_lm, text, demo, batch, benchmarks, walkthrough",
     "__main__": "cli",
     "__init__": "config, presets, causal_lm, engine, model, reference, text",
 }  # fmt: skip
