@@ -87,8 +87,9 @@ class AnswerFile:
 
     def _failure(self, error: OSError) -> str:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        way_out = "free some space, and repeat the command: it goes on" if full else "it can go on"
-        return f"{self.path}: {os.strerror(error.errno or 0)}; {self.done.count} rows are done: {way_out}"
+        way_out = f"{'free some space, and ' if full else ''}repeat the command, which goes on"
+        reason = os.strerror(error.errno or 0)
+        return f"{self.path}: {reason}; {self.done.count} rows are done: {way_out}"
 
     def _count(self, answer: Mapping[str, Any]) -> None:
         self.done.add(answer["row"])
@@ -111,17 +112,7 @@ class AnswerFile:
                 f"{self.path} exists, and {side.name}, which says how it was made, cannot be read"
                 f" ({error}): pass another --out"
             ) from error
-        names = [*{**record, **begun}] if isinstance(begun, dict) else []
-        changed = [name for name in names if record.get(name) != begun.get(name)]
-        if changed or not names:
-            parts = [
-                f"{x}: {json.dumps(begun.get(x)):.80}, now {json.dumps(record.get(x)):.80}"
-                for x in changed
-            ]
-            raise ValueError(
-                f"{self.path} has answers of another job ({'; '.join(parts)}): repeat that job's"
-                " command, or pass another --out"
-            )
+        check_record(begun, record, str(self.path))
 
     def _read_done(self) -> int:
         """Finds the rows that are done. Returns the size of the file without a torn last line."""
@@ -139,6 +130,22 @@ class AnswerFile:
                     ) from error
                 size += len(line)
         return size
+
+
+def check_record(begun: Any, record: Mapping[str, Any], out: str) -> None:
+    """Raises ValueError if `begun`, the record of the job that began `out`, is another record."""
+    begun = begun if isinstance(begun, dict) else {}
+    names = {**record, **begun}
+    changed = [
+        f"{name}: {json.dumps(begun.get(name)):.80}, now {json.dumps(record.get(name)):.80}"
+        for name in names
+        if record.get(name) != begun.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{out} has answers of another job ({'; '.join(changed)}): repeat that job's command, or"
+            " pass another --out"
+        )
 
 
 def as_line(answer: Answer) -> bytes:

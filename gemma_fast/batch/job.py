@@ -50,6 +50,7 @@ class Task(NamedTuple):
     """A row of the input, ready for the model.
 
     row      its number
+    file     path of its file; None: the input is one file
     id       its column `id`; None: it has none
     columns  its columns that are copied to the answer
     ids      token ids of the prompt, or of the text to score
@@ -60,6 +61,7 @@ class Task(NamedTuple):
     """
 
     row: int
+    file: str | None = None
     id: Any = None
     columns: Row = {}  # noqa: RUF012
     ids: list[int] = []  # noqa: RUF012
@@ -70,8 +72,9 @@ class Task(NamedTuple):
 
     def answer(self, **columns: Any) -> Answer:
         """Returns the answer of the row with these columns of its own."""
-        start = {"row": self.row} | ({} if self.id is None else {"id": self.id})
-        return start | columns | ({"columns": self.columns} if self.columns else {})
+        start = {"file": self.file, "row": self.row, "id": self.id}
+        given = {name: value for name, value in start.items() if value is not None}
+        return given | columns | ({"columns": self.columns} if self.columns else {})
 
     def failure(self, error: Exception) -> Answer:
         known = isinstance(error, ValueError | TypeError)

@@ -9,7 +9,7 @@ from gemma_fast.batch.answers import Answer, AnswerFile
 from gemma_fast.batch.generating import continue_prompts
 from gemma_fast.batch.job import Job
 from gemma_fast.batch.prompts import Preparer, ahead
-from gemma_fast.batch.rows import Row, count_rows, read_rows, sha256
+from gemma_fast.batch.rows import Numbered, count_rows, read_rows, sha256
 from gemma_fast.batch.scoring import score_texts
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.text.tokenizer import Tokenizer
@@ -18,10 +18,9 @@ Load = Callable[[], tuple[GemmaForCausalLM, Tokenizer]]
 
 
 def answers_of(
-    model: GemmaForCausalLM, tokenizer: Tokenizer, job: Job,
-    rows: Iterable[tuple[int, Row | ValueError]],
+    model: GemmaForCausalLM, tokenizer: Tokenizer, job: Job, rows: Iterable[Numbered]
 ) -> Iterator[Answer]:  # fmt: skip
-    """Yields the answer of each row with its number, in the order in which their texts end. Rows
+    """Yields the answer of each row, in the order in which their texts end. Rows
     are read only as fast as texts end.
 
     Raises ValueError for a setting of the job that no row can change.
@@ -65,8 +64,8 @@ class LocalJob:
             self.file.write(answer)
             yield answer
 
-    def _rows_to_do(self) -> Iterator[tuple[int, Row | ValueError]]:
+    def _rows_to_do(self) -> Iterator[Numbered]:
         with self.source.open("rb") as file:
             for number, row in enumerate(read_rows(file, self.source.name)):
                 if number not in self.file.done:
-                    yield number, row
+                    yield Numbered(number, row)

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from gemma_fast.batch.job import GENERATE_COLUMNS, SCORE_COLUMNS, Job, Task
-from gemma_fast.batch.rows import Row
+from gemma_fast.batch.rows import Numbered, Row
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.compat import APPLIED, GENERATION_CONFIG
 from gemma_fast.engine.request import LENGTHS, seed_of
@@ -42,14 +42,14 @@ class Preparer:
         self.context = model.config.max_position_embeddings
         self.prefix = [] if job.system is None or job.score else self._common_prefix()
 
-    def __call__(self, numbered: tuple[int, Row | ValueError]) -> Task:
-        """Returns the task of a row and its number. An error of the row is in the task."""
-        number, row = numbered
+    def __call__(self, numbered: Numbered) -> Task:
+        """Returns the task of a row. An error of the row is in the task."""
+        number, row, file = numbered
         if isinstance(row, ValueError):
-            return Task(number, error=row)
+            return Task(number, file, error=row)
         known = SCORE_COLUMNS if self.job.score else (*GENERATE_COLUMNS, *OPTIONS)
         columns = {name: value for name, value in row.items() if name not in known}
-        task = Task(number, row.get("id"), columns)
+        task = Task(number, file, row.get("id"), columns)
         try:
             return self._to_score(task, row) if self.job.score else self._to_continue(task, row)
         except ROW_ERRORS as error:
@@ -71,15 +71,15 @@ class Preparer:
         given = {name: value for name, value in row.items() if name in OPTIONS}
         if "max_length" in given:
             options = {name: value for name, value in options.items() if name not in LENGTHS}
-        ids = self._chat_ids(row["messages"]) if chat else self._text_ids(row, "prompt")
+        ids = self._chat_ids(row["messages"]) if chat else self._encode(_text_of(row, "prompt"))
         return task._replace(ids=ids, options={**options, **given}, chat=chat)
 
     def _to_score(self, task: Task, row: Row) -> Task:
         """As lm_eval's own models do, spaces at the end of a prompt belong to the completion."""
+        if ("text" in row) == ("prompt" in row or "completion" in row):
+            raise ValueError("a row must have the column text, or prompt and completion")
         if "text" in row:
-            if "prompt" in row or "completion" in row:
-                raise ValueError("a row must have the column text, or prompt and completion")
-            ids = self._text_ids(row, "text")
+            ids = self._encode(_text_of(row, "text"))
             before = 1
         else:
             prompt, completion = (_text_of(row, name) for name in ("prompt", "completion"))
@@ -91,9 +91,6 @@ class Preparer:
         if len(ids) <= before:
             raise ValueError("there is no token to score: the text is empty")
         return task._replace(ids=ids, scored=len(ids) - before)
-
-    def _text_ids(self, row: Row, name: str) -> list[int]:
-        return self._encode(_text_of(row, name))
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text).input_ids
@@ -134,5 +131,6 @@ def ahead(items: Iterable[T], function: Callable[[T], R]) -> Iterator[R]:
 
 def _text_of(row: Row, name: str) -> str:
     if not isinstance(row.get(name), str):
-        raise ValueError(f"column {name} must be text, not {row.get(name)!r:.60}")
+        found = f"not {row[name]!r:.60}" if name in row else "but there is no such column"
+        raise ValueError(f"column {name} must be text, {found}")
     return row[name]

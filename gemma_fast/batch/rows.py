@@ -9,14 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 Row = dict[str, Any]
 MAX_LINE = 64 << 20  # bytes
+MAX_DEPTH = 100  # of lists and objects in each other
 _PART = 1 << 20
 _BOM = b"\xef\xbb\xbf"
+
+
+class Numbered(NamedTuple):
+    """A row with its number, or the error in its place.
+
+    file  None: the input is one file
+    """
+
+    number: int
+    row: Row | ValueError
+    file: str | None = None
+
 
 
 def read_rows(file: BinaryIO, name: str) -> Iterator[Row | ValueError]:
@@ -28,9 +41,7 @@ def read_rows(file: BinaryIO, name: str) -> Iterator[Row | ValueError]:
 def count_rows(path: Path) -> int:
     """Returns the number of rows, malformed ones included."""
     if _reader(path.name) is _parquet_rows:
-        from pyarrow import parquet
-
-        return parquet.ParquetFile(path).metadata.num_rows
+        return _parquet_file(path).metadata.num_rows
     with path.open("rb") as file:
         return sum(1 for _ in _lines(file))
 
@@ -50,10 +61,12 @@ def parse_line(line: bytes) -> Row | ValueError:
         return ValueError(f"the line has more than {MAX_LINE >> 20} MiB: split or shorten it")
     try:
         row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-    except RecursionError:
-        return ValueError("the line is not JSON: it is nested too deeply")
     except ValueError as error:
         return ValueError(f"the line is not JSON: {error}")
+    except RecursionError:
+        row = None
+    if row is None or (line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_deep(row)):
+        return ValueError(f"the line is nested more than {MAX_DEPTH} deep")
     if not isinstance(row, dict):
         return ValueError(
             f'the line is not a row but {row!r:.60}: write an object, as {{"prompt": "Hello"}}'
@@ -87,20 +100,37 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _parquet_rows(file: BinaryIO) -> Iterator[Row | ValueError]:
+    for batch in _parquet_file(file).iter_batches(batch_size=64):
+        for row in batch.to_pylist():
+            yield {name: value for name, value in row.items() if not _is_missing(value)}
+
+
+def _parquet_file(file: BinaryIO | Path) -> Any:
     try:
         from pyarrow import parquet
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f'Parquet needs pyarrow ({error}): pip install ".[parquet]"'
         ) from error
-    for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
-        for row in batch.to_pylist():
-            yield {name: value for name, value in row.items() if not _is_missing(value)}
+    return parquet.ParquetFile(file)
 
 
 def _is_missing(value: Any) -> bool:
     """True for null, and for NaN, which pandas writes for null."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_deep(row: Any) -> bool:
+    level = [row]
+    for _ in range(MAX_DEPTH):
+        level = [inner for value in level for inner in _items(value)]
+    return bool(level)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _refuse_constant(name: str) -> None:

@@ -108,22 +108,27 @@ def _run_here(job: Job, source: Path, out: Path) -> None:
 def _shown(local: LocalJob, answers: Iterator[Answer]) -> Iterator[Answer]:
     """Yields the answers, and shows rows, errors, tokens per second and time left on stderr."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as TimeLeft
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[errors]} errors"),
         TextColumn("{task.fields[speed]:.0f} tokens/s"), TextColumn("time left"),
-        TimeLeft(compact=True),
+        TimeRemainingColumn(compact=True),
     )  # fmt: skip
     tokens, start = 0, time.perf_counter()
     with Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as progress:
-        fields = {"errors": local.file.errors, "speed": 0.0}
-        bar = progress.add_task("", total=local.total, completed=local.file.done.count, **fields)
+        bar = progress.add_task(
+            "", total=local.total, completed=local.file.done.count, errors=local.file.errors,
+            speed=0.0,
+        )  # fmt: skip
         for answer in answers:
             tokens += answer.get("new_tokens", 0) + answer.get("tokens", 0)
-            fields = {
-                "errors": local.file.errors, "speed": tokens / (time.perf_counter() - start),
-            }  # fmt: skip
-            progress.update(bar, advance=1, **fields)
+            speed = tokens / (time.perf_counter() - start)
+            progress.update(bar, advance=1, errors=local.file.errors, speed=speed)
             yield answer
