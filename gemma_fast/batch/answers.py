@@ -143,8 +143,8 @@ def check_record(begun: Any, record: Mapping[str, Any], out: str) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{out} has answers of another job ({'; '.join(changed)}): repeat that job's command, or"
-            " pass another --out"
+            f"{out} has answers of another job ({'; '.join(changed)}): repeat that job's command,"
+            " or pass another --out"
         )
 
 

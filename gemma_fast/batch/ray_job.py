@@ -43,6 +43,7 @@ RAY_READERS = {
     ".txt": "read_text", ".tfrecords": "read_tfrecords",
 }  # fmt: skip
 BLOCK = 8  # batches of texts that an actor gets at a time
+OTHER_CPUS = 2  # that read, write, and leave out the rows that are done
 KEY = "key"  # column with the file and number of a row
 
 
@@ -88,16 +89,20 @@ def run_on_ray(
     address  of a Ray cluster; "local": starts Ray on this machine, and stops it at the end
     workers  number of models; None: one for each GPU of the cluster, or one without GPUs
 
-    Raises ValueError if `source` has no rows that can be read, or if `out` has answers of another
-    job.
+    Raises ValueError if `source` has no rows that can be read, if `out` has answers of another job,
+    or if Ray gives up, for example because the model cannot be loaded. Raises ConnectionError if
+    there is no cluster at `address`.
     """
     suffix = _suffix(Place.of(source), source)
-    local = {"include_dashboard": False} if address == "local" else {}
+    cpus = (os.cpu_count() or 1) + OTHER_CPUS
+    local: dict[str, Any] = (
+        {"include_dashboard": False, "num_cpus": cpus} if address == "local" else {}
+    )
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
         context = DataContext.get_current()
         context.enable_progress_bars = sys.stderr.isatty()
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         if suffix in READERS:
             context.checkpoint_config = _prepare_folder(job, source, out)
             rows = ray.data.read_datasource(_RowSource(_plain(source)))
@@ -107,6 +112,9 @@ def run_on_ray(
         answers = _Answers(_plain(out))
         _answered(rows, job, workers).write_datasink(answers)
         return Summary(int(answers.rows), int(answers.errors))
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().rpartition("\n")[2]
+        raise ValueError(f"the job on Ray ended: {reason}") from error
     finally:
         ray.shutdown()
 
@@ -152,17 +160,15 @@ def _prepare_folder(job: Job, source: str, out: str) -> CheckpointConfig:
 
 def _answered(rows: Dataset, job: Job, workers: int | None) -> Dataset:
     resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    if job.device == "cpu":
-        gpus = 0
+    gpus = 0 if job.device == "cpu" else int(resources.get("GPU", 0))
     workers = workers or gpus or 1
-    threads = max(cpus // workers, 1)
-    # Reading and writing need a CPU too. Ray wants a whole number of CPUs above 1.
-    share = (cpus - 1) / workers
-    cost: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": int(share) or max(share, 0.1)}
+    share = max(resources.get("CPU", 1) - OTHER_CPUS, 0) / workers
+    threads = None if gpus else max(int(share), 1)
+    # Ray wants a whole number of CPUs above 1.
+    cost: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": int(share) or share}
     size = BLOCK * job.batch_size
     return rows.repartition(target_num_rows_per_block=size).map_batches(
-        _Actor, fn_constructor_args=(job, None if gpus else threads), batch_size=size,
+        _Actor, fn_constructor_args=(job, threads), batch_size=size,
         batch_format="pyarrow", compute=ActorPoolStrategy(size=workers), **cost,
     )  # fmt: skip
 

@@ -31,7 +31,6 @@ class Numbered(NamedTuple):
     file: str | None = None
 
 
-
 def read_rows(file: BinaryIO, name: str) -> Iterator[Row | ValueError]:
     """Yields each row of an open file, or the error of a malformed one. The suffix of `name` gives
     the format; raises ValueError for another one."""

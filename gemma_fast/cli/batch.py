@@ -80,8 +80,8 @@ def batch(
         return
     from gemma_fast.batch.ray_job import run_on_ray
 
-    summary = run_on_ray(job, source, out, address=address, workers=workers)
-    click.echo(summary, err=True)
+    done = run_on_ray(job, source, out, address=address, workers=workers)
+    click.echo(_summary(done.rows, done.errors, out), err=True)
 
 
 def _run_here(job: Job, source: Path, out: Path) -> None:
@@ -101,8 +101,11 @@ def _run_here(job: Job, source: Path, out: Path) -> None:
                 err=True,
             )
             raise click.exceptions.Exit(INTERRUPTED) from None
-        errors = f", {local.file.errors} with an error" if local.file.errors else ""
-        click.echo(f"{local.file.done.count} rows are done{errors}: {out}", err=True)
+        click.echo(_summary(local.file.done.count, local.file.errors, out), err=True)
+
+
+def _summary(rows: int, errors: int, out: object) -> str:
+    return f"{rows} rows are done{f', {errors} with an error' if errors else ''}: {out}"
 
 
 def _shown(local: LocalJob, answers: Iterator[Answer]) -> Iterator[Answer]:
