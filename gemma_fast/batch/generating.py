@@ -8,8 +8,11 @@ from typing import Any
 from gemma_fast.batch.answers import Answer
 from gemma_fast.batch.job import Job, Task
 from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.engine.many import Generated
 from gemma_fast.text.streaming import split_thoughts
 from gemma_fast.text.tokenizer import Tokenizer
+
+MAX_FAILED = 2  # batches of rows whose computation may fail one after another
 
 
 def continue_prompts(
@@ -17,7 +20,11 @@ def continue_prompts(
     prefix: Sequence[int] = (),
 ) -> Iterator[Answer]:  # fmt: skip
     """Yields the answer of each task when its text ends. A task is taken when a row of the decoder
-    is free. prefix: ids with which prompts may begin; they are computed once."""
+    is free. prefix: ids with which prompts may begin; they are computed once.
+
+    Raises ValueError if the computation of many rows fails one after another, for example because
+    the GPU has gone. These rows get no answers, so that the job can do them again.
+    """
     running: dict[int, Task] = {}
 
     def requests() -> Iterator[dict[str, Any]]:
@@ -29,17 +36,32 @@ def continue_prompts(
         requests(), tokenizer=tokenizer, batch_size=job.batch_size, max_length=job.max_length,
         batch_invariant=job.batch_invariant, prefix_ids=prefix,
     )  # fmt: skip
+    failed: list[Answer] = []  # their computation failed, and no later one has succeeded
     for result in results:
         task = running.pop(result.number)
         error = task.error or result.error
+        if isinstance(error, RuntimeError | MemoryError):
+            failed.append(task.failure(error))
+            if len(failed) > MAX_FAILED * job.batch_size:
+                raise ValueError(f"{len(failed)} rows failed one after another: {error}") from error
+            continue
         if error is not None:
             yield task.failure(error)
             continue
-        stops = task.options.get("stop_strings", model.generation_config.stop_strings)
-        yield task.answer(
-            **_texts(tokenizer, task, result.ids, stops if result.reason == "stop" else None),
-            reason=result.reason, prompt_tokens=len(task.ids), new_tokens=len(result.ids),
-        )  # fmt: skip
+        yield from failed
+        failed.clear()
+        yield _answer(model, tokenizer, task, result)
+    yield from failed
+
+
+def _answer(
+    model: GemmaForCausalLM, tokenizer: Tokenizer, task: Task, result: Generated
+) -> Answer:  # fmt: skip
+    stops = task.options.get("stop_strings", model.generation_config.stop_strings)
+    return task.answer(
+        **_texts(tokenizer, task, result.ids, stops if result.reason == "stop" else None),
+        reason=result.reason, prompt_tokens=len(task.ids), new_tokens=len(result.ids),
+    )  # fmt: skip
 
 
 def _texts(

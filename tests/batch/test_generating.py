@@ -187,3 +187,24 @@ def test_thoughts_are_not_in_the_text(tokenizer, model, monkeypatch):
     (found,) = continue_prompts(model, tokenizer, job, tasks)
     assert (found["text"], found["thoughts"]) == ("yes<stop>no", "hm")
     assert json.dumps(found)
+
+
+@pytest.mark.parametrize("broken", [3, None], ids=["one row", "all rows"])
+def test_rows_whose_computation_fails(answer, model, monkeypatch, broken):
+    """One such row is an error. If all fail, the job ends, and they get no answer."""
+    forward = model.hidden_states
+
+    def failing(ids, *args, **kwargs):
+        if ids.shape[1] > 1 and (broken is None or ids.shape[1] == broken):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return forward(ids, *args, **kwargs)
+
+    monkeypatch.setattr(model, "hidden_states", failing)
+    rows = [{"prompt": text} for text in ["hello", "the the", *["hello"] * 8]]
+    if broken is None:
+        with pytest.raises(ValueError, match="5 rows failed one after another: CUDA error"):
+            answer(rows, batch_size=2)
+        return
+    found = answer(rows, batch_size=2)
+    assert found[1]["error"] == "RuntimeError: CUDA error: device-side assert triggered"
+    assert sum("text" in x for x in found) == 9

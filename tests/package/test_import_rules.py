@@ -28,7 +28,7 @@ RULES = {
     "load": "config, kernels, memory, checkpoint, model",
     "arguments": "engine, load, model",
     "causal_lm": "arguments, config, compat, checkpoint, model, engine, load",
-    "batch": "causal_lm, compat, engine.request, text",
+    "batch": "causal_lm, compat, engine, text",
     "lm_scoring": "causal_lm, text, batch.scoring",
     "lm_harness": "causal_lm, compat, text, lm_scoring",
     "benchmarks.measure": "kernels",
