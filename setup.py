@@ -30,10 +30,11 @@ class BuildPy(build_py):
 
 
 ROOMS = (
-    "checkpoint", "cli", "engine", "hf", "kernels", "kernels.cpu", "model", "text", "walkthrough",
-    "benchmarks", "benchmarks.kernels", "benchmarks.measure", "benchmarks.model",
+    "batch", "checkpoint", "cli", "engine", "hf", "kernels", "kernels.cpu", "model", "text",
+    "walkthrough", "benchmarks", "benchmarks.kernels", "benchmarks.measure", "benchmarks.model",
     "benchmarks.verify",
 )  # fmt: skip
+RAY = "ray[data,serve]>=2.60"  # `gemma-fast batch --ray`, and the server as a deployment
 HF = "transformers>=5.17,<6"  # for gemma_fast.hf; tested with the oldest and the newest
 
 setup(
@@ -70,6 +71,8 @@ setup(
         "demo": [*DEMO, *WALKTHROUGH],
         "walkthrough": WALKTHROUGH,
         "hf": [HF],
+        "parquet": ["pyarrow"],  # Parquet files of prompts
+        "ray": [RAY],
         "lm-eval": ["lm_eval>=0.4.13"],  # gemma_fast.lm_harness
         "bench": [
             *DEMO,
@@ -87,6 +90,7 @@ setup(
             "peft",  # LoRA adapters on accelerated models
             "lm_eval",  # the harness that gemma_fast.lm_harness extends
             "accelerate",  # required by lm_eval's own model and by device_map
+            RAY,
             "kernels",  # transformers imports it; our folder has the same name
             "hypothesis",  # property tests: bad checkpoints, odd shapes
             *BENCH,

@@ -12,6 +12,7 @@ from lm_eval.api.model import TemplateLM
 from torch import Tensor
 from tqdm import tqdm
 
+from gemma_fast.batch.scoring import token_logprobs
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.text.batch import Encoding, pack
 
@@ -77,24 +78,24 @@ class ScoringLM(TemplateLM):
         answers = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="scoring") as progress:
             longest_first = sorted(same, key=len, reverse=True)
-            for row, logp in self._in_batches(longest_first, lambda rows: self._score(rows, kept)):
+            run = self._logits
+            for row, logits in self._in_batches(longest_first, lambda rows: run(rows, kept)):
                 for i in same[row]:
                     asked, _, continuation = requests[i]
-                    answers[i] = _answer(logp, continuation)
+                    answers[i] = _answer(logits, continuation)
                     if asked is not None:
                         self.cache_hook.add_partial("loglikelihood", asked, answers[i])
                     progress.update()
         return answers
 
-    def _score(
+    def _logits(
         self, rows: Sequence[tuple[int, ...]], kept: dict[tuple[int, ...], int]
     ) -> list[Tensor]:
-        """Returns for each row the log-probabilities :: [kept[row], vocab] of the tokens that
-        follow its last kept[row] tokens."""
+        """Returns for each row the logits :: [kept[row], vocab] of the tokens that follow its last
+        kept[row] tokens."""
         most = max(kept[row] for row in rows)
         logits = self.model(**self._pad(rows), use_cache=False, logits_to_keep=most).logits
-        logp = torch.log_softmax(logits.float(), dim=-1)
-        return [x[most - kept[row] :] for x, row in zip(logp, rows, strict=True)]
+        return [x[most - kept[row] :] for x, row in zip(logits, rows, strict=True)]
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> Encoding:
         """Pads rows of ids on the left, so that all rows end in the last column."""
@@ -117,10 +118,9 @@ class ScoringLM(TemplateLM):
             items = items[len(batch) :]
 
 
-def _answer(logp: Tensor, continuation: list[int]) -> tuple[float, bool]:
+def _answer(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
     """Returns the continuation's log-probability, and whether greedy decoding would generate it.
-    logp :: [kept, vocab] are log-probabilities; the last row is for the continuation's last token.
-    """
-    logp, target = logp[-len(continuation) :], torch.tensor(continuation, device=logp.device)
-    total = logp.gather(-1, target.unsqueeze(-1)).sum()
-    return float(total), bool((logp.argmax(-1) == target).all())
+    The last row of logits :: [kept, vocab] is for the continuation's last token."""
+    target = torch.tensor(continuation, device=logits.device)
+    logp, greedy = token_logprobs(logits[-len(continuation) :], target)
+    return float(logp.sum()), bool(greedy.all())

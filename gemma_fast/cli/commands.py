@@ -3,6 +3,7 @@
     gemma-fast predict "I want to move"         show the most likely tokens after each prompt token
     gemma-fast generate "I want to move" -n 30  stream a continuation of the prompt
     gemma-fast chat --model path/to/gemma-it    chat with an instruction-tuned model
+    gemma-fast batch prompts.jsonl --out answers.jsonl  continue each prompt of a file
     gemma-fast walkthrough "I want to move"     write a page of pictures of the model at work
     gemma-fast bench --model demo               compare the speed with PyTorch and transformers
     gemma-fast verify                           check numerical accuracy on this machine
@@ -18,6 +19,7 @@ from typing import Any
 
 import click
 
+from gemma_fast.cli.batch import batch
 from gemma_fast.cli.generate import chat, generate
 from gemma_fast.cli.loading import warn
 from gemma_fast.cli.options import (
@@ -54,7 +56,7 @@ def main() -> None:
     """Run Google's Gemma on Triton kernels."""
 
 
-for command in (predict, generate, chat):
+for command in (predict, generate, chat, batch):
     main.add_command(command)
 
 

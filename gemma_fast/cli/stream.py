@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -36,9 +37,6 @@ def stream(
     """
     from gemma_fast.text.streaming import ChatStreamer, TextStreamer
 
-    do_sample = sampling.pop("sample")
-    if do_sample is None and any(sampling[name] is not None for name in IMPLY_SAMPLE):
-        do_sample = True
     screen = _Screen()
     streamer: TextStreamer = (
         ChatStreamer(tokenizer, screen.thought, write=screen.text)
@@ -46,14 +44,25 @@ def stream(
         else TextStreamer(tokenizer, skip_special_tokens=True, write=screen.text)
     )
     clock = _Clock(None if silent else streamer)
-    sampling |= {"do_sample": do_sample, "stop_strings": sampling["stop_strings"] or None}
-    passed = {name: value for name, value in sampling.items() if value is not None}
+    passed = given_options(sampling)
     out = model.generate(ids, streamer=clock, tokenizer=tokenizer, **ONE_TEXT, **passed)
     stats = _speed(ids.shape[1], clock.times, model)
     if not silent:
         click.echo()
         click.echo(_summary(stats), err=True)
     return out[0, ids.shape[1] :].tolist(), stats
+
+
+def given_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of generate() that the command line sets, from the values of
+    `options.sampling_options`."""
+    do_sample = sampling["sample"]
+    if do_sample is None and any(sampling[name] is not None for name in IMPLY_SAMPLE):
+        do_sample = True
+    stop_strings = [*sampling["stop_strings"]] or None
+    given = {**sampling, "do_sample": do_sample, "stop_strings": stop_strings}
+    del given["sample"]
+    return {name: value for name, value in given.items() if value is not None}
 
 
 class _Screen:

@@ -28,7 +28,8 @@ RULES = {
     "load": "config, kernels, memory, checkpoint, model",
     "arguments": "engine, load, model",
     "causal_lm": "arguments, config, compat, checkpoint, model, engine, load",
-    "lm_scoring": "causal_lm, text",
+    "batch": "causal_lm, compat, engine, text",
+    "lm_scoring": "causal_lm, text, batch.scoring",
     "lm_harness": "causal_lm, compat, text, lm_scoring",
     "benchmarks.measure": "kernels",
     "benchmarks.kernels": "benchmarks.measure, kernels, reference",
@@ -36,7 +37,7 @@ RULES = {
     "benchmarks.verify": EVERYTHING,
     "benchmarks": EVERYTHING,
     "walkthrough": "__init__, checkpoint, config, load, memory, reference, reference_steps, text",
-    "cli": "compat, causal_lm, text, demo, benchmarks, walkthrough",
+    "cli": "compat, causal_lm, text, demo, batch, benchmarks, walkthrough",
     "__main__": "cli",
     "__init__": "config, presets, causal_lm, engine, model, reference, text",
 }  # fmt: skip

@@ -163,7 +163,7 @@ def test_windows_truncation_and_bos_are_those_of_hf(checkpoint, options):
 def test_running_out_of_memory_halves_automatic_batches(checkpoint, monkeypatch):
     model = GemmaFastLM(str(checkpoint), dtype="float32", device="cpu", batch_size="auto")
     expected = model.loglikelihood(requests("loglikelihood", *[("a b", x) for x in ("cd", "ef")]))
-    sizes, score = [], model._score
+    sizes, score = [], model._logits
 
     def scarce(rows, kept):
         sizes.append(len(rows))
@@ -171,12 +171,12 @@ def test_running_out_of_memory_halves_automatic_batches(checkpoint, monkeypatch)
             raise torch.OutOfMemoryError
         return score(rows, kept)
 
-    monkeypatch.setattr(model, "_score", scarce)
+    monkeypatch.setattr(model, "_logits", scarce)
     actual = model.loglikelihood(requests("loglikelihood", *[("a b", x) for x in ("cd", "ef")]))
     same(actual, expected)
     assert sizes == [2, 1, 1]
     fixed = GemmaFastLM(model.model, tokenizer=model.tokenizer, batch_size=2)
-    monkeypatch.setattr(fixed, "_score", scarce)
+    monkeypatch.setattr(fixed, "_logits", scarce)
     with pytest.raises(torch.OutOfMemoryError):
         fixed.loglikelihood(requests("loglikelihood", ("a b", "cd"), ("a b", "ef")))
 
