@@ -30,10 +30,15 @@ class BuildPy(build_py):
 
 
 ROOMS = (
-    "checkpoint", "cli", "engine", "hf", "kernels", "kernels.cpu", "model", "text", "walkthrough",
+    "checkpoint", "cli", "engine", "hf", "kernels", "kernels.cpu", "model", "server", "text", "walkthrough",
     "benchmarks", "benchmarks.kernels", "benchmarks.measure", "benchmarks.model",
     "benchmarks.verify",
 )  # fmt: skip
+SERVE = [
+    "fastapi",  # `gemma-fast serve`: routes and dependencies
+    "uvicorn",  # runs the application
+    "prometheus-client",  # /metrics
+]
 HF = "transformers>=5.17,<6"  # for gemma_fast.hf; tested with the oldest and the newest
 
 setup(
@@ -71,6 +76,7 @@ setup(
         "walkthrough": WALKTHROUGH,
         "hf": [HF],
         "lm-eval": ["lm_eval>=0.4.13"],  # gemma_fast.lm_harness
+        "serve": SERVE,
         "bench": [
             *DEMO,
             *BENCH,
@@ -79,6 +85,10 @@ setup(
         "test": [
             *DEMO,
             *WALKTHROUGH,
+            *SERVE,
+            "openai",  # the official client, which talks to the server
+            "httpx",  # requests that the client does not send
+            "ray[serve]",  # replicas of the server
             "playwright",  # looks at the page of pictures in a browser
             "axe-playwright-python",  # its checks of accessibility: contrast, names, structure
             "justhtml",  # validates the page's HTML

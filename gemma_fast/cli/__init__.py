@@ -1,4 +1,4 @@
 """The command `gemma-fast`: one module for each group of subcommands, and the options they share.
 
-May import: compat, causal_lm, text, demo, benchmarks, walkthrough.
+May import: compat, causal_lm, text, demo, benchmarks, walkthrough, server.
 """

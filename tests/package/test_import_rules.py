@@ -35,7 +35,8 @@ RULES = {
     "benchmarks.verify": EVERYTHING,
     "benchmarks": EVERYTHING,
     "walkthrough": "__init__, checkpoint, config, load, memory, reference, reference_steps, text",
-    "cli": "compat, causal_lm, text, demo, benchmarks, walkthrough",
+    "server": "causal_lm, compat, engine, text",
+    "cli": "compat, causal_lm, text, demo, benchmarks, walkthrough, server",
     "__main__": "cli",
     "__init__": "config, presets, causal_lm, engine, model, reference, text",
 }  # fmt: skip
