@@ -30,8 +30,8 @@ class BuildPy(build_py):
 
 
 ROOMS = (
-    "checkpoint", "cli", "engine", "hf", "kernels", "kernels.cpu", "model", "server", "text", "walkthrough",
-    "benchmarks", "benchmarks.kernels", "benchmarks.measure", "benchmarks.model",
+    "checkpoint", "cli", "engine", "hf", "kernels", "kernels.cpu", "model", "server", "text",
+    "walkthrough", "benchmarks", "benchmarks.kernels", "benchmarks.measure", "benchmarks.model",
     "benchmarks.verify",
 )  # fmt: skip
 SERVE = [

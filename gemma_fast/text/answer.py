@@ -1,5 +1,5 @@
-"""`AnswerText` separates an answer, token by token, into text, thoughts and tool calls. The text ends
-before a stop string."""
+"""`AnswerText` separates an answer, token by token, into text, thoughts and tool calls, and cuts the
+text before a stop string."""
 
 from __future__ import annotations
 
