@@ -206,6 +206,12 @@ class Decoder:
         returns the copied tokens :: [b]."""
         return copy_to_host(self.token)[0]
 
+    def release(self) -> None:
+        """Waits until the device has finished all steps, and forgets the last texts."""
+        self.wait()
+        self.sampler.clear()
+        self._record = None
+
     def memory(self) -> dict[str, int]:
         """Returns the bytes on the device: "cache" (KV cache, sampler), "graph" (CUDA graphs)."""
         return {"cache": self.cache.nbytes + self.sampler.nbytes, "graph": self._graph_bytes}

@@ -20,9 +20,9 @@ def graphs(monkeypatch) -> list[Graph]:
     that the decoders capture."""
     made: list[Graph] = []
 
-    def capture(self):
+    def capture(self, rows):
         self._graph_bytes += 7
-        made.append(Graph(self))
+        made.append(Graph(self, rows))
         return made[-1]
 
     init = Decoder.__init__
@@ -31,11 +31,6 @@ def graphs(monkeypatch) -> list[Graph]:
         init(self, *args)
         self.asynchronous = True
 
-    def read(self):
-        token = self.token.clone()
-        return lambda: token
-
     monkeypatch.setattr(Decoder, "_capture", capture)
     monkeypatch.setattr(Decoder, "__init__", asynchronous)
-    monkeypatch.setattr(Decoder, "read", read)
     return made

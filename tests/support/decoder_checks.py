@@ -16,11 +16,12 @@ class Graph:
     """Simulates a CUDA graph of the decode step: replay() runs the step. Like Decoder._capture, the
     constructor increases the cache's token counts on the host, but computes no token."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder, self.replays = decoder, 0
-        decoder.cache.count(1)
+    def __init__(self, decoder: Decoder, rows: int) -> None:
+        self.decoder, self.rows, self.replays = decoder, rows, 0
+        decoder.cache.rows(slice(0, rows)).count(1)
 
     def replay(self) -> None:
-        self.decoder.cache.count(-1)  # undoes the count of `_step`: a real replay counts no token
-        self.decoder._step()
+        # Undoes the count of `_step`: a real replay counts no token.
+        self.decoder.cache.rows(slice(0, self.rows)).count(-1)
+        self.decoder._step(self.rows)
         self.replays += 1
