@@ -100,7 +100,7 @@ class Guard:
         if not self.keys:
             return True
         scheme, _, given = authorization.partition(" ")
-        key = given.strip().encode("utf-8", "replace")
+        key = given.strip().encode("latin-1")  # the bytes that were sent
         found = [hmac.compare_digest(key, known) for known in self.keys]
         return scheme.lower() == "bearer" and any(found)
 

@@ -103,11 +103,8 @@ def _room(engine: Engine, limits: Limits, ids: Sequence[int], param: str) -> int
     if limits.prompt_tokens is not None:
         most = min(most, limits.prompt_tokens)
     if len(ids) > most:
-        raise BadRequest(
-            f"the prompt has {len(ids)} tokens; the limit is {most}, because a text has at most"
-            f" {engine.max_length} with its prompt",
-            param, "context_length_exceeded",
-        )  # fmt: skip
+        message = f"the prompt has {len(ids)} tokens; the limit is {most}"
+        raise BadRequest(message, param, "context_length_exceeded")
     room = engine.max_length - len(ids)
     return room if limits.new_tokens is None else min(room, limits.new_tokens)
 

@@ -179,7 +179,9 @@ def read_body(kind: type[AnyBody], content: bytes) -> AnyBody:
 def _bad_request(error: ValidationError) -> BadRequest:
     first = error.errors(include_url=False, include_context=False)[0]
     if first["type"] == "json_invalid":
-        return BadRequest(f"the body is not valid JSON: {first['msg']}")
+        return BadRequest(
+            f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}"
+        )
     path = [str(part) for part in first["loc"]]
     where = f"{'.'.join(path):.100}"
     if first["type"] == "missing":

@@ -1,4 +1,4 @@
-"""`AnswerText` separates an answer, token by token, into text, thoughts and tool calls, and cuts the
+"""`AnswerText` separates an answer, token by token, into text, thoughts and tool calls. It cuts the
 text before a stop string."""
 
 from __future__ import annotations
