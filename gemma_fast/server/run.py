@@ -14,15 +14,14 @@ MORE_CONNECTIONS = 256  # besides one for each place: connections that are idle 
 
 def bind(host: str, port: int) -> socket.socket:
     """Returns a socket that is bound and does not listen yet. Raises OSError."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    found = socket.socket(family, kind, protocol)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
     except OSError as error:
-        found.close()
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     return found
 

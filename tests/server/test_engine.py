@@ -15,7 +15,8 @@ import torch
 from http_server import error_of, running
 
 from gemma_fast.engine.scheduler import Scheduler
-from gemma_fast.server.limits import Limits
+from gemma_fast.server.limits import Guard, Limits
+from gemma_fast.server.metrics import Metrics
 
 LONG = {"model": "tiny", "prompt": "hello", "max_tokens": 200, "logit_bias": {"1": -100}}
 
@@ -40,7 +41,6 @@ def send(server, path: str, body: dict) -> socket.socket:
     """Sends a request, and does not read the answer."""
     host, port = server.url.removeprefix("http://").split(":")
     client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
     client.connect((host, int(port)))
     content = json.dumps(body).encode()
     head = f"POST /v1/{path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
@@ -155,15 +155,43 @@ def test_text_ends_after_the_time_limit(tiny):
         assert answer.choices[0].finish_reason == "length"
 
 
-def test_client_that_does_not_read_is_ended(tiny):
-    """The text has ended, but its client does not take the answer."""
-    limits = Limits(seconds=0.5, body_seconds=0.2, send_seconds=0.2)
-    with running(*tiny, limits=limits) as server:
-        body = {**LONG, "n": 100, "logprobs": 20, "stream": True}
-        with send(server, "completions", body):
-            wait_for(lambda: server.engine.taken == 100)
-            wait_for(lambda: server.engine.taken == 0)
-        server.wait_until_idle()
+@pytest.mark.parametrize("starts", [False, True])
+def test_request_that_takes_too_long_is_ended(starts):
+    """For example, because its client does not read the answer."""
+    start, ended = {"type": "http.response.start", "status": 200, "headers": []}, []
+
+    async def stalls(scope, receive, send):
+        try:
+            if starts:
+                await send(start)
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def receive():
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def run() -> list:
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        limits = Limits(seconds=0.1, body_seconds=0.1, send_seconds=0.1)
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+        try:
+            await Guard(stalls, limits, Metrics())(scope, receive, send)
+        except asyncio.TimeoutError:
+            sent.append("closed")
+        return sent
+
+    sent = asyncio.run(run())
+    assert ended
+    if starts:
+        assert sent == [start, "closed"]
+    else:
+        assert sent[0]["status"] == 408
+        assert "took too long" in error_of(sent[1]["body"])["message"]
 
 
 def fail_once(monkeypatch, error: Exception) -> None:
