@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from gemma_fast.engine.decoder import copy_to_host
+from gemma_fast.engine.host_copy import copy_to_host
 from gemma_fast.engine.sampler import Sampler
 
 

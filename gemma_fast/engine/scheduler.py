@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ from gemma_fast.engine.generate import not_finite
 from gemma_fast.engine.logprobs import TokenLogprobs, start_logprobs
 from gemma_fast.engine.request import Request
 from gemma_fast.engine.sampling import Sampling
-from gemma_fast.engine.stopping import Reason, Stopping
+from gemma_fast.engine.stopping import Stopping
+from gemma_fast.engine.text import Text
 from gemma_fast.model.cache import KVCache
 
 CHUNK = 512  # prompt tokens that are read between two decode steps
@@ -41,29 +42,6 @@ CHUNK = 512  # prompt tokens that are read between two decode steps
 
 class QueueFull(Exception):
     """The queue of waiting texts is at its limit."""
-
-
-class Text:
-    """A request in a scheduler, and the tokens that it has got.
-
-    request   the request
-    ids       new tokens until now
-    logprobs  TokenLogprobs of each new token, if the request asks for them
-    reason    None until the text ends; "stop": an end token or stop string, which is in `ids`;
-              "length": max_new_tokens; "time": max_time; "cancelled"; "error"
-    error     the exception of an "error"
-    """
-
-    def __init__(self, request: Request, stopping: Stopping) -> None:
-        self.request = request
-        self.ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.reason: Reason | Literal["cancelled", "error"] | None = None
-        self.error: Exception | None = None
-        self._stopping = stopping
-        self._row: int | None = None
-        self._read = 0  # tokens of the prompt that are in the cache
-        self._sampled = 0  # new tokens that the device computes or has computed
 
 
 class _Step(NamedTuple):
@@ -122,7 +100,7 @@ class Scheduler:
     @property
     def tokens(self) -> int:
         """Number of tokens in the cache, of all texts."""
-        return sum(text._read + len(text.ids) for text in self._rows if text)
+        return sum(text.read + len(text.ids) for text in self._rows if text)
 
     def __bool__(self) -> bool:
         """True if there is a text that has not ended."""
@@ -152,7 +130,7 @@ class Scheduler:
         """Reads parts of prompts, and decodes one token of each running text. Returns the texts
         that got tokens or ended. A text whose computation fails ends with "error"; the others go
         on."""
-        for text in [x for x in (*self._waiting, *self._reading) if x._stopping.is_late()]:
+        for text in [x for x in (*self._waiting, *self._reading) if x.stopping.is_late()]:
             self._end(text, "time")
         self._admit()
         self._read_prompts()
@@ -210,12 +188,12 @@ class Scheduler:
                 return
             if owner is None:
                 text = self._waiting.popleft()
-                self._rows[row], text._row = text, row
+                self._rows[row], text.row = text, row
                 self._reading.append(text)
                 prefix, ids = self._prefix, text.request.ids
                 if self._prefix_cache and prefix == ids[: len(prefix)].tolist() != ids.tolist():
                     self.decoder.cache.rows(row).copy_from(self._prefix_cache)
-                    text._read = len(prefix)
+                    text.read = len(prefix)
 
     def _read_prompts(self) -> None:
         """Reads the next parts of prompts, `chunk` tokens in all at most. The oldest text's come
@@ -223,9 +201,9 @@ class Scheduler:
         left = self.chunk
         while self._reading:
             text = self._reading[0]
-            prompt, row = text.request.ids, text._row
+            prompt, row = text.request.ids, text.row
             assert row is not None
-            part = prompt[text._read : text._read + self.chunk].unsqueeze(0)
+            part = prompt[text.read : text.read + self.chunk].unsqueeze(0)
             if part.shape[1] > left:
                 return
             left -= part.shape[1]
@@ -234,17 +212,17 @@ class Scheduler:
             except (RuntimeError, MemoryError) as error:
                 self._end(text, "error", error)
                 continue
-            text._read += part.shape[1]
-            if text._read == len(prompt):
+            text.read += part.shape[1]
+            if text.read == len(prompt):
                 self._reading.popleft()
 
     def _read_part(self, text: Text, row: int, part: Tensor) -> None:
-        request = text.request
-        if text._read + part.shape[1] < len(request.ids):
-            self.decoder.read_prompt(row, part)
+        request, device = text.request, self.decoder.token.device
+        if text.read + part.shape[1] < len(request.ids):
+            self.decoder.read_prompt(row, part.to(device))
             return
-        keeps = request.logprobs is not None
-        self.decoder.read_last(row, part, request.ids.unsqueeze(0), request.sampling, keeps)
+        prompt, keeps = request.ids.unsqueeze(0), request.logprobs is not None
+        self.decoder.read_last(row, part.to(device), prompt.to(device), request.sampling, keeps)
         self._launched([(row, text)])
 
     def _decode(self) -> bool:
@@ -253,7 +231,7 @@ class Scheduler:
         running = [
             (row, text)
             for row, text in enumerate(self._rows)
-            if text and 0 < text._sampled < text.request.max_new_tokens
+            if text and 0 < text.sampled < text.request.max_new_tokens
         ]
         if not running:
             return False
@@ -270,7 +248,7 @@ class Scheduler:
     def _launched(self, texts: Sequence[tuple[int, Text]]) -> None:
         """Starts to copy the newest token of these texts to the host."""
         for _, text in texts:
-            text._sampled += 1
+            text.sampled += 1
         wanted = [(row, text.request.logprobs) for row, text in texts]
         logprobs = start_logprobs(self.decoder.sampler, wanted)
         self._steps.append(_Step(texts, self.decoder.read(), logprobs))
@@ -288,7 +266,7 @@ class Scheduler:
             if text is not None:
                 target = self._rows.index(None)
                 self.decoder.move_row(source, target)
-                self._rows[target], self._rows[source], text._row = text, None, target
+                self._rows[target], self._rows[source], text.row = text, None, target
 
     def _collect(self, step: _Step) -> None:
         """Appends the tokens of a step to their texts."""
@@ -305,7 +283,7 @@ class Scheduler:
             if logprobs is not None:
                 text.logprobs.append(logprobs)
             self._changed[text] = None
-            reason = text._stopping(token[row])
+            reason = text.stopping(token[row])
             if reason is not None:
                 self._end(text, reason)
 
@@ -318,7 +296,7 @@ class Scheduler:
         for queue in (self._waiting, self._reading):
             if text in queue:
                 queue.remove(text)
-        if text._row is not None:
-            self.decoder.clear_row(text._row)
-            self._rows[text._row] = None
-            text._row = None
+        if text.row is not None:
+            self.decoder.clear_row(text.row)
+            self._rows[text.row] = None
+            text.row = None

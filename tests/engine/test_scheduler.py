@@ -76,7 +76,7 @@ def test_a_step_ahead_does_not_change_texts(graphs, kernels):
         texts = [scheduler.add(model.request(ids, **options_of(i))) for i, ids in enumerate(given)]
         run(scheduler)
     assert [text.ids for text in texts] == expected
-    assert graphs and {graph.rows for graph in graphs} <= {1, 2, 4}
+    assert graphs and {graph.cache.batch for graph in graphs} <= {1, 2, 4}
 
 
 def test_a_step_has_as_many_rows_as_running_texts_need(twins, monkeypatch):
