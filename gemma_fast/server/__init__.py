@@ -1,4 +1,4 @@
 """Serves a model over HTTP, with the endpoints of OpenAI's API.
 
-May import: causal_lm, compat, engine, text.
+May import: causal_lm, compat, demo, engine, text.
 """

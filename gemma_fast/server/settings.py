@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import Self  # in typing from Python 3.11 on
 
 from gemma_fast.causal_lm import DEFAULT_LENGTH, GemmaForCausalLM
 from gemma_fast.engine.scheduler import CHUNK
@@ -45,7 +46,7 @@ class Settings(BaseModel):
     max_time: float = Field(600.0, gt=0)
 
     @classmethod
-    def from_environment(cls, **more: Any) -> Settings:
+    def from_environment(cls, **more: Any) -> Self:
         """Returns the settings in environment variables: GEMMA_FAST_MODEL, and so on."""
         names = {name: PREFIX + name.upper() for name in cls.model_fields}
         found: dict[str, Any] = {k: os.environ[v] for k, v in names.items() if v in os.environ}

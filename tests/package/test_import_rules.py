@@ -36,7 +36,7 @@ RULES = {
     "benchmarks.verify": EVERYTHING,
     "benchmarks": EVERYTHING,
     "walkthrough": "__init__, checkpoint, config, load, memory, reference, reference_steps, text",
-    "server": "causal_lm, compat, engine, text",
+    "server": "causal_lm, compat, demo, engine, text",
     "cli": "compat, causal_lm, text, demo, benchmarks, walkthrough, server",
     "__main__": "cli",
     "__init__": "config, presets, causal_lm, engine, model, reference, text",
