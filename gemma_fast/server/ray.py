@@ -37,9 +37,14 @@ class RaySettings(Settings):
     cpus: float = Field(1.0, ge=0)
 
 
-def build(settings: RaySettings) -> Any:
+def build(arguments: dict[str, Any]) -> Any:
     """Returns the application of Ray Serve. The API keys are not part of it: each replica reads the
-    file, or the environment variable, on its own machine."""
+    file, or the environment variable, on its own machine.
+
+    arguments  settings, which override those of the environment. Values may be text, as those of
+               `serve run`
+    """
+    settings = RaySettings.from_environment(**arguments)
     scaling: dict[str, Any] = {"num_replicas": settings.replicas}
     if settings.max_replicas is not None:
         scaling = {
@@ -76,4 +81,4 @@ def _loader(settings: RaySettings, needs_key: bool) -> Callable[[], FastAPI]:
     return load
 
 
-app = build(RaySettings.from_environment())
+app = build({})

@@ -38,13 +38,13 @@ def url(checkpoint, tmp_path_factory):
         ray = pytest.importorskip("ray")
         from ray import serve
 
-        from gemma_fast.server.ray import RaySettings, build
+        from gemma_fast.server.ray import build
 
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-        settings = RaySettings(
-            model=str(checkpoint), device="cpu", dtype="float32", max_length=256, batch_size=4,
-            api_key_file=str(keys), replicas=2, cpus=0.5,
-        )  # fmt: skip
+        settings = {
+            "model": str(checkpoint), "device": "cpu", "dtype": "float32", "max_length": "256",
+            "batch_size": "4", "api_key_file": str(keys), "replicas": "2", "cpus": "0.5",
+        }  # fmt: skip
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build(settings), name="test")
         yield f"http://127.0.0.1:{port}"
