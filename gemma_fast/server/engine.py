@@ -7,6 +7,7 @@ thread:      commands → scheduler.add, scheduler.cancel → scheduler.step →
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import threading
@@ -96,32 +97,33 @@ class Engine:
             self._tickets[ticket.text] = ticket
 
     def _cancel(self, ticket: Ticket) -> None:
-        if ticket.text is not None:
+        if ticket.text is not None and self.failure is None:
             self.scheduler.cancel(ticket.text)
 
     def _run(self) -> None:
         while True:
             works = bool(self.scheduler) and self.failure is None
-            while not (works and self._commands.empty()):
-                command = self._commands.get()
-                if command is None:
-                    self._end_all("cancelled")
-                    self.scheduler.close()
-                    return
-                command()
-                works = bool(self.scheduler) and self.failure is None
-            self._step()
+            if works and self._commands.empty():
+                self._try(self._step)
+            elif (command := self._commands.get()) is not None:
+                self._try(command)
+            else:
+                self._end_all("cancelled")
+                self.scheduler.close()
+                return
 
-    def _step(self) -> None:
-        """Runs a step, and delivers its tokens. If it raises, all texts end, and a new scheduler
-        takes the next ones."""
+    def _try(self, command: Callable[[], object]) -> None:
+        """Calls a function. If it raises, all texts end, and a new scheduler takes the next
+        ones."""
         try:
-            changed = self.scheduler.step()
+            command()
         except Exception as error:
-            log.exception("a step of the scheduler failed, which ends all its texts")
+            log.exception("the scheduler failed, which ends all its texts")
             self._end_all("error", error)
             self._reopen()
-            return
+
+    def _step(self) -> None:
+        changed = self.scheduler.step()
         tickets = [self._tickets[text] for text in changed]
         self._deliver([(ticket, ticket.event()) for ticket in tickets])
         for text in changed:
@@ -146,7 +148,7 @@ class Engine:
         for ticket, event in events:
             ticket.measure(event, now, self.metrics)
         assert self._loop is not None
-        if events and not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(_put, events)
 
     def _add_gauges(self) -> None:

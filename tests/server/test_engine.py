@@ -24,17 +24,18 @@ LONG = {"model": "tiny", "prompt": "hello", "max_tokens": 200, "logit_bias": {"1
 @contextmanager
 def slow_steps(server, seconds: float = 0.02):
     """Makes each step take longer, so that texts run while the test does something."""
-    step = server.engine.scheduler.step
+    scheduler = server.engine.scheduler
+    step = scheduler.step
 
     def slow():
         time.sleep(seconds)
         return step()
 
-    server.engine.scheduler.step = slow
+    scheduler.step = slow
     try:
         yield
     finally:
-        del server.engine.scheduler.step
+        del scheduler.step
 
 
 def send(server, path: str, body: dict) -> socket.socket:
@@ -223,6 +224,21 @@ def test_failed_step_ends_its_texts_and_the_server_goes_on(
         assert isinstance(found.value, openai.InternalServerError)
     server.wait_until_idle()
     assert client.completions.create(**LONG, temperature=0).choices[0].text == expected
+
+
+def test_failed_cancellation_does_not_stop_the_server(server, client, monkeypatch):
+    def fail(self, text):
+        monkeypatch.undo()
+        raise RuntimeError("secret")
+
+    with slow_steps(server):
+        stream = client.completions.create(**LONG, stream=True)
+        next(stream)
+        monkeypatch.setattr(Scheduler, "cancel", fail)
+        stream.close()
+        wait_for(lambda: not server.engine.scheduler)
+    assert client.completions.create(**LONG).usage.completion_tokens == 200
+    server.wait_until_idle()
 
 
 def test_text_with_logits_that_are_not_finite_ends_alone(server, client, monkeypatch):
