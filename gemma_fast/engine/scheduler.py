@@ -30,6 +30,7 @@ from torch import Tensor
 
 from gemma_fast.engine.decoder import Decoder, bucket_of
 from gemma_fast.engine.generate import not_finite
+from gemma_fast.engine.host_copy import to_device
 from gemma_fast.engine.logprobs import TokenLogprobs, start_logprobs
 from gemma_fast.engine.request import Request
 from gemma_fast.engine.sampling import Sampling
@@ -38,6 +39,11 @@ from gemma_fast.engine.text import Text
 from gemma_fast.model.cache import KVCache
 
 CHUNK = 512  # prompt tokens that are read between two decode steps
+# Settings with which `warm_up` runs: each has kernels of its own, or a CUDA graph.
+WARM_UP = (
+    Sampling(), Sampling(do_sample=True), Sampling(do_sample=True, top_k=1),
+    Sampling(repetition_penalty=2.0),
+)  # fmt: skip
 
 
 class QueueFull(Exception):
@@ -142,18 +148,22 @@ class Scheduler:
 
     def warm_up(self) -> None:
         """Compiles the kernels and captures the CUDA graphs of later steps, before the first text
-        is added: those of each number of rows, for greedy, sampled and filtered tokens."""
+        is added: those of each number of rows, for greedy, sampled, filtered and penalized
+        tokens."""
         assert not self, "texts are waiting or running"
-        decoder, device = self.decoder, self.decoder.token.device
-        sizes = {bucket_of(rows + 1) for rows in range(len(self._rows))}
-        lengths = [1, *(2**power for power in range(1, self.chunk.bit_length())), self.chunk]
-        for length in lengths:
-            ids = torch.zeros(1, min(length, decoder.cache.max_length), dtype=torch.long)
-            decoder.read_last(0, ids.to(device), ids.to(device), Sampling())
-            decoder.clear_row(0)
-        for top_k in (None, 0, 1):
-            decoder.sampler.set([Sampling(do_sample=top_k is not None, top_k=top_k or 0)])
-            for rows in [len(self._rows)] if self.invariant else sorted(sizes):
+        decoder, size = self.decoder, min(self.chunk, self.decoder.cache.max_length)
+        lengths = [*(2**power for power in range(size.bit_length())), size]
+        # Kernels are compiled for pointers that are multiples of 16 bytes, and for others. The
+        # pointers to a row are all of one kind, all of the other, or both.
+        for row in range(min(3, self.rows)):
+            cases = [(length, WARM_UP[0]) for length in lengths] + [(1, x) for x in WARM_UP[1:]]
+            for length, sampling in cases:
+                ids = decoder.token.new_zeros(1, length)
+                decoder.read_last(row, ids, ids, sampling)
+                decoder.clear_row(row)
+        for sampling in WARM_UP:
+            decoder.sampler.set([sampling])
+            for rows in sorted({self._step_rows(row) for row in range(self.rows)}):
                 for _ in range(2):  # the second step is captured
                     decoder.step(rows)
         decoder.open(self.invariant)
@@ -217,12 +227,12 @@ class Scheduler:
                 self._reading.popleft()
 
     def _read_part(self, text: Text, row: int, part: Tensor) -> None:
-        request, device = text.request, self.decoder.token.device
+        request, part = text.request, to_device(part, self.decoder.token.device)
         if text.read + part.shape[1] < len(request.ids):
-            self.decoder.read_prompt(row, part.to(device))
+            self.decoder.read_prompt(row, part)
             return
         prompt, keeps = request.ids.unsqueeze(0), request.logprobs is not None
-        self.decoder.read_last(row, part.to(device), prompt.to(device), request.sampling, keeps)
+        self.decoder.read_last(row, part, prompt, request.sampling, keeps)
         self._launched([(row, text)])
 
     def _decode(self) -> bool:
@@ -235,9 +245,8 @@ class Scheduler:
         ]
         if not running:
             return False
-        rows = len(self._rows) if self.invariant else bucket_of(self._last_row() + 1)
         try:
-            self.decoder.step(rows)
+            self.decoder.step(self._step_rows(running[-1][0]))
         except (RuntimeError, MemoryError) as error:
             for _, text in running:
                 self._end(text, "error", error)
@@ -253,8 +262,9 @@ class Scheduler:
         logprobs = start_logprobs(self.decoder.sampler, wanted)
         self._steps.append(_Step(texts, self.decoder.read(), logprobs))
 
-    def _last_row(self) -> int:
-        return max(row for row, text in enumerate(self._rows) if text)
+    def _step_rows(self, last: int) -> int:
+        """Returns the number of rows of a step that decodes rows up to `last`."""
+        return self.rows if self.invariant else bucket_of(last + 1)
 
     def _compact(self) -> None:
         """Moves texts to lower rows, if a step of fewer rows can then decode all of them."""

@@ -30,7 +30,7 @@ from gemma_fast.kernels.launch import Gpu, as_on
 def test_a_step_takes_five_launches_per_layer_plus_three(config, batch):
     """With per-layer embeddings, it takes seven per layer plus five; with experts, seven per layer
     plus three. Also checks that prompts of other lengths compile no further kernels, except those
-    of the experts."""
+    of the experts, and that the texts of a warm scheduler compile none at all."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [
@@ -50,6 +50,7 @@ def test_a_step_takes_five_launches_per_layer_plus_three(config, batch):
     compiled = {x for kernels in found["compiled"].values() for x in kernels}
     # The tiles of grouped matmuls depend on the length of the prompt.
     assert not {x for x in compiled if not x.startswith("('_grouped_")}, compiled
+    assert found["scheduled"] == []
 
 
 def check_kernels(model, ids, **options):
