@@ -180,8 +180,7 @@ def _bar(panel: Any, y: float, result: Any, roof: Roof) -> float:
 def _words(case: Any) -> str:
     """Returns a test's name and its meaning in words."""
     if case.kind == "arrival":
-        each = f"up to {case.longest} tokens, {case.tokens} new ones each"
-        return f"{case.name}: {case.prompts} prompts of {each}, {case.batch} at the same time"
+        return f"{case.name}: prompts of up to {case.longest} tokens, batch {case.batch}"
     verb = f"prompt of {case.tokens} tokens" if case.kind == "pp" else f"{case.tokens} new tokens"
     after = f", after {case.depth}" if case.depth else ""
     batch = f", batch {case.batch}" if case.batch > 1 else ""
