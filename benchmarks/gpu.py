@@ -95,7 +95,7 @@ def stages(cuda: bool) -> list[Stage]:
     packed = [BENCHMARKS, "model", *repeat("--only", (OURS, UNPACKED)), "-p", "0", "-n", new]
     packed += ["-d", "512" if cuda else "5", "-r", "3" if cuda else "1", "--quantize"]
     arrival = [BENCHMARKS, "model", *repeat("--only", (OURS, GENERATE_BATCH)), "-r", "2"]
-    arrival += ARRIVAL.split() if cuda else "--arrival 4 -b 2 -p 8 -n 2".split()
+    arrival += ARRIVAL.split() if cuda else ["--arrival", "4", "-b", "2", "-p", "8", "-n", "2"]
     kernels = [BENCHMARKS, *IMPORTANT, *(x for x in SUITES if x not in IMPORTANT)]
     kernels += repeat("--only", PROVIDERS)
     kernels += repeat("--size", SIZES) if cuda else []

@@ -42,7 +42,7 @@ def run_model(
     kinds = [getattr(torch, name) for name in dtypes] or [kind]
     cuda = device.type == "cuda"
     name = model or ("gemma-2b" if cuda else "tiny")
-    tests = tests_of(prompts, new, depths, batches, arrival)
+    tests = chosen_cases(prompts, new, depths, batches, arrival)
     try:
         checkpoint = with_quantize(find(name), quantize, device)
         packed = is_packed(checkpoint)
@@ -79,7 +79,7 @@ def run_model(
     return not serious(r for r in results if r.case in fitting)
 
 
-def tests_of(
+def chosen_cases(
     prompts: Sequence[Count], new: Sequence[Count], depths: Sequence[int], batches: Sequence[int],
     arrival: Sequence[int],
 ) -> Sequence[Case]:  # fmt: skip

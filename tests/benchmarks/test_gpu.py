@@ -16,10 +16,10 @@ from gemma_fast.benchmarks import gpu
 from gemma_fast.benchmarks.__main__ import main
 from gemma_fast.benchmarks.gpu import SIZES, Stage, run_stages, stages
 from gemma_fast.benchmarks.kernels.table import SUITES
-from gemma_fast.benchmarks.measure.report import NOTHING
 from gemma_fast.benchmarks.measure.outcome import GENERATE_BATCH, OURS
+from gemma_fast.benchmarks.measure.report import NOTHING
 from gemma_fast.benchmarks.model.cases import cases
-from gemma_fast.benchmarks.model.command import tests_of
+from gemma_fast.benchmarks.model.command import chosen_cases
 from gemma_fast.benchmarks.model.providers import providers_of
 from gemma_fast.benchmarks.options import pick_sizes
 from gemma_fast.presets import PRESETS
@@ -135,7 +135,7 @@ def test_a_stage_measures_arrivals_for_three_batch_sizes():
     (words,) = [x.arguments for x in stages(cuda=True) if x.name == "arrival"]
     chosen = main.make_context("benchmarks", list(words[1:])).params
     names = "prompts", "new", "depths", "batches", "arrival"
-    tests = tests_of(**{name: chosen[name] for name in names})
+    tests = chosen_cases(**{name: chosen[name] for name in names})
     assert {x.name for x in tests} == {"128 x pp512+tg32"}
     assert [x.batch for x in tests] == [8, 32, 64]
     assert chosen["only"] == (OURS, GENERATE_BATCH) and {*chosen["only"]} <= {*providers_of(True)}
