@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemma_fast.arguments import as_row, checked_cache, ids_of
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.checkpoint.open import open_checkpoint
 from gemma_fast.checkpoint.rounded import check_quantize
@@ -28,14 +29,14 @@ from gemma_fast.compat import (
 )
 from gemma_fast.config import GemmaConfig
 from gemma_fast.engine.generate import generate_tokens
-from gemma_fast.engine.many import Generated, as_row, generate_many, one_request
+from gemma_fast.engine.many import Generated, generate_many, one_request
 from gemma_fast.engine.options import UNSET, GenerationConfig, as_mapping, merge_options
 from gemma_fast.engine.outputs import CausalLMOutput, Outputs
 from gemma_fast.engine.pool import DecoderPool
 from gemma_fast.engine.processors import functions_of, processors_of
 from gemma_fast.engine.request import Request, end_token_ids, requests_of
 from gemma_fast.engine.scheduler import CHUNK, Scheduler
-from gemma_fast.load import PER_LAYER, load_model, pick_device, refuse_overflow
+from gemma_fast.load import PER_LAYER, load_model, pick_device
 from gemma_fast.model.cache import KVCache
 from gemma_fast.model.gemma import Gemma
 
@@ -161,12 +162,12 @@ class GemmaForCausalLM(Gemma):
         check_keywords("forward()", others, FORWARD)
         if cache is not None and past_key_values is not None:
             raise TypeError("forward() got both cache and past_key_values: pass only one")
-        input_ids = self.check_ids(input_ids)
+        input_ids = ids_of(input_ids, self)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ValueError(f"{logits_to_keep=} must be an integer of at least 0 (0: all)")
         b, t = input_ids.shape
         cache = past_key_values if cache is None else cache
-        cache = self.new_cache(b, t, grows=True) if cache is None else self._check_cache(cache, b)
+        cache = self.new_cache(b, t, grows=True) if cache is None else checked_cache(cache, b, self)
         cache.reserve(t)  # may raise, so it must come before `align` changes the cache's positions
         cache.align(t, attention_mask, position_ids)
         hiddens = self.hidden_states(input_ids, cache, keep=logits_to_keep or None)
@@ -243,7 +244,7 @@ class GemmaForCausalLM(Gemma):
         check_keywords("generate()", others, GENERATE)
         if inputs is not None and input_ids is not None:
             raise TypeError("generate() got both input_ids and inputs: pass only input_ids")
-        ids = self.check_ids(inputs if input_ids is None else input_ids)
+        ids = ids_of(inputs if input_ids is None else input_ids, self)
         if isinstance(attention_mask, Mapping) or hasattr(attention_mask, "to_dict"):
             if generation_config is not None:
                 raise TypeError("generate() got generation_config twice: pass it by name only")
@@ -335,7 +336,7 @@ class GemmaForCausalLM(Gemma):
         Raises ValueError or TypeError as `generate` does.
         """
         check_keywords("a request", options, GENERATE)
-        ids = self.check_ids(as_row(input_ids))
+        ids = ids_of(as_row(input_ids), self, torch.device("cpu"))  # not to wait for a GPU
         return one_request(ids, options, self._defaults(), seed, logprobs, self.config)
 
     def _request_or_error(self, given: Mapping[str, Any]) -> Request | Exception:
@@ -394,50 +395,6 @@ class GemmaForCausalLM(Gemma):
         self.decoders.clear()  # CUDA graphs read the weights at fixed addresses
         super()._apply(fn, recurse)
         return self
-
-    def check_ids(self, input_ids: Any) -> Tensor:
-        """Returns input_ids :: [b, t] on the model's device. Raises ValueError unless input_ids is
-        a non-empty tensor of integers within the vocabulary."""
-        refuse_overflow(self.config, self.dtype)
-        if not isinstance(input_ids, Tensor):
-            raise ValueError(
-                f"input_ids must be a tensor, not a {type(input_ids).__name__}: call"
-                ' tokenizer(text, return_tensors="pt"), and unpack its result, as in'
-                " generate(**inputs)"
-            )
-        kind = input_ids.dtype
-        not_whole = kind.is_floating_point or kind.is_complex or kind == torch.bool
-        if input_ids.ndim != 2 or not_whole:
-            shape = tuple(input_ids.shape)
-            raise ValueError(f"input_ids must be integers [batch, tokens], not {kind} {shape}")
-        if not input_ids.numel():
-            raise ValueError(f"the prompt is empty: input_ids is {tuple(input_ids.shape)}")
-        input_ids = input_ids.to(self.device, torch.long)
-        low, high = (int(x) for x in torch.aminmax(input_ids))
-        if low < 0 or high >= self.config.vocab_size:
-            token = low if low < 0 else high
-            vocabulary = self.config.vocab_size
-            raise ValueError(f"token id {token} is outside the vocabulary of {vocabulary}")
-        return input_ids
-
-    def _check_cache(self, cache: Any, batch: int) -> KVCache:
-        """Returns the cache. Raises ValueError unless it is a KVCache for this config, batch size,
-        dtype and device."""
-        if not isinstance(cache, KVCache):
-            kind = type(cache).__name__
-            raise ValueError(
-                f"past_key_values must be a KVCache from an earlier call, not a {kind}"
-            )
-        if cache.config != self.config:
-            raise ValueError("past_key_values is the KVCache of a model with another config")
-        made, call = (cache.batch, cache.dtype, cache.device), (batch, self.dtype, self.device)
-        if made != call:
-            has, needs = (
-                f"a batch of {b} in {dtype} on {where}" for b, dtype, where in (made, call)
-            )
-            text = f"the cache is for {has}, but this call is {needs}"
-            raise ValueError(text.replace("torch.", ""))
-        return cache
 
 
 AutoModelForCausalLM = GemmaForCausalLM

@@ -13,15 +13,14 @@ layers' C calls are recorded and repeated in the same way, see kernels/cpu/repla
 from __future__ import annotations
 
 import functools
-import threading
-import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from gemma_fast.engine.graphs import StepGraphs
+from gemma_fast.engine.host_copy import copy_to_host
 from gemma_fast.engine.sampler import Processor, Sampler
 from gemma_fast.engine.sampling import Sampling
 from gemma_fast.kernels.cpu.calls import runs_c
@@ -35,8 +34,6 @@ PREFILL_CHUNK = 2048
 # Cache lengths are rounded up to a multiple of ROUND_UP tokens, so a slightly longer text does not
 # need a new cache or graph.
 ROUND_UP = 256
-MAX_GRAPHS = 64  # of a decoder: one for each number of rows and each `graph_key` of its sampler
-_capturing = threading.Lock()
 # Logits of the model and processed logits :: [b, vocab], fp32, of each new token.
 Record = list[tuple[Tensor, Tensor]]
 
@@ -75,11 +72,8 @@ class Decoder:
         self._rows = slice(0, batch)
         self._record: Record | None = None
         self._caches = {bucket: self.cache}  # number of rows → cache of the first rows
-        self._warm: set[Hashable] = set()  # keys of steps that have run
         self._replays: dict[int, Replay] | None = {} if runs_c(model.norm) else None
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._pool: Any = None  # memory that all graphs share
-        self._graph_bytes, self.capture_seconds = 0, 0.0
+        self.graphs = StepGraphs(device)
 
     def fits(self, model: Gemma, max_length: int) -> bool:
         """Returns True if this decoder was created for the model's current weights, and its cache
@@ -158,8 +152,8 @@ class Decoder:
     def read_last(
         self, row: int, ids: Tensor, prompt: Tensor, text: Sampling, keeps_logits: bool = False
     ) -> None:
-        """Appends ids :: [1, t], the last part of the prompt :: [1, tokens], to a paused row, and
-        samples the first token after it. Ends the pause."""
+        """Appends ids :: [1, t], the last part of the prompt :: [1, tokens], which may be on the
+        host, to a paused row, and samples the first token after it. Ends the pause."""
         self.sampler.set_row(row, text, prompt, keeps_logits)
         with self._reading(row, ids) as cache:
             self.model.step(ids, cache, self.sampler.rows(slice(row, row + 1)))
@@ -184,21 +178,13 @@ class Decoder:
         rows = self.cache.batch if rows is None else rows
         self._cache_of(rows).reserve(1)
         self.sampler.follow(self.sampler.token.unsqueeze(1))
-        key = rows, self.sampler.first_rows(rows).graph_key
-        if not self.asynchronous or key[1] is None:
+        key = self.sampler.first_rows(rows).graph_key
+        if not self.asynchronous or key is None:
             self._step(rows)
-        elif key not in self._warm:
-            with self._memory_for("a decode step"):
-                self._step(rows)
-            self._warm.add(key)
         else:
-            if key in self._graphs:
-                self._cache_of(rows).count(1)
-            else:
-                if len(self._graphs) == MAX_GRAPHS:
-                    del self._graphs[next(iter(self._graphs))]  # the oldest graph
-                self._graphs[key] = self._capture(rows)
-            self._graphs[key].replay()
+            with self._memory_for("a decode step"):
+                step = functools.partial(self._step, rows)
+                self.graphs.run((rows, key), step, self._cache_of(rows))
         self._append_record()
 
     def read(self) -> Callable[[], Tensor]:
@@ -206,9 +192,15 @@ class Decoder:
         returns the copied tokens :: [b]."""
         return copy_to_host(self.token)[0]
 
+    def release(self) -> None:
+        """Waits until the device has finished all steps, and forgets the last texts."""
+        self.wait()
+        self.sampler.clear()
+        self._record = None
+
     def memory(self) -> dict[str, int]:
         """Returns the bytes on the device: "cache" (KV cache, sampler), "graph" (CUDA graphs)."""
-        return {"cache": self.cache.nbytes + self.sampler.nbytes, "graph": self._graph_bytes}
+        return {"cache": self.cache.nbytes + self.sampler.nbytes, "graph": self.graphs.nbytes}
 
     def wait(self) -> None:
         """Waits until the device has finished all steps."""
@@ -231,59 +223,9 @@ class Decoder:
         if self._record is not None:
             self._record.append(self.sampler.kept(self._rows))
 
-    def _capture(self, rows: int) -> torch.cuda.CUDAGraph:
-        """Captures the step as a CUDA graph, which the caller must replay.
-
-        The capture increases the token counts of the cache on the host, but computes no token.
-        """
-        start, device = time.perf_counter(), self.token.device
-        graph = torch.cuda.CUDAGraph()
-        with (
-            _capturing,
-            self._memory_for("the CUDA graph of a decode step"),
-            torch.cuda.device(device),
-            # This context restores the current stream, even if the capture fails.
-            torch.cuda.stream(torch.cuda.current_stream(device)),
-        ):
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            before = torch.cuda.memory_reserved()
-            # PyTorch's default capture stream is on the first device that captured a graph, which
-            # may be another device.
-            stream = _capture_stream(device)
-            # Graphs run one after another, and keep results in the cache and the sampler only, so
-            # they can share the memory of all other tensors.
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-            ):
-                self._step(rows)
-            self._graph_bytes += max(torch.cuda.memory_reserved() - before, 0)
-        self.capture_seconds += time.perf_counter() - start
-        return graph
-
     def _memory_for(self, what: str) -> AbstractContextManager[None]:
         way_out = "a smaller batch, or model.free_memory()"
         return out_of_memory(what, 0, self.token.device, way_out)
-
-
-def copy_to_host(*tensors: Tensor) -> list[Callable[[], Tensor]]:
-    """Starts to copy tensors to the host. Returns for each a function that waits for its copy, then
-    returns it. The tensors may change after this call."""
-    cuda = tensors[0].is_cuda
-    copies = [torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=cuda) for x in tensors]
-    for copy, x in zip(copies, tensors, strict=True):
-        copy.copy_(x, non_blocking=True)
-    done = torch.cuda.Event() if cuda else None
-    if done is not None:
-        done.record(torch.cuda.current_stream(tensors[0].device))
-
-    def wait(copy: Tensor) -> Tensor:
-        if done is not None:
-            done.synchronize()
-        return copy
-
-    return [functools.partial(wait, copy) for copy in copies]
 
 
 def bucket_of(batch: int) -> int:
@@ -294,8 +236,3 @@ def bucket_of(batch: int) -> int:
 def _addresses(model: Gemma) -> list[int]:
     """Returns the weights' addresses. CUDA graphs read the weights at fixed addresses."""
     return [weight.data_ptr() for weight in model.parameters()]
-
-
-@functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

@@ -15,7 +15,8 @@ from gemma_fast.engine.bias import as_int
 from gemma_fast.engine.logprobs import TokenLogprobs
 from gemma_fast.engine.options import merge_options
 from gemma_fast.engine.request import Request, requests_of
-from gemma_fast.engine.scheduler import Scheduler, Text
+from gemma_fast.engine.scheduler import Scheduler
+from gemma_fast.engine.text import Text
 
 MAX_LOGPROBS = 20
 
@@ -63,17 +64,6 @@ def generate_many(
             if text.reason is not None:
                 number = numbers.pop(text)
                 yield Generated(number, text.ids, text.reason, text.logprobs, text.error)
-
-
-def as_row(input_ids: Any) -> Any:
-    """Returns the ids of one prompt as a tensor [1, t], if they are a list of integers or a tensor
-    [t]."""
-    if isinstance(input_ids, list | tuple):
-        if any(as_int(token) is None for token in input_ids):
-            raise ValueError(f"input_ids={input_ids!r:.60} must be token ids")
-        input_ids = torch.tensor(input_ids, dtype=torch.long, device="cpu")
-    flat = isinstance(input_ids, Tensor) and input_ids.ndim == 1
-    return input_ids.unsqueeze(0) if flat else input_ids
 
 
 def one_request(

@@ -29,8 +29,7 @@ class DecoderPool(dict[int, Decoder]):
         return Decoder(model, batch, max_length)
 
     def give_back(self, decoder: Decoder) -> None:
-        decoder.wait()
-        decoder.sampler.clear()
+        decoder.release()
         del decoder.model  # otherwise, a reference cycle keeps the model alive after its last use
         self[decoder.cache.batch] = decoder
 

@@ -23,47 +23,31 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gemma_fast.engine.decoder import Decoder, bucket_of
 from gemma_fast.engine.generate import not_finite
+from gemma_fast.engine.host_copy import to_device
 from gemma_fast.engine.logprobs import TokenLogprobs, start_logprobs
 from gemma_fast.engine.request import Request
 from gemma_fast.engine.sampling import Sampling
-from gemma_fast.engine.stopping import Reason, Stopping
+from gemma_fast.engine.stopping import Stopping
+from gemma_fast.engine.text import Text
 from gemma_fast.model.cache import KVCache
 
 CHUNK = 512  # prompt tokens that are read between two decode steps
+# Settings with which `warm_up` runs: each has kernels of its own, or a CUDA graph.
+WARM_UP = (
+    Sampling(), Sampling(do_sample=True), Sampling(do_sample=True, top_k=1),
+    Sampling(repetition_penalty=2.0),
+)  # fmt: skip
 
 
 class QueueFull(Exception):
     """The queue of waiting texts is at its limit."""
-
-
-class Text:
-    """A request in a scheduler, and the tokens that it has got.
-
-    request   the request
-    ids       new tokens until now
-    logprobs  TokenLogprobs of each new token, if the request asks for them
-    reason    None until the text ends; "stop": an end token or stop string, which is in `ids`;
-              "length": max_new_tokens; "time": max_time; "cancelled"; "error"
-    error     the exception of an "error"
-    """
-
-    def __init__(self, request: Request, stopping: Stopping) -> None:
-        self.request = request
-        self.ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.reason: Reason | Literal["cancelled", "error"] | None = None
-        self.error: Exception | None = None
-        self._stopping = stopping
-        self._row: int | None = None
-        self._read = 0  # tokens of the prompt that are in the cache
-        self._sampled = 0  # new tokens that the device computes or has computed
 
 
 class _Step(NamedTuple):
@@ -122,7 +106,7 @@ class Scheduler:
     @property
     def tokens(self) -> int:
         """Number of tokens in the cache, of all texts."""
-        return sum(text._read + len(text.ids) for text in self._rows if text)
+        return sum(text.read + len(text.ids) for text in self._rows if text)
 
     def __bool__(self) -> bool:
         """True if there is a text that has not ended."""
@@ -152,7 +136,7 @@ class Scheduler:
         """Reads parts of prompts, and decodes one token of each running text. Returns the texts
         that got tokens or ended. A text whose computation fails ends with "error"; the others go
         on."""
-        for text in [x for x in (*self._waiting, *self._reading) if x._stopping.is_late()]:
+        for text in [x for x in (*self._waiting, *self._reading) if x.stopping.is_late()]:
             self._end(text, "time")
         self._admit()
         self._read_prompts()
@@ -164,18 +148,22 @@ class Scheduler:
 
     def warm_up(self) -> None:
         """Compiles the kernels and captures the CUDA graphs of later steps, before the first text
-        is added: those of each number of rows, for greedy, sampled and filtered tokens."""
+        is added: those of each number of rows, for greedy, sampled, filtered and penalized
+        tokens."""
         assert not self, "texts are waiting or running"
-        decoder, device = self.decoder, self.decoder.token.device
-        sizes = {bucket_of(rows + 1) for rows in range(len(self._rows))}
-        lengths = [1, *(2**power for power in range(1, self.chunk.bit_length())), self.chunk]
-        for length in lengths:
-            ids = torch.zeros(1, min(length, decoder.cache.max_length), dtype=torch.long)
-            decoder.read_last(0, ids.to(device), ids.to(device), Sampling())
-            decoder.clear_row(0)
-        for top_k in (None, 0, 1):
-            decoder.sampler.set([Sampling(do_sample=top_k is not None, top_k=top_k or 0)])
-            for rows in [len(self._rows)] if self.invariant else sorted(sizes):
+        decoder, size = self.decoder, min(self.chunk, self.decoder.cache.max_length)
+        lengths = [*(2**power for power in range(size.bit_length())), size]
+        # Kernels are compiled for pointers that are multiples of 16 bytes, and for others. The
+        # pointers to a row are all of one kind, all of the other, or both.
+        for row in range(min(3, self.rows)):
+            cases = [(length, WARM_UP[0]) for length in lengths] + [(1, x) for x in WARM_UP[1:]]
+            for length, sampling in cases:
+                ids = decoder.token.new_zeros(1, length)
+                decoder.read_last(row, ids, ids, sampling)
+                decoder.clear_row(row)
+        for sampling in WARM_UP:
+            decoder.sampler.set([sampling])
+            for rows in sorted({self._step_rows(row) for row in range(self.rows)}):
                 for _ in range(2):  # the second step is captured
                     decoder.step(rows)
         decoder.open(self.invariant)
@@ -210,12 +198,12 @@ class Scheduler:
                 return
             if owner is None:
                 text = self._waiting.popleft()
-                self._rows[row], text._row = text, row
+                self._rows[row], text.row = text, row
                 self._reading.append(text)
                 prefix, ids = self._prefix, text.request.ids
                 if self._prefix_cache and prefix == ids[: len(prefix)].tolist() != ids.tolist():
                     self.decoder.cache.rows(row).copy_from(self._prefix_cache)
-                    text._read = len(prefix)
+                    text.read = len(prefix)
 
     def _read_prompts(self) -> None:
         """Reads the next parts of prompts, `chunk` tokens in all at most. The oldest text's come
@@ -223,9 +211,9 @@ class Scheduler:
         left = self.chunk
         while self._reading:
             text = self._reading[0]
-            prompt, row = text.request.ids, text._row
+            prompt, row = text.request.ids, text.row
             assert row is not None
-            part = prompt[text._read : text._read + self.chunk].unsqueeze(0)
+            part = prompt[text.read : text.read + self.chunk].unsqueeze(0)
             if part.shape[1] > left:
                 return
             left -= part.shape[1]
@@ -234,17 +222,17 @@ class Scheduler:
             except (RuntimeError, MemoryError) as error:
                 self._end(text, "error", error)
                 continue
-            text._read += part.shape[1]
-            if text._read == len(prompt):
+            text.read += part.shape[1]
+            if text.read == len(prompt):
                 self._reading.popleft()
 
     def _read_part(self, text: Text, row: int, part: Tensor) -> None:
-        request = text.request
-        if text._read + part.shape[1] < len(request.ids):
+        request, part = text.request, to_device(part, self.decoder.token.device)
+        if text.read + part.shape[1] < len(request.ids):
             self.decoder.read_prompt(row, part)
             return
-        keeps = request.logprobs is not None
-        self.decoder.read_last(row, part, request.ids.unsqueeze(0), request.sampling, keeps)
+        prompt, keeps = request.ids.unsqueeze(0), request.logprobs is not None
+        self.decoder.read_last(row, part, prompt, request.sampling, keeps)
         self._launched([(row, text)])
 
     def _decode(self) -> bool:
@@ -253,13 +241,12 @@ class Scheduler:
         running = [
             (row, text)
             for row, text in enumerate(self._rows)
-            if text and 0 < text._sampled < text.request.max_new_tokens
+            if text and 0 < text.sampled < text.request.max_new_tokens
         ]
         if not running:
             return False
-        rows = len(self._rows) if self.invariant else bucket_of(self._last_row() + 1)
         try:
-            self.decoder.step(rows)
+            self.decoder.step(self._step_rows(running[-1][0]))
         except (RuntimeError, MemoryError) as error:
             for _, text in running:
                 self._end(text, "error", error)
@@ -270,13 +257,14 @@ class Scheduler:
     def _launched(self, texts: Sequence[tuple[int, Text]]) -> None:
         """Starts to copy the newest token of these texts to the host."""
         for _, text in texts:
-            text._sampled += 1
+            text.sampled += 1
         wanted = [(row, text.request.logprobs) for row, text in texts]
         logprobs = start_logprobs(self.decoder.sampler, wanted)
         self._steps.append(_Step(texts, self.decoder.read(), logprobs))
 
-    def _last_row(self) -> int:
-        return max(row for row, text in enumerate(self._rows) if text)
+    def _step_rows(self, last: int) -> int:
+        """Returns the number of rows of a step that decodes rows up to `last`."""
+        return self.rows if self.invariant else bucket_of(last + 1)
 
     def _compact(self) -> None:
         """Moves texts to lower rows, if a step of fewer rows can then decode all of them."""
@@ -288,7 +276,7 @@ class Scheduler:
             if text is not None:
                 target = self._rows.index(None)
                 self.decoder.move_row(source, target)
-                self._rows[target], self._rows[source], text._row = text, None, target
+                self._rows[target], self._rows[source], text.row = text, None, target
 
     def _collect(self, step: _Step) -> None:
         """Appends the tokens of a step to their texts."""
@@ -305,7 +293,7 @@ class Scheduler:
             if logprobs is not None:
                 text.logprobs.append(logprobs)
             self._changed[text] = None
-            reason = text._stopping(token[row])
+            reason = text.stopping(token[row])
             if reason is not None:
                 self._end(text, reason)
 
@@ -318,7 +306,7 @@ class Scheduler:
         for queue in (self._waiting, self._reading):
             if text in queue:
                 queue.remove(text)
-        if text._row is not None:
-            self.decoder.clear_row(text._row)
-            self._rows[text._row] = None
-            text._row = None
+        if text.row is not None:
+            self.decoder.clear_row(text.row)
+            self._rows[text.row] = None
+            text.row = None

@@ -5,6 +5,7 @@ from decoder_checks import Graph
 from tiny_models import CONFIGS, Twins
 
 from gemma_fast.engine.decoder import Decoder
+from gemma_fast.engine.graphs import StepGraphs
 
 
 @pytest.fixture(scope="session", params=["gemma3-gqa"])
@@ -20,9 +21,9 @@ def graphs(monkeypatch) -> list[Graph]:
     that the decoders capture."""
     made: list[Graph] = []
 
-    def capture(self):
-        self._graph_bytes += 7
-        made.append(Graph(self))
+    def capture(self, step, cache):
+        self.nbytes += 7
+        made.append(Graph(step, cache))
         return made[-1]
 
     init = Decoder.__init__
@@ -31,11 +32,6 @@ def graphs(monkeypatch) -> list[Graph]:
         init(self, *args)
         self.asynchronous = True
 
-    def read(self):
-        token = self.token.clone()
-        return lambda: token
-
-    monkeypatch.setattr(Decoder, "_capture", capture)
+    monkeypatch.setattr(StepGraphs, "capture", capture)
     monkeypatch.setattr(Decoder, "__init__", asynchronous)
-    monkeypatch.setattr(Decoder, "read", read)
     return made

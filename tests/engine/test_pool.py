@@ -103,7 +103,7 @@ def test_prefill_and_extend_equal_one_prefill(twins):
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
 def test_a_full_decoder_raises_and_can_start_a_new_text(twins, asynchronous):
     decoder = Decoder(twins.model, 1, 256)
-    decoder.asynchronous, decoder._capture = asynchronous, lambda: Graph(decoder)
+    decoder.asynchronous, decoder.graphs.capture = asynchronous, Graph
     decoder.prefill(twins.prompt(1, 253))
     for _ in range(3):
         decoder.step()

@@ -34,12 +34,12 @@ def test_repeated_steps_have_the_logits_of_steps_that_run(batch, quantize, name)
     found = []
     for replays in (True, False):
         decoder, logits = Decoder(model, batch, 20), []  # logits, before and after processing
-        decoder._replay = decoder._replay if replays else None
+        decoder._replays = decoder._replays if replays else None
         decoder.prefill(ids, texts=[Sampling()] * batch, record=logits)
         for _ in range(4):
             decoder.step()
         if replays:
-            assert bool(decoder._replay._calls) == (batch <= MAX_ROWS)
+            assert bool(decoder._replays[decoder.cache.batch]._calls) == (batch <= MAX_ROWS)
         found.append(torch.stack([raw for raw, _ in logits]))
     assert found[0].numel() and torch.equal(*found)
 

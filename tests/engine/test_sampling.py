@@ -174,20 +174,21 @@ def test_logits_are_processed_only_if_filtered_or_penalised():
 
 
 def test_graph_key_depends_on_the_operations_of_a_step():
-    """The key depends on the number of sorted logits, and on whether rows sample or penalise."""
+    """The key depends on the number of sorted logits, rounded up to 64, 128, …, and on whether rows
+    sample or penalise."""
 
     def key(**options):
-        return sampler_of(Sampling(**options), 2, 9).graph_key
+        return sampler_of(Sampling(**options), 2, 200).graph_key
 
     assert key(temperature=2.0, top_k=5) == key()
     keys = [
-        key(), key(repetition_penalty=1.1), key(do_sample=True), key(do_sample=True, min_p=0.1),
-        key(do_sample=True, top_k=5), key(do_sample=True, top_k=6), key(do_sample=True, top_p=0.9),
+        key(), key(repetition_penalty=1.1), key(do_sample=True), key(do_sample=True, top_k=64),
+        key(do_sample=True, top_k=65), key(do_sample=True, top_p=0.9),
         key(do_sample=True, top_k=5, repetition_penalty=1.1),
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
-    for other in ({"temperature": 2.0}, {"top_p": 0.9}, {"min_p": 0.1}):
-        assert key(do_sample=True, top_k=5, **other) == key(do_sample=True, top_k=5)
+    for other in ({"temperature": 2.0}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 6}):
+        assert key(**{"do_sample": True, "top_k": 5, **other}) == key(do_sample=True, top_k=5)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,22 @@ def test_repeated_runs_give_the_same_bits(device):
         assert torch.equal(case.run(**options), first) and torch.equal(case.keys, keys)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("position", [-1, -(1 << 30), -(1 << 30) + 12345])
+def test_a_row_of_padding_gives_zeros_and_writes_nothing(position, window, device):
+    """A paused row of a cache has a position far below zero."""
+    n, slots = 2, 64
+    qkv = torch.randn(2, 4 * n, D, device=device)
+    keys, values = torch.randn(2, 2, n, slots, D, device=device)
+    before = torch.stack((keys[1], values[1]))
+    positions = torch.tensor([9, position], dtype=torch.int32, device=device)
+    counter = torch.zeros(2 * n, dtype=torch.int32, device=device)
+    options = {"scale": SCALE, "window": window}
+    out = decode_attention(qkv, keys, values, *table(64, D, device), positions, counter, **options)
+    assert out[0].all() and not out[1].any() and not counter.any()
+    assert torch.equal(torch.stack((keys[1], values[1])), before)
+
+
 def test_empty_batch_gives_an_empty_result(device):
     qkv, ring = torch.zeros(0, 6, D, device=device), torch.zeros(0, 1, 8, D, device=device)
     none = torch.zeros(0, dtype=torch.int32, device=device)

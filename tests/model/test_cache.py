@@ -86,3 +86,42 @@ def test_caches_of_a_model_share_its_rotary_tables(model):
     for kind, (cos, _) in longer.angles.items():
         assert len(cos) == 100
         assert torch.equal(cos[:64], first.angles[kind][0])
+
+
+@torch.no_grad()
+def test_a_paused_row_stays_as_it_is_while_others_decode(model):
+    """Row 0 pauses after 20 tokens, which is past its window; row 2 was never used."""
+    cache, ids = model.new_cache(3, 64), torch.arange(3, 43).view(2, 20)
+    read(model, ids, cache.rows(slice(0, 2)))
+    cache.rows(2).pause()
+    cache.rows(0).pause()
+    before = [x[0].clone() for x in (*cache.keys, *cache.values)]
+    for _ in range(3):
+        read(model, torch.tensor([[5], [6], [7]]), cache)
+    assert [cache.rows(i).length for i in range(3)] == [20, 23, 0]
+    assert all(map(torch.equal, before, [x[0] for x in (*cache.keys, *cache.values)]))
+    assert not any(x[2].any() for x in (*cache.keys, *cache.values))
+    cache.rows(0).resume()
+    token = torch.tensor([[9]])
+    expected = model(torch.cat((ids[:1], token), dim=1), logits_to_keep=1).logits[0, 0]
+    close(read(model, token, cache.rows(0))[0], expected)
+
+
+def test_a_failed_pass_does_not_make_paused_rows_stale(model):
+    cache = model.new_cache(2, 32)
+    cache.rows(1).pause()
+    with pytest.raises(KeyboardInterrupt), cache.unfinished("a reason"):
+        raise KeyboardInterrupt
+    assert (cache.rows(0).stale, cache.rows(1).stale) == ("a reason", None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_a_copied_row_continues_like_its_source(model, tokens):
+    cache, ids, token = model.new_cache(3, 64), torch.arange(3, 43)[None, :tokens], torch.ones(1, 1)
+    read(model, torch.arange(50, 90).view(1, 40), cache.rows(2))  # to be replaced
+    read(model, ids, cache.rows(0))
+    cache.rows(2).copy_from(cache.rows(0))
+    assert [cache.rows(i).length for i in range(3)] == [tokens, 0, tokens]
+    found = [read(model, token.long(), cache.rows(i)) for i in (0, 2)]
+    assert torch.equal(*found)

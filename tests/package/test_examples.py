@@ -73,6 +73,18 @@ def test_batch_of_prompts(run, demo_gguf):
     assert len(speeds) == 2 and all(float(speed) > 0 for speed in speeds)
 
 
+def test_many_prompts(run, demo_gguf):
+    """The text that ends first is printed first, and the prompt that waited comes last but one."""
+    printed = run(*EXACT)
+    order = re.findall(r"^'(.*)' -> '.*' \((.*)\)$", printed.replace('"', "'"), re.M)
+    assert [reason for _, reason in order] == ["length", "length", "stop", "length"]
+    assert [prompt[:5] for prompt, _ in order] == ["The c", "Here ", "1, 2,", "I wan"]
+    (text,) = re.findall(r"'I want to move' -> \"(.*)\"", printed)
+    assert CONTINUATION.startswith(text) and len(text) > 40
+    assert "'1, 2, 3, 4,' -> ' 5, 6, 7' (stop)" in printed
+    assert len(re.findall(r"likeliest: '.*' .*, '.*' .*, '.*' ", printed)) == 4
+
+
 def test_logits_and_scoring(run, demo_gguf):
     printed = run(*EXACT)
     found = {left: float(right) for left, right in re.findall(r"^(.*) = (.*)$", printed, re.M)}

@@ -1,6 +1,8 @@
 """Contains sampling options and a simulated CUDA graph for the engine tests."""
 
-from gemma_fast.engine.decoder import Decoder
+from collections.abc import Callable
+
+from gemma_fast.model.cache import KVCache
 
 NEVER = {"eos_token_id": []}  # no token ends a text
 SAMPLINGS = {
@@ -13,14 +15,14 @@ SAMPLINGS = {
 
 
 class Graph:
-    """Simulates a CUDA graph of the decode step: replay() runs the step. Like Decoder._capture, the
-    constructor increases the cache's token counts on the host, but computes no token."""
+    """Simulates a CUDA graph of the decode step: replay() runs the step. Like StepGraphs.capture,
+    the constructor increases the cache's token counts on the host, but computes no token."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder, self.replays = decoder, 0
-        decoder.cache.count(1)
+    def __init__(self, step: Callable[[], None], cache: KVCache) -> None:
+        self.step, self.cache, self.replays = step, cache, 0
+        cache.count(1)
 
     def replay(self) -> None:
-        self.decoder.cache.count(-1)  # undoes the count of `_step`: a real replay counts no token
-        self.decoder._step()
+        self.cache.count(-1)  # undoes the count of the step: a real replay counts no token
+        self.step()
         self.replays += 1

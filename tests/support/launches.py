@@ -4,8 +4,9 @@
 
 Prints a JSON object. `step` lists the launches of a decode step: first Triton's kernels, then
 PyTorch's operators. `compiled` lists, by prompt length, the kernels that a prompt of this length
-would compile after a prompt of 19 tokens. Kernels are recorded, not run, so all tokens are 0. Tests
-run this script as a separate process, like compile_kernels.py.
+would compile after a prompt of 19 tokens. `scheduled` lists the kernels that texts of many lengths
+and settings would compile in a scheduler that is warm. Kernels are recorded, not run, so all tokens
+are 0. Tests run this script as a separate process, like compile_kernels.py.
 """
 
 import json
@@ -18,6 +19,7 @@ from tiny_models import CONFIGS, random_model
 from torch.profiler import ProfilerActivity, profile
 
 from gemma_fast.engine.decoder import Decoder
+from gemma_fast.engine.scheduler import Scheduler
 from gemma_fast.kernels.launch import as_on
 
 # PyTorch's operators that launch no kernel.
@@ -57,6 +59,24 @@ def compiled(work) -> set[str]:
     }
 
 
+def compiled_after_warm_up(model) -> list[str]:
+    scheduler = Scheduler(Decoder(model, 16, 256), chunk=64)
+    warm = compiled(scheduler.warm_up)
+    settings = [
+        {}, {"do_sample": True, "top_k": 0}, {"do_sample": True, "top_p": 0.9},
+        {"repetition_penalty": 1.5}, {"logprobs": 2}, {"suppress_tokens": [5]},
+    ]  # fmt: skip
+
+    def texts() -> None:
+        for i in range(40):
+            options = {**settings[i % len(settings)], "max_new_tokens": 2 + i % 7}
+            scheduler.add(model.request([1] * (1 + 37 * i % 150), eos_token_id=[], **options))
+        while scheduler:
+            scheduler.step()
+
+    return sorted(compiled(texts) - warm)
+
+
 def main(config: str, batch: int) -> None:
     record_launches()
     model = random_model(CONFIGS[config])
@@ -69,7 +89,8 @@ def main(config: str, batch: int) -> None:
     decoder.prefill(torch.ones(batch, 19, dtype=torch.long))
     first = compiled(text(19))
     others = {tokens: sorted(compiled(text(tokens)) - first) for tokens in (32, 33, 130, 200)}
-    print(json.dumps({"step": launched(decoder.step), "compiled": others}))
+    found = {"step": launched(decoder.step), "compiled": others}
+    print(json.dumps({**found, "scheduled": compiled_after_warm_up(model)}))
 
 
 if __name__ == "__main__":
