@@ -32,7 +32,7 @@ from gemma_fast.benchmarks.measure.report import (
 
 SAME = "the row's own dtype"
 # Column → its key in results.json, and the provider and dtype whose speed is 1. llama.cpp has no
-# dtype. "× transformers, float32" stands beside other dtypes only.
+# dtype. Ratios to a rival in float32 stand beside other dtypes only.
 RATIOS = {
     "× eager": ("x_eager", EAGER, SAME),
     "× transformers": ("x_transformers", TRANSFORMERS, SAME),
@@ -40,6 +40,7 @@ RATIOS = {
     "× llama.cpp": ("x_llama_cpp", LLAMA_CPP, None),
     "× one by one": ("x_one_by_one", ONE_BY_ONE, SAME),
     "× generate_batch": ("x_generate_batch", GENERATE_BATCH, SAME),
+    "× generate_batch, float32": ("x_generate_batch_float32", GENERATE_BATCH, "float32"),
 }
 COLUMNS = {
     "test": "---", "provider": "---", "dtype": "---", "batch": "---:", "t/s": "---:",

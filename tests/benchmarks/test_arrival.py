@@ -10,6 +10,7 @@ from gemma_fast.benchmarks import plot
 from gemma_fast.benchmarks.__main__ import main
 from gemma_fast.benchmarks.measure import machine, timing
 from gemma_fast.benchmarks.measure.machine import Roof
+from gemma_fast.benchmarks.measure.model_report import add_ratios
 from gemma_fast.benchmarks.measure.outcome import GENERATE_BATCH, ONE_BY_ONE, OURS, Wrong, serious
 from gemma_fast.benchmarks.model.arrival import Arrival, arrivals, check_texts
 from gemma_fast.benchmarks.model.cases import find
@@ -143,6 +144,21 @@ def test_command_measures_all_providers_and_writes_their_ratios(tmp_path):
     assert drawn.exit_code == 0, drawn.output
     assert (tmp_path / "results.md").read_text() == text and (tmp_path / "speed.png").exists()
     assert "× one by one | × generate_batch |" in drawn.stdout
+
+
+def test_ratios_are_of_the_same_batch_size_and_dtype_and_of_float32():
+    rates = {
+        (8, OURS, "bfloat16"): 90.0, (8, ONE_BY_ONE, "bfloat16"): 30.0, (16, OURS, "float32"): 20.0,
+        (8, GENERATE_BATCH, "bfloat16"): 10.0, (8, GENERATE_BATCH, "float32"): 45.0,
+    }  # fmt: skip
+    rows = [
+        {"test": CASE.name, "batch": batch, "provider": name, "dtype": dtype, "tokens_per_s": rate}
+        for (batch, name, dtype), rate in rates.items()
+    ]
+    add_ratios(rows)
+    ratios = {key: value for key, value in rows[0].items() if key.startswith("x_")}
+    assert ratios == {"x_one_by_one": 3, "x_generate_batch": 9, "x_generate_batch_float32": 2}
+    assert not [key for key in rows[2] if key.startswith("x_")]
 
 
 @pytest.mark.parametrize(
