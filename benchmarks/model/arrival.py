@@ -3,8 +3,8 @@
     32 x pp512+tg64  32 prompts of 16, 32, …, 512 tokens in mixed order, and 64 new tokens for each
 
 All prompts are given at once, and up to `batch` texts are decoded at the same time. The time counts
-from the first prompt to the last token, prompts included. Tokens are read back as the provider does
-it. The texts are checked once, and this run also warms the provider up.
+from the first prompt to the last token, prompts included. Each provider reads its tokens back. The
+texts are checked once, and this run also warms the provider up.
 """
 
 from __future__ import annotations

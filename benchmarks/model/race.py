@@ -18,6 +18,8 @@ test, if the context allows. In float32, its greedy tokens must equal the refere
 dtype, the reference computes in float32 with the same weights: the logits that it gives to the
 provider's greedy tokens must be close to its largest logits. Also, our error must not be much
 larger than transformers' (see judge.SLACK). A wrong provider is not timed.
+
+Many prompts that arrive together are another test, with other providers; see arrival.py.
 """
 
 from __future__ import annotations

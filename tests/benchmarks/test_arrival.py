@@ -1,6 +1,7 @@
 """Tests `gemma-fast bench --arrival`: many prompts, and fewer texts at the same time."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from gemma_fast.benchmarks.measure.model_report import add_ratios
 from gemma_fast.benchmarks.measure.outcome import GENERATE_BATCH, ONE_BY_ONE, OURS, Wrong, serious
 from gemma_fast.benchmarks.model.arrival import Arrival, arrivals, check_texts
 from gemma_fast.benchmarks.model.cases import find
+from gemma_fast.benchmarks.model.generate_batch import GenerateBatch
 from gemma_fast.benchmarks.model.judge import Judge
 from gemma_fast.benchmarks.model.providers import ARRIVAL_PROVIDERS, Many
 from gemma_fast.benchmarks.model.race import groups, run
@@ -101,6 +103,29 @@ def test_texts_that_are_not_greedy_are_wrong(judge):
     for short in ([*texts[:-1], texts[-1][:3]], texts[:-1]):
         with pytest.raises(Wrong, match="there are not 5 texts of 4 new tokens"):
             check_texts(judge, ids, short, 4, FP32)
+
+
+def test_texts_that_fail_are_errors():
+    """transformers logs errors, and leaves out the texts; generate_many puts errors in results."""
+    model = SimpleNamespace(
+        device=CPU, destroy_cached_continuous_batching_manager=lambda: None,
+        generate_batch=lambda prompts, **_: texts,
+    )  # fmt: skip
+    provider = GenerateBatch(model)
+    provider.start(2, 300, "arrival")
+    done = SimpleNamespace(generated_tokens=[7, 8], error=None)
+    texts = {"a": done, "b": done}
+    assert provider.texts([[3], [4, 5]], 2) == [[7, 8], [7, 8]]
+    texts = {"a": done}
+    with pytest.raises(RuntimeError, match="generate_batch: 1 texts are missing"):
+        provider.texts([[3], [4, 5]], 2)
+    texts = {"a": done, "b": SimpleNamespace(generated_tokens=[], error="no blocks")}
+    with pytest.raises(RuntimeError, match="generate_batch: no blocks"):
+        provider.texts([[3], [4, 5]], 2)
+    ours = ARRIVAL_PROVIDERS[OURS](find("tiny"), FP32, CPU)
+    ours.start(2, 300, "arrival")
+    with pytest.raises(ValueError, match="token id 199 is outside the vocabulary"):
+        ours.texts([[3], [199]], 2)
 
 
 def test_wrong_provider_is_not_timed_and_fails_the_run(judge, monkeypatch):
