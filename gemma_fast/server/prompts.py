@@ -19,6 +19,7 @@ from gemma_fast.server.limits import Limits
 from gemma_fast.server.schema import Body, ChatBody, CompletionBody
 from gemma_fast.text.tokenizer import Tokenizer
 
+TOKEN_CHARACTERS = 64  # tokens of Gemma's vocabularies are shorter
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 # OpenAI's defaults, for a checkpoint whose generation_config does not sample.
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -28,6 +29,7 @@ TOOLS = re.compile(r"\btools\b")
 def chat_requests(engine: Engine, limits: Limits, body: ChatBody) -> list[Request]:
     """Returns n requests for a chat. Raises BadRequest."""
     tokenizer = engine.tokenizer
+    _check_characters(engine, limits, [body.messages, body.offered], "messages")
     with _bad_requests(tokenizer, "messages"):
         ids = _render(tokenizer, body)
     room = _room(engine, limits, ids, "messages")
@@ -40,6 +42,7 @@ def completion_requests(engine: Engine, limits: Limits, body: CompletionBody) ->
     """Returns n requests for each prompt, prompt by prompt. Raises BadRequest."""
     found: list[Request] = []
     for prompt in body.prompt:
+        _check_characters(engine, limits, prompt, "prompt")
         with _bad_requests(engine.tokenizer, "prompt"):
             ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         room = _room(engine, limits, ids, "prompt")
@@ -97,11 +100,32 @@ def _with_arguments(call: Any) -> dict[str, Any]:
     return {**call, "function": function}
 
 
+def _check_characters(engine: Engine, limits: Limits, value: Any, param: str) -> None:
+    """Raises BadRequest if a JSON value has too many characters for a prompt: rendering and encoding
+    millions of them takes seconds."""
+    most, count, left = _most_tokens(engine, limits) * TOKEN_CHARACTERS, 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            count += len(item)
+        elif isinstance(item, dict):
+            left += [*item, *item.values()]
+        elif isinstance(item, list):
+            left += item
+    if count > most:
+        message = f"the prompt has {count} characters; the limit is {most}"
+        raise BadRequest(message, param, "context_length_exceeded")
+
+
+def _most_tokens(engine: Engine, limits: Limits) -> int:
+    """Returns the maximum number of tokens of a prompt."""
+    most = engine.max_length - 1
+    return most if limits.prompt_tokens is None else min(most, limits.prompt_tokens)
+
+
 def _room(engine: Engine, limits: Limits, ids: Sequence[int], param: str) -> int:
     """Returns the number of new tokens for which a prompt leaves room."""
-    most = engine.max_length - 1
-    if limits.prompt_tokens is not None:
-        most = min(most, limits.prompt_tokens)
+    most = _most_tokens(engine, limits)
     if len(ids) > most:
         message = f"the prompt has {len(ids)} tokens; the limit is {most}"
         raise BadRequest(message, param, "context_length_exceeded")
@@ -145,14 +169,16 @@ def _options(engine: Engine, body: Body) -> dict[str, Any]:
     named["stop_strings"] = body.stop
     options |= {name: value for name, value in named.items() if value is not None}
     if body.logit_bias:
-        options["sequence_bias"] = {_token(k): v for k, v in body.logit_bias.items()}
+        size = engine.model.config.vocab_size
+        options["sequence_bias"] = {(_token(k, size),): v for k, v in body.logit_bias.items()}
     return options
 
 
-def _token(key: str) -> tuple[int]:
-    if not re.fullmatch(r"[0-9]{1,9}", key):
-        raise BadRequest(f"logit_bias: {key!r:.60} is not a token id", "logit_bias")
-    return (int(key),)
+def _token(key: str, vocab_size: int) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", key) or int(key) >= vocab_size:
+        message = f"logit_bias: {key!r:.60} is not a token id from 0 to {vocab_size - 1}"
+        raise BadRequest(message, "logit_bias")
+    return int(key)
 
 
 @contextmanager
