@@ -35,7 +35,9 @@ def chat_requests(engine: Engine, limits: Limits, body: ChatBody) -> list[Reques
     room = _room(engine, limits, ids, "messages")
     ends = sorted({*engine.model.end_token_ids, *tokenizer.stop_token_ids})
     new = body.new_tokens or room
-    return _requests(engine, limits, body, ids, new, {"eos_token_id": ends})
+    found = _requests(engine, limits, body, ids, new, {"eos_token_id": ends})
+    _check_logprobs(limits, body, found)
+    return found
 
 
 def completion_requests(engine: Engine, limits: Limits, body: CompletionBody) -> list[Request]:
@@ -48,6 +50,7 @@ def completion_requests(engine: Engine, limits: Limits, body: CompletionBody) ->
         room = _room(engine, limits, ids, "prompt")
         new = body.new_tokens or min(COMPLETION_TOKENS, room)
         found += _requests(engine, limits, body, ids, new, {})
+    _check_logprobs(limits, body, found)
     return found
 
 
@@ -101,8 +104,8 @@ def _with_arguments(call: Any) -> dict[str, Any]:
 
 
 def _check_characters(engine: Engine, limits: Limits, value: Any, param: str) -> None:
-    """Raises BadRequest if a JSON value has too many characters for a prompt: rendering and encoding
-    millions of them takes seconds."""
+    """Raises BadRequest if a JSON value has too many characters for a prompt, because it takes
+    seconds to render and encode millions of them."""
     most, count, left = _most_tokens(engine, limits) * TOKEN_CHARACTERS, 0, [value]
     while left:
         item = left.pop()
@@ -156,6 +159,18 @@ def _requests(
             )
             for number in range(body.texts)
         ]  # fmt: skip
+
+
+def _check_logprobs(limits: Limits, body: Body, requests: Sequence[Request]) -> None:
+    if body.top is None:
+        return
+    count = sum(request.max_new_tokens for request in requests) * (1 + body.top)
+    if count > limits.logprobs:
+        raise BadRequest(
+            f"the texts may have {count} log-probabilities; the limit is {limits.logprobs}: ask for"
+            " fewer of each token, or pass a smaller max_tokens",
+            "logprobs",
+        )
 
 
 def _options(engine: Engine, body: Body) -> dict[str, Any]:

@@ -197,6 +197,7 @@ def test_official_client_raises_its_errors(server, client):
 
 def test_other_methods_and_types_are_refused(server):
     check(httpx.get(f"{server.url}/v1/completions"), 405, "Method Not Allowed")
+    check(httpx.get(f"{server.url}/health/"), 404, "GET '/health/': Not Found")
     headers = {"Content-Type": "text/plain"}
     check(post(server, "completions", b"{}", **headers), 415, "must be application/json")
 
@@ -246,7 +247,7 @@ def test_tools_need_a_template_with_tools(tiny):
 
 
 def test_limits_of_tokens(tiny):
-    limits = Limits(prompt_tokens=5, new_tokens=7)
+    limits = Limits(prompt_tokens=5, new_tokens=7, logprobs=41)
     with running(*tiny, limits=limits) as server:
         create = server.client().completions.create
         with pytest.raises(openai.BadRequestError, match="max_tokens=8 is above the limit of 7"):
@@ -256,6 +257,9 @@ def test_limits_of_tokens(tiny):
         ):
             create(model="tiny", prompt="a b c d e f")
         assert create(model="tiny", prompt="a", temperature=0).usage.completion_tokens == 7
+        with pytest.raises(openai.BadRequestError, match=r"may have 42 log-.* limit is 41"):
+            create(model="tiny", prompt="a", n=3, logprobs=1)
+        assert create(model="tiny", prompt="a", n=2, logprobs=1, max_tokens=7).choices
 
 
 def test_key_is_needed(tiny):
