@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,8 +70,9 @@ def batch(
     if workers is not None and address is None:
         raise click.BadParameter("it needs --ray", param_hint="--workers")
     seed = sampling.pop("seed")
+    model = str(model or demo_checkpoint())
     job = Job(
-        model=model or str(demo_checkpoint()), device=device, dtype=dtype, quantize=quantize,
+        model=os.path.abspath(model) if os.path.exists(model) else model, device=device, dtype=dtype, quantize=quantize,
         score=score, options={} if score else given_options(sampling), system=system,
         seed=seed or 0, batch_size=batch_size, max_length=max_length,
         batch_invariant=batch_invariant,

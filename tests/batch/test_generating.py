@@ -42,10 +42,12 @@ def without_reason(answer: dict) -> dict:
     return {k: v for k, v in answer.items() if k not in ("row", "reason")}
 
 
-def test_answers_are_those_of_generate(answer, model, tokenizer):
+@pytest.mark.parametrize("invariant", [False, True])
+def test_answers_are_those_of_generate(answer, model, tokenizer, invariant):
     chats = [chat(text) for text in PROMPTS if text]
     rows = [{"prompt": x} for x in PROMPTS] + [{"messages": x} for x in chats]
-    for found, prompt in zip(answer(rows, batch_size=3), PROMPTS + chats, strict=True):
+    answers = answer(rows, batch_size=3, batch_invariant=invariant)
+    for found, prompt in zip(answers, PROMPTS + chats, strict=True):
         assert without_reason(found) == generated(model, tokenizer, prompt, max_new_tokens=6)
 
 
