@@ -30,11 +30,16 @@ class BuildPy(build_py):
 
 
 ROOMS = (
-    "batch", "checkpoint", "cli", "engine", "hf", "kernels", "kernels.cpu", "model", "text",
-    "walkthrough", "benchmarks", "benchmarks.kernels", "benchmarks.measure", "benchmarks.model",
-    "benchmarks.verify",
+    "batch", "checkpoint", "cli", "engine", "hf", "kernels", "kernels.cpu", "model", "server",
+    "text", "walkthrough", "benchmarks", "benchmarks.kernels", "benchmarks.measure",
+    "benchmarks.model", "benchmarks.verify",
 )  # fmt: skip
 RAY = "ray[data,serve]>=2.60"  # `gemma-fast batch --ray`, and the server as a deployment
+SERVE = [
+    "fastapi",  # `gemma-fast serve`: routes and dependencies
+    "uvicorn",  # runs the application
+    "prometheus-client",  # /metrics
+]
 HF = "transformers>=5.17,<6"  # for gemma_fast.hf; tested with the oldest and the newest
 
 setup(
@@ -74,6 +79,7 @@ setup(
         "parquet": ["pyarrow"],  # Parquet files of prompts
         "ray": [RAY],
         "lm-eval": ["lm_eval>=0.4.13"],  # gemma_fast.lm_harness
+        "serve": SERVE,
         "bench": [
             *DEMO,
             *BENCH,
@@ -82,6 +88,10 @@ setup(
         "test": [
             *DEMO,
             *WALKTHROUGH,
+            *SERVE,
+            "openai",  # the official client, which talks to the server
+            "httpx",  # requests that the client does not send
+            "ray[serve]",  # replicas of the server
             "playwright",  # looks at the page of pictures in a browser
             "axe-playwright-python",  # its checks of accessibility: contrast, names, structure
             "justhtml",  # validates the page's HTML

@@ -31,10 +31,12 @@ from gemma_fast.benchmarks.measure.model_report import title_of
 from gemma_fast.benchmarks.measure.outcome import serious, with_took
 from gemma_fast.benchmarks.measure.plots import kernel_plots, write_plots
 from gemma_fast.benchmarks.model.command import run_model
-from gemma_fast.benchmarks.model.providers import PROVIDERS
+from gemma_fast.benchmarks.model.providers import ARRIVAL_PROVIDERS, PROVIDERS, providers_of
 
 MODEL = "model"
-MODEL_OPTIONS = "prompts", "new", "depths", "batches", "repeats", "model", "quantize", "output"
+MODEL_OPTIONS = (
+    "prompts", "new", "depths", "batches", "arrival", "repeats", "model", "quantize", "output"
+)  # fmt: skip
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -50,9 +52,10 @@ def main(
     suites, only, out = pick(names), options["only"], options["out"]
     with_model = not names or MODEL in names
     known = [name for suite in suites.values() for name in suite.names]
-    known += PROVIDERS if with_model else []
+    of_model = providers_of(any(options["arrival"]))
+    known += of_model if with_model else []
     shared.refuse_unknown("provider", only, dict.fromkeys(known))
-    with_model &= not only or any(name in PROVIDERS for name in only)
+    with_model &= not only or any(name in of_model for name in only)
     if not with_model:
         why = f"is for the suite {MODEL}, which is not selected: add it, or one of its providers"
         shared.refuse_options(context, MODEL_OPTIONS, why)
@@ -150,6 +153,7 @@ def show_list(suites: Mapping[str, Suite], with_model: bool) -> None:
     listed = {f"{name}: {suite.about}": suite.names for name, suite in suites.items()}
     if with_model:
         listed[f"{MODEL}: A whole model: prefill and decode"] = [*PROVIDERS]
+        listed[f"{MODEL} --arrival: Many prompts, continuous batching"] = [*ARRIVAL_PROVIDERS]
     for about, names in listed.items():
         click.echo(about)
         for name in names:

@@ -35,7 +35,7 @@ from gemma_fast.benchmarks.kernels.rivals import RIVALS
 from gemma_fast.benchmarks.kernels.table import SUITES
 from gemma_fast.benchmarks.measure import report
 from gemma_fast.benchmarks.measure.machine import device_and_dtype, stamp
-from gemma_fast.benchmarks.measure.outcome import OURS, UNPACKED
+from gemma_fast.benchmarks.measure.outcome import GENERATE_BATCH, OURS, UNPACKED
 
 ROOT = Path(gemma_fast.__file__).parents[1]
 GRACE = 5  # seconds that a stage gets to exit after SIGINT, before SIGKILL
@@ -53,6 +53,8 @@ PROVIDERS = (
     "transformers grouped_mm", "gemma_fast",
 )  # fmt: skip
 MODELS = ("transformers (eager)", "transformers (sdpa)", "gemma_fast")
+# 128 prompts of 4 to 512 tokens, 32 new tokens each; 8, 32 or 64 texts at the same time.
+ARRIVAL = "--arrival 128 -b 8,32,64 -p 512 -n 32"
 # Stages with packed weights: quantize → how many times as fast as bfloat16 a decode step should be.
 TARGETS = {"int8": 1.8, "int4": 2.6}
 # The stage runs these suites first, because it may run out of time.
@@ -92,6 +94,8 @@ def stages(cuda: bool) -> list[Stage]:
     gemma4 = [*model, "--model", "gemma-4-e2b", "-p", "2048", "-n", new, "-d", "0,4096"]
     packed = [BENCHMARKS, "model", *repeat("--only", (OURS, UNPACKED)), "-p", "0", "-n", new]
     packed += ["-d", "512" if cuda else "5", "-r", "3" if cuda else "1", "--quantize"]
+    arrival = [BENCHMARKS, "model", *repeat("--only", (OURS, GENERATE_BATCH)), "-r", "2"]
+    arrival += ARRIVAL.split() if cuda else ["--arrival", "4", "-b", "2", "-p", "8", "-n", "2"]
     kernels = [BENCHMARKS, *IMPORTANT, *(x for x in SUITES if x not in IMPORTANT)]
     kernels += repeat("--only", PROVIDERS)
     kernels += repeat("--size", SIZES) if cuda else []
@@ -99,12 +103,13 @@ def stages(cuda: bool) -> list[Stage]:
     of_kernels = runnable("kernels/test_*.py" if cuda else "kernels/test_embed.py")
     return [
         tests("tests marked gpu", 60, marked, "gpu"),
-        tests("tests of kernels", 70, of_kernels, "not gpu"),
+        tests("tests of kernels", 60, of_kernels, "not gpu"),
         Stage("decode", 70, [*model, "-p", "0", "-n", new, "-d", depths]),
         *(Stage(f"decode {name}", 30, [*packed, name]) for name in TARGETS),
-        Stage("prefill", 50, [*model, "-p", prompts, "-n", "0"]),
-        Stage("gemma 4", 70, gemma4, "" if cuda else "needs a GPU"),
-        Stage("kernels", 70, kernels),
+        Stage("prefill", 40, [*model, "-p", prompts, "-n", "0"]),
+        Stage("arrival", 45, arrival),
+        Stage("gemma 4", 60, gemma4, "" if cuda else "needs a GPU"),
+        Stage("kernels", 55, kernels),
         Stage("profile", 30, [f"{BENCHMARKS}.profile"], "" if cuda else "needs a GPU"),
     ]
 

@@ -90,6 +90,11 @@ OPTIONS = (
     ),
     counts("-d", "depths", default=0, least=0, help="Number of tokens already in the cache."),
     counts("-b", "batches", default=1, least=1, help="Batch size."),
+    counts(
+        "--arrival", "arrival", default=0, least=0,
+        help="Continuous batching instead of pp and tg: this number of prompts of mixed lengths, of"
+        " -p tokens at most, -n new tokens each, -b texts at the same time.",
+    ),
     click.option(
         "-r", "repeats", type=click.IntRange(1), default=5, show_default=True, metavar="N",
         help="Timed runs of each test; short tests are run more often.",
@@ -158,8 +163,8 @@ def bench(context: click.Context, **chosen: Any) -> None:
     also compared with unpacked ones and with llama.cpp (package llama-cpp-python; .gguf files).
     Exits with status 1 if a result is wrong or gemma_fast fails."""
     from gemma_fast.benchmarks.model.command import run_model
-    from gemma_fast.benchmarks.model.providers import PROVIDERS
+    from gemma_fast.benchmarks.model.providers import providers_of
 
-    refuse_unknown("provider", chosen["only"], PROVIDERS)
+    refuse_unknown("provider", chosen["only"], providers_of(any(chosen["arrival"])))
     make_folder(chosen["out"])
     context.exit(0 if run_model(**chosen) else 1)

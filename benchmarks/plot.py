@@ -21,7 +21,8 @@ from gemma_fast.benchmarks.measure.model_report import model_markdown, readme_ta
 from gemma_fast.benchmarks.measure.plots import kernel_plots, model_plots, write_plots
 from gemma_fast.benchmarks.measure.report import kernel_markdown
 from gemma_fast.benchmarks.measure.timing import Times
-from gemma_fast.benchmarks.model.cases import Case
+from gemma_fast.benchmarks.model.arrival import Arrival
+from gemma_fast.benchmarks.model.cases import ARRIVAL, Case
 from gemma_fast.benchmarks.model.result import ModelResult
 
 ABOUT = {name: suite.about for name, suite in SUITES.items()}
@@ -29,12 +30,18 @@ ABOUT = {name: suite.about for name, suite in SUITES.items()}
 
 def model_result(row: Mapping[str, Any]) -> ModelResult:
     """Returns a ModelResult from its entry in results.json. Sets only what the plots need."""
-    case = Case(row["kind"], row["tokens"], row["depth"], row["batch"])
+    case = case_of(row)
     seconds, of_tokens = (tuple(row.get(name, ())) for name in ("samples_s", "token_samples_s"))
     return ModelResult(
         case, row["provider"], row["dtype"], row["status"], work_of(row), seconds=seconds,
         token_seconds=of_tokens,
     )  # fmt: skip
+
+
+def case_of(row: Mapping[str, Any]) -> Case:
+    if row["kind"] == ARRIVAL:
+        return Arrival(**{name: row[name] for name in ("tokens", "batch", "prompts", "longest")})
+    return Case(row["kind"], row["tokens"], row["depth"], row["batch"])
 
 
 def kernel_result(row: Mapping[str, Any]) -> KernelResult:

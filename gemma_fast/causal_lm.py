@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -278,7 +278,7 @@ class GemmaForCausalLM(Gemma):
         batch_invariant: bool = False,
         prefix_ids: Sequence[int] = (),
         **options: Any,
-    ) -> Iterator[Generated]:
+    ) -> Generator[Generated, None, None]:
         """Continues many prompts of any lengths, up to `batch_size` at the same time. Yields an
         `engine.many.Generated` for each request as soon as its text ends. A request that is refused
         or fails has `error`, and the others go on.

@@ -14,13 +14,14 @@ float32, but `hf` computes them in 16 bits.
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
 
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.compat import FROM_PRETRAINED, LM_EVAL, ONE_TEXT, check_keywords, download_options
@@ -56,7 +57,8 @@ class GemmaFastLM(ScoringLM):
     pretrained       argument of GemmaForCausalLM.from_pretrained, or a model
     tokenizer        argument of Tokenizer.from_pretrained, or a tokenizer; default: pretrained
     dtype, device, quantize  arguments of from_pretrained
-    batch_size       rows of a batch; "auto": max_batch_size, halved when memory runs out
+    batch_size       texts that are scored or continued at the same time; "auto": max_batch_size,
+                     halved when memory runs out
     max_length       maximum tokens of a prompt with its continuation; default: the model's context
     add_bos_token    False: put no <bos> before a text; default: put one
     prefix_token_id  token that precedes a text without a context; default: <bos>
@@ -175,28 +177,22 @@ class GemmaFastLM(ScoringLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Returns a continuation of each prompt, up to the first stop string."""
-        alike: dict[str, list[int]] = {}  # options → indices of requests that can share a batch
-        for i, request in enumerate(requests):
-            alike.setdefault(repr(request.args[1]), []).append(i)
+        """Returns a continuation of each prompt, up to the first stop string. Requests with
+        different options are decoded together, up to `batch_size` at the same time."""
+        asked = [self._asked(*request.args) for request in requests]
         texts = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generating") as progress:
-            for indices in alike.values():
-                prompts = {i: requests[i].args[0] for i in indices}
-                options = requests[indices[0]].args[1]
-                for i, texts[i] in self._continue(prompts, options):
-                    self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
-                    progress.update()
+            for i, ids in self._answers([options for options, _ in asked]):
+                texts[i] = self._text_of(ids, asked[i][1])
+                self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
+                progress.update()
         return texts
 
-    def _continue(
-        self, prompts: dict[int, str], options: dict[str, Any]
-    ) -> Iterator[tuple[int, str]]:
-        """Yields the index and the new text of each prompt, longest prompt first. If a prompt is
-        too long, its beginning is cut off."""
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(options, MAX_GEN_TOKS))
-        eos = self.tokenizer.eos_token
-        until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+    def _asked(self, prompt: str, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Returns the request of generate_many for a prompt, and the task's stop strings. If the
+        prompt is too long, its beginning is cut off."""
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, MAX_GEN_TOKS))
+        until = handle_stop_sequences(kwargs.pop("until", None), eos=self.tokenizer.eos_token)
         new = kwargs.pop("max_gen_toks")
         room = self.max_length - new
         if room < 1:
@@ -205,29 +201,36 @@ class GemmaFastLM(ScoringLM):
                 f" max_length={self.max_length}"
             )
         limit = getattr(self.tokenizer, "model_max_length", None) if self.truncation else None
-        ids = {i: self.tok_encode(prompt)[:limit][-room:] for i, prompt in prompts.items()}
-        # In `hf`, max_length counts the prompt, and overrides max_gen_toks.
-        length = {"max_length": kwargs.pop("max_length")} if "max_length" in kwargs else {}
-        kwargs |= ONE_TEXT
-        kwargs["pad_token_id"] = self.tokenizer.pad_token_id
+        ids = self.tok_encode(prompt)[:limit][-room:]
+        if "max_length" not in kwargs:  # in `hf`, it counts the prompt, and overrides max_gen_toks
+            kwargs["max_new_tokens"] = new
+        saved = getattr(self.model.generation_config, "stop_strings", None)
+        stops = kwargs.pop("stop_strings", None) or saved or []
+        stops = [*([stops] if isinstance(stops, str) else stops), *filter(None, until)]
+        return {**kwargs, **ONE_TEXT, "input_ids": ids, "stop_strings": stops}, until
 
-        def write(batch: Sequence[int]) -> list[str]:
-            inputs = self._pad([ids[i] for i in batch])
-            start = inputs.input_ids.shape[1]
-            out = self.model.generate(
-                **inputs, **(length or {"max_new_tokens": new}), tokenizer=self.tokenizer,
-                stopping_criteria=lambda out, _: self._ended(out[:, start:], until), **kwargs,
-            )[:, start:]  # fmt: skip
-            return [self._text_of(row, until) for row in out.tolist()]
-
-        yield from self._in_batches(sorted(ids, key=lambda i: -len(ids[i])), write)
-
-    def _ended(self, new: Tensor, until: Sequence[str]) -> list[bool]:
-        """Returns for each row of new tokens whether its last tokens have a stop string. In `hf`,
-        too, a stop string that begins in the prompt does not end an answer."""
-        stops = [*filter(None, until)]
-        tail = new[:, -4 * max(map(len, stops), default=0) :].tolist()  # a character has 4 bytes
-        return [any(stop in self.tokenizer.decode(row) for stop in stops) for row in tail]
+    def _answers(self, asked: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, list[int]]]:
+        """Yields the index and the new tokens of each request as soon as its text ends. If memory
+        runs out and batch_size is automatic, halves it, and starts the unfinished texts again."""
+        left = dict(enumerate(asked))
+        while left:
+            numbers = [*left]
+            many = self.model.generate_many(
+                [*left.values()], tokenizer=self.tokenizer, batch_size=self.batch_size
+            )
+            try:
+                with closing(many):
+                    for found in many:
+                        if found.error is not None:
+                            raise found.error
+                        del left[numbers[found.number]]
+                        yield numbers[found.number], found.ids
+            except torch.OutOfMemoryError as error:
+                if not self.automatic or self.batch_size == 1:
+                    raise
+                traceback.clear_frames(error.__traceback__)  # frames keep the decoder alive
+                self.batch_size //= 2
+                self.model.free_memory()
 
     def _text_of(self, ids: list[int], until: list[str]) -> str:
         """Returns the text of an answer without its thinking, up to the first stop string."""

@@ -12,7 +12,14 @@ from typing import Any
 
 from gemma_fast.benchmarks.measure import load
 from gemma_fast.benchmarks.measure.machine import Roof
-from gemma_fast.benchmarks.measure.outcome import EAGER, LLAMA_CPP, TRANSFORMERS, WITHOUT_GRAPHS
+from gemma_fast.benchmarks.measure.outcome import (
+    EAGER,
+    GENERATE_BATCH,
+    LLAMA_CPP,
+    ONE_BY_ONE,
+    TRANSFORMERS,
+    WITHOUT_GRAPHS,
+)
 from gemma_fast.benchmarks.measure.report import (
     Report,
     as_json,
@@ -25,17 +32,21 @@ from gemma_fast.benchmarks.measure.report import (
 
 SAME = "the row's own dtype"
 # Column → its key in results.json, and the provider and dtype whose speed is 1. llama.cpp has no
-# dtype. "× transformers, float32" stands beside other dtypes only.
+# dtype. Ratios to a rival in float32 stand beside other dtypes only.
 RATIOS = {
     "× eager": ("x_eager", EAGER, SAME),
     "× transformers": ("x_transformers", TRANSFORMERS, SAME),
     "× transformers, float32": ("x_transformers_float32", TRANSFORMERS, "float32"),
     "× llama.cpp": ("x_llama_cpp", LLAMA_CPP, None),
+    "× one by one": ("x_one_by_one", ONE_BY_ONE, SAME),
+    "× generate_batch": ("x_generate_batch", GENERATE_BATCH, SAME),
+    "× generate_batch, float32": ("x_generate_batch_float32", GENERATE_BATCH, "float32"),
 }
 COLUMNS = {
     "test": "---", "provider": "---", "dtype": "---", "batch": "---:", "t/s": "---:",
-    **dict.fromkeys(RATIOS, "---:"), "first token": "---:", "p50 / p99 of a token": "---:",
-    "size": "---:", "bytes a token": "---:", "memory": "---:", "of roof": "---:",
+    "total": "---:", **dict.fromkeys(RATIOS, "---:"), "first token": "---:",
+    "p50 / p99 of a token": "---:", "size": "---:", "bytes a token": "---:", "memory": "---:",
+    "of roof": "---:",
 }  # fmt: skip
 FOOTNOTE = (
     "t/s: tokens of the whole batch, divided by the median time of the repeats, ± sd of the "
@@ -47,6 +58,12 @@ FOOTNOTE = (
     "these bytes per second, divided by the rate of the copy (MBU); it may exceed 1, because reads "
     "alone can be faster than a copy. Of roof, for prefill: FLOP/s divided by those of the matmul "
     "in the same dtype (MFU)."
+)
+ARRIVALS = (
+    "t/s: new tokens of all texts, divided by the median total time of the repeats, ± sd of the "
+    "repeats' rates. Total: time from the first prompt to the last token, all prompts included. "
+    "The prompts have different lengths, of the tokens after pp at most; batch: texts at the same "
+    "time. All providers read each token back."
 )
 MIXTURE = (
     "Bytes and FLOPs of a mixture of experts are those of the experts that the tokens choose: of "
@@ -102,7 +119,8 @@ def model_markdown(found: Mapping[str, Any]) -> str:
     columns = {k: v for k, v in COLUMNS.items() if batches or k != "batch"}
     parts = [_model(rows[0])] if rows else []
     parts += [table(columns, map(model_cells, rows))]
-    parts += [FOOTNOTE] * (found["roof"] is not None)
+    kinds = {row["kind"] for row in rows if found["roof"]}
+    parts += [FOOTNOTE] * bool(kinds - {"arrival"}) + [ARRIVALS] * ("arrival" in kinds)
     parts += [MIXTURE] * (bool(rows) and _active(rows[0]) < rows[0]["params"])
     parts += [NO_GRAPHS] * any(row["status"] == WITHOUT_GRAPHS for row in rows)
     return markdown(found, parts)
@@ -129,14 +147,16 @@ def model_cells(row: Mapping[str, Any]) -> dict[str, str]:
         return cells
     sd = row["tokens_per_s_sd"]
     cells["t/s"] = f"{row['tokens_per_s']:.2f}" + ("" if sd is None else f" ± {sd:.2f}")
-    if "mfu" in row:
+    if "total_s" in row:
+        cells["total"] = f"{row['total_s']:.2f} s"
+    elif "mfu" in row:
         cells["first token"] = milliseconds(row["time_to_first_token_s"])
         cells["of roof"] = f"{row['mfu']:.1%} MFU"
     else:
         times = row["token_p50_s"], row["token_p99_s"]
         cells["p50 / p99 of a token"] = " / ".join(map(milliseconds, times))
         cells["of roof"] = f"{row['mbu']:.1%} MBU"
-    cells["bytes a token"] = _size(row["bytes_per_token"])
+    cells["bytes a token"] = _size(row.get("bytes_per_token"))
     cells["provider"] += " *" * (row["status"] == WITHOUT_GRAPHS)
     cells["memory"] = _size(row["peak_memory_bytes"])
     return cells | {name: _ratio(row, key) for name, (key, *_) in RATIOS.items()}

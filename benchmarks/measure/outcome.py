@@ -27,6 +27,8 @@ from torch import Tensor
 EAGER, OURS = "eager", "gemma_fast"
 UNPACKED = "gemma_fast, unpacked"  # a packed checkpoint's weights, unpacked
 TRANSFORMERS, LLAMA_CPP = "transformers (sdpa)", "llama.cpp"
+ONE_BY_ONE = "gemma_fast, one by one"  # generate() for each prompt
+GENERATE_BATCH = "transformers (generate_batch)"  # its continuous batching
 OURS_BY_POINTERS = "gemma_fast, no descriptors"
 # Without programmatic dependent launch: no call overlaps the previous call. Rivals' calls do not
 # overlap either.
@@ -54,7 +56,7 @@ def serious(results: Iterable[Any]) -> bool:
     """Returns whether the whole run fails: any result is wrong, or one of ours is not ok."""
     return any(
         r.status.startswith("wrong")
-        or (r.provider in (OURS, UNPACKED) and not r.status.startswith("ok"))
+        or (r.provider in (OURS, UNPACKED, ONE_BY_ONE) and not r.status.startswith("ok"))
         for r in results
     )
 

@@ -129,8 +129,8 @@ def _roofline(roof: Roof, results: Sequence[Any]) -> Any:
 
 def _speed(roof: Roof, results: Sequence[Any]) -> Any:
     """Draws a panel for each kind of test, with a group for each test and a bar for each provider.
-    A pale bar behind each bar shows the speed at the roof."""
-    groups: dict[str, dict[Any, list[Any]]] = {"pp": {}, "tg": {}}
+    A pale bar behind each bar shows the speed at the roof, except at an arrival."""
+    groups: dict[str, dict[Any, list[Any]]] = {"pp": {}, "tg": {}, "arrival": {}}
     for r in results:
         groups[r.case.kind].setdefault(r.case, []).append(r)
     kinds = [cases for cases in groups.values() if cases]
@@ -150,8 +150,9 @@ def _speed(roof: Roof, results: Sequence[Any]) -> Any:
         panel.tick_params(axis="y", length=0)
         panel.set(xticks=[], xlim=(0, longest), ylim=(y - 0.6, -0.6))
         panel.spines[["top", "right", "bottom"]].set_visible(False)
-    told = f"Pale bars: the roof, which this run measured: {rates(roof)}."
-    figure.supxlabel(told, fontsize="small")
+    if not groups["arrival"]:
+        told = f"Pale bars: the roof, which this run measured: {rates(roof)}."
+        figure.supxlabel(told, fontsize="small")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     return figure
 
@@ -161,21 +162,25 @@ def _bar(panel: Any, y: float, result: Any, roof: Roof) -> float:
     figures, ours = result.figures(roof), result.provider in (OURS, UNPACKED)
     rate, share = figures["tokens_per_s"], figures.get("mfu", figures.get("mbu"))
     deviation = figures["tokens_per_s_sd"] or 0
-    panel.barh(y, rate / share, 0.84, color=PALE)
+    most = rate / share if share else rate
+    panel.barh(y, most, 0.84, color=PALE)
     panel.barh(
         y, rate, 0.84, color=ACCENT if ours else MUTED,
         xerr=deviation, ecolor=INK, error_kw={"linewidth": 1},
     )  # fmt: skip
-    number = f"{rate:.3g}" if rate < 100 else f"{rate:.0f}"
+    told = f"{rate:.3g} tokens/s" if rate < 100 else f"{rate:.0f} tokens/s"
+    told += f", {share:.0%} of the roof" if share else ""
     panel.annotate(
-        f"{number} tokens/s, {share:.0%} of the roof", (rate + deviation, y), (6, 0),
+        told, (rate + deviation, y), (6, 0),
         textcoords="offset points", va="center", color=INK, weight="bold" if ours else "normal",
     )  # fmt: skip
-    return max(rate / share, 1.6 * rate)
+    return max(most, 1.6 * rate)
 
 
 def _words(case: Any) -> str:
     """Returns a test's name and its meaning in words."""
+    if case.kind == "arrival":
+        return f"{case.name}: prompts of up to {case.longest} tokens, batch {case.batch}"
     verb = f"prompt of {case.tokens} tokens" if case.kind == "pp" else f"{case.tokens} new tokens"
     after = f", after {case.depth}" if case.depth else ""
     batch = f", batch {case.batch}" if case.batch > 1 else ""

@@ -19,7 +19,7 @@ from gemma_fast.benchmarks.measure.outcome import WITHOUT_GRAPHS, Wrong, verdict
 from gemma_fast.benchmarks.measure.timing import clock, settle_rounds, wall_seconds
 from gemma_fast.benchmarks.model.cases import NEW, NO_SIZES, PROMPT, Case, weights_bytes
 from gemma_fast.benchmarks.model.judge import Judge
-from gemma_fast.benchmarks.model.providers import OWN_DTYPES, PROVIDERS, Provider
+from gemma_fast.benchmarks.model.providers import OWN_DTYPES, Loader, Provider
 from gemma_fast.benchmarks.model.result import ModelResult
 from gemma_fast.checkpoint.base import Checkpoint
 
@@ -31,8 +31,9 @@ class Loaded:
     why."""
 
     def __init__(
-        self, name: str, dtype: torch.dtype, checkpoint: Checkpoint, device: torch.device
-    ) -> None:
+        self, name: str, load: Loader, dtype: torch.dtype, checkpoint: Checkpoint,
+        device: torch.device,
+    ) -> None:  # fmt: skip
         start = time.perf_counter()
         self.name, self.dtype, self.config = name, dtype, checkpoint.config
         self.shown = None if name in OWN_DTYPES else dtype_name(dtype)
@@ -44,7 +45,7 @@ class Loaded:
         try:
             clear()
             self.reserved = torch.cuda.memory_reserved() if device.type == "cuda" else 0
-            self.provider = PROVIDERS[name](checkpoint, dtype, device)
+            self.provider = load(checkpoint, dtype, device)
             self.sizes = self.provider.sizes()
         except Exception as problem:  # a rival may raise any exception
             self.status = verdict(problem)
@@ -104,8 +105,7 @@ class Attempt:
         ids = torch.randint(3, vocab_size, (case.batch, case.room), generator=generator)
         self.before, self.rest = ids.to(self.device).split([case.before, case.tokens], dim=1)
         if self.cuda:
-            torch.cuda.empty_cache()  # frees the judge's memory
-            torch.cuda.reset_peak_memory_stats()
+            forget_judge()
             settle_rounds(self.once)
         else:
             self.once()
@@ -164,6 +164,12 @@ def clear() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def forget_judge() -> None:
+    """Frees the judge's GPU memory, so that the peak is the provider's."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def skipped_graphs() -> int:

@@ -20,7 +20,7 @@ from gemma_fast.config import GemmaConfig
 from gemma_fast.demo import demo_checkpoint
 from gemma_fast.presets import PRESETS
 
-PROMPT, NEW = "pp", "tg"
+PROMPT, NEW, ARRIVAL = "pp", "tg", "arrival"  # kinds; see arrival.py for the last
 Count = int | tuple[int, int]  # tokens, or (tokens, depth)
 # Tensor → bytes per weight, its scales included. A tensor without an entry takes `itemsize`.
 Sizes = Mapping[str, float]
@@ -69,6 +69,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
+
+    @property
+    def total(self) -> int:
+        """Returns the number of tokens that a rate counts."""
+        return self.batch * self.tokens
 
     @property
     def before(self) -> int:

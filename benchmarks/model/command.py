@@ -14,9 +14,10 @@ from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.model_report import model_report, title_of
 from gemma_fast.benchmarks.measure.outcome import serious
 from gemma_fast.benchmarks.measure.plots import model_plots, write_plots
+from gemma_fast.benchmarks.model.arrival import arrivals
 from gemma_fast.benchmarks.model.cases import Case, Count, cases, find, is_packed
 from gemma_fast.benchmarks.model.judge import Judge
-from gemma_fast.benchmarks.model.providers import BESIDE_PACKED, PROVIDERS
+from gemma_fast.benchmarks.model.providers import BESIDE_PACKED, providers_of
 from gemma_fast.benchmarks.model.race import groups, run
 from gemma_fast.benchmarks.model.result import ModelResult
 from gemma_fast.checkpoint.base import Checkpoint
@@ -28,9 +29,9 @@ RIVALS = ("transformers", "llama-cpp-python")
 
 def run_model(
     *, prompts: Sequence[Count], new: Sequence[Count], depths: Sequence[int],
-    batches: Sequence[int], repeats: int, model: str | None, dtypes: Sequence[str],
-    only: Sequence[str], output: str, out: Path | None, commit: str | None,
-    quantize: str | None = None, roof: Roof | None = None,
+    batches: Sequence[int], arrival: Sequence[int], repeats: int, model: str | None,
+    dtypes: Sequence[str], only: Sequence[str], output: str, out: Path | None,
+    commit: str | None, quantize: str | None = None, roof: Roof | None = None,
 ) -> bool:  # fmt: skip
     """Measures the model, prints the results and writes them to the folder `out`.
 
@@ -41,9 +42,7 @@ def run_model(
     kinds = [getattr(torch, name) for name in dtypes] or [kind]
     cuda = device.type == "cuda"
     name = model or ("gemma-2b" if cuda else "tiny")
-    tests = cases(prompts, new, depths, batches)
-    if not tests:
-        raise click.UsageError("nothing to test: -p and -n are 0")
+    tests = chosen_cases(prompts, new, depths, batches, arrival)
     try:
         checkpoint = with_quantize(find(name), quantize, device)
         packed = is_packed(checkpoint)
@@ -57,7 +56,8 @@ def run_model(
     if not fitting:
         context = checkpoint.config.max_position_embeddings
         raise click.UsageError(f"no test fits the context of {name}, {context} tokens")
-    usual = [name for name in PROVIDERS if packed or name not in BESIDE_PACKED]
+    providers = providers_of(any(arrival))
+    usual = [name for name in providers if packed or name not in BESIDE_PACKED]
     roof = roof or (machine.measure_roof(device, *kinds) if model or cuda else None)
     head = machine.stamp(device, kinds, RIVALS, commit)
     about = {
@@ -77,6 +77,24 @@ def run_model(
     if load.is_busy(head["load"]):
         click.echo(f"Warning: {load.in_words(head['load'])}", err=True)
     return not serious(r for r in results if r.case in fitting)
+
+
+def chosen_cases(
+    prompts: Sequence[Count], new: Sequence[Count], depths: Sequence[int], batches: Sequence[int],
+    arrival: Sequence[int],
+) -> Sequence[Case]:  # fmt: skip
+    """Returns the cases of the options. Raises UsageError if there is none, and for an option that
+    --arrival does not have."""
+    tests: Sequence[Case] = cases(prompts, new, depths, batches)
+    if any(arrival):
+        longest, counts = ([n for n in x if isinstance(n, int)] for x in (prompts, new))
+        if any(depths) or len(longest) + len(counts) < len(prompts) + len(new):
+            raise click.UsageError("--arrival has no depth: leave out -d and @")
+        tests = arrivals(arrival, longest, counts, batches)
+    if not tests:
+        zero = "-p or -n is 0" if any(arrival) else "-p and -n are 0"
+        raise click.UsageError(f"nothing to test: {zero}")
+    return tests
 
 
 def measure(

@@ -5,12 +5,18 @@
     token = provider.prefill(ids)  # ids :: [b, t] → [b]
     token = provider.step()  # the next token; does not wait for the GPU
 
+For the case `Arrival` there are other providers, which continue many prompts:
+
+    provider = ARRIVAL_PROVIDERS["gemma_fast"](checkpoint, torch.bfloat16, device)
+    provider.start(batch=8, max_length=640, kind=ARRIVAL)
+    texts = provider.texts(prompts, 128)  # 128 new tokens for each prompt
+
 A provider imports its packages when it is created, so a missing package stops only this provider.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -20,13 +26,16 @@ from torch import Tensor
 
 from gemma_fast.benchmarks.measure.outcome import (
     EAGER,
+    GENERATE_BATCH,
     LLAMA_CPP,
+    ONE_BY_ONE,
     OURS,
     TRANSFORMERS,
     UNPACKED,
 )
 from gemma_fast.benchmarks.model.cases import Sizes
 from gemma_fast.benchmarks.model.eager import Eager, Rings, Static
+from gemma_fast.benchmarks.model.generate_batch import GenerateBatch
 from gemma_fast.benchmarks.model.llama import LlamaCpp
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.checkpoint.base import Checkpoint
@@ -77,7 +86,40 @@ class Ours:
         return sizes
 
 
+class Many(Ours):
+    """Gives all prompts to gemma_fast's generate_many."""
+
+    def start(self, batch: int, max_length: int, kind: str) -> None:
+        self.batch = batch
+        self.model.decoders.clear()  # those of another batch size
+
+    def texts(self, prompts: Sequence[list[int]], new: int) -> list[list[int]]:
+        """Returns the `new` tokens that follow each prompt."""
+        requests = [{"input_ids": ids} for ids in prompts]
+        texts: list[list[int]] = [[] for _ in prompts]
+        for found in self.model.generate_many(
+            requests, batch_size=self.batch, max_new_tokens=new, eos_token_id=None
+        ):
+            if found.error is not None:
+                raise found.error
+            texts[found.number] = found.ids
+        return texts
+
+    def memory(self) -> dict[str, float]:
+        return {**self.model.decoders.memory()}
+
+
+class OneByOne(Many):
+    """Calls gemma_fast's generate for one prompt after another."""
+
+    def texts(self, prompts: Sequence[list[int]], new: int) -> list[list[int]]:
+        options: dict[str, Any] = {"max_new_tokens": new, "eos_token_id": None}
+        ids = [torch.tensor([prompt], device=self.model.device) for prompt in prompts]
+        return [self.model.generate(x, **options)[0, x.shape[1] :].tolist() for x in ids]
+
+
 Provider = Eager | Ours | LlamaCpp
+Loader = Callable[[Checkpoint, torch.dtype, torch.device], Any]  # returns a provider
 
 
 def _reference(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Provider:
@@ -85,9 +127,9 @@ def _reference(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
 
 
 def _transformers(
-    attention: str, loop: type[Eager] = Eager, kernels: bool = False
-) -> Callable[[Checkpoint, torch.dtype, torch.device], Provider]:
-    def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Provider:
+    attention: str, loop: type[Eager | GenerateBatch] = Eager, kernels: bool = False
+) -> Loader:
+    def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
         from gemma_fast.benchmarks.model.transformers_model import transformers_model
 
         chosen = attention
@@ -111,7 +153,7 @@ BESIDE_PACKED = (UNPACKED, LLAMA_CPP)  # run only for packed weights, unless nam
 # Providers with a dtype of their own: the dtype of their logits, and the size of K and V.
 OWN_DTYPES: dict[str, list[torch.dtype]] = {LLAMA_CPP: [torch.bfloat16]}
 # The providers run in this order. Compiled providers come last, because they take minutes.
-PROVIDERS: dict[str, Callable[[Checkpoint, torch.dtype, torch.device], Provider]] = {
+PROVIDERS: dict[str, Loader] = {
     EAGER: _reference,
     "transformers (eager)": _transformers("eager"),
     TRANSFORMERS: _transformers("sdpa"),
@@ -122,3 +164,15 @@ PROVIDERS: dict[str, Callable[[Checkpoint, torch.dtype, torch.device], Provider]
     STATIC: _transformers("sdpa", Static),
     RINGS: _transformers("sdpa", Rings, kernels=True),
 }
+# Providers that continue many prompts, for the case `Arrival`.
+ARRIVAL_PROVIDERS: dict[str, Loader] = {
+    OURS: Many,
+    UNPACKED: partial(Many, quantize="none"),
+    ONE_BY_ONE: OneByOne,
+    GENERATE_BATCH: _transformers("sdpa", GenerateBatch),
+}
+
+
+def providers_of(arrival: bool) -> dict[str, Loader]:
+    """Returns the providers of the case `Arrival`, or those of the other cases."""
+    return ARRIVAL_PROVIDERS if arrival else PROVIDERS

@@ -18,6 +18,8 @@ test, if the context allows. In float32, its greedy tokens must equal the refere
 dtype, the reference computes in float32 with the same weights: the logits that it gives to the
 provider's greedy tokens must be close to its largest logits. Also, our error must not be much
 larger than transformers' (see judge.SLACK). A wrong provider is not timed.
+
+Many prompts that arrive together are another test, with other providers; see arrival.py.
 """
 
 from __future__ import annotations
@@ -32,10 +34,16 @@ import torch
 from gemma_fast.benchmarks.measure.machine import Roof
 from gemma_fast.benchmarks.measure.outcome import NOT_MEASURED
 from gemma_fast.benchmarks.measure.timing import interleaved
+from gemma_fast.benchmarks.model.arrival import ArrivalAttempt
 from gemma_fast.benchmarks.model.attempt import Attempt, Loaded, clear
-from gemma_fast.benchmarks.model.cases import Case
+from gemma_fast.benchmarks.model.cases import ARRIVAL, Case
 from gemma_fast.benchmarks.model.judge import Judge
-from gemma_fast.benchmarks.model.providers import OWN_DTYPES, PROVIDERS
+from gemma_fast.benchmarks.model.providers import (
+    ARRIVAL_PROVIDERS,
+    OWN_DTYPES,
+    PROVIDERS,
+    providers_of,
+)
 from gemma_fast.benchmarks.model.result import ModelResult
 from gemma_fast.checkpoint.base import Checkpoint
 from gemma_fast.config import GemmaConfig
@@ -53,7 +61,7 @@ def groups(
     They are in the order of PROVIDERS, in which transformers runs before gemma_fast, because the
     judge compares our error with transformers'.
     """
-    names = [name for name in PROVIDERS if name in names]
+    names = [name for name in PROVIDERS | ARRIVAL_PROVIDERS if name in names]
     entries = [(name, dtype) for name in names for dtype in OWN_DTYPES.get(name, dtypes)]
     # Weights and activations, as in Judge.
     needed = 1.5 * config.num_parameters * sum(dtype.itemsize for _, dtype in entries)
@@ -66,7 +74,10 @@ def run(
     checkpoint: Checkpoint, cases: Sequence[Case], device: torch.device, groups: Sequence[Group],
     roof: Roof | None, repeats: int, judge: Judge,
 ) -> Iterator[ModelResult]:  # fmt: skip
-    """Yields the results, group by group and case by case. Without a roof, nothing is timed."""
+    """Yields the results, group by group and case by case. Without a roof, nothing is timed.
+
+    cases: of the kinds pp and tg, or all of the kind arrival
+    """
     for group in groups:
         yield from run_group(checkpoint, cases, device, group, roof, repeats, judge)
 
@@ -75,12 +86,13 @@ def run_group(
     checkpoint: Checkpoint, cases: Sequence[Case], device: torch.device, group: Group,
     roof: Roof | None, repeats: int, judge: Judge,
 ) -> Iterator[ModelResult]:  # fmt: skip
-    loaded = []
+    arrival, loaded = cases[0].kind == ARRIVAL, []
     for name, dtype in group:
-        loaded.append(Loaded(name, dtype, checkpoint, device))
+        loaded.append(Loaded(name, providers_of(arrival)[name], dtype, checkpoint, device))
         click.echo(f"{loaded[-1].label}: {loaded[-1].told}", err=True)
     for case in cases:
-        attempts = [Attempt(x, case, device) for x in loaded]
+        attempt = ArrivalAttempt if arrival else Attempt
+        attempts = [attempt(x, case, device) for x in loaded]
         race(attempts, judge, roof, repeats)
         yield from (x.result for x in attempts)
 

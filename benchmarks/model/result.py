@@ -9,7 +9,7 @@ from typing import Any
 
 from gemma_fast.benchmarks.measure.machine import Roof, Work
 from gemma_fast.benchmarks.measure.model_report import label
-from gemma_fast.benchmarks.model.cases import PROMPT, Case
+from gemma_fast.benchmarks.model.cases import ARRIVAL, PROMPT, Case
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,20 @@ class ModelResult:
 
     def figures(self, roof: Roof | None) -> dict[str, Any]:
         """Returns rates, times and memory, or an empty dict if the result was not timed. Rates
-        count the tokens of all sequences in the batch."""
+        count the tokens of all sequences in the batch; at an arrival, the new tokens of all texts.
+        """
         if roof is None or (median := self.typical) is None:
             return {}
         roof = roof.of(self.dtype)
-        tokens = self.case.batch * self.case.tokens
+        tokens = self.case.total
         rates = [tokens / seconds for seconds in self.seconds]
+        found = {
+            "tokens_per_s": tokens / median,
+            "tokens_per_s_sd": statistics.stdev(rates) if len(rates) > 1 else None,
+            "samples_s": self.seconds, "peak_memory_bytes": self.peak_bytes, "memory": self.memory,
+        }  # fmt: skip
+        if self.case.kind == ARRIVAL:
+            return found | {"total_s": median}
         if self.case.kind == PROMPT:
             mfu = self.work.flops / median / roof.product
             of_kind = {"time_to_first_token_s": median, "mfu": mfu}
@@ -58,13 +66,10 @@ class ModelResult:
                 "token_p99_s": percentile(self.token_seconds, 99),
                 "mbu": self.work.bytes / median / roof.copy,
             }
-        return {
-            "tokens_per_s": tokens / median,
-            "tokens_per_s_sd": statistics.stdev(rates) if len(rates) > 1 else None,
+        return found | {
             "bytes": self.work.bytes, "flops": self.work.flops,
             "bytes_per_token": self.work.bytes / tokens, **of_kind,
-            "samples_s": self.seconds, "token_samples_s": self.token_seconds,
-            "peak_memory_bytes": self.peak_bytes, "memory": self.memory,
+            "token_samples_s": self.token_seconds,
         }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
 """The command `gemma-fast`: one module for each group of subcommands, and the options they share.
 
-May import: compat, causal_lm, text, demo, batch, benchmarks, walkthrough.
+May import: compat, causal_lm, text, demo, batch, server, benchmarks, walkthrough.
 """

@@ -4,6 +4,7 @@
     gemma-fast generate "I want to move" -n 30  stream a continuation of the prompt
     gemma-fast chat --model path/to/gemma-it    chat with an instruction-tuned model
     gemma-fast batch prompts.jsonl --out answers.jsonl  continue each prompt of a file
+    gemma-fast serve --model path/to/gemma-it   answer over HTTP, with OpenAI's endpoints
     gemma-fast walkthrough "I want to move"     write a page of pictures of the model at work
     gemma-fast bench --model demo               compare the speed with PyTorch and transformers
     gemma-fast verify                           check numerical accuracy on this machine
@@ -31,6 +32,7 @@ from gemma_fast.cli.options import (
     quantize_option,
 )
 from gemma_fast.cli.predict import predict
+from gemma_fast.cli.serve import serve
 
 
 class _Errors(click.Group):
@@ -56,7 +58,7 @@ def main() -> None:
     """Run Google's Gemma on Triton kernels."""
 
 
-for command in (predict, generate, chat, batch):
+for command in (predict, generate, chat, batch, serve):
     main.add_command(command)
 
 

@@ -152,8 +152,8 @@ class Decoder:
     def read_last(
         self, row: int, ids: Tensor, prompt: Tensor, text: Sampling, keeps_logits: bool = False
     ) -> None:
-        """Appends ids :: [1, t], the last part of the prompt :: [1, tokens], to a paused row, and
-        samples the first token after it. Ends the pause."""
+        """Appends ids :: [1, t], the last part of the prompt :: [1, tokens], which may be on the
+        host, to a paused row, and samples the first token after it. Ends the pause."""
         self.sampler.set_row(row, text, prompt, keeps_logits)
         with self._reading(row, ids) as cache:
             self.model.step(ids, cache, self.sampler.rows(slice(row, row + 1)))

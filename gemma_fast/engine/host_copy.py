@@ -1,4 +1,4 @@
-"""`copy_to_host` copies tensors to the host without waiting for the device."""
+"""Copies between the host and a device that do not wait for the device."""
 
 from __future__ import annotations
 
@@ -26,3 +26,10 @@ def copy_to_host(*tensors: Tensor) -> list[Callable[[], Tensor]]:
         return copy
 
     return [functools.partial(wait, copy) for copy in copies]
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor of the host on the device."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

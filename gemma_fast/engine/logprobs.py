@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
+
 from gemma_fast.engine.host_copy import copy_to_host
 from gemma_fast.engine.sampler import Sampler
 
@@ -29,8 +31,9 @@ def start_logprobs(
     rows = [row for row, count in wanted if count is not None]
     if not rows:
         return lambda: [None] * len(wanted)
-    logp = sampler.kept(rows)[0].log_softmax(-1)  # [r, vocab]
-    token = sampler.token[rows].clamp(min=0).unsqueeze(1)
+    logits, tokens = sampler.logits, sampler.token
+    logp = torch.stack([logits[row] for row in rows]).log_softmax(-1)  # [r, vocab]
+    token = torch.stack([tokens[row] for row in rows]).clamp(min=0).unsqueeze(1)  # [r, 1]
     best = logp.topk(max(count or 0 for _, count in wanted))
     waits = copy_to_host(logp.gather(1, token).squeeze(1), best.indices, best.values)
 
@@ -38,10 +41,10 @@ def start_logprobs(
         chosen, ids, values = (copied().tolist() for copied in waits)
         top = [[*zip(*pair, strict=True)] for pair in zip(ids, values, strict=True)]
         found = iter(zip(chosen, top, strict=True))
-        return [None if count is None else _cut(*next(found), count) for _, count in wanted]
+        return [None if n is None else _first(n, *next(found)) for _, n in wanted]
 
     return wait
 
 
-def _cut(logprob: float, top: list[tuple[int, float]], count: int) -> TokenLogprobs:
+def _first(count: int, logprob: float, top: list[tuple[int, float]]) -> TokenLogprobs:
     return TokenLogprobs(logprob, top[:count])

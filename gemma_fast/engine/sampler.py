@@ -48,6 +48,7 @@ class Sampler:
     """Stores each row's sampling settings and newest token, for `Gemma.step`.
 
     token      [b], int64: the newest token of each row; -1: the token's logits were not finite
+    logits     [b, vocab], fp32: logits of the model for the newest tokens, if a row keeps them
     invariant  True: logits are always processed in the same way, whatever the settings of other
                rows, so that a row's token does not depend on them
 
@@ -66,7 +67,7 @@ class Sampler:
         self._penalty, self._tail, self._log_min_p = (setting() for _ in range(3))
         # These are [b, vocab] from the first time that they are needed.
         self._seen = torch.zeros(0, dtype=torch.bool, device=device)
-        self._bias, self._logits, self._scores = (
+        self._bias, self.logits, self._scores = (
             torch.zeros(0, dtype=torch.float32, device=device) for _ in range(3)
         )
         self._vocab_size = vocab_size
@@ -92,7 +93,8 @@ class Sampler:
             self._groups = [_Texts(slice(0, len(texts)), texts, self.token.device)]
 
     def set_row(self, row: int, text: Sampling, ids: Tensor, keeps_logits: bool = False) -> None:
-        """Sets the settings of one row, for a new text with the prompt ids :: [1, t]."""
+        """Sets the settings of one row, for a new text with the prompt ids :: [1, t], which may be
+        on the host."""
         rows = slice(row, row + 1)
         self._rows[row], self._keeps[row] = text, keeps_logits
         self._groups = [group for group in self._groups if group.rows != rows]
@@ -102,9 +104,9 @@ class Sampler:
         if text.follows_text:
             group = _Texts(rows, [text], self.token.device)
             self._groups.append(group)
-            group.follow(ids, self._bias[rows])
+            group.follow(ids.to(self.token.device), self._bias[rows])
         if text.repetition_penalty != 1:
-            self._seen[rows].scatter_(1, ids, True)
+            self._seen[rows].scatter_(1, ids.to(self.token.device), True)
 
     def clear_row(self, row: int) -> None:
         """Makes a row without a text greedy."""
@@ -139,7 +141,10 @@ class Sampler:
             (self._log_min_p, [math.log(x.min_p) if x.min_p else -math.inf for x in texts]),
         ]
         for setting, row_values in values:
-            setting[rows] = torch.tensor(row_values, dtype=setting.dtype, device="cpu")
+            if len(row_values) == 1:
+                setting[rows].fill_(row_values[0])  # a copy would wait for the GPU
+            else:
+                setting[rows] = torch.tensor(row_values, dtype=setting.dtype, device="cpu")
         self._summarize()
         if self._penalizes:
             self._seen = self._of_all_tokens(self._seen)
@@ -147,7 +152,7 @@ class Sampler:
         if any(text.follows_text for text in texts):
             self._bias = self._of_all_tokens(self._bias)
         if self._keeps_logits:
-            self._logits, self._scores = map(self._of_all_tokens, (self._logits, self._scores))
+            self.logits, self._scores = map(self._of_all_tokens, (self.logits, self._scores))
 
     def _summarize(self) -> None:
         """Sets the properties of the step, which are those of all rows together."""
@@ -239,16 +244,16 @@ class Sampler:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that have a value for each token of the vocabulary."""
-        return sum(x.nbytes for x in (self._seen, self._bias, self._logits, self._scores))
+        return sum(x.nbytes for x in (self._seen, self._bias, self.logits, self._scores))
 
-    def kept(self, rows: slice | list[int]) -> tuple[Tensor, Tensor]:
+    def kept(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Returns copies of the logits of the model, and of the processed logits :: [r, vocab],
         fp32, of the newest tokens. The rows must keep their logits."""
-        return self._logits[rows].clone(), self._scores[rows].clone()
+        return self.logits[rows].clone(), self._scores[rows].clone()
 
     def _process_and_keep(self, logits: Tensor) -> Tensor:
         scores = self._process(logits)
-        self._logits.copy_(logits)
+        self.logits.copy_(logits)
         self._scores.copy_(scores)
         return scores
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from gemma_fast.engine.decoder import Decoder, bucket_of
 from gemma_fast.engine.generate import not_finite
+from gemma_fast.engine.host_copy import to_device
 from gemma_fast.engine.logprobs import TokenLogprobs, start_logprobs
 from gemma_fast.engine.request import Request
 from gemma_fast.engine.sampling import Sampling
@@ -226,12 +227,12 @@ class Scheduler:
                 self._reading.popleft()
 
     def _read_part(self, text: Text, row: int, part: Tensor) -> None:
-        request, device = text.request, self.decoder.token.device
+        request, part = text.request, to_device(part, self.decoder.token.device)
         if text.read + part.shape[1] < len(request.ids):
-            self.decoder.read_prompt(row, part.to(device))
+            self.decoder.read_prompt(row, part)
             return
         prompt, keeps = request.ids.unsqueeze(0), request.logprobs is not None
-        self.decoder.read_last(row, part.to(device), prompt.to(device), request.sampling, keeps)
+        self.decoder.read_last(row, part, prompt, request.sampling, keeps)
         self._launched([(row, text)])
 
     def _decode(self) -> bool:

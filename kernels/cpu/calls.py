@@ -19,8 +19,9 @@ from gemma_fast.kernels.packed import Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 FLOATS = torch.float32, torch.bfloat16, torch.float16
-# With more rows, unpacking the weight and a library's matmul take less time.
-MAX_ROWS = 16
+# The most rows of x that C multiplies with a weight that is not packed, and with a packed one. With
+# more rows, a library's matmul takes less time (benchmarks/LOG.md).
+MAX_ROWS = {torch.float32: (64, 64), torch.bfloat16: (16, 32), torch.float16: (64, 64)}
 PARALLEL = 1 << 15  # elements from which a second thread pays
 
 
@@ -52,8 +53,14 @@ def runs_c(x: Tensor) -> bool:
 
 def is_matvec(x: Tensor, weight: Weight) -> bool:
     """Whether the C kernel for few rows computes x @ weightᵀ."""
-    few = 0 < x.numel() <= MAX_ROWS * x.shape[-1] and weight.data.numel() > 0
-    return few and reads(weight) and runs_c(x)
+    if not (x.numel() and weight.data.numel() and reads(weight) and runs_c(x)):
+        return False
+    return x.numel() <= max_rows(x.dtype, weight) * x.shape[-1]
+
+
+def max_rows(dtype: torch.dtype, weight: Weight) -> int:
+    """Returns the most rows of x, in this dtype, that C multiplies with the weight."""
+    return MAX_ROWS[dtype][weight.scale is not None]
 
 
 def reads(weight: Weight) -> bool:
@@ -174,7 +181,8 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 def best_token(logits: Tensor, token: Tensor) -> None:
     """Writes the most likely token of each row of logits :: [b, vocab], fp32, contiguous; see
     sample.py."""
-    call("best_token", pointer(logits), *logits.shape, pointer(token))
+    count = 1 if len(logits) == 1 else threads(logits.numel())
+    call("best_token", pointer(logits), *logits.shape, pointer(token), count)
 
 
 class HeadArgs(ctypes.Structure):
@@ -256,7 +264,7 @@ ARGUMENTS = {
     "route": (c_void_p, POINTER(WeightArgs), c_int64, c_int),
     "experts": (c_void_p, POINTER(WeightArgs), POINTER(WeightArgs), c_int),
     "sum_terms": (c_void_p, c_void_p, c_void_p, c_int64, c_int),
-    "best_token": (c_void_p, c_int64, c_int64, c_void_p),
+    "best_token": (c_void_p, c_int64, c_int64, c_void_p, c_int),
     "unpack": (POINTER(WeightArgs), c_int64, c_int64, c_void_p, c_int, c_int),
 }  # fmt: skip
 

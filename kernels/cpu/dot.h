@@ -1,13 +1,11 @@
-/* A weight times one row of x, or a few: a thread multiplies one row of the weight after another.
+/* A weight times one row of x: a thread multiplies one row of the weight after another.
 
 Several rows of the weight at a time share the loads of x, but their short streams defeat the
 processor's prefetcher: 17 to 18 instead of 12 ms for a bf16 weight of 262144 × 640, on an AMD EPYC.
-With several rows of x, a row of the weight is unpacked to floats first. */
+*/
 #pragma once
 #include "weight.h"
 
-#define CHUNK 262144 /* bytes of the weight that a thread takes at a time, at most */
-#define SMALL 65536 /* bytes of a weight that is not worth a second thread */
 #define AHEAD 1280 /* bytes: distance of prefetches */
 
 INLINE void prefetch(const void *p) { __builtin_prefetch((const char *)p + AHEAD); }
@@ -76,45 +74,6 @@ static inline float dot(const weight_t *w, int64_t row, const float *x, const fl
         for (int64_t g = 0; g < groups; g++) y += scale[g] * group_sums[g];
     }
     return y;
-}
-
-#define SUMS 8 /* vectors that are summed at once: each addition waits for the one before */
-
-/* A row of floats times each of `rows` vectors x[…] :: [dim]; rows divides SUMS. */
-INLINE void dots_of(
-    const float *weight, int64_t dim, const float *const *x, int rows, float *y, int64_t stride
-) {
-    floats totals[SUMS] = {{0}};
-    int64_t i = 0, step = SUMS / rows * LANES;
-    for (; i + step <= dim; i += step)
-        for (int k = 0; k < SUMS; k++) {
-            int64_t col = i + k / rows * LANES;
-            totals[k] += load_f32(weight + col) * load_f32(x[k % rows] + col);
-        }
-    for (int r = 0; r < rows; r++) {
-        for (int k = r + rows; k < SUMS; k += rows) totals[r] += totals[k];
-        float result = sum(totals[r]);
-        for (int64_t col = i; col < dim; col++) result += weight[col] * x[r][col];
-        y[r * stride] = result;
-    }
-}
-
-/* Row `row` of the weight times each of `rows` vectors x[…] :: [dim]. y has the results, `stride`
-   apart. */
-static inline void dots(
-    const weight_t *w, int64_t row, const float *const *x, int64_t rows, const float *group_sums,
-    float *unpacked, float *y, int64_t stride
-) {
-    if (rows == 1) {
-        *y = dot(w, row, *x, group_sums);
-        return;
-    }
-    unpack_row(w, row, unpacked);
-    int64_t r = 0;
-    for (; r + 8 <= rows; r += 8) dots_of(unpacked, w->dim, x + r, 8, y + r * stride, stride);
-    for (; r + 4 <= rows; r += 4) dots_of(unpacked, w->dim, x + r, 4, y + r * stride, stride);
-    for (; r + 2 <= rows; r += 2) dots_of(unpacked, w->dim, x + r, 2, y + r * stride, stride);
-    if (r < rows) dots_of(unpacked, w->dim, x + r, 1, y + r * stride, stride);
 }
 
 static inline void sum_groups(const float *x, int64_t groups, int64_t group, float *sums) {

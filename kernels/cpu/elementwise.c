@@ -70,24 +70,26 @@ void unpack(const weight_t *w, int64_t start, int64_t stop, void *out, int dtype
     for (int64_t row = start; row < stop; row++) {
         int64_t to = (row - start) * w->dim;
         float unpacked[w->dim];
-        unpack_row(w, row, unpacked);
+        unpack_columns(w, row, 0, w->dim, unpacked);
         narrow(unpacked, w->dim, out, dtype, to);
     }
 }
 
 /* token :: [rows]: the index of the largest logit of each row :: [rows, vocab], the lowest if
    several are largest; -1 if it is not finite, or if one is NaN. */
-void best_token(const float *logits, int64_t rows, int64_t vocab, int64_t *token) {
-    for (int64_t row = 0; row < rows; row++, logits += vocab) {
+void best_token(const float *logits, int64_t rows, int64_t vocab, int64_t *token, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *x = logits + row * vocab;
         float top = -INFINITY;
         int nan = 0;
 #pragma omp simd reduction(max : top) reduction(| : nan)
         for (int64_t i = 0; i < vocab; i++) {
-            top = logits[i] > top ? logits[i] : top;
-            nan |= logits[i] != logits[i];
+            top = x[i] > top ? x[i] : top;
+            nan |= x[i] != x[i];
         }
         int64_t best = 0;
-        while (best < vocab && logits[best] != top) best++;
+        while (best < vocab && x[best] != top) best++;
         token[row] = nan || top == INFINITY || top == -INFINITY ? -1 : best;
     }
 }

@@ -5,6 +5,7 @@ weights of each chosen expert are read once. */
 #include <stdlib.h>
 
 #include "dot.h"
+#include "tile.h"
 
 #define GROUP 16       /* pairs, at most, for which an expert's weights are read once */
 #define PRODUCTS 65536 /* floats: products of a thread before they are summed, about at most */
@@ -30,8 +31,9 @@ typedef struct {
     int64_t *order, *place;         /* order[i] is the i-th sorted pair, and place[order[i]] is i */
     group_t *groups;                /* of pairs with one expert */
     int64_t count;                  /* of groups */
+    int64_t wide_dim, wide_width;   /* floats in a row of x, and of hidden */
     float *x, *hidden;              /* [rows, dim]; [pairs, width], sorted: gelu(gate) * up */
-    float *x_sums, *hidden_sums;    /* of the columns that share a minimum */
+    float *x_sums, *hidden_sums;    /* for one row: of the columns that share a minimum */
     int64_t x_groups, hidden_groups; /* these sums of a row; 0: the weight has no minima */
     const float **rows, **hiddens;  /* [pairs], sorted: row of x; row of hidden */
     int64_t chunk, down_chunk;      /* rows of a weight that a thread multiplies at a time */
@@ -56,37 +58,49 @@ static void sort_pairs(plan_t *p) {
 /* Rows of w that a thread multiplies at a time, of `rows`, if `all` are read. */
 static int64_t chunk_of(const weight_t *w, int64_t rows, int64_t all, int threads) {
     int64_t row_bytes = max(weight_bytes(w) / w->out, 1);
-    return min(min(CHUNK, all * row_bytes / (4 * threads)) / row_bytes + 1, rows);
+    int64_t chunk = min(CHUNK, all * row_bytes / (4 * threads)) / row_bytes;
+    return min((chunk / WIDTH + 1) * WIDTH, rows);
 }
 
 static void widen_rows(plan_t *p) {
     const experts_t *a = p->args;
     for (int64_t r = 0; r < a->rows; r++) {
-        float *row = p->x + r * p->dim;
+        float *row = p->x + r * p->wide_dim;
         widen(a->x, a->dtype, r * p->dim, p->dim, row);
+        memset(row + p->dim, 0, (p->wide_dim - p->dim) * sizeof *row);
         sum_groups(row, p->x_groups, p->gate_up->group, p->x_sums + r * p->x_groups);
     }
     for (int64_t i = 0; i < p->pairs; i++) {
-        p->rows[i] = p->x + p->order[i] / a->top_k * p->dim;
-        p->hiddens[i] = p->hidden + i * p->width;
+        float *hidden = p->hidden + i * p->wide_width;
+        p->rows[i] = p->x + p->order[i] / a->top_k * p->wide_dim;
+        p->hiddens[i] = hidden;
+        memset(hidden + p->width, 0, (p->wide_width - p->width) * sizeof *hidden);
     }
+}
+
+/* Rows first … first + count - 1 of the weight times the group's rows x[…]. sums: if x has one row,
+   and so each group: those of its groups of columns. y :: [pairs of the group, count]. */
+static void multiply(
+    const plan_t *p, const weight_t *w, int64_t first, int64_t count, const float *const *x,
+    int64_t pairs, const float *sums, float *y
+) {
+    if (p->args->rows > 1)
+        dots(w, first, count, x, pairs, y, count);
+    else
+        for (int64_t i = 0; i < count; i++) y[i] = dot(w, first + i, *x, sums);
 }
 
 /* Columns `first` … of `hidden` of one group, at most `chunk`, with values that dtype has.
    results :: [2, GROUP, chunk] is scratch. */
-static void hidden_chunk(
-    const plan_t *p, const group_t *g, int64_t first, float *unpacked, float *results
-) {
-    int64_t count = min(p->chunk, p->width - first), row = p->order[g->first] / p->args->top_k;
+static void hidden_chunk(const plan_t *p, const group_t *g, int64_t first, float *results) {
+    int64_t count = min(p->chunk, p->width - first);
     int64_t gate = g->expert * 2 * p->width + first, up = gate + p->width;
-    const float *sums = p->x_sums + row * p->x_groups, *const *x = p->rows + g->first;
+    const float *const *x = p->rows + g->first;
     float *ups = results + GROUP * count;
-    for (int64_t i = 0; i < count; i++)
-        dots(p->gate_up, gate + i, x, g->count, sums, unpacked, results + i, count);
-    for (int64_t i = 0; i < count; i++)
-        dots(p->gate_up, up + i, x, g->count, sums, unpacked, ups + i, count);
+    multiply(p, p->gate_up, gate, count, x, g->count, p->x_sums, results);
+    multiply(p, p->gate_up, up, count, x, g->count, p->x_sums, ups);
     for (int64_t j = 0; j < g->count; j++) {
-        float *to = p->hidden + (g->first + j) * p->width + first;
+        float *to = (float *)p->hiddens[g->first + j] + first;
         for (int64_t i = 0; i < count; i++)
             to[i] = geglu_of(results[j * count + i], ups[j * count + i]);
         round_to(to, count, p->args->dtype);
@@ -99,10 +113,8 @@ static void output_chunk(const plan_t *p, int64_t first, float *total, float *pr
     const experts_t *a = p->args;
     int64_t count = min(p->down_chunk, p->dim - first);
     for (const group_t *g = p->groups; g < p->groups + p->count; g++)
-        for (int64_t i = 0; i < count; i++)
-            dots(p->down, g->expert * p->dim + first + i, p->hiddens + g->first, g->count,
-                 p->hidden_sums + g->first * p->hidden_groups, total,
-                 products + g->first * count + i, count);
+        multiply(p, p->down, g->expert * p->dim + first, count, p->hiddens + g->first, g->count,
+                 p->hidden_sums + g->first * p->hidden_groups, products + g->first * count);
     for (int64_t r = 0; r < a->rows; r++) {
         memset(total, 0, count * sizeof *total);
         for (int64_t pair = r * a->top_k; pair < (r + 1) * a->top_k; pair++) {
@@ -118,16 +130,16 @@ static void run(const plan_t *p, float *scratch, int64_t own, int threads) {
     int64_t chunks = (p->width + p->chunk - 1) / p->chunk;
 #pragma omp parallel num_threads(threads)
     {
-        float *unpacked, *results;
+        float *total, *results;
 #pragma omp critical
         {
-            unpacked = scratch;
+            total = scratch;
             scratch += own;
         }
-        results = unpacked + max(p->dim, p->width);
+        results = total + p->down_chunk;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < p->count * chunks; i++)
-            hidden_chunk(p, p->groups + i / chunks, i % chunks * p->chunk, unpacked, results);
+            hidden_chunk(p, p->groups + i / chunks, i % chunks * p->chunk, results);
         if (p->hidden_groups)
 #pragma omp for
             for (int64_t i = 0; i < p->pairs; i++)
@@ -135,7 +147,7 @@ static void run(const plan_t *p, float *scratch, int64_t own, int threads) {
                            p->hidden_sums + i * p->hidden_groups);
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < p->dim; first += p->down_chunk)
-            output_chunk(p, first, unpacked, results);
+            output_chunk(p, first, total, results);
     }
 }
 
@@ -155,19 +167,21 @@ int experts(const experts_t *a, const weight_t *gate_up, const weight_t *down, i
         int64_t bytes = p.count * (weight_bytes(gate_up) + weight_bytes(down)) / p.experts;
         if (bytes < SMALL) threads = 1;
         p.chunk = chunk_of(gate_up, p.width, p.count * p.width, threads);
-        p.down_chunk = min(chunk_of(down, p.dim, p.dim, threads), PRODUCTS / p.pairs + 1);
-        p.x_groups = gate_up->minimum ? p.dim / gate_up->group : 0;
-        p.hidden_groups = down->minimum ? p.width / down->group : 0;
-        int64_t own = max(2 * GROUP * p.chunk, p.pairs * p.down_chunk) + max(p.dim, p.width);
-        int64_t x_size = a->rows * p.dim, x_sums = a->rows * p.x_groups;
-        int64_t hidden_size = p.pairs * p.width, shared = x_size + x_sums + hidden_size;
+        int64_t most = (PRODUCTS / p.pairs / WIDTH + 1) * WIDTH;
+        p.down_chunk = min(chunk_of(down, p.dim, p.dim, threads), most);
+        p.x_groups = gate_up->minimum && a->rows == 1 ? p.dim / gate_up->group : 0;
+        p.hidden_groups = down->minimum && a->rows == 1 ? p.width / down->group : 0;
+        p.wide_dim = padded(p.dim), p.wide_width = padded(p.width);
+        int64_t own = max(2 * GROUP * p.chunk, p.pairs * p.down_chunk) + p.down_chunk;
+        int64_t x_size = a->rows * p.wide_dim, x_sums = a->rows * p.x_groups;
+        int64_t hidden_size = p.pairs * p.wide_width, shared = x_size + x_sums + hidden_size;
         shared += p.pairs * p.hidden_groups;
-        memory = malloc((shared + threads * own) * sizeof *memory);
+        memory = malloc((shared + threads * own) * sizeof *memory + ALIGNMENT);
         if (memory) {
-            p.x = memory, p.x_sums = p.x + x_size;
-            p.hidden = p.x_sums + x_sums, p.hidden_sums = p.hidden + hidden_size;
+            p.x = aligned(memory), p.hidden = p.x + x_size;
+            p.x_sums = p.hidden + hidden_size, p.hidden_sums = p.x_sums + x_sums;
             widen_rows(&p);
-            run(&p, memory + shared, own, threads);
+            run(&p, p.x + shared, own, threads);
         }
     }
     free(p.start), free(p.groups), free(p.rows), free(memory);

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from gemma_fast.kernels.cpu.calls import (
     DTYPES,
-    MAX_ROWS,
     call,
     contiguous,
     geglu,
+    max_rows,
     pointer,
     weight_args,
 )
@@ -19,7 +19,7 @@ from gemma_fast.kernels.cpu.matmul import linear, packed_linear
 from gemma_fast.kernels.packed import Weight
 
 # With more rows for each expert, unpacking its weights and a library's matmul take less time.
-FEW, FEW_PACKED = 2, 4
+FEW, FEW_PACKED = 4, 16
 
 
 class RouterArgs(ctypes.Structure):
@@ -77,7 +77,7 @@ def experts(x: Tensor, gate_up: Weight, down: Weight, chosen: Tensor, weight: Te
         pointer(x), pointer(chosen), pointer(weight), pointer(y), rows, top_k, DTYPES[x.dtype]
     )  # fmt: skip
     threads = torch.get_num_threads()
-    if few or rows <= MAX_ROWS:
+    if few or rows <= max_rows(x.dtype, gate_up):
         weights = byref(weight_args(gate_up)), byref(weight_args(down))
         call("experts", byref(args), *weights, threads)
         return y

@@ -1,8 +1,8 @@
 /* The router of router.py, and the norm of the experts' input, for any number of rows. */
 #include <stdlib.h>
 
-#include "dot.h"
 #include "norm.h"
+#include "tile.h"
 
 #define BLOCK 64 /* rows at a time */
 
@@ -56,36 +56,32 @@ static void choose(
 
 /* Returns nonzero if memory ran out; then nothing is written. */
 int route(const router_t *a, const weight_t *proj, int64_t rows, int threads) {
-    int64_t dim = proj->dim, experts = proj->out, most = min(rows, BLOCK);
-    int64_t chunk = max(experts / (4 * threads), 1);
+    int64_t dim = proj->dim, wide = padded(dim), experts = proj->out, most = min(rows, BLOCK);
+    int64_t chunk = (experts / (4 * threads) / WIDTH + 1) * WIDTH;
     if (most * weight_bytes(proj) < SMALL) threads = 1;
-    float *x = malloc((most * (dim + experts) + threads * dim) * sizeof *x);
-    if (!x) return 1;
-    float *logits = x + most * dim, *scratch = logits + most * experts;
+    float *memory = malloc(most * (wide + experts) * sizeof *memory + ALIGNMENT);
+    if (!memory) return 1;
+    float *x = aligned(memory), *logits = x + most * wide;
     const float *xs[BLOCK];
-    for (int r = 0; r < most; r++) xs[r] = x + r * dim;
+    for (int r = 0; r < most; r++) xs[r] = x + r * wide;
 #pragma omp parallel num_threads(threads)
     {
-        float *unpacked;
-#pragma omp critical
-        {
-            unpacked = scratch;
-            scratch += dim;
-        }
         for (int64_t first = 0; first < rows; first += BLOCK) {
             int64_t count = min(BLOCK, rows - first);
 #pragma omp for
-            for (int64_t r = 0; r < count; r++) normalize(a, dim, first + r, x + r * dim);
+            for (int64_t r = 0; r < count; r++) {
+                normalize(a, dim, first + r, x + r * wide);
+                memset(x + r * wide + dim, 0, (wide - dim) * sizeof *x);
+            }
 #pragma omp for schedule(dynamic)
             for (int64_t start = 0; start < experts; start += chunk)
-                for (int64_t e = start; e < min(start + chunk, experts); e++)
-                    dots(proj, e, xs, count, NULL, unpacked, logits + e, experts);
+                dots(proj, start, min(chunk, experts - start), xs, count, logits + start, experts);
 #pragma omp for
             for (int64_t r = 0; r < count; r++)
                 choose(a, logits + r * experts, experts, a->chosen + (first + r) * a->top_k,
                        a->weight + (first + r) * a->top_k);
         }
     }
-    free(x);
+    free(memory);
     return 0;
 }

@@ -35,6 +35,17 @@ INLINE floats load_nibbles(const uint8_t *p, int high, int shift) {
     if (high) x = _mm512_srli_epi32(x, 4);
     return _mm512_permutexvar_ps(x, values - (float)shift); /* reads the low 4 bits of x */
 }
+/* Writes the sums of four vectors, each added in the same order. */
+INLINE void sum_each(floats a, floats b, floats c, floats d, float *to) {
+    __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+    __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+    __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd);
+    __m512d high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+    __m512 all = (__m512)low + (__m512)high; /* [4, k] */
+    __m256 half = _mm512_castps512_ps256(all)
+        + _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)all, 1));
+    _mm_storeu_ps(to, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+}
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 #define LANES 8
@@ -54,6 +65,14 @@ INLINE floats load_nibbles(const uint8_t *p, int high, int shift) {
     __m128i x = _mm_loadl_epi64((const __m128i *)p);
     x = _mm_and_si128(high ? _mm_srli_epi16(x, 4) : x, _mm_set1_epi8(15));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_sub_epi8(x, _mm_set1_epi8(shift))));
+}
+INLINE void sum_each(floats a, floats b, floats c, floats d, float *to) {
+    __m256 ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
+    __m256 cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
+    __m256d low = _mm256_unpacklo_pd((__m256d)ab, (__m256d)cd);
+    __m256d high = _mm256_unpackhi_pd((__m256d)ab, (__m256d)cd);
+    __m256 all = (__m256)low + (__m256)high; /* [2, k] */
+    _mm_storeu_ps(to, _mm256_castps256_ps128(all) + _mm256_extractf128_ps(all, 1));
 }
 #else
 #define LANES 8
@@ -88,7 +107,21 @@ INLINE floats load_nibbles(const uint8_t *p, int high, int shift) {
     for (int i = 0; i < LANES; i++) x[i] = (int8_t)((high ? p[i] >> 4 : p[i] & 15) - shift);
     return load_i8(x);
 }
+INLINE void sum_each(floats a, floats b, floats c, floats d, float *to) {
+    const floats x[] = {a, b, c, d};
+    for (int k = 0; k < 4; k++)
+        to[k] = ((x[k][0] + x[k][4]) + (x[k][2] + x[k][6]))
+            + ((x[k][1] + x[k][5]) + (x[k][3] + x[k][7]));
+}
 #endif
+
+/* Keeps x in a register: gcc repeats a load for each use of its result. */
+INLINE floats keep(floats x) {
+#if defined(__AVX2__)
+    __asm__("" : "+v"(x));
+#endif
+    return x;
+}
 
 /* gcc before version 12 does not have _Float16 on x86. */
 #if defined(__F16C__)

@@ -16,8 +16,11 @@ from gemma_fast.benchmarks import gpu
 from gemma_fast.benchmarks.__main__ import main
 from gemma_fast.benchmarks.gpu import SIZES, Stage, run_stages, stages
 from gemma_fast.benchmarks.kernels.table import SUITES
+from gemma_fast.benchmarks.measure.outcome import GENERATE_BATCH, OURS
 from gemma_fast.benchmarks.measure.report import NOTHING
 from gemma_fast.benchmarks.model.cases import cases
+from gemma_fast.benchmarks.model.command import chosen_cases
+from gemma_fast.benchmarks.model.providers import providers_of
 from gemma_fast.benchmarks.options import pick_sizes
 from gemma_fast.presets import PRESETS
 
@@ -49,7 +52,7 @@ def test_stage_limits_add_up_to_the_total_time(monkeypatch, tmp_path):
 
     monkeypatch.setattr(gpu, "run_stage", lambda stage, *given: run(1, *given))
     done = run_stages(stages(cuda=True), 480, tmp_path, HEAD, True)
-    assert sum(x.limit_s for x in done) == pytest.approx(480) and len(done) == 9
+    assert sum(x.limit_s for x in done) == pytest.approx(480) and len(done) == 10
     assert [round(x.limit_s) for x in done] == [round(x.share) for x in stages(cuda=True)]
     monkeypatch.setattr(gpu, "run_stage", lambda stage, *given: run(0, *given))
     done = run_stages(stages(cuda=True), 480, tmp_path, HEAD, True)
@@ -92,6 +95,7 @@ def test_every_benchmark_stage_gets_an_output_folder():
         "decode int8",
         "decode int4",
         "prefill",
+        "arrival",
         "gemma 4",
         "kernels",
         "profile",
@@ -125,6 +129,16 @@ def test_a_stage_measures_prompts_and_tokens_of_a_gemma_4():
     assert PRESETS[chosen["model"]].model_type == "gemma4"
     tests = cases(*(chosen[x] for x in ("prompts", "new", "depths", "batches")))
     assert [x.name for x in tests] == ["pp2048", "tg64", "pp2048 @ d4096", "tg64 @ d4096"]
+
+
+def test_a_stage_measures_arrivals_for_three_batch_sizes():
+    (words,) = [x.arguments for x in stages(cuda=True) if x.name == "arrival"]
+    chosen = main.make_context("benchmarks", list(words[1:])).params
+    names = "prompts", "new", "depths", "batches", "arrival"
+    tests = chosen_cases(**{name: chosen[name] for name in names})
+    assert {x.name for x in tests} == {"128 x pp512+tg32"}
+    assert [x.batch for x in tests] == [8, 32, 64]
+    assert chosen["only"] == (OURS, GENERATE_BATCH) and {*chosen["only"]} <= {*providers_of(True)}
 
 
 def test_test_files_that_import_missing_packages_are_left_out(monkeypatch):
@@ -184,5 +198,5 @@ def test_without_a_gpu_stages_run_and_nothing_is_measured(tmp_path, monkeypatch)
     assert not saved["measured"]
     left_out = {"gemma 4", "profile"}
     assert {x["stage"] for x in saved["stages"] if x["status"] != "ok"} == left_out
-    for name in ("decode", "decode-int8", "prefill", "kernels"):
+    for name in ("decode", "decode-int8", "prefill", "arrival", "kernels"):
         assert json.loads((tmp_path / name / "results.json").read_text())["stamp"]

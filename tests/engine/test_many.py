@@ -1,13 +1,17 @@
 """Tests GemmaForCausalLM.generate_many and request."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from chat_checkpoint import write_chat_checkpoint
-from decoder_checks import NEVER
+from decoder_checks import NEVER, SAMPLINGS
+from tiny_models import random_model
 
 from gemma_fast import GemmaForCausalLM, Tokenizer
+
+MANY_KINDS = [*SAMPLINGS.values(), {"logprobs": 1}]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +124,17 @@ def test_texts_after_generate_and_before_it_share_a_decoder(twins):
         assert torch.equal(model.generate(ids, **options), expected)
         found = sorted(model.generate_many(requests, batch_size=4, **options))
         assert [x.ids for x in found] == expected[:, 4:].tolist()
+
+
+def test_it_works_inside_and_outside_of_inference_mode(twins):
+    model = random_model(twins.config)
+    requests = [{"input_ids": [5, 6, i], **options} for i in (7, 8, 9) for options in MANY_KINDS]
+    for mode in (torch.inference_mode, nullcontext, torch.inference_mode):
+        with mode():
+            found = sorted(
+                model.generate_many(requests, batch_size=2, max_new_tokens=3, prefix_ids=[5, 6])
+            )
+        assert [x.error for x in found] == [None] * len(requests)
 
 
 def test_stop_strings_begin_in_the_new_text(chat):

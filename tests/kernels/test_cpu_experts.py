@@ -9,8 +9,8 @@ from matvec_checks import check_linear, weight_of
 from mixture_checks import check_experts, expert_weight, routed, router_inputs
 
 from gemma_fast.kernels import experts as experts_file
+from gemma_fast.kernels.cpu import calls
 from gemma_fast.kernels.cpu import experts as cpu
-from gemma_fast.kernels.cpu.calls import MAX_ROWS
 from gemma_fast.kernels.cpu.replay import Replay
 from gemma_fast.kernels.experts import experts, experts_reference
 from gemma_fast.kernels.packed import Packing, Weight
@@ -24,7 +24,7 @@ SIZES = [
     (16, 8, 640, 352),
 ]  # fmt: skip
 SIZE = pytest.mark.parametrize("size", SIZES, ids=str)
-# 2 and more rows share experts. From 17 rows on, a library multiplies, if the experts are few.
+# 2 and more rows share experts. With 17 rows or 70, a library multiplies, if the experts are few.
 ROWS = [1, 2, 3, 5, 16, 17, 70]
 INT8, INT4 = Packing(8, 32, False, torch.half), Packing(4, 32, False, torch.half)
 WITH_MINIMUM = Packing(4, 64, True, torch.half), Packing(8, 16, True, torch.float32)
@@ -50,10 +50,13 @@ def tiny_experts(dtype):
     return [weight for weight, *_ in parts], [elements for _, elements, _ in parts]
 
 
-def steps_of(rows, count, top_k, packed=False):
+def steps_of(rows, count, top_k, dtype, packings=(None, None)):
     """Returns how many results are rounded to x.dtype before y."""
-    by_c = rows <= MAX_ROWS or rows * top_k <= (cpu.FEW_PACKED if packed else cpu.FEW) * count
-    return 1 if by_c else 3 + 2 * packed
+    packed = packings[0] is not None
+    few = (cpu.FEW_PACKED if packed else cpu.FEW) * count
+    if rows <= calls.MAX_ROWS[dtype][packed] or rows * top_k <= few:
+        return 1
+    return 3 if packings == (None, None) else 5
 
 
 @DTYPE
@@ -65,7 +68,7 @@ def test_experts_equal_fp64(size, dtype, build, poison_outputs):
     for rows in ROWS:
         x, (chosen, weight) = torch.randn(rows, dim).to(dtype), routed(rows, count, top_k)
         y, dense_y = experts(x, gate_up, down, chosen, weight)
-        steps = steps_of(rows, count, top_k)
+        steps = steps_of(rows, count, top_k, dtype)
         check_experts(y, x, exact_up, exact_down, chosen, weight, steps=steps)
         assert dense_y.shape == (0,)
 
@@ -80,7 +83,7 @@ def test_packed_experts_equal_fp64(packings, dtype, build, poison_outputs):
     for rows in ROWS:
         x, (chosen, weight) = torch.randn(rows, dim).to(dtype), routed(rows, count, top_k)
         y, _ = experts(x, gate_up, down, chosen, weight)
-        steps = steps_of(rows, count, top_k, packed=True)
+        steps = steps_of(rows, count, top_k, dtype, packings)
         sizes = up_size, down_size
         check_experts(y, x, exact_up, exact_down, chosen, weight, sizes, steps)
 
@@ -103,7 +106,7 @@ def test_all_rows_may_choose_one_expert(rows, dtype, build, poison_outputs):
     x, weight = torch.randn(rows, 48).to(dtype), torch.rand(rows, 3)
     for chosen in (torch.full((rows, 3), 4), torch.tensor([5, 0, 5]).expand(rows, 3)):
         y, _ = experts(x, gate_up, down, chosen.int(), weight)
-        steps = steps_of(rows, 6, 3)
+        steps = steps_of(rows, 6, 3, dtype)
         check_experts(y, x, *exact, chosen, weight, steps=steps)
 
 
@@ -157,7 +160,7 @@ def test_layouts(shape, dtype, build, poison_outputs):
     y, _ = experts(x, *weights, chosen.view(*shape, 3), wide[..., :3])
     assert y.shape == x.shape
     y, x = y.flatten(0, 1), x.reshape(rows, 48)
-    check_experts(y, x, *exact, chosen, weight, steps=steps_of(rows, 6, 3))
+    check_experts(y, x, *exact, chosen, weight, steps=steps_of(rows, 6, 3, dtype))
 
 
 @DTYPE

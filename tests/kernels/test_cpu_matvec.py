@@ -107,7 +107,7 @@ def test_norm_linear_of_gemma_4_equals_fp64(case, offset, dtype, build, only_c, 
 @DTYPE
 @pytest.mark.parametrize("kind", [None, INT8, INT4], ids=["not packed", "int8", "int4, minimum"])
 def test_more_rows_are_computed_by_a_library(kind, dtype, poison_outputs):
-    x, size, steps = torch.randn(17, 640).to(dtype), None, 0
+    x, size, steps = torch.randn(65, 640).to(dtype), None, 0
     weight = exact = weight_of(13, 640, dtype, "cpu")
     if kind is not None:
         (weight, exact, size), steps = packed_weight_of(13, 640, kind, "cpu"), 1
@@ -223,11 +223,12 @@ def test_logits_of_next_token_are_not_rounded_to_16_bits(dtype, build):
     assert torch.equal(rounded[:, 100], rounded[:, 300])
 
 
-def test_c_is_called_for_1_to_16_rows_only(monkeypatch):
+@DTYPE
+def test_c_is_called_up_to_the_largest_number_of_rows(dtype, monkeypatch):
     ran = []
     monkeypatch.setattr(calls, "matvec", lambda x, *_, **__: ran.append(x) or (x, x))
-    weight, packed = torch.randn(4, 32), PackedWeight((4, 32), INT8)
-    for w in (weight, packed):
-        for shape in ((1, 1), (1, 16), (2, 8), (1, 17), (3, 6), (1, 0)):
-            linear(torch.randn(*shape, 32), w)
+    for packed, weight in enumerate((torch.randn(4, 32, dtype=dtype), PackedWeight((4, 32), INT8))):
+        most = calls.MAX_ROWS[dtype][packed]
+        for shape in ((1, 1), (1, most), (2, most // 2), (1, most + 1), (3, most // 2), (1, 0)):
+            linear(torch.randn(*shape, 32, dtype=dtype), weight)
     assert len(ran) == 6

@@ -37,7 +37,8 @@ RULES = {
     "benchmarks.verify": EVERYTHING,
     "benchmarks": EVERYTHING,
     "walkthrough": "__init__, checkpoint, config, load, memory, reference, reference_steps, text",
-    "cli": "compat, causal_lm, text, demo, batch, benchmarks, walkthrough",
+    "server": "causal_lm, compat, demo, engine, text",
+    "cli": "compat, causal_lm, text, demo, batch, server, benchmarks, walkthrough",
     "__main__": "cli",
     "__init__": "config, presets, causal_lm, engine, model, reference, text",
 }  # fmt: skip

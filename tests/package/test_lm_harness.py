@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from marks import slow
 
 from gemma_fast.compat import FROM_PRETRAINED, LM_EVAL
+from gemma_fast.engine.decoder import bucket_of
 from gemma_fast.lm_harness import GemmaFastLM
 from gemma_fast.text.tokenizer import Tokenizer
 
@@ -309,7 +310,50 @@ def test_generation_options_and_thinking_equal_hf(checkpoint):
     ):  # fmt: skip
         given = {"until": [], **({} if "max_tokens" in options else {"max_gen_toks": 9}), **options}
         asked = requests("generate_until", *[(prompt, given) for prompt in PROMPTS[:2]])
-        same(ours.generate_until(asked), hf.generate_until(asked))
+        alone = [answer for request in asked for answer in hf.generate_until([request])]
+        same(ours.generate_until(asked), alone)  # in a batch, max_length of `hf` counts padding
+
+
+def test_prompts_with_different_options_are_continued_together(checkpoint, monkeypatch):
+    hf, ours = both_models(checkpoint)
+    [free] = hf.generate_until(requests("generate_until", ("hello", {"max_gen_toks": 9})))
+    sizes, many = [], ours.model.generate_many
+
+    def counted(asked, *, batch_size, **options):
+        sizes.append((len(asked), batch_size))
+        return many(asked, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(ours.model, "generate_many", counted)
+    asked = requests(
+        "generate_until", (PROMPTS[3], {"until": [], "max_gen_toks": 3}),
+        ("hello", {"until": [free[4:6]], "max_gen_toks": 9}),
+        ("hello", {"until": [], "max_gen_toks": 12, "repetition_penalty": 1.3}),
+        (PROMPTS[1], {"until": [], "max_gen_toks": 7, "suppress_tokens": [5]}),
+    )  # fmt: skip
+    same(ours.generate_until(asked), hf.generate_until(asked))
+    assert sizes == [(4, 2)]
+
+
+def test_running_out_of_memory_halves_the_texts_at_the_same_time(checkpoint, monkeypatch):
+    """Texts that ended before are kept, and the others are started again."""
+    model = GemmaFastLM(str(checkpoint), dtype="float32", device="cpu", batch_size="auto")
+    asked = [(prompt, {"until": [], "max_gen_toks": 4}) for prompt in PROMPTS]
+    asked = requests("generate_until", *asked)
+    expected, sizes, many = model.generate_until(asked), [], model.model.generate_many
+
+    def scarce(left, *, batch_size, **options):
+        sizes.append((len(left), batch_size))
+        for i, found in enumerate(many(left, batch_size=batch_size, **options)):
+            scarce = i == 1 and batch_size > 16
+            yield found._replace(error=torch.OutOfMemoryError("no memory")) if scarce else found
+
+    monkeypatch.setattr(model.model, "generate_many", scarce)
+    assert model.generate_until(asked) == expected
+    assert sizes == [(4, 64), (3, 32), (2, 16)] and model.batch_size == 16
+    fixed = GemmaFastLM(model.model, tokenizer=model.tokenizer, batch_size=17)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        fixed.generate_until(asked)
+    assert sorted(model.model.decoders) == [16, bucket_of(17)], "kept for the next call"
 
 
 def test_stop_strings_of_the_checkpoint_and_of_the_task_end_a_text(checkpoint):

@@ -1,0 +1,58 @@
+"""Runs an application in uvicorn until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from fastapi import FastAPI
+
+MORE_CONNECTIONS = 256  # besides one for each place: connections that are idle or refused
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Returns a socket that is bound and does not listen yet. Raises OSError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return found
+
+
+def serve_http(
+    app: FastAPI, listener: socket.socket, drain: int, ready: Callable[[], None]
+) -> None:
+    """Serves until a signal. Then it accepts no more requests, and finishes those that run.
+
+    drain  seconds after which requests that still run are ended
+    ready  is called when the server accepts requests
+    """
+    places = app.state.service.engine.places
+    server = _Server(
+        uvicorn.Config(
+            app, http="h11", ws="none", lifespan="on", log_level="warning", access_log=False,
+            proxy_headers=False, server_header=False, limit_concurrency=places + MORE_CONNECTIONS,
+            timeout_graceful_shutdown=drain,
+        )
+    )  # fmt: skip
+    server.ready = ready
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn raises the signal again at its end, for this handler.
+        signal.signal(number, server.handle_exit)
+    server.run([listener])
+
+
+class _Server(uvicorn.Server):
+    ready: Callable[[], None]
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.ready()
