@@ -62,8 +62,7 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                path = scope["path"] if scope["path"] in self.paths else "other"
-                self.metrics.responses.labels(path, message["status"]).inc()
+                self._count(scope, message["status"])
             await send(message)
 
         limits = self.limits
@@ -80,6 +79,14 @@ class Guard:
             await ApiError(408, "the request took too long").response()(
                 scope, receive, count_and_send
             )
+        except Exception:  # the caller logs and answers it
+            if not started:
+                self._count(scope, 500)
+            raise
+
+    def _count(self, scope: Scope, status: int) -> None:
+        path = scope["path"] if scope["path"] in self.paths else "other"
+        self.metrics.responses.labels(path, status).inc()
 
     def _headers(self, error: ApiError) -> dict[str, str]:
         return {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
@@ -102,7 +109,7 @@ class Guard:
         if not self.keys:
             return True
         scheme, _, given = authorization.partition(" ")
-        key = given.strip().encode("latin-1")  # the bytes that were sent
+        key = given.strip(" ").encode("latin-1")  # the bytes that were sent
         found = [hmac.compare_digest(key, known) for known in self.keys]
         return scheme.lower() == "bearer" and any(found)
 

@@ -107,6 +107,22 @@ def test_key_of_the_environment(checkpoint):
         assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
 
 
+@pytest.mark.parametrize("key", ["", " \n"])
+def test_empty_key_of_the_environment_is_refused(key, monkeypatch):
+    monkeypatch.setenv("GEMMA_FAST_API_KEY", key)
+    result = CliRunner().invoke(main, ["serve", "--port", "0"])
+    assert result.exit_code == 1
+    assert "GEMMA_FAST_API_KEY is empty: set it to an API key, or unset it" in result.output
+
+
+def test_keys_have_no_space_or_byte_order_mark(tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMMA_FAST_API_KEY", " a b\n")
+    assert Settings().keys() == ["a b"]
+    path = tmp_path / "keys"
+    path.write_text("first\n second\n", encoding="utf-8-sig")
+    assert Settings(api_key_file=str(path)).keys() == ["first", "second"]
+
+
 def test_server_without_a_key_answers_to_local_names_only(checkpoint):
     with command(checkpoint) as (process, url):
         assert "Warning" not in process.said
