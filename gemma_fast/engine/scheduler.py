@@ -247,11 +247,11 @@ class Scheduler:
             return False
         try:
             self.decoder.step(self._step_rows(running[-1][0]))
+            self._launched(running)
         except (RuntimeError, MemoryError) as error:
             for _, text in running:
                 self._end(text, "error", error)
             return False
-        self._launched(running)
         return True
 
     def _launched(self, texts: Sequence[tuple[int, Text]]) -> None:
