@@ -161,8 +161,6 @@ def _bad_requests(tokenizer: Tokenizer, param: str | None) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        folder = re.escape(str(Path(tokenizer.source).parent))
-        text = (
-            re.sub(rf"{folder}[^\s:,]*", "the model", str(error)) if folder != r"\." else str(error)
-        )
+        folder = Path(tokenizer.source).absolute().parent
+        text = re.sub(rf"{re.escape(f'{folder}/')}[^\s:,]*", "the model", str(error))
         raise BadRequest(text, param) from None

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import openai
 import uvicorn
+from fastapi import FastAPI
 
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.server.app import create_app
@@ -49,7 +50,13 @@ def running(
 ) -> Iterator[Running]:
     """Runs a server with these options of Engine and of create_app."""
     made = Engine(model, tokenizer, **{"batch_size": 4, "max_length": 256, **(engine or {})})
-    app = create_app(made, "tiny", **options)
+    with serving(create_app(made, "tiny", **options), made) as server:
+        yield server
+
+
+@contextmanager
+def serving(app: FastAPI, engine: Engine) -> Iterator[Running]:
+    """Runs the application of an engine."""
     config = uvicorn.Config(app, http="h11", ws="none", log_level="error", lifespan="on")
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -59,7 +66,7 @@ def running(
         assert thread.is_alive(), "the server did not start"
         time.sleep(0.01)
     try:
-        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", made)
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", engine)
     finally:
         server.should_exit = True
         thread.join(30)
