@@ -36,6 +36,7 @@ class Engine:
 
     places      texts that the server takes at the same time, waiting ones included; `taken` of them
                 are in use. Only the event loop reads and writes `taken`
+    longest     number of characters of the longest token
     failure     the exception after which the engine cannot go on, or None
     """
 
@@ -50,6 +51,7 @@ class Engine:
             )
         self.model, self.tokenizer, self.metrics = model, tokenizer, Metrics()
         self.max_length = min(max_length, model.config.max_position_embeddings)
+        self.longest = max(map(len, tokenizer.get_vocab()))
         self.failure: Exception | None = None
         self._decoder = model.decoders.take(model, batch_size, self.max_length)
         self._open = functools.partial(

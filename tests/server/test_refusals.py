@@ -166,11 +166,18 @@ def test_body_without_a_length_is_refused_above_the_limit(server):
     check(post(server, "completions", parts()), 413, "more than 4194304 bytes")
 
 
-def test_long_prompt_is_refused(server):
-    check(
-        post(server, "completions", json.dumps({"prompt": "hello " * 500_000})),
-        400, "tokens; the limit is 255", "prompt",
-    )  # fmt: skip
+def test_long_prompt_is_refused_before_it_is_encoded(server, monkeypatch):
+    for name in ("encode", "apply_chat_template"):
+        monkeypatch.setattr(type(server.engine.tokenizer), name, None)
+    text = "hello " * 500_000
+    message = "the prompt has 3000000 characters, which are more than 255 tokens"
+    check(post(server, "completions", json.dumps({"prompt": text})), 400, message, "prompt")
+    body = {"messages": [{**USER, "content": text}]}
+    check(post(server, "chat/completions", json.dumps(body)), 400, message, "messages")
+    monkeypatch.undo()
+    longest = max(server.engine.tokenizer.get_vocab(), key=len)
+    body = {"prompt": longest * 200, "max_tokens": 1}
+    assert post(server, "completions", json.dumps(body)).json()["usage"]["prompt_tokens"] == 201
 
 
 def test_official_client_raises_its_errors(server, client):
