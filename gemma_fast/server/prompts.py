@@ -16,7 +16,7 @@ from gemma_fast.engine.request import Request, seed_of
 from gemma_fast.server.engine import Engine
 from gemma_fast.server.errors import BadRequest
 from gemma_fast.server.limits import Limits
-from gemma_fast.server.schema import Body, ChatBody, CompletionBody
+from gemma_fast.server.schema import MAX_VALUES, Body, ChatBody, CompletionBody
 from gemma_fast.text.tokenizer import Tokenizer
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
@@ -140,6 +140,9 @@ def _requests(
             " tokens",
             "max_tokens", "context_length_exceeded",
         )  # fmt: skip
+    if body.top is not None and body.all_texts * new * (body.top + 1) > MAX_VALUES:
+        message = f"{body.all_texts} texts of max_tokens={new} have more than {MAX_VALUES} values"
+        raise BadRequest(f"{message}: ask for fewer", "logprobs")
     lengths = {"max_new_tokens": new, "max_time": limits.seconds}
     options = {**options, **_options(engine, body), **lengths}
     with _bad_requests(engine.tokenizer, None):

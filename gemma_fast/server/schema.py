@@ -20,6 +20,7 @@ from gemma_fast.server.errors import BadRequest
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_BIASES = 1024
+MAX_VALUES = 1 << 19  # log-probabilities of all texts of a request: 200 MB while they are written
 MAX_TEXTS = 128  # n
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 # fail_fast: a list of a million bad items gives one error, not a million.
@@ -82,6 +83,11 @@ class Body(BaseModel):
         return self.n or 1
 
     @property
+    def all_texts(self) -> int:
+        """Number of texts."""
+        return self.texts
+
+    @property
     def new_tokens(self) -> int | None:
         return self.max_tokens
 
@@ -115,6 +121,10 @@ class CompletionBody(Body):
         if given is not None and given != (info.data.get("n") or 1):
             raise ValueError("best_of must equal n: all texts are returned")
         return given
+
+    @property
+    def all_texts(self) -> int:
+        return self.texts * len(self.prompt)
 
     @property
     def top(self) -> int | None:
