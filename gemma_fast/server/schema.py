@@ -20,7 +20,7 @@ from gemma_fast.server.errors import BadRequest
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_BIASES = 1024
-MAX_VALUES = 1 << 19  # log-probabilities of all texts of a request: 200 MB while they are written
+MAX_VALUES = 1 << 18  # log-probabilities of all texts of a request: 100 MB while they are written
 MAX_TEXTS = 128  # n
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 # fail_fast: a list of a million bad items gives one error, not a million.

@@ -63,8 +63,8 @@ COMPLETIONS = [
     ({"stop": [5]}, "stop.0=5: Input should be a valid string", "stop"),
     ({"logprobs": 21}, "logprobs=21", "logprobs"),
     ({"logprobs": 20, "n": 120, "max_tokens": 240}, "120 texts of max_tokens=240 have more than"
-     " 524288 values: ask for fewer", "logprobs"),
-    ({"logprobs": 20, "prompt": ["a"] * 120, "max_tokens": 240}, "524288 values", "logprobs"),
+     " 262144 values: ask for fewer", "logprobs"),
+    ({"logprobs": 20, "prompt": ["a"] * 120, "max_tokens": 240}, "262144 values", "logprobs"),
     ({"logit_bias": {"x": 1}}, "logit_bias: 'x' is not a token id", "logit_bias"),
     ({"logit_bias": {"-1": 1}}, "logit_bias: '-1' is not a token id", "logit_bias"),
     ({"logit_bias": {"999999": 1}}, "sequence_bias: (999999,) must be", None),
