@@ -135,6 +135,20 @@ def test_thoughts_are_a_field_of_their_own(server4):
     assert "".join(getattr(x, "reasoning_content", None) or "" for x in chunks) == "he is\n"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string_around_a_special_token_ends_the_text(server4, stream):
+    """The engine sees hello<mask>the, the client hellothe."""
+    answer = write(server4, "hello<mask>the" + "a" * 80, stop="othe", stream=stream)
+    if stream:
+        content = "".join(x.choices[0].delta.content or "" for x in answer)
+        finish = answer[-1].choices[0].finish_reason
+    else:
+        content, finish = answer.choices[0].message.content, answer.choices[0].finish_reason
+        assert answer.usage.completion_tokens < 40
+    assert (content, finish) == ("hell", "stop")
+    server4.wait_until_idle()
+
+
 def test_thinking_is_an_option_of_the_template(server4, tiny4):
     extra = {"chat_template_kwargs": {"enable_thinking": True}}
     answer = chat(server4, extra_body=extra, temperature=0, max_tokens=20)

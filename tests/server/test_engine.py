@@ -216,9 +216,11 @@ def test_failed_step_ends_its_texts_and_the_server_goes_on(
 ):
     expected = client.completions.create(**LONG, temperature=0).choices[0].text
     fail_once(monkeypatch, error)
+    before = server.engine.scheduler
     with pytest.raises(openai.APIError, match="internal error") as found:
         for _ in client.completions.create(**LONG, stream=stream):
             pass
+    wait_for(lambda: server.engine.scheduler is not before)
     assert "secret" not in str(found.value)
     if not stream:
         assert isinstance(found.value, openai.InternalServerError)
