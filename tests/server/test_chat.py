@@ -138,6 +138,8 @@ def test_thoughts_are_a_field_of_their_own(server4):
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_string_around_a_special_token_ends_the_text(server4, stream):
     """The engine sees hello<mask>the, the client hellothe."""
+    registry, cancelled = server4.engine.metrics.registry, {"reason": "cancelled"}
+    before = registry.get_sample_value("gemma_fast_texts_total", cancelled) or 0
     answer = write(server4, "hello<mask>the" + "a" * 80, stop="othe", stream=stream)
     if stream:
         content = "".join(x.choices[0].delta.content or "" for x in answer)
@@ -147,6 +149,8 @@ def test_stop_string_around_a_special_token_ends_the_text(server4, stream):
         assert answer.usage.completion_tokens < 40
     assert (content, finish) == ("hell", "stop")
     server4.wait_until_idle()
+    after = registry.get_sample_value("gemma_fast_texts_total", cancelled)
+    assert after == before + 1, "the engine does not go on"
 
 
 def test_thinking_is_an_option_of_the_template(server4, tiny4):

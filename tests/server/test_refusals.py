@@ -9,9 +9,10 @@ import openai
 import pytest
 from chat_templates import WITH_TOOLS
 from http_server import error_of, running
+from pydantic import ValidationError
 
 from gemma_fast.server.limits import Limits
-from gemma_fast.server.schema import MAX_BIASES
+from gemma_fast.server.schema import MAX_BIASES, ChatBody, CompletionBody
 from gemma_fast.text.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "hello"}
@@ -142,6 +143,17 @@ def test_malformed_body_is_refused(server, content, message):
     assert response.status_code == 400
     error = error_of(response.content)
     assert message in error["message"]
+
+
+@pytest.mark.parametrize("prompt", [["a", *[True] * 9999], [[True] * 9999], [True] * 9999])
+def test_list_of_bad_items_gives_few_errors(prompt):
+    """A list of errors takes memory."""
+    with pytest.raises(ValidationError) as found:
+        CompletionBody.model_validate_json(json.dumps({"prompt": prompt}))
+    assert found.value.error_count() <= 2
+    with pytest.raises(ValidationError) as found:
+        ChatBody.model_validate_json(json.dumps({"messages": prompt}))
+    assert found.value.error_count() == 1
 
 
 def test_deep_messages_are_refused(server):
