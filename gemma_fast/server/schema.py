@@ -3,6 +3,7 @@ OpenAI's other fields, which a table accepts if they change nothing."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -46,7 +47,7 @@ class TemplateOptions(_Strict):
     enable_thinking: bool | None = None
 
 
-class Body(BaseModel):
+class Body(BaseModel, ABC):
     """Fields of both endpoints. None: the default. top_k, min_p and repetition_penalty are not
     OpenAI's, see `engine.sampling.Sampling`."""
 
@@ -92,9 +93,10 @@ class Body(BaseModel):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def top(self) -> int | None:
-        """Number of likeliest tokens whose log-probabilities are returned."""
-        raise NotImplementedError
+        """Number of likeliest tokens whose log-probabilities are returned with each new token;
+        None: no log-probabilities."""
 
 
 class CompletionBody(Body):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import httpx
 import openai
 import uvicorn
 from fastapi import FastAPI
@@ -15,6 +16,8 @@ from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.server.app import create_app
 from gemma_fast.server.engine import Engine
 from gemma_fast.text.tokenizer import Tokenizer
+
+JSON = {"Content-Type": "application/json"}
 
 
 class Running:
@@ -78,3 +81,18 @@ def error_of(content: bytes) -> dict:
     error = json.loads(content)["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     return error
+
+
+def post(server, path: str, content, **headers) -> httpx.Response:
+    """Sends a body as it is."""
+    return httpx.post(
+        f"{server.url}/v1/{path}", content=content, headers={**JSON, **headers}, timeout=60
+    )
+
+
+def check(response: httpx.Response, status: int, message: str, param: str | None = None) -> None:
+    """Checks an error, which must be short."""
+    error = error_of(response.content)
+    assert (response.status_code, error["param"]) == (status, param), error
+    assert message in error["message"]
+    assert len(error["message"]) < 400
