@@ -18,6 +18,8 @@ from gemma_fast.server.engine import Engine
 from gemma_fast.text.tokenizer import Tokenizer
 
 JSON = {"Content-Type": "application/json"}
+# A completion of 200 tokens.
+LONG = {"model": "tiny", "prompt": "hello", "max_tokens": 200, "logit_bias": {"1": -100}}
 
 
 class Running:
@@ -96,3 +98,28 @@ def check(response: httpx.Response, status: int, message: str, param: str | None
     assert (response.status_code, error["param"]) == (status, param), error
     assert message in error["message"]
     assert len(error["message"]) < 400
+
+
+@contextmanager
+def slow_steps(server, seconds: float = 0.02):
+    """Makes each step take longer, so that texts run while the test does something."""
+    scheduler = server.engine.scheduler
+    step = scheduler.step
+
+    def slow():
+        time.sleep(seconds)
+        return step()
+
+    scheduler.step = slow
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    """Waits until a function returns True."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
