@@ -89,9 +89,9 @@ setup(
             *DEMO,
             *WALKTHROUGH,
             *SERVE,
+            RAY,
             "openai",  # the official client, which talks to the server
             "httpx",  # requests that the client does not send
-            "ray[serve]",  # replicas of the server
             "playwright",  # looks at the page of pictures in a browser
             "axe-playwright-python",  # its checks of accessibility: contrast, names, structure
             "justhtml",  # validates the page's HTML
@@ -100,7 +100,6 @@ setup(
             "peft",  # LoRA adapters on accelerated models
             "lm_eval",  # the harness that gemma_fast.lm_harness extends
             "accelerate",  # required by lm_eval's own model and by device_map
-            RAY,
             "kernels",  # transformers imports it; our folder has the same name
             "hypothesis",  # property tests: bad checkpoints, odd shapes
             *BENCH,

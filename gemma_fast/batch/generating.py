@@ -9,7 +9,7 @@ from gemma_fast.batch.answers import Answer
 from gemma_fast.batch.job import Job, Task
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.engine.many import Generated
-from gemma_fast.text.streaming import split_thoughts
+from gemma_fast.text.answer import AnswerText
 from gemma_fast.text.tokenizer import Tokenizer
 
 MAX_FAILED = 2  # batches of rows whose computation may fail one after another
@@ -57,23 +57,19 @@ def continue_prompts(
 def _answer(
     model: GemmaForCausalLM, tokenizer: Tokenizer, task: Task, result: Generated
 ) -> Answer:  # fmt: skip
-    stops = task.options.get("stop_strings", model.generation_config.stop_strings)
+    """Returns the answer with the text of the new ids, up to a stop string. The thoughts of a chat
+    are apart, if there are any."""
+    stops = task.options.get("stop_strings", model.generation_config.stop_strings) or ()
+    text = AnswerText(
+        tokenizer, task.ids, stop_strings=[stops] if isinstance(stops, str) else stops,
+        chat=task.chat,
+    )  # fmt: skip
+    pieces = text.add(result.ids) + text.end()
+    texts = {
+        kind: "".join(piece.text for piece in pieces if piece.kind == kind)
+        for kind in ("text", "thought")
+    }
     return task.answer(
-        **_texts(tokenizer, task, result.ids, stops if result.reason == "stop" else None),
+        text=texts["text"], **({"thoughts": texts["thought"]} if texts["thought"] else {}),
         reason=result.reason, prompt_tokens=len(task.ids), new_tokens=len(result.ids),
     )  # fmt: skip
-
-
-def _texts(
-    tokenizer: Tokenizer, task: Task, ids: list[int], stops: str | Sequence[str] | None
-) -> dict[str, str]:
-    """Returns the text of new ids up to the first of `stops`, without special tokens; of a chat,
-    its thoughts apart, if there are any."""
-    thoughts = ""
-    if task.chat:
-        thoughts, text = split_thoughts(tokenizer, ids, task.ids)
-    else:
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-    found = [text.find(stop) for stop in ([stops] if isinstance(stops, str) else stops or ())]
-    text = text[: min((place for place in found if place >= 0), default=None)]
-    return {"text": text} | ({"thoughts": thoughts} if thoughts else {})

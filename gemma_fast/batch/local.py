@@ -20,8 +20,8 @@ Load = Callable[[], tuple[GemmaForCausalLM, Tokenizer]]
 def answers_of(
     model: GemmaForCausalLM, tokenizer: Tokenizer, job: Job, rows: Iterable[Numbered]
 ) -> Iterator[Answer]:  # fmt: skip
-    """Yields the answer of each row, in the order in which their texts end. Rows
-    are read only as fast as texts end.
+    """Yields the answer of each row, in the order in which their texts end. Rows are read only as
+    fast as texts end.
 
     Raises ValueError for a setting of the job that no row can change.
     """

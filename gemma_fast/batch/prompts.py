@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from gemma_fast.batch.job import GENERATE_COLUMNS, SCORE_COLUMNS, Job, Task
@@ -59,9 +60,9 @@ class Preparer:
 
     def _to_continue(self, task: Task, row: Row) -> Task:
         for name in task.columns:
-            if near := get_close_matches(name, APPLIED, n=1, cutoff=MISSPELT):
+            if near := _similar_option(name):
                 raise ValueError(
-                    f"column {name!r:.60} is no option: did you mean {near[0]}? A column with data"
+                    f"column {name!r:.60} is no option: did you mean {near}? A column with data"
                     " needs another name"
                 )
         chat = "messages" in row
@@ -120,6 +121,11 @@ def ahead(items: Iterable[T], function: Callable[[T], R]) -> Iterator[R]:
             yield running.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@lru_cache(maxsize=256)
+def _similar_option(name: str) -> str | None:
+    return next(iter(get_close_matches(name, APPLIED, n=1, cutoff=MISSPELT)), None)
 
 
 def _text_of(row: Row, name: str) -> str:

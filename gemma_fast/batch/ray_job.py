@@ -40,7 +40,7 @@ except ModuleNotFoundError as error:
 # Other formats, whose rows get no numbers: suffix → function of ray.data.
 RAY_READERS = {
     ".csv": "read_csv", ".json": "read_json", ".avro": "read_avro", ".orc": "read_orc",
-    ".txt": "read_text", ".tfrecords": "read_tfrecords",
+    ".txt": "read_text",
 }  # fmt: skip
 BLOCK = 8  # batches of texts that an actor gets at a time
 OTHER_CPUS = 2  # that read, write, and leave out the rows that are done
@@ -103,11 +103,12 @@ def run_on_ray(
         context = DataContext.get_current()
         context.enable_progress_bars = sys.stderr.isatty()
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        checkpoint = _prepare_folder(job, source, out)
         if suffix in READERS:
-            context.checkpoint_config = _prepare_folder(job, source, out)
+            context.checkpoint_config = checkpoint
             rows = ray.data.read_datasource(_RowSource(_plain(source)))
         else:
-            _prepare_folder(job, source, out)
+            context.checkpoint_config = None
             rows = getattr(ray.data, RAY_READERS[suffix])(_plain(source))
         answers = _Answers(_plain(out))
         _answered(rows, job, workers).write_datasink(answers)

@@ -49,8 +49,24 @@ def score_texts(
         while good:
             rows = max(min(job.batch_size, MAX_TOKENS // len(good[-1].ids)), 1)
             batch, good = good[-rows:], good[:-rows]
-            for task, logprob in zip(batch, _sums(model, batch, pad_token_id), strict=True):
-                yield task.answer(logprob=logprob, tokens=task.scored)
+            yield from _scored(model, batch, pad_token_id)
+
+
+def _scored(model: GemmaForCausalLM, batch: Sequence[Task], pad_token_id: int) -> Iterator[Answer]:
+    """Yields the answers of a batch. If memory runs out, its halves are computed one by one; a
+    single text gets an error."""
+    try:
+        sums = _sums(model, batch, pad_token_id)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        if len(batch) == 1:
+            yield batch[0].failure(error)
+            return
+        half = len(batch) // 2
+        yield from _scored(model, batch[:half], pad_token_id)
+        yield from _scored(model, batch[half:], pad_token_id)
+        return
+    for task, logprob in zip(batch, sums, strict=True):
+        yield task.answer(logprob=logprob, tokens=task.scored)
 
 
 @torch.no_grad()

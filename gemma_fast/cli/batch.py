@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,11 +70,12 @@ def batch(
     if workers is not None and address is None:
         raise click.BadParameter("it needs --ray", param_hint="--workers")
     seed = sampling.pop("seed")
+    path = str(model or demo_checkpoint())
     job = Job(
-        model=model or str(demo_checkpoint()), device=device, dtype=dtype, quantize=quantize,
-        score=score, options={} if score else given_options(sampling), system=system,
-        seed=seed or 0, batch_size=batch_size, max_length=max_length,
-        batch_invariant=batch_invariant,
+        model=os.path.abspath(path) if os.path.exists(path) else path,
+        device=device, dtype=dtype, quantize=quantize, score=score,
+        options={} if score else given_options(sampling), system=system, seed=seed or 0,
+        batch_size=batch_size, max_length=max_length, batch_invariant=batch_invariant,
     )  # fmt: skip
     if address is None:
         _run_here(job, Path(source), Path(out))

@@ -77,7 +77,9 @@ void unpack(const weight_t *w, int64_t start, int64_t stop, void *out, int dtype
 
 /* token :: [rows]: the index of the largest logit of each row :: [rows, vocab], the lowest if
    several are largest; -1 if it is not finite, or if one is NaN. */
-void best_token(const float *logits, int64_t rows, int64_t vocab, int64_t *token, int threads) {
+void best_token(
+    const float *logits, int64_t rows, int64_t vocab, int64_t *token, int threads
+) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
         const float *x = logits + row * vocab;

@@ -1,5 +1,5 @@
-/* A weight times several rows of x. A tile is WIDTH rows of the weight times up to HEIGHT rows of x:
-their sums stay in registers, so that each load serves several multiplications.
+/* A weight times several rows of x. A tile is WIDTH rows of the weight times up to HEIGHT rows of
+x: their sums stay in registers, so that each load serves several multiplications.
 
 A result is LANES sums, each of every LANES-th column in order, which are then added in pairs. So it
 depends on its row of the weight and its row of x alone, not on the tile that computes it. */
@@ -14,7 +14,7 @@ depends on its row of the weight and its row of x alone, not on the tile that co
 #define MOST 32      /* rows of x for which the weight is unpacked once */
 
 typedef struct {
-    const float *w[WIDTH];   /* a block of n columns, from column `start` on, of rows of the weight */
+    const float *w[WIDTH];   /* rows of the weight: n columns from column `start` on */
     int64_t start, n;
     int64_t ahead;           /* from these rows to those that the next tile reads; 0: copies */
     const float *const *x;   /* [rows] */

@@ -7,8 +7,8 @@
 /* Number of floats in a row of x: its columns, and zeros up to whole vectors. */
 INLINE int64_t padded(int64_t dim) { return (dim + LANES - 1) / LANES * LANES; }
 
-/* The first address in `memory` at which vectors do not cross a cache line: then an AMD EPYC (Zen 5)
-   loads two of them in a cycle instead of one. */
+/* The first address in `memory` at which vectors do not cross a cache line: then an AMD EPYC loads
+   two of them in a cycle instead of one. */
 #define ALIGNMENT 64
 INLINE float *aligned(float *memory) {
     return (float *)(((uintptr_t)memory + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);

@@ -1,16 +1,18 @@
 """Tests that rows are continued as generate() continues them, and that bad rows are errors."""
 
-import json
 from itertools import count
 
 import pytest
+from chat_checkpoint import write_chat_checkpoint
 
 from gemma_fast.batch.generating import continue_prompts
-from gemma_fast.batch.job import Job
+from gemma_fast.batch.job import Job, Task
 from gemma_fast.batch.local import answers_of
 from gemma_fast.batch.prompts import MAX_AHEAD, Preparer
 from gemma_fast.batch.rows import Numbered
+from gemma_fast.engine.many import Generated
 from gemma_fast.engine.request import seed_of
+from gemma_fast.text.tokenizer import Tokenizer
 
 PROMPTS = ["hello the world", "the", "in the winner hello hello", "a", ""]
 
@@ -42,10 +44,12 @@ def without_reason(answer: dict) -> dict:
     return {k: v for k, v in answer.items() if k not in ("row", "reason")}
 
 
-def test_answers_are_those_of_generate(answer, model, tokenizer):
+@pytest.mark.parametrize("invariant", [False, True])
+def test_answers_are_those_of_generate(answer, model, tokenizer, invariant):
     chats = [chat(text) for text in PROMPTS if text]
     rows = [{"prompt": x} for x in PROMPTS] + [{"messages": x} for x in chats]
-    for found, prompt in zip(answer(rows, batch_size=3), PROMPTS + chats, strict=True):
+    answers = answer(rows, batch_size=3, batch_invariant=invariant)
+    for found, prompt in zip(answers, PROMPTS + chats, strict=True):
         assert without_reason(found) == generated(model, tokenizer, prompt, max_new_tokens=6)
 
 
@@ -177,16 +181,18 @@ def test_rows_are_read_as_texts_end(model, tokenizer):
     answers.close()
 
 
-def test_thoughts_are_not_in_the_text(tokenizer, model, monkeypatch):
-    from gemma_fast.batch import generating
+def test_thoughts_of_a_chat_are_not_in_the_text(model, tmp_path, monkeypatch):
+    tokenizer = Tokenizer.from_pretrained(write_chat_checkpoint(tmp_path, "gemma4"))
+    ids = tokenizer.encode("<|channel>thought\nthe<channel|>hello", add_special_tokens=False)
 
-    monkeypatch.setattr(generating, "split_thoughts", lambda *_: ("hm", "yes<stop>no"))
-    job = Job(model="", options={"max_new_tokens": 2})
-    preparer = Preparer(model, tokenizer, job)
-    tasks = [preparer(Numbered(i, row)) for i, row in enumerate([{"messages": chat("a")}])]
-    (found,) = continue_prompts(model, tokenizer, job, tasks)
-    assert (found["text"], found["thoughts"]) == ("yes<stop>no", "hm")
-    assert json.dumps(found)
+    def generate_many(requests, **_):
+        return [Generated(number, ids, "stop", []) for number, _ in enumerate(requests)]
+
+    monkeypatch.setattr(model, "generate_many", generate_many)
+    tasks = [Task(0, ids=[2], chat=True), Task(1, ids=[2])]
+    in_chat, in_text = continue_prompts(model, tokenizer, Job(model=""), tasks)
+    assert (in_chat["text"], in_chat["thoughts"].strip()) == ("hello", "the")
+    assert in_text["text"].endswith("hello") and "thoughts" not in in_text
 
 
 @pytest.mark.parametrize("broken", [3, None], ids=["one row", "all rows"])

@@ -159,6 +159,25 @@ def test_folder_of_another_job_is_refused(tmp_path):
         ray_job._prepare_folder(JOB, "prompts", str(out))
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_source_numbers_the_rows_of_a_file(tmp_path, suffix):
+    ray_job = pytest.importorskip("gemma_fast.batch.ray_job")
+    from pyarrow import OSFile, parquet
+
+    rows = [{"prompt": f"hello {i}", "label": [i]} for i in range(1100)]
+    path = str(tmp_path / f"x{suffix}")
+    if suffix == ".parquet":
+        parquet.write_table(ray_job.pa.Table.from_pylist(rows), path)
+    else:
+        lines = [*map(json.dumps, rows), "oops"]
+        Path(path).write_text("\n".join(lines))
+    blocks = [*ray_job._RowSource._read_stream(None, OSFile(path), path)]
+    assert len(blocks) == 2  # a block at a time, not the whole file
+    found = [ray_job._numbered(row) for block in blocks for row in block.to_pylist()]
+    assert found[:1100] == [Numbered(i, row, path) for i, row in enumerate(rows)]
+    assert ["not JSON" in str(x.row) for x in found[1100:]] == [True] * (suffix == ".jsonl")
+
+
 def test_missing_ray_is_an_error_with_its_command(monkeypatch, checkpoint, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "gemma_fast.batch.ray_job", raising=False)

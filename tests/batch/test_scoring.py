@@ -82,3 +82,19 @@ def test_likeliest_tokens_are_greedy():
     logp, greedy = token_logprobs(logits, torch.tensor([2, 2]))
     torch.testing.assert_close(logp, logits.float().log_softmax(-1)[:, 2])
     assert greedy.tolist() == [True, False]
+
+
+def test_batch_that_does_not_fit_in_memory_is_halved(answer, model, monkeypatch):
+    forward = model.hidden_states
+
+    def scarce(ids, *args, **kwargs):
+        if len(ids) > 2 or ids.shape[1] > 50:
+            raise torch.OutOfMemoryError("out of memory: 3 GB")
+        return forward(ids, *args, **kwargs)
+
+    rows = [{"text": "hello"}] * 5 + [{"text": "a" * 60}]
+    expected = answer(rows, score=True)
+    monkeypatch.setattr(model, "hidden_states", scarce)
+    found = answer(rows, score=True)
+    assert found[5]["error"] == "OutOfMemoryError: out of memory: 3 GB"
+    assert [x["logprob"] for x in found[:5]] == pytest.approx([x["logprob"] for x in expected[:5]])
