@@ -20,7 +20,6 @@ class Limits(NamedTuple):
     """body_bytes     of a request's body
     prompt_tokens  None: as many as fit the engine's max_length
     new_tokens     of a text; None: as many as fit
-    logprobs       of all texts of a request; a million takes about 0.5 GB
     seconds        after which a text ends, waiting included
     body_seconds   for a client to send the body
     send_seconds   for a client to read the rest of an answer that has ended
@@ -29,7 +28,6 @@ class Limits(NamedTuple):
     body_bytes: int = 4 << 20
     prompt_tokens: int | None = None
     new_tokens: int | None = None
-    logprobs: int = 2_000_000
     seconds: float = 600.0
     body_seconds: float = 60.0
     send_seconds: float = 60.0

@@ -16,10 +16,9 @@ from gemma_fast.engine.request import Request, seed_of
 from gemma_fast.server.engine import Engine
 from gemma_fast.server.errors import BadRequest
 from gemma_fast.server.limits import Limits
-from gemma_fast.server.schema import Body, ChatBody, CompletionBody
+from gemma_fast.server.schema import MAX_VALUES, Body, ChatBody, CompletionBody
 from gemma_fast.text.tokenizer import Tokenizer
 
-TOKEN_CHARACTERS = 64  # tokens of Gemma's vocabularies are shorter
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 # OpenAI's defaults, for a checkpoint whose generation_config does not sample.
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -35,9 +34,7 @@ def chat_requests(engine: Engine, limits: Limits, body: ChatBody) -> list[Reques
     room = _room(engine, limits, ids, "messages")
     ends = sorted({*engine.model.end_token_ids, *tokenizer.stop_token_ids})
     new = body.new_tokens or room
-    found = _requests(engine, limits, body, ids, new, {"eos_token_id": ends})
-    _check_logprobs(limits, body, found)
-    return found
+    return _requests(engine, limits, body, ids, new, {"eos_token_id": ends})
 
 
 def completion_requests(engine: Engine, limits: Limits, body: CompletionBody) -> list[Request]:
@@ -50,7 +47,6 @@ def completion_requests(engine: Engine, limits: Limits, body: CompletionBody) ->
         room = _room(engine, limits, ids, "prompt")
         new = body.new_tokens or min(COMPLETION_TOKENS, room)
         found += _requests(engine, limits, body, ids, new, {})
-    _check_logprobs(limits, body, found)
     return found
 
 
@@ -59,8 +55,9 @@ def _render(tokenizer: Tokenizer, body: ChatBody) -> list[int]:
     variables: dict[str, Any] = {}
     if options is not None and options.enable_thinking is not None:
         variables["enable_thinking"] = options.enable_thinking
-    if body.offered and tokenizer.chat_template is not None:
-        template = tokenizer.get_chat_template(tools=body.offered)
+    if body.offered:
+        has_template = tokenizer.chat_template is not None
+        template = tokenizer.get_chat_template(tools=body.offered) if has_template else ""
         if not TOOLS.search(template):
             raise BadRequest("the chat template of this model has no tools", "tools")
     encoding = tokenizer.apply_chat_template(
@@ -103,32 +100,32 @@ def _with_arguments(call: Any) -> dict[str, Any]:
     return {**call, "function": function}
 
 
-def _check_characters(engine: Engine, limits: Limits, value: Any, param: str) -> None:
-    """Raises BadRequest if a JSON value has too many characters for a prompt, because it takes
-    seconds to render and encode millions of them."""
-    most, count, left = _most_tokens(engine, limits) * TOKEN_CHARACTERS, 0, [value]
-    while left:
-        item = left.pop()
-        if isinstance(item, str):
-            count += len(item)
-        elif isinstance(item, dict):
-            left += [*item, *item.values()]
-        elif isinstance(item, list):
-            left += item
-    if count > most:
-        message = f"the prompt has {count} characters; the limit is {most}"
-        raise BadRequest(message, param, "context_length_exceeded")
-
-
-def _most_tokens(engine: Engine, limits: Limits) -> int:
+def _longest_prompt(engine: Engine, limits: Limits) -> int:
     """Returns the maximum number of tokens of a prompt."""
     most = engine.max_length - 1
     return most if limits.prompt_tokens is None else min(most, limits.prompt_tokens)
 
 
+def _check_characters(engine: Engine, limits: Limits, value: Any, param: str) -> None:
+    """Refuses a JSON value whose texts are too long for any tokens, because encoding a megabyte
+    takes a second."""
+    characters, most, left = 0, _longest_prompt(engine, limits), [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            characters += len(item)
+        elif isinstance(item, dict):
+            left += [*item, *item.values()]
+        elif isinstance(item, list):
+            left += item
+    if characters > most * engine.longest:
+        message = f"the prompt has {characters} characters, which are more than {most} tokens"
+        raise BadRequest(message, param, "context_length_exceeded")
+
+
 def _room(engine: Engine, limits: Limits, ids: Sequence[int], param: str) -> int:
     """Returns the number of new tokens for which a prompt leaves room."""
-    most = _most_tokens(engine, limits)
+    most = _longest_prompt(engine, limits)
     if len(ids) > most:
         message = f"the prompt has {len(ids)} tokens; the limit is {most}"
         raise BadRequest(message, param, "context_length_exceeded")
@@ -149,6 +146,9 @@ def _requests(
             " tokens",
             "max_tokens", "context_length_exceeded",
         )  # fmt: skip
+    if body.top is not None and body.all_texts * new * (body.top + 1) > MAX_VALUES:
+        message = f"{body.all_texts} texts of max_tokens={new} have more than {MAX_VALUES} values"
+        raise BadRequest(f"{message}: ask for fewer", "logprobs")
     lengths = {"max_new_tokens": new, "max_time": limits.seconds}
     options = {**options, **_options(engine, body), **lengths}
     with _bad_requests(engine.tokenizer, None):
@@ -159,18 +159,6 @@ def _requests(
             )
             for number in range(body.texts)
         ]  # fmt: skip
-
-
-def _check_logprobs(limits: Limits, body: Body, requests: Sequence[Request]) -> None:
-    if body.top is None:
-        return
-    count = sum(request.max_new_tokens for request in requests) * (1 + body.top)
-    if count > limits.logprobs:
-        raise BadRequest(
-            f"the texts may have {count} log-probabilities; the limit is {limits.logprobs}: ask for"
-            " fewer of each token, or pass a smaller max_tokens",
-            "logprobs",
-        )
 
 
 def _options(engine: Engine, body: Body) -> dict[str, Any]:
@@ -202,8 +190,6 @@ def _bad_requests(tokenizer: Tokenizer, param: str | None) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        folder = re.escape(str(Path(tokenizer.source).parent))
-        text = (
-            re.sub(rf"{folder}[^\s:,]*", "the model", str(error)) if folder != r"\." else str(error)
-        )
+        folder = Path(tokenizer.source).absolute().parent
+        text = re.sub(rf"{re.escape(f'{folder}/')}[^\s:,]*", "the model", str(error))
         raise BadRequest(text, param) from None

@@ -3,6 +3,7 @@ OpenAI's other fields, which a table accepts if they change nothing."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -21,6 +22,7 @@ from gemma_fast.server.errors import BadRequest
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_BIASES, MAX_BIAS = 1024, 1e6  # larger ones overflow at a low temperature
+MAX_VALUES = 1 << 18  # log-probabilities of all texts of a request: 100 MB while they are written
 MAX_TEXTS = 128  # n
 MAX_PROMPTS, MAX_MESSAGES, MAX_TOOLS = 4096, 10_000, 1024  # more take seconds to read
 MAX_FIELDS = 16  # of a field that is an object with known names
@@ -58,7 +60,7 @@ class TemplateOptions(_Strict):
     enable_thinking: bool | None = None
 
 
-class Body(BaseModel):
+class Body(BaseModel, ABC):
     """Fields of both endpoints. None: the default. top_k, min_p and repetition_penalty are not
     OpenAI's, see `engine.sampling.Sampling`."""
 
@@ -102,13 +104,19 @@ class Body(BaseModel):
         return self.n or 1
 
     @property
+    def all_texts(self) -> int:
+        """Number of texts."""
+        return self.texts
+
+    @property
     def new_tokens(self) -> int | None:
         return self.max_tokens
 
     @property
+    @abstractmethod
     def top(self) -> int | None:
-        """Number of likeliest tokens whose log-probabilities are returned."""
-        raise NotImplementedError
+        """Number of likeliest tokens whose log-probabilities are returned with each new token;
+        None: no log-probabilities."""
 
 
 class CompletionBody(Body):
@@ -137,6 +145,10 @@ class CompletionBody(Body):
         if given is not None and given != (info.data.get("n") or 1):
             raise ValueError("best_of must equal n: all texts are returned")
         return given
+
+    @property
+    def all_texts(self) -> int:
+        return self.texts * len(self.prompt)
 
     @property
     def top(self) -> int | None:
