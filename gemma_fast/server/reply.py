@@ -83,4 +83,5 @@ def _check(event: Event) -> None:
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    # Only ASCII, because some clients also end a line at U+0085 or U+2028.
+    return f"data: {json.dumps(content)}\n\n"

@@ -1,5 +1,9 @@
 """Tests /v1/completions and /v1/models with the official client: texts are those of generate()."""
 
+import asyncio
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from http_server import running
@@ -8,6 +12,8 @@ from gemma_fast.engine.logprobs import TokenLogprobs
 from gemma_fast.engine.request import seed_of
 from gemma_fast.server.answers import Completion
 from gemma_fast.server.choice import Choice, Delta
+from gemma_fast.server.job import Job
+from gemma_fast.server.reply import Reply
 from gemma_fast.server.ticket import Event
 from gemma_fast.text.answer import AnswerText
 
@@ -137,6 +143,28 @@ def test_stream_has_the_same_text_and_usage(create):
     assert chunks[-1].usage == whole.usage
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_event_of_a_stream_is_one_line(tiny):
+    """Many clients split lines as str.splitlines does."""
+    model, tokenizer = tiny
+    text = "a\u2028b\x85c\x0cd漢"
+
+    async def stream() -> list[str]:
+        job = Job(SimpleNamespace(add=lambda ticket: None))
+        request = model.request([2], max_new_tokens=50)
+        reply = Reply(job, [request], Completion("tiny", tokenizer), tokenizer, texts=1)
+        for token in tokenizer.encode(text, add_special_tokens=False):
+            job._events.put_nowait(Event(0, None, [token]))
+        job._events.put_nowait(Event(0, "length"))
+        return [
+            line for event in [x async for x in reply.stream(False)] for line in event.splitlines()
+        ]
+
+    lines = [line for line in asyncio.run(stream()) if line]
+    assert all(line.startswith("data: ") for line in lines)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
 
 
 def test_stream_without_usage_ends_with_the_finish_reason(create):
