@@ -1,6 +1,7 @@
 """Tests the limits of the server, its key, the names it answers to, and its metrics."""
 
 import json
+import socket
 import threading
 import time
 
@@ -32,6 +33,23 @@ def test_body_without_a_length_is_refused_above_the_limit(server):
             yield b"a" * 1_000_000
 
     check(post(server, "completions", parts()), 413, "more than 4194304 bytes")
+
+
+def test_bodies_of_all_requests_have_a_limit(tiny):
+    with running(*tiny, limits=Limits(bodies_bytes=1000)) as server:
+        body = json.dumps({"prompt": "a", "max_tokens": 2, "user": "a" * 700})
+        host, port = server.url.removeprefix("http://").split(":")
+        for _ in range(3):  # what a client has sent is given back when it goes away
+            assert post(server, "completions", body).status_code == 200
+            with socket.create_connection((host, int(port))) as slow:
+                head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 900\r\n"
+                slow.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
+                end = time.monotonic() + 20
+                while (response := post(server, "completions", body)).status_code == 200:
+                    assert time.monotonic() < end
+                check(response, 503, "the bodies of all requests are too large")
+            while post(server, "completions", body).status_code != 200:
+                assert time.monotonic() < end
 
 
 def test_long_prompt_is_refused_before_it_is_encoded(server, monkeypatch):
