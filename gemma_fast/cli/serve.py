@@ -48,7 +48,7 @@ HINT = 'gemma-fast serve needs the extra `serve`: pip install ".[serve]"'
 )
 @click.option(
     "--max-time",
-    type=float,
+    type=click.FloatRange(0, min_open=True),
     default=600,
     show_default=True,
     help="Seconds after which a text ends, waiting included.",

@@ -63,7 +63,10 @@ class Settings(BaseModel):
             if key is not None and not key.strip():
                 raise ValueError(f"{KEY} is empty: set it to an API key, or unset it")
             return [] if key is None else [key.strip()]
-        text = Path(self.api_key_file).read_text(encoding="utf-8-sig")
+        try:
+            text = Path(self.api_key_file).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.api_key_file} is not a text in UTF-8") from None
         keys = [line.strip() for line in text.splitlines() if line.strip()]
         if not keys:
             raise ValueError(f"{self.api_key_file} is empty: write an API key in each line")

@@ -133,6 +133,9 @@ def test_keys_have_no_space_or_byte_order_mark(tmp_path, monkeypatch):
     path = tmp_path / "keys"
     path.write_text("first\n second\n", encoding="utf-8-sig")
     assert Settings(api_key_file=str(path)).keys() == ["first", "second"]
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="keys is not a text in UTF-8"):
+        Settings(api_key_file=str(path)).keys()
 
 
 def test_server_without_a_key_answers_to_local_names_only(checkpoint):
@@ -164,7 +167,7 @@ def test_bad_options_are_refused_before_the_model_is_loaded(tmp_path):
             ("--port", port): f"cannot listen on 127.0.0.1:{port}: Address already in use",
             ("--host", "nowhere.invalid"): "nowhere.invalid",
             ("--queue", "-1"): "-1 is not in the range",
-            ("--max-time", "0"): "greater than 0",
+            ("--max-time", "0"): "0.0 is not in the range x>0",
         }.items():
             start = time.monotonic()
             result = run("--model", "/nowhere", *args)
