@@ -313,10 +313,16 @@ class GemmaForCausalLM(Gemma):
             max_length = max(sizes, default=1)
         context = self.config.max_position_embeddings
         prefix = self._ids_on_host(prefix_ids)[0].tolist() if len(prefix_ids) else []
-        decoder = self.decoders.take(self, batch_size, min(max_length or DEFAULT_LENGTH, context))
+        max_length = min(DEFAULT_LENGTH if max_length is None else max_length, context)
+        decoder = self.decoders.take(self, batch_size, max_length)
         try:
             scheduler = Scheduler(
-                decoder, tokenizer, chunk=chunk, invariant=batch_invariant, prefix=prefix
+                decoder,
+                tokenizer,
+                max_length=max_length,
+                chunk=chunk,
+                invariant=batch_invariant,
+                prefix=prefix,
             )
             with closing(scheduler):
                 yield from generate_many(scheduler, read)

@@ -19,6 +19,7 @@ from gemma_fast.batch.rows import Numbered, Row
 from gemma_fast.causal_lm import GemmaForCausalLM
 from gemma_fast.compat import APPLIED, GENERATION_CONFIG
 from gemma_fast.engine.request import LENGTHS, seed_of
+from gemma_fast.text.chat_prefix import chat_prefix
 from gemma_fast.text.tokenizer import Tokenizer
 
 OPTIONS = {*GENERATION_CONFIG, "seed"}
@@ -41,7 +42,8 @@ class Preparer:
         self.tokenizer, self.job = tokenizer, job
         self.chat_ends = sorted({*model.end_token_ids, *tokenizer.stop_token_ids})
         self.context = model.config.max_position_embeddings
-        self.prefix = [] if job.system is None or job.score else self._common_prefix()
+        uses_system = job.system is not None and not job.score
+        self.prefix = chat_prefix(tokenizer, str(job.system)) if uses_system else []
 
     def __call__(self, numbered: Numbered) -> Task:
         """Returns the task of a row. An error of the row is in the task."""
@@ -102,15 +104,6 @@ class Preparer:
             if not (isinstance(first, dict) and first.get("role") == "system"):
                 messages = [{"role": "system", "content": self.job.system}, *messages]
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
-
-    def _common_prefix(self) -> list[int]:
-        """Returns the ids with which two chats begin that have only the system message in
-        common."""
-        chats = [self._chat_ids([{"role": "user", "content": text}]) for text in ("a", "B")]
-        same = 0
-        while same < min(map(len, chats)) and chats[0][same] == chats[1][same]:
-            same += 1
-        return chats[0][:same]
 
 
 def ahead(items: Iterable[T], function: Callable[[T], R]) -> Iterator[R]:

@@ -69,6 +69,11 @@ HINT = 'gemma-fast serve needs the extra `serve`: pip install ".[serve]"'
     help="File with an API key in each line. [default: GEMMA_FAST_API_KEY, or no key]",
 )
 @click.option(
+    "--system-file",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Text of a system message that many chats have; it is computed once.",
+)
+@click.option(
     "--served-name", help="Name of the model for clients. [default: the last part of --model]"
 )
 @model_options

@@ -134,7 +134,7 @@ async def model(name: str, service: WithService) -> Response:
 async def completions(request: Request, service: WithService, job: WithJob) -> Response:
     body = read_body(CompletionBody, await request.body())
     service.check_model(body.model)
-    job.take(body.texts * len(body.prompt))
+    job.take(body.all_texts)
     requests = await _unless_gone(request, service.prepare(completion_requests, body))
     tokenizer = service.engine.tokenizer
     answers = Completion(service.name, tokenizer)
@@ -145,7 +145,7 @@ async def completions(request: Request, service: WithService, job: WithJob) -> R
 async def chat_completions(request: Request, service: WithService, job: WithJob) -> Response:
     body = read_body(ChatBody, await request.body())
     service.check_model(body.model)
-    job.take(body.texts)
+    job.take(body.all_texts)
     requests = await _unless_gone(request, service.prepare(chat_requests, body))
     tokenizer = service.engine.tokenizer
     answers, calls = Chat(service.name, tokenizer), body.offered is not None

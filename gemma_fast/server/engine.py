@@ -32,15 +32,18 @@ class Engine:
     queue       texts that may wait for a row of the decoder
     chunk       tokens of prompts that are read between two decode steps, at most
     invariant   True: a text has the same bits whatever runs beside it, see engine/scheduler.py
+    prefix      token ids with which prompts may begin; they are computed once, and copied
 
     places      texts that the server takes at the same time, waiting ones included; `taken` of them
                 are in use. Only the event loop reads and writes `taken`
+    longest     number of characters of the longest token
     failure     the exception after which the engine cannot go on, or None
     """
 
     def __init__(
         self, model: GemmaForCausalLM, tokenizer: Tokenizer, *, batch_size: int = 32,
         max_length: int = 8192, queue: int = 256, chunk: int = CHUNK, invariant: bool = False,
+        prefix: Sequence[int] = (),
     ) -> None:  # fmt: skip
         if batch_size < 1 or max_length < 2 or queue < 0:
             raise ValueError(
@@ -48,10 +51,11 @@ class Engine:
             )
         self.model, self.tokenizer, self.metrics = model, tokenizer, Metrics()
         self.max_length = min(max_length, model.config.max_position_embeddings)
+        self.longest = max(map(len, tokenizer.get_vocab()))
         self.failure: Exception | None = None
         self._decoder = model.decoders.take(model, batch_size, self.max_length)
         self._open = functools.partial(
-            Scheduler, self._decoder, tokenizer, chunk=chunk, invariant=invariant
+            Scheduler, self._decoder, tokenizer, chunk=chunk, invariant=invariant, prefix=prefix
         )
         self.scheduler = self._open()
         self.places, self.taken = self.scheduler.rows + queue, 0

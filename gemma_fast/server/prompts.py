@@ -16,7 +16,7 @@ from gemma_fast.engine.request import Request, seed_of
 from gemma_fast.server.engine import Engine
 from gemma_fast.server.errors import BadRequest
 from gemma_fast.server.limits import Limits
-from gemma_fast.server.schema import Body, ChatBody, CompletionBody
+from gemma_fast.server.schema import MAX_VALUES, Body, ChatBody, CompletionBody
 from gemma_fast.text.tokenizer import Tokenizer
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
@@ -28,6 +28,8 @@ TOOLS = re.compile(r"\btools\b")
 def chat_requests(engine: Engine, limits: Limits, body: ChatBody) -> list[Request]:
     """Returns n requests for a chat. Raises BadRequest."""
     tokenizer = engine.tokenizer
+    texts = [x["content"] for x in body.messages if isinstance(x.get("content"), str)]
+    _check_characters(engine, limits, texts, "messages")
     with _bad_requests(tokenizer, "messages"):
         ids = _render(tokenizer, body)
     room = _room(engine, limits, ids, "messages")
@@ -40,6 +42,8 @@ def completion_requests(engine: Engine, limits: Limits, body: CompletionBody) ->
     """Returns n requests for each prompt, prompt by prompt. Raises BadRequest."""
     found: list[Request] = []
     for prompt in body.prompt:
+        if isinstance(prompt, str):
+            _check_characters(engine, limits, [prompt], "prompt")
         with _bad_requests(engine.tokenizer, "prompt"):
             ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         room = _room(engine, limits, ids, "prompt")
@@ -53,8 +57,9 @@ def _render(tokenizer: Tokenizer, body: ChatBody) -> list[int]:
     variables: dict[str, Any] = {}
     if options is not None and options.enable_thinking is not None:
         variables["enable_thinking"] = options.enable_thinking
-    if body.offered and tokenizer.chat_template is not None:
-        template = tokenizer.get_chat_template(tools=body.offered)
+    if body.offered:
+        has_template = tokenizer.chat_template is not None
+        template = tokenizer.get_chat_template(tools=body.offered) if has_template else ""
         if not TOOLS.search(template):
             raise BadRequest("the chat template of this model has no tools", "tools")
     encoding = tokenizer.apply_chat_template(
@@ -97,11 +102,24 @@ def _with_arguments(call: Any) -> dict[str, Any]:
     return {**call, "function": function}
 
 
+def _longest_prompt(engine: Engine, limits: Limits) -> int:
+    """Returns the maximum number of tokens of a prompt."""
+    most = engine.max_length - 1
+    return most if limits.prompt_tokens is None else min(most, limits.prompt_tokens)
+
+
+def _check_characters(engine: Engine, limits: Limits, texts: Sequence[str], param: str) -> None:
+    """Refuses texts that are too long for any tokens, because encoding a megabyte takes a
+    second."""
+    characters, most = sum(map(len, texts)), _longest_prompt(engine, limits)
+    if characters > most * engine.longest:
+        message = f"the prompt has {characters} characters, which are more than {most} tokens"
+        raise BadRequest(message, param, "context_length_exceeded")
+
+
 def _room(engine: Engine, limits: Limits, ids: Sequence[int], param: str) -> int:
     """Returns the number of new tokens for which a prompt leaves room."""
-    most = engine.max_length - 1
-    if limits.prompt_tokens is not None:
-        most = min(most, limits.prompt_tokens)
+    most = _longest_prompt(engine, limits)
     if len(ids) > most:
         message = f"the prompt has {len(ids)} tokens; the limit is {most}"
         raise BadRequest(message, param, "context_length_exceeded")
@@ -122,6 +140,9 @@ def _requests(
             " tokens",
             "max_tokens", "context_length_exceeded",
         )  # fmt: skip
+    if body.top is not None and body.all_texts * new * (body.top + 1) > MAX_VALUES:
+        message = f"{body.all_texts} texts of max_tokens={new} have more than {MAX_VALUES} values"
+        raise BadRequest(f"{message}: ask for fewer", "logprobs")
     lengths = {"max_new_tokens": new, "max_time": limits.seconds}
     options = {**options, **_options(engine, body), **lengths}
     with _bad_requests(engine.tokenizer, None):
@@ -161,8 +182,6 @@ def _bad_requests(tokenizer: Tokenizer, param: str | None) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        folder = re.escape(str(Path(tokenizer.source).parent))
-        text = (
-            re.sub(rf"{folder}[^\s:,]*", "the model", str(error)) if folder != r"\." else str(error)
-        )
+        folder = Path(tokenizer.source).absolute().parent
+        text = re.sub(rf"{re.escape(f'{folder}/')}[^\s:,]*", "the model", str(error))
         raise BadRequest(text, param) from None

@@ -3,6 +3,7 @@ OpenAI's other fields, which a table accepts if they change nothing."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -20,6 +21,7 @@ from gemma_fast.server.errors import BadRequest
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_BIASES = 1024
+MAX_VALUES = 1 << 18  # log-probabilities of all texts of a request: 100 MB while they are written
 MAX_TEXTS = 128  # n
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 # fail_fast: a list of a million bad items gives one error, not a million.
@@ -45,7 +47,7 @@ class TemplateOptions(_Strict):
     enable_thinking: bool | None = None
 
 
-class Body(BaseModel):
+class Body(BaseModel, ABC):
     """Fields of both endpoints. None: the default. top_k, min_p and repetition_penalty are not
     OpenAI's, see `engine.sampling.Sampling`."""
 
@@ -82,13 +84,19 @@ class Body(BaseModel):
         return self.n or 1
 
     @property
+    def all_texts(self) -> int:
+        """Number of texts."""
+        return self.texts
+
+    @property
     def new_tokens(self) -> int | None:
         return self.max_tokens
 
     @property
+    @abstractmethod
     def top(self) -> int | None:
-        """Number of likeliest tokens whose log-probabilities are returned."""
-        raise NotImplementedError
+        """Number of likeliest tokens whose log-probabilities are returned with each new token;
+        None: no log-probabilities."""
 
 
 class CompletionBody(Body):
@@ -115,6 +123,10 @@ class CompletionBody(Body):
         if given is not None and given != (info.data.get("n") or 1):
             raise ValueError("best_of must equal n: all texts are returned")
         return given
+
+    @property
+    def all_texts(self) -> int:
+        return self.texts * len(self.prompt)
 
     @property
     def top(self) -> int | None:

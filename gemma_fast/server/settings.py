@@ -15,6 +15,7 @@ from gemma_fast.engine.scheduler import CHUNK
 from gemma_fast.server.app import create_app
 from gemma_fast.server.engine import Engine
 from gemma_fast.server.limits import Limits
+from gemma_fast.text.chat_prefix import chat_prefix
 from gemma_fast.text.tokenizer import Tokenizer
 
 PREFIX, KEY = "GEMMA_FAST_", "GEMMA_FAST_API_KEY"
@@ -25,6 +26,8 @@ class Settings(BaseModel):
     """model            directory, .gguf file or hub id; None: the demo weights
     served_name      the model's name for clients; None: the last part of its path, or the hub id
     api_key_file     file with an API key in each line; None: the environment variable KEY, if set
+    system_file      text of a system message; its tokens are computed once, and copied to the chats
+                     that begin with it
     batch_size, max_length, queue, chunk, batch_invariant  see Engine
     max_new_tokens, max_time  see Limits
     """
@@ -37,6 +40,7 @@ class Settings(BaseModel):
     quantize: str | None = None
     served_name: str | None = None
     api_key_file: str | None = None
+    system_file: str | None = None
     batch_size: int = Field(32, ge=1)
     max_length: int = Field(DEFAULT_LENGTH, ge=2)
     queue: int = Field(256, ge=0)
@@ -73,9 +77,14 @@ class Settings(BaseModel):
 
     def app(self, model: GemmaForCausalLM, tokenizer: Tokenizer, *, local: bool = False) -> FastAPI:
         """Returns the application. local  it is reached as localhost only"""
+        prefix: list[int] = []
+        if self.system_file is not None:
+            system = Path(self.system_file).read_text(encoding="utf-8")
+            prefix = chat_prefix(tokenizer, system)
         engine = Engine(
             model, tokenizer, batch_size=self.batch_size, max_length=self.max_length,
             queue=self.queue, chunk=self.chunk, invariant=self.batch_invariant,
+            prefix=prefix,
         )  # fmt: skip
         limits = Limits(new_tokens=self.max_new_tokens, seconds=self.max_time)
         keys = self.keys()

@@ -145,8 +145,12 @@ def test_the_cache_has_room_for_the_longest_request_of_a_list(twins, monkeypatch
     (result,) = model.generate_many(iter(requests[:1]), **NEVER)
     assert result.reason == "length"
     assert sizes == [14, min(8192, model.config.max_position_embeddings)]
-    (result,) = model.generate_many(requests[1:2], max_length=13, **NEVER)
-    assert result.error is None  # the cache is rounded up to 256 tokens
+    for length, fits in ((14, True), (13, False)):  # although the cache is rounded up to 256 tokens
+        (result,) = model.generate_many(requests[1:2], max_length=length, **NEVER)
+        assert (result.error is None) == fits
+    assert "a prompt of 11 tokens and max_new_tokens=3 do not fit max_length=13" in str(
+        result.error
+    )
 
 
 def test_texts_after_generate_and_before_it_share_a_decoder(twins):

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from http_server import running
+from http_server import running, serving
 
+from gemma_fast.server.settings import Settings
 from gemma_fast.text.answer import AnswerText
+from gemma_fast.text.chat_prefix import chat_prefix
 from gemma_fast.text.streaming import split_thoughts
 
 USER = {"role": "user", "content": "hello the"}
@@ -133,6 +135,24 @@ def test_thoughts_are_a_field_of_their_own(server4):
     assert "".join(getattr(x, "reasoning_content", None) or "" for x in chunks) == "he is\n"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string_around_a_special_token_ends_the_text(server4, stream):
+    """The engine sees hello<mask>the, the client hellothe."""
+    registry, cancelled = server4.engine.metrics.registry, {"reason": "cancelled"}
+    before = registry.get_sample_value("gemma_fast_texts_total", cancelled) or 0
+    answer = write(server4, "hello<mask>the" + "a" * 80, stop="othe", stream=stream)
+    if stream:
+        content = "".join(x.choices[0].delta.content or "" for x in answer)
+        finish = answer[-1].choices[0].finish_reason
+    else:
+        content, finish = answer.choices[0].message.content, answer.choices[0].finish_reason
+        assert answer.usage.completion_tokens < 40
+    assert (content, finish) == ("hell", "stop")
+    server4.wait_until_idle()
+    after = registry.get_sample_value("gemma_fast_texts_total", cancelled)
+    assert after == before + 1, "the engine does not go on"
+
+
 def test_thinking_is_an_option_of_the_template(server4, tiny4):
     extra = {"chat_template_kwargs": {"enable_thinking": True}}
     answer = chat(server4, extra_body=extra, temperature=0, max_tokens=20)
@@ -183,3 +203,33 @@ def test_result_of_a_call_goes_into_the_prompt(server4, tiny4):
     chats[2] = {**chats[2], "name": "weather"}
     prompt, _ = generated(tiny4, chats, 1, variables={"tools": [TOOL]})
     assert found.usage.prompt_tokens == len(prompt)
+
+
+def test_common_system_message_is_computed_once(tiny, tmp_path):
+    model, tokenizer = tiny
+    (tmp_path / "system").write_text(" in the world " * 4)
+    messages = [{"role": "system", "content": " in the world " * 4}, USER]
+    settings = Settings(
+        served_name="tiny", system_file=str(tmp_path / "system"), batch_size=2, max_length=256
+    )
+    app = settings.app(model, tokenizer)
+    engine = app.state.service.engine
+    prefix = chat_prefix(tokenizer, messages[0]["content"])
+    prompt, new = generated(tiny, messages, 12)
+    assert prompt[: len(prefix)] == prefix
+    assert 40 < len(prefix) < len(prompt)
+    with serving(app, engine) as server:
+        read, lengths = engine._decoder.read_last, []
+
+        def counted(row, ids, *args):
+            lengths.append(ids.shape[1])
+            return read(row, ids, *args)
+
+        engine._decoder.read_last = counted
+        answer = chat(server, *messages, max_tokens=12, temperature=0, logprobs=True)
+        del engine._decoder.read_last
+    assert lengths == [len(prompt) - len(prefix)]
+    assert answer.usage.prompt_tokens == len(prompt)
+    texts = AnswerText(tokenizer, prompt, chat=True)
+    pieces = [*texts.add(new), *texts.end()]
+    assert answer.choices[0].message.content == "".join(piece.text for piece in pieces)

@@ -128,7 +128,7 @@ def test_stream_has_the_same_text_and_usage(create):
         assert "".join(part.text for part in parts) == choice.text
         assert [part.finish_reason for part in parts] == [None] * (len(parts) - 1) + ["length"]
         assert [x for part in parts for x in part.logprobs.tokens] == choice.logprobs.tokens
-        assert len(parts) == 25, "a chunk for each token, because each has log-probabilities"
+        assert len(parts) == 24, "one for each step, the first of which gives two tokens"
     assert chunks[-1].choices == []
     assert chunks[-1].usage == whole.usage
     assert all(chunk.usage is None for chunk in chunks[:-1])

@@ -1,41 +1,19 @@
-"""Tests that clients share the engine: none is mixed up with another, none keeps a place that it no
-longer needs, and none is lost by an error of another."""
+"""Tests that clients share the engine: none is mixed up with another, and none keeps a place that
+it no longer needs."""
 
 import asyncio
 import json
 import random
 import socket
 import time
-from contextlib import contextmanager
 
 import httpx
 import openai
 import pytest
-import torch
-from http_server import error_of, running
+from http_server import LONG, error_of, running, slow_steps, wait_for
 
-from gemma_fast.engine.scheduler import Scheduler
 from gemma_fast.server.limits import Guard, Limits
 from gemma_fast.server.metrics import Metrics
-
-LONG = {"model": "tiny", "prompt": "hello", "max_tokens": 200, "logit_bias": {"1": -100}}
-
-
-@contextmanager
-def slow_steps(server, seconds: float = 0.02):
-    """Makes each step take longer, so that texts run while the test does something."""
-    scheduler = server.engine.scheduler
-    step = scheduler.step
-
-    def slow():
-        time.sleep(seconds)
-        return step()
-
-    scheduler.step = slow
-    try:
-        yield
-    finally:
-        del scheduler.step
 
 
 def send(server, path: str, body: dict) -> socket.socket:
@@ -47,13 +25,6 @@ def send(server, path: str, body: dict) -> socket.socket:
     head = f"POST /v1/{path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
     client.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return client
-
-
-def wait_for(condition, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
 
 
 def test_64_clients_at_once_get_their_own_texts(tiny):
@@ -193,107 +164,3 @@ def test_request_that_takes_too_long_is_ended(starts):
     else:
         assert sent[0]["status"] == 408
         assert "took too long" in error_of(sent[1]["body"])["message"]
-
-
-def fail_once(monkeypatch, error: Exception) -> None:
-    step, failed = Scheduler.step, []
-
-    def failing(self):
-        if not failed and self.running:
-            failed.append(True)
-            raise error
-        return step(self)
-
-    monkeypatch.setattr(Scheduler, "step", failing)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    "error", [RuntimeError("secret"), ValueError("secret"), KeyError("secret")]
-)
-def test_failed_step_ends_its_texts_and_the_server_goes_on(
-    server, client, monkeypatch, stream, error
-):
-    expected = client.completions.create(**LONG, temperature=0).choices[0].text
-    fail_once(monkeypatch, error)
-    with pytest.raises(openai.APIError, match="internal error") as found:
-        for _ in client.completions.create(**LONG, stream=stream):
-            pass
-    assert "secret" not in str(found.value)
-    if not stream:
-        assert isinstance(found.value, openai.InternalServerError)
-    server.wait_until_idle()
-    assert client.completions.create(**LONG, temperature=0).choices[0].text == expected
-
-
-def test_failed_cancellation_does_not_stop_the_server(server, client, monkeypatch):
-    def fail(self, text):
-        monkeypatch.undo()
-        raise RuntimeError("secret")
-
-    with slow_steps(server):
-        stream = client.completions.create(**LONG, stream=True)
-        next(stream)
-        monkeypatch.setattr(Scheduler, "cancel", fail)
-        stream.close()
-        wait_for(lambda: not server.engine.scheduler)
-    assert client.completions.create(**LONG).usage.completion_tokens == 200
-    server.wait_until_idle()
-
-
-def test_text_with_logits_that_are_not_finite_ends_alone(server, client, monkeypatch):
-    """The logits of one row are NaN from its fifth token on."""
-    sampler = server.engine._decoder.sampler
-    process, calls = type(sampler)._process, []
-
-    def broken(self, logits):
-        calls.append(len(logits))
-        if len(calls) > 5:
-            logits = logits.clone()
-            logits[0] = torch.nan
-        return process(self, logits)
-
-    with slow_steps(server):
-        other = client.completions.create(**LONG, stream=True)
-        with monkeypatch.context() as patch:
-            patch.setattr(type(sampler), "_process", broken)
-            with pytest.raises(openai.APIError, match="internal error"):
-                list(other)
-    server.wait_until_idle()
-    assert client.completions.create(**LONG, temperature=0).usage.completion_tokens == 200
-
-
-def test_engine_that_cannot_go_on_says_so(tiny, monkeypatch):
-    with running(*tiny) as server:
-        client = server.client()
-        fail_once(monkeypatch, RuntimeError("secret"))
-        server.engine._open = lambda: 1 / 0
-        with pytest.raises(openai.InternalServerError):
-            client.completions.create(**LONG)
-        response = httpx.get(f"{server.url}/health")
-        assert response.status_code == 503
-        assert "must be restarted" in error_of(response.content)["message"]
-        with pytest.raises(openai.InternalServerError, match="must be restarted"):
-            client.completions.create(**LONG)
-
-
-def test_texts_end_when_the_server_closes(tiny):
-    with running(*tiny) as server:
-        with slow_steps(server):
-            stream = server.client().completions.create(**LONG, stream=True)
-            next(stream)
-            server.engine.close()
-        server.engine._decoder = server.engine.model.decoders.take(server.engine.model, 4, 256)
-        with pytest.raises(openai.APIError, match="the server shuts down"):
-            list(stream)
-
-
-def test_unexpected_exception_tells_nothing(server, client, monkeypatch):
-    monkeypatch.setattr(type(server.engine.model), "request", lambda *_, **__: 1 / 0)
-    with pytest.raises(openai.InternalServerError) as found:
-        client.completions.create(model="tiny", prompt="a")
-    assert error_of(found.value.response.content) == {
-        "message": "internal error: the server's log has the reason", "type": "server_error",
-        "param": None, "code": None,
-    }  # fmt: skip
-    server.wait_until_idle()

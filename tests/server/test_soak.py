@@ -4,6 +4,7 @@ memory stays flat, no row or place is lost, and texts are right in the end as in
 import asyncio
 import collections
 import gc
+import logging
 import os
 import random
 import time
@@ -82,7 +83,7 @@ async def soak(server, seconds: float) -> collections.Counter:
 
 
 @pytest.mark.slow
-def test_soak(tiny, monkeypatch):
+def test_soak(tiny, monkeypatch, request):
     step, rng = Scheduler.step, random.Random(0)
 
     def failing(self):
@@ -91,6 +92,8 @@ def test_soak(tiny, monkeypatch):
         return step(self)
 
     monkeypatch.setattr(Scheduler, "step", failing)
+    logging.disable()  # pytest would store each record, with the frames of its traceback
+    request.addfinalizer(lambda: logging.disable(logging.NOTSET))
     with running(*tiny, engine={"batch_size": 4, "queue": 8, "chunk": 32}) as server:
 
         def text() -> str:
