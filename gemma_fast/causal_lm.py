@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -304,21 +305,28 @@ class GemmaForCausalLM(Gemma):
         if batch_size < 1:
             raise ValueError(f"{batch_size=} must be at least 1")
         read: Iterable[Request | Exception] = (
-            self._request_or_error({**options, **given}) for given in requests
+            self._request_or_error(given, options) for given in requests
         )
         if max_length is None and isinstance(requests, list | tuple):
             read = [*read]
             sizes = [len(x.ids) + x.max_new_tokens for x in read if isinstance(x, Request)]
             max_length = max(sizes, default=1)
         context = self.config.max_position_embeddings
-        decoder = self.decoders.take(self, batch_size, min(max_length or DEFAULT_LENGTH, context))
-        scheduler = Scheduler(
-            decoder, tokenizer, chunk=chunk, invariant=batch_invariant, prefix=prefix_ids
-        )
+        prefix = self._ids_on_host(prefix_ids)[0].tolist() if len(prefix_ids) else []
+        max_length = min(DEFAULT_LENGTH if max_length is None else max_length, context)
+        decoder = self.decoders.take(self, batch_size, max_length)
         try:
-            yield from generate_many(scheduler, read)
+            scheduler = Scheduler(
+                decoder,
+                tokenizer,
+                max_length=max_length,
+                chunk=chunk,
+                invariant=batch_invariant,
+                prefix=prefix,
+            )
+            with closing(scheduler):
+                yield from generate_many(scheduler, read)
         finally:
-            scheduler.close()
             self.decoders.give_back(decoder)
 
     def request(
@@ -336,12 +344,18 @@ class GemmaForCausalLM(Gemma):
         Raises ValueError or TypeError as `generate` does.
         """
         check_keywords("a request", options, GENERATE)
-        ids = ids_of(as_row(input_ids), self, torch.device("cpu"))  # not to wait for a GPU
+        ids = self._ids_on_host(input_ids)
         return one_request(ids, options, self._defaults(), seed, logprobs, self.config)
 
-    def _request_or_error(self, given: Mapping[str, Any]) -> Request | Exception:
+    def _ids_on_host(self, input_ids: Any) -> Tensor:
+        """Returns the ids of one prompt :: [1, t], checked. A check on a GPU would wait for it."""
+        return ids_of(as_row(input_ids), self, torch.device("cpu"))
+
+    def _request_or_error(
+        self, given: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> Request | Exception:
         try:
-            return self.request(**given)
+            return self.request(**{**options, **given})
         except (ValueError, TypeError) as error:
             return error
 

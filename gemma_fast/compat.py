@@ -246,7 +246,7 @@ def check_keywords(call: str, given: Mapping[str, Any], table: Table) -> None:
     for name, value in given.items():
         if name not in table:
             near = get_close_matches(name, [*table, *PARAMETERS], n=1, cutoff=0.75)
-            hint = f": did you mean {near[0]}?" if near else ""
+            hint = f": did you mean {near[0]}?" if near and near[0] != name else ""
             raise TypeError(f"{call} got an unexpected keyword argument {name!r:.60}{hint}")
         same, way_out = table[name]
         if isinstance(value, list | tuple | dict) and not value:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -149,13 +150,23 @@ def check_record(begun: Any, record: Mapping[str, Any], out: str) -> None:
 
 
 def as_line(answer: Answer) -> bytes:
-    """Returns an answer as a line of JSON. Values that JSON does not have, for example dates of a
-    Parquet file, become their str."""
+    """Returns an answer as a line of JSON. Values that JSON does not have, for example dates and
+    infinities of a Parquet file, become their str."""
+    answer = _without_infinities(answer)
     text = json.dumps(answer, ensure_ascii=False, default=str)
     try:
         return f"{text}\n".encode()
     except UnicodeEncodeError:  # half of a surrogate pair
         return (json.dumps(answer, default=str) + "\n").encode()
+
+
+def _without_infinities(value: Any) -> Any:
+    """Returns the value with the str of each float that is infinite or NaN in place of it."""
+    if isinstance(value, dict):
+        return {name: _without_infinities(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

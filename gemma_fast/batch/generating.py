@@ -22,9 +22,11 @@ def continue_prompts(
     """Yields the answer of each task when its text ends. A task is taken when a row of the decoder
     is free. prefix: ids with which prompts may begin; they are computed once.
 
-    Raises ValueError if the computation of many rows fails one after another, for example because
-    the GPU has gone. These rows get no answers, so that the job can do them again.
+    Raises ValueError if an option of the job is out of range. Raises ValueError if the computation
+    of many rows fails one after another, for example because the GPU has gone. These rows get no
+    answers, so that the job can do them again.
     """
+    model.request([0], **{"max_new_tokens": 1, **job.options})
     running: dict[int, Task] = {}
 
     def requests() -> Iterator[dict[str, Any]]:
@@ -40,7 +42,7 @@ def continue_prompts(
     for result in results:
         task = running.pop(result.number)
         error = task.error or result.error
-        if isinstance(error, RuntimeError | MemoryError):
+        if task.error is None and isinstance(error, RuntimeError | MemoryError):
             failed.append(task.failure(error))
             if len(failed) > MAX_FAILED * job.batch_size:
                 raise ValueError(f"{len(failed)} rows failed one after another: {error}") from error

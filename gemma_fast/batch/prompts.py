@@ -71,7 +71,7 @@ class Preparer:
         options = {**self.job.options, "seed": seed_of(self.job.seed, task.row)}
         if chat:
             options["eos_token_id"] = self.chat_ends
-        given = {name: value for name, value in row.items() if name in OPTIONS}
+        given = {name: _whole(value) for name, value in row.items() if name in OPTIONS}
         if "max_length" in given:
             options = {name: value for name, value in options.items() if name not in LENGTHS}
         ids = self._chat_ids(row["messages"]) if chat else self._encode(_text_of(row, "prompt"))
@@ -126,6 +126,12 @@ def ahead(items: Iterable[T], function: Callable[[T], R]) -> Iterator[R]:
 @lru_cache(maxsize=256)
 def _similar_option(name: str) -> str | None:
     return next(iter(get_close_matches(name, APPLIED, n=1, cutoff=MISSPELT)), None)
+
+
+def _whole(value: Any) -> Any:
+    """Returns a float without a fraction as an int: pandas writes integers as floats in a column
+    that has nulls."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _text_of(row: Row, name: str) -> str:

@@ -40,7 +40,10 @@ def read_rows(file: BinaryIO, name: str) -> Iterator[Row | ValueError]:
 def count_rows(path: Path) -> int:
     """Returns the number of rows, malformed ones included."""
     if _reader(path.name) is _parquet_rows:
-        return _parquet_file(path).metadata.num_rows
+        try:
+            return _parquet_file(path).metadata.num_rows
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
     with path.open("rb") as file:
         return sum(1 for _ in _lines(file))
 
@@ -60,11 +63,12 @@ def parse_line(line: bytes) -> Row | ValueError:
         return ValueError(f"the line has more than {MAX_LINE >> 20} MiB: split or shorten it")
     try:
         row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        deep = line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_deep(row)
     except ValueError as error:
         return ValueError(f"the line is not JSON: {error}")
     except RecursionError:
-        row = None
-    if row is None or (line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_deep(row)):
+        deep = True
+    if deep:
         return ValueError(f"the line is nested more than {MAX_DEPTH} deep")
     if not isinstance(row, dict):
         return ValueError(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from gemma_fast.batch.answers import Answer
 from gemma_fast.batch.job import Job, Task
 from gemma_fast.causal_lm import GemmaForCausalLM
+from gemma_fast.engine.generate import not_finite
 from gemma_fast.text.batch import pack
 
 SORTED = 16  # batches of rows that are sorted by length together
@@ -61,12 +63,17 @@ def _scored(model: GemmaForCausalLM, batch: Sequence[Task], pad_token_id: int) -
         if len(batch) == 1:
             yield batch[0].failure(error)
             return
+        sums = None
+    if sums is None:  # outside of `except`, because the exception keeps tensors alive
         half = len(batch) // 2
         yield from _scored(model, batch[:half], pad_token_id)
         yield from _scored(model, batch[half:], pad_token_id)
         return
     for task, logprob in zip(batch, sums, strict=True):
-        yield task.answer(logprob=logprob, tokens=task.scored)
+        if math.isfinite(logprob):
+            yield task.answer(logprob=logprob, tokens=task.scored)
+        else:
+            yield task.failure(not_finite(len(task.ids), changed=False))
 
 
 @torch.no_grad()

@@ -104,6 +104,7 @@ class Decoder:
             raise ValueError(f"a batch of {len(ids)} does not fit a decoder for {self.cache.batch}")
         self._rows, self._record = slice(0, len(ids)), record
         self.cache.clear()
+        self.sampler.invariant = False
         self.sampler.set(texts, processors, record is not None)
         self.extend(ids, attention_mask)
 

@@ -12,7 +12,7 @@ import torch
 
 from gemma_fast.model.cache import KVCache
 
-MAX_GRAPHS = 64  # the oldest one is dropped
+MAX_GRAPHS = 64  # the one that was not used for the longest time is dropped
 _capturing = threading.Lock()
 
 
@@ -36,13 +36,15 @@ class StepGraphs:
             step()
             self._warm.add(key)
             return
-        if key in self._graphs:
+        graph = self._graphs.pop(key, None)
+        if graph is not None:
             cache.count(1)
         else:
             if len(self._graphs) == MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            self._graphs[key] = self.capture(step, cache)
-        self._graphs[key].replay()
+            graph = self.capture(step, cache)
+        self._graphs[key] = graph  # the last one: used most recently
+        graph.replay()
 
     def capture(self, step: Callable[[], None], cache: KVCache) -> torch.cuda.CUDAGraph:
         """Captures a step, which the caller must replay.

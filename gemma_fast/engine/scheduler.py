@@ -61,23 +61,27 @@ class _Step(NamedTuple):
 class Scheduler:
     """Decodes texts that join and leave between decode steps. One thread calls it.
 
-    decoder    its rows are the places of texts; its cache limits their lengths
-    tokenizer  decodes new tokens to find stop strings; needed only if a request has them
-    chunk      tokens of prompts that are read between two decode steps, at most
-    queue      maximum number of waiting texts; None: no limit
-    invariant  True: the tokens of a text do not depend on the texts beside it, not even in the last
-               bit of a logit; each step runs all rows
-    prefix     token ids with which prompts may begin, for example those of a system prompt. They
-               are computed once, and copied
+    decoder     its rows are the places of texts
+    tokenizer   decodes new tokens to find stop strings; needed only if a request has them
+    max_length  maximum number of tokens of a text, prompt included; None: as the decoder's cache
+    chunk       tokens of prompts that are read between two decode steps, at most
+    queue       maximum number of waiting texts; None: no limit
+    invariant   True: the tokens of a text do not depend on the texts beside it, not even in the
+                last bit of a logit; each step runs all rows
+    prefix      token ids with which prompts may begin, for example those of a system prompt. They
+                are computed once, and copied
     """
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Any = None, *, chunk: int = CHUNK,
-        queue: int | None = None, invariant: bool = False, prefix: Sequence[int] = (),
+        self, decoder: Decoder, tokenizer: Any = None, *, max_length: int | None = None,
+        chunk: int = CHUNK, queue: int | None = None, invariant: bool = False,
+        prefix: Sequence[int] = (),
     ) -> None:  # fmt: skip
         if chunk < 1:
             raise ValueError(f"{chunk=} must be at least 1")
         self.decoder, self.tokenizer = decoder, tokenizer
+        room = decoder.cache.max_length
+        self.max_length = room if max_length is None else min(max_length, room)
         self.chunk, self.queue, self.invariant = chunk, queue, invariant
         self._rows: list[Text | None] = [None] * decoder.cache.batch
         self._waiting: deque[Text] = deque()
@@ -117,11 +121,11 @@ class Scheduler:
         the cache, or if it has stop strings and there is no tokenizer."""
         if self.queue is not None and self.waiting >= self.queue:
             raise QueueFull(f"{self.waiting} texts are waiting, which is the limit")
-        prompt, room = len(request.ids), self.decoder.cache.max_length
-        if prompt + request.max_new_tokens > room:
+        prompt = len(request.ids)
+        if prompt + request.max_new_tokens > self.max_length:
             raise ValueError(
                 f"a prompt of {prompt} tokens and max_new_tokens={request.max_new_tokens} do not"
-                f" fit max_length={room}"
+                f" fit max_length={self.max_length}"
             )
         text = Text(request, Stopping(request, self.tokenizer))
         self._waiting.append(text)
@@ -247,11 +251,11 @@ class Scheduler:
             return False
         try:
             self.decoder.step(self._step_rows(running[-1][0]))
+            self._launched(running)
         except (RuntimeError, MemoryError) as error:
             for _, text in running:
                 self._end(text, "error", error)
             return False
-        self._launched(running)
         return True
 
     def _launched(self, texts: Sequence[tuple[int, Text]]) -> None:

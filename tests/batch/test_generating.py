@@ -134,6 +134,27 @@ def test_bad_row_is_an_error_and_the_others_go_on(answer, row, message):
     assert first["text"] == last["text"] and first["new_tokens"] == 6
 
 
+def test_integers_may_be_floats(answer):
+    """pandas writes integers as floats in a column that has nulls."""
+    row = {"prompt": "hello", "max_new_tokens": 3.0, "do_sample": True, "temperature": 1.0}
+    whole, part = answer([row, {**row, "max_new_tokens": 2.5}])
+    assert whole["new_tokens"] == 3
+    assert part["error"] == "max_new_tokens=2.5 must be an integer of at least 1"
+
+
+def test_option_of_the_job_out_of_range_ends_the_job(answer):
+    with pytest.raises(ValueError, match=r"temperature=-1\.0 is out of range"):
+        answer([{"prompt": "hello"}], options={"temperature": -1.0, "do_sample": True})
+
+
+def test_rows_that_cannot_be_prepared_do_not_end_the_job(model, tokenizer):
+    """RecursionError is a RuntimeError, as the errors of a GPU are."""
+    tasks = [Task(number, error=RecursionError("deep")) for number in range(9)]
+    job = Job(model="", batch_size=1, options={"max_new_tokens": 2})
+    found = [*continue_prompts(model, tokenizer, job, tasks)]
+    assert [x["error"] for x in found] == ["RecursionError: deep"] * 9
+
+
 def test_system_message_is_in_front_of_chats_that_have_none(answer, model, tokenizer):
     rows = [{"messages": chat("hello")}, {"messages": chat("hello", "hell")}, {"prompt": "hello"}]
     expected = [chat("hello", "the winner"), chat("hello", "hell"), "hello"]

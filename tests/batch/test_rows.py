@@ -30,6 +30,7 @@ def test_rows_are_objects_and_blank_lines_are_no_rows(tmp_path):
         (b'{"prompt": "a"', "not JSON: Expecting ',' delimiter"),
         (b"prompt", "not JSON: Expecting value"),
         (b"[1, 2]", r"not a row but \[1, 2\]: write an object"),
+        (b"null", "not a row but None: write an object"),
         (b'{"temperature": NaN}', "NaN is not allowed, write null"),
         (b'{"prompt": "\xff"}', "not JSON: 'utf-8' codec can't decode"),
         (b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}", "nested more than 100 deep"),
@@ -96,6 +97,22 @@ def test_nan_and_dates_of_parquet(tmp_path):
     assert first == {"prompt": "a", "day": day}
     assert second == {"prompt": "b", "score": 1.5}
     assert as_line(first) == b'{"prompt": "a", "day": "2026-01-02"}\n'
+
+
+def test_answers_are_json_without_infinities():
+    """1e999 is an infinity for json.loads, and Parquet has infinities and NaN in lists."""
+    row = parse_line(b'{"id": 1e999, "a": [{"b": -1e999}], "c": 1.5}')
+    line = as_line({**row, "d": (math.nan,)})
+    assert line == b'{"id": "inf", "a": [{"b": "-inf"}], "c": 1.5, "d": ["nan"]}\n'
+
+
+@pytest.mark.parametrize("content", [b"", b"no Parquet"], ids=["empty", "other"])
+def test_file_that_is_no_parquet_is_named(tmp_path, content):
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "x.parquet"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.parquet cannot be read as Parquet: "):
+        count_rows(path)
 
 
 def test_another_suffix_is_refused():

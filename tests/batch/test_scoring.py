@@ -1,5 +1,8 @@
 """Tests that scores are sums of log_softmax(model(ids).logits), in batches of any size."""
 
+import math
+import weakref
+
 import pytest
 import torch
 
@@ -98,3 +101,26 @@ def test_batch_that_does_not_fit_in_memory_is_halved(answer, model, monkeypatch)
     found = answer(rows, score=True)
     assert found[5]["error"] == "OutOfMemoryError: out of memory: 3 GB"
     assert [x["logprob"] for x in found[:5]] == pytest.approx([x["logprob"] for x in expected[:5]])
+
+
+def test_memory_of_a_batch_that_does_not_fit_is_freed_before_its_halves(answer, monkeypatch):
+    sums, failed = scoring._sums, []
+
+    def fails(model, tasks, pad_token_id):
+        assert all(logits() is None for logits in failed)
+        logits = torch.zeros(3)
+        if len(tasks) > 1:
+            failed.append(weakref.ref(logits))
+            raise torch.OutOfMemoryError("no memory for logits")
+        return sums(model, tasks, pad_token_id)
+
+    monkeypatch.setattr(scoring, "_sums", fails)
+    found = answer([{"text": text} for text in TEXTS], score=True)
+    assert len(failed) == len(TEXTS) - 1
+    assert all("logprob" in x for x in found)
+
+
+def test_logprob_that_is_not_finite_is_an_error(answer, monkeypatch):
+    monkeypatch.setattr(scoring, "_sums", lambda model, tasks, _: [math.nan] * len(tasks))
+    (found,) = answer([{"text": "hello"}], score=True)
+    assert "logprob" not in found and "are not finite" in found["error"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from chat_checkpoint import write_chat_checkpoint
 from decoder_checks import NEVER, SAMPLINGS
-from tiny_models import random_model
+from tiny_models import CONFIGS, random_model
 
 from gemma_fast import GemmaForCausalLM, Tokenizer
 
@@ -43,6 +43,40 @@ def test_each_request_has_its_own_options_over_those_of_the_call(twins):
     assert [len(found[i].ids) for i in range(4)] == [9, 2, 9, 9]
 
 
+def test_generate_is_not_invariant_after_generate_many_was(twins):
+    """A decoder is kept for the next call, which has settings of its own."""
+    model = random_model(CONFIGS["gemma3-gqa"])
+    request = {"input_ids": [5, 6], "max_new_tokens": 3}
+    [*model.generate_many([request], batch_size=1, batch_invariant=True)]
+    (kept,) = model.decoders.values()
+    assert kept.sampler.process is not None
+    model.generate(torch.tensor([[5, 6]]), max_new_tokens=3)
+    assert [*model.decoders.values()] == [kept]
+    assert kept.sampler.process is None
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ([10**6], "token id 1000000 is outside the vocabulary"),
+        ([-3], "token id -3 is outside the vocabulary"),
+        ([1.5], "must be token ids"),
+        ([5] * 300, "prefix: 300 tokens do not fit max_length=256"),
+    ],
+    ids=["beyond the vocabulary", "negative", "not ids", "too long"],
+)
+def test_a_prefix_that_is_refused_keeps_the_decoder(prefix, message):
+    model = random_model(CONFIGS["gemma3-gqa"])
+    request = {"input_ids": [5, 6], "max_new_tokens": 3}
+    [*model.generate_many([request], batch_size=1)]
+    (kept,) = model.decoders.values()
+    with pytest.raises(ValueError, match=message):
+        [*model.generate_many([request], batch_size=1, prefix_ids=prefix)]
+    [found] = model.generate_many([request], batch_size=1, prefix_ids=torch.tensor([5]))
+    assert found.ids == alone(model, [5, 6], max_new_tokens=3)
+    assert [*model.decoders.values()] == [kept]
+
+
 def test_results_come_as_their_texts_end(twins):
     requests = [{"input_ids": [5], "max_new_tokens": new} for new in (9, 2, 2, 2, 2)]
     found = [x.number for x in twins.model.generate_many(requests, batch_size=2, **NEVER)]
@@ -68,6 +102,9 @@ def test_a_request_that_is_refused_has_an_error_and_the_others_go_on(twins):
         },
         "num_beams=3 is not supported": {"input_ids": [5], "num_beams": 3},
         "missing 1 required positional argument: 'input_ids'": {"max_new_tokens": 3},
+        "unexpected keyword argument 'streamer'": {"input_ids": [5], "streamer": None},
+        "'str' object is not a mapping": "text",
+        "'NoneType' object is not a mapping": None,
     }  # fmt: skip
     requests = [x for request in wrong.values() for x in (request, {"input_ids": [5, 6]})]
     options = {"max_new_tokens": 4, **NEVER}
@@ -108,8 +145,12 @@ def test_the_cache_has_room_for_the_longest_request_of_a_list(twins, monkeypatch
     (result,) = model.generate_many(iter(requests[:1]), **NEVER)
     assert result.reason == "length"
     assert sizes == [14, min(8192, model.config.max_position_embeddings)]
-    (result,) = model.generate_many(requests[1:2], max_length=13, **NEVER)
-    assert result.error is None  # the cache is rounded up to 256 tokens
+    for length, fits in ((14, True), (13, False)):  # although the cache is rounded up to 256 tokens
+        (result,) = model.generate_many(requests[1:2], max_length=length, **NEVER)
+        assert (result.error is None) == fits
+    assert "a prompt of 11 tokens and max_new_tokens=3 do not fit max_length=13" in str(
+        result.error
+    )
 
 
 def test_texts_after_generate_and_before_it_share_a_decoder(twins):

@@ -13,6 +13,7 @@ from triton_interpreter import interpreter
 
 from gemma_fast import GemmaForCausalLM
 from gemma_fast.checkpoint.random import RandomCheckpoint
+from gemma_fast.engine import scheduler as scheduler_module
 from gemma_fast.engine.decoder import Decoder, bucket_of
 from gemma_fast.engine.scheduler import QueueFull, Scheduler
 
@@ -214,6 +215,28 @@ def test_after_a_step_that_fails_the_other_texts_go_on(twins, monkeypatch):
     assert "no memory for a step" in str(texts[0].error)
     for ids, text in zip(given[1:], texts[1:], strict=True):
         assert text.ids == alone(model, ids, max_new_tokens=5, **NEVER)
+
+
+def test_log_probabilities_that_do_not_fit_in_memory_end_the_texts_of_the_step(twins, monkeypatch):
+    model, given = twins.model, prompts(twins.model, [5, 4, 3])
+    scheduler = Scheduler(Decoder(model, 2, 64))
+    texts = [
+        scheduler.add(model.request(ids, max_new_tokens=5, logprobs=1, **NEVER)) for ids in given
+    ]
+    start = scheduler_module.start_logprobs
+
+    def fails(sampler, wanted):
+        if len(wanted) > 1:
+            raise torch.OutOfMemoryError("no memory for log-probabilities")
+        return start(sampler, wanted)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler_module, "start_logprobs", fails)
+        scheduler.step()
+    run(scheduler)
+    assert [text.reason for text in texts] == ["error", "error", "length"]
+    assert "no memory for log-probabilities" in str(texts[0].error)
+    assert texts[2].ids == alone(model, given[2], max_new_tokens=5, **NEVER)
 
 
 def test_max_time_counts_from_the_arrival(twins, monkeypatch):
