@@ -36,7 +36,8 @@ ROOMS = (
 )  # fmt: skip
 RAY = "ray[data,serve]>=2.60"  # `gemma-fast batch --ray`, and the server as a deployment
 SERVE = [
-    "fastapi",  # `gemma-fast serve`: routes and dependencies
+    "fastapi>=0.118",  # `gemma-fast serve`: routes, and dependencies that outlive the response
+    "pydantic>=2.8",  # bodies of requests: fail_fast
     "uvicorn",  # runs the application
     "prometheus-client",  # /metrics
 ]

@@ -6,6 +6,7 @@ import json
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -47,6 +48,10 @@ class _Head:
 class Completion(_Head):
     kind, prefix = "text_completion", "cmpl"
 
+    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+        super().__init__(model, tokenizer)
+        self._characters: Counter[int] = Counter()  # in the scored tokens of each choice
+
     def whole(self, choices: Sequence[Delta], usage: Any) -> dict[str, Any]:
         return self._object(self.kind, [self._choice(x) for x in choices], {"usage": usage})
 
@@ -60,12 +65,12 @@ class Completion(_Head):
         }  # fmt: skip
 
     def _logprobs(self, delta: Delta) -> dict[str, Any]:
-        texts = [self._tokens.text(token) for token, _ in delta.logprobs]
-        starts = [delta.offset]
-        for text in texts[:-1]:
-            starts.append(starts[-1] + len(text))
+        starts = []
+        for token, _ in delta.logprobs:
+            starts.append(self._characters[delta.number])
+            self._characters[delta.number] += self._tokens.characters(token)
         return {
-            "tokens": texts,
+            "tokens": [self._tokens.text(token) for token, _ in delta.logprobs],
             "token_logprobs": [max(found.logprob, LEAST) for _, found in delta.logprobs],
             "top_logprobs": [
                 {self._tokens.text(token): max(logprob, LEAST) for token, logprob in found.top}
@@ -135,6 +140,14 @@ class _Tokens:
     def text(self, token: int) -> str:
         byte = self._byte(token)
         return self._tokenizer.decode([token]) if byte is None else f"bytes:\\x{byte:02x}"
+
+    def characters(self, token: int) -> int:
+        """Returns the number of characters that begin with a token: 0 for a special token, and for
+        a byte inside a character."""
+        byte = self._byte(token)
+        if byte is not None:
+            return int(byte & 0xC0 != 0x80)
+        return len(self._tokenizer.decode([token], skip_special_tokens=True))
 
     def scored(self, token: int, logprob: float) -> dict[str, Any]:
         byte, text = self._byte(token), self.text(token)

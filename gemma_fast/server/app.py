@@ -78,7 +78,10 @@ def create_app(
         await asyncio.to_thread(engine.close)
         service.pool.shutdown(cancel_futures=True)
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
+        redirect_slashes=False,  # the address would have the host that the client names
+    )  # fmt: skip
     app.state.service = service
     app.include_router(router)
     app.add_middleware(
@@ -155,7 +158,8 @@ async def chat_completions(request: Request, service: WithService, job: WithJob)
 
 async def _send(request: Request, body: Body, reply: Reply) -> Response:
     if not body.stream:
-        return JSONResponse(await _unless_gone(request, reply.whole()))
+        content = await _unless_gone(request, reply.whole())
+        return await asyncio.to_thread(JSONResponse, content)
     options = body.stream_options
     usage = options is not None and bool(options.include_usage)
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # not held by a proxy

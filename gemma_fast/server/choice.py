@@ -19,7 +19,6 @@ FINISH = {"stop": "stop", "length": "length", "time": "length"}
 class Delta(NamedTuple):
     """A part of a choice, or a whole one.
 
-    offset    number of characters of the text before `text`
     called    number of calls before `calls`
     first     True for the first part of a choice
     logprobs  ids and log-probabilities of new tokens; those of thoughts and of the end included
@@ -32,7 +31,6 @@ class Delta(NamedTuple):
     calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
     finish: str | None = None
-    offset: int = 0
     called: int = 0
     first: bool = False
 
@@ -64,7 +62,7 @@ class Choice:
         self._answer = AnswerText(
             tokenizer, prompt, stop_strings=request.stop_strings, chat=chat, calls=calls
         )
-        self._characters = self._called = 0
+        self._called = 0
         self._first = True
 
     def take(self, event: Event) -> Delta:
@@ -87,12 +85,11 @@ class Choice:
             self.number,
             text="".join(piece.text for piece in pieces if piece.kind == "text"),
             thought="".join(piece.text for piece in pieces if piece.kind == "thought"),
-            calls=calls, finish=finish, offset=self._characters, called=self._called,
+            calls=calls, finish=finish, called=self._called,
             logprobs=tuple(zip(event.ids, event.logprobs, strict=True)) if event.logprobs else (),
         )  # fmt: skip
         if delta:
             delta = delta._replace(first=self._first)
             self._first = False
-        self._characters += len(delta.text)
         self._called += len(calls)
         return delta

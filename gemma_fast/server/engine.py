@@ -74,10 +74,14 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="gemma_fast engine", daemon=True)
         self._thread.start()
 
+    def stop(self) -> None:
+        """Cancels all texts, and ends the thread after its current step. Does not wait for it."""
+        self._commands.put(None)
+
     def close(self) -> None:
-        """Cancels all texts, and ends the thread after its current step."""
+        """Stops the thread, and waits for its end."""
         if self._thread is not None:
-            self._commands.put(None)
+            self.stop()
             self._thread.join()
             self._thread = None
         self.model.decoders.give_back(self._decoder)

@@ -18,6 +18,7 @@ OPEN_PATHS = ("/health",)  # need no key
 
 class Limits(NamedTuple):
     """body_bytes     of a request's body
+    bodies_bytes   of the bodies of all requests that have not ended
     prompt_tokens  None: as many as fit the engine's max_length
     new_tokens     of a text; None: as many as fit
     seconds        after which a text ends, waiting included
@@ -26,6 +27,7 @@ class Limits(NamedTuple):
     """
 
     body_bytes: int = 4 << 20
+    bodies_bytes: int = 256 << 20
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     seconds: float = 600.0
@@ -49,26 +51,26 @@ class Guard:
     ) -> None:  # fmt: skip
         self.app, self.limits, self.metrics = app, limits, metrics
         self.keys, self.hosts, self.paths = [key.encode() for key in keys], hosts, paths
+        self._held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = False
+        started, body = False, bytearray()
 
         async def count_and_send(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                path = scope["path"] if scope["path"] in self.paths else "other"
-                self.metrics.responses.labels(path, message["status"]).inc()
+                self._count(scope, message["status"])
             await send(message)
 
         limits = self.limits
         seconds = limits.seconds + limits.body_seconds + limits.send_seconds
         try:
             self._check(scope)
-            receive = await self._read(scope, receive)
+            receive = await self._read(scope, receive, body)
             await asyncio.wait_for(self.app(scope, receive, count_and_send), seconds)
         except ApiError as error:
             await error.response(self._headers(error))(scope, receive, count_and_send)
@@ -78,6 +80,16 @@ class Guard:
             await ApiError(408, "the request took too long").response()(
                 scope, receive, count_and_send
             )
+        except Exception:  # the caller logs and answers it
+            if not started:
+                self._count(scope, 500)
+            raise
+        finally:
+            self._held -= len(body)
+
+    def _count(self, scope: Scope, status: int) -> None:
+        path = scope["path"] if scope["path"] in self.paths else "other"
+        self.metrics.responses.labels(path, status).inc()
 
     def _headers(self, error: ApiError) -> dict[str, str]:
         return {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
@@ -100,23 +112,23 @@ class Guard:
         if not self.keys:
             return True
         scheme, _, given = authorization.partition(" ")
-        key = given.strip().encode("latin-1")  # the bytes that were sent
+        key = given.strip(" ").encode("latin-1")  # the bytes that were sent
         found = [hmac.compare_digest(key, known) for known in self.keys]
         return scheme.lower() == "bearer" and any(found)
 
-    async def _read(self, scope: Scope, receive: Receive) -> Receive:
-        """Reads the body. Returns a function that gives it to the application, and then waits until
-        the client goes away."""
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> Receive:
+        """Reads the request into `body`. Returns a function that gives it to the application, and
+        then waits until the client goes away."""
         most = self.limits.body_bytes
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > most:
             raise self._too_large()
         try:
-            body = await asyncio.wait_for(self._body(receive), self.limits.body_seconds)
+            await asyncio.wait_for(self._fill(body, receive), self.limits.body_seconds)
         except asyncio.TimeoutError:
             raise ApiError(408, "the body did not arrive in time") from None
         messages: list[dict[str, Any]] = [
-            {"type": "http.request", "body": body, "more_body": False}
+            {"type": "http.request", "body": bytes(body), "more_body": False}
         ]
 
         async def replay() -> Message:
@@ -124,17 +136,20 @@ class Guard:
 
         return replay
 
-    async def _body(self, receive: Receive) -> bytes:
-        body = bytearray()
+    async def _fill(self, body: bytearray, receive: Receive) -> None:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ApiError(400, "the client went away")
-            body += message.get("body", b"")
+            part = message.get("body", b"")
+            body += part
+            self._held += len(part)
+            if self._held > self.limits.bodies_bytes:
+                raise ApiError(503, "the bodies of all requests are too large: try later")
             if len(body) > self.limits.body_bytes:
                 raise self._too_large()
             if not message.get("more_body", False):
-                return bytes(body)
+                return
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self.limits.body_bytes} bytes")

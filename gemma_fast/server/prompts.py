@@ -28,8 +28,7 @@ TOOLS = re.compile(r"\btools\b")
 def chat_requests(engine: Engine, limits: Limits, body: ChatBody) -> list[Request]:
     """Returns n requests for a chat. Raises BadRequest."""
     tokenizer = engine.tokenizer
-    texts = [x["content"] for x in body.messages if isinstance(x.get("content"), str)]
-    _check_characters(engine, limits, texts, "messages")
+    _check_characters(engine, limits, [body.messages, body.offered], "messages")
     with _bad_requests(tokenizer, "messages"):
         ids = _render(tokenizer, body)
     room = _room(engine, limits, ids, "messages")
@@ -42,8 +41,7 @@ def completion_requests(engine: Engine, limits: Limits, body: CompletionBody) ->
     """Returns n requests for each prompt, prompt by prompt. Raises BadRequest."""
     found: list[Request] = []
     for prompt in body.prompt:
-        if isinstance(prompt, str):
-            _check_characters(engine, limits, [prompt], "prompt")
+        _check_characters(engine, limits, prompt, "prompt")
         with _bad_requests(engine.tokenizer, "prompt"):
             ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         room = _room(engine, limits, ids, "prompt")
@@ -108,10 +106,18 @@ def _longest_prompt(engine: Engine, limits: Limits) -> int:
     return most if limits.prompt_tokens is None else min(most, limits.prompt_tokens)
 
 
-def _check_characters(engine: Engine, limits: Limits, texts: Sequence[str], param: str) -> None:
-    """Refuses texts that are too long for any tokens, because encoding a megabyte takes a
-    second."""
-    characters, most = sum(map(len, texts)), _longest_prompt(engine, limits)
+def _check_characters(engine: Engine, limits: Limits, value: Any, param: str) -> None:
+    """Refuses a JSON value whose texts are too long for any tokens, because encoding a megabyte
+    takes a second."""
+    characters, most, left = 0, _longest_prompt(engine, limits), [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            characters += len(item)
+        elif isinstance(item, dict):
+            left += [*item, *item.values()]
+        elif isinstance(item, list):
+            left += item
     if characters > most * engine.longest:
         message = f"the prompt has {characters} characters, which are more than {most} tokens"
         raise BadRequest(message, param, "context_length_exceeded")
@@ -166,14 +172,16 @@ def _options(engine: Engine, body: Body) -> dict[str, Any]:
     named["stop_strings"] = body.stop
     options |= {name: value for name, value in named.items() if value is not None}
     if body.logit_bias:
-        options["sequence_bias"] = {_token(k): v for k, v in body.logit_bias.items()}
+        size = engine.model.config.vocab_size
+        options["sequence_bias"] = {(_token(k, size),): v for k, v in body.logit_bias.items()}
     return options
 
 
-def _token(key: str) -> tuple[int]:
-    if not re.fullmatch(r"[0-9]{1,9}", key):
-        raise BadRequest(f"logit_bias: {key!r:.60} is not a token id", "logit_bias")
-    return (int(key),)
+def _token(key: str, vocab_size: int) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", key) or int(key) >= vocab_size:
+        message = f"logit_bias: {key!r:.60} is not a token id from 0 to {vocab_size - 1}"
+        raise BadRequest(message, "logit_bias")
+    return int(key)
 
 
 @contextmanager

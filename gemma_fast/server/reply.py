@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -42,7 +43,8 @@ class Reply:
         found = [Delta(choice.number) for choice in self._choices]
         async for delta in self._deltas():
             found[delta.number] += delta
-        return self._answers.whole(found, self._usage())
+        # Log-probabilities of a long text take seconds.
+        return await asyncio.to_thread(self._answers.whole, found, self._usage())
 
     async def stream(self, include_usage: bool) -> AsyncIterator[str]:
         """Yields events for the parts of the texts, and with include_usage one for the usage. After
@@ -81,4 +83,5 @@ def _check(event: Event) -> None:
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    # Only ASCII, because some clients also end a line at U+0085 or U+2028.
+    return f"data: {json.dumps(content)}\n\n"

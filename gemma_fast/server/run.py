@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from collections.abc import Callable
@@ -9,7 +10,11 @@ from collections.abc import Callable
 import uvicorn
 from fastapi import FastAPI
 
+from gemma_fast.server.engine import Engine
+
 MORE_CONNECTIONS = 256  # besides one for each place: connections that are idle or refused
+
+ERROR_SECONDS = 5  # in which requests that are ended after the drain get their error
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -43,10 +48,10 @@ def serve_http(
         uvicorn.Config(
             app, http="h11", ws="none", lifespan="on", log_level="warning", access_log=False,
             proxy_headers=False, server_header=False, limit_concurrency=places + MORE_CONNECTIONS,
-            timeout_graceful_shutdown=drain,
+            timeout_graceful_shutdown=drain + ERROR_SECONDS,
         )
     )  # fmt: skip
-    server.ready = ready
+    server.ready, server.drain, server.engine = ready, drain, app.state.service.engine
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises the signal again at its end, for this handler.
         signal.signal(number, server.handle_exit)
@@ -55,6 +60,12 @@ def serve_http(
 
 class _Server(uvicorn.Server):
     ready: Callable[[], None]
+    drain: int
+    engine: Engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self.drain, self.engine.stop)
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -13,6 +13,7 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from gemma_fast.compat import ANY, Table, check_keywords
@@ -20,18 +21,30 @@ from gemma_fast.engine.many import MAX_LOGPROBS
 from gemma_fast.server.errors import BadRequest
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
-MAX_BIASES = 1024
+MAX_BIASES, MAX_BIAS = 1024, 1e6  # larger ones overflow at a low temperature
 MAX_VALUES = 1 << 18  # log-probabilities of all texts of a request: 100 MB while they are written
 MAX_TEXTS = 128  # n
+MAX_PROMPTS, MAX_MESSAGES, MAX_TOOLS = 4096, 10_000, 1024  # more take seconds to read
+MAX_FIELDS = 16  # of a field that is an object with known names
+LEAST_PENALTY = 0.01  # repetition_penalty; below, logits overflow
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 # fail_fast: a list of a million bad items gives one error, not a million.
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
+Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
 _PENALTY = "use repetition_penalty, which counts prompt and text"
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, given: Any) -> Any:
+        """Pydantic lists an error for each unknown field."""
+        if isinstance(given, dict) and len(given) > MAX_FIELDS:
+            raise ValueError(f"{len(given)} fields, but the known ones are {[*cls.model_fields]}")
+        return given
 
 
 class StreamOptions(_Strict):
@@ -66,10 +79,10 @@ class Body(BaseModel, ABC):
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=LEAST_PENALTY)
     seed: int | None = Field(None, ge=0, lt=1 << 63)
     stop: Stops | None = None
-    logit_bias: dict[str, Any] | None = Field(None, max_length=MAX_BIASES)
+    logit_bias: dict[str, Bias] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -77,6 +90,13 @@ class Body(BaseModel, ABC):
     @classmethod
     def _list_of_stops(cls, given: Any) -> Any:
         return [given] if isinstance(given, str) else given
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few_biases(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > MAX_BIASES:
+            raise ValueError(f"{len(given)} biases are above the limit of {MAX_BIASES}")
+        return given
 
     @property
     def texts(self) -> int:
@@ -115,6 +135,8 @@ class CompletionBody(Body):
     @classmethod
     def _list_of_prompts(cls, given: Any) -> Any:
         ids = isinstance(given, list) and given and isinstance(given[0], int)
+        if isinstance(given, list) and len(given) > MAX_PROMPTS and not ids:
+            raise ValueError(f"{len(given)} prompts are above the limit of {MAX_PROMPTS}")
         return [given] if isinstance(given, str) or ids else given
 
     @field_validator("best_of")
@@ -144,11 +166,13 @@ class ChatBody(Body):
         "audio": ((), "answers are text"), "web_search_options": ((), "pass a tool"),
         "reasoning_effort": ((), 'use chat_template_kwargs={"enable_thinking": true}'),
     }  # fmt: skip
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[
+        list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[Any] | None = None
+    tools: list[Any] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto"] | None = None
     response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None

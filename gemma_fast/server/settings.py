@@ -57,10 +57,13 @@ class Settings(BaseModel):
         return cls(**{**found, **more})
 
     def keys(self) -> list[str]:
-        """Returns the API keys. Raises ValueError if the file has none."""
+        """Returns the API keys. Raises ValueError if the file or the variable has none."""
         if self.api_key_file is None:
-            return [os.environ[KEY]] if os.environ.get(KEY) else []
-        text = Path(self.api_key_file).read_text(encoding="utf-8")
+            key = os.environ.get(KEY)
+            if key is not None and not key.strip():
+                raise ValueError(f"{KEY} is empty: set it to an API key, or unset it")
+            return [] if key is None else [key.strip()]
+        text = Path(self.api_key_file).read_text(encoding="utf-8-sig")
         keys = [line.strip() for line in text.splitlines() if line.strip()]
         if not keys:
             raise ValueError(f"{self.api_key_file} is empty: write an API key in each line")

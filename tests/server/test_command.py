@@ -1,5 +1,6 @@
 """Tests `gemma-fast serve` in a process of its own."""
 
+import functools
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,15 +72,26 @@ def test_signal_finishes_what_runs(checkpoint, number):
             httpx.get(f"{url}/health")
 
 
-def test_text_that_takes_longer_than_the_drain_ends(checkpoint):
-    with command(checkpoint, "--drain", "0") as (process, url):
-        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as answer:
+def test_text_that_takes_longer_than_the_drain_ends_with_an_error(checkpoint):
+    with command(checkpoint, "--drain", "0", "--batch-size", "1") as (process, url):
+        post = functools.partial(httpx.post, f"{url}/v1/completions", timeout=30)
+        with (
+            ThreadPoolExecutor() as pool,
+            httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "n": 9, "stream": True}) as
+            answer,
+        ):  # fmt: skip
             lines = answer.iter_lines()
             next(lines)
+            waiting = pool.submit(post, json=LONG)
+            time.sleep(0.5)
             process.send_signal(signal.SIGTERM)
-            with pytest.raises(httpx.RemoteProtocolError):
-                list(lines)
+            rest = [line for line in lines if line]
+            assert rest[-1] == "data: [DONE]"
+            assert "the server shuts down" in rest[-2]
+            assert waiting.result().status_code == 503
+            assert "the server shuts down" in waiting.result().json()["error"]["message"]
         assert process.wait(10) == 0
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_name_key_and_address(checkpoint, tmp_path):
@@ -105,6 +118,21 @@ def test_key_of_the_environment(checkpoint):
         assert httpx.get(f"{url}/v1/models").status_code == 401
         headers = {"Authorization": "Bearer third"}
         assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("key", ["", " \n"])
+def test_empty_key_of_the_environment_is_refused(key, monkeypatch):
+    monkeypatch.setenv("GEMMA_FAST_API_KEY", key)
+    with pytest.raises(ValueError, match="GEMMA_FAST_API_KEY is empty: set it to an API key"):
+        Settings().keys()
+
+
+def test_keys_have_no_space_or_byte_order_mark(tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMMA_FAST_API_KEY", " a b\n")
+    assert Settings().keys() == ["a b"]
+    path = tmp_path / "keys"
+    path.write_text("first\n second\n", encoding="utf-8-sig")
+    assert Settings(api_key_file=str(path)).keys() == ["first", "second"]
 
 
 def test_server_without_a_key_answers_to_local_names_only(checkpoint):

@@ -1,10 +1,20 @@
 """Tests /v1/completions and /v1/models with the official client: texts are those of generate()."""
 
+import asyncio
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from http_server import running
 
+from gemma_fast.engine.logprobs import TokenLogprobs
 from gemma_fast.engine.request import seed_of
+from gemma_fast.server.answers import Completion
+from gemma_fast.server.choice import Choice, Delta
+from gemma_fast.server.job import Job
+from gemma_fast.server.reply import Reply
+from gemma_fast.server.ticket import Event
 from gemma_fast.text.answer import AnswerText
 
 PROMPT = "hello the world"
@@ -135,6 +145,28 @@ def test_stream_has_the_same_text_and_usage(create):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_event_of_a_stream_is_one_line(tiny):
+    """Many clients split lines as str.splitlines does."""
+    model, tokenizer = tiny
+    text = "a\u2028b\x85c\x0cd漢"
+
+    async def stream() -> list[str]:
+        job = Job(SimpleNamespace(add=lambda ticket: None))
+        request = model.request([2], max_new_tokens=50)
+        reply = Reply(job, [request], Completion("tiny", tokenizer), tokenizer, texts=1)
+        for token in tokenizer.encode(text, add_special_tokens=False):
+            job._events.put_nowait(Event(0, None, [token]))
+        job._events.put_nowait(Event(0, "length"))
+        return [
+            line for event in [x async for x in reply.stream(False)] for line in event.splitlines()
+        ]
+
+    lines = [line for line in asyncio.run(stream()) if line]
+    assert all(line.startswith("data: ") for line in lines)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
+
+
 def test_stream_without_usage_ends_with_the_finish_reason(create):
     chunks = [*create(max_tokens=3, stream=True, temperature=0)]
     assert chunks[-1].choices[0].finish_reason == "length"
@@ -182,5 +214,36 @@ def test_logprobs_are_log_softmax_of_the_logits(create, tiny):
     for top, ids, values in zip(found.top_logprobs, best.indices, best.values, strict=True):
         assert [*top] == [token_text(tokenizer, int(x)) for x in ids]
         torch.testing.assert_close(torch.tensor([*top.values()]), values, atol=1e-4, rtol=0)
-    starts = [sum(map(len, found.tokens[:i])) for i in range(12)]
-    assert found.text_offset == starts
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_offset_is_the_start_of_a_token_in_the_text(tiny, stream):
+    """Also while text is held back, because it may begin a stop string."""
+    model, tokenizer = tiny
+    ids = tokenizer.encode("hello é the<unused9> 漢😀 world", add_special_tokens=False)
+    request = model.request([2], max_new_tokens=50, stop_strings=["the never"], logprobs=0)
+    choice = Choice(0, request, tokenizer, chat=False, calls=False)
+    events = [Event(0, None, [x], [TokenLogprobs(-1.0, [])]) for x in ids]
+    deltas = [choice.take(event) for event in [*events, Event(0, "length")]]
+    answers = Completion("tiny", tokenizer)
+    parts = map(answers.chunk, deltas) if stream else [answers.whole([sum_of(deltas)], None)]
+    choices = [part["choices"][0] for part in parts]
+    text = "".join(x["text"] for x in choices)
+    found = [x["logprobs"] for x in choices if x["logprobs"]]
+    starts = [start for logprobs in found for start in logprobs["text_offset"]]
+    for start, token in zip(starts, ids, strict=True):
+        name = token_text(tokenizer, token)
+        if name.startswith("bytes:"):
+            byte = int(name[-2:], 16)
+            character = text[start - (byte & 0xC0 == 0x80)]  # a byte inside begins no character
+            assert byte in character.encode()
+        elif name != "<unused9>":
+            assert text[start:].startswith(name)
+    assert len(starts) > len(set(starts)), "a special token has no text"
+
+
+def sum_of(deltas: list[Delta]) -> Delta:
+    total, *rest = deltas
+    for delta in rest:
+        total += delta
+    return total

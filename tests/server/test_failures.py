@@ -8,6 +8,7 @@ import torch
 from http_server import LONG, error_of, running, slow_steps, wait_for
 
 from gemma_fast.engine.scheduler import Scheduler
+from gemma_fast.server.metrics import Metrics
 
 
 def fail_once(monkeypatch, error: Exception) -> None:
@@ -78,6 +79,19 @@ def test_text_with_logits_that_are_not_finite_ends_alone(server, client, monkeyp
                 list(other)
     server.wait_until_idle()
     assert client.completions.create(**LONG, temperature=0).usage.completion_tokens == 200
+
+
+def test_error_of_the_application_is_answered_and_counted(server, monkeypatch):
+    def fail(self):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(Metrics, "page", fail)
+    response = httpx.get(f"{server.url}/metrics")
+    monkeypatch.undo()
+    assert response.status_code == 500
+    assert error_of(response.content)["message"].startswith("internal error")
+    page = httpx.get(f"{server.url}/metrics").text
+    assert 'gemma_fast_responses_total{path="/metrics",status="500"} 1.0' in page
 
 
 def test_engine_that_cannot_go_on_says_so(tiny, monkeypatch):

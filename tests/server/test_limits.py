@@ -1,6 +1,7 @@
 """Tests the limits of the server, its key, the names it answers to, and its metrics."""
 
 import json
+import socket
 import threading
 import time
 
@@ -34,14 +35,34 @@ def test_body_without_a_length_is_refused_above_the_limit(server):
     check(post(server, "completions", parts()), 413, "more than 4194304 bytes")
 
 
+def test_bodies_of_all_requests_have_a_limit(tiny):
+    with running(*tiny, limits=Limits(bodies_bytes=1000)) as server:
+        body = json.dumps({"prompt": "a", "max_tokens": 2, "user": "a" * 700})
+        host, port = server.url.removeprefix("http://").split(":")
+        for _ in range(3):  # what a client has sent is given back when it goes away
+            assert post(server, "completions", body).status_code == 200
+            with socket.create_connection((host, int(port))) as slow:
+                head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 900\r\n"
+                slow.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
+                end = time.monotonic() + 20
+                while (response := post(server, "completions", body)).status_code == 200:
+                    assert time.monotonic() < end
+                check(response, 503, "the bodies of all requests are too large")
+            while post(server, "completions", body).status_code != 200:
+                assert time.monotonic() < end
+
+
 def test_long_prompt_is_refused_before_it_is_encoded(server, monkeypatch):
     for name in ("encode", "apply_chat_template"):
         monkeypatch.setattr(type(server.engine.tokenizer), name, None)
     text = "hello " * 500_000
     message = "the prompt has 3000000 characters, which are more than 255 tokens"
     check(post(server, "completions", json.dumps({"prompt": text})), 400, message, "prompt")
-    body = {"messages": [{**USER, "content": text}]}
-    check(post(server, "chat/completions", json.dumps(body)), 400, message, "messages")
+    parts = [{"type": "text", "text": text}]
+    for content, more in ((text, {}), (parts, {}), ("a", {"tools": [{text: [1]}]})):
+        body = {"messages": [{**USER, "content": content}], **more}
+        response = post(server, "chat/completions", json.dumps(body))
+        check(response, 400, "characters, which are more than 255 tokens", "messages")
     monkeypatch.undo()
     longest = max(server.engine.tokenizer.get_vocab(), key=len)
     body = {"prompt": longest * 200, "max_tokens": 1}
@@ -88,8 +109,8 @@ def test_limits_of_tokens(tiny):
 
 
 def test_key_is_needed(tiny):
-    with running(*tiny, keys=["first", "second é"]) as server:
-        for key in ("first", "second é"):
+    with running(*tiny, keys=["first", "second é", "à"]) as server:
+        for key in ("first", "second é", "à"):  # the last byte of à is a space in Latin-1
             headers = {"Authorization": f"Bearer {key}".encode()}
             assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 200
         for key in ("", "wrong", "firs", "first2", "second"):

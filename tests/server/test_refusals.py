@@ -9,7 +9,14 @@ from chat_templates import WITH_TOOLS
 from http_server import check, error_of, post, running
 from pydantic import ValidationError
 
-from gemma_fast.server.schema import MAX_BIASES, ChatBody, CompletionBody
+from gemma_fast.server.schema import (
+    MAX_BIASES,
+    MAX_MESSAGES,
+    MAX_PROMPTS,
+    MAX_TOOLS,
+    ChatBody,
+    CompletionBody,
+)
 from gemma_fast.text.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "hello"}
@@ -33,6 +40,7 @@ COMPLETIONS = [
     ({"prompt": [999_999]}, "token id 999999 is outside the vocabulary", None),
     ({"prompt": [-1]}, "token id -1 is outside the vocabulary", None),
     ({"prompt": [2**70]}, "must be token ids", None),
+    ({"prompt": [[5]] * (MAX_PROMPTS + 1)}, "4097 prompts are above the limit", "prompt"),
     ({"prompt": "a " * 300}, "the prompt has 601 tokens; the limit is 255", "prompt"),
     ({"max_tokens": 0}, "max_tokens=0: Input should be greater than or equal to 1", "max_tokens"),
     ({"max_tokens": 300}, "max_tokens=300 do not fit 256 tokens", "max_tokens"),
@@ -58,20 +66,27 @@ COMPLETIONS = [
     ({"logprobs": 20, "prompt": ["a"] * 120, "max_tokens": 240}, "262144 values", "logprobs"),
     ({"logit_bias": {"x": 1}}, "logit_bias: 'x' is not a token id", "logit_bias"),
     ({"logit_bias": {"-1": 1}}, "logit_bias: '-1' is not a token id", "logit_bias"),
-    ({"logit_bias": {"999999": 1}}, "sequence_bias: (999999,) must be", None),
-    ({"logit_bias": {"5": "x"}}, "sequence_bias=", None),
-    ({"logit_bias": {str(i): 1 for i in range(MAX_BIASES + 1)}}, "at most 1024", "logit_bias"),
+    ({"logit_bias": {"999999": 1}}, "'999999' is not a token id from 0 to", "logit_bias"),
+    ({"logit_bias": {"5": "x"}}, "logit_bias.5='x': Input should be a valid number", "logit_bias"),
+    ({"logit_bias": {"5": 1e39}}, "logit_bias.5=1e+39: Input should be less than", "logit_bias"),
+    ({"logit_bias": {str(i): 1 for i in range(MAX_BIASES + 1)}},
+     "1025 biases are above the limit of 1024", "logit_bias"),
+    ({"repetition_penalty": 1e-320}, "greater than or equal to 0.01", "repetition_penalty"),
     ({"best_of": 2}, "best_of=2: Value error, best_of must equal n", "best_of"),
     ({"echo": True}, "echo=True is not supported: prepend the prompt", "echo"),
     ({"suffix": "a"}, "suffix='a' is not supported", "suffix"),
     ({"frequency_penalty": 0.5}, "use repetition_penalty", "frequency_penalty"),
     ({"stream_options": {"x": 1}}, "stream_options.x=1", "stream_options"),
+    ({"stream_options": {str(i): 1 for i in range(99)}}, "99 fields, but the known ones are",
+     "stream_options"),
     ({"temprature": 1}, "'temprature': did you mean temperature?", "temprature"),
     ({"chat_template": "{{ 1 }}"}, "unexpected keyword argument 'chat_template'", "chat_template"),
 ]  # fmt: skip
 CHATS = [
     ({"messages": []}, "messages=[]: List should have at least 1 item", "messages"),
     ({"messages": "hello"}, "messages='hello': Input should be a valid array", "messages"),
+    ({"messages": [USER] * (MAX_MESSAGES + 1)}, "at most 10000 items", "messages"),
+    ({"messages": [USER], "tools": [{}] * (MAX_TOOLS + 1)}, "at most 1024 items", "tools"),
     ({"messages": ["hello"]}, "messages.0='hello'", "messages"),
     ({"messages": [{}]}, "message 0 must be a dict with role and content", "messages"),
     ({"messages": [{**USER, "role": "<eos>"}]}, "'<eos>' is not a role", "messages"),
@@ -116,7 +131,7 @@ def test_bad_chat_is_refused(server, body, message, param):
         (f'{{"prompt": "a", "user": {DEEP}}}'.encode(), "not valid JSON: recursion limit"),
         (b'{"prompt": "a", "temperature": NaN}', "temperature=nan"),
         (b'{"prompt": "a", "top_p": Infinity}', "top_p=inf"),
-        (b'{"prompt": "a", "logit_bias": {"5": NaN}}', "sequence_bias="),
+        (b'{"prompt": "a", "logit_bias": {"5": NaN}}', "logit_bias.5=nan"),
         (b'{"prompt": [[' + b"true," * 500_000 + b"true]]}", "prompt.0"),
     ],
     ids=lambda x: f"{x!s:.30}",
@@ -159,6 +174,7 @@ def test_official_client_raises_its_errors(server, client):
 
 def test_other_methods_and_types_are_refused(server):
     check(httpx.get(f"{server.url}/v1/completions"), 405, "Method Not Allowed")
+    check(httpx.get(f"{server.url}/health/"), 404, "GET '/health/': Not Found")
     headers = {"Content-Type": "text/plain"}
     check(post(server, "completions", b"{}", **headers), 415, "must be application/json")
 
