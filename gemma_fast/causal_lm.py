@@ -280,15 +280,15 @@ class GemmaForCausalLM(Gemma):
         prefix_ids: Sequence[int] = (),
         **options: Any,
     ) -> Generator[Generated, None, None]:
-        """Continues many prompts of any lengths, up to `batch_size` at the same time. Yields an
+        """Continues many prompts of any lengths, `batch_size` at the same time. Yields an
         `engine.many.Generated` for each request as soon as its text ends. A request that is refused
         or fails has `error`, and the others go on.
 
         requests         mappings of `request`'s arguments: {"input_ids": …, "max_new_tokens": 30}.
                          A generator is read only as fast as texts end
         tokenizer        finds stop strings, which must begin in the new text
-        batch_size       texts that are decoded at the same time; a prompt that waits takes the
-                         place of a text that has ended
+        batch_size       texts that are decoded at the same time, rounded up to 1, 2, 4, 8 or a
+                         multiple of 8; a prompt that waits takes the place of a text that has ended
         max_length       maximum number of tokens of a text, prompt included; it sets the size of
                          the cache. None: the longest of `requests` if it is a list, else the
                          context, up to DEFAULT_LENGTH

@@ -41,7 +41,8 @@ class Preparer:
         """Raises ValueError if the chat template has no place for the job's system message."""
         self.tokenizer, self.job = tokenizer, job
         self.chat_ends = sorted({*model.end_token_ids, *tokenizer.stop_token_ids})
-        self.context = model.config.max_position_embeddings
+        self.limit = job.max_length or model.config.max_position_embeddings
+        self.longest = max(map(len, tokenizer.get_vocab()))  # characters of a token
         uses_system = job.system is not None and not job.score
         self.prefix = chat_prefix(tokenizer, str(job.system)) if uses_system else []
 
@@ -88,14 +89,17 @@ class Preparer:
             prompt, completion = (_text_of(row, name) for name in ("prompt", "completion"))
             ids = self._encode(prompt + completion)
             before = max(len(self._encode(prompt.rstrip())), 1)
-        limit = self.job.max_length or self.context
-        if len(ids) > limit:
-            raise ValueError(f"a text of {len(ids)} tokens does not fit the limit of {limit}")
+        if len(ids) > self.limit:
+            raise ValueError(f"a text of {len(ids)} tokens does not fit the limit of {self.limit}")
         if len(ids) <= before:
             raise ValueError("there is no token to score: the text is empty")
         return task._replace(ids=ids, scored=len(ids) - before)
 
     def _encode(self, text: str) -> list[int]:
+        if len(text) > self.limit * self.longest:  # encoding 20 MB takes 5 GB of memory
+            raise ValueError(
+                f"a text of {len(text)} characters does not fit the limit of {self.limit} tokens"
+            )
         return self.tokenizer(text).input_ids
 
     def _chat_ids(self, messages: Any) -> list[int]:

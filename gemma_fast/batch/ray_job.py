@@ -91,9 +91,11 @@ def run_on_ray(
 
     Raises ValueError if `source` has no rows that can be read, if `out` has answers of another job,
     or if Ray gives up, for example because the model cannot be loaded. Raises ConnectionError if
-    there is no cluster at `address`.
+    there is no cluster at `address`. With "local", raises the errors of Tokenizer.from_pretrained.
     """
     suffix = _suffix(Place.of(source), source)
+    if address == "local":  # without a model, the job ends before Ray starts
+        Tokenizer.from_pretrained(job.model).require_bos()
     cpus = (os.cpu_count() or 1) + OTHER_CPUS
     local: dict[str, Any] = (
         {"include_dashboard": False, "num_cpus": cpus} if address == "local" else {}
@@ -223,7 +225,7 @@ class _Actor:
 def _numbered(row: dict[str, Any]) -> Numbered:
     """Returns a row of _RowSource or of a reader of Ray, which has no number: a hash of the row
     takes its place as the seed."""
-    if KEY in row and "line" in row:
+    if {KEY, "file", "number", "line", "error"} <= row.keys():
         parsed = ValueError(row["error"]) if row["error"] else parse_line(row["line"].encode())
         return Numbered(row["number"], parsed, row["file"])
     row = {name: value for name, value in row.items() if value is not None}

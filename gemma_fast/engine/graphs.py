@@ -12,7 +12,7 @@ import torch
 
 from gemma_fast.model.cache import KVCache
 
-MAX_GRAPHS = 64  # the one that was not used for the longest time is dropped
+MAX_GRAPHS = 256  # the one that was not used for the longest time is dropped
 _capturing = threading.Lock()
 
 

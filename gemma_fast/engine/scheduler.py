@@ -119,14 +119,14 @@ class Scheduler:
     def add(self, request: Request) -> Text:
         """Appends a request to the queue. Raises QueueFull, and ValueError if its tokens do not fit
         the cache, or if it has stop strings and there is no tokenizer."""
-        if self.queue is not None and self.waiting >= self.queue:
-            raise QueueFull(f"{self.waiting} texts are waiting, which is the limit")
         prompt = len(request.ids)
         if prompt + request.max_new_tokens > self.max_length:
             raise ValueError(
                 f"a prompt of {prompt} tokens and max_new_tokens={request.max_new_tokens} do not"
                 f" fit max_length={self.max_length}"
             )
+        if self.queue is not None and self.waiting >= self.queue:
+            raise QueueFull(f"{self.waiting} texts are waiting, which is the limit")
         text = Text(request, Stopping(request, self.tokenizer))
         self._waiting.append(text)
         return text

@@ -116,6 +116,7 @@ def test_id_and_unknown_columns_are_in_the_answer(answer):
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1"),
         ({"prompt": "a", "max_new_tokens": 600}, "do not fit the model's context of 256"),
         ({"prompt": "a" * 300}, "do not fit the model's context of 256"),
+        ({"prompt": "a" * 300_000}, "300000 characters does not fit the limit of 256 tokens"),
         ({"prompt": "a", "stop_strings": [""]}, "must be non-empty strings"),
         ({"prompt": 5}, "column prompt must be text, not 5"),
         ({"prompt": "a", "messages": chat("a")}, "one of the columns prompt (text), messages"),

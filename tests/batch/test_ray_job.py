@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,18 @@ def test_missing_ray_is_an_error_with_its_command(monkeypatch, checkpoint, tmp_p
     result = CliRunner().invoke(main, ["batch", str(tmp_path), *options])
     assert result.exit_code == 1
     assert "--ray needs Ray" in result.stderr and 'pip install ".[ray]"' in result.stderr
+
+
+def test_model_that_does_not_exist_ends_the_job_before_ray_starts(write_rows, tmp_path):
+    ray_job = pytest.importorskip("gemma_fast.batch.ray_job")
+    source = write_rows([{"prompt": "a"}])
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        ray_job.run_on_ray(replace(JOB, model="nowhere"), str(source), str(tmp_path / "out"))
+    assert not ray_job.ray.is_initialized() and [*tmp_path.iterdir()] == [source]
+
+
+def test_columns_of_a_file_may_have_any_names():
+    """Files that Ray reads have rows without numbers."""
+    ray_job = pytest.importorskip("gemma_fast.batch.ray_job")
+    row = {"prompt": "a", "key": "x", "line": "y"}
+    assert ray_job._numbered(row).row == row

@@ -55,7 +55,8 @@ def url(checkpoint, tmp_path_factory):
 def metric(url: str, name: str) -> set[float]:
     """Returns the values of the replicas, each of which has metrics of its own."""
     headers = {"Authorization": "Bearer secret"}
-    pages = [httpx.get(f"{url}/metrics", headers=headers).text for _ in range(60)]
+    with ThreadPoolExecutor(16) as pool:  # several at once, so that both replicas get some
+        pages = [*pool.map(lambda _: httpx.get(f"{url}/metrics", headers=headers).text, range(96))]
     lines = {line for page in pages for line in page.splitlines() if line.startswith(f"{name} ")}
     return {float(line.split()[1]) for line in lines}
 
