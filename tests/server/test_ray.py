@@ -89,14 +89,14 @@ def test_replicas_share_the_requests(url, checkpoint):
             ]  # fmt: skip
             assert special == expected
     headers = {"Authorization": "Bearer secret"}
-    answered = set()
-    for _ in range(100):  # each replica has metrics of its own
+    answered = {}
+    for _ in range(100):  # each replica has metrics of its own, also if their values are equal
         page = httpx.get(f"{url}/metrics", headers=headers).text
-        answered |= {
-            line for line in page.splitlines() if line.startswith("gemma_fast_new_tokens_t")
-        }
+        values = dict(line.rsplit(" ", 1) for line in page.splitlines() if line[:1] != "#")
+        created = values["gemma_fast_new_tokens_created"]
+        answered[created] = float(values["gemma_fast_new_tokens_total"])
     assert len(answered) == 2
-    total = sum(float(line.split()[1]) for line in answered)
+    total = sum(answered.values())
     assert total == sum(len(tokens) for texts in found for tokens in texts)
 
 
