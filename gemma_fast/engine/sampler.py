@@ -142,7 +142,9 @@ class Sampler:
         ]
         for setting, row_values in values:
             if len(row_values) == 1:
-                setting[rows].fill_(row_values[0])  # a copy would wait for the GPU
+                value = row_values[0]
+                # A copy would wait for the GPU.
+                setting[rows].fill_(float(value) if setting.is_floating_point() else value)
             else:
                 setting[rows] = torch.tensor(row_values, dtype=setting.dtype, device="cpu")
         self._summarize()

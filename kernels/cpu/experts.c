@@ -78,16 +78,20 @@ static void widen_rows(plan_t *p) {
     }
 }
 
-/* Rows first … first + count - 1 of the weight times the group's rows x[…]. sums: if x has one row,
-   and so each group: those of its groups of columns. y :: [pairs of the group, count]. */
+/* Rows first … first + count - 1 of the weight times the group's rows x[…]. sums: for one row, which
+   may have chosen an expert twice, those of the groups of columns of x[j], from j * groups on.
+   y :: [pairs of the group, count]. */
 static void multiply(
     const plan_t *p, const weight_t *w, int64_t first, int64_t count, const float *const *x,
-    int64_t pairs, const float *sums, float *y
+    int64_t pairs, const float *sums, int64_t groups, float *y
 ) {
-    if (p->args->rows > 1)
+    if (p->args->rows > 1) {
         dots(w, first, count, x, pairs, y, count);
-    else
-        for (int64_t i = 0; i < count; i++) y[i] = dot(w, first + i, *x, sums);
+        return;
+    }
+    for (int64_t j = 0; j < pairs; j++)
+        for (int64_t i = 0; i < count; i++)
+            y[j * count + i] = dot(w, first + i, x[j], sums + j * groups);
 }
 
 /* Columns `first` … of `hidden` of one group, at most `chunk`, with values that dtype has.
@@ -97,8 +101,8 @@ static void hidden_chunk(const plan_t *p, const group_t *g, int64_t first, float
     int64_t gate = g->expert * 2 * p->width + first, up = gate + p->width;
     const float *const *x = p->rows + g->first;
     float *ups = results + GROUP * count;
-    multiply(p, p->gate_up, gate, count, x, g->count, p->x_sums, results);
-    multiply(p, p->gate_up, up, count, x, g->count, p->x_sums, ups);
+    multiply(p, p->gate_up, gate, count, x, g->count, p->x_sums, 0, results);
+    multiply(p, p->gate_up, up, count, x, g->count, p->x_sums, 0, ups);
     for (int64_t j = 0; j < g->count; j++) {
         float *to = (float *)p->hiddens[g->first + j] + first;
         for (int64_t i = 0; i < count; i++)
@@ -114,7 +118,8 @@ static void output_chunk(const plan_t *p, int64_t first, float *total, float *pr
     int64_t count = min(p->down_chunk, p->dim - first);
     for (const group_t *g = p->groups; g < p->groups + p->count; g++)
         multiply(p, p->down, g->expert * p->dim + first, count, p->hiddens + g->first, g->count,
-                 p->hidden_sums + g->first * p->hidden_groups, products + g->first * count);
+                 p->hidden_sums + g->first * p->hidden_groups, p->hidden_groups,
+                 products + g->first * count);
     for (int64_t r = 0; r < a->rows; r++) {
         memset(total, 0, count * sizeof *total);
         for (int64_t pair = r * a->top_k; pair < (r + 1) * a->top_k; pair++) {

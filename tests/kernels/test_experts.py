@@ -227,6 +227,13 @@ def test_batched_strided_rows_equal_fp64(device, poison_outputs):
             check(flat[:2], *flat[2:], parts)
 
 
+@pytest.mark.parametrize("rows", [1, 3], ids="rows {}".format)
+def test_a_row_may_choose_an_expert_twice(rows, device, poison_outputs):
+    x, chosen, weight, dense, parts = inputs(rows, (64, 40, 24, 6, 3), torch.float32, device)
+    chosen[:] = torch.tensor([4, 2, 4], dtype=torch.int32, device=device)
+    check(run(x, chosen, weight, dense, parts), x, chosen, weight, dense, parts)
+
+
 def test_nan_in_a_row_stays_in_it(device):
     given = inputs(3, (64, 40, 24, 6, 3), torch.float32, device)
     x, _, weight, *_ = given

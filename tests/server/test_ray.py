@@ -42,8 +42,9 @@ def url(checkpoint, tmp_path_factory):
 
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
         settings = {
-            "model": str(checkpoint), "device": "cpu", "dtype": "float32", "max_length": "256",
-            "batch_size": "4", "api_key_file": str(keys), "replicas": "2", "cpus": "0.5",
+            "model": str(checkpoint), "served_name": "chat0", "device": "cpu", "dtype": "float32",
+            "max_length": "256", "batch_size": "4", "api_key_file": str(keys), "replicas": "2",
+            "cpus": "0.5",
         }  # fmt: skip
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build(settings), name="test")
