@@ -1,4 +1,4 @@
-"""`Job` is what a batch job does with each row, and `Task` is one row of it."""
+"""`Job` has the settings of a batch job, and `Task` is one row of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOT_IN_RECORD = ("device", "batch_size")  # they may change when a job goes on
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a job does with its rows.
+    """The model, the mode and the options of a job.
 
     model, device, dtype, quantize  arguments of GemmaForCausalLM.from_pretrained
     score            True: log-probabilities of given texts; False: continue prompts
